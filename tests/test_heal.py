@@ -219,7 +219,7 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # What is healed already is not the exact cut, which a patch is fitted for.
-    with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
+    with pytest.raises(InputError, match="is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
     further = read_json(again / "healing.json", "healing")
@@ -275,7 +275,7 @@ def test_other_weights_are_not_taken_for_a_cut(models, tmp_path):
         next(iter(merged.model.get_submodule("model.layers.2").parameters())).mul_(1.5)
     merged.model.save_pretrained(tmp_path / "merged")
     merged.tokenizer.save_pretrained(tmp_path / "merged")
-    with pytest.raises(InputError, match="its block 2 is no block of teacher behind its block 1"):
+    with pytest.raises(InputError, match="its block 2 is not a block of teacher after its block 1"):
         heal(options(models, tmp_path / "a", student=str(tmp_path / "merged")))
 
 
@@ -356,7 +356,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
 
 
 def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path):
-    with pytest.raises(InputError, match=r"too short: judging .*10 steps .*give --effort 1min"):
+    with pytest.raises(InputError, match=r"too short: evaluating .*10 steps .*give --effort 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 

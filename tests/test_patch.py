@@ -183,7 +183,7 @@ def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
     assert [c.removed for c in record.cuts] == [[4, 4]]
     (left,) = record.unpatched
     assert left.removed == [0, 1]
-    assert left.reason.startswith("block 0 is removed, so that nothing stands before")
+    assert left.reason.startswith("block 0 is removed, so no block before")
 
 
 def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
@@ -267,7 +267,7 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, m
     teacher, replay = load_streamed(source, dtype="float32", device="cpu")
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
     kinds = find_stack(teacher.model).kinds
-    with pytest.raises(InputError, match=r"on 252 tokens needs .* left; give fewer --patch-tokens"):
+    with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, kinds, tokens(), [3], Work(96))
 
 
@@ -389,7 +389,7 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
 
 
 def test_three_samples_are_too_few():
-    with pytest.raises(FitError, match="4 samples or more"):
+    with pytest.raises(FitError, match="at least 4 samples"):
         tuned(tiny_model("llama"), tokens(3))
 
 

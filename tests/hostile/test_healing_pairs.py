@@ -69,7 +69,7 @@ def without_record(*then):
     return prepare
 
 
-UNREADABLE = "isingcut.json is no readable record of a cut"
+UNREADABLE = "isingcut.json is not a readable record of a cut"
 ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
 PAIRS = rows(
     [
@@ -102,7 +102,7 @@ PAIRS = rows(
         (
             "another vocabulary",
             heal("--other-teacher", teacher="{here}/other"),
-            "a vocabulary of 262, but the teacher .* one of 300",
+            "a vocabulary of 262, but the teacher .* has 300",
             another(vocab_size=300),
         ),
         (
@@ -117,7 +117,7 @@ PAIRS = rows(
             "says 3 blocks and the checkpoint has tensors of 4",
             config("run/model", num_hidden_layers=3),
         ),
-        ("other letters", heal(), "tokenizers that read the same text differently", other_letters),
+        ("other letters", heal(), "have different tokenizers", other_letters),
         (
             "no tokenizer",
             heal(),
@@ -126,16 +126,16 @@ PAIRS = rows(
         ),
         ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
         ("a text as teacher", heal(teacher="{text}"), "text.txt is not a model"),
-        ("no student", heal(student="{here}/gone"), "gone is no checkpoint"),
-        ("a file as student", heal(student="{text}"), "text.txt is no checkpoint"),
-        ("the run as student", heal(student="{run}"), "run is no checkpoint"),
+        ("no student", heal(student="{here}/gone"), "gone is not a checkpoint"),
+        ("a file as student", heal(student="{text}"), "text.txt is not a checkpoint"),
+        ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
         (
             "no record, one weight changed",
             heal(),
-            "its block 0 is no block of model at all",
+            "its block 0 is not a block of model at all",
             without_record(unmarked, tensors("run/model", lambda t: first_weight(t, 1.0))),
         ),
-        ("no record, nothing missing", heal(student="{model}"), "lacks no block of model"),
+        ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
         (
             "a student of damaged weights",
             heal(),

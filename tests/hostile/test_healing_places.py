@@ -30,7 +30,7 @@ def changed_since(arena):
 
 
 READ = "an input of this command; nothing was written"
-NOT_OURS = "where healing keeps its unfinished work, is there and no healing"
+NOT_OURS = "the folder for unfinished work, exists and is not from"
 PLACES = rows(
     [
         ("teacher", heal("--overwrite", out="{model}"), f"output .*/model is .*{READ}"),
@@ -120,7 +120,7 @@ PLACES = rows(
         (
             "another healing's work",
             heal(),
-            "holds an unfinished healing with other options; type that command again",
+            "has an unfinished healing with other options; run that command again",
             unfinished,
         ),
     ]
@@ -143,7 +143,7 @@ WORDS = rows(
         (
             "a patch before nothing",
             heal("--patch linear --method none", student="{here}/headless"),
-            "block 0 is removed, so that nothing stands before",
+            "block 0 is removed, so no block before",
             block_0_missing,
         ),
         ("rank", heal("--method lora:33"), "--method lora:33 is more than"),
@@ -155,7 +155,7 @@ WORDS = rows(
         (
             "a schedule that waits",
             heal(lr_scheduler_type="reduce_lr_on_plateau"),
-            "lr_scheduler_type reduce_lr_on_plateau falls when",
+            "lr_scheduler_type reduce_lr_on_plateau needs evaluations",
         ),
         (
             "a schedule without its settings",

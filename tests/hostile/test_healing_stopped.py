@@ -62,7 +62,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     types(arena, whole, makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
-        line = "no space left .*checkpoint-2 was not written; .*what was finished is kept in "
+        line = "no space left .*checkpoint-2 was not written; .*finished work is kept in "
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "memory.json", "trainer"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
@@ -74,7 +74,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
 
 def test_used_up_memory_keeps_the_states(arena, monkeypatch):
     stops(monkeypatch, 2, MemoryError())
-    line = r"this machine is out of memory; .*what was finished is kept in .*healing"
+    line = r"this machine is out of memory; .*finished work is kept in .*healing"
     assert "trainer" in types(arena, SAVING, code=2, line=line)
 
 
@@ -181,7 +181,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
         return None
 
     monkeypatch.setattr(linear, "fit_ridge", none_is_better)
-    line = r"no map of block \d's mlp.down_proj is better than none on tokens held out"
+    line = r"no map of block \d's mlp.down_proj is better than none on validation tokens"
     assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
 
 

@@ -114,4 +114,4 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(aren
     arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
     record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
     tuning = json.loads(record.read_text(encoding="utf-8"))["patch"]["tuning"]
-    assert "no memory left to tune the patch" in tuning["left_out"]
+    assert "out of memory for tuning the patch" in tuning["left_out"]

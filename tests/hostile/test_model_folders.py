@@ -151,7 +151,7 @@ SOME = [
     ("code of its own", config(**RUNS), "runs only if you trust it; .* pass --trust-remote-code"),
 ]
 # A healing sees first that the two models do not belong together.
-OF_PAIR = {"a huge width": "a width of 32, but the teacher .* one of 10000000"}
+OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
