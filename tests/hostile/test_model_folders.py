@@ -159,7 +159,11 @@ NAMES = [
     ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
     ("a model that is a text", "inspect {text}", "is not a model"),
     ("a folder without a model", "inspect {home}", "has no config.json"),
-    ("a dangling teacher", "heal {model} --teacher {here}/dangling --out {here}/new", "to nothing"),
+    (
+        "a dangling teacher",
+        "heal {model} --teacher {here}/dangling --out {here}/new",
+        "a broken link",
+    ),
 ]
 
 

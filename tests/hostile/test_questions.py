@@ -69,7 +69,7 @@ BENCHMARKS += rows(
             ("a list", "line 2 must be a JSON object", asked(GOOD, "[1]")),
             ("no number", "line 2 is not valid JSON", asked(GOOD, '{"answer": NaN}')),
             ("nested", "line 2 is not valid JSON: .*nested", asked(GOOD, "[" * 100000)),
-            ("nothing", "holds no questions", asked("")),
+            ("nothing", "has no questions", asked("")),
             ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
             ("a folder", "is a folder; expected a regular file", special(os.mkdir)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),
@@ -79,8 +79,8 @@ BENCHMARKS += rows(
                 special(lambda p: p.write_bytes(b'{"context": "\xff"}')),
             ),
             ("a link to nothing", "is a broken link", special(lambda p: p.symlink_to("gone"))),
-            ("missing", "there is no file .*arc_easy/test.jsonl", asked(GOOD, task="piqa/val")),
-            ("no folder", "--data .*data is no folder", lambda a: None),
+            ("missing", "arc_easy/test.jsonl does not exist", asked(GOOD, task="piqa/val")),
+            ("no folder", "--data .*data is not a folder", lambda a: None),
         )
     ]
 )
@@ -110,7 +110,7 @@ OTHERS = [
     ("no task", evaluate(","), "need benchmarks", asked(GOOD)),
     ("no tasks", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
-    ("text without data", evaluate("wikitext2", data=""), "wikitext2 is read from", both()),
+    ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
     ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
     ("no blank", evaluate("winogrande"), "line 1: expected '_' in 'context'",

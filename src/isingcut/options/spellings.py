@@ -175,7 +175,7 @@ class Memory(Spelling):
         self.share: float | None = None
         self.amount: float | None = None
         if text:
-            what = f"an amount like 8GB or a share like 50%, {_cut(text)}"
+            what = f"memory {_cut(text)}"
             self.share, self.amount = _measure(text.strip(), _BYTES, what, "", "GB")
 
 
