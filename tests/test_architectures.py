@@ -57,7 +57,7 @@ def test_models_without_a_decoder_stack_are_refused():
         find_stack(nn.Linear(2, 2))
     no_stack = tiny_model("llama")
     no_stack.model.layers = nn.Sequential(*no_stack.model.layers)
-    with pytest.raises(ArchitectureError, match="no recognisable block stack"):
+    with pytest.raises(ArchitectureError, match="has no block stack"):
         find_stack(no_stack)
 
 

@@ -52,7 +52,7 @@ def test_what_is_unknown_or_numbered_is_refused(tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(ArchitectureError, match=r"llama\.mystery' looks per-layer"):
         cut_gguf(make(tmp_path / "a.gguf", mystery=[1, 2, 3, 4]), [0], out)
-    with pytest.raises(ArchitectureError, match="may derive what a block of 'cohere2'"):
+    with pytest.raises(ArchitectureError, match="may derive the kind of a 'cohere2'"):
         cut_gguf(make(tmp_path / "b.gguf", "cohere2"), [0], out)
     with pytest.raises(ArchitectureError, match="extra prediction heads"):
         cut_gguf(make(tmp_path / "c.gguf", nextn_predict_layers=1), [0], out)

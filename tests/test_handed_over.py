@@ -177,13 +177,13 @@ def spread(model):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (hooked, r"model.layers.2.mlp .LlamaMLP. has a hook or another forward"),
-        (hooked_before, r"model.layers.2 .LlamaDecoderLayer. has a hook or another forward"),
-        (replaced, r"model.layers.3.mlp .LlamaMLP. has a hook or another forward"),
-        (spread, r"model.layers.1 .* load the model anew without device_map"),
+        (hooked, r"model.layers.2.mlp .LlamaMLP. has a hook or a replaced forward"),
+        (hooked_before, r"model.layers.2 .LlamaDecoderLayer. has a hook or a replaced forward"),
+        (replaced, r"model.layers.3.mlp .LlamaMLP. has a hook or a replaced forward"),
+        (spread, r"model.layers.1 .* load the model without device_map"),
         (quantised, "is quantised in memory.*give the folder or hub id"),
         (offloaded, "has weights that are not in memory"),
-        (adapted, "has adapters loaded"),
+        (adapted, "has adapters, which"),
         (packed, "is quantised in memory.*give the folder or hub id"),
         (unsavable, "saving the loaded model .* failed .*no attribute 'absent'"),
     ],

@@ -111,7 +111,7 @@ def test_gemma_4_is_measured_where_nothing_is_shared(model_type, tmp_path):
 
 def test_keys_and_values_that_later_blocks_read_are_noticed():
     model = tiny_model("gemma4")
-    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+    with pytest.raises(ArchitectureError, match="more than the residual stream"):
         replay_of(model)
 
 
@@ -147,7 +147,7 @@ def test_what_blocks_hand_on_matters_where_it_is_read(reads):
     if not reads:
         assert len(Replay(model, list(model.layers))) == 3
         return
-    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+    with pytest.raises(ArchitectureError, match="more than the residual stream"):
         Replay(model, list(model.layers))
 
 
@@ -165,7 +165,7 @@ def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
     excise(source, [1], tmp_path / "out")
     model = tiny_model("llama")
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
-    one_line = "does not run on text alone, .* neither measured nor proven: AttributeError"
+    one_line = "does not run on text alone, .* measured or verified: AttributeError"
     with pytest.raises(ArchitectureError, match=one_line):
         verify(model, [1], tmp_path / "out")
     with pytest.raises(ArchitectureError, match=one_line):

@@ -61,7 +61,7 @@ def test_a_hub_id_out_of_reach_says_so():
 @pytest.mark.parametrize("read", [models.load, loading_class_of, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="the model's folder gone is not there"):
+    with pytest.raises(CheckpointError, match="the model's folder gone does not exist"):
         read(Path("gone"))
 
 

@@ -185,6 +185,6 @@ def test_the_kit_shows_which_layer_absorbs(tmp_path, capsys):
         "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
         in rows["| qwen3_moe"]
     )
-    assert "blocks hand something on to later blocks" in rows["| gemma4"]
+    assert "blocks pass more than the residual stream" in rows["| gemma4"]
     assert "old" not in rows
     assert patches.main(["nobody"]) == 2

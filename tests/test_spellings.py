@@ -96,7 +96,7 @@ def test_memory(text, wanted):
 
 @pytest.mark.parametrize("text", ["much", "0GB", "0%", "101%", "8ms", "-8GB", "8 giga bytes"])
 def test_what_is_no_memory(text):
-    with pytest.raises(InputError, match="expected a share .* or an amount|memory "):
+    with pytest.raises(InputError, match=r"expected a share .* or an amount|memory "):
         Memory(text)
 
 

@@ -36,7 +36,7 @@ def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(family, t
     model = composite_checkpoint(family, tmp_path / "source")
     excise(tmp_path / "source", [0, 3], tmp_path / "out")
     proof = verify(model, [0, 3], tmp_path / "out", images=invent_images)
-    assert (proof.inputs, proof.told) == ("text and an image", True)
+    assert (proof.inputs, proof.distinguishes) == ("text and an image", True)
     assert proof.difference <= 1e-5
     (remark,) = proof.remarks
     assert remark.startswith(f"{type(model).__name__} does not run on text alone (")
@@ -60,10 +60,10 @@ def test_llama_4_is_proven_on_text_and_the_reason_is_said(tmp_path):
     model = composite_checkpoint("llama4", tmp_path / "source")
     excise(tmp_path / "source", [0, 3], tmp_path / "out")
     proof = verify(model, [0, 3], tmp_path / "out", images=invent_images)
-    assert (proof.inputs, proof.told, proof.difference) == ("text only", True, 0.0)
+    assert (proof.inputs, proof.distinguishes, proof.difference) == ("text only", True, 0.0)
     inside, images = proof.remarks
     assert inside.endswith("text was given to the Llama4ForCausalLM inside it")
-    assert images.startswith("the cut is proven on text only")
+    assert images.startswith("the cut is verified on text only")
     assert "image_outputs" in images
 
 

@@ -64,7 +64,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch
         put(journal, key, row)
 
     monkeypatch.setattr(Journal, "put", late)
-    line = "the weights in .*model were changed while they were read"
+    line = "the weights in .*model changed while they were read"
     made = ("new*", "run/*", "model/model.safetensors")
     arena.try_row(Row("overwritten", command, line, makes=made))
     place = arena.here / "new" if command.startswith("energy") else arena.run
@@ -85,5 +85,5 @@ def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, 
         end(watch, *arguments, **rest)
 
     monkeypatch.setattr(Watch, "on_step_end", late)
-    line = f"the weights in .*/{place} were changed while they were read"
+    line = f"the weights in .*/{place} changed while they were read"
     arena.try_row(Row("overwritten", heal(), line, makes=(f"{place}/model.safetensors",)))

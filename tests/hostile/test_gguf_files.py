@@ -101,15 +101,15 @@ CONVERTED = [
     ("no norm", lacking("output_norm"), "lacks 1 tensors .*model.norm.weight"),
     ("no embedding", lacking("token_embd"), "lacks 1 tensors .*embed_tokens"),
     ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], its"),
-    ("another width", file(embedding_length=64), r"has the shape .*, its model wants .*64"),
-    ("a huge width", file(embedding_length=2**30), "which its weights cannot fill"),
-    ("a huge feed-forward", file(feed_forward_length=2**31), "which its weights cannot fill"),
+    ("another width", file(embedding_length=64), r"has the shape .*, but its model expects .*64"),
+    ("a huge width", file(embedding_length=2**30), "more than its weights have"),
+    ("a huge feed-forward", file(feed_forward_length=2**31), "more than its weights have"),
     ("no width", file(embedding_length=0), "m.gguf"),
     ("a width in words", file(embedding_length="wide"), "cannot load m.gguf with transformers"),
     ("heads in words", file(**{"attention.head_count": "four"}), "cannot load m.gguf with transf"),
     ("no heads", file(**{"attention.head_count": 0}), "cannot load m.gguf with transformers"),
     ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
-    ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* holds NaN or infinity"),
+    ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values"),
 ]
 # What comparing with the run's model shows.
 OTHERS = [
@@ -123,7 +123,7 @@ OTHERS = [
         file(leading_dense_block_count="two"),
         "expected a whole number as its metadata 'llama.leading_dense_block_count', got 'two'",
     ),
-    ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight has other values"),
+    ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight differs from"),
 ]
 
 
@@ -200,12 +200,12 @@ def test_a_converted_model_that_was_changed_is_refused(arena):
     arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
     (config,) = (arena.home / "cache").glob("gguf-2/*/config.json")
     config.write_text(config.read_text().replace("silu", "gelu"))
-    arena.try_row(Row("changed", LOOK, "not as it was made: config.json in it was changed"))
+    arena.try_row(Row("changed", LOOK, "was changed: config.json in it was changed"))
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkeypatch):
     monkeypatch.setenv("ISINGCUT_CACHE", str(arena.text / "cache"))
-    arena.try_row(Row("no folder", LOOK, "cannot be kept .*set ISINGCUT_CACHE", file()))
+    arena.try_row(Row("no folder", LOOK, "cannot be stored .*set ISINGCUT_CACHE", file()))
 
 
 def test_a_full_disk_leaves_no_half_made_model(arena):
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_no_half_made_model(arena):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         arena.try_row(
-            Row("full", LOOK, "cannot be kept .*set ISINGCUT_CACHE", makes=("home/cache*",))
+            Row("full", LOOK, "cannot be stored .*set ISINGCUT_CACHE", makes=("home/cache*",))
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -114,7 +114,7 @@ PAIRS = rows(
         (
             "a student of another depth",
             heal(),
-            "says 3 blocks and the checkpoint has tensors of 4",
+            "says 3 blocks, but the checkpoint has tensors of 4",
             config("run/model", num_hidden_layers=3),
         ),
         ("other letters", heal(), "have different tokenizers", other_letters),
@@ -139,7 +139,7 @@ PAIRS = rows(
         (
             "a student of damaged weights",
             heal(),
-            "holds NaN",
+            "has NaN",
             both(unmarked, tensors("run/model", lambda t: first_weight(t, float("nan")))),
         ),
         (

@@ -228,8 +228,8 @@ class Generations:
             prompts: the same prompts for each state.
             write: generates texts with the state.
         """
-        told = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
-        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **told}))
+        content = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
+        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **content}))
         keys = [f"{state}/{i}" for i in range(len(prompts))]
         left = [i for i, key in enumerate(keys) if kept.get(key) is None]
         with self.work.progress(self.description, len(prompts)) as bar:

@@ -37,10 +37,10 @@ from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import ScoredModel, Scores, score
 from isingcut.files.documents import (
-    AskedCandidate,
     ByTasks,
     MeasuredState,
     PairedScores,
+    ScoredCandidate,
     TaskRow,
     TextScores,
 )
@@ -283,7 +283,7 @@ class _Contender:
         self.certainties.setdefault(task, []).extend(scores.certainties.tolist())
 
     @property
-    def asked(self) -> int:
+    def scored(self) -> int:
         return sum(map(len, self.scores.values()))
 
 
@@ -374,7 +374,7 @@ def choose_by_questions(
             other.out = behind and p_value(own, merits[leader]) < bound
         left = [c for c in left if not c.out]
     best = _lowest_of_the_best(left) if done else left[0]
-    asked = [key for _, key in turns[:done]]
+    used = [key for _, key in turns[:done]]
     tasks = [task for task, _ in turns[:done]]
     return all_of_them.index(best), ByTasks(
         ahead=len(left) == 1,
@@ -382,7 +382,7 @@ def choose_by_questions(
         looks=looked,
         looks_planned=len(ends),
         by_task={task: tasks.count(task) for task in questions},
-        asked=list(dict.fromkeys(asked)),
+        asked=list(dict.fromkeys(used)),
         candidates=[_row(c, best) for c in all_of_them],
         tasks=list(questions),
     )
@@ -415,27 +415,27 @@ def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
     return left[int(np.argmax(behind.mean(1) <= error))]
 
 
-def _row(contender: _Contender, best: _Contender) -> AskedCandidate:
-    asked = contender.asked
+def _row(contender: _Contender, best: _Contender) -> ScoredCandidate:
+    count = contender.scored
     right, certain = (
         [value for values in by_task.values() for value in values]
         for by_task in (contender.scores, contender.certainties)
     )
     mean, error, p = None, None, None
-    if contender is not best and asked:
+    if contender is not best and count:
         own, others = (
             np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
             for c in (contender, best)
         )
         difference = own - others
         mean = float(difference.mean())
-        error = float(difference.std(ddof=1) / math.sqrt(asked)) if asked > 1 else None
+        error = float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else None
         p = p_value(*_merits([best, contender]))
-    return AskedCandidate(
+    return ScoredCandidate(
         removed=list(contender.removed),
-        questions=asked,
-        accuracy=float(np.mean(right)) if asked else None,
-        certainty=float(np.mean(certain)) if asked else None,
+        questions=count,
+        accuracy=float(np.mean(right)) if count else None,
+        certainty=float(np.mean(certain)) if count else None,
         dropped=contender.out,
         difference=mean,
         difference_se=error,

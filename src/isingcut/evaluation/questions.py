@@ -193,9 +193,9 @@ def _read_file(path: Path, questions: int | None) -> Prepared:
     Raises:
         InputError: the file is missing or damaged.
     """
-    asked = _spaced(_asked(path, "multiple_choice", {}), questions)
+    records = _spaced(_read_records(path, "multiple_choice", {}), questions)
     config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
-    config["custom_dataset"] = _dataset(asked, [])
+    config["custom_dataset"] = _dataset(records, [])
     return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
 
 
@@ -217,16 +217,16 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
-    asked = _questions(data, own, questions, kind)
-    examples = _asked(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
-    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in asked))
+    records = _questions(data, own, questions, kind)
+    examples = _read_records(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
+    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
     configurations = []
     for group in groups:
         one = copy.deepcopy(config)
         if by is not None and group is not None:
             one["task"] = f"{config['task']}_{group}"
             one["description"] = config["description"].replace("{by}", group.replace("_", " "))
-        chosen = [r for r in asked if by is None or str(r[by]) == group]
+        chosen = [r for r in records if by is None or str(r[by]) == group]
         shots = [r for r in examples if by is None or str(r[by]) == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
@@ -281,7 +281,7 @@ def _questions(
         if (size := p.stem.rpartition("_sub")[2]).isdigit()
     )
     large = [file for size, file in subsets if most is not None and size >= most]
-    return _spaced(_asked(large[0] if large else _only(data, stem), kind, own), most)
+    return _spaced(_read_records(large[0] if large else _only(data, stem), kind, own), most)
 
 
 def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
@@ -292,7 +292,7 @@ def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any
     return [found[i] for i in picks]
 
 
-def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
+def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
     """Read the records of a file, with the fields that a task needs.
 
     Args:
@@ -325,9 +325,9 @@ def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) 
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
             return f"expected a text {name!r}, got {repr(value)[:60]}"
-    held = own.get("holds", "")
-    if held not in record[needed[0]].strip():
-        return f"expected {held!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
+    marker = own.get("holds", "")
+    if marker not in record[needed[0]].strip():
+        return f"expected {marker!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
     return None
 
 
@@ -345,4 +345,5 @@ def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
 
 def articles(data: Path) -> list[str]:
     """Read the articles of WikiText-2's test text in a data folder; errors as for questions."""
-    return [r["text"] for r in _asked(data / "wikitext2" / "test_raw.jsonl", "loglikelihood", {})]
+    path = data / "wikitext2" / "test_raw.jsonl"
+    return [r["text"] for r in _read_records(path, "loglikelihood", {})]

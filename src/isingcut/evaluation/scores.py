@@ -127,13 +127,13 @@ def score_states(
         for s in range(len(removed)):
             engine = Harness(loaded, partial(answer, s), partial(generate, s))
             try:
-                found.append(_asked(engine, task, wanted))
+                found.append(_score_one(engine, task, wanted))
             except ModelError as e:
                 raise ModelError(f"{task.name}: {e}") from e
     return found
 
 
-def _asked(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None) -> Scores:
+def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None) -> Scores:
     """Score a model on a task with the harness."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
@@ -191,7 +191,7 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def certainties(
-    asked: Sequence[tuple[Any, dict[str, Any]]], scores: Floats, *, by_length: bool
+    answered: Sequence[tuple[Any, dict[str, Any]]], scores: Floats, *, by_length: bool
 ) -> Floats:
     """Return the log-probability of each right answer, in nats, or else the score.
 
@@ -199,12 +199,12 @@ def certainties(
     in the usual way.
 
     Args:
-        asked: for each question the harness's task and its record of the answers.
+        answered: for each question the harness's task and its record of the answers.
         scores: (n,) scores of the questions.
         by_length: use log-likelihoods per character, as in ``acc_norm``.
     """
     found, margins = np.array(scores, dtype=np.float64), dict[int, Floats]()
-    for i, (task, sample) in enumerate(asked):
+    for i, (task, sample) in enumerate(answered):
         if task.OUTPUT_TYPE == "loglikelihood":
             found[i] = sample["filtered_resps"][0][0]
         elif task.OUTPUT_TYPE == "multiple_choice":

@@ -195,7 +195,7 @@ class Judged(Strict):
     kl_random_only: Correlations | None = None
 
 
-class AskedCandidate(Strict):
+class ScoredCandidate(Strict):
     """A candidate's score on the questions, compared with the chosen candidate's."""
 
     removed: Blocks
@@ -227,7 +227,7 @@ class ByTasks(Strict):
     looks_planned: Count
     by_task: dict[str, Count]
     asked: list[str]
-    candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
+    candidates: Annotated[list[ScoredCandidate], Field(min_length=1)]
     tasks: list[str]
 
 
@@ -726,7 +726,7 @@ class CalibrationText(Strict):
     overlap: dict[str, Positive] = Field(default_factory=dict)
 
 
-class Asked(Strict):
+class RequestedCompute(Strict):
     """How the options say that measurements are computed."""
 
     attention: str
@@ -736,7 +736,7 @@ class Asked(Strict):
 class Computed(Strict):
     """How measurements were computed on one device."""
 
-    asked: Asked
+    asked: RequestedCompute
     # For any other name transformers would download code from the hub.
     attention: Literal["sdpa", "eager", "causal"] | None
     batch_tokens: Some

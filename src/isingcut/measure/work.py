@@ -49,10 +49,10 @@ def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
     Args:
         depends: everything besides model and text that the numbers depend on, JSON-able.
     """
-    told = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
+    content = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
     if tokens.counted is not None:
-        told["counted"] = tokens.counted.tolist()
-    return fingerprint({**replay.identity(), **told, **depends})
+        content["counted"] = tokens.counted.tolist()
+    return fingerprint({**replay.identity(), **content, **depends})
 
 
 class SharedJournal(Journal):

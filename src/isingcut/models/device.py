@@ -158,7 +158,7 @@ class Allowance:
 
     Attributes:
         total: of the whole process on a CPU, of all allocations on a GPU.
-        used: what was taken already when this was asked.
+        used: memory in use when this was computed.
     """
 
     total: int

@@ -120,7 +120,7 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """Options of `load` that put another model beside this one, in its dtype."""
+        """The options of `load` for another model on this device, in this dtype."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
 
@@ -173,7 +173,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
     if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
         raise ModelError(
-            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
+            f"{folder} has no tokenizer (tokenizer.json); copy the model's tokenizer into it"
         )
     factory: Any = AutoTokenizer
     with loading(f"the tokenizer in {folder}"):
@@ -285,7 +285,7 @@ def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
     if packed and not fp8_layout(folder, raw):
         method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
         raise ModelError(
-            f"the weights in {folder} are packed by {method!r}, which can only be loaded whole; "
+            f"the weights in {folder} are packed by {method!r} and cannot be streamed; "
             "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
         )
 

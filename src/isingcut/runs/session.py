@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents import Asked, BlockList, Computed, CutRecord, ModelIdentity
+from isingcut.files.documents import BlockList, Computed, CutRecord, ModelIdentity, RequestedCompute
 from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -63,19 +63,21 @@ class Session:
 
         A run tunes these for its machine and records the choice (`tuned`).
         """
-        asked = None if self.config.attention == "auto" else self.config.attention
-        return Tuning(asked, self.config.batch_tokens or BATCH_TOKENS)
+        attention = None if self.config.attention == "auto" else self.config.attention
+        return Tuning(attention, self.config.batch_tokens or BATCH_TOKENS)
 
     def tuned(self, folder: RunFolder) -> None:
         """Use the recorded tuning of a run, or tune for this device."""
         if self.streaming:
             return
-        asked = Asked(attention=self.config.attention, batch_tokens=self.config.batch_tokens)
+        requested = RequestedCompute(
+            attention=self.config.attention, batch_tokens=self.config.batch_tokens
+        )
         device, made = str(self.replay.device), folder.run.provenance
 
         def recorded() -> dict[str, Any]:
             record = made.computed.get(device)
-            if record is None or record.asked != asked:
+            if record is None or record.asked != requested:
                 found = tune(
                     self.replay,
                     self.config.length,
@@ -83,7 +85,7 @@ class Session:
                     batch_tokens=self.config.batch_tokens,
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
-                record = Computed(asked=asked, **dataclasses.asdict(found))
+                record = Computed(asked=requested, **dataclasses.asdict(found))
                 made.computed = {**made.computed, device: record}
                 folder.save()
             return record.content()
@@ -266,12 +268,12 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     if session.progress is not silent:
         say(f"isingcut: {size} processes share the measurements")
     found = {"sha256": session.identity.sha256, "dtype": session.dtype}
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(session.config.device)
-    if device.type != "cuda" and beside > 1 and not session.config.memory_limit:
+    if device.type != "cuda" and local_size > 1 and not session.config.memory_limit:
         # Each process gets its share of the memory.
         memory = allowance("", device)
-        each = memory.used + memory.left // beside
+        each = memory.used + memory.left // local_size
         session.config = session.config.replace(memory_limit=f"{each / 1e6:.0f}MB")
     stream = "on" if session.streaming else "off"
     return found | {"memory_limit": session.config.memory_limit, "stream": stream}

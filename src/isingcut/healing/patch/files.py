@@ -67,8 +67,8 @@ def replace_float8(folder: Path, weights: Mapping[str, Tensor]) -> None:
     _note_index(folder, dropped)
     _list(folder / "config.json", config, "quantization_config", layout, modules)
     if (folder / _MODELOPT).is_file():
-        told = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
-        _list(folder / _MODELOPT, told, "quantization", layout, modules)
+        content = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
+        _list(folder / _MODELOPT, content, "quantization", layout, modules)
 
 
 def _rewrite(file: Path, tensors: Sequence[StoredTensor], weights: Mapping[str, Tensor]) -> None:
@@ -100,13 +100,13 @@ def _list(
     file: Path, whole: dict[str, Any], part: str, layout: str, modules: Sequence[str]
 ) -> None:
     """Add the modules to every list of modules that are not quantised."""
-    told = whole.get(part)
-    if not isinstance(told, dict):
+    content = whole.get(part)
+    if not isinstance(content, dict):
         return
-    names = [n for n in _LISTS.values() if isinstance(told.get(n), list)] or [_LISTS[layout]]
+    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
     for name in names:
         # Without a list, loaders skip the output head by themselves; with a list they do not.
-        told[name] = [*(told.get(name) or ["lm_head"]), *modules]
+        content[name] = [*(content.get(name) or ["lm_head"]), *modules]
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 

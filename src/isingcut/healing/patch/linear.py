@@ -324,11 +324,11 @@ class _Fitting:
         """Return which real tokens (B, T) of batch ``b`` are for fitting, which for validation."""
         batch, device = self._batches[b], self._original[b].device
         mask = batch.mask.to(device)
-        held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
+        validation = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
         # There are too few samples to take one in four.
         if sum(each.samples for each in self._batches) < _HELD_OUT_EVERY:
-            held = (batch.index == 0).to(device)
-        return mask & ~held[:, None], mask & held[:, None]
+            validation = (batch.index == 0).to(device)
+        return mask & ~validation[:, None], mask & validation[:, None]
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
