@@ -127,9 +127,7 @@ def test_what_cannot_be_told_is_refused(tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content | replace('yes', 'y') }}{% endfor %}"
     )
-    refused(
-        source, tokenizer, r"chat\.jsonl line \d+: .* changes an assistant message, .*'answers:'"
-    )
+    refused(source, tokenizer, r"chat\.jsonl line \d+: .* changes an assistant message, .*answers")
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     with pytest.raises(ModelError, match="a tool call or an image"):
         mark_answers([*talk("hi"), call], lambda messages: "")

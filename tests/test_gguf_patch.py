@@ -109,9 +109,7 @@ def test_a_tensor_that_is_laid_out_otherwise_is_refused(tmp_path):
     patched(source, tmp_path / "patched")
     layers = [(1, "mlp.down_proj")]
     changed = changed_tensors(read_gguf(file), source, tmp_path / "patched", [2, 3], layers)
-    with pytest.raises(
-        ArchitectureError, match=rf"stores {DOWN} differently from the .*--patch none"
-    ):
+    with pytest.raises(ArchitectureError, match=rf"stores {DOWN} differently from the .*--patch"):
         cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
     assert not (tmp_path / "out.gguf").exists()
 

@@ -102,9 +102,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
         patch.setattr("isingcut.runs.measuring.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
-    with pytest.raises(
-        OutputExistsError, match=r"made with other options .calibration: was '40 texts"
-    ):
+    with pytest.raises(OutputExistsError, match=r"made with other options .calibration: was '40"):
         prune(TEXTS[:-1])
 
 

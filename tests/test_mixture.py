@@ -153,11 +153,7 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
     documents = numbered(tmp_path / "a.jsonl", "river")
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
-    refused(
-        f"{documents}=1,missing.txt=1",
-        tokenizer,
-        "part 'missing.txt' of the mixture: the calibration file",
-    )
+    refused(f"{documents}=1,missing.txt=1", tokenizer, "part 'missing.txt' of the mixture: the")
     refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
     refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
     refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")

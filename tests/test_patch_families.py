@@ -164,9 +164,7 @@ def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     monkeypatch.setattr(linear, "gained_writes", lambda *args: [])
-    reason = (
-        r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes to"
-    )
+    reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())
 

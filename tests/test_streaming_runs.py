@@ -103,9 +103,7 @@ def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeyp
         return model, store, memory
 
     monkeypatch.setattr(verify, "open_model", wrong)
-    with pytest.raises(
-        VerificationError, match=r"does not generate|differs from generation without"
-    ):
+    with pytest.raises(VerificationError, match=r"does not generate|differs from generation"):
         verify_streamed(replay, [1, 4], cut, new_tokens=6)
 
 

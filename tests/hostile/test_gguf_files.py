@@ -214,9 +214,7 @@ def test_a_full_disk_leaves_no_half_made_model(arena):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        arena.try_row(
-            Row("full", LOOK, "cannot be stored .*set ISINGCUT_CACHE", makes=("home/cache*",))
-        )
+        arena.try_row(Row("full", LOOK, "cannot be stored .*set ISINGCUT", makes=("home/cache*",)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     made = snapshot(arena.here).keys() - before.keys()

@@ -57,11 +57,7 @@ CONFIGS = [
 # Fields that the model's class does not read, and a cut would.
 UNREAD = [
     ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has an unknown form"),
-    (
-        "window layers in words",
-        {"max_window_layers": "x"},
-        "'max_window_layers' has an unknown",
-    ),
+    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has an unknown"),
     ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
     ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' has an unknown form"),
     ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
@@ -152,11 +148,7 @@ SOME = [
     ("a deep config", deep("config.json"), DEEP),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
-    (
-        "code of its own",
-        config(**RUNS),
-        "it needs its own Python code; .* pass --trust-remote-code",
-    ),
+    ("code of its own", config(**RUNS), "it needs its own Python code; .* pass --trust-remote"),
 ]
 # A healing sees first that the two models do not belong together.
 OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}

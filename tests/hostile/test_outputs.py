@@ -166,12 +166,7 @@ def flip(name):
 
 
 CHANGED = [
-    Row(
-        f"a changed {name}: {command}",
-        command,
-        "was changed or damaged after the run wrote it",
-        flip(name),
-    )
+    Row(f"a changed {name}: {command}", command, "was changed or damaged after the run", flip(name))
     for name, commands in READERS.items()
     for command in commands
 ]

@@ -95,11 +95,7 @@ TENSORS = [
     ("truncated", raw(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),
     ("empty", raw(HAMILTONIAN, lambda c: b""), UNREADABLE),
     ("a header bomb", raw(HAMILTONIAN, lambda c: BOMB + c[8:]), UNREADABLE),
-    (
-        "a pipe",
-        replaced(HAMILTONIAN, os.mkfifo),
-        "a pipe; expected a regular file|not a regular file",
-    ),
+    ("a pipe", replaced(HAMILTONIAN, os.mkfifo), "a pipe; expected a regular file|not a regular"),
 ]
 ROWS = [Row(f"{HAMILTONIAN}: {name}", SOLVE, line, make) for name, make, line in TENSORS]
 ROWS.append(

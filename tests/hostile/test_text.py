@@ -93,12 +93,7 @@ CONTENTS = [
     ("a.csv", "NUL", b"text\na\0b\n", NUL),
     ("a.csv", "latin-1", b"text\ncaf\xe9!\n", UTF8.format(0xE9)),
     ("a.txt.gz", "cut off", packed(WORDS.encode())[:-30], "a.txt.gz is not a complete gzip file"),
-    (
-        "a.txt.gz",
-        "not packed",
-        WORDS.encode(),
-        "a.txt.gz is not a complete gzip file .Not a gzipped",
-    ),
+    ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is not a complete gzip file .Not a"),
     ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is not a complete gzip file"),
     ("a.jsonl.gz", "empty", b"", "a.jsonl.gz has no records"),
     ("a.txt.gz", "packed twice", packed(packed(WORDS.encode())), UTF8.format(0x8B)),

@@ -96,11 +96,8 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
         arena.try_row(Row("again", command, code=0, makes=("new*", "home*")))
         assert snapshot(arena.here / "new")["calibration.safetensors"] == before
     arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
-    row = Row(
-        "the pipe is gone",
-        command.replace("new", "other"),
-        f"the calibration file '/dev/fd/{end}' does not exist",
-    )
+    line = f"the calibration file '/dev/fd/{end}' does not exist"
+    row = Row("the pipe is gone", command.replace("new", "other"), line)
     arena.try_row(row)
 
 
