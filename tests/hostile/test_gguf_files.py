@@ -113,7 +113,7 @@ CONVERTED = [
 ]
 # What comparing with the run's model shows.
 OTHERS = [
-    ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight has other"),
+    ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight differs"),
     ("a deeper model", of_model(num_hidden_layers=7), "it has 7 blocks, the run's model 6"),
     ("a wider model", of_model(hidden_size=64), "is of another model: "),
     ("another width", file(embedding_length=64), "64 numbers in its stream, the run's model 32"),

@@ -160,7 +160,7 @@ WORDS = rows(
         (
             "a schedule without its settings",
             heal(lr_scheduler_type="cosine_with_min_lr"),
-            "transformers refuses .*lr_scheduler_kwargs",
+            "transformers rejects .*lr_scheduler_kwargs",
         ),
         ("no steps", heal(max_steps=0), "max_steps must be above 0"),
         ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),

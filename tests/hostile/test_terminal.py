@@ -272,7 +272,7 @@ def test_a_disk_that_refuses_a_copy_is_one_line(arena, monkeypatch, name, words)
 
 BOTH = "report {run} {run} --out "
 LINKED = "loop|Too many levels|is not replaced|already exists|link"
-BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is no folder"
+BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is not a folder"
 
 
 def link(name, target):
