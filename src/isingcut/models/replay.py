@@ -1,4 +1,4 @@
-"""Run block i of a model on any hidden states: the recorded call of each block, replayed.
+"""Run block i of a model on any hidden states, by replaying the recorded call of each block.
 
 transformers blocks take masks, position embeddings and caches that differ by layer. Nothing
 of that is rebuilt here: the model runs once with its blocks stubbed, what each block was
@@ -45,11 +45,11 @@ BLOCK_STREAMS = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """How often a streamed model was read, in sweeps over all of its weights.
+    """How often a streamed model was read, in sweeps over all weights.
 
     Attributes:
-        disk: from the checkpoint.
-        memory: from parts that host memory keeps.
+        disk: reads from the checkpoint.
+        memory: reads from host memory.
     """
 
     disk: float = 0.0
@@ -86,10 +86,10 @@ _HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_
 
 
 class BlockCall:
-    """The arguments that a block was called with, its hidden states apart.
+    """The recorded arguments of a block, with its hidden states separate.
 
     Attributes:
-        hidden: the residual stream; None once it is not needed any more.
+        hidden: the residual stream; None once it is no longer needed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class BlockCall:
         )
 
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the block returns for other hidden states."""
+        """Call the block with other hidden states."""
         if self.keyword:
             return block(*self.args, hidden_states=hidden, **self.kwargs)
         return block(hidden, *self.args, **self.kwargs)
@@ -124,7 +124,7 @@ class BlockCall:
 def learn_outputs(
     model: Any, blocks: Sequence[nn.Module], device: torch.device
 ) -> tuple[list[tuple[Any, ...] | None], int]:
-    """Run four tokens through a model and look at what its blocks return.
+    """Run four tokens through a model and inspect the outputs of its blocks.
 
     Returns:
         for each block, the rest of its output tuple after the stream, None if it returns only the
@@ -250,7 +250,7 @@ class _StackReached(Exception):
 
 
 class Replay:
-    """The blocks of one model, callable one at a time.
+    """The blocks of one model, to run one at a time.
 
     Args:
         model: a causal language model; it is put in evaluation mode.
@@ -298,7 +298,7 @@ class Replay:
         return len(self.blocks)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        """Return a cheap identity of this model, for the fingerprint of a journal."""
         parameters = list(self.model.parameters())
         config = getattr(self.model, "config", None)
         return {
@@ -310,7 +310,7 @@ class Replay:
         }
 
     def stream_bytes(self, batch: TokenSet) -> int:
-        """Bytes of the residual stream of a batch at one place."""
+        """Return the bytes of a batch's residual stream at one block boundary."""
         return int(batch.input_ids.numel()) * self.bytes_per_token
 
     def room(self, batch: TokenSet) -> int:
@@ -349,7 +349,7 @@ class Replay:
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Seconds that each block takes for one sequence of ``length`` tokens (median).
+        """Time each block on one sequence of ``length`` tokens (median seconds).
 
         Of streamed blocks with the same tensors one is timed.
         """
@@ -374,7 +374,7 @@ class Replay:
         return [seconds[kind] for kind in kinds]
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+        """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
 
         def stub(i: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._as_output(i, hidden)
@@ -422,7 +422,7 @@ class Recording:
         self.input_ids, self.entered = input_ids, entered
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) after block ``i``, from those before it."""
+        """Run block ``i``: hidden states (B, T, D) after it from those before it."""
         output = self._calls[i].repeat(self._replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out
@@ -453,7 +453,7 @@ def reuse_freed_memory() -> None:
 
 @contextlib.contextmanager
 def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
-    """Let a model compute attention as ``name``, or as its replay says, for a while.
+    """Use the attention implementation ``name``, or that of the replay, within the context.
 
     Raises:
         ArchitectureError: the model has no such implementation.

@@ -48,7 +48,7 @@ _READ_BY_TRANSFORMERS = (
 
 
 def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
-    """The local folder (config.json, safetensors, tokenizer) of any kind of model name.
+    """Resolve a model's name to its local folder (config.json, safetensors, tokenizer).
 
     Args:
         name: a folder, a hub id, a `.gguf` file or ``"smollm2"``; a local path wins over a hub
@@ -80,7 +80,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
 
 
 def hub_id(name: str) -> str | None:
-    """The hub id behind a model name, or None for a local folder or file."""
+    """Return the hub id of a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
     if is_object_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
@@ -89,7 +89,7 @@ def hub_id(name: str) -> str | None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has that name, a broken link too."""
+    """Whether the path exists, even as a broken link."""
     try:
         path.lstat()
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
-    """SmolLM2-135M-Instruct out of its data package, else from the hub."""
+    """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The package is only ever read as data: importing it would need llama.cpp bindings.
         distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
@@ -167,7 +167,7 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def _checked_folder(folder: Path, weights: bool = True) -> Path:
-    """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
+    """Return ``folder`` after checking that it has a readable checkpoint."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
             f"{folder} is a PEFT adapter, not a model; merge it into its base model first, in "
@@ -191,7 +191,7 @@ def _checked_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """A hash that tells checkpoints apart, with the bytes of their weights.
+    """Return a hash that identifies a checkpoint, with the bytes of its weights.
 
     SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
     name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
@@ -220,16 +220,16 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
 
 def weights_stamp(folder: Path) -> Any:
-    """What changes when a checkpoint's files are written to: its identity, and their times."""
+    """Return a stamp that changes with a checkpoint's files: its identity, and their times."""
     times = [(shard.name, shard.stat().st_mtime_ns) for shard in weight_files(folder)]
     return times, model_identity(folder)["sha256"]
 
 
 def check_unchanged(folder: Path, stamp: Any) -> None:
-    """Refuse a checkpoint that was written to since it had this `weights_stamp`.
+    """Raise if a checkpoint changed since its `weights_stamp`.
 
     Raises:
-        ModelError: it was; one that is gone by now was not.
+        ModelError: it changed; a deleted one passes.
     """
     try:
         changed = weights_stamp(folder) != stamp
@@ -246,10 +246,10 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
 def save_loaded_model(
     given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
-    """Save a loaded model into a temporary folder and hold that; gives its name.
+    """Save a loaded model to a temporary folder within the context; yield its name.
 
     Raises:
-        InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
+        InputError: not a transformers model, no tokenizer, or a model that cannot be saved.
         ModelError: saving it failed.
     """
     from transformers import PreTrainedTokenizerBase
