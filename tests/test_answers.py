@@ -126,28 +126,28 @@ def test_what_cannot_be_told_is_refused(tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content | replace('yes', 'y') }}{% endfor %}"
     )
-    refused(source, tokenizer, r"chat\.jsonl line \d+: .* shows an answer otherwise .*'answers:'")
+    refused(source, tokenizer, r"chat\.jsonl line \d+: .* changes an assistant message, .*answers")
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    with pytest.raises(ModelError, match="not text alone"):
+    with pytest.raises(ModelError, match="a tool call or an image"):
         mark_answers([*talk("hi"), call], lambda messages: "")
     far = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
     whole = mark_answers(
         talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms)
     )
-    with pytest.raises(CalibrationError, match="takes a conversation apart otherwise"):
+    with pytest.raises(CalibrationError, match="splits a truncated conversation differently"):
         row_of(far, whole, 100)
 
 
 @pytest.mark.parametrize("place", ["wiki", "python", "self"])
 def test_text_has_no_answers(tmp_path, tokenizer, place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
-        with pytest.raises(CalibrationError, match=f"{place} holds text and no conversations"):
+        with pytest.raises(CalibrationError, match=f"{place} has no conversations"):
             corpora.check(source)
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
-    refused(f"answers:{text}", tokenizer, "holds text and no conversations")
+    refused(f"answers:{text}", tokenizer, "has no conversations")
     running = tmp_path / "a.txt"
     running.write_text("some text", encoding="utf-8")
-    refused(f"answers:{running}", tokenizer, "holds text and no conversations")
+    refused(f"answers:{running}", tokenizer, "has no conversations")
 
 
 def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch):

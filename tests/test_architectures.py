@@ -61,7 +61,7 @@ def test_models_without_a_decoder_stack_are_refused():
         find_stack(nn.Linear(2, 2))
     no_stack = tiny_model("llama")
     no_stack.model.layers = nn.Sequential(*no_stack.model.layers)
-    with pytest.raises(ArchitectureError, match="no recognisable block stack"):
+    with pytest.raises(ArchitectureError, match="has no block stack"):
         find_stack(no_stack)
 
 
@@ -283,7 +283,7 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     kinds = find_stack(model).kinds
     removed = [i for i in range(len(kinds)) if i != stays]
     excise(tmp_path / "source", removed, tmp_path / "cut")
-    assert verify(model, removed, tmp_path / "cut", new_tokens=4).told
+    assert verify(model, removed, tmp_path / "cut", new_tokens=4).distinguishes
     shown = inspect_model(tmp_path / "cut")
     assert shown.stack.kinds == (kinds[stays],)
     assert not shown.refusal
@@ -304,7 +304,7 @@ def test_a_run_down_to_one_block_is_patched_and_evaluated(text, tmp_path, no_spe
     for removal in (["--remove", 1], ["--budget", "params=10%"], []):
         assert call(*again, *removal) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == "isingcut: this model has one block, which stays: none can be removed"
+        assert line.endswith("has a single block, which must stay; use a deeper model")
 
 
 ENTRY = Entry("llama", "AutoModelForCausalLM")
@@ -343,7 +343,7 @@ def test_a_wrong_cut_is_reported_as_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(conformance, "excise", cut_another)
     report = check_entry(ENTRY, tmp_path, states=1)
     assert report.outcome == "failed"
-    assert "does not compute what the original does" in report.reason
+    assert "differs from the original" in report.reason
 
 
 def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(tmp_path, monkeypatch):

@@ -473,7 +473,7 @@ def test_settings_are_read_with_the_type_of_their_default():
         ("evopress", "survivors=[a]", "expected a value like"),
         ("evopress", "generations=many", "expected a value like"),
         ("evopress", "survivors", "expected OPTION=VALUE"),
-        ("evopress", "survivors=[", "not a readable value"),
+        ("evopress", "survivors=[", "cannot read the value"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(name, setting, words):

@@ -101,7 +101,7 @@ def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     file.write_text("x" * 160, encoding="utf-8")
     assert build(str(file), tokenizer, **SIZES).splits["energy"].tokens == 5 * 15
     file.write_text("x" * 159, encoding="utf-8")
-    refused(str(file), tokenizer, "samples of 16 tokens were asked for, found 9;")
+    refused(str(file), tokenizer, "samples of 16 tokens are needed, found 9;")
 
 
 def test_counts_and_length_are_checked(tokenizer):
@@ -250,8 +250,8 @@ def test_a_well_known_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch):
         refused(
             source,
             tokenizer,
-            "cannot read the data set 'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' stands for "
-            "it: let this machine reach the hub, or name a text that is here",
+            "cannot read the data set 'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs "
+            "this data set: connect to the hub, or give a local text",
         )
 
 
@@ -288,7 +288,7 @@ def test_self_follows_the_models_own_distribution(tokenizer):
 
 
 def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, monkeypatch):
-    with pytest.raises(InputError, match="needs the model"):
+    with pytest.raises(InputError, match="needs a model"):
         build("self", tokenizer, **SIZES)
     monkeypatch.setattr("isingcut.data.generation._sampled", lambda *_: [[1, 2, 3]] * 32)
     with pytest.raises(CalibrationError, match="repeats itself"):

@@ -17,7 +17,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device
 from isingcut.models.load import load
-from isingcut.runs import pipeline, stages
+from isingcut.runs import stages
 from isingcut.testing import gpu
 from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model
@@ -243,20 +243,20 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     whole = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", exhausted)
-    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 bytes more were needed"):
+    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
         isingcut.run(out=str(tmp_path / "off"), stream="off", **options)
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert gpu.main(["--out", str(tmp_path / "found.json")]) == 2
-    assert capsys.readouterr().out.startswith("there is no GPU to check: ")
+    assert capsys.readouterr().out.startswith("no GPU found: ")
     assert not (tmp_path / "found.json").exists()
 
 
 def test_an_unknown_check_is_named(capsys):
     assert gpu.main(["--only", "agree,agre"]) == 2
-    assert "no check 'agre'" in capsys.readouterr().out
+    assert "unknown check 'agre'" in capsys.readouterr().out
 
 
 def refuse(place):

@@ -130,7 +130,7 @@ def test_a_disk_too_small_is_known_beforehand(tmp_path, monkeypatch):
     source = sharded(tmp_path / "source")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match=r"are needed and 0\.00 GB are free"):
+    with pytest.raises(InputError, match=r"are needed, but 0\.00 GB are free"):
         excise(source, [1], tmp_path / "home" / "out")
     assert not (tmp_path / "home").exists()
 

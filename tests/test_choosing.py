@@ -27,7 +27,7 @@ from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
-from isingcut.runs.stages import check_asked
+from isingcut.runs.stages import check_run_tasks
 from shared import OPTIONS, write_jsonl
 from tiny import random_tokens, tiny_replay
 
@@ -382,10 +382,10 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 def test_what_cannot_be_asked(questions):
     for options in ({"choose": "tasks"}, {"questions": 5}):
-        with pytest.raises(InputError, match="--tasks names no benchmark"):
+        with pytest.raises(InputError, match="need benchmarks; name some with --tasks"):
             RunConfig(model="m", remove="2", **options).validate()
-    with pytest.raises(InputError, match="a range cuts none"):
-        check_asked(RunConfig(model="m", remove="2..3", tasks=str(questions)))
+    with pytest.raises(InputError, match="a range of removals cuts none"):
+        check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
 def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
@@ -411,7 +411,7 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     for name in ("test", "train"):
         (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8, encoding="utf-8")
     for name in ("gsm8k", "wikitext2"):
-        with pytest.raises(InputError, match=f"{name} takes the whole model, which does not fit"):
+        with pytest.raises(InputError, match=f"{name} needs the whole model, which does not fit"):
             isingcut.run(
                 **OPTIONS,
                 model=str(llama),

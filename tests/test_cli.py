@@ -163,7 +163,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
 def test_without_random_states_it_is_said_that_nothing_judged_the_energy(run, capsys):
     assert call("rank", run, "--random-states", 0, "--overwrite") == 0
     captured = capsys.readouterr()
-    assert "energy: how well it ranks was not measured (--random-states 0)" in captured.out
+    assert "energy: rank correlation not measured (--random-states 0)" in captured.out
     assert not list(run.glob("*.journal*"))
     removed = read_json(run / "candidates.json", "candidates")["chosen"]["removed"]
     card = model_card(card_parts(run, run, removed))
@@ -183,7 +183,7 @@ def test_blocks_counted_from_one(run, capsys):
     assert read_json(run / "model" / "isingcut.json", "removal")["removed"] == [1, 4]
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
         assert call("excise", run, "--blocks", *wrong.split()) == 2
-        assert f"blocks are numbered {ends}; --one-based is for" in capsys.readouterr().err
+        assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
@@ -267,7 +267,7 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr("isingcut.ising.solvers.registry.names", interrupted)
     assert call("ls") == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
     def broken():
         raise ZeroDivisionError("of  the\nsolver")

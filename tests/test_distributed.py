@@ -130,7 +130,7 @@ def test_both_launchers_start_all_processes(place, alone, tmp_path, launcher):
     out, said = tmp_path / "run", tmp_path / "said"
     command = [*launcher, "-m", "isingcut", *_typed(place, out)]
     assert join([start(said, _launcher, *map(str, command))]) == [0], said.read_text()
-    assert said.read_text().count("2 processes share the measuring") == 1
+    assert said.read_text().count("2 processes share the measurements") == 1
     for name in FILES:
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
@@ -234,7 +234,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
     # Of rank 0, which alone speaks, the launcher says that it was killed.
     assert len(lines) == which
-    assert all("the 2 processes cannot reach each other any more (" in line for line in lines)
+    assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
     _energy(place, out)
     for name in (*FILES, "hamiltonian.hessian.safetensors"):

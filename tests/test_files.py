@@ -78,7 +78,7 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
         pass
     assert (target / "mine").read_text() == "1"
     with (
-        pytest.raises(OutputExistsError, match="only what isingcut wrote"),
+        pytest.raises(OutputExistsError, match="only files of isingcut"),
         atomic_folder(target, overwrite=True),
     ):
         pass

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isingcut
-from isingcut.data.mixture import find_held, hold_texts
+from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
 from shared import OPTIONS, leave_speed_out
 from tiny import tiny_checkpoint
@@ -98,19 +98,19 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
         patch.setattr("isingcut.runs.measuring.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
-    with pytest.raises(OutputExistsError, match=r"made with other options .calibration: '40 texts"):
+    with pytest.raises(OutputExistsError, match=r"made with other options .calibration: was '40"):
         prune(TEXTS[:-1])
 
 
 def test_what_is_held_no_more_is_named():
-    with hold_texts(["a", "b"]) as name:
-        assert find_held(name) == ["a", "b"]
-        with hold_texts(("a", "b")) as again:
+    with register_texts(["a", "b"]) as name:
+        assert find_object(name) == ["a", "b"]
+        with register_texts(("a", "b")) as again:
             assert again == name
-        assert find_held(name) == ["a", "b"]
-    with pytest.raises(InputError, match=r"2 texts in memory .* was handed over in Python"):
-        find_held(name)
-    assert find_held("my-text.txt") is None
+        assert find_object(name) == ["a", "b"]
+    with pytest.raises(InputError, match=r"2 texts in memory .* was passed in Python"):
+        find_object(name)
+    assert find_object("my-text.txt") is None
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ SPOILT = {
     ),
     "spread": (
         lambda m: add_hook_to_module(m.model.layers[1], AlignDevicesHook("cpu")),
-        r"model.layers.1 .* load the model anew without device_map",
+        r"model.layers.1 .* load the model without device_map",
     ),
     "quantised": (
         lambda m: setattr(m.config, "quantization_config", BITS),
         "is quantised in memory.*give the folder or hub id",
     ),
     "offloaded": (lambda m: m.lm_head.to("meta"), "has weights that are not in memory"),
-    "adapted": (lambda m: setattr(m, "_hf_peft_config_loaded", True), "has adapters loaded"),
+    "adapted": (lambda m: setattr(m, "_hf_peft_config_loaded", True), "has adapters, which"),
     "packed": (packed, "is quantised in memory.*give the folder or hub id"),
     "unsavable": (
         lambda m: setattr(m, "save_pretrained", lambda folder: folder.absent),
@@ -189,7 +189,7 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
         (model, None, r"prune\(model, tokenizer=...\)"),
         (model, "gpt2", "expected a transformers tokenizer, got str"),
         (torch.nn.Linear(2, 2), tokenizer, "a loaded transformers model, got Linear"),
-        (str(folder / "model"), tokenizer, "tokenizer belongs to a loaded model"),
+        (str(folder / "model"), tokenizer, "tokenizer is only for a loaded model"),
     ):
         with pytest.raises(InputError, match=words):
             isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)

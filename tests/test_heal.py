@@ -220,7 +220,7 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # What is healed already is not the exact cut, which a patch is fitted for.
-    with pytest.raises(InputError, match="is healed already, and a patch is fitted to the exact"):
+    with pytest.raises(InputError, match="is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
     further = read_json(again / "healing.json", "healing")
@@ -341,7 +341,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
 
 
 def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path):
-    with pytest.raises(InputError, match=r"too short: judging .*10 steps .*give --effort 1min"):
+    with pytest.raises(InputError, match=r"too short: evaluating .*10 steps .*give --effort 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 

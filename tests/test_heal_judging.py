@@ -47,7 +47,7 @@ def test_a_part_that_gets_worse_ends_a_healing():
     # What was worse than in the beginning at the check before is not kept either.
     none = judge.verdict([start, check(5, 0.5, 1.1), check(10, 0.2, 1.2)])
     assert none.kept == 0
-    assert "nothing of it is kept: on b the model got worse" in none.why
+    assert "no step is kept: on b the model got worse" in none.why
     # Not where it is better than in the beginning, not within the noise, and not at once.
     assert judge.verdict([start, better, check(10, 0.2, 0.95)]) is None
     assert judge.verdict([start, better, check(10, 0.2, 1.2, noise=3)]) is None

@@ -121,7 +121,7 @@ def test_gemma_4_is_measured_where_nothing_is_shared(model_type, tmp_path):
 
 def test_keys_and_values_that_later_blocks_read_are_noticed():
     model = tiny_model("gemma4")
-    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+    with pytest.raises(ArchitectureError, match="more than the residual stream"):
         replay_of(model)
 
 
@@ -157,7 +157,7 @@ def test_what_blocks_hand_on_matters_where_it_is_read(reads):
     if not reads:
         assert len(Replay(model, list(model.layers))) == 3
         return
-    with pytest.raises(ArchitectureError, match="beside the residual stream"):
+    with pytest.raises(ArchitectureError, match="more than the residual stream"):
         Replay(model, list(model.layers))
 
 
@@ -174,7 +174,7 @@ def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
     excise(source, [1], tmp_path / "out")
     model = tiny_model("llama")
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
-    one_line = "does not run on text alone, .* neither measured nor proven: AttributeError"
+    one_line = "does not run on text alone, .* measured or verified: AttributeError"
     with pytest.raises(ArchitectureError, match=one_line):
         verify(model, [1], tmp_path / "out")
     with pytest.raises(ArchitectureError, match=one_line):
@@ -194,7 +194,7 @@ INSIDE = {
 def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
-    assert (proof.inputs, proof.told) == ("text and an image", True)
+    assert (proof.inputs, proof.distinguishes) == ("text and an image", True)
     assert proof.difference <= 1e-5
     (remark,) = proof.remarks
     assert remark.startswith(f"{type(model).__name__} does not run on text alone (")
@@ -217,10 +217,10 @@ def test_llama_4_is_proven_on_text_and_the_reason_is_said(tmp_path):
     # With transformers 5.24 the class fails on whatever it is given, behind its last block.
     model = composite_checkpoint("llama4", tmp_path / "source")
     proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
-    assert (proof.inputs, proof.told, proof.difference) == ("text only", True, 0.0)
+    assert (proof.inputs, proof.distinguishes, proof.difference) == ("text only", True, 0.0)
     inside, images = proof.remarks
     assert inside.endswith("text was given to the Llama4ForCausalLM inside it")
-    assert images.startswith("the cut is proven on text only")
+    assert images.startswith("the cut is verified on text only")
     assert "image_outputs" in images
 
 

@@ -154,7 +154,7 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
     documents = numbered(tmp_path / "a.jsonl", "river")
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
-    refused(f"{documents}=1,missing.txt=1", tokenizer, "part 'missing.txt' of the mixture: there")
+    refused(f"{documents}=1,missing.txt=1", tokenizer, "part 'missing.txt' of the mixture: the")
     refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
     refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
     refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")
@@ -176,7 +176,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
         meta = json.loads(json.dumps(built.meta))
         meta["part_of_sample"]["energy"] = bad
         Calibration(built.splits, built.source, meta).save(path)
-        with pytest.raises(StageFileError, match="samples of energy are not each of a part"):
+        with pytest.raises(StageFileError, match="some samples of energy have no source"):
             Calibration.load(path)
 
 

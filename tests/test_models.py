@@ -57,7 +57,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
 @pytest.mark.parametrize("read", [models.load, loading_class_of, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="the model's folder gone is not there"):
+    with pytest.raises(CheckpointError, match="the model's folder gone does not exist"):
         read(Path("gone"))
 
 

@@ -221,7 +221,7 @@ def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
     assert [c.removed for c in record.cuts] == [[4, 4]]
     (left,) = record.unpatched
     assert left.removed == [0, 1]
-    assert left.reason.startswith("block 0 is removed, so that nothing stands before")
+    assert left.reason.startswith("block 0 is removed, so no block before")
 
 
 def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
@@ -296,7 +296,7 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, m
     teacher, replay = load_streamed(source, dtype="float32", device="cpu")
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
     kinds = find_stack(teacher.model).kinds
-    with pytest.raises(InputError, match=r"on 252 tokens needs .* left; give fewer --patch-tokens"):
+    with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, kinds, tokens(), [3], Work(96))
 
 
@@ -418,7 +418,7 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
 
 
 def test_three_samples_are_too_few():
-    with pytest.raises(FitError, match="4 samples or more"):
+    with pytest.raises(FitError, match="at least 4 samples"):
         tuned(tiny_model("llama"), tokens(3))
 
 
@@ -569,7 +569,7 @@ def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     monkeypatch.setattr(linear, "gained_writes", lambda *args: [])
-    reason = r"block 1 \(attention\+moe\) cannot absorb a patch: no linear layer of it writes to"
+    reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())
 
@@ -579,5 +579,5 @@ def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
     *_, hybrid, experts = patches.table(found).splitlines()
     assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
     assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
-    with pytest.raises(ArchitectureError, match="blocks hand something on to later blocks"):
+    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
         patches.absorbers("gemma4", tmp_path / "gemma4")

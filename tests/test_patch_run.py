@@ -223,7 +223,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
     fitted = patch_of(saved)["text"]
     assert fitted["samples"] == fitted["searched"] == 6
-    assert "was handed over in Python and is not kept" in fitted["short"]
+    assert "was passed in Python and is not kept" in fitted["short"]
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
         return str(caught.value)
 
     (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
-    assert "set by the run itself" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
+    assert "the run itself sets" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
     assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 

@@ -114,7 +114,7 @@ def test_a_budget_of_healing_takes_its_tokens_or_its_time():
     counted.config = counted.config.replace(heal="2h")
     assert stage(counted, "heal")["seconds"] == pytest.approx(7200)
     counted.config = counted.config.replace(heal=True)
-    assert "a budget (--heal 10min) says how long" in stage(counted, "heal")["impossible"]
+    assert "set a limit with --heal 10min" in stage(counted, "heal")["impossible"]
     counted.streamed, counted.room = True, 1
     assert "whole model in memory" in stage(counted, "heal")["impossible"]
 

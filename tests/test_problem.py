@@ -29,11 +29,11 @@ def test_feasible_and_violations():
 
 
 def test_row_length_must_fit():
-    with pytest.raises(InputError, match="is over 5 blocks"):
+    with pytest.raises(InputError, match="is for 5 blocks"):
         Problem(hamiltonian(4), [con.count(5, 2)])
 
 
-def test_clashing_constraints_are_named_and_no_others():
+def test_conflicting_constraints_are_named_and_no_others():
     rows = [
         con.count(6, 2),
         con.budget("params", np.ones(6), share=0.5),
@@ -49,7 +49,7 @@ def test_clashing_constraints_are_named_and_no_others():
     assert "attention" not in text
 
 
-def test_budgets_in_bytes_clash_too():
+def test_budgets_in_bytes_conflict_too():
     rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
     with pytest.raises(InfeasibleError, match="budget bytes"):
         Problem(hamiltonian(6), rows).check()
@@ -88,7 +88,7 @@ def test_cqm_with_quadratic_constraint_is_refused():
     x, y = dimod.Binaries(["x", "y"])
     cqm.set_objective(x + y)
     cqm.add_constraint(x * y <= 0, label="both")
-    with pytest.raises(InputError, match="not linear"):
+    with pytest.raises(InputError, match="must be linear"):
         Problem.from_cqm(cqm)
 
 
@@ -242,7 +242,7 @@ def test_budget_by_share_and_amount():
     assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
     with pytest.raises(InputError, match="either a share or an amount"):
         con.budget("params", costs)
-    with pytest.raises(InputError, match="between 0% and 100%"):
+    with pytest.raises(InputError, match="from 0% to 100%"):
         con.budget("params", costs, share=1.5)
 
 
@@ -296,7 +296,7 @@ def test_sorted_distinct_and_recomputed(problem):
 
 
 def test_infeasible_states_are_refused(problem):
-    with pytest.raises(InputError, match="breaks: count"):
+    with pytest.raises(InputError, match="violates: count"):
         Spectrum.from_states(problem, states((0, 1, 2)), solver="mine")
 
 

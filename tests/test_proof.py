@@ -80,9 +80,9 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
     cut = cut_of(model, [1], tmp_path)
     proof = verify(model, [1], cut, images=invent_images)
     assert proof.difference == 0.0
-    assert proof.told
+    assert proof.distinguishes
     assert min(c.wrong for c in proof.comparisons) > 0.1
-    with pytest.raises(VerificationError, match="does not compute"):
+    with pytest.raises(VerificationError, match="differs from the original"):
         verify(model, [2], cut)
 
 
@@ -90,14 +90,14 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path):
     model = tiny_model("llama")
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
-    with pytest.raises(VerificationError, match="fails on text, which the original without"):
+    with pytest.raises(VerificationError, match="fails on text, but the original without"):
         verify(model, [1], tmp_path, cut=cut)
 
 
 def test_generation_is_compared_beside_masked_logits(tmp_path):
     model = composite("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
-    with pytest.raises(VerificationError, match="another token"):
+    with pytest.raises(VerificationError, match="differs from generation"):
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
@@ -118,7 +118,7 @@ def test_a_tie_is_told_by_the_rounding_of_its_own_logits(above, tie):
             return SimpleNamespace(logits=logits.bfloat16())
 
     # One step of bfloat16 at 16 is 0.125: 0.8 % of them, and 3 % of the usual size.
-    noticed = pytest.raises(VerificationError, match="another token")
+    noticed = pytest.raises(VerificationError, match="differs from generation")
     with contextlib.nullcontext() if tie else noticed:
         check_generation(Rounded(), torch.arange(6)[None], 1, "the model")
 
@@ -145,7 +145,7 @@ def test_one_idle_neighbour_leaves_others_to_tell(tmp_path):
     idle(model, [1, 2])
     proof = verify(model, [2], cut_of(model, [2], tmp_path))
     assert proof.comparisons[0].instead == (3,)
-    assert proof.told
+    assert proof.distinguishes
 
 
 def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypatch):
@@ -153,9 +153,9 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
     idle(model, range(6))
     proof = verify(model, [2], cut_of(model, [2], tmp_path))
     assert proof.difference == 0.0
-    assert not proof.told
+    assert not proof.distinguishes
     (remark,) = proof.remarks
-    assert "cannot tell this cut from others: without blocks 4 instead" in remark
+    assert "cannot distinguish this cut from another one: without blocks 4 instead" in remark
 
     for name, stand_in in {
         "tiny_model": lambda *a, **k: model,
@@ -165,7 +165,7 @@ def test_idle_blocks_are_told_of_and_fail_the_conformance_kit(tmp_path, monkeypa
         monkeypatch.setattr(f"sweep.conformance.{name}", stand_in)
     report = check_family("llama", tmp_path / "kit", states=1)
     assert report.outcome == "failed"
-    assert "cannot tell this cut from others" in report.reason
+    assert "cannot distinguish this cut from another one" in report.reason
 
 
 # Families with image features that join the stream behind text blocks 0, 1 and 2.
@@ -242,7 +242,7 @@ def test_a_proof_without_an_image_says_so(tmp_path):
     proof = verify(model, [3], cut_of(model, [3], tmp_path))
     assert proof.inputs == "text only"
     (remark,) = proof.remarks
-    assert remark.startswith("the cut is proven on text only: the model takes images")
+    assert remark.startswith("the cut is verified on text only: the model takes images")
     assert "(the checkpoint has no processor)" in remark
 
 
@@ -285,8 +285,8 @@ def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
     files = RunFiles(finished)
     assert files.proof is not None
     sure = files.warnings
-    files.proof.remarks.append("the cut is proven on text only")
-    assert files.warnings == [*sure, "the cut is proven on text only"]
+    files.proof.remarks.append("the cut is verified on text only")
+    assert files.warnings == [*sure, "the cut is verified on text only"]
 
 
 def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
@@ -298,4 +298,4 @@ def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
     proof = verify_streamed(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"
     assert proof.difference == 0.0
-    assert proof.told
+    assert proof.distinguishes

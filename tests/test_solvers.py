@@ -140,7 +140,7 @@ def test_what_is_no_solution_is_refused(monkeypatch):
     for result, message in {
         None: "returned NoneType; expected a Solution",
         Solution(np.zeros((2, 3), dtype=bool)): r"shape \(2, 3\); expected .* \(S, 60\)",
-        Solution(np.zeros((0, 60), dtype=bool)): "found no state that obeys",
+        Solution(np.zeros((0, 60), dtype=bool)): "found no state that satisfies",
     }.items():
         monkeypatch.setattr(Odd, "result", result)
         with pytest.raises(InputError, match=message):
@@ -279,7 +279,7 @@ class Fake:
     [
         ("type", "must return a Solution"),
         ("shape", "must be bool"),
-        ("infeasible", "breaks"),
+        ("infeasible", "violates"),
         ("proof", "claims a proof"),
         ("bound", "lower bound"),
     ],

@@ -87,7 +87,7 @@ NONE = [
       "latency=1", "params=" + "9" * 400]),
     (BlockList, "block|large",
      ["a", "3-1", "1,,x", "-1", "3.5", "none", "0-100000", "0-" + "9" * 5000]),
-    (Memory, "an amount like 8GB or a share like 50%",
+    (Memory, "expected a share .* or an amount|memory ",
      ["much", "0GB", "0%", "101%", "8ms", "-8GB", "8 giga bytes"]),
     (Training, "expected a time",
      ["10", "5M", "0min", "0tokens", "0.5tokens", "10minutess", "-3h", "1e6tokens", "nan h", "h",

@@ -182,7 +182,7 @@ def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokeniz
     start = "the same long beginning "
     records = [{"messages": [{"role": "user", "content": start + str(i)}]} for i in range(30)]
     message = refused(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short")
-    assert "were asked for, found 1;" in message
+    assert "are needed, found 1;" in message
 
 
 def test_messages_need_a_chat_template(tmp_path):
@@ -266,7 +266,7 @@ def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):
     assert wider.pad_token_id == 262
     assert Encoder(wider, model).pad == 0
     assert Encoder(wider).pad == 262
-    with pytest.raises(CalibrationError, match=r"'<filling>' with number 262, but .* 262 rows"):
+    with pytest.raises(CalibrationError, match=r"'<filling>' with id 262, but .* 262 rows"):
         Encoder(wider, model)("a <filling>")
     model.resize_token_embeddings(263)
     assert 262 in Encoder(wider, model)("a <filling>")

@@ -1,6 +1,6 @@
-"""Everything isingcut raises on purpose.
+"""The exceptions of isingcut.
 
-IsingcutError                 something the user can act on; the CLI prints it and exits 2
+IsingcutError                 an error that you can act on; the CLI prints it and exits 2
 ├── InputError                an argument, option or config value is wrong
 │   ├── UnknownNameError      no part of that name in a registry
 │   └── FitError              too little text or memory to fit a patch
@@ -9,11 +9,11 @@ IsingcutError                 something the user can act on; the CLI prints it a
 ├── CalibrationError          the calibration text cannot be used
 ├── InfeasibleError           no state satisfies the constraints
 ├── StageFileError            a file of a run folder is corrupt, foreign or stale
-├── OutputExistsError         an output is already there and `overwrite` was not given
+├── OutputExistsError         an output already exists and `overwrite` was not given
 ├── BusyError                 another process writes to the same place
 ├── CheckpointError           a checkpoint is damaged or inconsistent
 ├── VerificationError         a written checkpoint does not compute what it should
-├── MemoryExhaustedError      the memory of the machine or of a GPU is used up
+├── MemoryExhaustedError      the machine or a GPU is out of memory
 ├── RankError                 another process of a distributed run failed
 └── MissingExtraError         an optional package is needed
 """
@@ -21,14 +21,14 @@ IsingcutError                 something the user can act on; the CLI prints it a
 from __future__ import annotations
 
 NOT_FINITE = (
-    "its weights are damaged or too large for this dtype: get the model again, or choose another "
-    "--dtype"
+    "the weights are damaged or too large for this dtype: download the model again, or choose "
+    "another --dtype"
 )
 """What to do about a model that computes NaN or infinity."""
 
 
 class IsingcutError(Exception):
-    """Base of every error a user can act on: what was expected, what came, what to do."""
+    """Base of all errors that you can act on: what was expected, what came, what to do."""
 
 
 class InputError(IsingcutError):
@@ -36,7 +36,7 @@ class InputError(IsingcutError):
 
 
 class UnknownNameError(InputError):
-    """A name that no registered part has."""
+    """No registered part has this name."""
 
 
 class FitError(InputError):
@@ -64,7 +64,7 @@ class StageFileError(IsingcutError):
 
 
 class OutputExistsError(IsingcutError):
-    """The output is already there and overwriting was not allowed."""
+    """The output already exists and overwriting was not allowed."""
 
 
 class BusyError(IsingcutError):
@@ -80,10 +80,10 @@ class VerificationError(IsingcutError):
 
 
 class MemoryExhaustedError(IsingcutError):
-    """The memory of the machine or of a GPU is used up.
+    """The machine or a GPU is out of memory.
 
     Attributes:
-        wanted: bytes that could not be allocated; None where that is not known.
+        wanted: bytes that could not be allocated; None if unknown.
     """
 
     def __init__(self, message: str, wanted: int | None = None) -> None:
@@ -95,7 +95,7 @@ class RankError(IsingcutError):
     """Another process of a distributed run failed or vanished.
 
     Attributes:
-        code: exit code of the run, that of the process that failed.
+        code: exit code of the failed process, used for the whole run.
     """
 
     def __init__(self, message: str, *, code: int = 1) -> None:
@@ -114,5 +114,5 @@ class MissingExtraError(IsingcutError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line with words in what an error says, else what it is."""
+    """Return the first non-empty line of an error's message, else its repr."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

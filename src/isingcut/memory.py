@@ -1,4 +1,4 @@
-"""Memory that is used up, of the machine or of a GPU: recognised in the errors of every library.
+"""Detect out-of-memory errors, of the machine or of a GPU, in the errors of any library.
 
 No library is imported for that, so that `isingcut --help` stays fast.
 """
@@ -19,23 +19,23 @@ _ON_GPU = re.compile("OutOfMemoryError|CUDA|CUBLAS|CUDNN|HIP|MPS")
 
 
 def is_memory_exhausted(error: BaseException) -> bool:
-    """Whether an error says that the memory of the machine or of a GPU is used up."""
+    """Whether an error reports that the machine or a GPU is out of memory."""
     names = {c.__name__ for c in type(error).__mro__}
     if names & {"MemoryError", "MemoryExhaustedError", "OutOfMemoryError"}:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Torch says the rest in plain errors, as safetensors does.
+    # Torch and safetensors also raise plain errors, which only their text identifies.
     return bool(names & {"RuntimeError", "SafetensorError"} and _WORDS.search(str(error)))
 
 
 def raise_if_exhausted(error: BaseException) -> None:
-    """Raise a `MemoryExhaustedError` from an error that says that memory is used up.
+    """Raise a `MemoryExhaustedError` if an error reports that memory is exhausted.
 
-    For whoever turns all errors of a library into one of ours: memory is not the library's fault.
+    Call it before you convert all errors of a library to one of ours.
 
     Raises:
-        MemoryExhaustedError: with the bytes that were wanted, where the error has them.
+        MemoryExhaustedError: with the bytes that were requested, if the error has them.
     """
     if isinstance(error, MemoryExhaustedError):
         raise error
@@ -44,17 +44,17 @@ def raise_if_exhausted(error: BaseException) -> None:
 
 
 def exhausted_error(error: BaseException) -> MemoryExhaustedError:
-    """One line of an error that says that memory is used up: what was needed, what there is."""
+    """Convert an out-of-memory error to one line with the bytes needed and the bytes available."""
     if isinstance(error, MemoryExhaustedError):
         return MemoryExhaustedError(str(error), error.wanted)
     wanted, total = (_bytes(pattern, error) for pattern in (_WANTED, _CAPACITY))
-    more = "" if wanted is None else f": {wanted:,} bytes more were needed"
-    more += "" if total is None else f" of the {total:,} it has"
-    smaller = "give a smaller --batch-tokens or --length, or --stream on"
+    more = "" if wanted is None else f": {wanted:,} more bytes were needed"
+    more += "" if total is None else f" of {total:,} in all"
+    smaller = "use a smaller --batch-tokens or --length, or --stream on"
     if _ON_GPU.search(f"{type(error).__name__} {error}"):
-        line = f"the memory of the GPU is used up{more}; {smaller}, or --device cpu"
+        line = f"the GPU is out of memory{more}; {smaller}, or --device cpu"
     else:
-        line = f"the memory of this machine is used up{more}; end other programs, {smaller}"
+        line = f"this machine is out of memory{more}; end other programs, {smaller}"
     return MemoryExhaustedError(line, wanted)
 
 
@@ -65,7 +65,7 @@ def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def convert_memory_errors() -> Iterator[None]:
-    """Turn what says meanwhile that memory is used up into a `MemoryExhaustedError`.
+    """Convert out-of-memory errors to `MemoryExhaustedError` within the context.
 
     Raises:
         MemoryExhaustedError: as `raise_if_exhausted`; every other error passes.

@@ -1,7 +1,7 @@
-"""One lazy registry for every room of parts: a part is one file, found by its file name.
+"""A lazy registry of parts for each room: a part is one file, found by its file name.
 
-`energies/empirical_fisher.py` is the energy `empirical-fisher`. The file's `__all__` names
-exactly one thing: the part. Nothing is imported before it is asked for. Packages outside
+`energies/empirical_fisher.py` is the energy `empirical-fisher`. The file's `__all__` has
+exactly one name: the part. A part is imported on first use. Packages outside
 isingcut add parts through an entry point in the group `isingcut.<room>`; a program adds one
 at run time with `register`.
 """
@@ -23,14 +23,14 @@ _NOT_PARTS = {"base"}
 
 
 class Registry:
-    """Names to parts of one room.
+    """The parts of one room, by name.
 
     Args:
-        room: the sub-package that holds the parts, for example ``"energies"``.
-        noun: what one part is called in messages, for example ``"energy"``.
-        inside: the sub-package that the room is in, where it is not at the top.
-        choices: names that can be asked for and stand for a part that a run chooses.
-        gone: names of parts that were here once, each with what to do instead.
+        room: the sub-package with the parts, for example ``"energies"``.
+        noun: the word for one part in messages, for example ``"energy"``.
+        inside: the parent sub-package of the room, if it has one.
+        choices: names, such as ``"auto"``, for which a run chooses the part.
+        gone: names of former parts, each with what to do instead.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Registry:
         }
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        # Not at the top: `--help` needs none of it.
+        # Imported here because `--help` does not need it.
         from importlib.metadata import entry_points
 
         return {e.name: e for e in entry_points(group=f"isingcut.{self.room}")}
 
     def names(self) -> list[str]:
-        """All names, sorted; imports no part."""
+        """Return all names, sorted; imports no part."""
         parts = {*self._files(), *self._entry_points(), *self._registered}
         return sorted({*parts, *self.choices})
 
     def register(self, name: str, part: Any) -> None:
-        """Add ``part`` for this process; replacing an existing name is refused.
+        """Add ``part`` for this process under a new name.
 
         Raises:
             UnknownNameError: the name is taken.
@@ -80,12 +80,12 @@ class Registry:
         self._registered[name] = part
 
     def get(self, name: str) -> Any:
-        """The part called ``name``.
+        """Import and return the part called ``name``.
 
         Raises:
-            UnknownNameError: no such part; the message suggests the nearest and lists all, or
-                says what replaces one that is gone.
-            InputError: it is in a plug-in that cannot be imported.
+            UnknownNameError: no such part. The message suggests the nearest name and lists all, or
+                tells what replaces a former part.
+            InputError: the part is in a plug-in that cannot be imported.
         """
         if name in self._registered:
             return self._registered[name]
@@ -98,9 +98,7 @@ class Registry:
         if name in entry_points:
             return self._load(entry_points[name])
         if name in self.choices:
-            raise UnknownNameError(
-                f"{name!r} is no {self.noun} of its own; name the one that is meant"
-            )
+            raise UnknownNameError(f"{name!r} lets a run choose; here, name one {self.noun}")
         if name in self._gone:
             raise UnknownNameError(f"there is no {self.noun} {name!r} any more; {self._gone[name]}")
         names = self.names()

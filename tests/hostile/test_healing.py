@@ -44,8 +44,8 @@ def changed_since(arena):
     (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
 
 
-READ = "which this command reads; nothing was written"
-NOT_OURS = "where healing keeps its unfinished work, is there and no healing"
+READ = "an input of this command; nothing was written"
+NOT_OURS = "the folder for unfinished work, exists and is not from"
 WORK = ".healed.healing"
 # Where the output would be, with `--overwrite`.
 OUTPUTS = [
@@ -55,7 +55,7 @@ OUTPUTS = [
     ("all of it", "{here}", f"contains .*{READ}"),
     ("inside the student", "{run}/model/healed", f"lies in .*run/model, {READ}"),
     ("inside the teacher", "{model}/healed", f"lies in .*/model, {READ}"),
-    ("home", "{home}", "stays as it is: it holds diary.txt"),
+    ("home", "{home}", "is not replaced: it has diary.txt"),
     ("a link to the teacher", "{here}/link", f"output .*link is .*{READ}", linked("link", "model")),
     ("a link into the student", "{here}/link/new", f"lies in .*run/model, {READ}",
      linked("link", "run/model")),
@@ -73,13 +73,13 @@ KEPT = [
     ("a file", NOT_OURS, written(WORK)),
     ("a link", NOT_OURS, linked(WORK, "home")),
     ("work of another version", NOT_OURS, written(f"{WORK}/identity.json", '"0123456789abcdef"')),
-    ("another's", "holds an unfinished healing with other options; type that command again",
+    ("another's", "has an unfinished healing with other options; run that command again",
      unfinished),
 ]  # fmt: skip
 PLACES = rows((n, heal("--overwrite", out=out), *rest) for n, out, *rest in OUTPUTS)
 PLACES += rows((f"{name} in the work folder's place", heal(), *rest) for name, *rest in KEPT)
 PLACES += rows([
-    ("there", heal(out="{home}"), "already exists and nothing was written"),
+    ("there", heal(out="{home}"), "already exists, nothing was written"),
     ("a link to nothing", heal(), "healed already exists", linked("healed", "gone")),
     ("the trainer file", heal("--overwrite --trainer {here}/t.yaml", out="{here}/t.yaml"),
      f"output .*t.yaml is .*{READ}", trainer("weight_decay: 0.1\n")),
@@ -107,23 +107,23 @@ def block_0_missing(arena):
 
 WORDS = rows([
     ("a patch before nothing", heal("--patch linear --method none", student="{here}/headless"),
-     "block 0 is removed, so that nothing stands before", block_0_missing),
+     "block 0 is removed, so no block before", block_0_missing),
     ("rank", heal("--method lora:33"), "--method lora:33 is more than"),
     ("unknown schedule", heal(lr_scheduler_type="cosin"),
      "the schedule .*cosin is not a valid SchedulerType"),
     ("a schedule that waits", heal(lr_scheduler_type="reduce_lr_on_plateau"),
-     "lr_scheduler_type reduce_lr_on_plateau falls when"),
+     "lr_scheduler_type reduce_lr_on_plateau needs evaluations"),
     ("a schedule without its settings", heal(lr_scheduler_type="cosine_with_min_lr"),
-     "transformers refuses .*lr_scheduler_kwargs"),
+     "transformers rejects .*lr_scheduler_kwargs"),
     ("no steps", heal(max_steps=0), "max_steps must be above 0"),
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
-    ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both say"),
+    ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
     ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
-    ("nothing to do", heal("--method none --patch none"), "leaves nothing to do"),
+    ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
     ("many samples", heal("--samples 1000000"), "too short"),
     ("no file", WITH_FILE, "t.yaml"),
     ("a pipe", WITH_FILE, "t.yaml", pipe("t.yaml")),
-    ("a list", WITH_FILE, "t.yaml must hold", trainer("- 1\n")),
+    ("a list", WITH_FILE, "t.yaml must have", trainer("- 1\n")),
     ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
 ])  # fmt: skip
 # What a trainer file may not set, and what it may not set so.
@@ -193,7 +193,7 @@ def one_bit(content):
 
 # As a user takes a changed student on purpose.
 unmarked = removed(f"run/model/{MARKER}")
-UNREADABLE = "isingcut.json is no readable record of a cut"
+UNREADABLE = "isingcut.json is not a readable record of a cut"
 ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
 HEAL, OTHER = heal(), heal("--other-teacher", teacher="{here}/other")
 DOWN, STUDENT = "model.layers.0.mlp.down_proj.weight", "run/model"
@@ -218,28 +218,28 @@ SAYS = [
     ("cut short", "not readable as JSON", written(RECORD, b'{"removed": [1')),
     ("not UTF-8", "not readable as JSON", written(RECORD, b"\xff\xfe{}")),
     ("twice", "appears twice", written(RECORD, b'{"removed": [1], "removed": [2], "of": 6}')),
-    ("a pipe", "is a pipe; expected a plain file", pipe(RECORD)),
+    ("a pipe", "is a pipe; expected a regular file", pipe(RECORD)),
     ("huge", "expected at most", truncated(RECORD, 2**26 + 1)),
 ]
 # Something is wrong with the student or the teacher of a plain healing.
 PLAIN = [
     ("one weight of the teacher", ANOTHER, number(DOWN, 1.0)),
     ("another base of its rotations", ANOTHER, config(rope_theta=5e5)),
-    ("a student of another depth", "says 3 blocks and the checkpoint has tensors of 4",
+    ("a student of another depth", "says 3 blocks, but the checkpoint has tensors of 4",
      config("run/model/config.json", num_hidden_layers=3)),
-    ("other letters", "tokenizers that read the same text differently",
+    ("other letters", "have different tokenizers",
      edited("run/model/tokenizer.json", exchange)),
     ("no tokenizer", "model has no tokenizer",
      lambda a: [p.unlink() for p in (a.run / "model").glob("tokenizer*")]),
-    ("no record, one weight changed", "its block 0 is no block of model at all",
+    ("no record, one weight changed", "its block 0 is not a block of model at all",
      both(removed(RECORD), unmarked, number(DOWN, 1.0, STUDENT))),
-    ("a student of damaged weights", "holds NaN",
+    ("a student of damaged weights", "has NaN",
      both(unmarked, number(DOWN, float("nan"), STUDENT))),
     ("a student whose logits overflow",
      "the perplexity of .*run/model is NaN or infinite on the text that begins",
      both(unmarked, tensors(overflow, STUDENT))),
     ("one bit of the student's weights",
-     "run/model is not as isingcut wrote it: model.safetensors in it was changed; write it",
+     "changed after isingcut wrote it: model.safetensors in it was changed; write it",
      changed("run/model/model.safetensors", one_bit)),
     ("another configuration of the student",
      "config.json in it was changed; write it again, or delete its .isingcut-output.json",
@@ -256,18 +256,18 @@ PAIRS += rows([
     ("another depth", OTHER, "cut from a model of 6 blocks, but the teacher .* has 5",
      another(num_hidden_layers=5)),
     ("itself", heal("--other-teacher", teacher="{run}/model"), "of 6 blocks, but .* has 4"),
-    ("another width", OTHER, "of shape .*, but block 0 of the teacher",
+    ("another width", OTHER, "of shape .*, but .* block 0 of the teacher",
      another(hidden_size=48, num_attention_heads=6)),
-    ("another vocabulary", OTHER, "a vocabulary of 262, but the teacher .* one of 300",
+    ("another vocabulary", OTHER, "a vocabulary of 262, but the teacher .* has 300",
      another(vocab_size=300)),
     ("a student of other shapes", heal(student="{here}/student"),
      "block 0 of .*student has a .* of shape", another_student),
     ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
     ("a text as teacher", heal(teacher="{text}"), "text.txt is not a model"),
-    ("no student", heal(student="{here}/gone"), "gone is no checkpoint"),
-    ("a file as student", heal(student="{text}"), "text.txt is no checkpoint"),
-    ("the run as student", heal(student="{run}"), "run is no checkpoint"),
-    ("no record, nothing missing", heal(student="{model}"), "lacks no block of model"),
+    ("no student", heal(student="{here}/gone"), "gone is not a checkpoint"),
+    ("a file as student", heal(student="{text}"), "text.txt is not a checkpoint"),
+    ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
+    ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
 ])  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     types(arena, whole, makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
-        line = "no space left .*checkpoint-2 was not written; .*what was finished is kept in "
+        line = "no space left .*checkpoint-2 was not written; .*finished work is kept in "
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "memory.json", "trainer"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
@@ -336,7 +336,7 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
 
 def test_used_up_memory_keeps_the_states(arena, monkeypatch):
     stops(monkeypatch, 2, MemoryError())
-    line = r"memory of this machine is used up; .*what was finished is kept in .*healing"
+    line = r"this machine is out of memory; .*finished work is kept in .*healing"
     assert "trainer" in types(arena, SAVING, code=2, line=line)
 
 
@@ -443,7 +443,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
         return None
 
     monkeypatch.setattr(linear, "fit_ridge", none_is_better)
-    line = r"no map of block \d's mlp.down_proj is better than none on tokens held out"
+    line = r"no map of block \d's mlp.down_proj is better than none on validation tokens"
     assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
 
 

@@ -80,11 +80,11 @@ PLACES = {
     "a user's own file": (lambda f: f.write_text("mine", encoding="utf-8"), "not a journal"),
     "the earlier form": (
         lambda f: f.write_text('{"format": "isingcut-journal", "fingerprint": "a"}\n'),
-        "of this version of isingcut; finish with the version that wrote it, or move it away",
+        "of this version of isingcut; finish with the version that wrote it, or move the file away",
     ),
-    "a folder": (lambda f: f.mkdir(), "is a folder; expected a plain file"),
-    "a pipe": (os.mkfifo, "is a pipe; expected a plain file"),
-    "a dangling link": (lambda f: f.symlink_to("nowhere"), "is a link to nothing"),
+    "a folder": (lambda f: f.mkdir(), "is a folder; expected a regular file"),
+    "a pipe": (os.mkfifo, "is a pipe; expected a regular file"),
+    "a dangling link": (lambda f: f.symlink_to("nowhere"), "is a broken link"),
 }
 
 

@@ -49,10 +49,8 @@ EXHAUSTED = {
 @pytest.mark.parametrize(("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED)
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
-    more = "" if wanted is None else f": {wanted:,} bytes more were needed"
-    arena.try_row(
-        Row("report", "report {run}", f"memory of {where} is used up{more}.*; .*--stream")
-    )
+    more = "" if wanted is None else f": {wanted:,} more bytes were needed"
+    arena.try_row(Row("report", "report {run}", f"{where} is out of memory{more}.*; .*--stream"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
@@ -116,4 +114,4 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(aren
     arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
     record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
     tuning = json.loads(record.read_text(encoding="utf-8"))["patch"]["tuning"]
-    assert "no memory left to tune the patch" in tuning["left_out"]
+    assert "out of memory for tuning the patch" in tuning["left_out"]

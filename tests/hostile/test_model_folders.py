@@ -32,7 +32,7 @@ TOKENIZER = "model/tokenizer.json"
 INDEX = "model/model.safetensors.index.json"
 
 INVALID = "the configuration is not a valid llama configuration: "
-FILLS = "describes a model with more than .* which its weights cannot fill"
+FILLS = "describes a model with more than .* more than its weights have"
 LAYER_TYPE = f"{INVALID}.*The `layer_types` entries must be in"
 RUNS = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}
 MORE = f"says num_.*={10**9}; expected at most 100000"
@@ -43,7 +43,7 @@ CONFIGS = [
     ("no block", {"num_hidden_layers": 0}, "says num_hidden_layers=0; expected at least 1"),
     ("a billion blocks", {"num_hidden_layers": 10**9}, MORE),
     ("a depth beyond 64 bits", {"num_hidden_layers": 10**30}, "=10{30}; expected at most 100000"),
-    ("another width", {"hidden_size": 64}, r"shape \[.*32\], its model wants \[.*64\]"),
+    ("another width", {"hidden_size": 64}, r"shape \[.*32\], but its model expects \[.*64\]"),
     ("a huge width", {"hidden_size": 10**7}, FILLS),
     ("a width beyond 64 bits", {"hidden_size": 10**25}, "cannot load the model in .*Overflow"),
     ("no heads", {"num_attention_heads": 0}, f"{INVALID}ZeroDivisionError"),
@@ -54,17 +54,17 @@ CONFIGS = [
     ("an encoder-decoder", {"model_type": "t5"}, "no text-generating decoder of .* type 't5'"),
     ("quantised in a word", {"quantization_config": "fp8"}, "config='fp8'; expected an object"),
     ("a map that is a list", {"per_layer_config": [1]}, f"{INVALID}.*has no attribute 'items'"),
-    ("code of its own", RUNS, "runs only if you trust it; .* pass --trust-remote-code"),
+    ("code of its own", RUNS, "it needs its own Python code; .* pass --trust-remote-code"),
 ]
 # Fields that the model's class does not read, and a cut would.
 UNREAD = [
-    ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has a form that"),
-    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has a form that"),
+    ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has an unknown form"),
+    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has an unknown"),
     ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
-    ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' has a form that"),
+    ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' has an unknown form"),
     ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
-    ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has a form that"),
-    ("no block type", {"block_types": []}, "'block_types' has a form that"),
+    ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
+    ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
 ]
 BILLION = b'{"num_hidden_layers": ' + b"9" * 100_000 + b"}"
 DEEP = "nested deeper than 200"
@@ -82,9 +82,9 @@ FILES = [
     ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
     ("a pipe for a template", pipe("model/chat_template.jinja"), "chat_template.jinja is a pipe"),
     ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),
-    ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a link to nothing"),
+    ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a broken link"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
-    ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "leads out of the checkpoint"),
+    ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "outside the checkpoint"),
     (
         "an adapter",
         both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
@@ -103,7 +103,7 @@ FILES = [
     ("a huge header", written(WEIGHTS, (2**40).to_bytes(8, "little") + bytes(99)), "header of"),
     ("a noisy header", written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), "is damaged"),
     ("a deep header", written(WEIGHTS, (20000).to_bytes(8, "little") + b"[" * 20000), DEEP),
-    ("an empty weight file", written(WEIGHTS, b""), "truncated or no safetensors"),
+    ("an empty weight file", written(WEIGHTS, b""), "truncated or not a safetensors"),
     ("a header that is a list", written(WEIGHTS, b"\x02" + bytes(7) + b"[]"), "is no object"),
     ("a shape in words", entry(shape="32"), "has a number that is none"),
     ("a shape of nothing", entry(shape=None), "entry of 'model.norm.weight' is damaged"),
@@ -114,22 +114,22 @@ FILES = [
     ("a dtype that is a list", entry(dtype=["F32"]), r"unknown dtype \['F32'\]"),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), "header is damaged"),
     ("an entry in digits", header(lambda h: h.update({"model.norm.weight": 3})), "is damaged"),
-    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
 ]
 # What `inspect` does not read: numbers, and names of single tensors.
 LOADED = [
     ("no weights", removed(WEIGHTS), "has no weights"),
-    ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
-    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* holds NaN or infinity"),
+    ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
+    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* has NaN or infinite values"),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
     (
         "another shape",
         tensors(lambda t: t.update({UP: ones(40, 32)})),
-        rf"{UP} in .* has the shape \[40, 32\], its model wants \[48, 32\]",
+        rf"{UP} in .* has the shape \[40, 32\], but its model expects \[48, 32\]",
     ),
-    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks and .* has tensors of 5"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
     ("no tokenizer", removed(TOKENIZER, "model/tokenizer_config.json"), "has no tokenizer"),
@@ -145,30 +145,34 @@ HEAL = (
 SOME = [
     ("a depth in words", config(num_hidden_layers="six"), INVALID),
     ("a billion blocks", config(num_hidden_layers=10**9), MORE),
-    ("a block more", tensors(more_blocks), "says 6 blocks and the checkpoint has tensors of 7"),
+    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("a huge width", config(hidden_size=10**7), FILLS),
     ("a deep config", deep(CONFIG), DEEP),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
-    ("NaN", number(UP, np.nan), f"{UP} .* holds NaN or infinity"),
-    ("code of its own", config(**RUNS), "runs only if you trust it; .* pass --trust-remote-code"),
+    ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
+    ("code of its own", config(**RUNS), "it needs its own Python code; .* pass --trust-remote"),
 ]
 # A healing sees first that the two models do not belong together.
-OF_PAIR = {"a huge width": "a width of 32, but the teacher .* one of 10000000"}
+OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
-    ("a dangling model", "inspect {here}/dangling", "is a link to nothing"),
-    ("a device as a model", "inspect /dev/zero", "is a device; expected a plain file"),
+    ("a dangling model", "inspect {here}/dangling", "is a broken link"),
+    ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
     ("a model that is a text", "inspect {text}", "is not a model"),
     ("a folder without a model", "inspect {home}", "has no config.json"),
-    ("a dangling teacher", "heal {model} --teacher {here}/dangling --out {here}/new", "to nothing"),
+    (
+        "a dangling teacher",
+        "heal {model} --teacher {here}/dangling --out {here}/new",
+        "a broken link",
+    ),
 ]
 
 
 ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
 OVERFLOW = (
     r"the output of block 2 \(LlamaDecoderLayer\) of .*model is NaN or infinite on the text that "
-    "begins '.*'; its weights are damaged or too large"
+    "begins '.*'; the weights are damaged or too large"
 )
 
 
@@ -188,13 +192,13 @@ def _rows():
     yield Row(
         "a text by a model whose block overflows",
         ENERGY.replace("{text}", "self"),
-        "the logits of .*model are NaN or infinite at token 1 of a text that it generates",
+        "the logits of .*model are NaN or infinite at token 1 of a generated text",
         tensors(overflow),
     )
     yield Row(
         "one block",
         ENERGY + " --remove 1",
-        "this model has one block, which stays: none can be removed",
+        "this model has a single block, which must stay; use a deeper model",
         both(
             config(num_hidden_layers=1),
             tensors(lambda t: without(t, *(f".{i}." for i in range(1, 6)))),

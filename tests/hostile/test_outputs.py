@@ -14,9 +14,9 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.writing import check_output
 from shared import snapshot
 
-STAYS = r"stays as it is: .*--overwrite replaces only what isingcut wrote"
+STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
-OF_SOURCE = r"the output .* (is|contains|lies in) .*, which this command reads; nothing was written"
+OF_SOURCE = r"the output .* (is|contains|lies in) .*, an input of this command; nothing was written"
 
 
 def own_model(arena):
@@ -65,10 +65,10 @@ RUNS += [
 ]
 
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
-FOREIGN_FILE = "was not written by this run and stays as it is"
+FOREIGN_FILE = "was not written by this run and is not replaced"
 OVER = "report {run} {run} --out %s --overwrite"
 SCORES = "evaluate {run}/model --original {model} --tasks piqa --out %s --overwrite"
-EDITED = "config.json in it was changed since the run wrote it"
+EDITED = "config.json in it was changed after the run wrote it"
 BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun"
 
 
@@ -92,7 +92,7 @@ STAGES = [
      written("run/baseline-random.json")),
     *((f"the user's own report.{form}", "report {run}", STAYS, written(f"run/report.{form}", text))
       for form, text in (("md", "mine"), ("html", "<p>mine"), ("json", '{"mine": 1}'))),
-    *((f"an edited report.{form}", "report {run}", "changed since isingcut wrote it",
+    *((f"an edited report.{form}", "report {run}", "changed after isingcut wrote it",
        changed(f"run/report.{form}", lambda b: b.replace(b"model", b"modem", 1)))
       for form in ("md", "html", "json")),
     ("a report that is a link", "report {run}", STAYS,
@@ -136,12 +136,7 @@ def flip(name):
 
 
 CHANGED = [
-    Row(
-        f"a changed {name}: {command}",
-        command,
-        "was changed or damaged since the run wrote it",
-        flip(name),
-    )
+    Row(f"a changed {name}: {command}", command, "was changed or damaged after the run", flip(name))
     for name, commands in READERS.items()
     for command in commands
 ]
@@ -209,12 +204,12 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
     )
     code, _, err = call(f"run other {words}".split())
     assert code == 2
-    assert "holds a run of another model" in err
+    assert "is a run of another model" in err
     written("run/model/README.md")(arena)
     before = snapshot(arena.run / "model")
     code, _, err = call(f"run other {words} --overwrite".split(), seconds=60)
     assert code == 2, err
-    assert "stays as it is" in err
+    assert "is not replaced" in err
     assert snapshot(arena.run / "model") == before
 
 

@@ -68,24 +68,24 @@ BENCHMARKS += rows(
             ("a list", "line 2 must be a JSON object", asked(GOOD, "[1]")),
             ("no number", "line 2 is not valid JSON", asked(GOOD, '{"answer": NaN}')),
             ("nested", "line 2 is not valid JSON: .*nested", asked(GOOD, "[" * 100000)),
-            ("nothing", "holds no questions", asked("")),
-            ("a pipe", "is a pipe; expected a plain file", special(os.mkfifo)),
-            ("a folder", "is a folder; expected a plain file", special(os.mkdir)),
+            ("nothing", "has no questions", asked("")),
+            ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
+            ("a folder", "is a folder; expected a regular file", special(os.mkdir)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),
             (
                 "not UTF-8",
                 "line 1 is not UTF-8",
                 special(lambda p: p.write_bytes(b'{"context": "\xff"}')),
             ),
-            ("a link to nothing", "is a link to nothing", special(lambda p: p.symlink_to("gone"))),
-            ("missing", "there is no file .*arc_easy/test.jsonl", asked(GOOD, task="piqa/val")),
-            ("no folder", "--data .*data is no folder", lambda a: None),
+            ("a link to nothing", "is a broken link", special(lambda p: p.symlink_to("gone"))),
+            ("missing", "arc_easy/test.jsonl does not exist", asked(GOOD, task="piqa/val")),
+            ("no folder", "--data .*data is not a folder", lambda a: None),
         )
     ]
 )
 NOT_FINITE = ".*model is NaN or infinite on the text that begins"
 BLOCK = "arc_easy: the output of block 2 .* of"
-WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* that it generates"
+WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* of a generated text"
 TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
 SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
 LONG = config(max_position_embeddings=4096)
@@ -106,10 +106,10 @@ OWN = r"data/own.jsonl line 3: expected 'choices', .* none empty, got \['one', '
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
-    ("no task", evaluate(","), "names no benchmark", asked(GOOD)),
-    ("no tasks", evaluate(""), "names no benchmark", asked(GOOD)),
+    ("no task", evaluate(","), "need benchmarks", asked(GOOD)),
+    ("no tasks", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
-    ("text without data", evaluate("wikitext2", data=""), "wikitext2 is read from", both()),
+    ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
     ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
     ("no blank", evaluate("winogrande"), "line 1: expected '_' in 'context'",
@@ -120,9 +120,9 @@ OTHERS = [
      asked(GOOD)),
 ]  # fmt: skip
 PLACES = [
-    ("{here}/data/arc_easy/test.jsonl", "", "lies in .*data, which this command reads"),
-    ("{home}/diary.txt", "--overwrite", "stays as it is"),
-    ("{model}/config.json", "--overwrite", "lies in .*model, which this command reads"),
+    ("{here}/data/arc_easy/test.jsonl", "", "lies in .*data, an input of this command"),
+    ("{home}/diary.txt", "--overwrite", "is not replaced"),
+    ("{model}/config.json", "--overwrite", "lies in .*model, an input of this command"),
 ]
 BENCHMARKS += rows(OTHERS)
 BENCHMARKS += rows(

@@ -83,7 +83,7 @@ def replaced_model(arena):
 WORKS = {"code": 0, "makes": ("run/*", "moved/run/*")}
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
 RANK, MOVED = "rank {run} --random-states 31 --overwrite", "excise {here}/moved/run --blocks 0,1"
-WENT = "not there any more: looked at .*--model"
+WENT = "is no longer at .*--model"
 FOUND = [
     Row("from another folder", EXCISE, "", chdir_home, **WORKS),
     Row("rank from another folder", RANK, "", chdir_home, **WORKS),
@@ -132,7 +132,7 @@ MEASURED = (
     "--calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3 "
     "--dtype float32"
 )
-CHANGED = "text.txt was changed since it was measured on; put the old text back"
+CHANGED = "text.txt was changed since it was measured on; restore the old text"
 
 
 def gone(arena):
@@ -183,7 +183,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch
         put(journal, key, row)
 
     monkeypatch.setattr(Journal, "put", late)
-    line = "the weights in .*model were changed while they were read"
+    line = "the weights in .*model changed while they were read"
     made = ("new*", "run/*", "model/model.safetensors")
     arena.try_row(Row("overwritten", command, line, makes=made))
     place = arena.here / "new" if command.startswith("energy") else arena.run
@@ -204,7 +204,7 @@ def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, 
         end(watch, *arguments, **rest)
 
     monkeypatch.setattr(Watch, "on_step_end", late)
-    line = f"the weights in .*/{place} were changed while they were read"
+    line = f"the weights in .*/{place} changed while they were read"
     arena.try_row(Row("overwritten", heal(), line, makes=(f"{place}/model.safetensors",)))
 
 

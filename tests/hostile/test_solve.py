@@ -65,10 +65,10 @@ MODULES = {
     "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "a null byte": ("x = '\0'", "importing 'bad' failed: "),
-    "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is no dimod sampler"),
+    "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",
-        r"bad\.Bad is no dimod sampler; expected a subclass of dimod\.Sampler",
+        r"bad\.Bad is not a dimod sampler; expected a subclass of dimod\.Sampler",
     ),
     "an abstract class": (HEAD + "class Bad(dimod.Sampler): pass", FAILED + "TypeError: .*abstr"),
     "a class that wants arguments": (
@@ -83,10 +83,10 @@ MODULES = {
     ),
 }
 NAMES = {
-    "dimod:os.system": r"os\.system is no dimod sampler",
-    "dimod:subprocess.Popen": r"subprocess\.Popen is no dimod sampler",
-    "dimod:dimod.BINARY": r"dimod\.BINARY is no dimod sampler",
-    "dimod:dimod.Nothing": "'dimod' has no 'Nothing'",
+    "dimod:os.system": r"os\.system is not a dimod sampler",
+    "dimod:subprocess.Popen": r"subprocess\.Popen is not a dimod sampler",
+    "dimod:dimod.BINARY": r"dimod\.BINARY is not a dimod sampler",
+    "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
     "dimod:nowhere.Class": "cannot import 'nowhere'",
     "dimod:": "write dimod:package.Class",
     "dimod:Class": "write dimod:package.Class",
@@ -163,8 +163,8 @@ def asks(name):
 REMEMBERED = [
     Row(f"{name}: {command}", command, line, asks(name))
     for name, line in {
-        "dimod:bad.Bad": "asks for the solver dimod:bad.Bad, whose code would be imported; .*type",
-        "dimod:dimod.ExactSolver": "asks for the solver dimod:dimod.ExactSolver, whose code",
+        "dimod:bad.Bad": "have --solver dimod:bad.Bad, which imports third-party code; .*type",
+        "dimod:dimod.ExactSolver": "have --solver dimod:dimod.ExactSolver, which imports",
         "bad.Bad": "unknown solver 'bad.Bad'",
     }.items()
     for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")

@@ -161,7 +161,7 @@ def test_a_full_disk_under_stdout_is_one_line(arena, command):
 
 
 SHELL = {
-    "stdout full": ("ls > /dev/full", 2, r"standard output cannot be written: No space left"),
+    "stdout full": ("ls > /dev/full", 2, r"cannot write to standard output: No space left"),
     "both full": ("zorp > /dev/full 2> /dev/full", 2, "^$"),
     "stderr full": ("zorp 2> /dev/full", 2, "^$"),
     "stdout closed": ("ls >&-", 0, "^$"),
@@ -217,7 +217,7 @@ def test_a_disk_that_refuses_is_one_line(arena, monkeypatch, name, words):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    {**REFUSALS, "EMFILE": "model.* cannot be copied to .*: Too many open files"}.items(),
+    {**REFUSALS, "EMFILE": "cannot copy .*model.* to .*: Too many open files"}.items(),
     ids=REFUSALS,
 )
 def test_a_disk_that_refuses_a_copy_is_one_line(arena, monkeypatch, name, words):
@@ -237,8 +237,8 @@ def test_a_disk_that_refuses_a_copy_is_one_line(arena, monkeypatch, name, words)
 
 
 BOTH = "report {run} {run} --out "
-LINKED = "loop|Too many levels|stays as it is|already exists|link"
-BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is no folder"
+LINKED = "loop|Too many levels|is not replaced|already exists|link"
+BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is not a folder"
 
 
 PLACES = [
@@ -247,7 +247,7 @@ PLACES = [
     Row("a comparison with a long name", BOTH + "{here}/" + "n" * 300, "File name too long"),
     Row("a comparison onto a dangling link", BOTH + "{here}/l", LINKED, linked("l", "nowhere")),
     Row("a comparison onto a loop of links", BOTH + "{here}/l", LINKED, linked("l", "l")),
-    Row("a comparison onto a folder", BOTH + "{home} --overwrite", "stays as it is"),
+    Row("a comparison onto a folder", BOTH + "{home} --overwrite", "is not replaced"),
     Row("a comparison below a file", BOTH + "{home}/diary.txt/r.html", BELOW_A_FILE),
 ]
 

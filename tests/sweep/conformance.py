@@ -198,7 +198,7 @@ def _check(model: Any, folder: Path, states: int) -> Report:
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
         proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
-        assert proof.told, proof.remarks[0]
+        assert proof.distinguishes, proof.remarks[0]
         worst = max(worst, proof.difference)
         unseen = proof.unseen
     return Report(

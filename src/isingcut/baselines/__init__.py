@@ -6,8 +6,8 @@ registry = Registry(
     "baselines",
     "baseline",
     gone={
-        "sliding-window-merging": "it merges blocks, which isingcut does not: its results are in "
-        "docs/experiments.md of isingcut's repository"
+        "sliding-window-merging": "isingcut does not merge blocks; docs/experiments.md in the "
+        "repository has results of this method"
     },
 )
-"""All baselines by name; `registry.names()` lists them without importing any."""
+"""All baselines by name; `registry.names()` lists them without an import."""

@@ -1,4 +1,4 @@
-"""`angular-window`: remove the M neighbouring blocks that turn the stream least together.
+"""`angular-window`: remove the M consecutive blocks that together rotate the stream least.
 
     d(l) = E [ arccos(cos(x_l, x_l+M)) ] / pi
 
@@ -30,7 +30,7 @@ class AngularWindow:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The window; ``seed`` has no effect.
+        """Choose the window; ``seed`` has no effect.
 
         Raises:
             InputError: impossible number of removals.

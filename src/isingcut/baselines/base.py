@@ -1,6 +1,6 @@
-"""What a baseline is: another method's way from a model and text to the blocks to remove.
+"""The interface of baselines: published methods that choose blocks from a model and text.
 
-A part is a frozen dataclass: its fields are its options, and `choose(replay, tokens, remove, work,
+A part is a frozen dataclass whose fields are its options, and `choose(replay, tokens, remove, work,
 seed)` returns an `Outcome`, deterministic for a seed.
 """
 
@@ -18,17 +18,16 @@ from isingcut.models.replay import Replay
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a baseline chose, and what it paid.
+    """The choice of a baseline, and its cost.
 
     Attributes:
         removed: block indices, ascending.
-        passes: cost in full forward passes over the given tokens, counted in blocks: block
-            evaluations per token, over N. Every method is credited with the same sharing: the
-            original runs once and its hidden states at all boundaries are kept, so that a state
-            costs nothing before its first removed block; states measured together share their
-            other prefixes too.
+        passes: cost in full forward passes over the given tokens: block evaluations per token,
+            divided by N. Shared work counts once for every method: the original runs once and its
+            hidden states at all boundaries are kept, so that a state costs nothing before its
+            first removed block; states measured together share their other prefixes too.
         heads: output heads evaluated, in the same unit (one per state over all tokens).
-        info: what the method based its choice on; JSON-able.
+        info: the figures behind the choice; JSON-able.
     """
 
     removed: tuple[int, ...]
@@ -38,9 +37,10 @@ class Outcome:
 
 
 def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledger:
-    """A ledger on which the original's own pass is paid for.
+    """Open a ledger that already counts one pass of the original.
 
-    The KL needs its distribution, and every state its hidden states up to the first removed block.
+    The KL needs the original's distribution, and every state its hidden states up to the first
+    removed block.
 
     Raises:
         InputError: a loss that is neither ``"kl"`` nor ``"nll"``.
@@ -51,13 +51,13 @@ def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledg
 
 
 def check_count(replay: Replay, remove: int, *, kept: int = 0) -> None:
-    """Refuse a number of removals that the model's blocks do not allow.
+    """Check the number of blocks to remove.
 
     Args:
-        kept: blocks the method never removes.
+        kept: number of blocks that the method never removes.
 
     Raises:
-        InputError: fewer than one removal, or more than there are blocks to remove.
+        InputError: fewer than one removal, or more than there are removable blocks.
     """
     most = len(replay) - max(1, kept)
     if not 1 <= remove <= most:

@@ -1,4 +1,4 @@
-"""`block-influence`: remove the blocks that turn the residual stream least (ShortGPT).
+"""`block-influence`: remove the blocks that rotate the residual stream least (ShortGPT).
 
     BI_i = 1 - E_t [cos(x_i,t , x_i+1,t)]
 
@@ -30,7 +30,7 @@ class BlockInfluence:
     """ShortGPT's block influence.
 
     Attributes:
-        iterative: score anew after each removal.
+        iterative: score again after each removal.
     """
 
     iterative: bool = False
@@ -38,7 +38,7 @@ class BlockInfluence:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The blocks of lowest influence; ``seed`` has no effect."""
+        """Choose the blocks of lowest influence; ``seed`` has no effect."""
         check_count(replay, remove)
         n = len(replay)
         scores = block_means(replay, tokens, work, influence)
@@ -48,7 +48,7 @@ class BlockInfluence:
         order = [lowest(scores, 1)[0]]
         runs = n
         while len(order) < remove:
-            # Before the first removed block the streams, and so the scores, are the original's.
+            # Before the first removed block, the scores equal the original's.
             runs += tree_nodes(states_of(n, [order]))
             again = block_means(replay, tokens, work, influence, removed=order)
             order.append(lowest(again, 1)[0])

@@ -1,4 +1,4 @@
-"""`cbo`: block removal as constrained binary optimisation, the method isingcut goes back to.
+"""`cbo`: block removal as constrained binary optimisation, the method that isingcut builds on.
 
 The empirical Fisher matrix of the sublayer gates is the energy (see
 `isingcut.energies.empirical_fisher`), minimised under exactly M removals. `top=1` takes the
@@ -29,10 +29,10 @@ from isingcut.models.replay import Replay
 __all__ = ["Cbo"]
 
 BACKWARD = 2.0
-"""Price of the backward pass in forward passes: the usual figure, parameter gradients included.
+"""Cost of the backward pass in forward passes: the usual figure, parameter gradients included.
 
-Ours computes gradients of gates only, which is cheaper; the method is charged what it costs
-anyone who runs it with plain autograd.
+isingcut computes gradients of gates only, which is cheaper; the method is charged its cost with
+plain autograd.
 """
 
 
@@ -41,7 +41,7 @@ class Cbo:
     """The paper's constrained binary optimisation.
 
     Attributes:
-        top: how many of the lowest states are measured; 1 takes the ground state unmeasured.
+        top: number of lowest states to measure; 1 takes the ground state without measuring it.
     """
 
     top: int = 1
@@ -49,7 +49,7 @@ class Cbo:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The ground state, or the best of the ``top`` lowest; ``seed`` is the solver's.
+        """Choose the ground state, or the best of the ``top`` lowest; ``seed`` is the solver's.
 
         Raises:
             InputError: impossible number of removals, or ``top`` below 1.
@@ -61,7 +61,7 @@ class Cbo:
         n = len(replay)
         rows = None
         if work.journal is not None:
-            # A journal belongs to one measurement: the ledger has the caller's.
+            # A journal belongs to one measurement, and the ledger uses the caller's.
             rows = work.journal.with_name(f"{work.journal.name}-gradients")
         energy = EmpiricalFisher().measure(replay, tokens, replace(work, journal=rows))
         spectrum = solve(Problem(energy, [count(n, remove)]), k=self.top, seed=seed)
@@ -72,7 +72,7 @@ class Cbo:
             "states": [spectrum.removed(k) for k in range(len(spectrum))],
             "proven": spectrum.proven,
             "gradient_passes": 1 + BACKWARD,
-            "counted": "gradients: one forward pass and a backward pass at the price of two",
+            "counted": "gradients: one forward pass and a backward pass that counts as two",
         }
         chosen = 0
         if self.top > 1:

@@ -2,8 +2,8 @@
 
 A generation makes `offspring` children of the parent, each by exchanging one to three removed
 blocks for kept ones (the smaller of two uniform draws). All children are measured on few
-tokens; the best go on to more tokens; in the last step the parent is measured beside them on
-the same tokens, and the best of all is the next parent. Every step draws its text anew.
+tokens; the best go on to more tokens; in the last step the parent is measured with them on the
+same tokens, and the best of all is the next parent. Every step draws new text.
 
 Source: Sieberling et al., arXiv 2410.14649, algorithm 1 with level-switch mutation, and the
 depth-pruning settings of the script its authors published: the best of 64 random states on 2,048
@@ -36,11 +36,11 @@ class Evopress:
     """EvoPress' evolutionary search.
 
     Attributes:
-        generations: None takes the published M (N - M) / 1.5, its whole part but at least 1.
-        offspring: children of a generation.
-        survivors: how many each selection step lets through; the last must be 1.
-        step_tokens: tokens that each selection step measures on.
-        initial: random states of which the best, on the first step's tokens, starts.
+        generations: None takes the published M (N - M) / 1.5, rounded down, at least 1.
+        offspring: children per generation.
+        survivors: number of states that each selection step keeps; the last must be 1.
+        step_tokens: tokens of each selection step.
+        initial: random states; the best of them, on the first step's tokens, is the first parent.
         loss: ``"kl"`` or ``"nll"``.
     """
 
@@ -54,7 +54,7 @@ class Evopress:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The last parent.
+        """Choose the last parent.
 
         Raises:
             InputError: impossible number of removals, or inconsistent options.
@@ -101,37 +101,37 @@ class Evopress:
             or self.survivors[-1] != 1
         ):
             raise InputError(
-                "survivors and step_tokens need one entry per selection step, and the last step "
-                f"leaves 1 survivor; got {self.survivors} and {self.step_tokens}"
+                "survivors and step_tokens need one entry per selection step, and survivors must "
+                f"end in 1; got {self.survivors} and {self.step_tokens}"
             )
         if min(self.offspring, self.initial, *self.survivors, *self.step_tokens) < 1:
             raise InputError("offspring, initial, survivors and step_tokens must be at least 1")
 
 
 def _best(ledger: Ledger, states: States, rows: list[int], count: int, words: str) -> States:
-    """The ``count`` states of lowest loss on the rows; ties go to the earlier one."""
+    """Return the ``count`` states of lowest loss on the rows; ties go to the earlier one."""
     losses = ledger.losses(states, rows, words)
     return states[np.argsort(losses, kind="stable")[:count]]
 
 
 def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
-    """Samples drawn without replacement until they hold ``wanted`` tokens, or all."""
+    """Draw samples without replacement until they have ``wanted`` tokens, or all."""
     order = rng.permutation(tokens.samples)
-    held = np.cumsum(tokens.mask.sum(1).numpy()[order])
-    return [int(r) for r in order[: int(np.searchsorted(held, wanted)) + 1]]
+    total = np.cumsum(tokens.mask.sum(1).numpy()[order])
+    return [int(r) for r in order[: int(np.searchsorted(total, wanted)) + 1]]
 
 
 def _random_states(rng: np.random.Generator, n: int, remove: int, count: int) -> States:
-    """(count, n) uniformly random states."""
+    """Draw uniformly random states (count, n)."""
     ranks = rng.random((count, n)).argsort(1).argsort(1)
     return np.asarray(ranks < remove)
 
 
 def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
-    """Up to ``count`` distinct children, each one to three exchanges away from the parent."""
+    """Make up to ``count`` distinct children, each one to three exchanges from the parent."""
     gone, here = np.flatnonzero(parent), np.flatnonzero(~parent)
     found: dict[str, Bools] = {}
-    # Small stacks have fewer children than asked for: stop drawing then.
+    # Small stacks have fewer children than ``count``: stop drawing then.
     for _ in range(10 * count):
         if len(found) == count:
             break

@@ -1,4 +1,4 @@
-"""`norm-ratio`: remove the blocks that add least to the stream, relative to what leaves them.
+"""`norm-ratio`: remove the blocks that add least to the stream, relative to their output.
 
     R_i = E_t [ |f_i(x_t) - x_t| / |f_i(x_t)| ]
 
@@ -26,12 +26,12 @@ __all__ = ["NormRatio"]
 
 @dataclass(frozen=True)
 class NormRatio:
-    """The relative size of what each block adds."""
+    """The relative size of each block's addition to the stream."""
 
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The blocks of lowest ratio; ``seed`` has no effect."""
+        """Choose the blocks of lowest ratio; ``seed`` has no effect."""
         check_count(replay, remove)
         scores = block_means(replay, tokens, work, ratio)
         info = {"norm_ratio": scores.tolist()}
@@ -39,7 +39,7 @@ class NormRatio:
 
 
 def ratio(before: Tensor, after: Tensor) -> Tensor:
-    """Size of the addition over the size of the result, of streams (K, D): (K,)."""
+    """Return (K,) the norm of the addition over the norm of the result, of streams (K, D)."""
     added: Tensor = torch.linalg.vector_norm(after - before, dim=-1)
     whole: Tensor = torch.linalg.vector_norm(after, dim=-1)
     return added.div(whole)

@@ -1,4 +1,4 @@
-"""`random`: blocks drawn uniformly; what every method must beat."""
+"""`random`: blocks drawn uniformly, the baseline that every method must beat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Random:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """``remove`` blocks drawn without replacement; costs nothing."""
+        """Draw ``remove`` blocks without replacement; costs nothing."""
         check_count(replay, remove)
         drawn = np.random.default_rng(seed).choice(len(replay), remove, replace=False)
         return Outcome(tuple(sorted(int(i) for i in drawn)), passes=0.0, heads=0.0)

@@ -1,7 +1,7 @@
-"""`sleb`: greedy removal, each step the block whose absence the cut model bears best.
+"""`sleb`: greedy removal, in each step of the block whose removal costs least.
 
-In every step each remaining block is really left out of the model as cut so far, its loss is
-measured, and the block of lowest loss goes.
+Each step skips every remaining block of the model as cut so far, measures the loss, and removes the
+block of lowest loss.
 
 Source: Song et al., arXiv 2402.09025, algorithm 1 with the third of its metrics (the loss of
 the already cut model). As published the loss is the NLL and the first and the last block stay;
@@ -38,7 +38,7 @@ class Sleb:
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
     ) -> Outcome:
-        """The greedy path's blocks; ``seed`` has no effect.
+        """Choose the blocks of the greedy path; ``seed`` has no effect.
 
         Complexity: about M (N - M / 2) states, prefixes of a step shared.
         """

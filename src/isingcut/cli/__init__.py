@@ -1,4 +1,4 @@
 """The command line.
 
-`main` the program, `verb` what verbs share, `verbs` the verbs, `show` what they print.
+`main`: the program; `verb`: shared parts of the verbs; `verbs`: the verbs; `show`: their output.
 """

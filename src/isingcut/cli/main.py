@@ -1,9 +1,9 @@
-"""The command line: one verb per stage, `run` for all of them, `demo`, and what looks things up.
+"""The command line: one verb per stage, `run` for all stages, `demo`, and look-up verbs.
 
-The verbs live in files by group; a new verb is a function there with `verb`. The
-options are generated from `config.RunConfig`, and nothing heavy is imported before a verb runs.
+Verbs are functions in `verbs`, decorated with `verb`. Their options are generated from
+`config.RunConfig`, and nothing heavy is imported before a verb runs.
 
-Exit codes: 0 done; 2 something to put right in the command, the files or the model, said in one
+Exit codes: 0 success; 2 a problem with the command, the files or the model, explained in one
 line; 130 interrupted; 1 an error of isingcut itself.
 """
 
@@ -29,8 +29,7 @@ from isingcut.models.processes import last_word, launched, launched_rank, leave_
 
 __all__ = ["app", "main"]
 
-# Typer carries its library for command lines inside, or builds on click: the class has a name in
-# neither.
+# Typer bundles click or builds on it; the class has no public name in either.
 _CommandLineError: Any = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
@@ -52,14 +51,14 @@ def _root(
     del version, debug
 
 
-# Adds the verbs to the application, in the order of `isingcut --help`.
+# Importing the verbs adds them to the application, in the order of `isingcut --help`.
 importlib.import_module("isingcut.cli.verbs")
 
 _program: Any = typer.main.get_command(app)
 
 
 def _typed() -> tuple[str, bool]:
-    """The verb, and whether `--debug` stands before it; what else was typed is not judged here."""
+    """Return the typed verb, and whether `--debug` precedes it; the rest is not checked here."""
     context = _program.context_class(_program, **_program.context_settings)
     try:
         options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
@@ -69,7 +68,7 @@ def _typed() -> tuple[str, bool]:
 
 
 def _run() -> None:
-    """Carry out the command line; what is wrong with its words is an error like any other."""
+    """Run the command line; usage errors become `InputError`."""
     try:
         with convert_memory_errors():
             code = _program(prog_name="isingcut", standalone_mode=False)
@@ -86,18 +85,18 @@ def _run() -> None:
 
 
 def _outcome() -> tuple[int, str]:
-    """The exit code of the command, and what to say of its failure."""
+    """Run the command; return its exit code and the error message."""
     verb, debug = _typed()
     if launched_rank() and verb not in TOGETHER:
         return 0, ""
     try:
         _run()
     except SystemExit as e:
-        # The command line's library leaves like this when nobody reads what it prints.
+        # Click exits like this when its output is a closed pipe.
         unread = isinstance(e.__context__, BrokenPipeError)
         return (0 if unread else int(e.code or 0)), ""
     except (KeyboardInterrupt, typer.Abort):
-        return 130, "interrupted; the same command goes on from here"
+        return 130, "interrupted; run the same command again to resume"
     except Exception as e:
         if debug:
             traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
@@ -109,7 +108,7 @@ def _outcome() -> tuple[int, str]:
 
 
 def _judged(error: Exception) -> tuple[int, str]:
-    """Whose fault an error is, as an exit code, and one line about it."""
+    """Return the exit code for an error, and one line about it."""
     if isinstance(error, RankError):
         return error.code, "" if launched_rank() else str(error)
     if isinstance(error, IsingcutError):
@@ -118,13 +117,13 @@ def _judged(error: Exception) -> tuple[int, str]:
         return 2, os_error_words(error)
     words = " ".join(str(error).split())
     return 1, (
-        f"internal error ({type(error).__name__}: {words}); this is a fault of isingcut: please "
+        f"internal error ({type(error).__name__}: {words}); this is a bug of isingcut: please "
         f"report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}"
     )
 
 
 def _followed() -> int:
-    """The exit code of a process beside rank 0, which prints for all of them."""
+    """Run the command in a process other than rank 0, without output; return its exit code."""
     with (
         open(os.devnull, "w", encoding="utf-8") as nothing,
         contextlib.redirect_stdout(nothing),
@@ -135,29 +134,29 @@ def _followed() -> int:
 
 
 def _ended(number: int, frame: object) -> None:
-    """Say why a launcher ends this process: its own report names a process and no reason."""
+    """Print why a launcher ends this process, which the launcher's own report leaves out."""
     found = last_word()
-    words = "ended by a signal, as launchers do when one process was killed; what is finished "
-    say(f"isingcut: {found or words + 'is kept, the same command goes on'}")
-    # At once, wherever it is: raised here, an error may be dropped by a library's callback.
+    words = "ended by a signal, as launchers do when one process was killed; "
+    say(f"isingcut: {found or words + 'run the same command again to resume'}")
+    # Exit at once: a library's callback may swallow an exception raised here.
     os._exit(found.code if found else 128 + number)
 
 
 def main() -> None:
-    """Entry point: errors become one line and an exit code."""
+    """Run the command line as a program: errors become one line and an exit code."""
     prepare()
     if launched_rank():
         sys.exit(_followed())
     if launched():
         signal.signal(signal.SIGTERM, _ended)
-    # Kept, because the command line's library puts another stream in its place.
+    # Kept because click replaces the stream.
     printed = sys.stdout
     code, words = _outcome()
     lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
-        code, words = 2, f"standard output cannot be written: {lost.strerror}"
+        code, words = 2, f"cannot write to standard output: {lost.strerror}"
     if launched():
-        # Its line is said, here or there.
+        # Its message was printed already.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words:
         say(f"isingcut: {words}")

@@ -1,4 +1,4 @@
-"""What the command line prints: tables of spectra, rankings, evaluations and whole runs."""
+"""Print results as text: tables of spectra, rankings, evaluations and whole runs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 
 
 def show_lines(lines: list[str]) -> None:
-    """Plain lines, never wrapped: paths are for copying."""
+    """Print plain lines without wrapping them, so that paths can be copied."""
     for line in lines:
         print(printable(line))
 
 
 def energy_data(folder: Path) -> dict[str, Any]:
-    """What `energy --json` prints of a measured Hamiltonian."""
+    """Return the `--json` content of the verb `energy`."""
     file = folder / "hamiltonian.safetensors"
     hamiltonian = Hamiltonian.load(file)
     return {
@@ -69,14 +69,14 @@ def energy_data(folder: Path) -> dict[str, Any]:
 
 
 def show_energy(data: dict[str, Any]) -> None:
-    """Where the Hamiltonian is, and what to type next."""
-    # A search knows its removal; another energy answers any.
+    """Print where the Hamiltonian is, and the next command."""
+    # A search was for one removal; other energies serve any.
     removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
     show_lines([data["hamiltonian"], f"next: isingcut solve {data['folder']}{removal}"])
 
 
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
-    """The states of one removal, lowest energy first."""
+    """Print the states of one removal, lowest energy first."""
     status = "proven lowest" if spectrum.proven else "best found, not proven"
     table = Table(title=f"remove {remove}: {len(spectrum)} states, {status}", title_justify="left")
     table.add_column("#", justify="right")
@@ -93,7 +93,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
 
 
 def show_ranking(found: CandidatesFile) -> None:
-    """The fidelity of the energy, and the choice."""
+    """Print how well the energy ranks, and the chosen state."""
     screen = console()
     chosen = found.chosen
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
@@ -113,9 +113,9 @@ def show_ranking(found: CandidatesFile) -> None:
 
 
 def fidelity_line(name: str, figures: Correlations) -> str:
-    """One line on how well an energy ranks measured losses."""
+    """Return one line on how well an energy ranks measured losses."""
     if not figures.n:
-        return f"{name}: how well it ranks was not measured (--random-states 0)"
+        return f"{name}: rank correlation not measured (--random-states 0)"
     if figures.spearman is None:
         return f"{name}: rank correlation undefined (n = {figures.n})"
     return (
@@ -222,23 +222,23 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    """The table of energies, the stages after them, and what to type."""
+    """Print the estimates of the energies and of the later stages, and the recommended command."""
     screen = console()
     where = "read from disk block by block" if plan["streamed"] else "in memory"
     probe, trust = f"timed in {duration(plan['probe_seconds'])}", "are right within a factor of 2"
     if plan["card"]:
         probe = "from the card's data sheet"
-        trust = "assume 40 % of the card's stated operations; nothing was timed"
+        trust = "assume 40 % of the card's peak FLOP/s; nothing was timed"
     screen.print(
         f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
-        f"{where} (allowed: {decimal(plan['allowed'])}) on {plan['device']}\n"
+        f"{where} (limit: {decimal(plan['allowed'])}) on {plan['device']}\n"
         f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
         f"/s; {probe}; one process",
         soft_wrap=True,
     )
     for key, name, title in (
-        ("energies", "energy", "energies, each at its number of samples"),
-        ("stages", "stage", f"the other stages, {plan['remove']} blocks removed"),
+        ("energies", "energy", "energies, each with its default number of samples"),
+        ("stages", "stage", f"later stages, {plan['remove']} blocks removed"),
     ):
         table = Table(name, title=title, title_justify="left")
         for column in ("samples", "time", "memory"):
@@ -256,8 +256,8 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def show_curve(folder: Path) -> None:
-    """Quality against blocks removed, and how to cut one of the states out."""
-    table = Table(title="the best state of each size, on the text that chose it")
+    """Print the quality for each number of blocks, and the command that cuts one of the states."""
+    table = Table(title="the best state of each size, on the ranking text")
     names = [labelled(name, "cut", RANKING) for name in ("KL, nats/token", "perplexity")]
     for heading in ("removed", *names, "blocks"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right")
@@ -275,28 +275,28 @@ def show_curve(folder: Path) -> None:
         f"cut one: isingcut excise {folder} --remove {rows[len(rows) // 2]['remove']}",
         soft_wrap=True,
     )
-    screen.print("reports, each with the whole curve:")
+    screen.print("reports (each shows the whole curve):")
     for row in rows:
         if row["report"] is not None:
             screen.print(f"{row['remove']}: {row['report']}", soft_wrap=True)
 
 
 def perplexity(nll: float) -> float:
-    """The perplexity of a loss in nats per token; infinite where no number is large enough."""
+    """Convert a loss in nats per token to a perplexity; infinite on overflow."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def show_evaluation(found: EvaluationFile, *, last: str = "cut") -> None:
-    """The before/after table; NLL, which says what perplexity says, is in the report."""
+    """Print the before/after table, without the NLL (the report has it)."""
     title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
     rows = evaluation_rows(found, last=last)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
 def show_healing(found: HealingFile, folder: Path) -> None:
-    """Quality before and after, on text held out."""
+    """Print the quality before and after healing, on unseen text."""
     title = (
-        f"text held out: {found.report_tokens} tokens; trained on {found.tokens_seen} predictions "
+        f"unseen text: {found.report_tokens} tokens; trained on {found.tokens_seen} tokens "
         f"in {len(found.steps)} steps"
     )
     _show_rows(title, [row for row in healing_rows(found) if row.key != "nll"])
@@ -304,16 +304,16 @@ def show_healing(found: HealingFile, folder: Path) -> None:
 
 
 def show_benchmarks(found: BenchmarksFile, file: Path, *, last: str = "cut") -> None:
-    """Scores of both models, and whether each difference is more than noise."""
-    title = "benchmarks, the same questions for both"
+    """Print the scores of both models, and whether each difference is more than noise."""
+    title = "benchmarks, the same questions for both models"
     if found.left_out:
-        title += f", without the {found.left_out} that chose the blocks"
+        title += f", without the {found.left_out} used to choose the blocks"
     _show_rows(title, benchmark_rows(found, last=last), "difference (95 %)")
     console().print(f"wrote {file}", soft_wrap=True)
 
 
 def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
-    """One line a quantity, one column a model, and what changed where that has a name."""
+    """Print a table with a row per quantity, a column per model, and a column of changes."""
     table = Table(title=title, title_justify="left")
     models = list(rows[0].values) if rows else []
     noted = any(row.notes for row in rows)
@@ -330,7 +330,7 @@ def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
 
 
 def show_run(files: RunFiles, *, generation: bool = False) -> None:
-    """Everything a finished run has to say; with ``generation`` also one text before and after."""
+    """Print the results of a finished run; with ``generation`` also one text before and after."""
     screen = console()
     assert files.candidates is not None
     assert files.evaluation is not None
@@ -338,7 +338,7 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     show_evaluation(files.evaluation, last=files.last)
     screen.print(f"checkpoint: {files.product}", soft_wrap=True)
     page = files.target / "report.html"
-    screen.print(f"report:     {page}, and report.md beside it", soft_wrap=True)
+    screen.print(f"report:     {page} (and report.md)", soft_wrap=True)
     if generation and (texts := files.evaluation.generation) is not None:
         screen.print(f"prompt:   {texts.prompt}", soft_wrap=True)
         screen.print(f"original: {texts.before}", soft_wrap=True)

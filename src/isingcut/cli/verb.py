@@ -1,7 +1,7 @@
-"""What every verb shares: its options, `--json`, `--quiet`, its warnings, a reopened run folder.
+"""Shared parts of the verbs: options, `--json`, `--quiet`, warnings, reopening a run folder.
 
-A verb is a function in one of the files beside this one, decorated with `verb`. It returns an
-`Output`; in which form that is printed is decided here, so that no verb prints by itself.
+A verb is a function in `verbs`, decorated with `verb`. It returns an `Output`, which is printed
+here as text or JSON; no verb prints by itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the same options.")
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with these options.")
 ]
 
 Blocks = Annotated[
@@ -51,16 +51,16 @@ Blocks = Annotated[
     typer.Option(
         "--blocks",
         metavar="LIST",
-        help="These blocks, not the chosen ones: 3,4,9 or 5-8, with commas, spaces or lines.",
+        help="Use these blocks instead of the chosen ones: 3,4,9 or 5-8.",
     ),
 ]
-OneBased = Annotated[bool, typer.Option("--one-based", help="The list of --blocks counts from 1.")]
+OneBased = Annotated[bool, typer.Option("--one-based", help="Count --blocks from 1.")]
 
 WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
 """The groups of verbs in `isingcut --help`."""
 
 TOGETHER: set[str] = set()
-"""The verbs that all processes of a launcher carry out."""
+"""The verbs that run in all processes of a launcher."""
 
 OF_RUN = (
     "--model",
@@ -85,21 +85,20 @@ _PANELS = {
     "Repair": "patch patch_tokens heal_options",
     "Judging": "data questions skip_speed",
 }
-"""The options of a run by the headings of its help, in order."""
+"""The options of a run, grouped under the headings of its help."""
 _LONG = 15
-"""A verb with more options than this shows them under headings."""
+"""A verb with more options than this lists them under headings."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a verb has to say.
+    """The result of a verb.
 
     Args:
-        data: the keys of `--json` (documented in docs/cli.md); ``verb`` and ``warnings`` come on
-            top.
-        show: prints it for people.
-        brief: what `--quiet` leaves: one line, or nothing.
-        warnings: what a user should know and do; each is printed once, to stderr.
+        data: the keys of `--json` (documented in docs/cli.md); ``verb`` and ``warnings`` are added.
+        show: prints the result as text.
+        brief: the line that `--quiet` prints; may be empty.
+        warnings: each is printed once, to stderr.
     """
 
     data: Mapping[str, Any]
@@ -109,7 +108,7 @@ class Output:
 
 
 class _Command(TyperCommand):
-    """Reads an option without an amount behind it as having its `bare` value."""
+    """Give an option that is typed without a value its `bare` value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         bare = {flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]}
@@ -120,7 +119,7 @@ class _Command(TyperCommand):
 
 
 def part_names(room: str) -> Callable[[str], list[str]]:
-    """Shell completion of the names of one room's parts; imports none of them."""
+    """Return a shell completion of the part names of one room; imports no part."""
 
     def complete(incomplete: str) -> list[str]:
         names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
@@ -137,20 +136,20 @@ def verb(
     of: type[Options] = RunConfig,
     together: bool = False,
 ) -> Callable[[Callable[..., Output]], Callable[..., Output]]:
-    """Make a handler a verb of the command line, with the named options of a configuration class.
+    """Turn a handler into a verb of the command line, with options of a configuration class.
 
     Args:
-        names: fields of ``of``; one left out on the command line arrives as None, so that a file
-            or a run folder can supply it before the default does. A name with dashes in front
-            (``--model``) is an option here, whatever it is elsewhere.
-        group: one of the headings of `isingcut --help`.
-        repeat: options among ``names`` that may be given several times; they arrive as lists.
-        name: the verb, where it is not the function's name.
-        of: the class whose fields the options are.
-        together: whether all processes of a launcher carry the verb out; else it is rank 0's.
+        names: fields of ``of``. An option that was not typed is passed as None, so that a file or
+            a run folder can supply it before the default does. A name with dashes in front
+            (``--model``) becomes an option even if the field is a positional argument.
+        group: a heading of `isingcut --help`.
+        repeat: options among ``names`` that may be given several times; they are passed as lists.
+        name: the verb, if it differs from the function's name.
+        of: the class that declares the options.
+        together: whether the verb runs in all processes of a launcher, or in rank 0 only.
 
-    The handler gets its options by keyword, and where it has a parameter ``progress`` the
-    terminal's, or a silent one under `--quiet`.
+    The handler gets its options as keyword arguments. A parameter ``progress`` gets the
+    terminal's progress, or a silent one with `--quiet`.
     """
 
     def decorate(handler: Callable[..., Output]) -> Callable[..., Output]:
@@ -172,13 +171,13 @@ def verb(
             typed |= {k: _at_home(v) for k, v in typed.items()}
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
-            # A library that prints must not end up in the JSON.
+            # Keep what libraries print out of the JSON.
             aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
             try:
                 with aside:
                     output = handler(**typed)
             except KeyboardInterrupt:
-                say("isingcut: interrupted; the same command goes on from here")
+                say("isingcut: interrupted; run the same command again to resume")
                 raise typer.Exit(130) from None
             _print_output(called, output, as_json=as_json, quiet=quiet)
 
@@ -191,17 +190,17 @@ def verb(
     return decorate
 
 
-def _parameter(of: type[Options], asked: str, *, repeated: bool) -> inspect.Parameter:
-    """An option as the command line takes it."""
-    name = asked.removeprefix("--")
+def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspect.Parameter:
+    """Return the command-line parameter of an option."""
+    name = flag_or_name.removeprefix("--")
     f = of.__dataclass_fields__[name]
     info: Any
-    if f.metadata["argument"] and name == asked:
+    if f.metadata["argument"] and name == flag_or_name:
         info = typer.Argument(help=f.metadata["help"], metavar=flag(f))
     else:
         default = "" if f.default in ("", None, False) else f" (default: {f.default})"
         room = f.metadata["room"]
-        called = asked if name != asked else flag(f)
+        called = flag_or_name if name != flag_or_name else flag(f)
         if plain_type(of, name) is bool and f.default is None:
             called += f"/--no-{called.removeprefix('--')}"
         info = typer.Option(
@@ -220,7 +219,7 @@ def _parameter(of: type[Options], asked: str, *, repeated: bool) -> inspect.Para
 
 
 def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
-    """The parameters in the order of `_PANELS`, each option under its heading."""
+    """Sort the parameters in the order of `_PANELS`, each option under its heading."""
     headings = {name: panel for panel, names in _PANELS.items() for name in names.split()}
     for parameter in parameters:
         info = get_args(parameter.annotation)[1]
@@ -231,7 +230,7 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
 
 
 def _checked(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
-    """The typed options of a verb, each checked before the verb looks at anything."""
+    """Check the typed options of a verb before the verb starts."""
     found = given_options(of, {k: v for k, v in typed.items() if k not in repeat})
     for name in typed.keys() & {*repeat}:
         found[name] = [given_options(of, {name: value})[name] for value in typed[name]]
@@ -239,7 +238,7 @@ def _checked(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str])
 
 
 def _at_home(value: Any) -> Any:
-    """A typed path, or several, with ``~`` for the home folder replaced."""
+    """Replace ``~`` in a typed path, or in several."""
     if isinstance(value, list):
         return [_at_home(v) for v in value]
     return user_path(value) if isinstance(value, Path) else value
@@ -255,8 +254,8 @@ def _flag(name: str, option: str, help_: str) -> inspect.Parameter:
 
 
 _OUTPUT = (
-    _flag("as_json", "--json", "Print one JSON document, for machines."),
-    _flag("quiet", "--quiet", "No progress and no tables: one line at most."),
+    _flag("as_json", "--json", "Print the result as one JSON document."),
+    _flag("quiet", "--quiet", "Print no progress and no tables, one line at most."),
 )
 
 
@@ -276,24 +275,24 @@ def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) ->
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were typed."""
+    """Return the options that were typed."""
     return {k: v for k, v in options.items() if v is not None}
 
 
 def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
-    """A run's options: those of a config file, with those typed on top."""
+    """Combine a run's options from a config file and the command line, which wins."""
     values = from_yaml(RunConfig, config) if config else {}
     return RunConfig(**{**values, **given(options)})
 
 
 def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
-    """A run folder, and its own options with those typed now on top.
+    """Open a run folder, and combine its options with those typed now, which win.
 
-    A budget typed without a number of blocks frees the number, also where the folder has one; a
-    number typed for a folder that has only a budget takes its place.
+    A budget typed without --remove replaces the folder's --remove. A --remove typed for a folder
+    that has only a budget replaces the budget.
 
     Raises:
-        InputError: neither the folder nor the command line says how much is removed.
+        InputError: neither the folder nor the command line has --remove or --budget.
     """
     from isingcut.runs.folder import RunFolder
 
@@ -306,16 +305,16 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
         typed["budget"] = ""
     config = folder.config.replace(**typed).validate()
     if not config.removal:
-        raise InputError(f"{directory} was made without --remove; say how many blocks to remove")
+        raise InputError(f"{directory} was made without --remove; add --remove M")
     return folder, config
 
 
 def reopen_at(
     directory: Path, options: Mapping[str, Any], blocks: str | None, *, one_based: bool = False
 ) -> tuple[RunFolder, RunConfig, list[int] | None]:
-    """A run folder, its options, and the blocks named by `--blocks`, or None for the chosen ones.
+    """Open a run folder; return it, its options and the blocks of `--blocks` (None: the chosen).
 
-    Without `--remove`, as many go as blocks are named.
+    Without `--remove`, the number of blocks in `--blocks` is removed.
     """
     from isingcut.runs.folder import RunFolder
 
@@ -330,7 +329,7 @@ def reopen_at(
     if named[0] < 0 or named[-1] >= total:
         raise InputError(
             f"--blocks {','.join(map(str, typed))[:60]}: this model's blocks are numbered "
-            f"{one_based:d} to {total - 1 + one_based}; --one-based is for lists that count from 1"
+            f"{one_based:d} to {total - 1 + one_based}; add --one-based if your list starts at 1"
         )
     folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
     return folder, config, named

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from isingcut.files.documents import BenchmarksFile
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
-"""What the figures of a ranking are of."""
+"""The split that a ranking is measured on."""
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
-# What a search looks near is said before anything is measured.
+# A search needs its removal before it measures anything.
 _NEAR = ("remove", "budget", "keep", "drop")
 _MEASURE = tuple(
     f.name
@@ -74,7 +74,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
 @verb("out", "overwrite", group=WHOLE, together=True)
 def demo(progress: Any, **options: Any) -> Output:
-    """SmolLM2-135M loses 8 of its 30 blocks, with the evidence, in a few minutes.
+    """Remove 8 of the 30 blocks of SmolLM2-135M and show the results, in a few minutes.
 
     Example: isingcut demo
     """
@@ -99,9 +99,9 @@ def _finished(target: Path, *, generation: bool = False) -> Output:
 
 @verb(*_MEASURE, group=STAGES, together=True)
 def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
-    """Measure the Hamiltonian once; `solve` then answers every removal in seconds.
+    """Measure the Hamiltonian once, so that `solve` takes seconds for any removal.
 
-    With --remove or --budget the measurement also searches near that removal.
+    With --remove or --budget, also search near that removal.
 
     Example: isingcut energy smollm2 --out my-run
     """
@@ -124,7 +124,7 @@ _SOLVE = (
 
 @verb(*_SOLVE, repeat=("remove",), group=STAGES)
 def solve(directory: Folder, progress: Any, **options: Any) -> Output:
-    """Find the low-energy states of a measured Hamiltonian, for any number of removals.
+    """Find the low-energy states of a measured Hamiltonian, for any number of blocks.
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
@@ -136,8 +136,8 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
 
     found = []
     for remove in options.pop("remove") or [None]:
-        folder, asked = reopen(directory, {**options, "remove": remove})
-        for config in each_removal(asked):
+        folder, combined = reopen(directory, {**options, "remove": remove})
+        for config in each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
                 bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
@@ -163,7 +163,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
 
 @verb("random_states", "choose", "tasks", "data", "questions", *OF_RUN, group=STAGES, together=True)
 def rank(directory: Folder, progress: Any, **options: Any) -> Output:
-    """Measure the candidates beside random states: the choice, and how good the energy is.
+    """Measure the candidates, choose one, and compare the energy's ranking on random states.
 
     Example: isingcut rank my-run --remove 8
     """
@@ -189,7 +189,7 @@ def baseline(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A method; `isingcut ls` has all.",
+            help="A method; `isingcut ls` lists all.",
             autocompletion=part_names("baselines"),
         ),
     ],
@@ -201,14 +201,14 @@ def baseline(
     ] = None,
     **options: Any,
 ) -> Output:
-    """Let a published method choose on the run's text, and measure its choice for comparison.
+    """Choose blocks by a published method on the run's text, and measure them for comparison.
 
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
     from isingcut.cli.show import show_baseline
     from isingcut.runs import pipeline, stages
 
-    # What was typed is looked at before the run folder is.
+    # Check the typed options before the run folder.
     stages.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
@@ -229,7 +229,7 @@ def excise(
     one_based: OneBased = False,
     gguf: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also cut this GGUF of the same model, to model.gguf."),
+        typer.Option(metavar="FILE", help="Also cut this GGUF of the same model (to model.gguf)."),
     ] = None,
     **options: Any,
 ) -> Output:
@@ -271,9 +271,9 @@ def excise(
 
 @verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
 def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
-    """Win back quality of a cut checkpoint: closed-form patch, then distillation.
+    """Recover quality of a cut checkpoint: a closed-form patch, then distillation.
 
-    Interrupted? Type the same command again. Several processes:
+    Interrupted? Run the same command again to resume. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
@@ -286,7 +286,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
     if os.environ.get("RANK", "0") != "0":
-        # Of several processes one has the last word.
+        # Only rank 0 prints the result.
         raise typer.Exit
     found = read_document(folder / RECORD, HealingFile)
     return Output(
@@ -304,29 +304,28 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Also benchmarks, comma-separated: tasks of lm-evaluation-harness; with --data "
-            "our own (isingcut ls has them, and 'all'); or .jsonl files of questions."
+            help="Benchmarks to run too, comma-separated: lm-evaluation-harness tasks; with --data "
+            "the tasks of isingcut (see isingcut ls) or 'all'; or .jsonl files of questions."
         ),
     ] = "",
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder with the questions; without it, the hub's."),
+        typer.Option(metavar="DIR", help="Folder with the questions (default: the hub)."),
     ] = None,
-    questions: Annotated[
-        int | None, typer.Option(min=1, help="At most so many questions a task.")
-    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Most questions per task.")] = None,
     original: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="DIR is a checkpoint; compare it with this model."),
+        typer.Option(metavar="MODEL", help="Compare the checkpoint DIR with this model."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --original: file for the benchmarks.")
+        Path | None,
+        typer.Option(metavar="FILE", help="With --original: file for the scores."),
     ] = None,
     blocks: Blocks = None,
     one_based: OneBased = False,
     **options: Any,
 ) -> Output:
-    """Compare the original and the final model: unseen text, speed, memory, benchmarks.
+    """Compare the original and the final model on unseen text, speed, memory and benchmarks.
 
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
@@ -340,9 +339,9 @@ def evaluate(
     names = _named(tasks, data, questions)
     if original is not None:
         if blocks is not None:
-            raise InputError("--blocks names a state of a run; --original compares a checkpoint")
+            raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
         if not names:
-            raise InputError("--original compares benchmarks; name some with --tasks")
+            raise InputError("--original needs benchmarks to compare; name some with --tasks")
         scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
         return Output(
             {"benchmarks": {"file": str(file), **scores.content()}},
@@ -350,17 +349,17 @@ def evaluate(
             brief=str(file),
         )
     if out is not None:
-        raise InputError("--out goes with --original; a run folder keeps its benchmarks.json")
+        raise InputError("--out needs --original; a run folder has its own benchmarks.json")
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
         raise InputError(
-            f"{directory} is a checkpoint, not a run folder; to compare it with the model it was "
-            "made from, add --original MODEL and --tasks"
+            f"{directory} is a checkpoint, not a run folder; add --original MODEL and --tasks to "
+            "compare it with its original"
         )
     names = check_tasks(names, data, questions) if names else []
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if names:
-        asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-        config = config.replace(**asked)
+        benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+        config = config.replace(**benchmarks)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = product(folder, config, removed).parent
@@ -381,12 +380,12 @@ def evaluate(
 
 
 def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
-    """The tasks that were typed, not yet known to be any."""
+    """Split the typed tasks; their names are checked later."""
     from isingcut.evaluation.questions import split_names
 
     names = split_names(tasks)
     if not names and (tasks or data is not None or questions is not None):
-        raise InputError("--tasks names no benchmark, which --data and --questions are for")
+        raise InputError("--data and --questions need benchmarks; name some with --tasks")
     return names
 
 
@@ -399,20 +398,20 @@ def _of_checkpoint(
     out: Path | None,
     options: dict[str, Any],
 ) -> tuple[BenchmarksFile, Path]:
-    """Compare a checkpoint that lies anywhere with the model it was made from."""
+    """Compare a checkpoint in any folder with its original model."""
     from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.session import Session
     from isingcut.runs.stages import score_both
 
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no checkpoint (no config.json in it)")
+        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
     typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    asked = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-    config = RunConfig(**{**typed, **asked, "model": original}).validate()
+    benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
+    config = RunConfig(**{**typed, **benchmarks, "model": original}).validate()
     sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
-    # The harness takes seconds to say which tasks it knows.
+    # The harness takes seconds to list its tasks.
     check_tasks(names, data, questions)
     with locked(file):
         content = score_both(Session(config), folder)
@@ -424,11 +423,11 @@ def _of_checkpoint(
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="A run folder; several are compared on one page."),
+        typer.Argument(metavar="DIR...", help="A run folder; several give one comparison page."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page of several runs (default: compare.html)."),
+        typer.Option(metavar="FILE", help="The comparison page (default: compare.html)."),
     ] = None,
     **options: Any,
 ) -> Output:
@@ -440,7 +439,7 @@ def report(
     if len(directories) > 1:
         return _compare(directories, out or Path("compare.html"), options)
     if out is not None:
-        raise InputError("--out names the page that compares several runs; give two DIRs or more")
+        raise InputError("--out is for the comparison page; give two or more DIRs")
     from isingcut.cli.show import show_lines
     from isingcut.runs import solving
 
@@ -452,7 +451,7 @@ def report(
 
 
 def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Output:
-    """One page of several runs; a folder `remove-SPEC` inside a run stands for that removal."""
+    """Write one page about several runs; a folder `remove-SPEC` in a run selects that removal."""
     from isingcut.cli.show import show_lines
     from isingcut.report.write import write_comparison
     from isingcut.runs.folder import MANIFEST
@@ -476,13 +475,15 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Out
 @verb("remove", "budget", group=RESULT)
 def push(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A run folder, or a checkpoint that was cut.")
+        Path, typer.Argument(metavar="DIR", help="A run folder, or a cut checkpoint.")
     ],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
+        bool, typer.Option("--dry-run", help="List the files to upload, but upload nothing.")
     ] = False,
     **options: Any,
 ) -> Output:
@@ -513,7 +514,7 @@ def push(
         whole = sum(f["bytes"] for f in data["files"])
         shown = [
             *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
-            f"{decimal(whole)} of {checkpoint} would go to {repository}; nothing was uploaded",
+            f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show_lines(shown), brief=shown[-1])
     url = interop_hub.push(checkpoint, repository, private=private, message=message)
@@ -522,7 +523,7 @@ def push(
 
 @verb("model", "trust_remote_code", name="inspect", group=LOOK)
 def inspect_blocks(**options: Any) -> Output:
-    """Show a model's blocks, what each costs and which states are legal, without its weights.
+    """Show a model's blocks, their costs and which states are legal, without reading its weights.
 
     Example: isingcut inspect smollm2
     """
@@ -554,7 +555,7 @@ def plan(
     ] = "",
     **options: Any,
 ) -> Output:
-    """Estimate time and memory of each energy and stage, from a timed pass; runs nothing.
+    """Estimate the time and memory of each energy and stage from a timed forward pass.
 
     Examples: isingcut plan smollm2 --remove 6;
     isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100

@@ -1,5 +1,5 @@
-"""What is said and shown while something runs.
+"""Output to the terminal.
 
-`printing` lines that are safe and legible anywhere; `rich_console` what tables and bars are printed
-on; `progress` a bar with an estimate, or a line now and then.
+`printing`: lines that are safe in any terminal and encoding; `rich_console`: the console for tables
+and bars; `progress`: progress bars, or lines in a log.
 """

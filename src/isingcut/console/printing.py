@@ -1,8 +1,8 @@
-"""What is printed: taken literally, safe to show, and legible in any encoding.
+"""Print text literally, without control characters, in any encoding.
 
-Names of models, folders and tasks come from others: nothing in them is markup, and no control
-character of theirs reaches a terminal or a page. A terminal or file that knows no ``±`` and no
-box characters gets them in ASCII.
+Names of models, folders and tasks come from other people: they are never read as markup, and their
+control characters never reach a terminal or a page. A terminal or file whose encoding lacks ``±``
+or box characters gets ASCII instead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PLAIN = {"±": "+-", "·": ".", "×": "x", "→": "->", "‖": "||", "−": "-"
 
 
 def printable(text: str) -> str:
-    """``text`` with every control character but line ends and tabs spelled out.
+    """Escape every control character of ``text`` but line ends and tabs.
 
-    So are halves of surrogate pairs and what turns the direction of writing.
+    Lone surrogates and characters that change the writing direction are escaped too.
 
     >>> printable("red \\x1b[31m")
     'red \\\\x1b[31m'
@@ -36,7 +36,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` without control characters, on one line."""
+    """Return ``text`` without control characters, on one line."""
     return printable(re.sub(r"\s*\n\s*", " ", text.strip()))
 
 
@@ -52,23 +52,22 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 ASCII = "isingcut.ascii"
-"""The error handler of encodings that spells in ASCII what an encoding does not have."""
+"""The encoding error handler that replaces missing characters by ASCII."""
 codecs.register_error(ASCII, _spelled)
 
 
 def say(line: str) -> None:
-    """One line on standard error; where that cannot be written, nobody can be told."""
+    """Print one line to standard error; errors of writing are ignored."""
     with contextlib.suppress(OSError):
         print(one_line(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Around what prints results.
+    """Convert errors of writing to standard output, within the context.
 
     Raises:
-        InputError: standard output cannot be written. Where it is only that nobody reads on, the
-            `BrokenPipeError` goes through.
+        InputError: standard output cannot be written. A `BrokenPipeError` passes.
     """
     try:
         yield
@@ -78,14 +77,14 @@ def printing() -> Iterator[None]:
     except OSError as e:
         if e.filename is not None:
             raise
-        raise InputError(f"standard output cannot be written: {e.strerror}") from e
+        raise InputError(f"cannot write to standard output: {e.strerror}") from e
 
 
 def prepare() -> None:
-    """Make standard streams that take every text.
+    """Make standard output and standard error accept any text.
 
-    A descriptor that was closed by whoever started the process is opened on nothing: the next
-    file opened would get its number, and what a library prints would go into that file.
+    A standard stream that the parent process closed is opened on the null device. Otherwise the
+    next opened file would get its descriptor, and libraries would print into that file.
     """
     for number in (0, 1, 2):
         try:
@@ -100,9 +99,9 @@ def prepare() -> None:
 
 
 def unwritable(stream: TextIO) -> OSError | None:
-    """Why what was printed does not arrive; the stream is then turned to nothing.
+    """Flush a stream; return the error if that fails, and redirect the stream to the null device.
 
-    Otherwise Python would try again at its end, and say so in its own way.
+    Otherwise Python would try again at exit and print its own message.
     """
     try:
         stream.flush()

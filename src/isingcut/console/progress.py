@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an estimate on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with the remaining time on a terminal, lines in a log elsewhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Bar(Protocol):
     """One task in progress."""
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Count ``steps`` more; ``note`` is a few words shown beside the bar, for example the
-        best found so far. It stays until another one comes."""
+        """Count ``steps`` more. ``note`` is a short text shown next to the bar, for example the
+        best result so far; it stays until the next one."""
 
 
 class _SilentBar:
@@ -25,20 +25,20 @@ class _SilentBar:
 
 
 Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
-"""``with progress("measuring pairs", total) as bar: bar.advance(1)``; a total of 0 is unknown."""
+"""``with progress("measuring pairs", total) as bar: bar.advance(1)``; 0 is an unknown total."""
 
 
 @contextlib.contextmanager
 def silent(description: str, total: float) -> Iterator[Bar]:
-    """Shows nothing: the default in Python."""
+    """Show no progress: the default in Python."""
     yield _SilentBar()
 
 
 def as_progress(given: Progress | bool) -> Progress:
-    """What shows progress: True is `terminal`, False `silent`.
+    """Return the progress function for an argument: True is `terminal`, False `silent`.
 
     Raises:
-        InputError: neither that nor a function.
+        InputError: neither a bool nor a function.
     """
     if isinstance(given, bool):
         return terminal if given else silent
@@ -51,11 +51,11 @@ def as_progress(given: Progress | bool) -> Progress:
 
 
 class Part:
-    """Some steps of a bar, for work that would show a bar of its own: called, it is a `Progress`.
+    """A part of a bar, passed as `Progress` to work that would otherwise show its own bar.
 
     Args:
-        bar: the whole.
-        worth: steps of it that all of the work counts.
+        bar: the whole bar.
+        worth: the steps of ``bar`` that all of the work counts for.
     """
 
     def __init__(self, bar: Bar, worth: float) -> None:
@@ -63,35 +63,36 @@ class Part:
 
     @contextlib.contextmanager
     def __call__(self, description: str, total: float) -> Iterator[Bar]:
-        """What is left is parted among ``total`` steps."""
+        """Divide the remaining part among ``total`` steps."""
         self._scale, self._words = self._left / max(total, 1e-9), description
         yield self
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Count a share of what is left."""
+        """Count a share of the remaining part."""
         step = min(self._left, steps * self._scale)
         self._left -= step
         self._bar.advance(step, note or self._words)
 
     def finish(self, note: str) -> None:
-        """Count all that is left."""
+        """Count the whole remaining part."""
         self._bar.advance(self._left, note)
         self._left = 0.0
 
 
 QUIET_SECONDS = 5.0
-"""A log gets no line about a task's progress sooner than this after the one before it."""
+"""Least time between two lines about a task in a log."""
 
 
 class PlainBar:
-    """For logs: tells of tenths passed with the time left and the best so far, and of the end.
+    """Progress for logs: a line at each tenth and at the end, with the remaining time and the note.
 
-    The pace is that behind the first steps told of: of work that goes on those were done before.
+    The first call of `advance` does not count for the pace: resumed work reports its earlier steps
+    in it.
 
     Args:
-        description: what is being done.
-        total: its steps.
-        clock: seconds now.
+        description: the name of the task.
+        total: its number of steps.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class PlainBar:
         self.first: tuple[float, float] | None = None
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        """Count ``steps`` more, and say so when a tenth is passed and some time with it."""
+        """Count ``steps`` more; print a line at each tenth, but not too often."""
         self.done += steps
         self.note = note or self.note
         if not self.total:
@@ -118,7 +119,7 @@ class PlainBar:
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
     def finish(self) -> None:
-        """Say how long it took, with the last note, which may have come after the last step."""
+        """Print how long the task took, with the last note."""
         if self.total:
             self._say("done", f"took {duration(self.clock() - self.began)}")
 
@@ -128,7 +129,7 @@ class PlainBar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, as exact as an estimate deserves.
+    """Format seconds as a rounded time.
 
     >>> duration(8.4), duration(260), duration(9000)
     ('8 s', '4 min', '2.5 h')
@@ -142,7 +143,7 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def terminal(description: str, total: float) -> Iterator[Bar]:
-    """A rich bar with the time left when stderr is a terminal, plain lines otherwise."""
+    """Show a rich bar with the remaining time if stderr is a terminal, plain lines otherwise."""
     from isingcut.console.rich_console import console
 
     screen = console(stderr=True)

@@ -14,18 +14,18 @@ _NARROWEST, _UNLIMITED = 40, 160
 
 
 class _Literal(Console):
-    """A console to which every text is only text."""
+    """A console that never reads text as markup."""
 
     def render_str(self, text: str, **how: Any) -> Text:
-        # Before the layout, so that columns fit what is printed in the end.
+        # Escaped before the layout, so that columns fit the printed text.
         legible = printable(text).encode(self.encoding, ASCII).decode(self.encoding)
         return super().render_str(legible, **how)
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables and lines go.
+    """Return the console for tables and lines.
 
-    A pipe is never narrow: no table that goes to a file or another program is cut.
+    A pipe is wide, so that no table written to a file or another program is cut off.
     """
     stream = sys.stderr if stderr else sys.stdout
     own = _Literal(file=stream, stderr=stderr, markup=False, emoji=False)

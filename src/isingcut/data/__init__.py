@@ -1,7 +1,7 @@
-"""Text to token samples.
+"""Read text and make token samples.
 
-`corpora` where text comes from, `text_files` files and pipes; `mixture` how texts are named, and
-several by shares of tokens; `conversations` chat templates, and the assistant's part; `tokens`
-text -> tokens, samples, batches, text in two splits; `calibration` the three splits of a run;
-`healing_text` text to heal with and to fit a patch on; `generation` text that a model makes.
+`corpora`: sources of text; `text_files`: files and pipes; `mixture`: names of texts, and mixtures
+by shares of tokens; `conversations`: chat templates and the assistant's tokens; `tokens`: tokens,
+samples, batches and overlap; `calibration`: the three splits of a run; `healing_text`: text for
+healing and for the patch; `generation`: text that a model generates.
 """

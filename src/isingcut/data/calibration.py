@@ -1,11 +1,10 @@
-"""Text becomes token samples: three disjoint splits that build, rank and report.
+"""Make the calibration: three disjoint splits of token samples, `energy`, `rank` and `report`.
 
-The split `energy` builds the Hamiltonian, `rank` orders the candidates and `report` gives the
-figures that are published. No document (nor its duplicate) is in two of them. Tokens are given out
-in the order report, rank, energy, so the reported text stays the same when the energy is measured
-on more samples.
+The energy is measured on `energy`, candidates are ranked on `rank`, and reported figures are of
+`report`. No document (or duplicate) is in two of them. Splits are filled in the order report, rank,
+energy, so that the report split does not change if the energy uses more samples.
 
-Healing reads splits of its own with the same readers.
+Healing makes its own splits with the same readers.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ __all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The three splits of one calibration text, and what they were made from.
+    """The three splits of one calibration text, and their provenance.
 
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
-        source: what the user asked for.
-        meta: how it was made (kind of source, seed, length, documents used, overlap of the splits),
+        source: the source as given.
+        meta: provenance (kind of source, seed, length, documents used, overlap of the splits),
             JSON-able.
     """
 
@@ -56,7 +55,7 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Hash of the tokens of all splits, which are real, and which count."""
+        """The hash of the tokens of all splits, with padding and counted tokens."""
         digest = hashlib.sha256()
         for name in SPLITS:
             tokens = self.splits[name]
@@ -68,7 +67,7 @@ class Calibration:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write a safetensors file, atomically."""
         from safetensors.torch import save
 
         tensors = {}
@@ -85,12 +84,12 @@ class Calibration:
             "meta": dict(self.meta),
         }
         with atomic_file(path) as temporary:
-            # Not the library's own writing, whose errors are not the operating system's.
+            # Not by the library's own function, which hides errors of the operating system.
             temporary.write_bytes(save(tensors, tensor_header(header)))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             StageFileError: missing, damaged, not a calibration file, or of a newer version.
@@ -109,12 +108,12 @@ class Calibration:
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
-            raise documents.damaged(path, "its tokens do not match its own hash")
+            raise documents.damaged(path, "its tokens do not match its hash")
         return loaded
 
 
 def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, ...]:
-    """The part that each sample of a split is from; nothing where the text is one."""
+    """Return the source of each sample of a split; empty unless the text is a mixture."""
     if "parts" not in meta:
         return ()
     try:
@@ -124,11 +123,11 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
             return tuple(names[i] for i in found)
     except (LookupError, TypeError):
         pass
-    raise documents.damaged(path, f"its samples of {split} are not each of a part of the mixture")
+    raise documents.damaged(path, f"some samples of {split} have no source in the mixture")
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes in a file: all arrays of a split are (samples, length)."""
+    """Return the dtypes and shapes in a file: all arrays of a split are (samples, length)."""
     wanted = {}
     for name in SPLITS:
         shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
@@ -150,13 +149,13 @@ def build(
     model: PreTrainedModel | None = None,
     progress: Progress = silent,
 ) -> Calibration:
-    """Token samples from a text source, or from a mixture of several.
+    """Make token samples from a text source, or from a mixture of several.
 
-    Plain text is packed: samples of exactly ``length`` tokens, no padding, each starting with
-    the tokenizer's beginning-of-sequence token where it sets one. Conversations are one sample
-    each, cut at ``length``. No document (nor its duplicate) is in two splits; text that is one
-    document is divided into consecutive ranges instead. Every split, and every beginning of one,
-    holds the parts of a mixture by their shares of tokens, each at least once.
+    Plain text is packed into samples of exactly ``length`` tokens without padding, each starting
+    with the tokenizer's beginning-of-sequence token if it sets one. Each conversation is one
+    sample, truncated to ``length``. No document (or duplicate) is in two splits; a text of one
+    document is divided into consecutive ranges. Every split, and every beginning of one, has the
+    sources of a mixture by their shares of tokens, each at least once.
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
@@ -164,12 +163,12 @@ def build(
             or a `mixture` of these.
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
-        seed: order of the documents, and the sampling of ``"self"``.
-        model: its embedding bounds the token ids; the source ``"self"`` samples from it.
-        progress: shown while ``"self"`` generates.
+        seed: seed of the order of the documents, and of ``"self"``.
+        model: its embedding limits the token ids; ``"self"`` samples from it.
+        progress: shows the progress of ``"self"``.
 
     Raises:
-        CalibrationError: unreadable, malformed or too short, in one line.
+        CalibrationError: the text is unreadable, malformed or too short.
         InputError: a sample count or length that is too small.
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
@@ -182,14 +181,14 @@ def build(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
             )
-    # Before it is read: what is changed meanwhile is noticed by whoever reads on.
+    # Hashed before reading, so that later readers notice changes.
     hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
     needed = sum(counts.values())
 
     def generate() -> Iterator[Row]:
         if model is None:
-            raise InputError("the calibration source 'self' needs the model to sample from")
+            raise InputError("the calibration source 'self' needs a model to sample from")
         return sample_from_model(model, tokenizer, needed, length, seed, progress)
 
     texts = open_parts(
@@ -229,22 +228,22 @@ def _too_short(
     apart = ", and no document may be in two splits" if kind == "documents" else ""
     return CalibrationError(
         f"{words_for(place_of(part.source))} is too short: {wanted} samples of {length} tokens"
-        f"{share} were asked for{apart}, found {found}; give more text, or lower --length, "
+        f"{share} are needed{apart}, found {found}; give more text, or lower --length, "
         "--samples, --rank-samples or --report-samples"
     )
 
 
 Drawn = list[tuple[int, Row]]
-"""Samples, each with the part that it is from."""
+"""Samples, each with its source in the mixture."""
 
 
 @dataclass(frozen=True, eq=False)
 class OpenText:
-    """One text of a mixture, read as far as its readers are iterated.
+    """One text of a mixture, read lazily.
 
     Attributes:
-        facts: what is known of it, JSON-able: ``kind``, and the ``documents`` read so far.
-        readers: of its samples, one for each split.
+        facts: JSON-able facts: ``kind``, and the number of ``documents`` read so far.
+        readers: one reader of samples per split.
     """
 
     facts: dict[str, Any]
@@ -262,20 +261,20 @@ def open_parts(
     most: int | None = None,
     generate: Callable[[], Iterator[Row]] | None = None,
 ) -> list[OpenText]:
-    """Each part with a reader for each split.
+    """Open each source of a mixture with a reader per split.
 
-    Full samples come out of running text, or of documents that follow one another; a conversation
-    is one sample, cut at ``length``, and those that agree in all their kept tokens count once. The
-    readers of documents each begin with a new one; where there are fewer documents than splits,
-    consecutive ranges of them are read instead.
+    Running text and consecutive documents are packed into full samples. A conversation is one
+    sample, truncated to ``length``; conversations with the same remaining tokens count once. Each
+    reader begins with a new document; with fewer documents than splits, they read consecutive
+    ranges instead.
 
     Args:
-        used: a calibration whose text is left out; documents only where the seed is the same.
-        most: tokens that are needed of one document.
-        generate: samples of ``"self"``; None where real text is needed.
+        used: a calibration whose text is left out; its documents only if the seed is the same.
+        most: tokens needed of one document.
+        generate: yields samples of ``"self"``; None if real text is needed.
 
     Raises:
-        CalibrationError: unreadable; or a file that was changed since the calibration was made.
+        CalibrationError: unreadable text, or a file that changed since the calibration was made.
     """
     seen: set[int] = set()
     corpora: list[Corpus | None] = []
@@ -285,16 +284,16 @@ def open_parts(
                 refuse_changed(used.meta.get("texts", {}), part.source)
             if part.source != "self":
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
-                # Pass over the documents that a calibration read (another seed has them in another
-                # order): in all parts before one is read on, which must not repeat them.
+                # Skip the documents of a calibration with the same seed, in all sources before any
+                # source is read further, so that none repeats them.
                 same_order = used is not None and used.meta.get("seed") == seed
                 left = int(_facts(used, part.source).get("documents", 0)) if same_order else 0
                 while left and (document := next(corpus.documents, None)) is not None:
                     is_new(document, seen)
-                    # Counted as `_tokenised` counts them: those that have tokens.
+                    # Counted as in `_tokenised`: documents with tokens.
                     left -= bool(encode(document, 1))
             elif generate is None:
-                raise CalibrationError("healing needs real text, not 'self'")
+                raise CalibrationError("healing needs real text; choose another source than 'self'")
             else:
                 corpora.append(None)
     opened = []
@@ -325,7 +324,7 @@ def open_parts(
 def draw(
     parts: Sequence[Part], readers: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
 ) -> Iterator[tuple[int, Row]]:
-    """Samples of all parts in turn, each with its part, until there are ``count`` or one ends."""
+    """Draw samples of all sources in turn, until there are ``count`` or one source ends."""
     drawn = 0
     while count is None or drawn < count:
         i = turns.next(None if count is None else count - drawn)
@@ -346,7 +345,7 @@ def draw_split(
     seed: str,
     count: int | None,
 ) -> tuple[Drawn, int | None]:
-    """The samples of one split, and the part that ended before there were ``count``."""
+    """Draw the samples of one split; also return the source that was too short, if any."""
     turns = Turns(parts, length, seed)
     drawn = list(draw(parts, [text.readers[split] for text in texts], turns, count))
     if len(drawn) == count:
@@ -355,13 +354,13 @@ def draw_split(
 
 
 def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:
-    """Samples as a set, padded with the token ``pad``."""
+    """Make a token set of samples, padded with the token ``pad``."""
     names = [parts[i].name for i, _ in drawn] if len(parts) > 1 else []
     return TokenSet.from_rows([row for _, row in drawn], pad, names)
 
 
 def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
-    """What a calibration says of its text, or of the part of it, that is from a source."""
+    """Return a calibration's facts about one source of its text."""
     if used is None:
         return {}
     if used.source == source:
@@ -374,7 +373,7 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
 def _tokenised(
     corpus: Corpus, encode: Encoder, seen: set[int], most: int | None, facts: dict[str, Any]
 ) -> Iterator[list[int]]:
-    """The documents that no other part of the mixture has; ``facts`` counts all that were read."""
+    """Yield the documents that no other source has; ``facts`` counts all documents read."""
     facts["documents"] = 0
     for text in corpus.documents:
         if ids := encode(text, most):
@@ -384,7 +383,7 @@ def _tokenised(
 
 
 def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Iterator[Row]:
-    """Full samples out of documents that follow one another; the first begins a document."""
+    """Pack consecutive documents into full samples; the first sample begins a document."""
     prefix, between = encode.start, encode("\n\n")
     body = length - len(prefix)
     left: list[int] = []
@@ -398,7 +397,7 @@ def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Ite
 def _pieces(
     texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
 ) -> Iterator[Row]:
-    """Full samples out of a running text, behind its first tokens."""
+    """Cut a running text into full samples, after its first tokens."""
     prefix = encode.start
     body = length - len(prefix)
     tokens = itertools.islice(itertools.chain.from_iterable(texts), skipped, None)
@@ -409,7 +408,7 @@ def _pieces(
 def _conversations(
     corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
 ) -> Iterator[Row]:
-    """One sample a conversation, but none that a calibration holds, whatever counts of it there."""
+    """Yield one sample per conversation, without those of a calibration."""
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():

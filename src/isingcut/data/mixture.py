@@ -1,8 +1,7 @@
-"""How texts are named: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``, and objects.
+"""Names of texts: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``, and objects.
 
-A model or a list of texts that a Python caller passes has a name, with a hash of its content, that
-stands in the options and in `run.json` where a path would. It is found under that name as long as
-the call lasts.
+A model or a list of texts that a Python caller passes gets a name with a hash of its content, which
+replaces a path in the options and in `run.json`. The object is found by that name during the call.
 """
 
 from __future__ import annotations
@@ -22,36 +21,36 @@ from isingcut.errors import CalibrationError, InputError, IsingcutError
 from isingcut.files.inputs import user_path
 
 _NAME = re.compile(r".* in memory \([0-9a-f]{16}\)")
-_held: dict[str, list[Any]] = {}
+_objects: dict[str, list[Any]] = {}
 
 
-def is_held_name(word: str) -> bool:
-    """Whether a word is the name of something handed over, held or not."""
+def is_object_name(word: str) -> bool:
+    """Whether a word is the name of an object passed in Python, present or not."""
     return _NAME.fullmatch(word) is not None
 
 
-def find_held(name: str) -> Any:
-    """What is held under a name: a folder or a list of texts; None for any other word.
+def find_object(name: str) -> Any:
+    """Return the object of a name: a folder or a list of texts; None for any other word.
 
     Raises:
-        InputError: a name of that form, of something that is held no more.
+        InputError: a name of this form whose object no longer exists.
     """
-    if not is_held_name(name):
+    if not is_object_name(name):
         return None
-    if not _held.get(name):
+    if not _objects.get(name):
         raise InputError(
-            f"{name!r} was handed over in Python and is not kept; hand it over there again, or "
-            "write it to disk and give its path"
+            f"{name!r} was passed in Python and is not kept; pass it again, or save it to disk and "
+            "give its path"
         )
-    return _held[name][-1]
+    return _objects[name][-1]
 
 
 @contextlib.contextmanager
-def hold_texts(given: Sequence[str]) -> Iterator[str]:
-    """Hold a list of texts; gives its name.
+def register_texts(given: Sequence[str]) -> Iterator[str]:
+    """Register a list of texts within the context; yield its name.
 
     Raises:
-        CalibrationError: no list of strings, or an empty one.
+        CalibrationError: not a list of strings, or an empty one.
     """
     if not isinstance(given, list | tuple):
         raise CalibrationError(
@@ -68,23 +67,24 @@ def hold_texts(given: Sequence[str]) -> Iterator[str]:
             )
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
-    with hold(f"{len(given)} texts in memory ({digest.hexdigest()[:16]})", list(given)) as name:
+    name = f"{len(given)} texts in memory ({digest.hexdigest()[:16]})"
+    with register_object(name, list(given)):
         yield name
 
 
 @contextlib.contextmanager
-def hold(name: str, thing: Any) -> Iterator[str]:
-    """Hold a thing under a name for as long as the context is open."""
-    # A list, because two runs may hold the same thing at a time.
-    _held.setdefault(name, []).append(thing)
+def register_object(name: str, thing: Any) -> Iterator[str]:
+    """Register an object under a name within the context."""
+    # A list, because two runs may register the same object at a time.
+    _objects.setdefault(name, []).append(thing)
     try:
         yield name
     finally:
-        _held[name].pop()
+        _objects[name].pop()
 
 
 ANSWERS = "answers:"
-"""Before a source of conversations: only the assistant's tokens count."""
+"""Prefix of a source of conversations: only the assistant's tokens count."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Part:
     """One text of a mixture.
 
     Attributes:
-        source: a source of text, as it is given alone.
-        name: what tables call it: a file's name without its folder, else the source.
-        share: of all tokens; the shares of all parts add up to 1.
+        source: a source of text.
+        name: the name in tables: a file's name without its folder, else the source.
+        share: share of all tokens; the shares of all parts sum to 1.
     """
 
     source: str
@@ -103,14 +103,14 @@ class Part:
 
 
 def parts_of(source: str) -> tuple[Part, ...]:
-    """The parts of a mixture in the order given; any other source is one part.
+    """Parse the parts of a mixture, in the order given; any other source is one part.
 
-    What exists as a file or folder is no mixture, whatever characters its name has.
+    An existing file or folder is never a mixture, whatever its name.
 
     Raises:
-        CalibrationError: a part without a positive weight, without a name, or named twice.
+        CalibrationError: a part without a positive weight or without a name, or a part twice.
     """
-    if "=" not in source or is_held_name(source) or _exists(source):
+    if "=" not in source or is_object_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
     named = _weighted(source)
     sources = [name for name, _ in named]
@@ -126,12 +126,12 @@ def parts_of(source: str) -> tuple[Part, ...]:
 
 
 def place_of(source: str) -> str:
-    """What one source is read from, whether all of it counts or the answers alone."""
+    """Return a source without the prefix ``answers:``."""
     return source if _exists(source) else source.removeprefix(ANSWERS)
 
 
 def places_in(source: str) -> list[str]:
-    """Where the parts of a mixture, or the one text, are; also of a text that is gone by now."""
+    """List the sources of a mixture, or the single source, without checking that they exist."""
     try:
         return [place_of(part.source) for part in parts_of(source)]
     except CalibrationError:
@@ -139,7 +139,7 @@ def places_in(source: str) -> list[str]:
 
 
 def describe_source(source: str) -> str:
-    """A text in words for others: no folders, which say something about their owner."""
+    """Describe a text for other people: without folders, which may be private."""
     try:
         parts = parts_of(source)
     except CalibrationError:
@@ -157,7 +157,7 @@ def _weighted(source: str) -> list[tuple[str, float]]:
         try:
             weight = float(number)
         except ValueError:
-            # The comma may be in a file's name, which goes on until a weight ends it.
+            # The comma may be part of a file's name, which ends at a weight.
             continue
         odd = ("=" in name or "," in name) and not _exists(place_of(name))
         if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
@@ -166,8 +166,8 @@ def _weighted(source: str) -> list[tuple[str, float]]:
         word = ""
     if word:
         raise CalibrationError(
-            f"the text {source!r} is no file, and as a mixture its part {word!r} is not "
-            "SOURCE=WEIGHT with a positive number (two parts: wiki=0.7,my-code.jsonl=0.3)"
+            f"the text {source!r} is not a file, and as a mixture its part {word!r} is not "
+            "SOURCE=WEIGHT with a positive number; write for example wiki=0.7,my-code.jsonl=0.3"
         )
     return found
 
@@ -183,7 +183,7 @@ def _exists(source: str) -> bool:
 
 @contextlib.contextmanager
 def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
-    """Say of which part of a mixture an error is."""
+    """Add the name of the part of a mixture to an error."""
     try:
         yield
     except IsingcutError as e:
@@ -193,15 +193,15 @@ def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
 
 
 class Turns:
-    """Whose sample is next, so that every beginning of a row of samples has the shares of tokens.
+    """Chooses the part of the next sample, so that any first samples have the shares of tokens.
 
-    A part is due when it has had the fewest tokens for its share. A random fraction of a sample is
-    added to what each has had: the order has no period, which every n-th sample would meet.
+    The next part is the one with the fewest tokens for its share. A random fraction of a sample is
+    added to the tokens of each part, so that the order has no period.
 
     Args:
-        parts: with their shares.
+        parts: the parts with their shares.
         length: tokens of a full sample.
-        seed: of the random fractions.
+        seed: seed of the random fractions.
     """
 
     def __init__(self, parts: Sequence[Part], length: int, seed: str) -> None:
@@ -212,10 +212,10 @@ class Turns:
         self._ahead = [self._random.random() for _ in parts]
 
     def next(self, left: int | None = None) -> int:
-        """The part whose turn it is.
+        """Return the index of the next part.
 
         Args:
-            left: samples that are still to come; as long as there are enough, every part gets one.
+            left: number of remaining samples; if there are enough, every part gets one.
         """
         new = [i for i, had in enumerate(self._had) if not had]
         among = new if left is not None and 0 < left <= len(new) else range(len(self._had))

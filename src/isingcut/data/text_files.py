@@ -1,7 +1,7 @@
-"""Texts and records out of files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
+"""Read texts and records from files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
 
-A record has a largest size. What has no name to go by (a pipe) is a text, or JSON lines where it
-begins with ``{``; gzip is known by its mark.
+The size of a record is limited. A pipe has no file name: it is JSON lines if it begins with ``{``,
+else text; gzip is detected by its magic number.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from isingcut.errors import CalibrationError, IsingcutError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
 Record = tuple[str, dict[str, Any]]
-"""Where a record stands (words for messages), and its fields."""
+"""The place of a record, for messages, and its fields."""
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv")
 RECORD = SMALL
-"""Bytes that one record, and a whole .json, may have."""
+"""Largest size of one record, and of a whole .json, in bytes."""
 UNPACKED = 1 << 30
-"""Bytes that a .gz may unpack to."""
+"""Largest unpacked size of a .gz, in bytes."""
 _PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """An opened file or pipe; iterate `pieces` or `records`, once.
+    """An open file or pipe; iterate `pieces` or `records`, once.
 
     Attributes:
-        name: what messages call it.
+        name: the name in messages.
         format: one of `FORMATS`.
     """
 
@@ -48,9 +48,9 @@ class TextFile:
     _bytes: BinaryIO
 
     def pieces(self) -> Iterator[str]:
-        """A running text in pieces of whole lines, read only as far as it is iterated.
+        """Yield a running text lazily in pieces of whole lines.
 
-        A line that is longer than what is tokenised at a time is cut at white space.
+        A line that is too long to tokenize at once is split at white space.
         """
         piece = ""
         with self._lines() as file:
@@ -68,12 +68,12 @@ class TextFile:
             yield piece
 
     def records(self) -> Iterator[Record]:
-        """The records of any other format, as far as they are iterated."""
+        """Yield the records of any other format lazily."""
         return {".jsonl": self._jsonl, ".json": self._json, ".csv": self._csv}[self.format]()
 
     @contextmanager
     def _lines(self) -> Iterator[io.TextIOWrapper]:
-        # Universal newlines are off: the text is measured as it is.
+        # Without universal newlines, because the text is measured unchanged.
         file = io.TextIOWrapper(self._bytes, encoding="utf-8-sig", newline="")
         with clear_errors(self.name), file:
             yield file
@@ -81,7 +81,7 @@ class TextFile:
     def _refuse_binary(self, text: str) -> None:
         if "\0" in text:
             raise CalibrationError(
-                f"{self.name} holds NUL bytes: it is UTF-16 or no text; save it as UTF-8 text"
+                f"{self.name} contains NUL bytes: it is UTF-16 or not text; save it as UTF-8 text"
             )
 
     def _jsonl(self) -> Iterator[Record]:
@@ -93,7 +93,7 @@ class TextFile:
             content = file.read(RECORD + 1)
         if len(content) > RECORD:
             raise CalibrationError(
-                f"{self.name} has more than {RECORD} bytes; save it as .jsonl, one record a line"
+                f"{self.name} has more than {RECORD} bytes; save it as .jsonl, one record per line"
             )
         try:
             items = parse_json(content)
@@ -114,7 +114,7 @@ class TextFile:
             yield where, {"text": item} if isinstance(item, str) else item
 
     def _csv(self) -> Iterator[Record]:
-        # As large as a record; the module's own limit is 128 KiB.
+        # The module's default limit is 128 KiB.
         csv.field_size_limit(RECORD)
         with self._lines() as file:
             rows = csv.reader(file, strict=True)
@@ -127,8 +127,8 @@ class TextFile:
                         continue
                     if len(row) != len(header):
                         raise CalibrationError(
-                            f"{where} has {len(row)} fields, but the first line names "
-                            f"{len(header)} columns; is a text with commas not in quotes?"
+                            f"{where} has {len(row)} fields, but the first line has "
+                            f"{len(header)} columns; put texts with commas in quotes"
                         )
                     self._refuse_binary(row[column])
                     yield where, {"text": row[column]}
@@ -143,9 +143,9 @@ class TextFile:
             return names.index("text")
         if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
             return 0
-        held = ", ".join(names)[:200] or "nothing"
+        columns = ", ".join(names)[:200] or "nothing"
         raise CalibrationError(
-            f"{self.name} must have a column 'text', or only one; its first line names {held} "
+            f"{self.name} must have a column 'text', or one column; its first line has {columns} "
             "(columns are separated by commas)"
         )
 
@@ -153,18 +153,18 @@ class TextFile:
 def json_lines(
     file: BinaryIO, name: str, error: type[IsingcutError] = CalibrationError
 ) -> Iterator[Record]:
-    """The objects in JSON lines, blank lines left out.
+    """Yield the objects in JSON lines, without blank lines.
 
     Args:
-        name: what messages call the file.
-        error: that is raised of what is none.
+        name: the file's name in messages.
+        error: the class of the error to raise.
     """
     number = 0
     while raw := file.readline(RECORD + 1):
         number += 1
         where = f"{name} line {number}"
         if len(raw) > RECORD:
-            raise error(f"{where} is longer than {RECORD} bytes; expected one record a line")
+            raise error(f"{where} is longer than {RECORD} bytes; expected one record per line")
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             record = parse_json(line) if line else {}
@@ -179,7 +179,7 @@ def json_lines(
 
 
 def only_once(source: str) -> bool:
-    """Whether a source is a pipe: what was read of it is gone."""
+    """Whether a source is a pipe, which can be read only once."""
     if source == "-":
         return True
     path = user_path(source)
@@ -187,7 +187,7 @@ def only_once(source: str) -> bool:
 
 
 def text_file(path: Path, name: str) -> TextFile:
-    """Open a file or a pipe that `check` has let pass.
+    """Open a file or a pipe, after `check`.
 
     Raises:
         CalibrationError: it cannot be opened.
@@ -200,7 +200,7 @@ def text_file(path: Path, name: str) -> TextFile:
         known = suffix in FORMATS
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
             unpacked: Any = _Unpacked(fileobj=stream)
-            # Closed with it, as a file that gzip opens by itself.
+            # gzip closes it as if it had opened it.
             unpacked.myfileobj = stream
             stream = io.BufferedReader(unpacked)
         if not known:
@@ -211,20 +211,20 @@ def text_file(path: Path, name: str) -> TextFile:
 
 
 class _Unpacked(gzip.GzipFile):
-    """What a .gz holds, `UNPACKED` bytes at most."""
+    """The unpacked content of a .gz, at most `UNPACKED` bytes."""
 
     def readinto(self, buffer: Any) -> int:
         count = super().readinto(buffer)
         if self.tell() > UNPACKED:
             raise CalibrationError(
-                f"a .gz unpacks to more than {UNPACKED} bytes; take a part of it (zcat, head -c), "
-                "or unpack it to a plain file"
+                f"a .gz unpacks to more than {UNPACKED} bytes; use a part of it (zcat, head -c), "
+                "or unpack it to a file"
             )
         return count
 
 
 class _Descriptor(io.RawIOBase):
-    """A file that is closed with the last reader of it, without a warning if that failed."""
+    """A file that is closed with its last reader, without a warning if that fails."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -246,31 +246,31 @@ class _Descriptor(io.RawIOBase):
 
 @contextmanager
 def clear_errors(name: str) -> Iterator[None]:
-    """Say in one line what cannot be read, and why."""
+    """Convert errors of reading to one line with the name and the reason."""
     try:
         yield
     except UnicodeDecodeError as e:
         raise CalibrationError(
-            f"{name} is not UTF-8 (byte {e.object[e.start]:#04x} does not fit); save it as UTF-8"
+            f"{name} is not UTF-8 (invalid byte {e.object[e.start]:#04x}); save it as UTF-8"
         ) from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise CalibrationError(
-            f"{name} is no whole gzip file ({first_line(e)}); pack it anew"
+            f"{name} is not a complete gzip file ({first_line(e)}); compress it again"
         ) from e
     except OSError as e:
-        raise CalibrationError(f"{name} cannot be read: {e.strerror or first_line(e)}") from e
+        raise CalibrationError(f"cannot read {name}: {e.strerror or first_line(e)}") from e
 
 
 def check(path: Path, name: str, advice: str) -> None:
-    """Refuse what is no file or pipe of text, without reading of it.
+    """Check that a path is a file or pipe of text, without reading it.
 
     Args:
-        path: of what is there and no folder; ``-`` is standard input.
-        name: what messages call it.
-        advice: what else might have been given.
+        path: an existing path that is not a folder; ``-`` is standard input.
+        name: the name in messages.
+        advice: what to give instead.
 
     Raises:
-        CalibrationError: of no known kind, a device or a terminal.
+        CalibrationError: an unknown format, a device or a terminal.
     """
     typed = str(path)
     with clear_errors(name):
@@ -290,6 +290,6 @@ def check(path: Path, name: str, advice: str) -> None:
 
 
 def _kind(path: Path) -> tuple[str, bool]:
-    """The ending of a name, and whether it says that the file is packed."""
+    """Return the format of a file name, and whether it is compressed."""
     words = path.name.lower()
     return Path(words.removesuffix(".gz")).suffix, words.endswith(".gz")

@@ -1,7 +1,7 @@
-"""Text to token ids; samples of tokens with their padding masks, and batches of like length.
+"""Tokenize text; samples of tokens with padding masks, and batches of similar length.
 
-A tokenizer needs some 300 bytes for every character that it is given at a time; a longer text is
-cut before white space, where tokenizers of words cut anyway.
+A tokenizer needs about 300 bytes per character of its input. A longer text is split before white
+space, where word tokenizers split anyway.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 Row = list[int]
-"""Token ids of a sample; one that is context and does not count stands as its complement, ~id."""
+"""Token ids of a sample; a context token, which does not count, is stored as ~id."""
 
-# Positions that keep a matrix product busy; a smaller batch would cost more than padding does.
+# Positions for efficient matrix products; a smaller batch would cost more than padding.
 _FAST_TOKENS = 256
 
 
@@ -32,16 +32,16 @@ _FAST_TOKENS = 256
 class TokenSet:
     """Samples of tokens, padded on the right.
 
-    With padding on the right a causal model needs no attention mask: no real token ever sees a
-    padded one. What must be left out are losses at padded positions, see `predicted`. Of a
-    conversation only some tokens may count; the others are context, which the model reads alike.
+    With padding on the right, a causal model needs no attention mask: no real token attends to
+    padding. Losses at padded positions must be left out, see `predicted`. In a conversation, only
+    some tokens may count; the others are context.
 
     Args:
         input_ids: (S, T) int64.
         mask: (S, T) bool, true at real tokens, each row a run of true and then of false.
-        index: (S,) int64, for a batch the rows it has in the set that `batches` was called on.
-        parts: S names, of a mixture's part that each sample is from; empty for one text.
-        counted: (S, T) bool, true at real tokens whose prediction counts; None where all do.
+        index: (S,) int64, for a batch the rows of its samples in the original set.
+        parts: S names, the source of each sample in a mixture; empty for one text.
+        counted: (S, T) bool, true at real tokens whose prediction counts; None if all do.
     """
 
     input_ids: torch.Tensor
@@ -54,7 +54,7 @@ class TokenSet:
     def from_rows(
         cls, rows: Sequence[Sequence[int]], pad: int = 0, parts: Sequence[str] = ()
     ) -> TokenSet:
-        """Samples (each a `Row`) of unequal lengths as one set, padded with the token ``pad``."""
+        """Make a set of samples (`Row`) of unequal lengths, padded with the token ``pad``."""
         width = max((len(r) for r in rows), default=0)
         ids = torch.full((len(rows), width), pad, dtype=torch.int64)
         mask = torch.zeros((len(rows), width), dtype=torch.bool)
@@ -68,7 +68,7 @@ class TokenSet:
 
     @property
     def rows(self) -> list[Row]:
-        """The samples without padding, as `from_rows` takes them."""
+        """Return the samples without padding, in the form of `from_rows`."""
         ids = self.input_ids
         if self.counted is not None:
             ids = torch.where(self.counted, ids, ~ids)
@@ -77,24 +77,24 @@ class TokenSet:
 
     @property
     def samples(self) -> int:
-        """Number of samples S."""
+        """The number of samples S."""
         return self.input_ids.shape[0]
 
     @property
     def positions(self) -> int:
-        """Number of positions, padding among them: S times T."""
+        """The number of positions with padding: S times T."""
         return self.input_ids.numel()
 
     @property
     def predicted(self) -> torch.Tensor:
-        """(S, T-1) bool: position t holds a prediction (of token t+1) that counts in a loss."""
+        """(S, T-1) bool: whether position t has a prediction (of token t+1) that counts."""
         return (self.mask if self.counted is None else self.counted)[:, 1:]
 
     @property
     def looked_at(self) -> torch.Tensor:
-        """(S, T) bool: positions that activations are compared at.
+        """(S, T) bool: the positions to compare activations at.
 
-        All real ones; where only some tokens count, those that predict them.
+        All real positions; if only some tokens count, the positions that predict them.
         """
         if self.counted is None:
             return self.mask
@@ -102,37 +102,37 @@ class TokenSet:
 
     @property
     def last_looked_at(self) -> torch.Tensor:
-        """(S, T) bool: of `looked_at`, the last position of each sample."""
+        """(S, T) bool: the last position of `looked_at` in each sample."""
         left = self.looked_at.flip(1).cumsum(1).flip(1)
         return self.looked_at & (left == 1)
 
     @property
     def tokens(self) -> int:
-        """Number of predictions that count, over all samples."""
+        """The number of predictions that count, over all samples."""
         return int(self.predicted.sum())
 
     @property
     def rows_by_part(self) -> dict[str, list[int]]:
-        """The samples of each part of a mixture, parts in the order of names; none of one text."""
+        """Return the rows of each source of a mixture, sorted by name; empty for one text."""
         names = sorted(set(self.parts))
         rows = {name: [i for i, part in enumerate(self.parts) if part == name] for name in names}
         return rows if len(names) > 1 else {}
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
-        """The given rows as a set of their own, trimmed to its longest sample."""
+        """Return the given rows as a set, trimmed to its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         chosen = self._trimmed(rows)
         return replace(chosen, index=torch.arange(len(rows)))
 
     def batches(self, max_tokens: int) -> list[TokenSet]:
-        """All samples in batches of like length, longest first, in a deterministic order.
+        """Return all samples in batches of similar length, longest first, deterministically.
 
-        Little padding is computed: a batch that is large enough to be fast takes no sample that
-        is more than an eighth shorter than its longest.
+        To limit padding, a batch that is large enough to be fast takes no sample that is more than
+        an eighth shorter than its longest.
 
         Args:
-            max_tokens: upper limit on rows times padded length of a batch; a single sample that
-                is longer makes a batch of its own.
+            max_tokens: upper limit of rows times padded length of a batch; a longer sample gets its
+                own batch.
         """
         lengths = self.mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -147,7 +147,7 @@ class TokenSet:
         return found
 
     def halves(self) -> tuple[TokenSet, TokenSet]:
-        """The first and the second half of the samples, each trimmed; they keep their `index`."""
+        """Return the first and second half of the samples, each trimmed, with their `index`."""
         first, second = torch.arange(self.samples).chunk(2)
         halved = [replace(self._trimmed(r), index=self.index[r]) for r in (first, second)]
         return halved[0], halved[1]
@@ -161,9 +161,9 @@ class TokenSet:
 
 
 def pieces(tokens: TokenSet, length: int) -> TokenSet:
-    """Samples of at most so many tokens; what a longer one begins with begins each of its pieces.
+    """Split samples into pieces of at most ``length`` tokens, each with the sample's start token.
 
-    A first token that all samples share is the tokenizer's start token, which a model wants first.
+    A first token that all samples share is the tokenizer's start token.
     """
     whole, ids = tokens.rows, tokens.input_ids
     if max(map(len, whole)) <= length:
@@ -175,7 +175,7 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
         start, body = row[:shared], row[shared:]
         found = [start + body[at : at + size] for at in range(0, len(body), size)]
         found = [piece for piece in found if has_prediction(piece)]
-        # The rest of a sample teaches little where it is a few tokens.
+        # A rest of a few tokens teaches little.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
         rows += found
         names += [tokens.parts[i]] * len(found) if tokens.parts else []
@@ -183,7 +183,7 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
 
 
 def count_tokens(row: Row) -> int:
-    """Tokens of a sample that count, its first one among them."""
+    """Count the tokens of a sample that count, including its first."""
     return sum(token >= 0 for token in row)
 
 
@@ -193,12 +193,12 @@ def has_prediction(row: Sequence[int]) -> bool:
 
 
 def ids_of(row: Sequence[int]) -> tuple[int, ...]:
-    """The token ids of a sample, those that count and those that do not."""
+    """Return all token ids of a sample, whether they count or not."""
     return tuple(token if token >= 0 else ~token for token in row)
 
 
 def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
-    """Rows that `predicts` says have a prediction, each once, as far as they are iterated."""
+    """Yield distinct rows with a prediction, lazily."""
     seen: set[tuple[int, ...]] = set()
     for row in map(tuple, rows):
         if has_prediction(row) and row not in seen:
@@ -207,21 +207,21 @@ def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
 
 
 LONGEST = 1 << 20
-"""Characters that are tokenised at a time."""
+"""Most characters to tokenize at a time."""
 
 _NEAR = 1 << 16
 _LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 
 
 def cut(text: str) -> int:
-    """Where a text that goes on ends well: before its last white space, if that is near its end."""
+    """Return where to split an unfinished text: before its last white space, if near the end."""
     tail = max(1, len(text) - _NEAR)
     found = _LAST_SPACE.search(text, tail)
     return found.start() if found else len(text)
 
 
 def split_text(text: str) -> Iterator[str]:
-    """A text in pieces of at most `LONGEST` characters; a shorter one is whole."""
+    """Split a text into pieces of at most `LONGEST` characters."""
     start = 0
     while len(text) - start > LONGEST:
         end = start + cut(text[start : start + LONGEST])
@@ -231,11 +231,11 @@ def split_text(text: str) -> Iterator[str]:
 
 
 class Encoder:
-    """A tokenizer, and how many tokens the model it is used with knows.
+    """A tokenizer, with the vocabulary limit of its model.
 
     Args:
-        tokenizer: any of transformers.
-        model: its embedding's rows bound the token ids; None bounds them by nothing.
+        tokenizer: a transformers tokenizer.
+        model: the rows of its embedding limit the token ids; None sets no limit.
     """
 
     def __init__(
@@ -245,17 +245,17 @@ class Encoder:
         embedding: Any = None if model is None else model.get_input_embeddings()
         self._rows: int | None = None
         if embedding is not None:
-            # Its weights may be on disk still.
+            # Its weights may not be loaded yet.
             self._rows = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
     def __call__(self, text: str, most: int | None = None) -> list[int]:
-        """The token ids of a text, without special ones around it.
+        """Return the token ids of a text, without special tokens around it.
 
         Args:
-            most: leave off what comes after so many tokens.
+            most: truncate to this many tokens.
 
         Raises:
-            CalibrationError: the tokenizer cannot take the text, or the model a token of it.
+            CalibrationError: the tokenizer fails on the text, or the model lacks a token.
         """
         ids: list[int] = []
         for piece in split_text(text):
@@ -265,18 +265,17 @@ class Encoder:
         return ids
 
     def checked(self, ids: list[int]) -> list[int]:
-        """``ids`` themselves, if the model's embedding has a row for each.
+        """Return ``ids`` if the model's embedding has a row for each.
 
         Raises:
-            CalibrationError: names the token that it lacks.
+            CalibrationError: with the missing token.
         """
         largest = max(ids, default=0)
         if self._rows is not None and largest >= self._rows:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise CalibrationError(
-                f"the tokenizer gives the text a token {token!r} with number {largest}, but the "
-                f"model's embedding has only {self._rows} rows: the token was added to the "
-                "tokenizer and not to the model. Resize the model "
+                f"the tokenizer produces the token {token!r} with id {largest}, but the "
+                f"model's embedding has only {self._rows} rows; resize the model "
                 "(model.resize_token_embeddings(len(tokenizer)), then save it), use the tokenizer "
                 "it was trained with, or choose text without that token"
             )
@@ -284,50 +283,50 @@ class Encoder:
 
     @property
     def start(self) -> list[int]:
-        """``[BOS]`` where the tokenizer starts every text with it, else empty."""
+        """``[BOS]`` if the tokenizer starts every text with it, else empty."""
         bos = self.tokenizer.bos_token_id
         begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [bos]
         return self.checked([bos]) if begins else []
 
     @property
     def pad(self) -> int:
-        """The token that fills a batch up; no result depends on it."""
+        """The padding token; no result depends on it."""
         pad = self.tokenizer.pad_token_id
-        # Fine-tunes often add one that the model has no row for.
+        # Fine-tunes often add a padding token without a row in the embedding.
         return 0 if pad is None or (self._rows is not None and pad >= self._rows) else int(pad)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     try:
-        # verbose=False: a text longer than the model's context is cut into samples afterwards.
+        # verbose=False: a text longer than the model's context is split into samples later.
         ids: Iterable[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     except MemoryError:
         raise
     except BaseException as e:
-        # A panic of the tokenizers library, which is written in Rust, is no `Exception`.
+        # A panic of the tokenizers library, written in Rust, is not an `Exception`.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise CalibrationError(
             f"the model's tokenizer fails on the text {shown!r} ({first_line(e)}); its "
-            "tokenizer.json is damaged or of another version: use the one it was published with"
+            "tokenizer.json is damaged or of another version: use the published one"
         ) from e
     return list(ids)
 
 
-# Tokens of an n-gram: the longest that is at most half of a sample. Of 32 tokens, hardly a sentence
-# comes twice by chance.
+# Tokens of an n-gram: the longest that is at most half of a sample. Hardly any 32 tokens repeat by
+# chance.
 _SIZES = (32, 16, 8)
 
 
 def overlap(tokens: TokenSet, others: Sequence[TokenSet]) -> float:
-    """Share of the n-grams of a split that stand in another one too; 0 where samples are too short.
+    """Return the share of the n-grams of a split that are in another one too; 0 for short samples.
 
-    A passage that stands in several splits makes figures on the later ones too good. Documents that
-    are equal as a whole never come into two splits; passages inside them may. N-grams that end in a
-    token that does not count are left out.
+    A passage in several splits makes figures on the later splits too good. Equal documents are
+    never in two splits, but equal passages may be. N-grams that end in a token that does not count
+    are left out.
 
-    Complexity: linear in the tokens of all.
+    Complexity: linear in the number of tokens.
     """
     longest = int(tokens.mask.sum(1).max())
     size = next((n for n in _SIZES if n <= longest // 2), 0)
@@ -337,7 +336,7 @@ def overlap(tokens: TokenSet, others: Sequence[TokenSet]) -> float:
 
 
 def _ngrams(tokens: TokenSet, size: int) -> Iterator[bytes]:
-    """The bytes of all n-grams of a size."""
+    """Yield the bytes of all n-grams of a size."""
     counted = tokens.mask if tokens.counted is None else tokens.counted
     for ids, counts in zip(tokens.input_ids.numpy(), counted.numpy(), strict=True):
         data, width = ids.tobytes(), ids.itemsize

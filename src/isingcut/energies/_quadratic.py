@@ -1,4 +1,4 @@
-"""From derivatives in the gates to a Hamiltonian, with its error over samples."""
+"""Convert gate derivatives to a Hamiltonian, with its error over samples."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def quadratic(
     counts: npt.NDArray[np.int64],
     meta: dict[str, Any],
 ) -> Hamiltonian:
-    """E(x) = -g.x + x^T C x / 2, the Taylor expansion of a removal: the gates step by -x.
+    """Form E(x) = -g.x + x^T C x / 2, the Taylor expansion of a removal: the gates step by -x.
 
     x_i^2 = x_i moves half the diagonal of C into the own terms.
 
     Args:
         gradient_sums: (m, N) gradient of each sample's loss, summed over its tokens, nats.
-        curvature_sums: (m, N, N) second derivatives of the same; made symmetric here.
+        curvature_sums: (m, N, N) second derivatives of the same sums; symmetrised here.
         counts: (m,) tokens of each sample; g and C are the sums over all tokens, per token.
         meta: provenance.
 
@@ -51,11 +51,11 @@ def quadratic(
 def curvature_energy(
     kind: str, loss: str, gate: str, replay: Replay, tokens: TokenSet, work: Work
 ) -> Hamiltonian:
-    """The Taylor expansion of a loss from its exact derivatives, see `quadratic`.
+    """Measure the Taylor expansion of a loss from its exact derivatives, see `quadratic`.
 
     Args:
-        kind: ``"hessian"`` or ``"gauss-newton"``; the latter's loss, the KL, has no gradient at
-            the original model.
+        kind: ``"hessian"`` or ``"gauss-newton"``. The KL, the loss of the latter, has no gradient
+            at the original model.
         loss: the loss in words, for the provenance.
         gate: ``"sublayer"`` or ``"block"``.
     """

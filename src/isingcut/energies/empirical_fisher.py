@@ -2,7 +2,7 @@
 
 With A (m x N) the gradients of each sample's mean token NLL in the sublayer gates and
 x_i = 1 for a removed block, the paper's energy is E = x^T (A^T A / m) x: the empirical Fisher
-matrix stands for the Hessian, the linear term is dropped and the Taylor factor 1/2 with it.
+matrix replaces the Hessian, without the linear term and the Taylor factor 1/2.
 `linear=True` is the Taylor expansion itself: E = -g.x + x^T (A^T A / m) x / 2, with g the
 mean gradient (removing a block is the step alpha - 1 = -x).
 
@@ -68,7 +68,7 @@ class EmpiricalFisher:
 
 
 def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
-    """Own terms (N,) and couplings (N, N) from gradient rows (m, N).
+    """Compute own terms (N,) and couplings (N, N) from gradient rows (m, N).
 
     x_i^2 = x_i moves the diagonal of the quadratic form into the own terms; each pair counts
     once in J and twice in the form.
@@ -83,7 +83,7 @@ def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
 
 
 def energy_errors(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
-    """Standard errors over samples of `energy_terms`: (N,) and (N, N), from rows (m, N), m > 1.
+    """Compute standard errors over samples of `energy_terms`, (N,) and (N, N); needs m > 1.
 
     Every term is a mean over samples, of a_i^2 or a_i^2 / 2 - a_i and of 2 a_i a_j or a_i a_j.
     Its standard error, the jackknife's exactly, is the root of its sample variance over m.
@@ -95,7 +95,7 @@ def energy_errors(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
     own = squares / 2 - rows if linear else squares
     h_error = own.std(0, ddof=1) / np.sqrt(m)
     products = squares.T @ squares / m - (rows.T @ rows / m) ** 2
-    # Rounding may leave a variance of zero just below it.
+    # Rounding may make a zero variance slightly negative.
     J_error = (1 if linear else 2) * np.sqrt(np.maximum(products, 0.0) / (m - 1))
     np.fill_diagonal(J_error, 0.0)
     return h_error, J_error

@@ -1,11 +1,11 @@
-"""`fisher`: the curvature of KL(original || gated), from labels the model draws itself.
+"""`fisher`: the curvature of KL(original || gated), from labels sampled from the model.
 
 The KL to the original and its gradient vanish at the original model; its Hessian in the gates
 is the Fisher matrix
 
     F = mean over tokens of E_{y ~ p} [grad log p(y) grad log p(y)^T]
 
-and E(x) = x^T F x / 2. One label is drawn for every position. Given the text, the gradients of
+and E(x) = x^T F x / 2. One label is sampled for every position. Given the text, the gradients of
 different positions are then independent with mean zero, so that with a_s the gradient of
 sample s's mean token NLL over T_s tokens, E[a_s a_s^T] is 1 / T_s of the sample's mean F:
 
@@ -38,7 +38,7 @@ class Fisher:
 
     Attributes:
         gate: ``"sublayer"`` or ``"block"``.
-        seed: of the drawn labels.
+        seed: the seed of the labels.
     """
 
     default_samples: ClassVar[int] = 256
@@ -47,7 +47,7 @@ class Fisher:
     seed: int = 0
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Draw labels, take the gate gradients and form the energy.
+        """Sample labels, compute the gate gradients and form the energy.
 
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.

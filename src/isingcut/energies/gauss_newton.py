@@ -2,8 +2,8 @@
 
     E(x) = x^T F x / 2,   F = mean over tokens of J^T (diag(p) - p p^T) J
 
-with J the derivative of the logits in the gates. It is what `fisher` estimates from drawn
-labels; the KL has no gradient at the original model, so there is no linear term.
+with J the derivative of the logits in the gates. `fisher` estimates it from sampled labels. The KL
+has no gradient at the original model, so there is no linear term.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GaussNewton:
     gate: str = "sublayer"
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Take the Gauss-Newton matrix and form the energy.
+        """Compute the Gauss-Newton matrix and form the energy.
 
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.

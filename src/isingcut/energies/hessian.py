@@ -3,8 +3,8 @@
     E(x) = -g.x + x^T H x / 2
 
 with g and H the exact gradient and Hessian at the original model, in gates shared by all
-tokens. Removing blocks is the step alpha - 1 = -x: a long one, for which a derivative at
-alpha = 1 is a guide and not a measurement.
+tokens. Removing blocks is the step alpha - 1 = -x, so long that the expansion at alpha = 1 is
+only a guide.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Hessian:
     gate: str = "sublayer"
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Take gradient and Hessian and form the energy.
+        """Compute gradient and Hessian and form the energy.
 
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.

@@ -1,11 +1,11 @@
-"""`pairwise`: own terms and couplings measured by really removing one and two blocks.
+"""`pairwise`: own terms and couplings measured by removing one and two blocks.
 
     D(x)  = mean KL(original || blocks x removed), nats per token
     h_i   = D({i})
     J_ij  = D({i, j}) - D({i}) - D({j})
 
 so that the energy is exact for every state of at most two blocks. The N (N + 1) / 2 states
-share their prefixes: about a third of the blocks of a naive measurement are run.
+share their prefixes, which saves about two thirds of the block evaluations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pairwise:
     default_samples: ClassVar[int] = 16
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Measure D for every single block and every pair.
+        """Measure D for every block and every pair.
 
         Returns:
             Hamiltonian with c = 0, unit ``"nats/token"`` and, for two samples or more,
@@ -67,5 +67,5 @@ class Pairwise:
 
 
 def removals(n: int) -> States:
-    """(n (n + 1) / 2, n) every single removal of n blocks, then every pair, in ascending order."""
+    """Make (n (n + 1) / 2, n) states: every single removal, then every pair, in ascending order."""
     return states_of(n, [*combinations(range(n), 1), *combinations(range(n), 2)])

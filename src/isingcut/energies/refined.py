@@ -1,9 +1,8 @@
-"""`refined`: the budgeted search near the wanted removals, and the energy it ends with.
+"""`refined`: a budgeted search near the wanted removals, and its final energy.
 
-The Hamiltonian is the posterior mean of `isingcut.energies.search`: the pair energy corrected by
-every state that was measured near the wanted sizes. What the search found for each removal is kept
-beside it, in ``meta["search"]``, and goes into the ranking with the Hamiltonian's own low
-states.
+The Hamiltonian is the posterior mean of `isingcut.energies.search`: the pair energy, corrected by
+every state measured near the wanted sizes. The best states of the search are stored in
+``meta["search"]``, and are ranked together with the low states of the Hamiltonian.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from isingcut.options.spellings import Effort
 __all__ = ["Refined"]
 
 KEPT = 10
-"""Finalists of each removal that are kept."""
+"""Finalists to keep for each removal."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Refined:
 
     Attributes:
         targets: the removals to search for; a run takes them from its options.
-        effort: what to spend: ``"150"`` forward passes over the calibration text, ``"20min"``, or
-            nothing for what a greedy path to the largest removal would cost.
-        seed: of every random choice.
+        effort: the limit: ``"150"`` forward passes over the calibration text, ``"20min"``, or empty
+            for the cost of a greedy path to the largest removal.
+        seed: the random seed.
     """
 
     default_samples: ClassVar[int] = 16
@@ -49,15 +48,15 @@ class Refined:
     seed: int = 0
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Search, and return the posterior energy with what was found in its metadata.
+        """Search, and return the posterior energy with the found states in its metadata.
 
         Raises:
-            InputError: no removal to search near, or an effort that cannot be read.
+            InputError: no removal to search near, or an unreadable effort.
         """
         if not self.targets:
             raise InputError(
-                "the energy 'refined' searches near a removal; say which with --remove or "
-                "--budget, or use --energy pairwise, which answers every removal"
+                "the energy 'refined' needs a removal to search near; add --remove or --budget, or "
+                "use --energy pairwise, which works for any removal"
             )
         effort = Effort(self.effort)
 
@@ -77,7 +76,7 @@ class Refined:
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
-    """Time of one pass over ``tokens``, from the faster of two timed micro-batches."""
+    """Estimate the time of one pass over ``tokens`` from the faster of two timed micro-batches."""
     batch = tokens.batches(work.batch_tokens)[0]
     taken = []
     for _ in range(2):
@@ -88,13 +87,13 @@ def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
 
 
 def summary(search: Search) -> dict[str, Any]:
-    """What a search found, JSON-able: the price, and each target's finalists and trace."""
+    """Return the JSON-able results of a search: the cost, and each target's finalists and trace."""
     targets: dict[str, Any] = {}
     for goal in search.goals:
         known = search.estimates(goal.target)
         assert known is not None
         quick = one_pass_states(search.evaluator, goal.target, search.one_pass)
-        # The states measured on most samples first: they are the ones to trust.
+        # The states with most samples first, because they are the most certain.
         order = np.lexsort((known.loss, -known.rung))[:KEPT]
         targets[goal.target.label] = {
             "finalists": [

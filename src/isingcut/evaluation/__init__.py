@@ -1,7 +1,7 @@
-"""What a cut cost.
+"""Evaluate cut models.
 
-`quality` perplexity and KL, in memory or from disk; `speed` speed and memory; `candidates` the
-spectrum measured, and how well the energy ranks; `questions` `tasks/` benchmark tasks; `answers` of
-many states; `scores` `harness` of them; `benchmark` both models on them, compared in pairs, and
-candidates chosen by them.
+`quality`: perplexity and KL, in memory or streamed; `speed`: speed and memory; `candidates`:
+measure the spectrum, and how well the energy ranks; `questions`, `tasks/`: benchmark tasks;
+`answers`: log-likelihoods and generations of many states; `scores`, `harness`: scores by
+lm-evaluation-harness; `benchmark`: paired comparison of two models, and choice of candidates.
 """

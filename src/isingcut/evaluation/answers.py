@@ -1,9 +1,9 @@
-"""Answers of many states of one model: likelihoods of given ones, and texts that a state writes.
+"""Log-likelihoods of continuations, and generated texts, for many states of one model.
 
-rows of tokens that end in answers -> blocks, each node of the states' tree once -> the head, at the
-positions that an answer is read from and nowhere else
+rows of tokens with continuations -> blocks, each node of the states' prefix tree once -> the head,
+only at the positions that predict the continuations
 
-Texts are written a few prompts at a time, each kept as it comes.
+Texts are generated for a few prompts at a time, and each is kept at once.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 
 Row = tuple[tuple[int, ...], int]
-"""Token ids, two or more, and the number of them, at the end, that are the answer."""
+"""Token ids, two or more, and the number of tokens of the continuation at the end."""
 Likelihood = tuple[float, bool]
-"""Log-likelihood of an answer in nats, and whether each of its tokens is the likeliest."""
+"""Log-likelihood of a continuation in nats, and whether it is the greedy one."""
 
-# Positions that pass the head at a time: their logits are float32 over the whole vocabulary.
+# Positions per call of the head, whose logits are float32 over the whole vocabulary.
 _HEAD_ROWS = 128
-# Streams of a batch beside those of the states: what entered the blocks, and the one being made.
+# Streams of a batch besides those of the states: the input of the blocks, and the current output.
 _OTHERS = 2
 
 
 class Likelihoods:
-    """The answers of several states of one model, computed together and remembered.
+    """Log-likelihoods of several states of one model, computed together and cached.
 
     Args:
         replay: the model's blocks.
         states: (S, N) bool.
-        work: how they are computed; finished micro-batches are kept in its journal.
-        description: of the bar that is shown meanwhile.
+        work: how to compute them; its journal keeps finished micro-batches.
+        description: the description of the progress bar.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Likelihoods:
         self._known: dict[Row, list[Likelihood]] = {}
 
     def of(self, state: int, rows: Sequence[Row]) -> list[Likelihood]:
-        """One state's answers; rows that are new are asked of all states."""
+        """Return one state's log-likelihoods; new rows are computed for all states."""
         new = [row for row in dict.fromkeys(rows) if row not in self._known]
         if new:
             likely, greedy = answer_scores(
@@ -72,19 +72,19 @@ def answer_scores(
     work: Work,
     description: str = "asking",
 ) -> tuple[Floats, Bools]:
-    """Log-likelihood of each row's answer under each state, and whether it is the greedy one.
+    """Compute the log-likelihood of each row's continuation under each state, and if it is greedy.
 
-    Rows that differ in their last token alone, as the letters of one question do, run once.
+    Rows that differ only in their last token, such as the letters of one question, run once.
 
     Args:
-        rows: R of them.
+        rows: R rows.
         states: (S, N) bool, True where a block is removed.
 
     Returns:
-        (S, R) nats, and (S, R) bool: every token of the answer is the most likely one.
+        (S, R) nats, and (S, R) bool: every token of the continuation is the most likely one.
 
     Complexity: a block evaluation per token and node of the states' prefix tree, and a row of the
-    head per state and token of an answer.
+    head per state and token of a continuation.
     """
     reuse_freed_memory()
     wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
@@ -96,7 +96,7 @@ def answer_scores(
     batches = tokens.batches(work.batch_tokens)
 
     def placed(batch: TokenSet) -> list[tuple[int, int]]:
-        """(its sample, row) of each answer in a micro-batch."""
+        """Return (sample, row) of each continuation in a micro-batch."""
         return [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
@@ -135,10 +135,10 @@ def answer_scores(
 
 
 class _Places:
-    """Where the answers of R rows are read: K positions of a micro-batch.
+    """The K positions of a micro-batch that predict the continuations of R rows.
 
     Args:
-        rows: with each its sample.
+        rows: the rows, each with its sample.
 
     Attributes:
         sample, position, label: (K,) int64; position t predicts token t + 1, the label.
@@ -156,7 +156,7 @@ class _Places:
         self.owner, self.rows = owner.numpy(), len(rows)
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
-        """(2, R) log-likelihoods and greedy flags, from the stream (B, T, D) behind the blocks."""
+        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D)."""
         likely, best = _heads(replay, stream[self.sample, self.position], self.label)
         found = np.stack([np.zeros(self.rows), np.ones(self.rows)])
         np.add.at(found[0], self.owner, likely)
@@ -167,7 +167,7 @@ class _Places:
 def _scores(
     replay: Replay, batches: Sequence[TokenSet], states: States, places: Sequence[_Places]
 ) -> list[Floats]:
-    """(2, S, R) of each micro-batch: log-likelihoods and greedy flags under sorted states."""
+    """Yield (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
     recordings = [replay.record(batch.input_ids) for batch in batches]
     found = [np.zeros((2, len(states), read.rows)) for read in places]
 
@@ -183,10 +183,9 @@ def _scores(
 
 
 def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Log-likelihood of each label (K,) at its stream (K, D), and whether it is the likeliest.
+    """Compute the log-likelihood of each label (K,) from its stream (K, D), and if it is greedy.
 
-    Only these rows pass through the head: the final norm and the head look at one position at
-    a time.
+    Only these rows pass through the head, because the final norm and the head work per position.
     """
     likely, best = [], []
     for a in range(0, len(stream), _HEAD_ROWS):
@@ -199,22 +198,22 @@ def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floa
 
 
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
-"""Token ids, and how the text behind them is written, JSON-able."""
+"""Token ids, and the JSON-able generation settings."""
 Writer = Callable[[Sequence[int]], Sequence[str]]
-"""The texts behind some prompts, named by their positions, all written together."""
+"""Generates the texts after some prompts, given by their indices, in one batch."""
 
 MICRO_BATCHES = 4
-"""Whose tokens the prompts of one go may fill: a step takes hardly longer for more texts."""
+"""Factor on the tokens of a batch of prompts, because more texts hardly slow down a step."""
 
 
 class Generations:
-    """The texts of several states of one model, in a journal.
+    """Generated texts of several states of one model, in a journal.
 
     Args:
         replay: the model's blocks.
         states: (S, N) bool.
-        work: how much is written together; finished texts are kept in its journal.
-        description: of the bar that is shown meanwhile.
+        work: sets the batch size; its journal keeps finished texts.
+        description: the description of the progress bar.
     """
 
     def __init__(
@@ -223,14 +222,14 @@ class Generations:
         self.replay, self.states, self.work, self.description = replay, states, work, description
 
     def of(self, state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        """One state's texts; those that the journal has are not written again.
+        """Return one state's texts; texts in the journal are not generated again.
 
         Args:
-            prompts: the same for each of the states.
-            write: has the state write.
+            prompts: the same prompts for each state.
+            write: generates texts with the state.
         """
-        told = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
-        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **told}))
+        content = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
+        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **content}))
         keys = [f"{state}/{i}" for i in range(len(prompts))]
         left = [i for i, key in enumerate(keys) if kept.get(key) is None]
         with self.work.progress(self.description, len(prompts)) as bar:
@@ -244,13 +243,13 @@ class Generations:
 
 
 def _text(row: npt.NDArray[np.float64] | None) -> str:
-    """What a row of the journal says, a number for each byte."""
+    """Decode a row of the journal, with one number per byte."""
     assert row is not None
     return bytes(row.astype(np.uint8)).decode()
 
 
 def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Positions of prompts written alike, long ones first, as many at a time as fit padded."""
+    """Yield batches of prompt indices with equal settings, long ones first, as many as fit."""
     alike: dict[str, list[int]] = {}
     for i in left:
         alike.setdefault(fingerprint(prompts[i][1]), []).append(i)

@@ -1,22 +1,20 @@
-"""Both models on the same benchmark tasks, and a few candidates compared by their questions.
+"""Compare both models on benchmark tasks, and choose among candidates by their questions.
 
 tasks by name -> scores of both models -> paired comparison, task by task
 
-Answers are journalled until all of them are there.
+Results are kept in a journal until a task is complete.
 
-To choose, all candidates that are left answer the same questions, first `FIRST` of them and
-`GROWTH` times as many at each further look. What counts is the log-probability that a candidate
-gives the right answers, which says more than how many of them are its likeliest
-(docs/experiments.md). At every look, whoever falls short of the leader with a paired p-value (by
-the bootstrap over questions) below
+To choose, all remaining candidates are scored on the same questions, first on `FIRST` and then on
+`GROWTH` times as many at each look. The score is the log-probability of the right answers, which is
+more precise than accuracy (docs/experiments.md). At every look, a candidate is dropped if it is
+worse than the leader with a paired p-value (by the bootstrap over questions) below
 
     alpha / (L K (K - 1) / 2)
 
-is out: L looks and K candidates at the start, Bonferroni's correction over all looks and all pairs.
-So, however often one looks and whoever leads, the chance is about alpha at most that a candidate is
-dropped which is as good as the leader of that moment. Of those that are left in the end the one of
-lowest loss is chosen that falls short of the leader by no more than a standard error: the best of
-several by a few questions is mostly the luckiest.
+with L looks and K candidates at the start: Bonferroni's correction over all looks and all pairs. So
+the probability of dropping a candidate as good as the leader is at most about alpha. Among the
+remaining candidates within one standard error of the leader, the one of lowest loss is chosen,
+because the best by a few questions is mostly the luckiest.
 """
 
 from __future__ import annotations
@@ -39,10 +37,10 @@ from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import ScoredModel, Scores, score
 from isingcut.files.documents import (
-    AskedCandidate,
     ByTasks,
     MeasuredState,
     PairedScores,
+    ScoredCandidate,
     TaskRow,
     TextScores,
 )
@@ -68,16 +66,16 @@ def benchmark(
     kept: Path | None = None,
     progress: Progress = silent,
 ) -> list[TaskRow]:
-    """Rows of `benchmarks.json`: the second model against the first, task by task.
+    """Make the rows of `benchmarks.json`: the second model against the first, task by task.
 
     Args:
-        models: two, by name; rows call them ``original`` and ``cut``.
-        tasks: local task names, or with no ``data`` any task of the harness, or files of questions.
+        models: two models by name; rows call them ``original`` and ``cut``.
+        tasks: local task names, or without ``data`` any task of the harness, or files of questions.
         data: folder of the local tasks' questions; None uses the hub.
-        questions: at most so many a task.
-        batch_tokens: tokens computed at a time.
+        questions: most questions per task.
+        batch_tokens: tokens per micro-batch.
         but: questions to leave out, by their `question_key`.
-        kept: folder for journals, so that an interrupted call goes on.
+        kept: folder for journals, for resuming.
 
     Raises:
         InputError: as `questions.check_tasks`, or a task without a score by question.
@@ -102,7 +100,7 @@ def benchmark(
 
 
 def row(original: Scores, cut: Scores) -> TaskRow:
-    """One row of `benchmarks.json`.
+    """Make one row of `benchmarks.json`.
 
     Raises:
         InputError: the two were not scored on the same questions.
@@ -115,11 +113,11 @@ def row(original: Scores, cut: Scores) -> TaskRow:
 
 
 def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) -> Path:
-    """The journal of one model's answers to one task.
+    """Return the journal of one model on one task.
 
     Args:
-        kept: its folder.
-        depends: what else the answers depend on, JSON-able.
+        kept: the folder of journals.
+        depends: everything else that the scores depend on, JSON-able.
     """
     model = model_identity(loaded.folder)["sha256"]
     identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
@@ -127,7 +125,7 @@ def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) ->
 
 
 def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete the journals of tasks in a folder, and the folder where nothing else is in it."""
+    """Delete the journals of tasks in a folder, and the folder if it is empty then."""
     for name in map(short_name, tasks):
         for path in kept.glob(f"{glob.escape(name)}-*.journal"):
             path.unlink()
@@ -144,14 +142,14 @@ def text_scores(
     length: int = 1024,
     progress: Progress = silent,
 ) -> TextScores:
-    """Perplexity of both models on WikiText-2's raw test text, and their paired comparison.
+    """Measure the perplexity of both models on WikiText-2's raw test text, and compare them.
 
-    The articles are joined and cut into windows of ``length`` tokens, each read on its own; the
-    last, short one is left out.
+    The articles are joined and split into independent windows of ``length`` tokens; the last, short
+    window is left out.
 
     Args:
-        data: folder with `wikitext2/test_raw.jsonl`, one article a line.
-        samples: at most so many windows.
+        data: folder with `wikitext2/test_raw.jsonl`, one article per line.
+        samples: most windows.
 
     Raises:
         InputError: as `articles`, or shorter than one window.
@@ -188,9 +186,9 @@ RESAMPLES = 10_000
 def compare_scores(first: Floats, second: Floats, seed: int = 0) -> PairedScores:
     """Compare the scores (n,) of two models on the same n questions.
 
-    Right-or-wrong scores get McNemar's exact test (questions that both have right, or both wrong,
-    say nothing); others the bootstrap distribution of the mean difference, centred. The interval of
-    second - first is of 95 %, by the paired bootstrap over questions.
+    Right-or-wrong scores use McNemar's exact test; others use the centred bootstrap distribution of
+    the mean difference. The 95 % interval of second - first is by the paired bootstrap over
+    questions.
     """
     n, means = len(first), (float(first.mean()), float(second.mean()))
     resampled = _resampled(second - first, seed)
@@ -213,10 +211,10 @@ def compare_scores(first: Floats, second: Floats, seed: int = 0) -> PairedScores
 
 
 def p_value(first: Floats, second: Floats, resampled: Floats | None = None, seed: int = 0) -> float:
-    """Of no difference between the scores (n,) of two models on the same questions, two-sided.
+    """Return the two-sided p-value of no difference between two models' scores (n,).
 
     Args:
-        resampled: means of the difference, resampled, where they are there already.
+        resampled: resampled means of the difference, if computed already.
     """
     difference = second - first
     if right_or_wrong(first, second):
@@ -233,11 +231,11 @@ def right_or_wrong(*scores: Floats) -> bool:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p-value of McNemar's test.
+    """Return the exact two-sided p-value of McNemar's test.
 
     Args:
-        lost: questions that only the first model has right.
-        won: questions that only the second has right.
+        lost: number of questions that only the first model has right.
+        won: number of questions that only the second has right.
 
     Source: McNemar 1947; exact binomial form, sum of both tails.
     """
@@ -249,7 +247,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def _resampled(values: Floats, seed: int) -> Floats:
-    """Means of resamples with replacement, a few million numbers at a time."""
+    """Compute means of resamples with replacement, a few million numbers at a time."""
     rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // len(values))
     parts = []
@@ -262,16 +260,15 @@ def _resampled(values: Floats, seed: int) -> Floats:
 FIRST, GROWTH = 50, 1.5
 """Questions at the first look, and the factor from one look to the next."""
 ALPHA = 0.05
-"""Chance of dropping a candidate wrongly, over all looks and pairs."""
+"""Probability of wrongly dropping a candidate, over all looks and pairs."""
 CONTENDERS = 5
-"""Candidates that are asked."""
+"""Number of candidates to compare."""
 _APART = 2
-"""Blocks that two of them differ in, as long as there are such: near copies answer alike."""
+"""Least number of blocks that two of them differ in, if possible: near copies score the same."""
 
 
 Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
-"""What each candidate (its removed blocks) makes of a task's questions, in any order that is the
-same for all candidates."""
+"""Scores each candidate (its removed blocks) on a task's questions, in the same order for all."""
 
 
 @dataclass(eq=False)
@@ -286,12 +283,12 @@ class _Contender:
         self.certainties.setdefault(task, []).extend(scores.certainties.tolist())
 
     @property
-    def asked(self) -> int:
+    def scored(self) -> int:
         return sum(map(len, self.scores.values()))
 
 
 def looks(total: int) -> list[int]:
-    """Numbers of questions asked at each look, ascending; the last is all of them."""
+    """Return the number of questions at each look, ascending; the last is all questions."""
     ends, size = [], float(FIRST)
     while size < total:
         ends.append(round(size))
@@ -300,7 +297,7 @@ def looks(total: int) -> list[int]:
 
 
 def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Half of the questions of each task, drawn by ``seed``; the other half is for a report.
+    """Draw half of the questions of each task by ``seed``; the other half is for reports.
 
     Raises:
         InputError: a task has a single question.
@@ -309,20 +306,20 @@ def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[st
     for number, (task, all_keys) in enumerate(keys.items()):
         distinct = list(dict.fromkeys(all_keys))
         if len(distinct) < 2:
-            raise InputError(f"{task} has one question; to choose by it takes two or more")
+            raise InputError(f"{task} has one question; --choose tasks needs two or more per task")
         order = np.random.default_rng([seed, 0xA5, number]).permutation(len(distinct))
         found[task] = [distinct[i] for i in order[: len(distinct) // 2]]
     return found
 
 
 def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[int]:
-    """Positions of the candidates that are asked, lowest loss first.
+    """Select the candidates to compare, lowest loss first; return their indices.
 
-    The one of lowest loss, and by loss those that differ in two blocks or more from all of lower
-    loss that are asked; where these are too few, the next by loss.
+    Takes the one of lowest loss, then by loss those that differ in two blocks or more from all
+    selected ones; if these are too few, the next by loss.
 
     Args:
-        also: the blocks of a candidate that is asked whatever its loss.
+        also: the blocks of a candidate to include in any case.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
     found = [i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)]
@@ -337,18 +334,18 @@ def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[
 def choose_by_questions(
     candidates: Sequence[Sequence[int]], questions: Mapping[str, Sequence[str]], ask: Ask
 ) -> tuple[int, ByTasks]:
-    """The candidate of lowest loss among those that answer as well as the best.
+    """Choose the candidate of lowest loss among those that score as well as the best.
 
-    Tasks take turns, so that they count alike until the shortest is through.
+    Questions alternate between tasks, so that tasks have equal weight until the shortest ends.
 
     Args:
-        candidates: removed blocks of each, lowest loss first.
-        questions: keys by task, in the order they are asked.
-        ask: scores candidates, all that are left at once.
+        candidates: removed blocks of each candidate, lowest loss first.
+        questions: keys by task, in order.
+        ask: scores all remaining candidates at once.
 
     Returns:
-        its position in ``candidates``, and how it was chosen; differences are of accuracies, on
-        the questions that a candidate and the chosen one both answered.
+        its index in ``candidates``, and the record of the choice; differences are of accuracies,
+        on the questions that both the candidate and the chosen one were scored on.
     """
     turns = [
         (task, key)
@@ -377,7 +374,7 @@ def choose_by_questions(
             other.out = behind and p_value(own, merits[leader]) < bound
         left = [c for c in left if not c.out]
     best = _lowest_of_the_best(left) if done else left[0]
-    asked = [key for _, key in turns[:done]]
+    used = [key for _, key in turns[:done]]
     tasks = [task for task, _ in turns[:done]]
     return all_of_them.index(best), ByTasks(
         ahead=len(left) == 1,
@@ -385,23 +382,23 @@ def choose_by_questions(
         looks=looked,
         looks_planned=len(ends),
         by_task={task: tasks.count(task) for task in questions},
-        asked=list(dict.fromkeys(asked)),
+        asked=list(dict.fromkeys(used)),
         candidates=[_row(c, best) for c in all_of_them],
         tasks=list(questions),
     )
 
 
 def _merits(several: Sequence[_Contender]) -> Floats:
-    """(K, n) certainties on the questions that all have answered, task after task.
+    """Return (K, n) certainties on the questions that all candidates were scored on, by task.
 
-    Each task's are divided by how much candidates and questions spread about what a question's mean
-    is: nats of a long answer would outvote those of a letter.
+    Each task is divided by its spread around the means of its questions, because long answers have
+    more nats than single letters.
     """
     parts = []
     for task in several[0].certainties:
         shared = min(len(c.certainties.get(task, ())) for c in several)
         if not shared:
-            # Whoever was dropped early may not have come to it.
+            # A candidate dropped early may lack this task.
             continue
         values = np.array([c.certainties[task][:shared] for c in several])
         spread = float((values - values.mean(0)).std())
@@ -410,7 +407,7 @@ def _merits(several: Sequence[_Contender]) -> Floats:
 
 
 def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
-    """The first that falls short of the leader by at most a standard error, paired."""
+    """Return the first candidate within one paired standard error of the leader."""
     merits = _merits(left)
     behind = merits[int(np.argmax(merits.mean(1)))] - merits
     n = merits.shape[1]
@@ -418,27 +415,27 @@ def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
     return left[int(np.argmax(behind.mean(1) <= error))]
 
 
-def _row(contender: _Contender, best: _Contender) -> AskedCandidate:
-    asked = contender.asked
+def _row(contender: _Contender, best: _Contender) -> ScoredCandidate:
+    count = contender.scored
     right, certain = (
         [value for values in by_task.values() for value in values]
         for by_task in (contender.scores, contender.certainties)
     )
     mean, error, p = None, None, None
-    if contender is not best and asked:
+    if contender is not best and count:
         own, others = (
             np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
             for c in (contender, best)
         )
         difference = own - others
         mean = float(difference.mean())
-        error = float(difference.std(ddof=1) / math.sqrt(asked)) if asked > 1 else None
+        error = float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else None
         p = p_value(*_merits([best, contender]))
-    return AskedCandidate(
+    return ScoredCandidate(
         removed=list(contender.removed),
-        questions=asked,
-        accuracy=float(np.mean(right)) if asked else None,
-        certainty=float(np.mean(certain)) if asked else None,
+        questions=count,
+        accuracy=float(np.mean(right)) if count else None,
+        certainty=float(np.mean(certain)) if count else None,
         dropped=contender.out,
         difference=mean,
         difference_se=error,

@@ -1,4 +1,4 @@
-"""Measure the candidates of a spectrum, and with them how well the energy ranks real losses."""
+"""Measure the candidates of a spectrum, and how well the energy ranks measured losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 LEAST = 4
-"""Samples that random states are measured on at least, where there are as many."""
+"""Fewest samples to measure random states on, if there are enough."""
 
 
 def rank(
@@ -46,15 +46,15 @@ def rank(
     choose: str,
     work: Work,
 ) -> CandidatesFile:
-    """Measure the spectrum's states beside random ones, and choose.
+    """Measure the spectrum's states and random states, and choose one.
 
     Args:
-        tokens: the ranking split; the energy has not seen it.
+        tokens: the ranking split, which the energy does not use.
         remove: the name of the removal.
-        others: further energies by name, judged on the same states.
-        random_states: how many random states to measure (fewer where fewer exist), on
-            `few_samples` of the split: telling good states from bad ones takes less than telling
-            the best from the second. 0 leaves the energy unjudged.
+        others: further energies by name, compared on the same states.
+        random_states: number of random states to measure (fewer if fewer exist), on `few_samples`
+            of the split, because a rough ranking needs less text than the best choice. 0 skips the
+            rank correlations.
         choose: ``"ground"`` takes the ground state, anything else the candidate of lowest KL.
     """
 
@@ -65,8 +65,8 @@ def rank(
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)
     drawn, distribution = random_feasible(problem, random_states, seed, spectrum.states)
-    # Candidates and random states are compared on the same tokens; where all states are candidates,
-    # they are judged on what they were measured on.
+    # Candidates and random states are compared on the same tokens. If all states are candidates,
+    # their full measurement is used.
     few, random = list(range(tokens.samples)), []
     if len(drawn):
         few = few_samples(tokens.samples)
@@ -74,7 +74,7 @@ def rank(
         random = [losses(tokens.select(few), drawn, "random states", journal)]
     judged_on = [measured.of_samples(few), *random] if random_states else []
     if choose == "ground":
-        chosen, why = 0, "the ground state was asked for"
+        chosen, why = 0, "the ground state, as --choose ground says"
     else:
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
     energy = problem.hamiltonian
@@ -104,7 +104,7 @@ def rank(
 def _rows(
     found: Measurement, energy: Hamiltonian, parts: Mapping[str, Sequence[int]]
 ) -> list[MeasuredState]:
-    """Every state as measured, and on the samples of each part of a mixture."""
+    """Make a row per state with its losses, and its losses on each source of a mixture."""
     of_part = {name: found.of_samples(own) for name, own in parts.items()}
     rows = []
     for s, state in enumerate(found.states):
@@ -116,7 +116,7 @@ def _rows(
 
 
 def _judged(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
-    """How an energy ranks the losses of candidates and random states, in this order."""
+    """Correlate an energy with the losses of candidates and random states, in this order."""
 
     def of(loss: str, some: Sequence[Measurement]) -> Correlations:
         if not some:
@@ -128,22 +128,22 @@ def _judged(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
 
 
 def random_journal(journal: Path) -> Path:
-    """The journal of the random states, beside that of the candidates."""
+    """Return the journal of the random states, next to that of the candidates."""
     return journal.with_name("random.journal")
 
 
 def few_samples(samples: int) -> list[int]:
-    """The samples that random states are measured on: a quarter of all, evenly spaced."""
+    """Return the samples for random states: a quarter of all, evenly spaced."""
     few = max(samples // 4, min(samples, LEAST))
     found: list[int] = np.linspace(0, samples - 1, few).round().astype(int).tolist()
     return found
 
 
 def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
-    """Distinct feasible states outside ``besides``, and what they were drawn from.
+    """Draw distinct feasible states outside ``besides``; also return their distribution in words.
 
-    Uniform over the feasible states by rejection. Where constraints reject nearly every draw,
-    the remaining states are ground states of random fields instead, and the second value says so.
+    Uniform over the feasible states by rejection. If the constraints reject nearly every draw, the
+    remaining states are ground states of random fields instead, and the second value tells so.
     """
     rng = np.random.default_rng([seed, 0x5EED])
     low, high = problem.cardinality
@@ -162,7 +162,7 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
         keys = rng.random((512, problem.n)).argsort(1).argsort(1)
         draws = keys < sizes[:, None]
         fit = draws[problem.feasible(draws)]
-        # Of few states nearly every draw is a second one.
+        # With few states, nearly every draw is a duplicate.
         _, first = np.unique(np.packbits(fit, axis=1), axis=0, return_index=True)
         for i in np.sort(first):
             add(fit[i])
@@ -183,16 +183,15 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
 
 
 def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations:
-    """How well energies rank measured losses: Spearman and Kendall with bootstrap intervals.
+    """Correlate energies with measured losses: Spearman and Kendall with bootstrap intervals.
 
     Args:
-        energies: (S,) of the states.
-        losses: (S,) measured.
-        seed: of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
+        energies: (S,) energies of the states.
+        losses: (S,) measured losses.
+        seed: seed of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
 
     Returns:
-        figures that are None where they are undefined (fewer than three states, or all values
-        tied).
+        figures; None if undefined (fewer than three states, or all values tied).
     """
     n = len(energies)
     found: dict[str, float | None] = {}
@@ -210,7 +209,7 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations
 
 
 def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
-    """(P,) Spearman's rho of the resamples ``picks`` (P, S); NaN where all values are tied."""
+    """Compute (P,) Spearman's rho of the resamples ``picks`` (P, S); NaN if all values are tied."""
     from scipy.stats import rankdata
 
     middle, scale = (len(a) + 1) / 2, 1 / (len(a) - 1)
@@ -223,7 +222,7 @@ def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
 
 
 def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
-    """(P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN where all values are tied."""
+    """Compute (P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN if all are tied."""
     from scipy.stats import kendalltau
 
     return np.array([kendalltau(a[pick], b[pick]).statistic for pick in picks])

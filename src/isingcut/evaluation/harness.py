@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model object around a model in memory, or read block by block."""
+"""The model object of lm-evaluation-harness for a model in memory or streamed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Writing = Callable[[Sequence[Prompt], Writer], list[str]]
 
 
 class Harness(HFLM):  # type: ignore[misc]
-    """The harness's model, whose likelihoods are ours; it generates as the harness does.
+    """The harness's model with isingcut's log-likelihoods; it generates as the harness does.
 
-    The harness takes logits of all positions, and in half precision rounds its log-probabilities,
-    to an eighth from 16 nats on.
+    The harness itself computes logits of all positions, and in half precision rounds
+    log-likelihoods, to an eighth from 16 nats on.
 
     Args:
         loaded: the model.
-        answers: the likelihoods that are asked for.
-        texts: those that are asked for, of prompts and of what writes some of them at a time.
+        answers: computes log-likelihoods.
+        texts: computes generations, from prompts and a function that generates some of them.
     """
 
     def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
@@ -39,7 +39,7 @@ class Harness(HFLM):  # type: ignore[misc]
         self.answers, self.texts = answers, texts
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
-        # As the harness makes its inputs: cut on the left.
+        # Truncated on the left, as in the harness.
         longest = self.max_length + 1
         rows = [(tuple((c + a)[-longest:]), min(len(a), longest - 1)) for _, c, a in requests]
         return list(self.answers(rows))
@@ -49,7 +49,7 @@ class Harness(HFLM):  # type: ignore[misc]
         return super()._model_generate(*args, **rest, logits_processor=own)
 
     def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
-        """As the harness's, of the model that is asked."""
+        """Generate as the harness does, with the model's state."""
         generate = super().generate_until
 
         def write(some: Sequence[int]) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Before and after, on text that neither the energy nor the ranking has seen."""
+"""Compare original and cut model on text that neither the energy nor the ranking used."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
     AnyModel = PreTrainedModel | StreamedReplay
 
-# Float32 elements of logits looked at together: a few copies of this bound the extra memory.
+# Float32 logits to process at a time; a few copies of this limit the extra memory.
 _CHUNK_ELEMENTS = 1 << 23
-# The stream that leaves the blocks, what entered them, and the one that is being made; of both.
+# Streams of both models: after the blocks, before the blocks, and the current one.
 _STREAMS = 6
 # Nats per token; a larger loss has no finite perplexity.
 _MOST_NATS = 700
@@ -63,19 +63,18 @@ def before_and_after(
     skip_speed: bool = False,
     progress: Progress = silent,
 ) -> EvaluationFile:
-    """Quality, size and speed of both models.
+    """Measure quality, size and speed of both models.
 
-    Speed is measured with all the threads that torch takes on this machine, whatever a run
-    measures its losses with. Of a cut that is streamed, speed, memory and a generation are left
-    out: a model that is read from disk for every token has no speed that says anything about it.
+    Speed uses all threads of torch on this machine, whatever the run uses. For a streamed cut,
+    speed, memory and the generation are skipped, because reading from disk dominates its speed.
 
     Args:
         original: in memory, or streamed on the same buffers as the cut.
         tokens: the report split.
-        elsewhere: further texts by name, judged one by one.
-        batch_tokens: tokens computed at a time.
-        prompt: for one greedy generation of at most ``new_tokens`` by each model.
-        skip_speed: leave out speed; ``not_measured`` names the keys.
+        elsewhere: further texts by name, measured one by one.
+        batch_tokens: tokens per micro-batch.
+        prompt: prompt for one greedy generation of at most ``new_tokens`` by each model.
+        skip_speed: skip speed; ``not_measured`` lists the keys.
     """
     both = {"before": original, "after": cut}
     first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
@@ -89,7 +88,7 @@ def before_and_after(
                 plain = {name: text_model(m.model) for name, m in models.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
-        # Once for both: a chat template is rendered by a process of its own.
+        # Once for both models, because rendering a chat template starts a process.
         ids, texts = prompt_ids(original.tokenizer, prompt), {}
         with progress("one generation", len(both)) as bar:
             for name, m in models.items():
@@ -134,12 +133,12 @@ def quality(
     *,
     progress: Progress = silent,
 ) -> MixedScores:
-    """NLL and perplexity of both models and KL(original || cut), per token, in nats.
+    """Measure NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
-    perplexity by the delta method) and None for a single sample. Logits become float32 a few
-    tokens at a time. Streamed models are on the same buffers, and each is read once per chunk of
-    samples; both heads are in memory together.
+    perplexity by the delta method) and None for a single sample. Logits are converted to float32 a
+    few tokens at a time. Streamed models share buffers, and each is read once per chunk of samples;
+    both heads are in memory together.
 
     Raises:
         ModelError: a loss is not finite, or has no finite perplexity.
@@ -147,7 +146,7 @@ def quality(
     sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
     most = _MOST_NATS * tokens.predicted.sum(1).numpy()
     for model, losses in zip((original, cut, cut), sums, strict=True):
-        # A comparison with NaN is false.
+        # Comparisons with NaN are false.
         if len(bad := np.flatnonzero(~(losses <= most))):
             plain = model.model if isinstance(model, StreamedReplay) else model
             raise not_finite(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
@@ -162,7 +161,7 @@ def sample_sums(
     *,
     progress: Progress = silent,
 ) -> Floats:
-    """(3, m): by sample, NLL of both models and KL(original || cut), summed over its tokens."""
+    """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
     sums = np.zeros((3, tokens.samples))
 
     def compute(some: Sequence[TokenSet]) -> list[dict[int, tuple[float, float, float]]]:
@@ -182,7 +181,7 @@ def sample_sums(
 def _sums_by_sample(
     original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
 ) -> list[dict[int, tuple[float, float, float]]]:
-    """Of each micro-batch, the sums of `sum_losses` by the places of its samples."""
+    """Yield for each micro-batch the sums of `sum_losses` by sample index."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
@@ -202,7 +201,7 @@ def _sums_by_sample(
 
 
 def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator[slice]:
-    """Micro-batches that go through the models together: of those in memory, one at a time."""
+    """Yield chunks of micro-batches; for models in memory, one at a time."""
     for model in models:
         if isinstance(model, StreamedReplay):
             return (chunk for chunk, _ in chunks(model, batches, _STREAMS))
@@ -212,7 +211,7 @@ def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator
 def _logits(
     model: AnyModel, batches: Sequence[TokenSet]
 ) -> list[Callable[[], Callable[[int], Tensor]]]:
-    """Of each micro-batch, what computes its logits when they are wanted: (T, V) of a row."""
+    """Return for each micro-batch a function that computes the logits (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
         return [partial(_resident_logits, model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
@@ -234,7 +233,7 @@ def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int],
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
-    """`quality` from each sample's sums over its tokens, (3, m): NLL of both models and KL."""
+    """Compute `quality` from sums (3, m) per sample: NLL of both models and KL."""
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
     nll_before, nll_after, kl = (sums.sum(1) / counts.sum()).tolist()
     errors = standard_error(sums, counts).tolist()
@@ -256,7 +255,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
 
 
 def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """NLL of both and KL, summed over the T tokens of (T, V) logits."""
+    """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
     for start in range(0, len(labels), rows):
@@ -272,7 +271,7 @@ def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, fl
 
 
 def perplexity(nll: float, error: float | None) -> Perplexity:
-    """A loss in nats per token and its perplexity, each with its standard error."""
+    """Return a loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
     return Perplexity(
         perplexity=value,

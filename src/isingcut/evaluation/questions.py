@@ -1,7 +1,7 @@
-"""Benchmark tasks by name, ready to be asked: ours, files of questions, or the harness's own.
+"""Prepare benchmark tasks by name: isingcut's tasks, files of questions, or harness tasks.
 
-Our task files with a data folder, and files of questions, become tasks of the harness. Every
-question has a key, so that those that chose a model can be left out where it is judged.
+isingcut's task files with a data folder, and files of questions, become tasks of the harness. Every
+question has a key, so that questions used to choose a model can be left out of its evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from isingcut.files.inputs import read_bytes, user_path
 from isingcut.files.writing import file_sha256, fingerprint
 
 WIKITEXT = "wikitext2"
-"""The perplexity that stands among the tasks and has no questions."""
+"""The perplexity task, which has no questions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +35,11 @@ class Prepared:
     """A task by name.
 
     Attributes:
-        metric: that is reported; None for the harness's usual one.
-        source: where its questions are from.
-        limit: at most so many questions of each of its objects; None where that is seen to.
-        configurations: of the harness, one or one a subject, with `custom_dataset`; None for one of
-            the harness's own tasks.
+        metric: the metric to report; None for the harness's usual one.
+        source: the source of its questions.
+        limit: most questions per harness object; None if limited already.
+        configurations: harness configurations, one or one per subject, with `custom_dataset`; None
+            for a task of the harness.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Prepared:
     configurations: Sequence[dict[str, Any]] | None = None
 
     def make(self) -> dict[str, Any]:
-        """The harness's objects of it, anew for each model."""
+        """Create its harness objects, which must be new for each model."""
         if self.configurations is None:
             return _hub(self.name)
         from lm_eval.api.task import ConfigurableTask
@@ -57,41 +57,41 @@ class Prepared:
         return {c["task"]: ConfigurableTask(config=dict(c)) for c in self.configurations}
 
     def keys(self, made: dict[str, Any]) -> dict[str, list[str]]:
-        """The questions of what `make` gave, each by its key, in their order."""
+        """Return the keys of the questions of `make`'s result, in order."""
         return {t: [*map(question_key, islice(m.eval_docs, self.limit))] for t, m in made.items()}
 
     @property
     def generates(self) -> bool:
-        """Whether the model writes the answers, which no likelihood tells."""
+        """Whether the model generates the answers."""
         with quiet():
             kinds = [each.OUTPUT_TYPE for each in self.make().values()]
         return "generate_until" in kinds
 
     def pool(self) -> list[str]:
-        """The keys of all its questions."""
+        """Return the keys of all its questions."""
         with quiet():
             return [key for keys in self.keys(self.make()).values() for key in keys]
 
 
 def question_key(question: Any) -> str:
-    """What tells a question from all others, in whatever task it stands."""
+    """Return the key of a question, unique over all tasks."""
     return fingerprint(dict(question))
 
 
 def short_name(name: str) -> str:
-    """What a task is called in results: a file by its name alone."""
+    """Return the name of a task in results: for a file, its name without the folder."""
     return Path(name).name if is_file(name) else name
 
 
 def split_names(tasks: str) -> list[str]:
-    """The tasks in a comma-separated list, not yet known to be any; `all` are ours."""
+    """Split a comma-separated list of tasks, unchecked; `all` means all tasks of isingcut."""
     if tasks == "all":
         return [*task_names(), WIKITEXT]
     return [t.strip() for t in tasks.split(",") if t.strip()]
 
 
 def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
-    """A task by name: a file, one of ours with ``data``, else one of the harness's from the hub."""
+    """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
     if is_file(name):
         return _read_file(user_path(name), questions)
     return (
@@ -102,24 +102,24 @@ def prepare_task(name: str, data: Path | None, questions: int | None = None) -> 
 
 
 def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:
-    """Refuse tasks or questions that cannot be scored, before a model is loaded.
+    """Check tasks and their questions before a model is loaded.
 
     Returns:
-        the tasks' names, each once.
+        the tasks' names, without duplicates.
 
     Raises:
-        InputError: an unknown task, no questions for it, or one that its task cannot read.
-        MissingExtraError: without the package lm_eval.
+        InputError: an unknown task, a task without questions, or an invalid question.
+        MissingExtraError: the package lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
     if data is not None and not data.is_dir():
-        raise InputError(f"--data {data} is no folder; give the one with the questions")
+        raise InputError(f"--data {data} is not a folder; give the folder with the questions")
     names = list(dict.fromkeys(tasks))
     for name in names:
         if name == WIKITEXT:
             if data is None:
-                raise InputError("wikitext2 is read from a folder of questions; give it as --data")
+                raise InputError("wikitext2 needs a local folder; give it as --data")
             articles(data)
         elif is_file(name) or data is not None:
             prepare_task(name, data, questions)
@@ -134,7 +134,7 @@ def _refuse_unknown(name: str) -> Any:
     manager = TaskManager()
     if name not in manager.task_index:
         raise InputError(
-            f"lm-evaluation-harness knows no task {name!r}; offline tasks need --data and are: "
+            f"lm-evaluation-harness has no task {name!r}; tasks with --data are: "
             f"{', '.join(task_names())}"
         )
     return manager
@@ -147,15 +147,15 @@ def _hub(name: str) -> dict[str, Any]:
     except Exception as e:
         words = " ".join(str(e).split())
         raise InputError(
-            f"lm-evaluation-harness cannot load {name!r} from the hub ({words}); offline, give a "
-            "folder of questions as --data"
+            f"lm-evaluation-harness cannot load {name!r} from the hub ({words}); without network, "
+            "give a folder of questions as --data"
         ) from e
     return found
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The harness logs and draws bars of its own; ours is shown instead."""
+    """Silence the logs and progress bars of the harness."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -175,38 +175,38 @@ _MOST_CHOICES = 64
 
 
 def task_names() -> list[str]:
-    """All local tasks."""
+    """Return the names of all local tasks."""
     return sorted(p.stem for p in _FOLDER.glob("[a-z]*.yaml"))
 
 
 def is_file(name: str) -> bool:
-    """Whether a task's name is that of a file of questions."""
+    """Whether a task's name is a file of questions."""
     return name.endswith(".jsonl")
 
 
 def _read_file(path: Path, questions: int | None) -> Prepared:
-    """A task over a user's own file: ``context``, ``choices`` and ``answer``, its number from 0.
+    """Read a task from your own file: ``context``, ``choices`` and ``answer``, an index from 0.
 
     Args:
-        questions: at most so many, evenly spaced.
+        questions: most questions, evenly spaced.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
-    asked = _spaced(_asked(path, "multiple_choice", {}), questions)
+    records = _spaced(_read_records(path, "multiple_choice", {}), questions)
     config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
-    config["custom_dataset"] = _dataset(asked, [])
+    config["custom_dataset"] = _dataset(records, [])
     return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
 
 
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
-    """A local task over the questions in a data folder.
+    """Read a local task with the questions in a data folder.
 
     Args:
         name: one of `task_names`.
         data: the folder with `arc_easy/test.jsonl` and so on.
-        questions: at most so many. Where the folder has a fixed subset of that size or more
-            (`test_sub500.jsonl`), they are taken from it, evenly spaced.
+        questions: most questions, evenly spaced; from a fixed subset (`test_sub500.jsonl`) if the
+            folder has one of that size or more.
 
     Raises:
         UnknownNameError: no such task.
@@ -217,21 +217,21 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
-    asked = _questions(data, own, questions, kind)
-    examples = _asked(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
-    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in asked))
+    records = _questions(data, own, questions, kind)
+    examples = _read_records(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
+    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
     configurations = []
     for group in groups:
         one = copy.deepcopy(config)
         if by is not None and group is not None:
             one["task"] = f"{config['task']}_{group}"
             one["description"] = config["description"].replace("{by}", group.replace("_", " "))
-        chosen = [r for r in asked if by is None or str(r[by]) == group]
+        chosen = [r for r in records if by is None or str(r[by]) == group]
         shots = [r for r in examples if by is None or str(r[by]) == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
                 f"{data / own.get('fewshot', own['test'])}.jsonl has {len(shots)} examples"
-                f"{f' about {group}' if group else ''}; {name} shows {one['num_fewshot']}"
+                f"{f' about {group}' if group else ''}; {name} needs {one['num_fewshot']}"
             )
         one["custom_dataset"] = _dataset(chosen, shots)
         one["test_split"] = "test"
@@ -261,13 +261,13 @@ def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
 
 
 def _only(data: Path, stem: str) -> Path:
-    """`stem.jsonl`, or the one file whose name goes on with digits (`train1000.jsonl`)."""
+    """Return `stem.jsonl`, or the only file with digits after the stem (`train1000.jsonl`)."""
     exact = data / f"{stem}.jsonl"
     if os.path.lexists(exact):
         return exact
     numbered = sorted(data.glob(f"{stem}[0-9]*.jsonl"))
     if len(numbered) != 1:
-        raise InputError(f"there is no file {exact}; give the folder with the questions as --data")
+        raise InputError(f"{exact} does not exist; give the folder with the questions as --data")
     return numbered[0]
 
 
@@ -281,27 +281,27 @@ def _questions(
         if (size := p.stem.rpartition("_sub")[2]).isdigit()
     )
     large = [file for size, file in subsets if most is not None and size >= most]
-    return _spaced(_asked(large[0] if large else _only(data, stem), kind, own), most)
+    return _spaced(_read_records(large[0] if large else _only(data, stem), kind, own), most)
 
 
 def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
-    """At most so many, evenly spaced."""
+    """Return at most ``most`` records, evenly spaced."""
     if most is None or len(found) <= most:
         return found
     picks = np.linspace(0, len(found) - 1, most).round().astype(int)
     return [found[i] for i in picks]
 
 
-def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a file, of each the fields that a task reads.
+def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the records of a file, with the fields that a task needs.
 
     Args:
         kind: the harness's ``output_type`` of the task.
-        own: our part of the task file.
+        own: isingcut's part of the task file.
 
     Raises:
-        InputError: missing, damaged, empty or larger than 256 MiB; or a field is missing or of a
-            wrong type, with the line.
+        InputError: the file is missing, damaged, empty or larger than 256 MiB; or a field is
+            missing or of a wrong type, with the line.
     """
     texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
     needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
@@ -316,7 +316,7 @@ def _asked(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, Any]]:
             raise InputError(f"{where}: {wrong}")
         found.append({name: record[name] for name in fields})
     if not found:
-        raise InputError(f"{path} holds no questions")
+        raise InputError(f"{path} has no questions; give a file with at least one")
     return found
 
 
@@ -325,9 +325,9 @@ def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) 
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
             return f"expected a text {name!r}, got {repr(value)[:60]}"
-    held = own.get("holds", "")
-    if held not in record[needed[0]].strip():
-        return f"expected {held!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
+    marker = own.get("holds", "")
+    if marker not in record[needed[0]].strip():
+        return f"expected {marker!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
     return None
 
 
@@ -344,5 +344,6 @@ def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
 
 
 def articles(data: Path) -> list[str]:
-    """The articles of WikiText-2's test text in a data folder; errors as for questions."""
-    return [r["text"] for r in _asked(data / "wikitext2" / "test_raw.jsonl", "loglikelihood", {})]
+    """Read the articles of WikiText-2's test text in a data folder; errors as for questions."""
+    path = data / "wikitext2" / "test_raw.jsonl"
+    return [r["text"] for r in _read_records(path, "loglikelihood", {})]

@@ -1,7 +1,7 @@
-"""How fast two models read and write, and how much memory each needs.
+"""Measure prefill and decode speed of two models, and their peak memory.
 
 `python -m isingcut.evaluation.speed FOLDER DTYPE DEVICE TOKENS TRUST` measures peak memory in a
-process of its own, because a peak never goes down again.
+separate process, because a peak never decreases.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 _DECODE_PROMPT = 16
-# Of a median over that of a mean, for normal errors: sqrt(pi / 2).
+# Standard error of a median over that of a mean, for normal errors: sqrt(pi / 2).
 _MEDIAN_ERROR = 1.2533
 
 MEMORY_KEY = "peak_memory_bytes"
 SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KEY)
-"""What an evaluation without speed leaves out."""
+"""The keys that an evaluation without speed lacks."""
 
 
 def with_memory(
@@ -48,13 +48,13 @@ def with_memory(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> EvaluationFile:
-    """An evaluation with the peak memory of both models, each measured in a process of its own.
+    """Add the peak memory of both models to an evaluation, each measured in a separate process.
 
-    Where such a process fails, for example because another one uses the memory, the figure is
-    named under ``not_measured``.
+    If such a process fails, for example because other programs use the memory, the key is listed
+    in ``not_measured``.
 
     Args:
-        folders: of ``before`` and ``after``.
+        folders: the folders of ``before`` and ``after``.
         length: tokens that each model reads.
     """
     sides = {}
@@ -83,17 +83,17 @@ def speed(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float | None]]:
-    """Prefill and decode tokens per second of each model, batch size 1, with errors (``_se``).
+    """Measure prefill and decode tokens/s of each model, batch size 1, with errors (``_se``).
 
-    Models take turns in every repeat, so that what else the machine does hits all alike; each
-    is warmed up once, and medians over the repeats are reported, with the standard error of a
-    median (normal errors assumed) from the repeats' spread. Decoding is the time of
-    ``new_tokens`` greedy steps with a cache after a short prompt, the prompt's own time taken off.
+    Models alternate in every repeat, so that other load on the machine affects all of them. Each
+    model is warmed up once. Figures are medians over the repeats, with the standard error of a
+    median (normal errors assumed). Decoding is the time of ``new_tokens`` greedy steps with a cache
+    after a short prompt, without the prompt's time.
 
     Args:
-        sample: its first row, unpadded, is the text that is read.
+        sample: its first row, unpadded, is the text for prefill.
         repeats: timed rounds.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
     short = ids[:, :_DECODE_PROMPT]
@@ -134,7 +134,7 @@ def _rate(
     if middle <= 0:
         raise ModelError(
             f"{key} of {model.name_or_path} was measured as {tokens} tokens in "
-            f"{middle:g} s; the clock is too coarse or the machine too busy: try again, or pass "
+            f"{middle:g} s; the clock is too coarse or the machine too busy: run again, or pass "
             "--skip-speed"
         )
     error = None
@@ -150,16 +150,16 @@ def _prefill(model: PreTrainedModel, text: Tensor) -> None:
 def peak_memory(
     folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
 ) -> int | None:
-    """Peak memory in bytes of loading a checkpoint, one prefill and four decoded tokens.
+    """Measure the peak memory in bytes of loading a checkpoint, one prefill and four tokens.
 
-    Measured in a process of its own: on a CPU its largest resident set, Python and torch
-    included; on CUDA the largest allocation on the device.
+    Measured in a separate process: on a CPU its largest resident set, with Python and torch; on
+    CUDA the largest allocation on the device.
 
     Returns:
-        None where that process failed, for example for lack of memory.
+        None if that process failed, for example for lack of memory.
     """
     trust = "1" if trust_remote_code else "0"
-    # -P: what lies in the working folder, a run of others perhaps, is no module.
+    # -P: do not import modules from the working folder.
     command = [
         sys.executable,
         "-P",
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> None:
 
 
 def resident_peak() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the largest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
         # Unlike ru_maxrss, this does not start from the parent's peak.

@@ -1,6 +1,6 @@
-"""Everything read from disk and written to it.
+"""Reading from disk and writing to it.
 
-`inputs` a user's files, read within bounds; `writing` files and folders, written whole or not at
-all, by one writer, over nothing of a user's; `documents` what each kind of results file holds;
-`journal` rows that a kill leaves intact; `provenance` what made a result.
+`inputs`: read your files, within size limits; `writing`: write files and folders atomically, under
+a lock, and never over your files; `documents`: the content of each kind of results file; `journal`:
+rows of a measurement, for resuming; `provenance`: what a result was made with.
 """

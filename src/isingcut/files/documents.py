@@ -1,10 +1,10 @@
-"""What each JSON file of a run folder and of a cut checkpoint holds: one pydantic model a kind.
+"""The content of each JSON file of a run folder and of a cut checkpoint, as pydantic models.
 
-A stage builds the object, the file is its dump (`writing.write_document`), and who reads the file
-(`writing.read_document`) has the object again. A model names what version 1 always has, with
-types, sizes and ranges, so that whoever reads a document may rely on it. What else a file has is
-let through: older and newer files of the same version still open. The headers of safetensors
-files (`writing.read_tensors`) are documents too.
+A stage builds the object, `writing.write_document` writes it and `writing.read_document` reads it
+back. A model lists the keys that version 1 always has, with types, sizes and ranges, so that code
+that reads a document can rely on them. Unknown keys are allowed, so that older and newer files of
+the same version still open. The headers of safetensors files (`writing.read_tensors`) are
+documents too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isingcut.errors import StageFileError
 
 _MOST_CELLS = 2**28
 
-# A number whose square and sums are finite too: a report scales, adds and draws them.
+# Its square and sums are finite too: a report scales, adds and draws these numbers.
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(ge=0, le=1e30)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
@@ -29,7 +29,7 @@ Scalar = str | int | float | bool | None
 
 def _check_distinct(blocks: list[int]) -> list[int]:
     if len(set(blocks)) < len(blocks):
-        raise ValueError("a block is named twice")
+        raise ValueError("a block appears twice")
     return blocks
 
 
@@ -38,17 +38,17 @@ Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_check_d
 
 
 class Strict(BaseModel):
-    """An object inside a document: strict types, finite numbers, unknown keys let through."""
+    """An object inside a document: strict types, finite numbers, unknown keys allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """What it was made of, JSON-able: keys that were not given are left out."""
+        """Return the JSON-able content, without the keys that were not set."""
         return self.model_dump(exclude_unset=True)
 
 
 class Document(Strict):
-    """A whole file, or the header of one, whose ``format`` is ``isingcut-KIND``."""
+    """A whole file, or the header of a file, whose ``format`` is ``isingcut-KIND``."""
 
     kind: ClassVar[str] = ""
 
@@ -63,7 +63,7 @@ class MeasuredLoss(Strict):
 
 
 class Perplexity(Strict):
-    """A model on some text."""
+    """The perplexity of a model on a text."""
 
     perplexity: Positive
     perplexity_se: Positive | None
@@ -72,7 +72,7 @@ class Perplexity(Strict):
 
 
 class PatchedCut(Strict):
-    """What was folded into the block before one cut; older files do not say whether it changed."""
+    """The map that was folded into the block before one cut; older files lack `changed`."""
 
     removed: list[Index] | None = None
     block: Index
@@ -85,14 +85,14 @@ class PatchedCut(Strict):
 
 
 class TunedLayer(Strict):
-    """A layer beside a cut."""
+    """A tuned layer next to a cut."""
 
     block: Index
     layer: str
 
 
 class PatchTuning(Strict):
-    """What tuning a patch came to, KL before and after each reading; or why there was none."""
+    """The result of tuning a patch: the KL before and after each epoch, or why it was not tuned."""
 
     left_out: str = ""
     layers: list[TunedLayer] = Field(default_factory=list)
@@ -103,14 +103,14 @@ class PatchTuning(Strict):
 
 
 class UnpatchedCut(Strict):
-    """A cut without a patch: its first and last block, and why."""
+    """A cut without a patch: its first and last block, and the reason."""
 
     removed: list[Index]
     reason: str
 
 
 class CutProof(Strict):
-    """What the comparison of a checkpoint with its original showed."""
+    """The result of comparing a checkpoint with its original."""
 
     inputs: str
     difference: Positive
@@ -134,7 +134,7 @@ class SpectrumFile(Document):
     """`spectrum.json`.
 
     Attributes:
-        searched: how many of the states a search had measured; in the file there are none.
+        searched: number of states that a search had measured; these are not in the file.
     """
 
     kind: ClassVar = "spectrum"
@@ -153,15 +153,15 @@ class SpectrumFile(Document):
         if len(self.states) * self.n > _MOST_CELLS:
             raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
         if any(b >= self.n for s in self.states for b in s.removed):
-            raise ValueError(f"a state lacks a block that is not among the {self.n}")
+            raise ValueError(f"a state removes a block outside 0 to {self.n - 1}")
         return self
 
 
 class MeasuredState(MeasuredLoss, Level):
-    """A state with its energy and its measured losses, by part where the text is a mixture.
+    """A state with its energy and its measured losses, by source if the text is a mixture.
 
     Attributes:
-        above_lowest_se: standard error of its KL minus the lowest, sample by sample.
+        above_lowest_se: paired standard error of its KL minus the lowest.
     """
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
@@ -169,14 +169,14 @@ class MeasuredState(MeasuredLoss, Level):
 
 
 class ChosenState(MeasuredState):
-    """The state that was chosen."""
+    """The chosen state."""
 
     position: Count
     why: str
 
 
 class Correlations(Strict):
-    """How well an energy ranks losses; the ends of intervals over states."""
+    """How well an energy ranks losses, with the ends of intervals over states."""
 
     n: Count
     spearman: Number | None
@@ -195,13 +195,13 @@ class Judged(Strict):
     kl_random_only: Correlations | None = None
 
 
-class AskedCandidate(Strict):
-    """A candidate that was asked questions, against the one that was chosen."""
+class ScoredCandidate(Strict):
+    """A candidate's score on the questions, compared with the chosen candidate's."""
 
     removed: Blocks
     questions: Count
     accuracy: Number | None
-    # Older files chose by the share of right answers.
+    # Older files chose by accuracy.
     certainty: Number | None = None
     dropped: bool
     difference: Number | None
@@ -213,10 +213,12 @@ class ByTasks(Strict):
     """A choice among candidates by questions.
 
     Attributes:
-        tasks: their names; ``by_task`` how many questions of each were asked, ``asked`` their keys.
+        tasks: names of the tasks.
+        by_task: number of questions used of each task.
+        asked: keys of the questions used.
         ahead: all other candidates were dropped.
-        alpha: chance of dropping one wrongly.
-        looks: how often they were compared, of ``looks_planned``.
+        alpha: probability of wrongly dropping a candidate.
+        looks: number of comparisons made, of ``looks_planned``.
     """
 
     ahead: bool
@@ -225,25 +227,25 @@ class ByTasks(Strict):
     looks_planned: Count
     by_task: dict[str, Count]
     asked: list[str]
-    candidates: Annotated[list[AskedCandidate], Field(min_length=1)]
+    candidates: Annotated[list[ScoredCandidate], Field(min_length=1)]
     tasks: list[str]
 
 
 class OnePassState(Strict):
-    """What a method that runs the original once would remove."""
+    """The blocks that a method with one pass of the original would remove."""
 
     method: str
     removed: Blocks
 
 
 class OnePassLoss(MeasuredState):
-    """The same, measured."""
+    """A `OnePassState` with its measured losses."""
 
     method: str
 
 
 class OnePass(Strict):
-    """What one pass chooses, and what was paid for it and for the search."""
+    """The choices of one-pass methods, and the cost of the pass and of the search."""
 
     states: list[OnePassLoss]
     passes: Positive
@@ -262,7 +264,7 @@ class CandidatesFile(Document):
     tokens: Some
     candidates: Annotated[list[MeasuredState], Field(min_length=1)]
     random: list[MeasuredState]
-    # Older files measured them on all tokens, and do not say so.
+    # Older files measured them on all tokens and lack this key.
     random_tokens: Count | None = None
     random_distribution: str = ""
     fidelity: Judged
@@ -307,7 +309,7 @@ class FittedText(Strict):
 
 
 class PatchRecord(Strict):
-    """What was patched of a cut, on which text, and how that was proven."""
+    """The patched layers of a cut, the text of the fit, and the proof."""
 
     unpatched: list[UnpatchedCut]
     maps: str = ""
@@ -328,7 +330,7 @@ class CardParts(Strict):
     how: str
     measured: str
     from_gguf: bool
-    # Records that an earlier version wrote lack it.
+    # Older records lack it.
     loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")] = "AutoModelForCausalLM"
     isingcut: str
     energy: str
@@ -338,7 +340,7 @@ class CardParts(Strict):
 
 
 class CutRecord(Document):
-    """`isingcut.json` beside the weights of a cut checkpoint."""
+    """`isingcut.json` in the folder of a cut checkpoint."""
 
     kind: ClassVar = "removal"
     removed: Blocks
@@ -351,25 +353,25 @@ class CutRecord(Document):
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
         if any(b >= self.of for b in self.removed):
-            raise ValueError(f"a block is removed that is not among the {self.of}")
+            raise ValueError(f"a removed block is outside 0 to {self.of - 1}")
         return self
 
 
 class Finalist(Strict):
-    """A state that a search measured last."""
+    """A state among the best of a search."""
 
     removed: Blocks
 
 
 class SearchTarget(Strict):
-    """What a search found for one removal."""
+    """The result of a search for one removal."""
 
     finalists: list[Finalist]
     one_pass: list[OnePassState] = Field(default_factory=list)
 
 
 class SearchRecord(Strict):
-    """What a search for low states paid and found."""
+    """The cost and the results of a search."""
 
     targets: dict[str, SearchTarget]
     passes: Positive | None = None
@@ -377,7 +379,7 @@ class SearchRecord(Strict):
 
 
 class EnergyMeta(Strict):
-    """The provenance of an energy, as far as it is read."""
+    """The provenance of an energy, as far as isingcut reads it."""
 
     search: SearchRecord | None = None
     tokens: Count | None = None
@@ -407,7 +409,7 @@ class CalibrationHeader(Document):
 
 
 class ModelScores(Perplexity):
-    """One of the two models of an evaluation; a streamed one has no speeds and no memory."""
+    """The scores of one model of an evaluation; a streamed model has no speed and memory."""
 
     prefill_tokens_per_second: Positive | None = None
     prefill_tokens_per_second_se: Positive | None = None
@@ -420,7 +422,7 @@ class ModelScores(Perplexity):
 
 
 class Generation(Strict):
-    """One text by both models."""
+    """The continuation of one prompt by both models."""
 
     prompt: str
     before: str
@@ -431,7 +433,7 @@ class PairScores(Strict):
     """The original and another model on the same text.
 
     Attributes:
-        nll_change_se: standard error of the difference of both NLLs, sample by sample.
+        nll_change_se: paired standard error of the difference of the NLLs.
     """
 
     before: Perplexity
@@ -442,14 +444,14 @@ class PairScores(Strict):
 
 
 class PartScores(PairScores):
-    """The same on one part of a mixture."""
+    """`PairScores` on one source of a mixture."""
 
     samples: Some
     tokens: Some
 
 
 class MixedScores(PairScores):
-    """The same on all of the text, and by part where it is a mixture."""
+    """`PairScores` on the whole text, and by source if it is a mixture."""
 
     parts: dict[str, PartScores] = Field(default_factory=dict)
 
@@ -462,19 +464,19 @@ class FurtherPart(Perplexity):
 
 
 class FurtherScores(FurtherPart):
-    """The same on all of the text, and by part where it is a mixture."""
+    """`FurtherPart` on the whole text, and by source if it is a mixture."""
 
     parts: dict[str, FurtherPart] = Field(default_factory=dict)
     elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
 class EvaluationFile(Document):
-    """`evaluation.json`; older ones do not say what the last model is.
+    """`evaluation.json`; older files do not name the last model.
 
     Attributes:
-        elsewhere: the models on texts that nothing was chosen or fitted on, nor anything like them.
-        not_measured: keys of speed and memory that were left out.
-        streamed: a model was read from disk block by block, and so has no speed.
+        elsewhere: the models on unrelated texts, which no choice or fit used.
+        not_measured: keys of speed and memory that were skipped.
+        streamed: a model was read from disk block by block, so its speed is unknown.
     """
 
     kind: ClassVar = "evaluation"
@@ -500,20 +502,20 @@ class EvaluationFile(Document):
 
 
 class HealedPart(FurtherPart):
-    """The cut model on text held out, or on one part of it, before or after healing."""
+    """The cut model on unseen text, or on one source of it, before or after healing."""
 
     original_perplexity: Positive
 
 
 class HealedScores(HealedPart, Document):
-    """The same on all of it, and by part where it is a mixture."""
+    """`HealedPart` on the whole text, and by source if it is a mixture."""
 
     kind: ClassVar = "healing-before"
     parts: dict[str, HealedPart] = Field(default_factory=dict)
 
 
 class PatchScores(Document):
-    """What the linear patch alone came to; no scores where nothing could be patched."""
+    """The scores after the linear patch alone; none if nothing could be patched."""
 
     kind: ClassVar = "healing-patched"
     scores: HealedScores | None = None
@@ -532,16 +534,16 @@ class Step(Strict):
 
 
 class HealingRecipe(Document):
-    """What a training does, as its options say or as a budget of tokens or of time bought it.
+    """The settings of a training, from its options or from a budget of tokens or time.
 
     Attributes:
-        steps: optimiser steps; the schedule ends with them.
-        batch: sequences of a step, over all processes.
-        length: tokens of a sequence, the longest.
-        learning_rate: the highest.
-        tokens: of all steps, about.
-        seconds: that they take by the clock of the first steps; None of a budget in tokens.
-        epochs: how often the text is read.
+        steps: optimiser steps, which end the schedule too.
+        batch: sequences per step, over all processes.
+        length: tokens of the longest sequence.
+        learning_rate: the highest learning rate.
+        tokens: approximate tokens of all steps.
+        seconds: their estimated time, from the first steps; None for a budget in tokens.
+        epochs: number of passes over the text.
     """
 
     kind: ClassVar = "healing-recipe"
@@ -555,14 +557,14 @@ class HealingRecipe(Document):
 
 
 class HealingCheck(Strict):
-    """The KL to the original of each sample held out, summed, at a step of a training."""
+    """The KL to the original, summed over each unseen sample, at one step of a training."""
 
     step: Count
     kl_sums: list[Number]
 
 
 class HealingStop(Strict):
-    """Why a training ended early, and of which step its weights are; None: of its last."""
+    """Why a training ended early, and the step of its weights (None: the last step)."""
 
     why: str
     kept: Count | None
@@ -604,7 +606,7 @@ class HealingFile(Document):
 
 
 class HealingWork(Document):
-    """`identity.json` of an unfinished healing: what it depends on."""
+    """`identity.json` of an unfinished healing: everything that its result depends on."""
 
     kind: ClassVar = "healing-work"
     work: str
@@ -620,11 +622,11 @@ class HealingCurve(Document):
 
 
 class HealingMemory(Document):
-    """How a training is computed in the memory there is.
+    """How a training fits into the memory.
 
     Attributes:
-        most: tokens of a micro-batch, padding included; a single sample may have more.
-        recompute: activations are computed again in the backward pass.
+        most: most tokens of a micro-batch, padding included; a single sample may have more.
+        recompute: whether activations are recomputed in the backward pass.
     """
 
     kind: ClassVar = "healing-memory"
@@ -637,10 +639,10 @@ class PairedScores(Strict):
 
     Attributes:
         original, cut: mean scores.
-        difference: of the second to the first, with the ends of its 95 % interval.
-        n: questions.
-        p_value: of no difference, two-sided, by the test ``mcnemar`` or ``bootstrap``.
-        more_than_noise: at the 5 % level, for this comparison alone.
+        difference: cut minus original, with the ends of its 95 % interval.
+        n: number of questions.
+        p_value: two-sided p-value of the test ``mcnemar`` or ``bootstrap``.
+        more_than_noise: significant at the 5 % level, for this comparison alone.
     """
 
     original: Number
@@ -687,7 +689,7 @@ class BenchmarksFile(Document):
 
 
 class ReportFile(Document):
-    """`report.json`, which nothing reads again."""
+    """`report.json`, which isingcut never reads."""
 
     kind: ClassVar = "report"
 
@@ -695,11 +697,11 @@ class ReportFile(Document):
 # `run.json`
 
 _MOST_BLOCKS = 4096
-"""More blocks than any model has; what is drawn of a run grows with their square."""
+"""More blocks than any model has. The plots of a run grow with their square."""
 
 
 class ModelIdentity(Strict):
-    """The identity of the model that a run is of."""
+    """The identity of a run's model."""
 
     sha256: str
     weight_bytes: Count = 0
@@ -716,7 +718,7 @@ class SplitSize(Strict):
 
 
 class CalibrationText(Strict):
-    """The text of a run."""
+    """The calibration text of a run."""
 
     source: str
     sha256: str
@@ -724,8 +726,8 @@ class CalibrationText(Strict):
     overlap: dict[str, Positive] = Field(default_factory=dict)
 
 
-class Asked(Strict):
-    """How measurements were asked to be computed."""
+class RequestedCompute(Strict):
+    """How the options say that measurements are computed."""
 
     attention: str
     batch_tokens: Some | None
@@ -734,29 +736,29 @@ class Asked(Strict):
 class Computed(Strict):
     """How measurements were computed on one device."""
 
-    asked: Asked
-    # Of any other name transformers would fetch code from the hub.
+    asked: RequestedCompute
+    # For any other name transformers would download code from the hub.
     attention: Literal["sdpa", "eager", "causal"] | None
     batch_tokens: Some
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class Places(Strict):
-    """Where a local model lay when it was read."""
+    """The path of a local model when it was read."""
 
     absolute: str
     relative: str
 
 
 class WeightsRead(Strict):
-    """How often a streamed model was read, and which share of that came from host memory."""
+    """How often a streamed model was read, and the share of reads from host memory."""
 
     sweeps: Positive
     from_memory: Positive
 
 
 class Provenance(Strict):
-    """Where the figures of a run come from."""
+    """What the figures of a run were made with."""
 
     isingcut: str
     python: str
@@ -775,7 +777,7 @@ class Provenance(Strict):
 
 
 class Config(Strict):
-    """The options of a run; `RunConfig` knows the rest."""
+    """The options of a run; `RunConfig` checks the rest."""
 
     __pydantic_extra__: dict[str, Scalar]
     model: str
@@ -788,7 +790,7 @@ class Config(Strict):
 
 
 class StageOptions(Strict):
-    """What a stage was made with, as far as it is read."""
+    """The options of a stage, as far as isingcut reads them."""
 
     remove: str | int | None = None
     budget: str = ""
@@ -805,16 +807,16 @@ class StageRecord(Strict):
     options: StageOptions
     seconds: Positive | None = None
     sha256: str | None = None
-    # Where memory was short: the blocks were read from disk, so many tokens computed at a time.
+    # Set if memory was short: blocks were read from disk, with this many tokens per micro-batch.
     streamed: bool = False
     most_tokens: Some | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.done and self.seconds is None:
-            raise ValueError("a finished stage needs its seconds")
+            raise ValueError("a finished stage lacks its seconds")
         if self.stage == "excise" and self.options.removed is None:
-            raise ValueError("a cut needs the blocks that are removed")
+            raise ValueError("a cut lacks its removed blocks")
         return self
 
 
@@ -832,7 +834,7 @@ class BlockCosts(Strict):
 
 
 class LegalityRow(Strict):
-    """A constraint that the architecture asks for; what `constraints.LinearConstraint` takes."""
+    """A constraint of the architecture: the arguments of `constraints.LinearConstraint`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -855,7 +857,7 @@ class BlockList(Strict):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if [b.index for b in self.blocks] != list(range(len(self.blocks))):
-            raise ValueError("the blocks are not numbered from 0 in their order")
+            raise ValueError("the blocks are not numbered 0, 1, 2, ...")
         if any(len(row.coefficients) != len(self.blocks) for row in self.legality):
             raise ValueError(f"legality needs a coefficient for each of {len(self.blocks)} blocks")
         return self
@@ -875,7 +877,7 @@ class RunFile(Document):
     def _below(self) -> Self:
         n = len(self.blocks.blocks)
         if any(b >= n for s in self.stages.values() if s.done for b in s.options.removed or ()):
-            raise ValueError(f"a stage removes a block that is not among the {n}")
+            raise ValueError(f"a stage removes a block outside 0 to {n - 1}")
         return self
 
 
@@ -886,14 +888,14 @@ KINDS: dict[str, type[Document]] = {
     for model in tuple(globals().values())
     if isinstance(model, type) and issubclass(model, Document) and model.kind
 }
-"""The models by the kind in a document's ``format``, ``isingcut-KIND``."""
+"""The pydantic model of each kind of document, by the KIND in its ``format``."""
 
 
 def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
-    """The object of a document's content.
+    """Parse the content of a document.
 
     Raises:
-        StageFileError: a part is missing, or of a wrong type, size or range; the first is named.
+        StageFileError: a key is missing, or has a wrong type, size or range; the message names it.
     """
     try:
         return KINDS[kind].model_validate(content)
@@ -904,7 +906,7 @@ def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
 
 
 def check_blocks(path: Path, found: Any, blocks: int) -> None:
-    """Refuse the content of a run's file that is of another number of blocks than the run.
+    """Check that a file of a run has the run's number of blocks.
 
     Args:
         found: a document, a `Spectrum` or a `Hamiltonian`; anything else has no blocks.
@@ -917,13 +919,13 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
     highest = max(_named(found), default=-1)
     if n != blocks:
-        raise damaged(path, f"it is over {n} blocks, the run's model has {blocks}")
+        raise damaged(path, f"it is for {n} blocks, but the run's model has {blocks}")
     if highest >= blocks:
-        raise damaged(path, f"it names block {highest}, the run's model has {blocks}")
+        raise damaged(path, f"it names block {highest}, but the run's model has {blocks} blocks")
 
 
 def _named(value: Any) -> Iterator[int]:
-    """Every block that a document names."""
+    """Yield every block number in a document."""
     if isinstance(value, Strict):
         value = dict(value)
     if isinstance(value, dict):
@@ -935,15 +937,15 @@ def _named(value: Any) -> Iterator[int]:
 
 
 def damaged(path: Path, what: str) -> StageFileError:
-    """The error about a file whose content cannot be used."""
+    """Return the error for a file with unusable content."""
     return StageFileError(
-        f"{path} is damaged: {what}; restore it, or delete it and run its stage again"
+        f"{path} is damaged: {what}; restore the file, or delete it and run its stage again"
     )
 
 
 def _words(error: Any) -> str:
     if error["type"] == "missing":
-        return "it is missing"
+        return "missing"
     words = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
     found = error["input"]
     return words + (f", got {repr(found)[:60]}" if isinstance(found, Scalar) else "")

@@ -1,7 +1,7 @@
-"""What a user names on disk, read within bounds: a plain file, of a sane size, in UTF-8.
+"""Read your files within limits: regular files of a bounded size, in UTF-8.
 
-A device, a pipe or a folder where a file is expected, a file that never ends, JSON nested too
-deeply for any reader: each is one clear error of the kind the caller gives.
+A device, a pipe or a folder instead of a file, a file that never ends, JSON nested too deeply: each
+gives one clear error, of the class that the caller chooses.
 """
 
 from __future__ import annotations
@@ -16,50 +16,51 @@ from typing import Any
 from isingcut.errors import InputError, IsingcutError
 
 SMALL = 64 * 2**20
-"""Bytes that a configuration, a list or a results file may have at most."""
+"""Largest size in bytes of a configuration, a list or a results file."""
 
 _DEEPEST = 200
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """A path as it was typed, with ``~`` for the home folder.
+    """Convert a typed path to a `Path`, with ``~`` replaced by the home folder.
 
     Raises:
-        InputError: no path at all (None, a NUL byte), or no such user's home folder.
+        InputError: not a path (None, a NUL byte), or an unknown home folder.
     """
     if not isinstance(text, str | os.PathLike):
-        raise InputError(f"expected a path, got {text!r:.60}; give a text or a pathlib.Path")
+        raise InputError(f"expected a path, got {text!r:.60}; give a str or a pathlib.Path")
     typed = os.fspath(text)
     if "\0" in typed:
-        raise InputError(f"{typed!r} is no path: it holds a NUL byte")
+        raise InputError(f"{typed!r} is not a path: it contains a NUL byte")
     try:
         return Path(typed).expanduser()
     except RuntimeError as e:
-        raise InputError(f"{typed}: there is no such user's home folder; give a full path") from e
+        raise InputError(f"{typed}: no home folder of that name; give a full path") from e
 
 
 def regular_file(
     path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int | None = None
 ) -> os.stat_result:
-    """The status of a plain file (links are followed).
+    """Return the `stat` result of a regular file (links are followed).
 
     Args:
-        what: what messages call it, for example ``"the config file"``.
-        error: the kind of error that is raised.
-        limit: bytes that it may have at most.
+        what: the word for the file in messages, for example ``"the config file"``.
+        error: the class of the error to raise.
+        limit: largest size in bytes.
 
     Raises:
-        error: not there, no plain file, larger than ``limit``, or not to be looked at.
+        error: the file does not exist, is not regular, is larger than ``limit``, or is not
+            accessible.
     """
     try:
         found = path.stat()
     except FileNotFoundError as e:
-        gone = "is a link to nothing" if path.is_symlink() else "is not there"
+        gone = "is a broken link" if path.is_symlink() else "does not exist"
         raise error(f"{what} {path} {gone}; expected a file") from e
     except (OSError, ValueError) as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{what} {path} is {_named(found.st_mode)}; expected a plain file")
+        raise error(f"{what} {path} is {_named(found.st_mode)}; expected a regular file")
     if limit is not None and found.st_size > limit:
         raise error(f"{what} {path} has {found.st_size} bytes; expected at most {limit}")
     return found
@@ -68,7 +69,7 @@ def regular_file(
 def read_bytes(
     path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int = SMALL
 ) -> bytes:
-    """The bytes of a plain file of at most ``limit`` bytes; errors as `regular_file`."""
+    """Read a regular file of at most ``limit`` bytes; errors as `regular_file`."""
     regular_file(path, what, error, limit=limit)
     try:
         with path.open("rb") as f:
@@ -76,32 +77,32 @@ def read_bytes(
     except OSError as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
     if len(content) > limit:
-        raise error(f"{what} {path} has more than {limit} bytes; expected at most that")
+        raise error(f"{what} {path} has more than {limit} bytes; expected at most {limit}")
     return content
 
 
 def read_text(path: Path, what: str, *, limit: int = SMALL) -> str:
-    """The text of a plain UTF-8 file.
+    """Read a regular UTF-8 file.
 
     Raises:
-        InputError: as `regular_file`, or it is not UTF-8.
+        InputError: as `regular_file`, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, what, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{what} {path} is not UTF-8 text (byte {e.start}); convert it") from e
+        raise InputError(f"{what} {path} is not UTF-8 (byte {e.start}); convert it to UTF-8") from e
 
 
 def load_json(
     path: Path, what: str, error: type[IsingcutError] = InputError, *, infinite: bool = False
 ) -> Any:
-    """The JSON value in a plain UTF-8 file.
+    """Read the JSON value in a regular UTF-8 file.
 
     Args:
         infinite: as in `parse_json`.
 
     Raises:
-        error: as `regular_file`; not JSON, a name twice in one object, or nested deeper than 200.
+        error: as `regular_file`; or not JSON, a key twice in one object, or nested deeper than 200.
     """
     content = read_bytes(path, what, error)
     try:
@@ -111,13 +112,13 @@ def load_json(
 
 
 def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
-    """A JSON value; what Python reads beyond the standard (NaN, names twice) is refused too.
+    """Parse a JSON value; NaN and duplicate keys, which Python accepts, are errors.
 
     Args:
-        infinite: let Infinity pass, which configurations of published models hold.
+        infinite: accept Infinity, which configurations of published models contain.
 
     Raises:
-        ValueError: not JSON or not UTF-8, a name twice in one object, nested deeper than 200.
+        ValueError: not JSON or not UTF-8, a key twice in one object, or nested deeper than 200.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
@@ -136,7 +137,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(n for k, n in enumerate(names) if n in names[:k])
-        raise ValueError(f"the name {twice!r} appears twice")
+        raise ValueError(f"the key {twice!r} appears twice")
     return out
 
 
@@ -151,7 +152,7 @@ def _infinite(word: str) -> float:
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"{digits[:40]} is larger than any number here")
+        raise ValueError(f"{digits[:40]} is too large for a float")
     return value
 
 
@@ -172,7 +173,7 @@ def _refuse_deep(value: Any) -> None:
 
 def _named(mode: int) -> str:
     kinds = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
-    return kinds.get(stat.filemode(mode)[0], "no plain file")
+    return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 
 def _reason(error: Exception) -> str:

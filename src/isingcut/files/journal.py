@@ -1,4 +1,4 @@
-"""Finished parts of a measurement, one a line: a killed run loses the row that it was at."""
+"""Journals: finished parts of a measurement, one per line; a killed run loses at most one row."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ Row = npt.NDArray[np.float64]
 
 _BEGIN = b'{"format": "isingcut-journal", "version": 2, "of": "'
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
-"""What reading a row of anything may raise."""
+"""The exceptions that parsing an arbitrary row may raise."""
 
 
 class Journal:
-    """Float64 arrays by key, each checksummed and synced to disk as it comes.
+    """Float64 arrays by key, each with a checksum and synced to disk when it is stored.
 
-    A journal belongs to one measurement: opened with another ``fingerprint`` it starts afresh. A
-    row that is damaged, not finite or none of this measurement's is left out: what it held is
-    measured again.
+    A journal belongs to one measurement: with another ``fingerprint`` it starts empty. A row that
+    is damaged, not finite or of another measurement is ignored, and measured again.
 
     Args:
         path: the file; None keeps the rows in memory only.
-        fingerprint: identifies model, tokens and states measured.
-        fits: whether a row can be one of this measurement's, by its key and its shape.
+        fingerprint: identifies the measured model, tokens and states.
+        fits: whether a row can belong to this measurement, by its key and its shape.
 
     Raises:
-        InputError: the disk is full, or the file may not be read or written.
-        StageFileError: something else than a journal of this version is at ``path``.
+        InputError: the disk is full, or the file cannot be read or written.
+        StageFileError: ``path`` is not a journal of this version.
     """
 
     def __init__(
@@ -67,11 +66,11 @@ class Journal:
                     self._rows[key] = row
 
     def get(self, key: str) -> Row | None:
-        """The row stored under ``key``, or None."""
+        """Return the row stored under ``key``, or None."""
         return self._rows.get(key)
 
     def keys(self) -> list[str]:
-        """Of all rows, in the order in which they were put."""
+        """Return the keys of all rows, in the order in which they were stored."""
         return list(self._rows)
 
     def put(self, key: str, row: Row) -> None:
@@ -81,7 +80,7 @@ class Journal:
         if self._path is None:
             return
         text = json.dumps([key, row.shape, base64.b64encode(row.tobytes()).decode()]).encode()
-        # It begins with the end of the line before, which a kill may have left without one.
+        # Begin with a line end, because a kill may have left the last line without one.
         with clear_os_errors(self._path), self._path.open("ab") as file:
             file.write(b"\n" + _checksum(text) + b" " + text)
             file.flush()
@@ -93,16 +92,16 @@ def _checksum(text: bytes) -> bytes:
 
 
 def _read_lines(path: Path) -> list[bytes]:
-    """The lines of a journal, of whatever measurement.
+    """Read the lines of a journal of any measurement.
 
     Raises:
-        StageFileError: it is none of isingcut's, or of a version with another form.
+        StageFileError: not a journal of isingcut, or of a version with another format.
     """
     regular_file(path, "the journal", StageFileError)
     content = path.read_bytes()
     if path.is_symlink() or not content.startswith(_BEGIN):
         raise StageFileError(
             f"{path} is not a journal of this version of isingcut; finish with the version that "
-            "wrote it, or move it away, and what it holds is measured again"
+            "wrote it, or move the file away to measure its rows again"
         )
     return content.split(b"\n")

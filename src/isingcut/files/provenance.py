@@ -1,4 +1,4 @@
-"""What a result was made with: versions and machine, and where its sources lie on this machine."""
+"""Provenance of a result: versions, machine, and the paths of its sources on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def model_path(folder: Path, name: str) -> dict[str, Any]:
-    """Where a local model is, for a run folder that is opened from elsewhere or moved with it."""
+    """Record the path of a local model, for a run folder that is moved or opened from elsewhere."""
     model = user_path(name)
     if not model.exists():
         return {}
@@ -25,8 +25,8 @@ def model_path(folder: Path, name: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Versions, platform and command line, for the provenance of results."""
-    # Not at the top: `--help` needs none of it.
+    """Return versions, platform and command line, for the provenance of results."""
+    # Imported here because `--help` does not need it.
     from importlib.metadata import PackageNotFoundError, version
 
     packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")

@@ -1,11 +1,11 @@
-"""What is written: whole or not at all, by one writer, and never over what is not ours.
+"""Write files and folders atomically, under a lock, and never over files of yours.
 
-Results files go to a temporary sibling that is renamed; their format is checked on reading. With
-`--overwrite` only what isingcut wrote is replaced, and never a source: a folder that isingcut
-writes holds a marker file with the name and fingerprint of every file in it, and a hash over these;
-a text file ends with a seal, the hash of what stands before it. What has neither, or was changed
-since, is the user's and stays. One process writes to a place, under a lock of the operating system;
-one that is killed leaves only the file that the lock was on. Readers take no lock.
+Results files are written to a temporary sibling and renamed; reading checks their format. With
+`--overwrite`, isingcut replaces only its own files, and never a source. A folder that isingcut
+writes has a marker file with the name and fingerprint of every file in it, and a hash over these. A
+text file ends with a seal, the hash of the text before it. Files without either, or changed later,
+are yours and stay. One process at a time writes to a place, under a lock of the operating system; a
+killed process leaves only the lock's file. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ D = TypeVar("D", bound="Document")
 _VERSION = 1
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.isingcut-\w+\.(?P<kind>part|old)")
 LOCK = "isingcut.lock"
-"""The file in a folder to work in that `locked` locks."""
+"""The lock file in a work folder."""
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Whether an error is a full disk's: the system's own, or of a library that hides it."""
-    # torch's writer says where it stopped and not why.
+    """Whether an error means a full disk: the system's own error, or a library's."""
+    # torch's writer reports where it stopped, but not why.
     said = ("PytorchStreamWriter failed", "unexpected pos")
     full = _code_of(error) in (errno.ENOSPC, errno.EDQUOT)
     return full or any(words in str(error) for words in said)
@@ -58,22 +58,22 @@ def disk_is_full(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while ``target`` is written into one clear line.
+    """Convert errors of the operating system, while ``target`` is written, to one clear line.
 
     Raises:
-        InputError: the disk is full or failing, the place may not be written to, or is no place.
+        InputError: the disk is full or failing, or the place is not writable or does not exist.
     """
     try:
         yield
     except Exception as e:
         if disk_is_full(e):
             raise InputError(
-                f"no space left on the disk, so that {target} was not written; free some space or "
-                "choose another --out, then run the same command again"
+                f"no space left on the disk, {target} was not written; free some space or choose "
+                "another --out, then run the same command again"
             ) from e
         if (code := _code_of(e)) in _REFUSED:
             raise InputError(
-                f"cannot write {target}: {os.strerror(code)}; choose a place that you may write to"
+                f"cannot write {target}: {os.strerror(code)}; choose a writable place"
             ) from e
         raise
 
@@ -89,12 +89,12 @@ _REFUSED = {
 
 
 def os_error_words(error: OSError) -> str:
-    """What the operating system refused, where, and why, in one line."""
+    """Describe an error of the operating system in one line: the places and the reason."""
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-        # Of the files of a folder that could not be copied, the first.
+        # `copytree` lists all files that it could not copy; show the first.
         source, target, words = error.args[0][0]
         why = os.strerror(code) if (code := _code_of(error)) else words
-        return f"{source} cannot be copied to {target}: {why}"
+        return f"cannot copy {source} to {target}: {why}"
     places = [
         os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes)
     ]
@@ -103,9 +103,9 @@ def os_error_words(error: OSError) -> str:
 
 
 def _code_of(error: Exception) -> int:
-    """The operating system's number for an error.
+    """Return the errno of an error.
 
-    That of a Rust library, or of a folder that could not be copied, is in its words.
+    For errors of Rust libraries and of `copytree`, it is in the message.
     """
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno or 0
@@ -119,7 +119,7 @@ _CODE = re.compile(r"(?:os error |\[Errno )(\d+)")
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write to; it takes the name ``path`` only on success."""
+    """Yield a temporary sibling of ``path`` to write to; it is renamed to ``path`` on success."""
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(".part", temporary_prefix(path), path.parent)
@@ -139,15 +139,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(
     path: Path, *, overwrite: bool = False, sources: Iterable[str | os.PathLike[str]] = ()
 ) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it takes the name ``path`` only on success, marked.
+    """Yield a temporary sibling folder; it is marked and renamed to ``path`` on success.
 
     Args:
-        overwrite: what isingcut wrote at ``path`` may be replaced.
-        sources: what the content is made from, as in `check_output`.
+        overwrite: allow replacing an output of isingcut at ``path``.
+        sources: the files that the content is made from, as in `check_output`.
 
     Raises:
         InputError: ``path`` is, contains or lies in a source.
-        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it is not all ours.
+        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it has files of yours.
     """
     check_output(path, overwrite=overwrite, sources=sources)
     with clear_os_errors(path):
@@ -157,15 +157,15 @@ def atomic_folder(
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             for file in temporary.rglob("*"):
-                # So libraries leave what they write aside first (safetensors its weights).
+                # Libraries such as safetensors leave temporary files like this.
                 if stat.S_IMODE(file.lstat().st_mode) == 0o600:
                     file.chmod(0o666 & ~_umask())
             mark(temporary)
             if os.path.lexists(path):
-                # It may have come into being since.
+                # It may exist by now.
                 check_output(path, overwrite=overwrite, sources=sources)
-                # The old folder is moved aside first, so that a kill between the two renames
-                # leaves one whole folder under a recognisable name instead of a mixture.
+                # Move the old folder aside first: a kill between the two renames leaves one whole
+                # folder under a recognisable name, not a mixture.
                 aside = Path(tempfile.mkdtemp(".old", temporary_prefix(path), path.parent))
                 os.replace(path, aside / path.name)
                 os.replace(temporary, path)
@@ -177,7 +177,7 @@ def atomic_folder(
 
 
 def delete(path: Path) -> None:
-    """Delete a file or folder; a kill leaves it whole, or gone from its place."""
+    """Delete a file or folder; a kill leaves it whole, or no longer in its place."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -188,7 +188,7 @@ def delete(path: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that goes with the process that made it; a fork of that process leaves it alone."""
+    """Yield a folder that is deleted by the process that made it, and not by a fork of it."""
     made_by, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="isingcut-"))
     try:
         yield folder
@@ -198,28 +198,28 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def temporary_prefix(path: Path) -> str:
-    """How the name of a temporary sibling starts."""
+    """Return the beginning of the name of a temporary sibling."""
     return f".{path.name}.isingcut-"
 
 
 def lock_beside(path: Path) -> Path:
-    """The file that `locked` locks for an output."""
+    """Return the lock file of an output."""
     return path.with_name(f".{path.name}.isingcut.lock")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it is a temporary file or folder of ours, or a lock."""
+    """Whether ``path`` is a temporary file or folder of isingcut, or a lock file."""
     return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
 
 
 def clear_leftovers(folder: Path, name: str = "") -> None:
-    """Delete the temporary files and folders that killed processes left; the caller has the lock.
+    """Delete the temporary files and folders of killed processes; the caller must have the lock.
 
-    An old folder that was moved aside comes back where the new one did not take its place.
+    An old folder that was moved aside is restored if the new one did not replace it.
 
     Args:
-        name: only those beside the file or folder of that name; else all but those of an output
-            with a lock of its own.
+        name: delete only siblings of this file or folder; by default, all but those of an output
+            with its own lock.
     """
     for path in sorted(folder.glob(f".{glob.escape(name) or '*'}.isingcut-*")):
         found = _TEMPORARY.fullmatch(path.name)
@@ -244,7 +244,7 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
     """Write ``content`` as an isingcut results file of the given kind.
 
     Args:
-        seal: say in the file itself that isingcut wrote it, where no `run.json` does.
+        seal: add a seal, for a file that no `run.json` records.
     """
     document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
     if seal:
@@ -255,21 +255,22 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
 
 
 def write_sealed(path: Path, content: str) -> None:
-    """Write Markdown or HTML that says in a comment at its end that isingcut wrote it."""
+    """Write Markdown or HTML with a seal at its end."""
     with atomic_file(path) as temporary:
         temporary.write_text(sealed(content), encoding="utf-8")
 
 
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
-    """Write a document as the results file that `read_document` reads."""
+    """Write a document to a results file, for `read_document`."""
     write_json(path, document.kind, document.content(), seal=seal)
 
 
 def read_document(path: Path, model: type[D]) -> D:
-    """The document in a results file, see `documents`.
+    """Read the document in a results file, see `documents`.
 
     Raises:
-        StageFileError: missing, not JSON, of another kind, of a newer version, or damaged.
+        StageFileError: the file is missing, not JSON, of another kind or a newer version, or
+            damaged.
     """
     found = check_document(path, _load(path), model.kind)
     assert isinstance(found, model)
@@ -277,7 +278,7 @@ def read_document(path: Path, model: type[D]) -> D:
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """The same as plain JSON, checked, with its header."""
+    """Read and check a results file; return it as plain JSON with its header."""
     document = _load(path)
     check_document(path, document, kind)
     assert isinstance(document, dict)
@@ -286,19 +287,17 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
 
 def _load(path: Path) -> Any:
     if not os.path.lexists(path):
-        raise StageFileError(
-            f"expected the file {path}, which is not there; run the stage before it"
-        )
+        raise StageFileError(f"the file {path} does not exist; run the stage that writes it first")
     return load_json(path, "the results file", StageFileError)
 
 
 def check_document(path: Path, document: Any, kind: str) -> Document:
-    """The content of an isingcut document of this kind.
+    """Check a document and return its content.
 
     Raises:
-        StageFileError: another format, a newer version, or a damaged content.
+        StageFileError: another format, a newer version, or damaged content.
     """
-    # Making its models takes 50 ms, which only who reads a file pays.
+    # Imported here because building the models takes 50 ms.
     from isingcut.files import documents
 
     found = document.get("format") if isinstance(document, dict) else None
@@ -309,7 +308,7 @@ def check_document(path: Path, document: Any, kind: str) -> Document:
         )
     written = document.get("version")
     if type(written) is not int or written < 1:
-        raise documents.damaged(path, f"version: expected a number from 1, got {written!r:.60}")
+        raise documents.damaged(path, f"version: expected 1 or more, got {written!r:.60}")
     if written > _VERSION:
         raise StageFileError(
             f"{path} was written by a newer isingcut (file version {written}, "
@@ -319,12 +318,12 @@ def check_document(path: Path, document: Any, kind: str) -> Document:
 
 
 def without_header(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What a results file says beside its format and version."""
+    """Return the content of a results file without its format and version."""
     return {k: v for k, v in document.items() if k not in ("format", "version")}
 
 
 def without_infinities(value: Any) -> Any:
-    """``value`` with null for infinities and NaN, which JSON does not have."""
+    """Replace infinities and NaN, which JSON lacks, by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -335,7 +334,7 @@ def without_infinities(value: Any) -> Any:
 
 
 def fingerprint(content: Any) -> str:
-    """Short SHA-256 of a JSON-able value, independent of key order."""
+    """Return a short SHA-256 of a JSON-able value, independent of key order."""
     encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
 
@@ -351,40 +350,40 @@ _SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
 def check_output(
     path: Path, *, overwrite: bool, sources: Iterable[str | os.PathLike[str]] = ()
 ) -> None:
-    """Refuse an output that must not be written at ``path``.
+    """Raise if an output must not be written to ``path``.
 
     Args:
-        path: a file or folder, there or not.
-        overwrite: what isingcut wrote there may be replaced.
-        sources: what this command and its run read: model, teacher, GGUF, text, config.
+        path: a file or folder; it need not exist.
+        overwrite: allow replacing an output of isingcut.
+        sources: the inputs of this command and its run: model, teacher, GGUF, text, config.
 
     Raises:
-        InputError: ``path`` is, contains or lies in a source, whatever ``overwrite`` says.
-        OutputExistsError: it is there, and ``overwrite`` is false or something in it is not ours.
+        InputError: ``path`` is, contains or lies in a source, even with ``overwrite``.
+        OutputExistsError: it exists, and ``overwrite`` is false or it has files of yours.
     """
     refuse_source(path, sources)
     if not os.path.lexists(path):
         return
     if not overwrite:
         raise OutputExistsError(
-            f"the output {path} already exists and nothing was written; "
-            "choose another place, or overwrite it (--overwrite, overwrite=True)"
+            f"the output {path} already exists, nothing was written; choose another --out, or "
+            "replace it with --overwrite (overwrite=True)"
         )
     foreign = foreign_in(path) if path.is_dir() else _foreign_file(path)
     if foreign is not None:
         raise OutputExistsError(
-            f"the output {path} stays as it is: {foreign}, and --overwrite replaces only what "
-            "isingcut wrote; move it away or choose another --out"
+            f"the output {path} is not replaced: {foreign}, and --overwrite replaces only files "
+            "of isingcut; move it away or choose another --out"
         )
 
 
 def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse an output that is, contains or lies in something that is read.
+    """Raise if an output is, contains or lies in a source.
 
-    Links are resolved; a hard link to a source file is that file.
+    Links are resolved; a hard link to a source file counts as that file.
 
     Raises:
-        InputError: it does; the message names both.
+        InputError: with both paths.
     """
     real = _real(path)
     for source in map(Path, sources):
@@ -400,7 +399,7 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
         else:
             continue
         raise InputError(
-            f"the output {path} {how} {source}, which this command reads; nothing was written: "
+            f"the output {path} {how} {source}, an input of this command; nothing was written: "
             "choose another place for the output"
         )
 
@@ -409,7 +408,7 @@ def _real(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as e:
-        raise InputError(f"{path} cannot be resolved: {e}; give a plain path") from e
+        raise InputError(f"cannot resolve {path}: {e}; give a path without such links") from e
 
 
 def _same_file(a: Path, b: Path) -> bool:
@@ -423,7 +422,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Write the marker of a folder that is complete."""
+    """Write the marker of a complete folder."""
     files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
     files.pop(MARKER, None)
     content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": _hash(files)}
@@ -431,7 +430,7 @@ def mark(folder: Path) -> None:
 
 
 def _marked(folder: Path) -> dict[str, str] | None:
-    """The files that a folder's marker names, with their fingerprints; None without a whole one."""
+    """Read the files and fingerprints in a folder's marker; None if it is missing or damaged."""
     try:
         document = load_json(folder / MARKER, "the marker")
         files = document["files"]
@@ -442,9 +441,9 @@ def _marked(folder: Path) -> dict[str, str] | None:
 
 
 def foreign_in(folder: Path) -> str | None:
-    """What in a folder isingcut did not write, in words; None where all of it is ours.
+    """Describe the files of a folder that isingcut did not write; None if there are none.
 
-    An empty folder holds nothing of the user's.
+    An empty folder has no such files.
     """
     present = _files_in(folder)
     if not present:
@@ -453,26 +452,26 @@ def foreign_in(folder: Path) -> str | None:
     if files is None:
         if MARKER in present:
             return f"its {MARKER} was changed"
-        return f"it holds {_some(present)}, and nothing in it says that isingcut wrote it"
+        return f"it has {_some(present)} and no marker of isingcut"
     if more := present - files.keys() - {MARKER}:
         return f"isingcut did not write {_some(more)} in it"
     changed = {name for name in present - {MARKER} if files[name] != edges_sha256(folder / name)}
-    return f"{_some(changed)} in it was changed since" if changed else None
+    return f"{_some(changed)} in it was changed" if changed else None
 
 
 def folder_hash(folder: Path) -> str | None:
-    """The hash in a folder's marker; None where it has no whole marker."""
+    """Return the hash in a folder's marker; None if the marker is missing or damaged."""
     files = _marked(folder)
     return None if files is None else _hash(files)
 
 
 def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
-    """What was changed in a folder since its hash was recorded, in words; None for nothing.
+    """Describe the changes in a folder since its hash was recorded; None for no change.
 
-    Files that were added are not looked at, nor is Markdown: a model card is for editing.
+    Added files do not count, nor does Markdown: you may edit a model card.
 
     Args:
-        gone: files that were deleted count.
+        gone: whether deleted files count.
     """
     files = _marked(folder)
     if files is None or _hash(files) != recorded:
@@ -488,18 +487,18 @@ def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
 
 
 def refuse_changed(folder: Path) -> None:
-    """Refuse a folder that isingcut wrote and in which a file was edited since, but for Markdown.
+    """Raise if a file but Markdown was edited in a folder that isingcut wrote.
 
     Raises:
-        InputError: with what was edited.
+        InputError: with the edited file.
     """
     if not (folder / MARKER).is_file():
         return
     changed = changed_in(folder, folder_hash(folder) or "", gone=False)
     if changed is not None:
         raise InputError(
-            f"{folder} is not as isingcut wrote it: {changed}; write it again, or delete its "
-            f"{MARKER} to take it as it is"
+            f"{folder} was changed after isingcut wrote it: {changed}; write it again, or delete "
+            f"its {MARKER} to use it as it is"
         )
 
 
@@ -509,7 +508,7 @@ def _some(names: set[str]) -> str:
 
 
 def _files_in(folder: Path) -> set[str]:
-    """Everything below a folder that is no folder, and every empty folder, by relative name."""
+    """Return the relative names of all files and empty folders below a folder."""
     found = set()
     for place, folders, names in os.walk(folder):
         here = Path(place)
@@ -522,9 +521,9 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def edges_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and of its first and last MiB: a large one is not read whole."""
+    """Return the SHA-256 of a file's size and of its first and last MiB, to save time."""
     if path.is_symlink() or not path.is_file():
-        return "no plain file"
+        return "not a regular file"
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as f:
@@ -542,13 +541,13 @@ def _hash(content: Mapping[str, object]) -> str:
 
 
 def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) -> None:
-    """Refuse a file of a run folder that is not as the run wrote it.
+    """Raise if a file of a run folder differs from what the run wrote.
 
     Args:
-        stages: the records in its `run.json`.
+        stages: the records in `run.json`.
 
     Raises:
-        StageFileError: there is no record of it, its stage is not finished, or it was changed.
+        StageFileError: the file has no record, its stage is unfinished, or it was changed.
     """
     record = stages.get(str(file.relative_to(folder)))
     if record is None:
@@ -558,27 +557,27 @@ def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) 
     changed = changed_since(file, record)
     if changed is not None:
         raise StageFileError(
-            f"{file} was changed or damaged since the run wrote it ({changed}); "
+            f"{file} was changed or damaged after the run wrote it ({changed}); "
             "delete it and run its stage again (other blocks are cut with --blocks)"
         )
 
 
 def changed_since(file: Path, record: StageRecord) -> str | None:
-    """How a file or folder differs from what was recorded, in words; None where it does not.
+    """Describe how a file or folder differs from its record; None if it does not.
 
-    A stage that was interrupted recorded no hash, nor did earlier versions for folders.
+    An interrupted stage has no hash, and nor have folders in records of older versions.
     """
     if record.sha256 is None:
         return None
     if file.is_dir():
         return changed_in(file, record.sha256)
     if not file.is_file():
-        return "it is no plain file"
-    return None if file_sha256(file) == record.sha256 else "its hash is another"
+        return "it is not a regular file"
+    return None if file_sha256(file) == record.sha256 else "its hash differs"
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -587,14 +586,14 @@ def file_sha256(path: Path) -> str:
 
 
 def sealed(content: str) -> str:
-    """Markdown or HTML with a last line, a comment, that seals it."""
+    """Append a seal to Markdown or HTML, as a comment in the last line."""
     body = content if content.endswith("\n") else content + "\n"
     words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
     return f"{body}<!-- {words} -->\n"
 
 
 def _foreign_file(path: Path) -> str | None:
-    """Why a file is not one that isingcut wrote and nobody changed; None where it is.
+    """Explain why a file is not an unchanged file of isingcut; None if it is one.
 
     The seal of a JSON document is the hash of all its other keys.
     """
@@ -608,13 +607,13 @@ def _foreign_file(path: Path) -> str | None:
             found = hashlib.sha256(f"{body}\n".encode()).hexdigest()
             seal = _SEAL.findall(last)[0]
     except (IsingcutError, ValueError, LookupError, AttributeError, TypeError):
-        return "nothing in it says that isingcut wrote it"
-    return None if seal == found else "it was changed since isingcut wrote it"
+        return "it has no seal of isingcut"
+    return None if seal == found else "it was changed after isingcut wrote it"
 
 
 # Locks -----------------------------------------------------------------------------------
 
-# Of a file system that has no locks.
+# The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 _NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 _HOLDER = re.compile(r"(pid \d+, host .+) since (\S+ \S+)\n")
@@ -624,21 +623,21 @@ _held: set[tuple[int, int, Path]] = set()
 
 @contextlib.contextmanager
 def locked(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator[bool]:
-    """Be the only process that writes to ``place``, there or not yet.
+    """Lock ``place``, which need not exist, so that no other process writes to it.
 
-    What killed processes left half-written there is deleted first.
+    Half-written files of killed processes are deleted first.
 
     Args:
-        inside: ``place`` is a folder to work in, and holds its lock; that of an output, which takes
-            its name at the end, is a hidden file beside it.
-        wait: until another process is done, instead of an error.
+        inside: ``place`` is a work folder with the lock file in it. Otherwise ``place`` is an
+            output, and the lock file is a hidden sibling.
+        wait: wait for another process instead of raising an error.
 
     Yields:
-        False where this thread has the lock already.
+        False if this thread has the lock already.
 
     Raises:
         BusyError: another process, or another thread, writes there.
-        InputError: nothing can be written there.
+        InputError: the place is not writable.
     """
     folder = place if inside else place.parent
     file = _lock_of(place, inside=inside)
@@ -658,11 +657,11 @@ def locked(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator
                 clear_leftovers(where, "" if inside else place.name)
         yield True
     finally:
-        # A fork of this process has no part in it.
+        # A fork of this process does not own the lock.
         if os.getpid() == holder[0]:
             if holder in _held:
                 _held.discard(holder)
-                # While it is locked: whoever has opened it by now finds it gone, and makes another.
+                # Delete it under the lock: a process that has it open notices and creates another.
                 with contextlib.suppress(OSError):
                     file.unlink()
             lock.release()
@@ -672,7 +671,7 @@ def locked(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether this thread has the lock of a folder that it works in."""
+    """Whether this thread has the lock of a work folder."""
     return _this(_lock_of(folder, inside=True)) in _held
 
 
@@ -696,7 +695,7 @@ def _acquire(lock: FileLock, file: Path, place: Path, *, wait: bool) -> None:
             _say_no_locks(file.parent)
         elif e.errno not in _NO_WRITING or file.exists():
             raise
-        # Where no lock can be written, nothing can.
+        # If the lock file cannot be written, the output cannot either.
         return
     with contextlib.suppress(OSError):
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -704,35 +703,35 @@ def _acquire(lock: FileLock, file: Path, place: Path, *, wait: bool) -> None:
 
 
 def _who(file: Path, place: Path) -> str:
-    """Who works in a place, as far as the lock's file says it."""
+    """Describe the process that works in a place, from the lock file."""
     found = None
     with contextlib.suppress(InputError):
         found = _HOLDER.fullmatch(read_text(file, "the lock", limit=1000))
     who, since = (f" ({found[1]})", f" since {found[2]}") if found else ("", "")
-    return f"another isingcut{who} works in {place}{since}; wait until it is done, or end it"
+    return f"another isingcut{who} is writing to {place}{since}; wait for it, or stop it"
 
 
 @functools.cache
 def _say_no_locks(folder: Path) -> None:
     say(
-        f"isingcut: warning: the file system of {folder} has no locks; "
-        "let no second isingcut write there meanwhile"
+        f"isingcut: warning: the file system of {folder} does not support locks; "
+        "do not start a second isingcut there"
     )
 
 
 # Headers and arrays ------------------------------------------------------------------------
 
 LARGEST = 4 * 2**30
-"""Bytes of the largest file that is read: the couplings of 20,000 blocks."""
+"""Largest file to read, in bytes: the couplings of 20,000 blocks."""
 
 Shape = tuple[int, ...]
 Wanted = Callable[[Mapping[str, Shape]], Mapping[str, tuple[str, Shape]]]
 
 
 def tensor_header(content: dict[str, Any]) -> dict[str, str]:
-    """Metadata for a safetensors file: one key, because the library writes several in any order.
+    """Make the metadata of a safetensors file: one key, because the library does not sort keys.
 
-    Two files of the same content are then the same bytes.
+    Two files of the same content then have the same bytes.
     """
     return {"isingcut": json.dumps(content, sort_keys=True, allow_nan=False)}
 
@@ -740,16 +739,16 @@ def tensor_header(content: dict[str, Any]) -> dict[str, str]:
 def read_tensors(
     path: Path, kind: str, wanted: Wanted
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Header and arrays of a file that `tensor_header` began.
+    """Read the header and the arrays of a file with a `tensor_header`.
 
     Args:
-        kind: of the header's document.
-        wanted: for the shapes found, the dtype (in safetensors' words: ``"F64"``) and the shape
-            that each array must have; others are not read.
+        kind: the kind of the header's document.
+        wanted: maps the shapes in the file to the dtype (as in safetensors, ``"F64"``) and shape
+            that each array must have; other arrays are not read.
 
     Raises:
-        StageFileError: missing, no safetensors file, of another kind or a newer version, too
-            large, or an array is missing, of another dtype or shape, or not finite.
+        StageFileError: the file is missing, not a safetensors file, of another kind or a newer
+            version, or too large; or an array is missing, not finite, or of another dtype or shape.
     """
     import numpy as np
     from safetensors import SafetensorError, safe_open
@@ -774,8 +773,8 @@ def read_tensors(
                     raise documents.damaged(path, f"{key}: {expected}")
                 arrays[key] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as e:
-        raise documents.damaged(path, f"not a readable safetensors file ({e})") from e
+        raise documents.damaged(path, f"it is not a readable safetensors file ({e})") from e
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise documents.damaged(path, f"{key} holds values that are not finite")
+            raise documents.damaged(path, f"the tensor {key} has values that are not finite")
     return header, arrays

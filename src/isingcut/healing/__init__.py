@@ -1,9 +1,9 @@
-"""Win quality back.
+"""Recover the quality of a cut model.
 
-`heal` a checkpoint, `job` what is healed and when a training ends before its last step, `patch/`
-and `training/` how, `recipe` how long and at which rate, `removed` which blocks a cut lacks and of
-which model, `work_folder` what is kept to resume.
+`heal`: heal a checkpoint; `job`: one healing, and early stopping; `patch/`, `training/`: the two
+repairs; `recipe`: training settings; `removed`: the blocks that a cut lacks, and its original;
+`work_folder`: the state for resuming.
 """
 
 RECORD = "healing.json"
-"""The file of a healed checkpoint that says what was done to it."""
+"""The record of healing in a healed checkpoint."""

@@ -1,4 +1,4 @@
-"""Heal a cut checkpoint: patch, distil, and say what it was worth on text held out.
+"""Heal a cut checkpoint: patch, distil, and measure the gain on unseen text.
 
 cut checkpoint + original -> [linear patch] -> [distillation] -> checkpoint + healing.json
 """
@@ -85,8 +85,8 @@ def heal(
 
     Args:
         config: all options; or give them by name (`student` and `out` at least).
-        progress: where progress is shown.
-        sources: further files that were read for this call; the output never replaces one.
+        progress: shows progress.
+        sources: further input files of this call, which the output never replaces.
 
     Returns:
         The healed checkpoint's folder, a plain checkpoint with `healing.json` in it.
@@ -101,7 +101,7 @@ def heal(
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
     for name in ("student", "out"):
         if not getattr(config, name):
-            raise InputError(f"healing needs --{name}" if name != "student" else "no STUDENT given")
+            raise InputError(f"--{name} is missing" if name != "student" else "STUDENT is missing")
     corpora.check(config.text)
     student, out = user_path(config.student), user_path(config.out)
     known = recorded_removal(student)
@@ -109,7 +109,7 @@ def heal(
         original = None if known is None else original_of(known).get("name")
         if original is None:
             raise InputError(
-                f"{student} does not say which model it was cut from; name that with --teacher"
+                f"{student} has no record of its original model; give the original with --teacher"
             )
         config = config.replace(teacher=original)
     sources = [*sources_of(config), *sources]
@@ -117,11 +117,11 @@ def heal(
     start = start_of(student)
     if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
         raise InputError(
-            f"{student} is {start} already, and a patch is fitted to the exact cut; leave --patch "
-            "out and name a --method, or give the exact cut (isingcut excise --patch none)"
+            f"{student} is {start} already, but a patch needs the exact cut; remove --patch and "
+            "give a --method, or give the exact cut (isingcut excise --patch none)"
         )
     if config.method == "none" and config.patch is None:
-        # It is all there is to do, so that it must be possible.
+        # The patch is the only repair, so it must be possible.
         config = config.replace(patch="tuned")
     check_training(config, student)
     processes = _processes(config)
@@ -148,12 +148,12 @@ def heal(
 
 
 def _processes(config: HealConfig) -> Processes:
-    """All that train together, or wait for the first to patch."""
+    """Join the processes that train together; they wait while rank 0 patches."""
     if config.method == "none":
         return Processes.join()
     from accelerate import PartialState
 
-    # First, so that the Trainer finds the group of its choice and the state of the option.
+    # First, so that the Trainer finds its process group and the state of the option.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     PartialState(cpu=config.device == "cpu" or not gpu)
     return Processes.join()
@@ -162,7 +162,7 @@ def _processes(config: HealConfig) -> Processes:
 def read_healing_text(
     config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
 ) -> HealingText:
-    """Text to heal with, of which no calibration that was ``used`` holds anything."""
+    """Read the text for healing, without the text of the calibration ``used``."""
     return healing_text.build(
         config.text,
         teacher.tokenizer,
@@ -176,7 +176,7 @@ def read_healing_text(
 
 
 def sample_length(config: HealConfig, model: Any) -> int:
-    """Tokens of a sample: as many as were asked for, or as the model has positions."""
+    """Return the tokens per sample: as requested, but at most the model's positions."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     length = config.length or LENGTH
     return min(length, int(longest or length))
@@ -190,19 +190,19 @@ def heal_checkpoint(
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
 ) -> HealingFile:
-    """Heal one cut checkpoint, whatever made it, and write ``out`` with its `healing.json`.
+    """Heal one cut checkpoint of any tool, and write ``out`` with its `healing.json`.
 
-    Work in progress is kept in a folder beside ``out`` and continued by the same call. The caller
-    sees to it that no other process writes there.
+    Work in progress is kept in a folder next to ``out``, from which the same call resumes. The
+    caller must lock ``out``.
 
     Args:
-        job: its text and work folder are set here; without a judge it ends where a domain of the
-            text gets worse.
-        sources: what ``out`` must not be, contain or lie in.
-        stamps: of folders whose weights must not change before the end (`weights_stamp`).
+        job: the healing; its text and work folder are set here. Without a judge, it stops when a
+            source of the text gets worse.
+        sources: inputs that ``out`` must not be, contain or lie in.
+        stamps: stamps of folders whose weights must not change before the end (`weights_stamp`).
 
     Raises:
-        OutputExistsError: ``out`` is there.
+        OutputExistsError: ``out`` exists.
         StageFileError: the work in progress belongs to other options.
     """
     config, processes, student, work = job.config, job.processes, job.start, work_of(out)
@@ -213,7 +213,7 @@ def heal_checkpoint(
     shown = silent if processes.rank else job.progress
     judge = job.judge or Domains(text.report)
     job = dataclasses.replace(job, tokens=text.train, work=work, progress=shown, judge=judge)
-    # Every process has looked at the places before rank 0 writes there.
+    # Every process checks the places before rank 0 writes there.
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
@@ -276,10 +276,10 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
-        # Needs packages that are optional.
+        # Imports optional packages.
         from isingcut.healing.training.train import distill
 
-        # The same judging comes once more, after the training.
+        # The same evaluation runs once more after the training.
         spent = time.monotonic() - began + judging
         record |= distill(dataclasses.replace(job, spent=spent), done)
     elif main:
@@ -306,10 +306,10 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
 
 
 def _check_effort(job: Job, report: TokenSet) -> None:
-    """Refuse a time in which no useful training fits, by the pace of one forward pass.
+    """Raise if the time is too short for a useful training, by the pace of one forward pass.
 
     Raises:
-        InputError: with a time that is enough, about.
+        InputError: with an approximate time that is enough.
     """
     seconds = job.config.effort.seconds
     if seconds is None or job.config.method == "none":
@@ -321,19 +321,19 @@ def _check_effort(job: Job, report: TokenSet) -> None:
         quality(job.teacher.model, job.teacher.model, sample, job.config.batch_tokens)
         times.append(time.monotonic() - began)
     token = min(times) / (2 * int(sample.mask.sum()))
-    # Both models, before and after; a step runs the student forth and back, and the teacher.
+    # Both models before and after; a step runs student forward and backward, and teacher forward.
     judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
     if seconds < judging + training:
         enough = math.ceil((judging + training) / 60 + 0.5)
         raise InputError(
-            f"--effort {job.config.effort} is too short: judging the model before and after takes "
-            f"about {duration(judging)} here, and {LEAST_STEPS} steps of training "
+            f"--effort {job.config.effort} is too short: evaluating the model before and after "
+            f"takes about {duration(judging)} here, and {LEAST_STEPS} steps of training "
             f"{duration(training)}; give --effort {enough}min or more, or fewer --report-samples"
         )
 
 
 def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
-    """What a checkpoint is by its records: ``cut`` exactly, ``patched``, or ``healed``."""
+    """Return the state of a checkpoint by its records: ``cut``, ``patched`` or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
     parts = kept_parts(student)
@@ -342,7 +342,7 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
 
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
-    """Perplexity and KL to the original of a checkpoint on the held-out text."""
+    """Measure perplexity and KL to the original of a checkpoint on the unseen text."""
     trust, model = job.config.trust_remote_code, job.teacher.model
     cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
     other = streamed or cut.model

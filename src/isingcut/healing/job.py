@@ -1,8 +1,8 @@
-"""One cut model to heal, and who looks at its training.
+"""One cut model to heal, and the judge of its training.
 
-A judge ends a training where it goes wrong. It looks at checks: the KL to the original of each
-sample held out, as the training's own loss has it. They are made where states are
-saved, so that a healing which goes on from a state knows those before it.
+A judge stops a training that goes wrong. It uses checks: the KL to the original of each unseen
+sample, with the training loss. Checks are made when states are saved, so that a resumed healing has
+the earlier ones.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from isingcut.models.processes import ALONE, Processes
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import HealConfig
 
-# Tokens of each sample that are looked at.
+# Tokens of each sample to check.
 _LENGTH = 256
 _ERRORS = 2.0
-"""Standard errors of a paired difference that are more than noise here."""
+"""Number of standard errors of a paired difference that counts as more than noise."""
 
 
 def beginnings(tokens: TokenSet) -> TokenSet:
-    """The first tokens of each sample: enough to judge by, at little cost."""
+    """Return the first tokens of each sample, for cheap checks."""
     rows = []
     for row in tokens.rows:
-        # What comes before the first answer of a conversation may be longer.
+        # The context before the first assistant message may be longer.
         first = next((t for t in range(1, len(row)) if row[t] >= 0), 0)
         rows.append(row[: max(_LENGTH, first + _LENGTH // 4)])
     return TokenSet.from_rows(rows, parts=tokens.parts)
@@ -43,22 +43,22 @@ def beginnings(tokens: TokenSet) -> TokenSet:
 def difference(
     first: npt.ArrayLike, second: npt.ArrayLike, counts: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
-    """second - first in nats per prediction, paired by sample, and its standard error.
+    """Return second - first in nats per prediction, paired by sample, and its standard error.
 
     Args:
         first, second: sums over the predictions of each sample.
-        counts: predictions of each sample.
+        counts: number of predictions of each sample.
     """
     sums: Floats = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     return float(sums.sum() / counts.sum()), float(standard_error(sums, counts))
 
 
 class Domains:
-    """Ends a training where it makes one part of a mixture of texts worse.
+    """Stops a training that makes one source of a mixture worse.
 
-    Worse is: at a check, by more than two standard errors, than before the training and than at
-    the check before, whose weights are kept, or where these were worse than in the beginning, too,
-    the first ones. The first check after the beginning ends nothing.
+    Worse means: at a check, by more than two standard errors, than before the training and than at
+    the previous check. The weights of the previous check are kept, or the initial ones if the
+    previous check was worse than the beginning too. The first check never stops the training.
     """
 
     def __init__(self, report: TokenSet) -> None:
@@ -80,7 +80,7 @@ class Domains:
                 where = f"on {name} the model" if name else "the model"
                 mean, error = difference(start, last, counts[rows])
                 kept = 0 if mean > _ERRORS * error else before.step
-                what = f"the weights of step {kept} are" if kept else "nothing of it is"
+                what = f"the weights of step {kept} are" if kept else "no step is"
                 return HealingStop(
                     why=f"healing was stopped at step {now.step}, and {what} kept: {where} got "
                     f"worse, KL {kl[0]:.4f} before, {kl[1]:.4f} and then {kl[2]:.4f}",
@@ -94,18 +94,18 @@ class Job:
     """One cut model to heal.
 
     Attributes:
-        teacher: the original model; without its weights where it is streamed.
+        teacher: the original model; without weights if it is streamed.
         removed: the blocks that the cut model lacks, ascending.
         start: the cut model's checkpoint.
-        tokens: text to heal with; never the text that results are reported on.
-        work: folder for what an interrupted healing goes on from.
+        tokens: training text; never the text for reported results.
+        work: folder for the state of an interrupted healing.
         config: all options.
-        progress: where progress is shown.
-        replay: the original's blocks, each read when it is run, where it is streamed to be patched.
-        processes: that train together.
-        judge: looks at a training on text held out; None: it runs to its end.
-        recipe: of the training; None: what the options say.
-        spent: seconds of a budget of time that go to loading, judging and patching.
+        progress: shows progress.
+        replay: the streamed blocks of the original, if it is streamed for the patch.
+        processes: the processes that train together.
+        judge: may stop the training by its checks; None: it runs to its end.
+        recipe: the settings of the training; None: from the options.
+        spent: seconds of a time budget used for loading, evaluating and patching.
     """
 
     teacher: LoadedModel
@@ -123,5 +123,5 @@ class Job:
 
     @property
     def leads(self) -> bool:
-        """This process writes and shows progress."""
+        """Whether this process writes and shows progress."""
         return self.processes.rank == 0

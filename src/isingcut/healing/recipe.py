@@ -1,7 +1,7 @@
-"""How a model is trained: the file of `--trainer`, the steps, their size, and the learning rate.
+"""Training settings: the file of `--trainer`, the steps, their size, and the learning rate.
 
-The file holds transformers' TrainingArguments, but for where it writes or sends. A budget of tokens
-or of time decides what it leaves open.
+The file may set transformers' TrainingArguments, except where they write or upload. A budget of
+tokens or time sets the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIXED = re.compile(
     "auto_find_batch_size|remove_unused_columns|label_.*|train_sampling.*|length_column_name|"
     "dataloader_.*|parallelism_config|use_cache"
 )
-"""What a healing decides: where it writes and sends, what it judges, which samples it takes."""
+"""Arguments that healing sets itself: outputs, reporting, evaluation and sampling."""
 _POSITIVE = {
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "num_train_epochs"),
@@ -44,14 +44,14 @@ _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 
 
 def trainer_settings(config: HealConfig) -> dict[str, Any]:
-    """`TrainingArguments` from the file of `--trainer`; nothing where there is none.
+    """Read `TrainingArguments` from the file of `--trainer`; empty without a file.
 
     Raises:
-        InputError: not readable, a name that may not be set there, or a value of a wrong type.
+        InputError: an unreadable file, a name that may not be set, or a value of a wrong type.
     """
     if not config.trainer:
         return {}
-    # Not at the top: it takes seconds, and most healings have no such file.
+    # Imported here because it takes seconds, and most healings have no such file.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from transformers import TrainingArguments
 
@@ -64,9 +64,8 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"{path}: --trainer cannot set {str(name)[:60]!r}; {hint}options of `isingcut "
-                f"heal` are given as such, and what writes or sends elsewhere is fixed; it may "
-                f"set: {', '.join(names)}"
+                f"{path}: --trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut "
+                f"heal` on its command line; the file may set: {', '.join(names)}"
             )
         try:
             TypeAdapter(types[name], config=strict).validate_python(value)
@@ -80,20 +79,20 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
 
 
 def check_training(config: HealConfig, student: Path | None = None) -> None:
-    """Refuse training options that cannot work, and weights that cannot be trained.
+    """Check the training options, and that the weights can be trained.
 
     Args:
-        student: None where it does not exist yet.
+        student: None if it does not exist yet.
 
     Raises:
-        InputError: with the option and what it expects.
+        InputError: with the option and its expected values.
     """
     if config.method == "none":
         return
     if (index := pick_device(config.device).index) and not launched():
         raise InputError(
-            "the Trainer takes the first GPU that it sees; type CUDA_VISIBLE_DEVICES="
-            f"{index} before the command and --device cuda"
+            "the Trainer uses the first visible GPU; put CUDA_VISIBLE_DEVICES="
+            f"{index} before the command and give --device cuda"
         )
     if config.trainer:
         _check_optimiser(config)
@@ -102,7 +101,7 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
 
 
 def _check_optimiser(config: HealConfig) -> None:
-    """Refuse an optimiser or a schedule that transformers cannot make with the file's settings."""
+    """Check that transformers can create the optimiser and the schedule of the file."""
     import torch
     from transformers import Trainer, TrainingArguments, get_scheduler
     from transformers.training_args import OptimizerNames
@@ -111,8 +110,8 @@ def _check_optimiser(config: HealConfig) -> None:
     args: Any = SimpleNamespace(**defaults | trainer_settings(config))
     if args.lr_scheduler_type in _NEVER_FALL:
         raise InputError(
-            f"{config.trainer}: lr_scheduler_type {args.lr_scheduler_type} falls when an "
-            "evaluation says so, and healing makes none; choose another, for example cosine"
+            f"{config.trainer}: lr_scheduler_type {args.lr_scheduler_type} needs evaluations, but "
+            "healing makes none; choose another, for example cosine"
         )
     try:
         args.optim = OptimizerNames(args.optim)
@@ -124,13 +123,13 @@ def _check_optimiser(config: HealConfig) -> None:
         get_scheduler(args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further)
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as e:
         raise InputError(
-            f"{config.trainer}: transformers refuses the optimiser (optim, adam_*) or the schedule "
+            f"{config.trainer}: transformers rejects the optimiser (optim, adam_*) or the schedule "
             f"(lr_scheduler_type, lr_scheduler_kwargs): {one_line(e)}"
         ) from e
 
 
 def is_sharded(settings: Mapping[str, Any]) -> bool:
-    """Whether FSDP or DeepSpeed shards the training, and so places its parts on the devices."""
+    """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
     launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
     return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
         str.lower, launched
@@ -138,21 +137,21 @@ def is_sharded(settings: Mapping[str, Any]) -> bool:
 
 
 EPOCHS = 4.0
-"""How often a budget may read its text: more repeats than it teaches."""
+"""Most epochs of a budget; more repetition hardly helps."""
 SHORT = 256
-"""Tokens of a sample, the fewest."""
+"""Fewest tokens per sample."""
 LEAST_STEPS = 10
-"""Steps of a training that is worth its judging."""
-# Sequences of a step where nothing says another number.
+"""Fewest steps that justify the time of the evaluations."""
+# Default sequences per step.
 _BATCH = 16
-# Tokens of the largest step, and about as many steps as few tokens are divided into.
+# Tokens of the largest step, and the approximate number of steps for few tokens.
 _MOST, _STEPS = 16384, 40
-# Tokens of a step that bears the highest rate.
+# Tokens of a step that allows the highest rate.
 _CALM = 2048
 
 
 def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> HealingRecipe:
-    """Of a training without a budget: the paper's, 2e-5 and one epoch; LoRA's rate is 2e-4."""
+    """Return the recipe without a budget: the paper's, 2e-5 and one epoch; 2e-4 for LoRA."""
     settings = trainer_settings(config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
     steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
@@ -174,17 +173,17 @@ def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> Heal
 def sizes(
     config: HealConfig, tokens: float, *, width: int, longest: int = LENGTH, processes: int = 1
 ) -> tuple[int, int, float]:
-    """Batch, length and learning rate that suit a number of tokens.
+    """Choose batch, length and learning rate for a number of tokens.
 
-    A step grows with the root of the tokens, 2,048 for 80,000 and 8,192 for 1.3 million, and there
-    are some 40 or more. The rate falls as the tokens grow, from 3e-4 to the paper's 2e-5, and is
-    lower for wider models, as Adam's steps ask for, and for small steps. What the options say is
-    taken as it is.
+    The tokens per step grow with the root of all tokens, 2,048 for 80,000 and 8,192 for 1.3
+    million, with about 40 steps or more. The rate falls with the number of tokens, from 3e-4 to the
+    paper's 2e-5, and is lower for wider models, because of Adam's step size, and for small steps.
+    Values in the options are used unchanged.
 
     Args:
-        width: of the residual stream.
-        longest: sequence, in tokens.
-        processes: that a batch is shared by.
+        width: width of the residual stream.
+        longest: tokens of the longest sequence.
+        processes: number of processes that share a batch.
     """
     settings, tokens = trainer_settings(config), max(1.0, tokens)
     step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
@@ -193,7 +192,7 @@ def sizes(
     batch = _batch(settings, processes) or processes * math.ceil(step / (length * processes))
     scale = 10.0 if config.lora_rank else 1.0
     rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
-    # Gradients of few tokens are noise for the most part.
+    # Gradients of few tokens are mostly noise.
     rate *= math.sqrt(min(1.0, batch * length / _CALM))
     rate = float(f"{min(1e-3, scale * max(2e-5, rate)):.2g}")
     return batch, length, float(settings.get("learning_rate", rate))
@@ -209,12 +208,12 @@ def bought_recipe(
     width: int,
     processes: int = 1,
 ) -> HealingRecipe:
-    """What a budget is spent on.
+    """Choose the recipe for a budget.
 
     Args:
-        text: that is trained on.
-        tokens, seconds: one of them.
-        pace: seconds of a step, and of each of its tokens besides.
+        text: the training text.
+        tokens, seconds: the budget; one of them.
+        pace: seconds per step, and additional seconds per token.
         width, processes: as for `sizes`.
     """
     mask = text.mask
@@ -223,7 +222,7 @@ def bought_recipe(
     epochs = trainer_settings(config).get("num_train_epochs", EPOCHS)
     most = epochs * int(mask.sum())
     wanted = most if tokens is None else tokens
-    # The size of a step decides how many tokens there are time for, and they decide its size.
+    # The step size determines how many tokens fit the time, and these determine the step size.
     for _ in range(1 if seconds is None else 8):
         wanted = min(most, wanted)
         batch, length, rate = sizes(
@@ -246,7 +245,7 @@ def bought_recipe(
 
 
 def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
-    """Sequences of a step as TrainingArguments count them; None where they say nothing."""
+    """Return the sequences per step in TrainingArguments; None if not set."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if not any(name in settings for name in names):
         return None
@@ -259,17 +258,17 @@ def _steps(text: TokenSet, batch: int, epochs: float) -> int:
 
 
 def check_last(config: HealConfig, blocks: int) -> None:
-    """Refuse to train more blocks than a cut model has.
+    """Check that the cut model has enough blocks to train.
 
     Raises:
-        InputError: with how many there are.
+        InputError: with the number of blocks.
     """
     if config.last is not None and config.last > blocks:
         raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype that holds most of a checkpoint's weights, by its name in a file.
+    """Return the dtype of most of a checkpoint's weights, by its name in a file.
 
     Raises:
         InputError: quantised weights, which cannot be trained.
@@ -280,7 +279,7 @@ def stored_dtype(folder: Path) -> str:
     name = max(sizes, key=lambda k: sizes[k])
     if name not in PLAIN:
         raise InputError(
-            f"{folder} holds {name} weights, which cannot be trained; cut and heal the unquantised "
+            f"{folder} has {name} weights, which cannot be trained; cut and heal the unquantised "
             "model (the teacher may be quantised)"
         )
     return name

@@ -1,9 +1,9 @@
-"""Which blocks a cut checkpoint lacks, and of which model: from its record, or from its weights.
+"""Find the blocks that a cut checkpoint lacks, from its record or from its weights.
 
-A record is checked: the original by its hash, the kept blocks by the edges of their tensors; and
-whatever says so, cut and original must have the same words, width and tokenizer. The
-weights alone are enough for checkpoints that other tools cut (mergekit's passthrough, PruneMe, a
-user's own loop): blocks that were kept are kept to the bit.
+A record is checked: the original by its hash, and the kept blocks by samples of their tensors. Cut
+and original must always have the same vocabulary, width and tokenizer. The weights alone suffice
+for checkpoints of other tools (mergekit's passthrough, PruneMe, your own loop), because kept blocks
+are bitwise equal.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 _EDGE, _TENSORS = 512, 32
-"""Elements at either end of a tensor, and tensors of a block, that tell blocks apart."""
+"""Elements at either end of a tensor, and tensors of a block, that identify a block."""
 
 
 Removal = CutRecord | HealingFile
-"""What a checkpoint says of itself: the blocks that it lacks, of how many."""
+"""The record of a cut: the blocks that it lacks, of how many."""
 
 
 def recorded_removal(folder: Path) -> Removal | None:
-    """What the records inside a checkpoint say that it lacks; None where there is no record.
+    """Read the removed blocks from the record in a checkpoint; None without a record.
 
     Raises:
-        InputError: no checkpoint, or a record that cannot be read.
+        InputError: not a checkpoint, or an unreadable record.
     """
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no checkpoint (no config.json in it); give the cut model")
+        raise InputError(f"{folder} is not a checkpoint (no config.json); give the cut model")
     name = next((n for n in (RECORD, HEALED) if (folder / n).exists()), None)
     if name is None:
         return None
@@ -60,19 +60,19 @@ def recorded_removal(folder: Path) -> Removal | None:
         if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
             why = f"blocks {found.removed} of {found.of}"
         elif original and not all(isinstance(original.get(k), str) for k in ("sha256", "name")):
-            why = "the original's hash is no text"
+            why = "the original's hash is not text"
     except ValidationError as e:
         why = e.errors(include_url=False)[0]["msg"]
     if why:
         raise InputError(
-            f"{folder / name} is no readable record of a cut ({why:.200}); delete it to have the "
-            "blocks found by their weights"
+            f"{folder / name} is not a readable record of a cut ({why:.200}); delete it to find "
+            "the blocks by their weights"
         )
     return found
 
 
 def original_of(removal: Removal) -> dict[str, Any]:
-    """`models.model_identity` of the original, with its name; empty in older records."""
+    """Return `models.model_identity` of the original, with its name; empty in older records."""
     if isinstance(removal, CutRecord):
         return removal.model
     found: dict[str, Any] = removal.provenance.get("teacher") or {}
@@ -80,11 +80,11 @@ def original_of(removal: Removal) -> dict[str, Any]:
 
 
 def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
-    """Refuse a student and a teacher that do not belong together, from their small files.
+    """Check that student and teacher belong together, from their small files.
 
     Args:
         student, teacher: folders.
-        removal: the student's own record, None without one.
+        removal: the student's record, or None.
 
     Raises:
         InputError: another model than the record's, another vocabulary or tokenizer, a record
@@ -101,13 +101,13 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         if ours.get(name) != theirs.get(name):
             raise InputError(
                 f"{student} has a {words} of {ours.get(name)}, but the teacher {config.teacher} "
-                f"one of {theirs.get(name)}; give the model it was cut from"
+                f"has {theirs.get(name)}; give the original of the cut model"
             )
     width = theirs.get("hidden_size")
     if isinstance(width, int) and config.lora_rank > width:
         raise InputError(
-            f"--method lora:{config.lora_rank} is more than the model's width of {width}, which is "
-            f"the rank of all its matrices; give lora:{width} or less, or full"
+            f"--method lora:{config.lora_rank} exceeds the model's width of {width}; give "
+            f"lora:{width} or less, or full"
         )
     check_last(config, depth(ours))
     _check_tokenizers(config, student, teacher)
@@ -121,20 +121,20 @@ def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
     )
     if ours != theirs:
         raise InputError(
-            f"{student} and the teacher {config.teacher} have tokenizers that read the same text "
-            "differently; copy the original's tokenizer files into the cut model's folder"
+            f"{student} and the teacher {config.teacher} have different tokenizers; copy the "
+            "original's tokenizer files into the cut model's folder"
         )
 
 
 def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
-    """Refuse a teacher that is not the model the record names; an old record names none.
+    """Check that the teacher is the model in the record; old records have none.
 
     Args:
-        name: what the user calls the teacher.
+        name: the teacher as given.
         teacher: its folder.
 
     Raises:
-        InputError: it is another model; the message names both.
+        InputError: it is another model; the message has both.
     """
     wanted = original_of(removal)
     if not wanted:
@@ -145,25 +145,25 @@ def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -
     raise InputError(
         f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), but the "
         f"teacher {name} is another model (sha256 {found['sha256'][:12]}); give the original as "
-        "--teacher, or add --other-teacher if it stands for it (a quantised copy, for example)"
+        "--teacher, or add --other-teacher if it replaces it (a quantised copy, for example)"
     )
 
 
 def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
-    """Refuse a checkpoint that is not the cut that its record says, from the files alone.
+    """Check a checkpoint against its record, from the files alone.
 
-    Its depth must fit, its kept blocks must have the shapes of the original's, and none may be
-    far nearer to another block of the original than to its own. That holds for healed and
-    converted weights, too: training moves a block less than blocks differ.
+    Its depth must fit, its blocks must have the shapes of the original's, and no block may be much
+    closer to another block of the original than to its own. Healed and converted weights pass too,
+    because training moves a block less than blocks differ.
 
     Raises:
-        InputError: it does not, or the teacher has another depth.
+        InputError: the checkpoint does not fit its record, or the teacher has another depth.
     """
     theirs = _block_tensors(teacher)
     if removal.of != len(theirs):
         raise InputError(
             f"{student} was cut from a model of {removal.of} blocks, but the teacher {name} has "
-            f"{len(theirs)}; give the model it was cut from"
+            f"{len(theirs)}; give the original of the cut model"
         )
     ours = _block_tensors(student)
     kept = [i for i in range(removal.of) if i not in set(removal.removed)]
@@ -177,9 +177,9 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
             mine, other = (t[rest].shape for t in (ours[place], theirs[block]))
             if mine != other:
                 raise InputError(
-                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but block "
-                    f"{block} of the teacher {name}, which it is by its record, {list(other)}; "
-                    "give the model it was cut from"
+                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but by its "
+                    f"record it is block {block} of the teacher {name}, with {list(other)}; give "
+                    "the original of the cut model"
                 )
     edges = [_edges(block) for block in theirs]
     for place, block in enumerate(kept):
@@ -189,8 +189,8 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
         if distances[nearest] < distances[block] / 2:
             raise InputError(
                 f"block {place} of {student} is block {nearest} of the teacher {name}, but by its "
-                f"record (removed: {', '.join(map(str, removal.removed))}) it would be block "
-                f"{block}; delete the record to have the blocks found by their weights"
+                f"record (removed: {', '.join(map(str, removal.removed))}) it is block {block}; "
+                "delete the record to find the blocks by their weights"
             )
 
 
@@ -200,7 +200,7 @@ def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """The first and last elements of a block's first tensors; of packed weights their bytes."""
+    """Return the first and last elements of a block's first tensors (bytes if packed)."""
     found = {}
     for rest in sorted(block)[:_TENSORS]:
         tensor = block[rest]
@@ -218,7 +218,7 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
 
 
 def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Squared distance of what two blocks have alike; infinite where that is nothing."""
+    """Return the squared distance of the common tensors of two blocks; infinite without any."""
     alike = one.keys() & other.keys()
     if not alike:
         return float("inf")
@@ -228,16 +228,16 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def removal_by_weights(
     folder: Path, teacher: LoadedModel, *, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
-    """The blocks that a checkpoint lacks, found by comparing every kept block with the original's.
+    """Find the blocks that a checkpoint lacks, by comparing every block with the original's.
 
     Args:
         folder: the cut checkpoint.
-        teacher: the model it was cut from, in memory.
+        teacher: its original model, in memory.
 
     Raises:
-        InputError: some block of it is none of the original's, in their order, or none is missing.
+        InputError: a block is not one of the original's, in order, or no block is missing.
     """
-    # The device holds one model.
+    # The device only needs memory for one model.
     dtype = teacher.place["dtype"]
     student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))
@@ -246,20 +246,20 @@ def removal_by_weights(
         first = kept[-1] + 1 if kept else 0
         found = next((i for i in range(first, len(theirs)) if _same(block, theirs[i])), None)
         if found is None:
-            after = f"behind its block {kept[-1]}" if kept else "at all"
+            after = f"after its block {kept[-1]}" if kept else "at all"
             raise InputError(
-                f"{folder} has no {RECORD}, and its block {place} is no block of "
+                f"{folder} has no {RECORD}, and its block {place} is not a block of "
                 f"{teacher.folder.name} {after}; expected a model with whole blocks removed and "
                 "the others unchanged"
             )
         kept.append(found)
     removed = tuple(i for i in range(len(theirs)) if i not in kept)
     if not removed:
-        raise InputError(f"{folder} lacks no block of {teacher.folder.name}; nothing to heal")
+        raise InputError(f"{folder} has all blocks of {teacher.folder.name}; give a cut model")
     return removed
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two blocks have the same parameters, to the bit."""
+    """Whether two blocks have bitwise equal parameters."""
     a, b = dict(one.named_parameters()), dict(other.named_parameters())
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n].cpu()) for n in a)

@@ -1,13 +1,13 @@
-"""The folder of a healing in progress: claimed by its options, gone on from, never a user's own.
+"""The work folder of a healing, for resuming; claimed by its options, never a folder of yours.
 
-identity.json   what the work depends on
+identity.json   everything that the work depends on
 before.json     figures of the cut model
 patched/ .json  the patched checkpoint, its record
-recipe.json     what a budget bought: steps, their size, the learning rate
-trial/          what its speed is measured in
-memory.json     what the training computes at a time
-trainer/        states that the training goes on from, each complete or left out
-done/           the result, before it takes its name
+recipe.json     the settings for a budget: steps, their size, the learning rate
+trial/          temporary files of the timing
+memory.json     micro-batch size and recomputation of the training
+trainer/        saved states of the training; incomplete ones are ignored
+done/           the result, before it is renamed
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ _IDENTITY = "identity.json"
 _FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
 _FOLDERS = ("patched", "trial", "trainer", "done")
 CURVE = "healing-curve.json"
-"""In a state of a training: its loss so far."""
+"""The loss curve in a state of a training."""
 _CANDIDATE = re.compile(r"\d+(-\d+)*")
 
 
 def work_of(out: Path) -> Path:
-    """The folder for what an interrupted healing into ``out`` goes on from."""
+    """Return the work folder of a healing into ``out``."""
     return out.parent / f".{out.name}.healing"
 
 
 def described_options(config: HealConfig) -> dict[str, Any]:
-    """The options of a healing that say what it does, and not where."""
+    """Return the options of a healing that affect its result."""
     return {
         k: v
         for k, v in dataclasses.asdict(config).items()
@@ -71,7 +71,7 @@ def described_options(config: HealConfig) -> dict[str, Any]:
 
 
 def identity_of(job: Job, text: HealingText) -> str:
-    """What the work of a healing depends on."""
+    """Return the identity of a healing: everything that its work depends on."""
     config, teacher = job.config, job.teacher
     options = {k: v for k, v in described_options(config).items() if k != "device"}
     settings = trainer_settings(config)
@@ -91,7 +91,7 @@ def identity_of(job: Job, text: HealingText) -> str:
 
 
 def complete_states(trainer: Path) -> list[Path]:
-    """The states of a training that were written to their end, the latest last."""
+    """List the complete states of a training, the latest last."""
     found = {}
     for path in trainer.glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
@@ -103,17 +103,17 @@ def complete_states(trainer: Path) -> list[Path]:
 
 
 def sources_of(config: HealConfig) -> list[Path]:
-    """What a healing reads, of what its options name on disk."""
+    """List the files and folders in the options of a healing that it reads."""
     names = (config.student, config.teacher, *places_in(config.text), config.trainer)
     return [user_path(name) for name in names if name]
 
 
 def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse an output, or its work folder, that must not be written.
+    """Check that an output and its work folder may be written.
 
     Raises:
         InputError, OutputExistsError: as `outputs.check_output`.
-        StageFileError: something else is where the unfinished work would be kept.
+        StageFileError: the work folder exists and is not one.
     """
     work = work_of(out)
     check_output(out, overwrite=config.overwrite, sources=sources)
@@ -124,23 +124,23 @@ def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathL
 
 @contextlib.contextmanager
 def claim_work(work: Path, identity: str) -> Iterator[None]:
-    """Claim the work folder of a healing: gone on from where it fits, left only if worth it.
+    """Claim the work folder of a healing, to resume the same healing or start a new one.
 
-    When the healing fails, the folder goes where nothing in it is worth going on from, and where a
-    model was at fault, which would fail the same way again; else the error says that it stays.
+    If the healing fails, the folder is deleted if it has nothing to resume from, or if the model
+    caused the failure, which would repeat. Otherwise the error says that it is kept.
 
     Args:
-        identity: what the work depends on.
+        identity: everything that the work depends on.
 
     Raises:
-        StageFileError: it holds another healing's finished work, or what isingcut did not write.
+        StageFileError: it has finished work of another healing, or files not of isingcut.
         InputError: the disk is full.
     """
     if os.path.lexists(work) and _owner(work) not in (None, identity):
         if _is_worth_keeping(work):
             raise StageFileError(
-                f"{work} holds an unfinished healing with other options; type that command again "
-                "to finish it, or delete the folder"
+                f"{work} has an unfinished healing with other options; run that command again to "
+                "finish it, or delete the folder"
             )
         release(work)
     with clear_os_errors(work):
@@ -154,21 +154,21 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
         if isinstance(e, ModelError) or not _is_worth_keeping(work):
             release(work)
         elif isinstance(e, IsingcutError):
-            said = f"what was finished is kept in {work}, and the next call goes on from it"
+            said = f"finished work is kept in {work}; run the same command again to resume"
             e.args = (f"{e}; {said}",)
         raise
     release(work)
 
 
 def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
-    """What an interrupted healing has written to a file, or else is made now and written."""
+    """Read the result of an interrupted healing from a file, or make it now and write it."""
     if not file.exists():
         write_document(file, make())
     return read_document(file, model)
 
 
 def release(work: Path) -> None:
-    """Delete what a healing made; a file that it did not make stays, and the folder with it."""
+    """Delete the files of a healing; other files stay, and the folder with them."""
     for path in work.iterdir():
         if path.name in _FOLDERS or _CANDIDATE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -179,15 +179,15 @@ def release(work: Path) -> None:
 
 
 def _owner(work: Path) -> str | None:
-    """Whose work it is; None for an empty folder, or one of a kill before its first file."""
+    """Return the identity of the work; None for an empty folder."""
     if not work.is_symlink() and work.is_dir():
         if all(map(is_leftover, work.iterdir())):
             return None
         with contextlib.suppress(StageFileError):
             return read_document(work / _IDENTITY, HealingWork).work
     raise StageFileError(
-        f"{work}, where healing keeps its unfinished work, is there and no healing of this version "
-        "of isingcut made it; nothing was touched: move it away, or choose another --out"
+        f"{work}, the folder for unfinished work, exists and is not from this version of "
+        "isingcut; nothing was changed: move it away, or choose another --out"
     )
 
 

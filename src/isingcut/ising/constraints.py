@@ -1,8 +1,8 @@
 """Constraints on a state: linear rows, each with a name and a reason in words.
 
-Everything a user can ask for becomes `LinearConstraint` rows here: exactly M blocks, counts per
-block kind, budgets, keep and drop lists, and the legality rows an architecture gives. What is
-typed for them (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``) is read in `spellings`.
+Every constraint becomes `LinearConstraint` rows here: exactly M blocks, counts per block kind,
+budgets, keep and drop lists, and the legality rows of an architecture. `spellings` parses the typed
+forms (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LinearConstraint:
         coefficients: (N,).
         sense: ``"=="``, ``"<="`` or ``">="``.
         rhs: the right-hand side.
-        reason: why, in words that finish the sentence "the constraint asks for ...".
+        reason: the constraint in words, for messages.
     """
 
     name: str
@@ -51,36 +51,36 @@ class LinearConstraint:
 
     @property
     def tolerance(self) -> float:
-        """How far a sum may miss ``rhs`` by rounding alone."""
+        """How far rounding may move a sum from ``rhs``."""
         return 1e-9 * max(1.0, abs(self.rhs), float(np.abs(self.coefficients).sum()))
 
     def interval(self) -> tuple[float, float]:
-        """Smallest and largest allowed value of coefficients.x, tolerance included."""
+        """The smallest and largest allowed value of coefficients.x, with tolerance."""
         low = -np.inf if self.sense == "<=" else self.rhs - self.tolerance
         high = np.inf if self.sense == ">=" else self.rhs + self.tolerance
         return low, high
 
     def satisfied(self, states: ArrayLike) -> Bools:
-        """(S,) whether each state of (S, N) obeys the row."""
+        """Return (S,) whether each state of (S, N) satisfies the row."""
         value = np.asarray(states, dtype=np.float64) @ self.coefficients
         low, high = self.interval()
         result: Bools = (value >= low) & (value <= high)
         return result
 
     def describe(self) -> str:
-        """Name and reason, for messages."""
+        """Return name and reason, for messages."""
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
 def count(n: int, m: int) -> LinearConstraint:
-    """Exactly ``m`` of ``n`` blocks are removed."""
+    """Require that exactly ``m`` of ``n`` blocks are removed."""
     if not 0 <= m <= n:
         raise InputError(f"cannot remove {m} of {n} blocks; choose a number from 0 to {n}")
     return LinearConstraint("count", np.ones(n), "==", m, f"exactly {m} of {n} blocks removed")
 
 
 def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearConstraint]:
-    """Exactly ``counts[kind]`` blocks of each kind; kinds not named are kept whole."""
+    """Require exactly ``counts[kind]`` removed blocks of each kind, and none of other kinds."""
     present = {kind: sum(k == kind for k in kinds) for kind in dict.fromkeys(kinds)}
     for kind, wanted in counts.items():
         if kind not in present:
@@ -119,12 +119,12 @@ def _unit_rows(n: int, indices: Iterable[int], verb: str, value: int) -> list[Li
 
 
 def keep(n: int, indices: Iterable[int]) -> list[LinearConstraint]:
-    """These blocks are never removed."""
+    """Require that these blocks stay."""
     return _unit_rows(n, indices, "keep", 0)
 
 
 def drop(n: int, indices: Iterable[int]) -> list[LinearConstraint]:
-    """These blocks are always removed."""
+    """Require that these blocks are removed."""
     return _unit_rows(n, indices, "drop", 1)
 
 
@@ -136,22 +136,21 @@ def budget(
     amount: float | None = None,
     total: float | None = None,
 ) -> LinearConstraint:
-    """The removed blocks' costs add up to at least ``share`` of ``total``, or ``amount``.
+    """Require removed blocks whose costs sum to at least ``share`` of ``total``, or ``amount``.
 
     Args:
-        name: what is counted: ``"params"``, ``"bytes"``, ``"kv"``, ``"latency"``.
+        name: the quantity: ``"params"``, ``"bytes"``, ``"kv"``, ``"latency"``.
         costs: (N,) cost of each block.
-        share: fraction of ``total``, in [0, 1].
-        amount: the same in the unit of ``costs``; exactly one of the two.
-        total: what the share refers to, the blocks' sum by default; the whole model's where
-            embeddings count too.
+        share: fraction of ``total``, in [0, 1]; give either ``share`` or ``amount``.
+        amount: an amount in the unit of ``costs``.
+        total: the whole that ``share`` refers to; by default the sum over the blocks.
     """
     cost = np.asarray(costs, dtype=np.float64)
     if (share is None) == (amount is None):
-        raise InputError(f"budget {name!r} needs either a share or an amount")
+        raise InputError(f"budget {name!r}: give either a share or an amount")
     if share is not None:
         if not 0 <= share <= 1:
-            raise InputError(f"budget {name!r}: a share lies between 0% and 100%, got {share:.1%}")
+            raise InputError(f"budget {name!r}: share must be from 0% to 100%, got {share:.1%}")
         amount = share * (float(cost.sum()) if total is None else total)
         words = f"at least {share:.4g} of the {name} removed ({amount:.6g})"
     else:
@@ -161,7 +160,7 @@ def budget(
 
 
 def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearConstraint:
-    """At least ``minimum`` blocks of ``kind`` stay (legality: generation needs them)."""
+    """Require that at least ``minimum`` blocks of ``kind`` stay, because generation needs them."""
     mask = np.array([k == kind for k in kinds], dtype=np.float64)
     total = int(mask.sum())
     return LinearConstraint(
@@ -176,7 +175,7 @@ def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearCo
 def together(
     n: int, groups: Iterable[Sequence[int]], what: str = "group"
 ) -> list[LinearConstraint]:
-    """The blocks of each group are removed together or not at all (whole periods)."""
+    """Require that the blocks of each group are removed together or not at all (whole periods)."""
     rows = []
     for group in groups:
         for a, b in itertools.pairwise(group):
@@ -195,7 +194,7 @@ def together(
 
 
 def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
-    """At least ``swaps`` swaps away from ``state``: a Hamming distance of 2 x ``swaps``."""
+    """Require a distance of ``swaps`` swaps from ``state``: a Hamming distance of 2 x ``swaps``."""
     x = np.asarray(state, dtype=np.float64)
     return LinearConstraint(
         name,

@@ -56,8 +56,8 @@ def _symmetric(name: str, array: Floats) -> Floats:
     skew = float(np.abs(array - array.T).max(initial=0.0))
     if skew > 1e-9 * scale:
         raise InputError(
-            f"{name} must be symmetric; entries differ from their mirror by up to {skew:.3g}. "
-            f"Pass ({name} + {name}.T) / 2 if the form x.{name}.x was meant"
+            f"{name} must be symmetric, but differs from its transpose by up to {skew:.3g}; "
+            f"pass ({name} + {name}.T) / 2 if you mean the form x.{name}.x"
         )
     array = (array + array.T) / 2
     array.setflags(write=False)
@@ -71,14 +71,15 @@ class Hamiltonian:
     Args:
         h: (N,) own terms.
         J: (N, N) couplings, symmetric with a zero diagonal; each pair counts once.
-        c: energy of the empty state.
+        c: energy of the state that removes nothing.
         unit: ``"nats/token"`` or ``"arbitrary"``.
         meta: JSON-able provenance.
-        h_error: (N,) standard errors of ``h``, where they were measured.
+        h_error: (N,) standard errors of ``h``, if measured.
         J_error: (N, N) standard errors of ``J``.
 
     Raises:
-        InputError: wrong shapes, entries that are not finite, J not symmetric, or a diagonal.
+        InputError: wrong shapes, entries that are not finite, or a J that is not symmetric or has a
+            diagonal.
 
     Examples:
         >>> energy = isingcut.Hamiltonian(h=[1.0, 2.0], J=[[0.0, 0.5], [0.5, 0.0]])
@@ -101,7 +102,7 @@ class Hamiltonian:
         object.__setattr__(self, "h", _finite("h", self.h, (n,)))
         coupling = _symmetric("J", _finite("J", self.J, (n, n)))
         if np.diagonal(coupling).any():
-            raise InputError("J must have a zero diagonal; own terms belong in h (x_i^2 = x_i)")
+            raise InputError("J must have a zero diagonal; put own terms into h (x_i^2 = x_i)")
         object.__setattr__(self, "J", coupling)
         object.__setattr__(self, "c", float(_finite("c", self.c, ())))
         if self.h_error is not None:
@@ -115,7 +116,7 @@ class Hamiltonian:
     def from_quadratic(
         cls, matrix: ArrayLike, c: float = 0.0, unit: str = "arbitrary", **rest: Any
     ) -> Hamiltonian:
-        """The Hamiltonian of E(x) = c + x^T Q x, for any square Q (x_i^2 = x_i)."""
+        """Make the Hamiltonian of E(x) = c + x^T Q x, for any square Q (x_i^2 = x_i)."""
         q = np.asarray(matrix, dtype=np.float64)
         if q.ndim != 2 or q.shape[0] != q.shape[1]:
             raise InputError(f"a quadratic form needs a square matrix, got shape {q.shape}")
@@ -125,33 +126,33 @@ class Hamiltonian:
 
     @property
     def n(self) -> int:
-        """Number of blocks N."""
+        """The number of blocks N."""
         return int(self.h.shape[0])
 
     @property
     def scale(self) -> float:
-        """Sum of the absolute coefficients: rounding errors of an energy are relative to it."""
+        """The sum of the absolute coefficients, which rounding errors of energies scale with."""
         return float(abs(self.c) + np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
 
     def energies(self, states: ArrayLike) -> Floats:
-        """Energies (S,) of the states (S, N), 0/1 or bool; O(S N^2)."""
+        """Return the energies (S,) of states (S, N), 0/1 or bool; O(S N^2)."""
         x = np.asarray(states)
         if x.ndim != 2 or x.shape[1] != self.n:
             raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
         if x.dtype != np.bool_ and not np.isin(x, (0, 1)).all():
-            raise InputError("states must hold only 0 and 1 (1 = the block is removed)")
+            raise InputError("states must contain only 0 and 1 (1 = the block is removed)")
         x = x.astype(np.float64)
         energies: Floats = self.c + x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
         return energies
 
     def energy(self, state: ArrayLike) -> float:
-        """Energy of one state (N,)."""
+        """Return the energy of one state (N,)."""
         return float(self.energies(np.asarray(state)[None])[0])
 
     # The Ising form -------------------------------------------------------------------
 
     def to_ising(self) -> Ising:
-        """The same energy in spins s = 2 x - 1: offset + h'.s + sum_{i<j} J'_ij s_i s_j.
+        """Return the energy in spins s = 2 x - 1: offset + h'.s + sum_{i<j} J'_ij s_i s_j.
 
         J' = J / 4, h' = h / 2 + (row sums of J) / 4, offset = c + sum h / 2 + sum_{i<j} J / 4.
         """
@@ -166,7 +167,7 @@ class Hamiltonian:
     def from_ising(
         cls, h: ArrayLike, J: ArrayLike, offset: float = 0.0, **rest: Any
     ) -> Hamiltonian:
-        """The binary form of an Ising model; the inverse of `to_ising`."""
+        """Make the binary form of an Ising model; the inverse of `to_ising`."""
         spin = cls(np.asarray(h), np.asarray(J), offset)
         rows = spin.J.sum(axis=1)
         return cls(
@@ -179,14 +180,14 @@ class Hamiltonian:
     # dimod ----------------------------------------------------------------------------
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
-        """The energy alone as a dimod BQM over the variables 0 .. N-1, without constraints."""
+        """Return the energy as a dimod BQM over the variables 0 .. N-1, without constraints."""
         import dimod
 
         return dimod.BinaryQuadraticModel(self.h, np.triu(self.J), self.c, "BINARY")
 
     @classmethod
     def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, **rest: Any) -> Hamiltonian:
-        """The Hamiltonian of a dimod BQM; block i is its i-th variable, labels go into meta."""
+        """Make the Hamiltonian of a dimod BQM; block i is its i-th variable, labels go to meta."""
         import dimod
 
         binary = bqm.change_vartype(dimod.BINARY, inplace=False)
@@ -203,7 +204,7 @@ class Hamiltonian:
     # files ----------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file with the metadata beside the numbers, atomically."""
+        """Write numbers and metadata to one safetensors file, atomically."""
         from safetensors.numpy import save
 
         tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
@@ -227,10 +228,10 @@ class Hamiltonian:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Hamiltonian:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            StageFileError: no such file, not one of ours, of a later version, or damaged.
+            StageFileError: the file is missing, damaged, of a later version, or not of isingcut.
         """
         source = Path(path)
         header, tensors = read_tensors(source, "hamiltonian", _wanted)
@@ -249,7 +250,7 @@ class Hamiltonian:
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes in a file, for the N that its own terms have."""
+    """Return the dtypes and shapes that a file must have, for the N of its own terms."""
     n = shapes.get("h", (0,))[:1] or (0,)
     needed = {"h": n, "J": 2 * n, "c": (1,)}
     errors = {k: s for k, s in (("h_error", n), ("J_error", 2 * n)) if k in shapes}

@@ -1,8 +1,8 @@
-"""A Hamiltonian with its constraints: what every solver is given.
+"""A Hamiltonian with its constraints: the input of every solver.
 
-Feasibility of linear rows over binaries is decided exactly by a small mixed-integer program
-(HiGHS through scipy) without an objective; when there is no feasible state the clashing rows
-are found by a deletion filter, so that the message names a set none of which is superfluous.
+A small mixed-integer program without an objective (HiGHS through scipy) decides exactly whether
+linear rows over binaries are feasible. If they are not, a deletion filter finds a minimal set of
+conflicting rows for the message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Minimise the energy over the states that obey every constraint.
+    """Minimise the energy over the states that satisfy every constraint.
 
     Args:
         hamiltonian: the energy over N blocks.
@@ -52,21 +52,21 @@ class Problem:
         for row in self.constraints:
             if row.coefficients.shape != (self.n,):
                 raise InputError(
-                    f"constraint {row.name!r} is over {row.coefficients.shape[0]} blocks, "
-                    f"the Hamiltonian over {self.n}"
+                    f"constraint {row.name!r} is for {row.coefficients.shape[0]} blocks, but the "
+                    f"Hamiltonian has {self.n}"
                 )
 
     @property
     def n(self) -> int:
-        """Number of blocks N."""
+        """The number of blocks N."""
         return self.hamiltonian.n
 
     def with_constraints(self, extra: Iterable[LinearConstraint]) -> Problem:
-        """The same problem with further rows."""
+        """Return the problem with further rows."""
         return Problem(self.hamiltonian, (*self.constraints, *extra))
 
     def feasible(self, states: ArrayLike) -> Bools:
-        """(S,) whether each state of (S, N) obeys every constraint."""
+        """Return (S,) whether each state of (S, N) satisfies every constraint."""
         x = np.asarray(states)
         if x.ndim != 2 or x.shape[1] != self.n:
             raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
@@ -76,7 +76,7 @@ class Problem:
         return result
 
     def violations(self, state: ArrayLike) -> list[str]:
-        """The constraints that one state (N,) breaks, in words."""
+        """Return the constraints that one state (N,) violates, in words."""
         x = np.asarray(state)[None]
         return [row.describe() for row in self.constraints if not row.satisfied(x)[0]]
 
@@ -84,10 +84,10 @@ class Problem:
 
     @cached_property
     def cardinality(self) -> tuple[int, int]:
-        """Fewest and most removed blocks of any feasible state.
+        """The fewest and most removed blocks of any feasible state.
 
         Raises:
-            InfeasibleError: there is none.
+            InfeasibleError: there is no feasible state.
         """
         for row in self.constraints:
             if is_count(row):
@@ -98,10 +98,10 @@ class Problem:
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
-        """The feasible state (N,) of the lowest linear energy h.x.
+        """Return the feasible state (N,) of the lowest linear energy h.x.
 
         Raises:
-            InfeasibleError: there is none.
+            InfeasibleError: there is no feasible state.
         """
         return self._lowest(self.hamiltonian.h)
 
@@ -113,11 +113,10 @@ class Problem:
         return state
 
     def check(self) -> None:
-        """Raise if no state is feasible, naming constraints that clash.
+        """Raise if no state is feasible, and name conflicting constraints.
 
         Raises:
-            InfeasibleError: with a set of constraints that clash and of which none can be
-                left out without making the rest satisfiable.
+            InfeasibleError: with a minimal set of conflicting constraints.
         """
         if _extreme(self, np.zeros(self.n)) is not None:
             return
@@ -127,15 +126,15 @@ class Problem:
             if _extreme(Problem(self.hamiltonian, without), np.zeros(self.n)) is None:
                 clash = without
         raise InfeasibleError(
-            "no state satisfies all constraints; these clash: "
+            "no state satisfies all constraints; these conflict: "
             + "; ".join(row.describe() for row in clash)
-            + ". Relax one of them"
+            + "; relax one of them"
         )
 
     # dimod --------------------------------------------------------------------------------
 
     def to_cqm(self) -> dimod.ConstrainedQuadraticModel:
-        """A dimod CQM over the variables 0 .. N-1 with every constraint kept as a row."""
+        """Return a dimod CQM over the variables 0 .. N-1 with every constraint as a row."""
         import dimod
 
         cqm = dimod.ConstrainedQuadraticModel.from_bqm(self.hamiltonian.to_bqm())
@@ -149,7 +148,7 @@ class Problem:
 
     @classmethod
     def from_cqm(cls, cqm: dimod.ConstrainedQuadraticModel, **rest: Any) -> Problem:
-        """The problem of a dimod CQM over binaries with linear constraints.
+        """Make the problem of a dimod CQM over binaries with linear constraints.
 
         Raises:
             InputError: a variable is not binary or a constraint is quadratic.
@@ -159,7 +158,7 @@ class Problem:
         labels = list(cqm.variables)
         place = {label: i for i, label in enumerate(labels)}
         if any(cqm.vartype(v) is not dimod.BINARY for v in labels):
-            raise InputError("every variable of the CQM must be binary")
+            raise InputError("all variables of the CQM must be binary")
         form = cqm.objective
         linear = dict.fromkeys(labels, 0.0) | dict(form.linear)
         bqm = dimod.BinaryQuadraticModel(linear, {}, form.offset, "BINARY")
@@ -167,7 +166,7 @@ class Problem:
         rows = []
         for label, comparison in cqm.constraints.items():
             if comparison.lhs.num_interactions:
-                raise InputError(f"constraint {label!r} of the CQM is not linear")
+                raise InputError(f"constraint {label!r} of the CQM must be linear")
             coefficients = np.zeros(len(labels))
             for v in comparison.lhs.variables:
                 coefficients[place[v]] = comparison.lhs.get_linear(v)
@@ -176,11 +175,11 @@ class Problem:
         return cls(Hamiltonian.from_bqm(bqm, **rest), rows)
 
     def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
-        """The penalty form: violations squared are added to the energy, inequalities get slack.
+        """Return the penalty form: the energy plus squared violations, with slack variables.
 
         Args:
-            penalty: weight of a squared violation, each row first scaled so that its smallest
-                coefficient is 1; by default a weight no swap can outbid.
+            penalty: weight of a squared violation, with each row scaled so that its smallest
+                coefficient is 1; by default more than any swap can gain.
             slack_bits: most binary slack variables per inequality.
 
         Returns:
@@ -216,7 +215,7 @@ class Problem:
 
 
 class Penalised(NamedTuple):
-    """A dimod BQM in penalty form and the weight that was used."""
+    """A dimod BQM in penalty form and its penalty weight."""
 
     bqm: dimod.BinaryQuadraticModel
     penalty: float
@@ -247,7 +246,7 @@ def is_count(row: LinearConstraint) -> bool:
 
 
 def _extreme(problem: Problem, objective: Floats) -> Bools | None:
-    """A feasible state that minimises ``objective``.x, or None where there is none."""
+    """Return a feasible state that minimises ``objective``.x, or None."""
     n = problem.n
     if not problem.constraints:
         free: Bools = objective < 0

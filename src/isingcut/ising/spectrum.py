@@ -1,7 +1,7 @@
 """The ranked result of a solver: distinct feasible states, sorted by energy.
 
-A spectrum never trusts a solver: energies are recomputed in float64 from the Hamiltonian,
-states that break a constraint are refused, and duplicates are merged.
+A spectrum does not rely on the solver: it recomputes energies in float64 from the Hamiltonian,
+refuses states that violate a constraint, and merges duplicates.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Spectrum:
     Args:
         states: (K, N) bool, True = removed.
         energies: (K,) in ``unit``, ascending; ties are ordered by the state's bits.
-        proven: these are the K lowest states of all, up to rounding (1e-9 of the coefficients'
+        proven: whether these are the K lowest states, up to rounding (1e-9 of the coefficients'
             absolute sum) and up to the choice among states tied with the last one.
         lower_bound: a proven lower bound on the ground-state energy, or None.
         solver: the name of the solver.
         seconds: wall-clock time of the solve.
-        unit: the Hamiltonian's.
-        info: what the solver reports of itself.
+        unit: the unit of the Hamiltonian.
+        info: statistics that the solver reports.
 
     Examples:
         >>> spectrum = isingcut.Spectrum.load("my-run/spectrum.json")
@@ -73,22 +73,22 @@ class Spectrum:
         seconds: float = 0.0,
         info: Mapping[str, Any] | None = None,
     ) -> Spectrum:
-        """Sort, merge and cut the states of a solver.
+        """Sort a solver's states, merge duplicates and keep the lowest.
 
         Raises:
-            InputError: a state breaks a constraint.
+            InputError: a state violates a constraint.
         """
         x = np.asarray(states).astype(np.bool_).reshape(-1, problem.n)
         feasible = problem.feasible(x)
         if not feasible.all():
             bad = x[~feasible][0]
             raise InputError(
-                f"solver {solver!r} returned a state that breaks: "
+                f"solver {solver!r} returned a state that violates: "
                 + "; ".join(problem.violations(bad))
             )
         x = np.unique(x, axis=0)
         energies = problem.hamiltonian.energies(x)
-        # Equal energies reached by different roundings must not decide the order.
+        # Rounding must not decide the order of equal energies.
         grain = 1e-13 * max(problem.hamiltonian.scale, 1e-300)
         order = np.argsort(np.round(energies / grain), kind="stable")[:k]
         return cls(
@@ -107,7 +107,7 @@ class Spectrum:
 
     @property
     def gaps(self) -> Floats:
-        """(K,) energies above the ground state."""
+        """The energies (K,) above the ground state."""
         gaps: Floats = self.energies - self.energies[0]
         return gaps
 
@@ -123,13 +123,13 @@ class Spectrum:
         return distance / abs(best) if best else (0.0 if distance == 0 else float("inf"))
 
     def removed(self, rank: int = 0) -> list[int]:
-        """The removed blocks of the state at ``rank``, ascending."""
+        """Return the removed blocks of the state at ``rank``, ascending."""
         return blocks_of(self.states[rank])
 
     def diverse(self, swaps: int) -> list[int]:
-        """Ranks of states at least ``swaps`` swaps apart, the best first (greedy).
+        """Pick ranks of states at least ``swaps`` swaps apart, the best first (greedy).
 
-        Each is the best of the spectrum that keeps its distance from all before it. Two states
+        Each is the best state of the spectrum that is far enough from all before it. Two states
         are D swaps apart at a Hamming distance of 2 D.
         """
         chosen: list[int] = []
@@ -140,7 +140,7 @@ class Spectrum:
         return chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able content; states as lists of removed blocks."""
+        """Return the JSON-able content, with states as lists of removed blocks."""
         return {
             "n": int(self.states.shape[1]),
             "unit": self.unit,
@@ -157,17 +157,17 @@ class Spectrum:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON, atomically."""
+        """Write a JSON file, atomically."""
         target = Path(path)
         write_json(target, KIND, without_infinities(self.to_dict()))
         return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            StageFileError: no such file, not one of ours, of a later version, or damaged.
+            StageFileError: the file is missing, damaged, of a later version, or not of isingcut.
         """
         data = read_json(Path(path), KIND)
         return cls(

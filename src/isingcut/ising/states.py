@@ -1,8 +1,8 @@
 """States, and the array types of the package.
 
 A state is a row (N,) of bools, True where a block is removed. In files, on the command line and
-in messages it is the list of the removed blocks; as a key, of a dictionary or a journal, it is that
-list as text.
+in messages, a state is the list of its removed blocks; as a key of a dictionary or a journal, it is
+that list as text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ States = NDArray[np.bool_]
 
 
 def states_of(n: int, removed: Iterable[Iterable[int]]) -> States:
-    """States (S, N) from their removed blocks."""
+    """Make states (S, N) from their removed blocks."""
     rows = [list(blocks) for blocks in removed]
     states = np.zeros((len(rows), n), dtype=np.bool_)
     for state, blocks in zip(states, rows, strict=True):
@@ -27,16 +27,16 @@ def states_of(n: int, removed: Iterable[Iterable[int]]) -> States:
 
 
 def blocks_of(state: Bools) -> list[int]:
-    """The removed blocks of one state, ascending."""
+    """Return the removed blocks of one state, ascending."""
     return [int(i) for i in np.flatnonzero(state)]
 
 
 def swaps(one: Iterable[int], other: Iterable[int]) -> int:
-    """How many removed blocks of one state the other keeps, the larger of the two counts."""
+    """Count the removed blocks of one state that the other keeps; the larger of both counts."""
     a, b = set(one), set(other)
     return max(len(a - b), len(b - a))
 
 
 def key_of(state: Bools) -> str:
-    """The removed blocks of one state as text, for example ``"3,7"``."""
+    """Return the removed blocks of one state as text, for example ``"3,7"``."""
     return ",".join(map(str, blocks_of(state)))

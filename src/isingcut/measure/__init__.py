@@ -1,6 +1,6 @@
-"""What removals and gates do to the loss.
+"""Measure the effect of removals and gates on the loss.
 
-`losses` measured KL and NLL of states; `ledger` what a search paid for them; `gradients`
-`curvature` derivatives in `gates`; `streams` activations at block boundaries; `work` how it is
-carried out, by one process or several; `splitting` how much of it at a time.
+`losses`: KL and NLL of states; `ledger`: their cost in a search; `gradients`, `curvature`:
+derivatives in the `gates`; `streams`: activations at block boundaries; `work`: measurements by one
+process or several; `splitting`: how much is computed at a time.
 """

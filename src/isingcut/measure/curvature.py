@@ -3,18 +3,18 @@
 The loss L is a function of the stream z that leaves the blocks, and z one of the gates. With
 lambda = dL/dz, and J the derivative of z in the gates,
 
-    Hessian       d2(lambda.z) (lambda held fixed)  +  J^T L''(z) J
-    Gauss-Newton                                       J^T C(z) J
+    Hessian       d2(lambda.z) (lambda constant)  +  J^T L''(z) J
+    Gauss-Newton                                     J^T C(z) J
 
 where C pulls the curvature of the cross-entropy in the logits, diag(p) - p p^T, back to the
 stream: J^T C J is the exact Hessian at the original model of KL(original || gated). With
 w = J^T lambda from a backward pass that is itself differentiated, one more backward of w_i
 gives both row i of the first term (its derivative in the gates) and the tangent J_i (its
-derivative in lambda). The head never sees more than one sample, and neither logits of a batch
-nor their tangents are ever held together.
+derivative in lambda). The head computes one sample at a time, so that the logits of a batch and
+their tangents never exist at once.
 
-Samples are independent and every one has gates of its own, so that each pass serves the whole
-batch and the errors over samples come for nothing.
+Samples are independent and each has its own gates, so that each pass serves the whole batch and
+gives the errors over samples at no extra cost.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ from isingcut.measure.work import PLAIN, Work
 from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay
 
-_ADVICE = (
-    "expected plain PyTorch operations: use the energy 'fisher', which takes first derivatives, "
-    "or 'pairwise', which takes none"
-)
+_ADVICE = "use the energy 'fisher', which needs first derivatives, or 'pairwise', which needs none"
 KINDS = ("hessian", "gauss-newton")
 
 
@@ -70,10 +67,9 @@ def gate_curvature(
     *,
     gate: str = "sublayer",
 ) -> Curvature:
-    """Exact curvature in the gates, by double backward in the model's own precision.
+    """Compute the exact curvature in the gates, by double backward in the model's own precision.
 
-    Attention runs in PyTorch's plain ("math") form meanwhile, which can be differentiated
-    twice; the choice ends with the call.
+    During the call, attention uses PyTorch's "math" backend, which can be differentiated twice.
 
     Args:
         replay: the model's blocks; parameters must not require gradients.
@@ -94,9 +90,9 @@ def gate_curvature(
     """
     if replay.streamed:
         raise ArchitectureError(
-            f"the energy {kind!r} differentiates through all blocks at once, and the model is "
-            "streamed one block at a time; use 'fisher' or 'pairwise', or pass --stream off on a "
-            "machine that can hold the model"
+            f"the energy {kind!r} needs all blocks in memory, but the model is streamed one block "
+            "at a time; use 'fisher' or 'pairwise', or pass --stream off on a machine with enough "
+            "memory"
         )
     if kind not in KINDS:
         raise InputError(f"unknown curvature {kind!r}; known: {', '.join(KINDS)}")
@@ -124,7 +120,7 @@ def gate_curvature(
 def _batch_curvature(
     replay: Replay, head: OutputHead, batch: TokenSet, kind: str, gate: str
 ) -> Floats:
-    """(B, 1 + N, N): gradient, then curvature, of each sample's mean token loss."""
+    """Compute (B, 1 + N, N): gradient, then curvature, of each sample's mean token loss."""
     with torch.no_grad():
         recording = replay.record(batch.input_ids)
     try:
@@ -157,7 +153,7 @@ def _through_blocks(
     kind: str,
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the blocks contribute.
+    """Compute the contribution of the blocks.
 
     Returns:
         gradient (B, N), the first term of the curvature (B, N, N), tangents of the stream in
@@ -169,7 +165,7 @@ def _through_blocks(
     ]
     hidden = recording.entered
     for i, alpha in enumerate(alphas):
-        # Not `ones`: that shortcut leaves the gates out of the backward pass's own graph.
+        # Not `ones`: that shortcut omits the gates from the graph of the backward pass.
         hidden = gated_block(recording, i, hidden, alpha, gate, ones=False)
     stream = hidden.detach()
     toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
@@ -188,9 +184,9 @@ def _through_blocks(
 
 
 def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
-    """Refuse tangents that miss a path: w = J^T lambda is linear, so w_i = lambda.J_i.
+    """Raise if the tangents miss a path: w = J^T lambda is linear, so w_i = lambda.J_i.
 
-    A custom kernel whose backward builds no graph drops its path without an error.
+    A custom kernel whose backward builds no graph loses its path without an error.
     """
     again = (_wide(tangents) * _wide(toward)).flatten(2).sum(2).T
     tolerance = 0.2 if toward.element_size() < 4 else 0.01
@@ -205,7 +201,7 @@ def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
 def _through_head(
     recording: Recording, batch: TokenSet, sample: int, stream: Tensor, tangents: Tensor, kind: str
 ) -> Tensor:
-    """J^T L''(z) J, or J^T C(z) J, of one sample: (N, N) from its tangents (N, T, D)."""
+    """Compute J^T L''(z) J, or J^T C(z) J, of one sample: (N, N) from its tangents (N, T, D)."""
     leaf = stream.clone().requires_grad_(True)
     logits = recording.logits(leaf, sample)
     predicted = batch.predicted[sample].to(logits.device)
@@ -236,5 +232,5 @@ def _through_head(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: sums over the vocabulary and the stream need it."""
+    """Convert to at least float32, which sums over the vocabulary and the stream need."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,14 +1,14 @@
-"""Gates: one number alpha per block and sample that scales what the block adds to the stream.
+"""Gates: one number alpha per block and sample that scales the block's addition to the stream.
 
 A *block* gate turns a block f into h + alpha (f(h) - h). A *sublayer* gate scales by the same
 alpha every addition to the residual stream inside the block (arXiv 2602.00161 scales the
 attention and the MLP output of a decoder layer). alpha = 1 is the original block, alpha = 0
 its removal, for both.
 
-The additions are not looked up by module name. While a gated block runs, every torch call
-passes through a `TorchFunctionMode`: an addition that has the running residual as an operand
-is a residual addition, and its other operand is what the gate scales. So Gemma's norms after
-the sublayers, Cohere's parallel sublayers and Granite's multipliers need no case of their own.
+The additions are not found by module name. While a gated block runs, every torch call passes
+through a `TorchFunctionMode`: an addition with the running residual as an operand is a residual
+addition, and the gate scales its other operand. So Gemma's norms after the sublayers, Cohere's
+parallel sublayers and Granite's multipliers need no special case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from isingcut.models.replay import Recording
 GATES = ("sublayer", "block")
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
-# Calls whose result still is the residual stream, in another dtype or layout.
+# Calls whose result is still the residual stream, in another dtype or layout.
 _SAME_STREAM = {
     Tensor.to,
     Tensor.float,
@@ -67,7 +67,7 @@ class _Scale(torch.autograd.Function):
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float32: the scalar products of the samples of ``a`` and ``b`` (B, ...)."""
+    """Compute (B,) float32 scalar products of the samples of ``a`` and ``b`` (B, ...)."""
     a, b = a.flatten(1), b.flatten(1)
     # A backward pass that is itself differentiated needs operations that can be.
     if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
@@ -86,7 +86,7 @@ class _ResidualGate(TorchFunctionMode):
 
     def __init__(self, residual: Tensor, scale: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        # Held, not only their ids: a freed tensor's id would be given to another.
+        # Keep the tensors, not only their ids: the id of a freed tensor is reused.
         self._stream: list[Tensor] = [residual]
         self._scale = scale
         self.additions = 0
@@ -108,7 +108,7 @@ class _ResidualGate(TorchFunctionMode):
                 stream, added = (first, second) if self.is_stream(first) else (second, first)
                 if isinstance(added, Tensor) and added.shape == stream.shape:
                     self.additions += 1
-                    # Never in place: the stream is still needed for the other samples' gates.
+                    # Never in place: the gates of other samples still need the stream.
                     out = torch.add(stream, self._scale(added))
                     self._stream.append(out)
                     return out
@@ -121,12 +121,12 @@ class _ResidualGate(TorchFunctionMode):
 def gated_block(
     recording: Recording, i: int, hidden: Tensor, alpha: Tensor, gate: str, *, ones: bool
 ) -> Tensor:
-    """Hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.
+    """Return the hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.
 
     Args:
         recording: the recorded calls of the batch.
         i: block index.
-        hidden: (B, T, D), entering the block.
+        hidden: (B, T, D), the input of the block.
         alpha: (B,) float32, one gate per sample.
         gate: ``"sublayer"`` or ``"block"``.
         ones: alpha is all ones, so that the forward needs no multiplication.
@@ -157,8 +157,8 @@ def gated_block(
     if mode.additions == 0 or not mode.is_stream(out):
         seen = "only some additions" if mode.additions else "no addition"
         raise ArchitectureError(
-            f"{seen} to the residual stream can be scaled inside block {i}, so that its sublayer "
-            "gate at 0 would not be its removal; use the energy 'pairwise', which removes blocks "
-            'for real (in Python also gate="block")'
+            f"{seen} to the residual stream can be scaled inside block {i}, so a sublayer gate "
+            "cannot remove it; use the energy 'pairwise', which skips whole blocks "
+            '(in Python also gate="block")'
         )
     return out

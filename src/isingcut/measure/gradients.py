@@ -1,13 +1,12 @@
 """Gradients of a loss in the gates of all blocks, one row per sample, one block open at a time.
 
 Every sample has its own gate on every block (alpha, B x N, float32), so that the gradient of the
-*sum* of the sample losses in alpha holds each sample's gradient in a row of its own. Only gates
-require a gradient: no parameter gradient is ever allocated, and each linear layer pays for its
-input gradient only.
+*sum* of the sample losses in alpha has one row per sample. Only gates require a gradient: no
+parameter gradient is allocated, and each linear layer computes its input gradient only.
 
-On the way there the stream before every block is kept; from the head the gradient of the loss
-comes back, and is pulled through each block, computed again unless its graph was kept. In memory
-all graphs are kept, and this is a plain backward pass; of a model that is read from disk none.
+The forward pass keeps the stream before every block. The backward pass takes the gradient from the
+head through each block, which is recomputed unless its graph was kept. For a model in memory all
+graphs are kept, and this is a plain backward pass; for a streamed model none are.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ from isingcut.models.replay import (
 
 
 class Boundaries:
-    """Tensors by key, put once and taken once; what does not fit goes to a file.
+    """Tensors by key, stored once and taken once; those that do not fit go to a file.
 
-    The file is written and read plainly: pages of a memory map count as the process's memory.
-    It has no name, so that a killed run leaves nothing behind.
+    The file is not memory-mapped, because mapped pages count as the process's memory. It has no
+    name, so that a killed run leaves nothing behind.
 
     Args:
         room: bytes to keep in memory.
-        folder: where the file is made; None takes the system's folder for temporary files.
+        folder: the folder of the file; None takes the system's folder for temporary files.
     """
 
     def __init__(self, room: int, folder: Path | None = None) -> None:
@@ -65,7 +64,7 @@ class Boundaries:
         self.spilled = 0
 
     def put(self, key: object, value: Tensor) -> None:
-        """Keep a tensor.
+        """Store a tensor.
 
         Raises:
             InputError: the disk of the scratch file is full.
@@ -86,7 +85,7 @@ class Boundaries:
         self.spilled += size
 
     def get(self, key: object, device: torch.device) -> Tensor:
-        """A tensor that was put; it stays."""
+        """Return a stored tensor and keep it."""
         if key in self._memory:
             return self._memory[key]
         start, like = self._where[key]
@@ -99,7 +98,7 @@ class Boundaries:
         return value.to(device)
 
     def take(self, key: object, device: torch.device) -> Tensor:
-        """A tensor that was put; it is forgotten."""
+        """Return a stored tensor and drop it."""
         value = self.get(key, device)
         if self._memory.pop(key, None) is not None:
             self._room += value.numel() * value.element_size()
@@ -108,7 +107,7 @@ class Boundaries:
         return value
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -119,16 +118,16 @@ def _bytes_of(value: Tensor) -> memoryview:
 
 
 Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Gradients in the gates (B,) and in the stream before a block, from that after it."""
+"""Maps the gradient in the stream after a block to those in its gates (B,) and its input stream."""
 
 
 def _run_gated(
     recording: Recording, block: int, before: Tensor, gate: str
 ) -> tuple[Tensor, Backward]:
-    """Run a block that is open; the stream after it, and its backward pass while it still is."""
+    """Run an open block; return the stream after it, and its backward pass while it is open."""
     alpha = torch.ones(len(before), device=before.device, requires_grad=True)
-    # A stream out of another block's graph is not cut off from it: a leaf would hold its values
-    # until its gradient is there. Nothing that enters the first block requires a gradient.
+    # A stream from another block's graph is not detached: a leaf would keep its values until its
+    # gradient is computed. No input of the first block requires a gradient.
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
@@ -143,8 +142,8 @@ def _run_gated(
 
 
 Toward = Callable[[Recording, TokenSet, Tensor, Tensor], Tensor]
-"""Gradient (B, T, D) of the summed sample losses in the stream that leaves the blocks: from the
-recording, the micro-batch, that stream, and the original model's."""
+"""Computes the gradient (B, T, D) of the summed sample losses in the stream after the blocks, from
+the recording, the micro-batch, that stream, and the stream of the original model."""
 
 
 def gate_rows(
@@ -157,32 +156,31 @@ def gate_rows(
     folder: Path | None = None,
     advance: Callable[[float], object] = lambda share: None,
 ) -> Iterator[Tensor]:
-    """Gradients of each sample's loss in all gates, of each micro-batch: (B, N) float32.
+    """Yield the gradients of each sample's loss in all gates, per micro-batch: (B, N) float32.
 
-    Micro-batches go one at a time where reading costs nothing: so one has the most memory for its
-    graphs, of which each that is kept saves a forward pass.
+    For a model in memory, micro-batches run one at a time: each then has the most memory for its
+    graphs, and every kept graph saves a forward pass of its block.
 
     Args:
         gate: ``"sublayer"`` or ``"block"``.
-        removed: (N,) bool, blocks whose gates stand at 0, and are block gates; the others' stand
-            at 1.
-        folder: where streams go that do not fit; None takes the system's for temporary files.
-        advance: told of each step, as a share of all that a micro-batch takes.
+        removed: (N,) bool, blocks with a block gate at 0; all other gates are 1.
+        folder: folder for streams that do not fit; None takes the system's for temporary files.
+        advance: called after each step with its share of a micro-batch's work.
 
-    Complexity: each block is opened twice. Where weights stay, the graphs of the last blocks are
-    kept, as many as there is room for; the other blocks are computed once more.
+    Complexity: each block is opened twice. For a model in memory, the graphs of the last blocks are
+    kept, as many as fit; the other blocks are computed once more.
     """
     n, in_place = len(replay), replay.store.in_place
-    # Before and after every block, what entered (the recording has it), the original model's
-    # before and after one block, and two gradients. Less where graphs are kept, which need none.
+    # Streams before and after every block, the input of the blocks (in the recording), the
+    # original's before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
     order = [EMBED, *range(n), HEAD, *reversed(range(n))]
     for chunk, room in chunks(replay, batches, streams, together=not in_place):
 
         def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
             each = [replay.stream_bytes(batch) for batch in some]
-            # Weights that go again cannot stay in a graph; and a block is computed again while
-            # they come.
+            # A graph cannot keep weights that are unloaded; blocks are recomputed while the next
+            # weights load.
             left = room - streams * sum(each) if in_place else 0
             graphs = left // (BLOCK_STREAMS * max(each))
             with closing(Boundaries(room, folder)) as boundaries:
@@ -207,9 +205,9 @@ def gate_rows(
 
 
 class _Way:
-    """One micro-batch, ``place`` as its number and how many there are, through the blocks and back.
+    """The forward and backward pass of one micro-batch; ``place`` is its number and their total.
 
-    ``graphs`` are kept of as many of the last steps on the way there.
+    ``graphs`` is the number of graphs to keep, of the last blocks.
     """
 
     def __init__(
@@ -229,14 +227,14 @@ class _Way:
         self.rows = torch.zeros(batch.samples, len(replay), device=replay.device)
 
     def enter(self) -> None:
-        """Through the embedding."""
+        """Run the embedding."""
         with torch.no_grad():
             self._recording = self._replay.record(self._batch.input_ids)
         self._original = self._recording.entered
         self._boundaries.put((0, self._number), self._recording.entered)
 
     def there(self, block: int) -> None:
-        """Through a block, whose graph is kept if those of all that come after it can be too."""
+        """Run a block; keep its graph if those of all later blocks fit too."""
         place, device = (block, self._number), self._replay.device
         if self._removed is not None:
             with torch.no_grad():
@@ -254,19 +252,19 @@ class _Way:
         self._boundaries.put((block + 1, self._number), after)
 
     def turn(self, toward: Toward) -> None:
-        """Through the head, to the gradient that goes back."""
+        """Run the head, and compute the gradient to propagate back."""
         place, device = (len(self._replay), self._number), self._replay.device
         stream = self._boundaries.take(place, device).detach()
         original = stream if self._removed is None else self._original
         self._toward = toward(self._recording, self._batch, stream, original)
 
     def back(self, block: int) -> None:
-        """The gradient through a block."""
+        """Propagate the gradient back through a block."""
         backward = self._kept.pop(block, None)
         if backward is None:
             before = self._boundaries.take((block, self._number), self._replay.device)
             if self._is_removed(block):
-                # A gate at 0 lets the gradient pass unchanged.
+                # A gate at 0 passes the gradient on unchanged.
                 with torch.no_grad():
                     change = self._recording.block(block, before) - before
                     self.rows[:, block] = row_dots(self._toward, change)
@@ -287,12 +285,12 @@ def measure_batches(
     found: Callable[[Sequence[TokenSet], Bar], Iterator[Floats]],
     **how: Any,
 ) -> Floats:
-    """Rows (m, *shape) of the samples, micro-batch by micro-batch, kept in the journal.
+    """Measure rows (m, *shape) of the samples, per micro-batch, and keep them in the journal.
 
     Args:
-        words: what is measured, for the progress shown.
-        found: makes of the micro-batches that this process measures the rows of each, in order.
-        how: what the numbers depend on.
+        words: the description for the progress display.
+        found: yields the rows of each micro-batch that this process measures, in order.
+        how: everything that the numbers depend on.
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
@@ -328,21 +326,21 @@ def gate_gradients(
     gate: str = "sublayer",
     label_seed: int | None = None,
 ) -> Floats:
-    """Gradient of each sample's mean token NLL in every gate, at the original model.
+    """Compute the gradient of each sample's mean token NLL in every gate, at the original model.
 
     Args:
         replay: the model's blocks; parameters must not require gradients.
         tokens: m samples; padding does not count.
         gate: ``"sublayer"`` (the paper's) or ``"block"``.
-        label_seed: None takes the text's own next tokens as labels; a seed draws every label
-            from the model's distribution instead. A sample's draws depend on the seed and its
-            row alone, not on the batches.
+        label_seed: None takes the text's next tokens as labels; a seed samples every label from the
+            model's distribution instead. A sample's labels depend on the seed and its row alone,
+            not on the batches.
 
     Returns:
         (m, N) float64, computed in float32, nats per token.
 
-    Complexity: about 2 to 2.5 forward passes, 3 where activations do not fit; activations of one
-    micro-batch. A streamed model is read twice for each chunk of them.
+    Complexity: about 2 to 2.5 forward passes, 3 if activations do not fit; memory for the
+    activations of one micro-batch. A streamed model is read twice per chunk of micro-batches.
 
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
@@ -365,17 +363,17 @@ def gate_gradients(
 
 
 GATE_SLOPES_PASSES = 4.0
-"""Price in forward passes: the original, the gated model, and a backward pass of twice that."""
+"""Cost in forward passes: the original, the gated model, and a backward pass of twice that."""
 
 
 def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
-    """d KL(original || cut) / d alpha of each block's gate at a state, in nats per token: (N,).
+    """Compute d KL(original || cut) / d alpha of each block's gate at a state: (N,), nats/token.
 
-    For a removed block the slope is the first-order gain of putting it back, which no measured
-    removal tells; for a kept one it is a weak guide to removing it (docs/experiments.md).
+    For a removed block, the slope is the first-order gain of restoring it, which no measured
+    removal shows. For a kept block, it predicts the cost of a removal poorly (docs/experiments.md).
 
     Args:
-        state: (N,) bool; its blocks' gates stand at 0, all others at 1.
+        state: (N,) bool; the gates of its blocks are 0, all others 1.
     """
 
     def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What was measured for a search and what it cost: all of it is made once and paid for once."""
+"""Measurements of a search and their cost: everything is measured and charged once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOSSES = ("kl", "nll")
 
 
 class Ledger:
-    """Measurements on one text and their price.
+    """Measurements on one text and their cost.
 
     A state shares its hidden states with the original model up to its first removed block, and
-    further ones with the states of the same call. What a call repeats of the original only because
-    hidden states are not kept between calls is not charged. Finished calls are kept in the
-    journal; what is read back from it costs the same as if measured.
+    further ones with the states of the same call. Repeated work of the original, which only happens
+    because hidden states are not kept between calls, is not charged. Finished calls are kept in the
+    journal; rows read back from it are charged as if measured.
 
     Args:
         tokens: m samples.
@@ -35,17 +35,17 @@ class Ledger:
         counts: (m,) predicted tokens of each sample.
         runs: block evaluations per token of the whole set, so far.
         heads: output heads, in the same unit.
-        evaluations: states measured, once for every choice of samples.
+        evaluations: number of measured states, counted per set of samples.
 
     Raises:
-        InputError: another loss.
+        InputError: unknown loss.
     """
 
     def __init__(self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl") -> None:
         if loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
         self._replay, self._tokens, self._loss = replay, tokens, loss
-        # Its journal is the ledger's.
+        # The ledger has its own journal.
         self._work = replace(work, journal=None)
         self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         self._real = tokens.mask.sum(1).numpy().astype(np.int64)
@@ -57,15 +57,15 @@ class Ledger:
 
     @property
     def passes(self) -> float:
-        """Full forward passes over the whole set, so far."""
+        """The full forward passes over the whole set, so far."""
         return self.runs / len(self._replay)
 
     def share(self, rows: Sequence[int]) -> float:
-        """Share of the text's tokens that some samples hold."""
+        """Return the share of the text's tokens in some samples."""
         return int(self._real[list(rows)].sum()) / int(self._real.sum())
 
     def pay(self, key: str, runs: float, heads: float) -> None:
-        """Charge for what ``key`` names, unless that was done before."""
+        """Charge for ``key``, unless it was charged before."""
         if key not in self._paid:
             self._paid.add(key)
             self.runs += runs
@@ -74,10 +74,10 @@ class Ledger:
     def once(
         self, key: str, length: int, runs: float, heads: float, make: Callable[[], Floats]
     ) -> Floats:
-        """A measurement (length,) of another kind than losses, made and paid for once.
+        """Make and charge once a measurement (length,) other than losses.
 
-        Every process takes what rank 0 found: a backward pass of attention need not give the same
-        bits twice, and processes whose numbers differ would part.
+        Every process takes the numbers of rank 0: a backward pass of attention is not always
+        bitwise reproducible, and processes with different numbers would diverge.
         """
         self.pay(key, runs, heads)
         row = self._row(key, length)
@@ -90,7 +90,7 @@ class Ledger:
     def sums(
         self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
     ) -> list[Floats]:
-        """Losses (S, R) of each states (S, N) on their samples, summed over a sample's tokens."""
+        """Return losses (S, R) of each states (S, N) on their samples, summed over the tokens."""
         missing: list[tuple[dict[str, Bools], Sequence[int]]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
@@ -121,12 +121,12 @@ class Ledger:
     def losses(
         self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
     ) -> Floats:
-        """Mean loss per token (S,) of states (S, N), on all samples or on the given ones."""
+        """Return the mean loss per token (S,) of states (S, N), on all samples or given ones."""
         chosen = range(len(self.counts)) if rows is None else sorted(rows)
         (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
         return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
 
     def _row(self, key: str, length: int) -> Floats | None:
-        """What the journal has under a key, if it can be that."""
+        """Return the journal's row of a key, if it has the right length."""
         row = self._kept.get(key)
         return row if row is not None and row.shape == (length,) else None

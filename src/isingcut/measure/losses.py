@@ -1,15 +1,15 @@
 """Measured loss of states: KL to the original model and NLL, in nats per token.
 
-States that agree on their first blocks share the hidden states that entered where they part: they
-are sorted by their bits, and each node of the tree of their decisions is computed once. The
-original model is the empty state, so that every measurement brings its own reference. Work goes by
-pieces, a micro-batch and some of the states, and a finished piece is written to a journal. One
-process takes a micro-batch with all its states; where there are fewer micro-batches than processes,
-their states are parted as well, and only prefixes shared with states of another piece are run
-again. In memory the tree is walked branch by branch, which keeps few streams; where blocks are read
-from disk, block by block, for as many pieces at a time as fit the memory allowed, whatever states
-and texts they are of. The output head takes one piece after the other: only the original's logits
-of one micro-batch exist at a time.
+States that agree on their first blocks share hidden states up to the first block where they differ.
+They are sorted by their bits, and each node of their prefix tree is computed once. The original
+model is the state that removes nothing, so that every measurement includes its own reference.
+
+Work is divided into pieces, a micro-batch with some of the states, and a finished piece is written
+to a journal. One process takes a micro-batch with all its states. With fewer micro-batches than
+processes, the states are divided too, and only prefixes shared with states of another piece are run
+again. A model in memory goes through the tree branch by branch, which keeps few streams. A
+streamed model goes block by block, for as many pieces at a time as fit the memory limit. The output
+head takes one piece at a time, so that only one micro-batch's logits of the original exist.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
 
 T = TypeVar("T")
 
-# Streams of a batch beside those of the states: the original's, what entered the blocks (the
-# recording has it), and the one that a block is just making.
+# Streams of a batch besides those of the states: the original's, the input of the blocks (in the
+# recording), and the output of the running block.
 _OTHERS = 3
 _BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 
 
 def in_order(states: States) -> npt.NDArray[np.int64]:
-    """The order of the bits of states (S, N), in which neighbours share the longest prefixes."""
-    # lexsort's last key is the first to sort by.
+    """Return the bitwise order of states (S, N), in which neighbours share the longest prefixes."""
+    # lexsort sorts by its last key first.
     return np.lexsort(states.T[::-1]) if len(states) else np.zeros(0, dtype=np.int64)
 
 
 def own_blocks(states: States) -> States:
-    """(S, N) of sorted states: the blocks that are run for each and not for the one before it.
+    """Return (S, N): the blocks that each sorted state runs and does not share with the previous.
 
-    The first one shares with the original, whose own N are not counted.
+    The first state shares with the original, whose own N blocks are not counted.
     """
     before = np.concatenate([np.zeros_like(states[:1]), states[:-1]])
     parted = np.logical_or.accumulate(states != before, axis=1)
@@ -62,9 +62,9 @@ def own_blocks(states: States) -> States:
 
 
 def tree_nodes(states: States) -> int:
-    """Block evaluations per sample that measuring the states (S, N) takes beside the original.
+    """Return the block evaluations per sample of measuring states (S, N), without the original.
 
-    It is the unit in which every search pays for its states.
+    Searches count the cost of their states in this unit.
     """
     return int(own_blocks(states[in_order(states)]).sum())
 
@@ -75,18 +75,18 @@ def walk(
     *,
     by_block: bool,
 ) -> Iterator[tuple[int, int, int, T]]:
-    """Run the blocks of every state of some trees, each node of a tree once.
+    """Run the blocks of every state of some prefix trees, each node of a tree once.
 
     Args:
-        trees: of each its states (S, N) bool, sorted, and the stream that enters the first block.
-        run: a tree's place, a block's number and the stream before it, to the stream after it.
-        by_block: run a block on all branches of all trees before the next one, so that it is
-            opened once: as many streams are kept as there are states. Else a branch is followed
-            to its end before the next one, and N + 1 streams are kept.
+        trees: for each tree its sorted states (S, N) bool, and the stream before the first block.
+        run: maps a tree's index, a block's number and the stream before it to the stream after it.
+        by_block: run a block on all branches of all trees before the next block, so that it is
+            opened once; keeps one stream per state. Otherwise follow one branch to its end at a
+            time; keeps N + 1 streams.
 
     Yields:
-        (tree, first, last, stream): what leaves the blocks of a tree's states first to last - 1,
-        which are the same; in order.
+        (tree, first, last, stream): the stream after the blocks of a tree's states first to
+        last - 1, which are equal; in order.
     """
     roots = [(tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)]
     waiting = [(0, deque(roots))] if by_block else [(0, deque([root])) for root in reversed(roots)]
@@ -120,12 +120,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name in a journal."""
+        """The key of the piece in a journal."""
         return f"{self.batch}:{self.first}-{self.last}"
 
     @classmethod
     def read(cls, key: str) -> Piece:
-        """The piece of that name."""
+        """Parse the key of a piece."""
         batch, _, states = key.partition(":")
         first, _, last = states.partition("-")
         return cls(int(batch), int(first), int(last))
@@ -134,14 +134,14 @@ class Piece:
 def left(
     done: Iterable[str], batches: int, states: int, processes: int, repeated: float
 ) -> list[Piece]:
-    """What is still to be measured, in pieces that keep all processes busy.
+    """Divide the remaining measurement into pieces that keep all processes busy.
 
     Args:
-        done: names of finished pieces, however they were cut.
-        batches, states: all there is.
-        processes: how many take pieces.
-        repeated: what each further piece of a micro-batch costs in advance, as a share of the
-            whole micro-batch.
+        done: keys of finished pieces of any size.
+        batches, states: total numbers of micro-batches and states.
+        processes: number of processes.
+        repeated: extra cost of each further piece of a micro-batch, relative to the whole
+            micro-batch.
     """
     finished: dict[int, list[Piece]] = {}
     for piece in map(Piece.read, done):
@@ -161,7 +161,7 @@ def left(
 
 
 def _parts(gaps: int, processes: int, repeated: float) -> int:
-    """Into how many pieces each gap is cut so that all are done soonest."""
+    """Return the number of pieces per gap that finishes soonest."""
 
     def rounds(parts: int) -> float:
         return -(-gaps * parts // processes) * (1 / parts + repeated)
@@ -170,7 +170,7 @@ def _parts(gaps: int, processes: int, repeated: float) -> int:
 
 
 def cut(gap: Piece, parts: int) -> list[Piece]:
-    """A piece in at most so many parts of like size."""
+    """Divide a piece into at most ``parts`` parts of similar size."""
     count = gap.last - gap.first
     parts = max(1, min(parts, count))
     ends = [gap.first + count * i // parts for i in range(parts + 1)]
@@ -188,7 +188,7 @@ class Measurement:
         original_nll_sums: (m,) the same for the original model.
         counts: (m,) predicted, non-padding tokens of each sample.
         blocks_run: block evaluations done, per sample of the token set.
-        blocks_unshared: what removing the blocks state by state would have run.
+        blocks_unshared: block evaluations without sharing.
     """
 
     states: States
@@ -201,31 +201,31 @@ class Measurement:
 
     @property
     def kl(self) -> Floats:
-        """(S,) mean KL per token."""
+        """The mean KL per token (S,)."""
         return np.asarray(self.kl_sums.sum(1) / self.counts.sum())
 
     @property
     def nll(self) -> Floats:
-        """(S,) mean NLL per token."""
+        """The mean NLL per token (S,)."""
         return np.asarray(self.nll_sums.sum(1) / self.counts.sum())
 
     @property
     def kl_se(self) -> Floats:
-        """(S,) standard error of `kl` over samples (ratio estimator)."""
+        """The standard error (S,) of `kl` over samples (ratio estimator)."""
         return standard_error(self.kl_sums, self.counts)
 
     @property
     def nll_se(self) -> Floats:
-        """(S,) standard error of `nll` over samples (ratio estimator)."""
+        """The standard error (S,) of `nll` over samples (ratio estimator)."""
         return standard_error(self.nll_sums, self.counts)
 
     def of_samples(self, rows: Sequence[int]) -> Measurement:
-        """The same on some of the samples; what was computed is still that of all."""
+        """Return the measurement on some of the samples; the block counts stay those of all."""
         sums = {name: getattr(self, name)[..., rows] for name in _BY_SAMPLE}
         return replace(self, **sums)
 
     def losses(self, state: int) -> dict[str, Any]:
-        """KL and NLL of one state, each with its error or None, as results files keep them."""
+        """Return KL and NLL of one state with errors (or None), as in results files."""
         return {
             "kl": float(self.kl[state]),
             "kl_se": without_infinities(float(self.kl_se[state])),
@@ -235,7 +235,7 @@ class Measurement:
 
 
 def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
-    """Standard error of sum(sums) / sum(counts) over samples, by linearisation.
+    """Compute the standard error of sum(sums) / sum(counts) over samples, by linearisation.
 
     Args:
         sums: (..., m) per-sample sums.
@@ -265,13 +265,13 @@ def measure(
         replay: the model's blocks.
         tokens: m samples.
         states: (S, N) bool.
-        work: its journal is left for the caller to remove.
+        work: how to measure; the caller deletes its journal.
 
     Complexity: one block evaluation per node of the prefix tree of the states and of the
     empty state, plus one output head per state.
 
     Raises:
-        InputError: not even one state of one micro-batch fits the memory allowed.
+        InputError: not even one state of one micro-batch fits the memory limit.
         ModelError: a loss is not finite.
     """
     return measure_together(replay, [(tokens, states)], work, description)[0]
@@ -283,9 +283,9 @@ def measure_together(
     work: Work,
     description: str,
 ) -> list[Measurement]:
-    """`measure` of several sets of states, each on a text of its own, in the same sweeps.
+    """Measure several sets of states, each on its own text, in the same sweeps; see `measure`.
 
-    A journal is one set's: ``work`` has none where there are several.
+    A journal belongs to one set, so with several sets ``work`` must have none.
     """
     reuse_freed_memory()
     tasks = [_Task(replay, tokens, states, work) for tokens, states in wanted]
@@ -316,15 +316,15 @@ def measure_together(
 
 
 class _Task:
-    """States to be measured on a text, and what is known of them so far.
+    """States to measure on a text, and their results so far.
 
     Attributes:
         batches: the text's micro-batches.
-        ordered: (S, N) bool, the states in walking order.
+        ordered: (S, N) bool, the sorted states.
         kept: the rows of finished pieces.
         todo: pieces that this process measures.
-        all_blocks: block evaluations of all of it.
-        bar: progress; a step of this process stands for the others' as well.
+        all_blocks: block evaluations of the whole measurement.
+        bar: progress; a step of this process counts for all processes.
     """
 
     def __init__(
@@ -356,7 +356,7 @@ class _Task:
         self._seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
 
     def begin(self, bar: Bar) -> None:
-        """Take in what the journal has, and see what is left for this process."""
+        """Read the journal, and collect the remaining pieces of this process."""
         n, keys = len(self._replay), list(self.kept.keys())
         words = [self.fill(key) for key in keys]
         done = sum(self.blocks_run(Piece.read(key)) for key in keys)
@@ -368,7 +368,7 @@ class _Task:
         self.todo = [part for piece in pieces for part in self._fitting(piece)]
 
     def _fitting(self, piece: Piece) -> list[Piece]:
-        """A piece, in parts whose streams fit the memory allowed.
+        """Divide a piece into parts whose streams fit the memory limit.
 
         Raises:
             InputError: one state does not fit.
@@ -378,19 +378,19 @@ class _Task:
         fit = room // each - _OTHERS
         if fit < 1:
             raise InputError(
-                f"hidden states may take {room / 1e6:.0f} MB, and one state of "
+                f"hidden states may take {room / 1e6:.0f} MB, but one state of "
                 f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
                 "MB; raise --memory-limit or lower --batch-tokens"
             )
         return cut(piece, -(-(piece.last - piece.first) // fit))
 
     def blocks_run(self, piece: Piece) -> int:
-        """Blocks of a piece, as they count in all that a measurement runs."""
+        """Return the block evaluations of a piece."""
         n = 0 if piece.first else len(self._replay)
         return n + int(self._nodes[piece.first : piece.last].sum())
 
     def fill(self, key: str) -> str:
-        """Take in what the journal has of a piece; the lowest running mean of KL, in words."""
+        """Read a piece from the journal; return the lowest running mean of KL as text."""
         piece, row, order = Piece.read(key), self.kept.get(key), self._order
         assert row is not None
         places, found = self.batches[piece.batch].index.numpy(), order[piece.first : piece.last]
@@ -398,12 +398,12 @@ class _Task:
         if not len(found):
             return ""
         self._seen[found[:, None], places] = True
-        # Samples that a state was not measured on yet count nothing on either side.
+        # Unmeasured samples of a state count in neither sum.
         mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
         return f"lowest running mean of KL {mean[self._seen.any(1)].min():.4f}"
 
     def result(self) -> Measurement:
-        """What was measured, by other processes, too."""
+        """Return the measurement, with the rows of all processes."""
         self.kept.gather()
         for key in self.kept.keys():  # noqa: SIM118
             self.fill(key)
@@ -415,7 +415,7 @@ class _Task:
 
 
 def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Floats], bool]:
-    """Whether a journal's row can be a piece's."""
+    """Return a check whether a journal's row can belong to a piece."""
 
     def fits(key: str, row: Floats) -> bool:
         piece = Piece.read(key)
@@ -428,7 +428,7 @@ def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Float
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece on its micro-batch, or on some samples of that."""
+    """A piece on its micro-batch, or on some of the samples."""
 
     task: _Task
     piece: Piece
@@ -448,7 +448,7 @@ class _Part:
 
 
 def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterator[Floats]:
-    """For each part (2, K + 1, B): KL and NLL sums of its K states and of the original.
+    """Yield for each part (2, K + 1, B): KL and NLL sums of its K states and of the original.
 
     Raises:
         ModelError: a loss is not finite.
@@ -457,12 +457,12 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
     recordings = [replay.record(batch.input_ids) for batch in batches]
     trees, steps = [], []
     for part, recording in zip(todo, recordings, strict=True):
-        # Of the sorted states the one that removes nothing comes first: the original.
+        # The first sorted state removes nothing: the original.
         task, piece = part.task, part.piece
         own = task.ordered[piece.first : piece.last]
         tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), own])
         trees.append((tree, recording.entered))
-        # What a parted micro-batch runs again is no progress.
+        # Repeated blocks of a divided micro-batch do not count as progress.
         runs = len(replay) + int(own_blocks(tree).sum())
         share = part.samples / task.batches[piece.batch].samples
         steps.append(share * task.blocks_run(piece) / runs)
@@ -482,5 +482,5 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
                 rows[:, first:last] = np.array(originals[0].compare(end))[:, None]
         rows[0, 0], rows[1, 0] = 0.0, originals[0].nll
         check_finite(replay, batches[tree], rows, trees[tree][0])
-        # The original came first; it is wanted last.
+        # The original came first, but goes last in the result.
         yield np.roll(rows, -1, axis=1)

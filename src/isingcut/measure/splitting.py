@@ -1,8 +1,8 @@
-"""How much is computed at a time: micro-batches that go through the blocks together, and halves of
-them where memory ends.
+"""Decide how much to compute at a time: chunks of micro-batches, and their halves after an
+out-of-memory error.
 
-Running out of memory is an event, not a failure. What a micro-batch gives does not depend on its
-other samples but for rounding, so that a journal and other processes notice nothing.
+Running out of memory is handled, not fatal. The results of a sample do not depend on the other
+samples of its micro-batch, except for rounding, so journals and other processes are not affected.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def chunks(
     *,
     together: bool | None = None,
 ) -> Iterator[tuple[slice, int]]:
-    """Part micro-batches into chunks that go through the blocks together.
+    """Divide micro-batches into chunks that go through the blocks together.
 
-    Of a streamed model as many as fit the memory allowed, so that its weights are read as seldom
-    as can be; of one in memory one at a time. Results do not depend on it. What a killed
-    measurement loses is a chunk.
+    For a streamed model, a chunk is as many as fit the memory limit, so that the weights are read
+    as rarely as possible; for a model in memory, it is one. Results do not depend on it. A killed
+    measurement loses at most one chunk.
 
     Args:
-        streams: residual streams that are kept of a micro-batch at a time, of all or of each.
-        together: whether a chunk is more than one micro-batch; None: where the model is streamed.
+        streams: residual streams to keep per micro-batch, one number or one for each.
+        together: whether a chunk may be more than one micro-batch; None: if the model is streamed.
 
     Yields:
-        the places of a chunk, and the bytes that are allowed for its streams.
+        the indices of a chunk, and the bytes allowed for its streams.
 
     Raises:
         InputError: the model and one micro-batch's own work leave no memory.
@@ -60,7 +60,7 @@ Item = TypeVar("Item")
 
 
 class Samples(Protocol):
-    """Some samples that are computed together: a micro-batch, or what is done with one."""
+    """Samples that are computed together: a micro-batch, or work on one."""
 
     @property
     def samples(self) -> int: ...
@@ -80,15 +80,15 @@ def split_to_fit(
     compute: Callable[[Sequence[Batch]], list[T]],
     join: Callable[[T, T], T],
 ) -> list[T]:
-    """``compute(batches)``, one result each; where memory ends, of half of it at a time.
+    """Run ``compute(batches)``, one result each; after an out-of-memory error, on halves.
 
     Later calls with the same limit begin with as many tokens as fitted.
 
     Args:
-        join: makes the result of a micro-batch from those of its two halves.
+        join: joins the results of the two halves of a micro-batch.
 
     Raises:
-        Exception: what ``compute`` raised where a single sample does not fit.
+        Exception: the error of ``compute`` if a single sample does not fit.
     """
     can_split = len(batches) > 1 or batches[0].samples > 1
     tokens = sum(batch.positions for batch in batches)
@@ -112,10 +112,10 @@ def split_to_fit(
 def halve_to_fit(
     limit: BatchLimit, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[T]]
 ) -> Sequence[T]:
-    """``compute(items)``, one result each; where memory ends, of half of them at a time.
+    """Run ``compute(items)``, one result each; after an out-of-memory error, on half of them.
 
     Raises:
-        Exception: what ``compute`` raised where a single item does not fit.
+        Exception: the error of ``compute`` if a single item does not fit.
     """
     found = _attempt(lambda: compute(items), len(items) > 1)
     if found is not None:
@@ -132,13 +132,13 @@ def halve_to_fit(
 def fewer_tokens_to_fit(
     limit: BatchLimit, tokens: int, least: int, compute: Callable[[int], T]
 ) -> T:
-    """``compute(tokens)``; where memory ends, again with half as many tokens at a time.
+    """Run ``compute(tokens)``; after an out-of-memory error, again with half as many tokens.
 
     Args:
         least: tokens of the longest sample.
 
     Raises:
-        Exception: what ``compute`` raised with as few tokens as a sample has.
+        Exception: the error of ``compute`` with ``least`` tokens.
     """
     found = _attempt(lambda: compute(tokens), tokens > least)
     if found is not None:
@@ -148,11 +148,11 @@ def fewer_tokens_to_fit(
 
 
 def _attempt(compute: Callable[[], T], can_split: bool) -> T | None:
-    """None where memory is exhausted and less can be computed at a time."""
+    """Run ``compute``; return None if memory is exhausted and the work can be split."""
     try:
         return compute()
     except Exception as error:
         if not (can_split and is_memory_exhausted(error)):
             raise
-        # Returning drops the error, and with it the frames that hold the tensors.
+        # Returning drops the error, and with it the frames that keep the tensors alive.
         return None

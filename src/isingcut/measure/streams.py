@@ -1,4 +1,4 @@
-"""The residual stream at every block boundary, for methods that look at activations only."""
+"""The residual stream at every block boundary, for methods that use activations only."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from isingcut.measure.work import Work
 from isingcut.models.load import not_finite
 from isingcut.models.replay import Replay
 
-# Of a micro-batch: what entered the blocks, what enters one and what leaves it.
+# Streams of a micro-batch: before all blocks, and before and after one block.
 _STREAMS = 3
 
 
 def boundaries(
     replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(b, i, stream before, stream after), both (B, T, D), of every block that is not removed.
+    """Yield (b, i, stream before, stream after), both (B, T, D), of every block that stays.
 
-    One micro-batch b after the other; those of a chunk of a streamed model by turns.
+    Micro-batches b come one after the other; with a streamed model, those of a chunk alternate.
 
     Raises:
         ModelError: the stream after a block is not finite.
@@ -48,12 +48,12 @@ def boundaries(
 def _check_stream(
     replay: Replay, batch: TokenSet, i: int, stream: Tensor, removed: Sequence[int]
 ) -> None:
-    """Refuse a stream (B, T, D) behind block ``i`` that is not finite at a real token."""
+    """Raise if a stream (B, T, D) after block ``i`` is not finite at a real token."""
     bad = (batch.mask.to(replay.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
     if not bad.any():
         return
     block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
-    # Not `i`: a plan replays some of a model's blocks.
+    # Not `i`: a plan replays only some of a model's blocks.
     path = next(name for name, m in replay.model.named_modules() if m is block)
     what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
     raise not_finite(replay.model, what, row.tolist(), removed)
@@ -62,16 +62,16 @@ def _check_stream(
 def check_finite(
     replay: Replay, batch: TokenSet, found: Floats, states: States | None = None
 ) -> None:
-    """Refuse numbers measured on a micro-batch that are not finite.
+    """Raise if numbers measured on a micro-batch are not finite.
 
-    The model runs again, block by block, to find the first block whose output is not finite.
+    The model then runs again, block by block, to find the first block whose output is not finite.
 
     Args:
-        found: of the original; or (K, S, R), of S states.
+        found: numbers of the original; or (K, S, R), of S states.
         states: (S, N), for the latter.
 
     Raises:
-        ModelError: one is NaN or infinite; the message names model, block and text.
+        ModelError: a number is NaN or infinite; the message names model, block and text.
     """
     bad = ~np.isfinite(found)
     if not bad.any():
@@ -91,7 +91,7 @@ def block_means(
     *,
     removed: Sequence[int] = (),
 ) -> Floats:
-    """Mean over the tokens looked at of a score (K,) of each block's streams (K, D) before, after.
+    """Average over tokens a score (K,) of each block's streams (K, D) before and after it.
 
     Returns:
         (N,) float64; infinite at removed blocks.
@@ -119,7 +119,7 @@ def _summed(
     batches: Sequence[TokenSet],
     compute: Callable[[Sequence[TokenSet]], list[Floats]],
 ) -> Floats:
-    """The sum over micro-batches, of a model in memory one after the other."""
+    """Sum over micro-batches; for a model in memory, one after the other."""
     groups = [batches] if replay.streamed else [[batch] for batch in batches]
     with torch.inference_mode():
         found = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
@@ -127,18 +127,18 @@ def _summed(
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
-    """What the original alone, run once, says of its blocks.
+    """Score blocks by one pass of the original.
 
     Returns:
-        (N,) block influence, the mean `influence` over all tokens looked at; and (N + 1, N + 1)
-        the mean `angle` between the streams at any two boundaries, at each sample's last of them.
+        (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
+        `angle` between the streams at any two boundaries, at each sample's last token.
     """
     n = len(replay)
     batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", n * len(batches)) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
-            """Angles (N + 1, N + 1), and below them the influences."""
+            """Return angles (N + 1, N + 1), with the influences as last row."""
             found = np.zeros((len(some), n + 2, n + 1))
             ends = [batch.last_looked_at.to(replay.device) for batch in some]
             streams: list[list[Tensor]] = [[] for _ in some]
@@ -159,16 +159,16 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
 
 
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:
-    """The ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
+    """Return the ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
     return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
 
 
 def influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cosine of streams (K, D): (K,)."""
+    """Return (K,) 1 - cosine of streams (K, D)."""
     return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Angle between streams (K, D) in units of pi: (K,) float64."""
+    """Return (K,) float64 angles between streams (K, D), in units of pi."""
     cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
     return cosine.clamp(-1, 1).arccos() / math.pi

@@ -1,9 +1,8 @@
-"""How a measurement is carried out, by one process or by several, and what its journal is known by.
+"""Run a measurement in one process or several, with journals.
 
-Each process takes every n-th unit of what is still to be measured and keeps its rows in a journal
-of its own. At the end every process has all rows, and takes sums in the order of the samples: the
-bits are those of one process, for any number of them. What any journal holds is not measured
-again, whoever wrote it.
+Each process takes every n-th unit of the remaining work and keeps its rows in its own journal. At
+the end every process has all rows, and sums them in the order of the samples, so that the result is
+bitwise that of one process. Rows in any of the journals are not measured again.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from isingcut.options.config import BATCH_TOKENS
 
 @dataclass(frozen=True)
 class Work:
-    """How a measurement is carried out; none of it changes the result beyond rounding.
+    """How to run a measurement; it changes results by rounding only.
 
     Attributes:
-        batch_tokens: tokens computed at a time.
-        progress: where progress is shown.
-        journal: file that keeps finished parts, so that a killed measurement resumes.
+        batch_tokens: tokens per micro-batch.
+        progress: shows progress.
+        journal: file for finished parts, so that a killed measurement resumes.
     """
 
     batch_tokens: int = BATCH_TOKENS
@@ -45,30 +44,30 @@ PLAIN = Work()
 
 
 def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
-    """The fingerprint of what is measured, for its journal.
+    """Return the fingerprint of a measurement, for its journal.
 
     Args:
-        depends: what the numbers depend on besides the model and its text, JSON-able.
+        depends: everything besides model and text that the numbers depend on, JSON-able.
     """
-    told = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
+    content = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
     if tokens.counted is not None:
-        told["counted"] = tokens.counted.tolist()
-    return fingerprint({**replay.identity(), **told, **depends})
+        content["counted"] = tokens.counted.tolist()
+    return fingerprint({**replay.identity(), **content, **depends})
 
 
 class SharedJournal(Journal):
-    """A journal that holds the same rows in every process.
+    """A journal with the same rows in every process.
 
     Args:
-        path: the file of rank 0; the others have theirs beside it. None keeps the rows in memory.
-        fingerprint: identifies model, tokens and states measured.
-        fits: whether a row can be one of this measurement's, by its key and its shape.
-        processes: that measure; all must come here.
+        path: the file of rank 0; other ranks have files next to it. None keeps rows in memory.
+        fingerprint: identifies the measured model, tokens and states.
+        fits: whether a row can belong to this measurement, by its key and its shape.
+        processes: the processes; all must call this.
 
     Raises:
         ModelError: another process measures something else.
         RankError: another process has failed.
-        StageFileError: something else than a journal is at ``path``.
+        StageFileError: ``path`` is not a journal.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class SharedJournal(Journal):
         super().__init__(path and _of_rank(path, rank), fingerprint, fits)
         self._new = dict(self._rows)
         if path is not None and not rank:
-            # A run with more processes wrote them.
+            # Journals of a run with more processes.
             for number, left in _others(path):
                 if number >= size:
                     self._new |= Journal(left, fingerprint, fits)._rows
@@ -95,12 +94,12 @@ class SharedJournal(Journal):
         self._new[key] = self._rows[key]
 
     def share(self, units: Sequence[str], bar: Bar) -> tuple[list[str], Bar]:
-        """The units that this process measures, and a bar that counts them for all processes."""
+        """Return the units of this process, and a bar that counts them for all processes."""
         own = list(units[self._processes.rank :: self._processes.size])
         return own, _ForAll(bar, len(units) / max(1, len(own)))
 
     def gather(self) -> None:
-        """Bring the rows that were put since the last time to all processes.
+        """Send the rows stored since the last call to all processes.
 
         Raises:
             ModelError, RankError: as the constructor.
@@ -113,15 +112,15 @@ class SharedJournal(Journal):
                 fingerprint, _, rows = data.partition(b"\n")
                 if fingerprint.decode() != self.fingerprint:
                     raise ModelError(
-                        "the processes measure different things; give every machine the same "
-                        "model, options, package versions and kind of device"
+                        "the processes have different inputs; give every machine the same model, "
+                        "options, package versions and kind of device"
                     )
                 self._rows |= load(rows)
         self._new = {}
 
 
 class _ForAll:
-    """A bar on which a step of this process stands for the others' as well."""
+    """A bar on which a step of this process counts for all processes."""
 
     def __init__(self, bar: Bar, processes: float) -> None:
         self._bar, self._processes = bar, processes
@@ -135,7 +134,7 @@ def _of_rank(path: Path, rank: int) -> Path:
 
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:
-    """The journals beside that of rank 0, by rank."""
+    """Yield the journals of the other ranks."""
     for found in sorted(path.parent.glob("*")):
         of = re.fullmatch(re.escape(path.name) + r"\.([1-9]\d{0,5})", found.name)
         if of:
@@ -143,6 +142,6 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def forget(path: Path) -> None:
-    """Delete the journals of all processes: their rows have become a results file."""
+    """Delete the journals of all processes, once their rows are in a results file."""
     for _, other in [(0, path), *_others(path)]:
         other.unlink(missing_ok=True)

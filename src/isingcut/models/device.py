@@ -1,4 +1,4 @@
-"""Which device a model computes on, in which dtype, with how many threads and how much memory."""
+"""Choose device, dtype, threads and memory limit of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device behind ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    """Return the torch device of ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
     ``"auto"`` takes CUDA where there is a GPU, else the CPU. Other names of torch's (``"xpu"``) are
     taken where torch finds the device.
@@ -52,7 +52,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def device_module(device: torch.device) -> Any:
-    """What ``torch.cuda`` is for CUDA: streams, events and memory of a device; None for the CPU."""
+    """Return the counterpart of ``torch.cuda`` for a device; None for the CPU."""
     import torch
 
     return None if device.type == "cpu" else torch.get_device_module(device)
@@ -60,17 +60,17 @@ def device_module(device: torch.device) -> Any:
 
 @dataclass
 class BatchLimit:
-    """How much is computed at a time on a device, as far as its memory is known to hold it.
+    """The largest micro-batch that is known to fit a device.
 
     Attributes:
-        tokens: at most so many, unless a single sample has more.
+        tokens: most tokens, unless a single sample has more.
     """
 
     device: torch.device
     tokens: int = sys.maxsize
 
     def release(self) -> None:
-        """Give back what a computation that failed has left behind."""
+        """Free the memory of a failed computation."""
         gc.collect()
         module = device_module(self.device)
         if module is not None:
@@ -78,14 +78,14 @@ class BatchLimit:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has computed all it was given."""
+    """Wait for a device to finish all work."""
     module = device_module(device)
     if module is not None:
         module.synchronize(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype behind ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
     import torch
 
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,7 +112,7 @@ def dtype_name(dtype: str, device: str) -> str:
 
 @contextlib.contextmanager
 def few_threads(most: int | None) -> Iterator[None]:
-    """Compute with at most so many threads for a while; None changes nothing."""
+    """Use at most ``most`` threads within the context; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()
@@ -154,11 +154,11 @@ _SHARE = 0.8
 
 @dataclass(frozen=True)
 class Allowance:
-    """Memory that a measurement may take, in bytes.
+    """The memory limit of a measurement, in bytes.
 
     Attributes:
-        total: of the whole process on a CPU, of all allocations on a GPU.
-        used: what was taken already when this was asked.
+        total: limit of the whole process on a CPU, of all allocations on a GPU.
+        used: memory in use when this was computed.
     """
 
     total: int
@@ -166,12 +166,12 @@ class Allowance:
 
     @property
     def left(self) -> int:
-        """What weights and hidden states may still take."""
+        """The memory left for weights and hidden states."""
         return max(0, self.total - self.used)
 
 
 def allowance(limit: str, device: torch.device) -> Allowance:
-    """The memory allowed on a device.
+    """Return the memory limit on a device.
 
     Args:
         limit: as ``"8GB"`` or ``"50%"`` (of what is free); empty takes 80 % of what is free.

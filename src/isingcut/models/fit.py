@@ -1,6 +1,6 @@
 """Whether a checkpoint's tensors and its configuration belong together, from headers alone.
 
-Asked before anything is built: a configuration's numbers allocate, its tensors are counted.
+Checked before a model is built, because a configuration's numbers allocate memory.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
         if found != count:
             raise ModelError(
                 uncuttable(text)
-                or f"config.json says {count} blocks and the checkpoint has tensors of {found}; "
-                f"say {found} in {folder / 'config.json'}, or get the weights that belong to it"
+                or f"config.json says {count} blocks, but the checkpoint has tensors of {found}; "
+                f"write {found} into {folder / 'config.json'}, or get its weights"
             )
     return Checkpoint(folder, config, stored)
 
@@ -243,7 +243,7 @@ def bounded_structure(most: int, what: str) -> Iterator[None]:
             if built > allowed:
                 raise ModelError(
                     f"the config of {what} describes a model with more than {allowed:,} numbers in "
-                    f"its {sort}, which its weights cannot fill; the config and the weights do not "
+                    f"its {sort}, more than its weights have; the config and the weights do not "
                     "belong together"
                 )
 

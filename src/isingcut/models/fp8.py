@@ -55,10 +55,10 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
             return "compressed-tensors"
         return None
     algorithm = quantisation.get("quant_algo")
-    beside = folder / "hf_quant_config.json"
-    if algorithm is None and not method and beside.is_file():
-        told = load_json(beside, "the quantisation file", CheckpointError)
-        algorithm = _object(_object(told).get("quantization")).get("quant_algo")
+    sidecar = folder / "hf_quant_config.json"
+    if algorithm is None and not method and sidecar.is_file():
+        content = load_json(sidecar, "the quantisation file", CheckpointError)
+        algorithm = _object(_object(content).get("quantization")).get("quant_algo")
     return "modelopt" if algorithm == "FP8" else None
 
 
@@ -69,7 +69,7 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
         CheckpointError: torch cannot hold it.
     """
     if stored.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {stored.name!r} has the dtype {stored.dtype}, not readable")
+        raise CheckpointError(f"tensor {stored.name!r} has the unsupported dtype {stored.dtype}")
     return DTYPES[stored.dtype]
 
 
@@ -88,7 +88,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
 def dequantise(
     weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """weight * scale in float32, the scale spread over what it stands for.
+    """Compute weight * scale in float32, with the scale broadcast over its tile.
 
     Args:
         weight: (..., out, in) float8.
@@ -169,7 +169,7 @@ def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
 
 
 def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    """The scale beside a float8 weight.
+    """Return the scale of a float8 weight.
 
     Raises:
         CheckpointError: there is none.
@@ -178,7 +178,7 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     for suffix in ("_scale_inv", "_scale"):
         if name + suffix in stored:
             return stored[name + suffix]
-    raise CheckpointError(f"the float8 tensor {name!r} has no scale beside it")
+    raise CheckpointError(f"the float8 tensor {name!r} has no scale; get the checkpoint again")
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:

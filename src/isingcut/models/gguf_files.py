@@ -195,8 +195,8 @@ def converted(path: Path) -> Path:
     except InputError as e:
         why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
-            f"the converted model cannot be kept in {target.parent}: {why}; set "
-            "ISINGCUT_CACHE to a folder with space that you may write to"
+            f"the converted model cannot be stored in {target.parent}: {why}; set "
+            "ISINGCUT_CACHE to a writable folder with enough space"
         ) from e
     return target
 
@@ -206,7 +206,7 @@ def _unchanged(target: Path, path: Path) -> Path:
     changed = foreign_in(target)
     if changed is not None:
         raise ModelError(
-            f"the model converted from {path.name} is not as it was made: {changed}; delete "
+            f"the model converted from {path.name} was changed: {changed}; delete "
             f"{target} and run again"
         )
     return target

@@ -2,7 +2,7 @@
 
 Whether the blocks that stay would be built as they were: a table of fields says what is known. What
 it lacks - a scale made of the depth, a layer that only the first block has - shows when the smaller
-model is built on the meta device beside the whole one and their blocks are compared, module by
+model is built on the meta device next to the whole one, and their blocks are compared, module by
 module.
 """
 
@@ -78,9 +78,9 @@ def check_same_blocks(
         difference = _difference(old[i], new[number])
         if difference:
             raise ArchitectureError(
-                f"block {i} would be another one as block {number} of a smaller model: "
-                f"{difference}; it depends on the number of the block or on the depth, and "
-                "isingcut knows no field that keeps it"
+                f"block {i} would change as block {number} of a smaller model: {difference}; it "
+                "depends on the block number or on the depth, and isingcut knows no field that "
+                "keeps it"
             )
 
 
@@ -104,7 +104,7 @@ def _difference(old: nn.Module, new: nn.Module) -> str:
     """What tells two blocks apart in words; empty where nothing does."""
     left, right = dict(old.named_modules()), dict(new.named_modules())
     for name in left.keys() ^ right.keys():
-        return f"{name} is there in only one of both"
+        return f"{name} is in only one of them"
     for name, module in left.items():
         other = right[name]
         place = f"{name}." if name else ""

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a frozen model: in memory, or a skeleton without its weights."""
+"""Load a frozen model from a checkpoint folder: in memory, or a skeleton without weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ALONE: dict[type, str] = {}
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class that builds the model that a configuration's ``architectures`` names.
+    """Return the auto class that builds the model in a configuration's ``architectures``.
 
     Where that says nothing, the causal one if both know ``config``. A multimodal model that the
     image-text-to-text class builds has a text decoder, and is called with text alone.
@@ -90,7 +90,7 @@ def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's configuration, as transformers reads it.
+    """Load a checkpoint's configuration with transformers.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -110,7 +110,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model in evaluation mode, with its tokenizer and where it came from."""
+    """A frozen model in evaluation mode, with its tokenizer and source."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """Options of `load` that put another model beside this one, in its dtype."""
+        """The options of `load` for another model on this device, in this dtype."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
 
@@ -164,7 +164,7 @@ def load(
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
     Raises:
         ModelError: it has none, or transformers cannot load it.
@@ -173,7 +173,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
     if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
         raise ModelError(
-            f"{folder} has no tokenizer (tokenizer.json); copy the model's own into it"
+            f"{folder} has no tokenizer (tokenizer.json); copy the model's tokenizer into it"
         )
     factory: Any = AutoTokenizer
     with loading(f"the tokenizer in {folder}"):
@@ -285,7 +285,7 @@ def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
     if packed and not fp8_layout(folder, raw):
         method = packed.get("quant_method") or packed.get("quant_algo") or "unknown"
         raise ModelError(
-            f"the weights in {folder} are packed by {method!r}, which can only be loaded whole; "
+            f"the weights in {folder} are packed by {method!r} and cannot be streamed; "
             "pass --stream off, or give a checkpoint in bfloat16, float32 or FP8"
         )
 
@@ -296,7 +296,7 @@ _SHOWN = 12
 def not_finite(
     model: Any, what: str, ids: Sequence[int], removed: Sequence[int] = ()
 ) -> ModelError:
-    """An error that says what of a model is not finite.
+    """Make the error for a NaN or infinite value of a model.
 
     Args:
         what: for example ``"the loss"``.

@@ -43,8 +43,8 @@ def loading(what: str) -> Iterator[None]:
         raise_if_exhausted(e)
         if "trust_remote_code=True" in str(e):
             raise ModelError(
-                f"cannot load {what}: it needs Python code of its own, which runs only if you "
-                "trust it; read its .py files, then pass --trust-remote-code"
+                f"cannot load {what}: it needs its own Python code; read its .py files, and if you "
+                "trust them, pass --trust-remote-code"
             ) from e
         raise ModelError(f"cannot load {what}: {one_line(e)}") from e
     except BaseException as e:
@@ -83,7 +83,7 @@ def quiet_transformers() -> Iterator[None]:
 def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
     """What is wrong with a tensor of another shape than the model's."""
     return (
-        f"the tensor {name} in {folder} has the shape {list(found)}, its model wants "
+        f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"
     )
 
@@ -126,6 +126,6 @@ def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -
             bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
         ):
             raise CheckpointError(
-                f"the tensor {name} in {source} holds NaN or infinity; nothing can be measured "
-                "with it: get the weights again, or the checkpoint of an earlier training step"
+                f"the tensor {name} in {source} has NaN or infinite values; download the weights "
+                "again, or use the checkpoint of an earlier training step"
             )

@@ -1,4 +1,4 @@
-"""The processes of one run, as `torchrun` and `accelerate launch` start them.
+"""The processes of one run, started by `torchrun` or `accelerate launch`.
 
     torchrun --nproc-per-node 4 -m isingcut run MODEL --remove 6 --out DIR
 
@@ -33,17 +33,17 @@ def launched() -> bool:
 
 
 def launched_rank() -> int:
-    """The number that a launcher gave this process; 0 without one."""
+    """Return the rank of this process; 0 without a launcher."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 class Processes:
-    """Processes that hold the same model and measure it together.
+    """Processes that load the same model and measure it together.
 
     Args:
-        rank: of this one; 0 leads.
-        size: how many there are.
-        group: of `torch.distributed`; None for its default.
+        rank: rank of this process; 0 leads.
+        size: number of processes.
+        group: group of `torch.distributed`; None for its default.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
@@ -52,7 +52,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """All that the launcher started; this one alone where none did."""
+        """Join all processes of the launcher, or only this process without one."""
         if not launched():
             return ALONE
         import torch
@@ -70,7 +70,7 @@ class Processes:
         return found
 
     def gather(self, data: bytes = b"") -> list[bytes]:
-        """What every process brings, in the order of their ranks; each must come here.
+        """Gather the data of all processes, in rank order; every process must call this.
 
         Raises:
             RankError: a process has failed or is gone.
@@ -96,13 +96,13 @@ class Processes:
         except RuntimeError as e:
             why = " ".join(str(e).split())[:200]
             raise last_word() or RankError(
-                f"the {self.size} processes cannot reach each other any more ({why}); what is "
-                "finished is kept, the same command goes on"
+                f"the {self.size} processes lost contact ({why}); finished work is kept, run the "
+                "same command again to resume"
             ) from e
         return parts
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What rank 0 alone makes, in every process: a value that JSON can carry."""
+        """Return in every process the JSON-able value that rank 0 makes."""
         if self.size == 1:
             return make()
         own = b"" if self.rank else json.dumps(make()).encode()
@@ -110,7 +110,7 @@ class Processes:
         return found
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         self.gather()
 
 
@@ -122,14 +122,14 @@ ALONE = Processes()
 
 
 def leave_word(code: int, text: str) -> None:
-    """Before this process ends: let the others know why, and with which exit code to end."""
+    """Tell the other processes why this process ends, and the exit code."""
     word = {"code": code, "rank": launched_rank(), "host": socket.gethostname(), "text": text}
     with contextlib.suppress(RuntimeError):
         _board().compare_set(_key(), "", json.dumps(word))
 
 
 def last_word() -> RankError | None:
-    """What another process left before it ended, if it did."""
+    """Return the message of another process that ended, if any."""
     word: dict[str, Any] = {}
     with contextlib.suppress(RuntimeError):
         if launched() and (board := _board()).check([_key()]):
@@ -143,7 +143,7 @@ def last_word() -> RankError | None:
 
 
 def _board() -> Any:
-    """The launcher's key-value store."""
+    """Return the launcher's key-value store."""
     import torch.distributed
 
     distributed: Any = torch.distributed

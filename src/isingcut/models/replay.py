@@ -1,4 +1,4 @@
-"""Run block i of a model on any hidden states: the recorded call of each block, replayed.
+"""Run block i of a model on any hidden states, by replaying the recorded call of each block.
 
 transformers blocks take masks, position embeddings and caches that differ by layer. Nothing
 of that is rebuilt here: the model runs once with its blocks stubbed, what each block was
@@ -38,18 +38,18 @@ from isingcut.models.transformers_private import attention_of
 Part = int | str
 EMBED, HEAD = "embed", "head"
 
-# What a block holds beside its input while it computes, in residual streams: queries, keys and
+# Memory of a running block besides its input, in residual streams: queries, keys and
 # values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
 BLOCK_STREAMS = 64
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How often a streamed model was read, in sweeps over all of its weights.
+    """How often a streamed model was read, in sweeps over all weights.
 
     Attributes:
-        disk: from the checkpoint.
-        memory: from parts that host memory keeps.
+        disk: reads from the checkpoint.
+        memory: reads from host memory.
     """
 
     disk: float = 0.0
@@ -82,16 +82,14 @@ class Weights:
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
-_HANDED_ON = (
-    f"blocks hand something on to later blocks beside the residual stream: {_NOT_ONE_AT_A_TIME}"
-)
+_HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
 
 
 class BlockCall:
-    """The arguments that a block was called with, its hidden states apart.
+    """The recorded arguments of a block, with its hidden states separate.
 
     Attributes:
-        hidden: the residual stream; None once it is not needed any more.
+        hidden: the residual stream; None once it is no longer needed.
     """
 
     def __init__(
@@ -117,7 +115,7 @@ class BlockCall:
         )
 
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the block returns for other hidden states."""
+        """Call the block with other hidden states."""
         if self.keyword:
             return block(*self.args, hidden_states=hidden, **self.kwargs)
         return block(hidden, *self.args, **self.kwargs)
@@ -126,11 +124,11 @@ class BlockCall:
 def learn_outputs(
     model: Any, blocks: Sequence[nn.Module], device: torch.device
 ) -> tuple[list[tuple[Any, ...] | None], int]:
-    """Run four tokens through a model and look at what its blocks return.
+    """Run four tokens through a model and inspect the outputs of its blocks.
 
     Returns:
-        for each block, what stands behind the stream in the tuple it returns, None where it returns
-        the stream alone; and the bytes of a token's residual stream, at its widest.
+        for each block, the rest of its output tuple after the stream, None if it returns only the
+        stream; and the bytes of a token's residual stream, at its widest.
 
     Raises:
         ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
@@ -194,9 +192,8 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
     silent = [i for i, block in enumerate(blocks) if not any(block is c for c in called)]
     if silent:
         raise ArchitectureError(
-            f"text alone does not run the blocks {', '.join(map(str, silent))}, so what they are "
-            "worth cannot be measured (they may read images): such blocks can be cut, but not "
-            "measured"
+            f"text alone does not run the blocks {', '.join(map(str, silent))} (they may read "
+            "images): such blocks can be cut, but not measured"
         )
     if len(called) != len(blocks):
         raise ArchitectureError(
@@ -208,16 +205,16 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
 def _reads_another(
     call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
 ) -> bool:
-    """Whether a block needs a tensor that an earlier one returned beside the stream.
+    """Whether a block needs a tensor that an earlier one returned with the stream.
 
     Some are handed one that they leave alone, so the block runs again without.
     """
-    beside = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
-    if not any(id(v) in beside for v in (*call.args, *call.kwargs.values())):
+    extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
+    if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
         return False
     assert call.hidden is not None
-    args = tuple(None if id(v) in beside else v for v in call.args)
-    kwargs = {k: None if id(v) in beside else v for k, v in call.kwargs.items()}
+    args = tuple(None if id(v) in extra else v for v in call.args)
+    kwargs = {k: None if id(v) in extra else v for k, v in call.kwargs.items()}
     without = BlockCall(call.hidden, args, kwargs, call.keyword)
     try:
         output = without.repeat(block.forward, call.hidden)
@@ -253,7 +250,7 @@ class _StackReached(Exception):
 
 
 class Replay:
-    """The blocks of one model, callable one at a time.
+    """The blocks of one model, to run one at a time.
 
     Args:
         model: a causal language model; it is put in evaluation mode.
@@ -301,7 +298,7 @@ class Replay:
         return len(self.blocks)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        """Return a cheap identity of this model, for the fingerprint of a journal."""
         parameters = list(self.model.parameters())
         config = getattr(self.model, "config", None)
         return {
@@ -313,11 +310,11 @@ class Replay:
         }
 
     def stream_bytes(self, batch: TokenSet) -> int:
-        """Bytes of the residual stream of a batch at one place."""
+        """Return the bytes of a batch's residual stream at one block boundary."""
         return int(batch.input_ids.numel()) * self.bytes_per_token
 
     def room(self, batch: TokenSet) -> int:
-        """Bytes that hidden states kept between blocks may take, beside the work on one batch.
+        """Return the bytes allowed for hidden states between blocks, without the work on one batch.
 
         Of a model in memory on the CPU that is not watched.
         """
@@ -352,7 +349,7 @@ class Replay:
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Seconds that each block takes for one sequence of ``length`` tokens (median).
+        """Time each block on one sequence of ``length`` tokens (median seconds).
 
         Of streamed blocks with the same tensors one is timed.
         """
@@ -377,7 +374,7 @@ class Replay:
         return [seconds[kind] for kind in kinds]
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+        """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
 
         def stub(i: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._as_output(i, hidden)
@@ -425,7 +422,7 @@ class Recording:
         self.input_ids, self.entered = input_ids, entered
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) after block ``i``, from those before it."""
+        """Run block ``i``: hidden states (B, T, D) after it from those before it."""
         output = self._calls[i].repeat(self._replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out
@@ -456,7 +453,7 @@ def reuse_freed_memory() -> None:
 
 @contextlib.contextmanager
 def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
-    """Let a model compute attention as ``name``, or as its replay says, for a while.
+    """Use the attention implementation ``name``, or that of the replay, within the context.
 
     Raises:
         ArchitectureError: the model has no such implementation.
@@ -466,7 +463,7 @@ def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
     if wanted is None or wanted == before:
         yield
         return
-    reason = f"it computes it as {before!r}"
+    reason = f"it uses {before!r}"
     try:
         with quiet_transformers():
             model.set_attn_implementation(wanted)  # type: ignore[operator]

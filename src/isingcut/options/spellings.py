@@ -1,7 +1,7 @@
-"""What is typed for a removal, a budget, blocks, an effort, memory or a device, and its meaning.
+"""Parse the text typed for a removal, a budget, blocks, an effort, memory or a device.
 
-Each is read once, when an option is given, and refused where it cannot be read. Numbers are bounded
-here, so that no text of a few characters can ask for a list of a billion.
+Each text is parsed once, when the option is given. Numbers are bounded here, so that a few
+characters cannot request a list of a billion entries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.errors import InputError
 
 LAST_BLOCK = 99_999
-"""The largest number of a block, or of blocks, that can be typed."""
+"""The largest block number, and the largest number of blocks, that can be typed."""
 
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
@@ -30,12 +30,12 @@ _MOST_TOKENS = 1e12
 
 
 class Spelling(str):
-    """A typed text that knows what it means; nothing where it is empty.
+    """A typed text with its parsed meaning; an empty text means nothing.
 
     Subclasses set attributes from the text.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the text cannot be parsed.
     """
 
     @classmethod
@@ -53,14 +53,14 @@ class Spelling(str):
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that a budget can count.
+    """A quantity that a budget can limit.
 
     Attributes:
-        cost: the key of a block that is counted.
-        whole: the key of the blocks' description that a share refers to; empty: the blocks' sum.
-        units: of an amount, in lower case.
-        unit: the one that messages use.
-        early: known from the model's configuration, before its weights are there.
+        cost: the key of a block's cost.
+        whole: the key of the total that a share refers to; empty for the sum over the blocks.
+        units: the units of an amount, in lower case.
+        unit: the unit that messages use.
+        early: known from the model's configuration, before its weights are read.
     """
 
     cost: str
@@ -76,7 +76,7 @@ QUANTITIES = {
     "kv": Quantity("kv_bytes_per_token", "", _BYTES, "kB"),
     "latency": Quantity("latency_seconds", "", _SECONDS, "ms"),
 }
-"""What a `--budget` can be of.
+"""The quantities of a `--budget`.
 
 Shares of parameters and bytes are of the whole model, embeddings included; shares of the KV cache
 and of latency are of the blocks' sum.
@@ -85,7 +85,7 @@ and of latency are of the blocks' sum.
 
 @dataclass(frozen=True)
 class Budget:
-    """One part of a `--budget`: a quantity and a share of it or an amount."""
+    """One part of a `--budget`: a quantity with a share or an amount."""
 
     name: str
     share: float | None
@@ -97,11 +97,11 @@ class Budget:
 
 
 class Removal(Spelling):
-    """How many blocks go: ``"8"``, ``"4..15"``, or a number for each kind, ``"attention=2,moe=3"``.
+    """How many blocks to remove: ``"8"``, ``"4..15"``, or by kind, ``"attention=2,moe=3"``.
 
     Attributes:
-        counts: the numbers of blocks, one or a range; none where kinds have numbers.
-        kinds: the number of each kind.
+        counts: the numbers of blocks, one or a range; empty if `kinds` is set.
+        kinds: the number of blocks of each kind.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -113,7 +113,7 @@ class Removal(Spelling):
             first, last = _bounded(span[1]), _bounded(span[2] or span[1])
             if span[2] and first >= last:
                 raise InputError(
-                    f"{_cut(text)} is no range; write one such as 4..15, the smaller number first"
+                    f"{_cut(text)} is not a range; put the smaller number first, as in 4..15"
                 )
             self.counts = range(first, last + 1)
         for part in text.split(",") if span is None else ():
@@ -129,14 +129,14 @@ class Removal(Spelling):
                 raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
             self.kinds[match[1]] = _bounded(match[2])
         if self.counts[:1] == range(1) or not (self.counts or any(self.kinds.values())):
-            raise InputError(f"{_cut(text)} removes nothing; at least 1 block has to go")
+            raise InputError(f"{_cut(text)} removes nothing; remove at least 1 block")
 
 
 class Budgets(Spelling):
-    """At least so much goes: ``"params=25%"`` a share, ``"bytes=1.5GB,latency=3ms"`` amounts.
+    """How much to remove at least: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
 
     Attributes:
-        parts: one for each quantity.
+        parts: one `Budget` per quantity.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -144,7 +144,7 @@ class Budgets(Spelling):
         names = [b.name for b in self.parts]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"{name!r} occurs twice in {_cut(text)}; give its larger one only")
+                raise InputError(f"{name!r} occurs twice in {_cut(text)}; keep the larger one")
 
 
 def _read_budget(text: str) -> Budget:
@@ -165,25 +165,25 @@ def _read_budget(text: str) -> Budget:
 
 
 class Memory(Spelling):
-    """``"50%"`` is a share of what is free; ``"8GB"`` an amount in bytes.
+    """An amount of memory: ``"8GB"``, or a share of the free memory, ``"50%"``.
 
     Attributes:
-        share, amount: one of them, or None both.
+        share, amount: at most one of them is not None.
     """
 
     def __init__(self, text: str = "") -> None:
         self.share: float | None = None
         self.amount: float | None = None
         if text:
-            what = f"an amount like 8GB or a share like 50%, {_cut(text)}"
+            what = f"memory {_cut(text)}"
             self.share, self.amount = _measure(text.strip(), _BYTES, what, "", "GB")
 
 
 class Effort(Spelling):
-    """What a search may spend: ``"150"`` passes over the calibration text, or ``"20min"``.
+    """The limit of a search: ``"150"`` passes over the calibration text, or ``"20min"``.
 
     Attributes:
-        passes, seconds: one of them, or None both.
+        passes, seconds: at most one of them is not None.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -206,10 +206,10 @@ class Effort(Spelling):
 
 
 class BlockList(Spelling):
-    """Numbers of blocks: ``"0,1,5-8"``; spaces, lines and brackets do as well as commas.
+    """Block numbers: ``"0,1,5-8"``, separated by commas, spaces or lines, in brackets or not.
 
     Attributes:
-        numbers: ascending, each once.
+        numbers: ascending, without duplicates.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -228,10 +228,10 @@ class BlockList(Spelling):
 
 
 class Training(Spelling):
-    """How long to heal: ``"5Mtokens"``, ``"10min"``, or ``"all"`` and nothing for all of a text.
+    """How long to heal: ``"5Mtokens"``, ``"10min"``, or the whole text (``"all"`` or empty).
 
     Attributes:
-        tokens, seconds: one of them, or None both.
+        tokens, seconds: at most one of them is not None.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -240,7 +240,7 @@ class Training(Spelling):
         words = text.strip()
         if words.lower() in ("", "all"):
             return
-        # Of the one letter m only the small one is minutes: 5M may be meant as tokens.
+        # "m" is minutes, but "M" is not: 5M may mean tokens.
         units = r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))"
         match = re.fullmatch(_AMOUNT + units, words)
         amount = float(match[1]) if match else 0.0
@@ -260,7 +260,7 @@ class Training(Spelling):
 
 
 class Device(Spelling):
-    """A device's name as torch spells it."""
+    """The name of a device, as torch writes it."""
 
     def __init__(self, text: str = "auto") -> None:
         if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
@@ -270,19 +270,19 @@ class Device(Spelling):
 def _measure(
     text: str, units: Mapping[str, float], what: str, name: str, example: str
 ) -> tuple[float | None, float | None]:
-    """A share, or an amount in the smallest unit; exactly one of the two."""
+    """Parse a share, or an amount in the smallest unit; exactly one of the two is not None."""
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
-        raise InputError(f"{what}: {_cut(text)} is no share (25%) and no amount (1.5GB)")
+        raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
     value, unit = float(match[1]), match[2].lower()
     if value == 0:
-        raise InputError(f"{what}: {_cut(text)} is nothing; give more than 0")
+        raise InputError(f"{what}: {_cut(text)} removes nothing; give more than 0")
     if unit == "%":
         if value > 100:
-            raise InputError(f"{what}: a share lies between 0% and 100%")
+            raise InputError(f"{what}: a share must be between 0% and 100%")
         return value / 100, None
     if not unit:
-        raise InputError(f"{what}: it has no unit; write {name}{text}% or {name}{text}{example}")
+        raise InputError(f"{what}: no unit; write {name}{text}% or {name}{text}{example}")
     if unit not in units:
         known = ", ".join(["%", *units])
         raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
@@ -290,9 +290,9 @@ def _measure(
 
 
 def _bounded(digits: str) -> int:
-    # Counted before it is read: Python itself refuses numbers of many thousand digits.
+    # The length comes first: Python refuses to convert many thousand digits.
     if len(digits.lstrip("0")) > len(str(LAST_BLOCK)):
-        raise InputError(f"{_cut(digits)} is too large; numbers of blocks end at {LAST_BLOCK:,}")
+        raise InputError(f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}")
     return int(digits)
 
 

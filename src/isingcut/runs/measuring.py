@@ -1,7 +1,7 @@
 """The measuring stages of a run: text to token splits, token splits to Hamiltonians.
 
-Each writes its file of the run folder and does nothing when that file is there, made with the
-same options (`RunFolder.stage`).
+Each writes its file of the run folder, unless that file exists with the same options
+(`RunFolder.stage`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from isingcut.runs.solving import each_removal, removal_rows
 
 
 def names(text: str) -> list[str]:
-    """A comma-separated list of names."""
+    """Split a comma-separated list of names."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def concrete(config: RunConfig) -> RunConfig:
-    """The options with `auto` replaced by the energy that it stands for.
+    """Replace `auto` in the options by the chosen energy.
 
-    So a run's files say which energy they hold.
+    So a run's files name their energy.
     """
     if config.energy != "auto":
         return config
@@ -44,50 +44,50 @@ def concrete(config: RunConfig) -> RunConfig:
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
-    """The energy called ``name``, with the options it has."""
+    """Create the energy called ``name`` with its options."""
     part = registry.get(name)
     own = {f.name for f in dataclasses.fields(part)}
     if config.linear and "linear" not in own and name == config.energy:
-        raise InputError(f"--linear belongs to the energy 'empirical-fisher', not to {name!r}")
+        raise InputError(f"--linear is an option of the energy 'empirical-fisher', not of {name!r}")
     if config.effort and "effort" not in own and name == config.energy:
-        raise InputError(f"--effort belongs to the energies 'refined' and 'auto', not to {name!r}")
+        raise InputError(f"--effort is an option of 'refined' and 'auto', not of {name!r}")
     given = {"linear": config.linear, "effort": config.effort, "seed": config.seed}
     return part(**{key: value for key, value in given.items() if key in own})
 
 
 def samples_of(config: RunConfig, name: str) -> int:
-    """Samples an energy is built from: as asked for the main one, else the energy's own number."""
+    """Return the samples for an energy: `--samples` for the main one, else the energy's default."""
     if name == config.energy and config.samples is not None:
         return config.samples
     return int(energy_part(config, name).default_samples)
 
 
 def _samples(config: RunConfig) -> int:
-    """Samples of the energy split: the most that any energy wants; each takes the first of them."""
+    """Return the size of the energy split: the most of any energy; each takes the first samples."""
     return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
 
 
 def _check_streaming(session: Session) -> None:
-    """Refuse what needs the whole model in memory before anything is measured."""
+    """Raise early if an option needs the whole model in memory."""
     config = session.config
     if not session.streaming:
         return
     for name in (config.energy, *names(config.also)):
         if not getattr(energy_part(config, name), "streams", True):
             raise InputError(
-                f"the energy {name!r} differentiates through all blocks at once and cannot be "
-                "streamed; use 'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off "
-                "on a machine that can hold the model"
+                f"the energy {name!r} needs all blocks in memory and cannot be streamed; use "
+                "'pairwise', 'fisher' or 'empirical-fisher', or pass --stream off on a machine "
+                "with enough memory"
             )
     if "self" in places_in(config.calibration):
         raise InputError(
-            "--calibration self reads the whole model once for every token when it is streamed; "
-            "choose a text, or pass --stream off on a machine that can hold the model"
+            "--calibration self would read a streamed model from disk for every token; choose a "
+            "text, or pass --stream off on a machine with enough memory"
         )
 
 
 def build_calibration(session: Session) -> Calibration:
-    """The token splits of a run, not yet written."""
+    """Build the token splits of a run, without writing them."""
     config = session.config
     _check_streaming(session)
     return build(
@@ -104,7 +104,7 @@ def build_calibration(session: Session) -> Calibration:
 
 
 def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
-    """Stage `calibration`: `calibration.safetensors`, the three token splits."""
+    """Run stage `calibration`: write the three token splits to `calibration.safetensors`."""
     config = session.config
 
     def make(path: Path) -> None:
@@ -129,17 +129,17 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
 def _texts(
     folder: RunFolder, file: Path, config: RunConfig, built: Calibration | None
 ) -> dict[str, Any]:
-    """The hashes of the text's files, as an option of the stage; of one that is gone, as recorded.
+    """Return the hashes of the text's files, as an option of the stage; recorded if missing now.
 
     Raises:
-        CalibrationError: a file is not what was measured on, and overwriting was not allowed.
+        CalibrationError: a file changed since the measurement, and overwriting was not allowed.
     """
     record = folder.finished(file)
     if built is not None:
         return {"texts": built.meta["texts"]}
     known = record.options.texts if record else {}
     if known is None:
-        # Of an older isingcut.
+        # From an older version.
         return {}
     if not folder.overwrite:
         refuse_changed(known, config.calibration)
@@ -148,24 +148,24 @@ def _texts(
 
 
 def _size(split: TokenSet) -> SplitSize:
-    """Samples and predictions of a split; of a mixture, those of each part too."""
+    """Count samples and predictions of a split, and of each source of a mixture."""
     rows = split.rows_by_part
     parts = {"parts": {name: _size(split.select(own)) for name, own in rows.items()}}
     return SplitSize(samples=split.samples, tokens=split.tokens, **(parts if rows else {}))
 
 
 def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
-    """The token splits of a run, from its file."""
+    """Read the token splits of a run."""
     return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
 
 
 def work_of(session: Session, journal: Path) -> Work:
-    """How this session carries a measurement out, with a journal beside its result."""
+    """Describe how this session measures, with a journal next to the result."""
     return Work(session.tuning.batch_tokens, session.progress, journal)
 
 
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
-    """Stage `energy`: `hamiltonian.safetensors`, and one file per energy named by `also`."""
+    """Run stage `energy`: write `hamiltonian.safetensors`, and one file per energy of `also`."""
     config = session.config
     result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
     for name in names(config.also):
@@ -174,7 +174,7 @@ def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
 
 
 def other_path(folder: RunFolder, name: str) -> Path:
-    """The file of an energy measured beside the main one."""
+    """Return the file of an energy of `also`."""
     return folder.path / f"hamiltonian.{name}.safetensors"
 
 
@@ -220,7 +220,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
 
 
 def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
-    """What a search looks for: every removal that the options ask for."""
+    """Return the targets of a search: every removal in the options."""
     if not config.removal:
         return ()
     blocks = folder.run.blocks
@@ -231,7 +231,7 @@ def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
 
 
 def upstream(folder: RunFolder) -> dict[str, Any]:
-    """What ties a stage's file to the calibration it was made on."""
+    """Return the options that tie a stage's file to its calibration."""
     calibration = folder.recorded(folder.path / "calibration.safetensors")
     if calibration is None:
         raise StageFileError(

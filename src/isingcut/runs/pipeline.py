@@ -1,4 +1,4 @@
-"""Whole jobs, `run` and its first half, `energy`; and the Python door, `prune` and `open_run`.
+"""Whole jobs, `run` and its first half, `energy`; and the Python API, `prune` and `open_run`.
 
     text -> token batches -> Hamiltonian -> spectrum -> measured candidates
          -> exact cut -> patched checkpoint -> scores -> report
@@ -7,8 +7,8 @@
     run.spectrum
     run.save("smaller-model")
 
-Everything is checked before the first file is written, and rests on a run folder, so that a run
-started in Python can be looked at, reported or continued in a shell, and the other way round.
+Options are checked before the first file is written. All results are in a run folder, so that you
+can start a run in Python and inspect, report or resume it in a shell, and the other way round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
-from isingcut.data.mixture import hold_texts
+from isingcut.data.mixture import register_texts
 from isingcut.errors import ArchitectureError, InputError, StageFileError
 from isingcut.files import writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
@@ -53,11 +53,11 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
     Args:
         config: all options; or give them by name (`model`, `remove` and `out` at least).
-        progress: where progress is shown, for example `isingcut.console.progress.terminal`.
+        progress: shows progress, for example `isingcut.console.progress.terminal`.
 
     Returns:
-        The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch;
-        for a range of removals there is none, only `remove-M/` with the ranking of each.
+        The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch.
+        A range of removals has no checkpoint, only `remove-M/` with the ranking of each.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -85,7 +85,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 
 
 def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
-    """The rankings of all removals that the options ask for, made by all processes."""
+    """Rank all removals of the options, with all processes."""
     measuring.measure_energy(session, folder)
     rankings = [
         solve_and_rank(session.at(one), folder) for one in solving.each_removal(session.config)
@@ -95,19 +95,19 @@ def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile
 
 
 def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
-    """The content of `candidates.json` for the removal of the session's options."""
+    """Solve and rank the removal of the session's options; return `candidates.json`."""
     solving.solve(folder, session.config)
     return stages.rank(session, folder)
 
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
-    """The final checkpoint in the run folder, patched and healed where the options say so."""
+    """Write the final checkpoint of the run, patched and healed as the options say."""
     model = cutting.make_model(session, folder)
     return cutting.heal(session, folder) or model
 
 
 def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
-    """Cut, heal, evaluate and report; of a range no checkpoint is cut, the user picks one."""
+    """Cut, heal, evaluate and report; for a range, only report, and the user picks one to cut."""
     if len(several) == 1:
         cut_and_heal(session, folder)
         stages.evaluate(session, folder)
@@ -124,7 +124,7 @@ def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -
 def energy(
     config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
 ) -> Path:
-    """Measure the Hamiltonian only; it answers every removal later.
+    """Measure the Hamiltonian only; solve it for any removal later.
 
     Returns:
         The run folder.
@@ -144,16 +144,16 @@ def energy(
 
 
 def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
-    """The options of a whole job, given as a `RunConfig` or by name, with all that it needs.
+    """Check the options of a whole job, given as a `RunConfig` or by name.
 
     Args:
-        source: the call that they were given in, for messages.
+        source: the name of the call, for messages.
     """
     if config is not None and (options or not isinstance(config, RunConfig)):
         raise InputError("give either a RunConfig or options by name (model=...), not both")
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
-        raise InputError("--out was not given; name a folder for the run")
+        raise InputError("--out is missing; give a folder for the run")
     return measuring.concrete(config)
 
 
@@ -161,7 +161,7 @@ def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -
 def open_session(
     config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
 ) -> Iterator[tuple[Session, RunFolder]]:
-    """Check everything that can be wrong before the first file is written, as the only writer.
+    """Open a session, lock the run folder, and check all inputs before the first file is written.
 
     Raises:
         BusyError: another process writes to the run folder.
@@ -175,11 +175,11 @@ def open_session(
         measuring.energy_part(config, name)
     solvers.check(config.solver)
     cutting.check_healing_options(config)
-    stages.check_asked(config)
-    # Before any model is loaded.
+    stages.check_run_tasks(config)
+    # Checked before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
-        # Before a file of ours is open, which may get the number of a pipe that is gone.
+        # Before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
     with writing.locked(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
@@ -214,15 +214,15 @@ def open_session(
 def _follow(
     config: RunConfig, progress: Progress, processes: Processes
 ) -> tuple[Session, RunFolder]:
-    """The same in a process other than rank 0, which has checked everything."""
+    """Open the session in a process other than rank 0, after rank 0's checks."""
     session = Session(config, progress)
     take_up(session, processes)
-    # Loaded while rank 0 makes the folder.
+    # Load while rank 0 creates the folder.
     _ = session.replay
     folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
     if not folder.path.is_dir():
         raise InputError(
-            f"{folder.path} is not seen from here; name an --out that all machines share"
+            f"{folder.path} is not visible on this machine; give an --out on a shared file system"
         )
     folder.processes = processes
     measuring.calibrate(session, folder, None)
@@ -230,17 +230,17 @@ def _follow(
 
 
 def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
-    """Refuse what a model's configuration already rules out, before its weights are read.
+    """Check the options against a model's configuration, before its weights are read.
 
     Args:
-        folder: the model's, as `resolve` gives it.
-        needed: a removal has to be given.
+        folder: the model's folder, from `resolve`.
+        needed: whether a removal is required.
 
     Raises:
         ArchitectureError: no state of this model can be cut.
-        InputError: an impossible removal, a block that the model does not have, or samples that
-            are longer than its positions.
-        InfeasibleError: the constraints clash, as far as they are known without the weights.
+        InputError: an impossible removal, a block that the model does not have, or samples longer
+            than its positions.
+        InfeasibleError: the constraints conflict, as far as known without the weights.
     """
     found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
     if found.refusal:
@@ -248,7 +248,7 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     if needed or config.removal:
         blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
         several = solving.each_removal(config)
-        # A range that is too long is refused by its end, not after solving for all before it.
+        # Check the end of a range first, before solving for its other numbers.
         for one in several[-1:] + several[:-1]:
             solving.removal_rows(blocks, one, early=True)
     else:
@@ -263,14 +263,14 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
 def session_of(
     folder: RunFolder, config: RunConfig, progress: Progress = silent, processes: Processes = ALONE
 ) -> Session:
-    """A session on the model that a run folder was made with.
+    """Open a session on the model of a run folder.
 
     Args:
-        processes: that take it up together.
+        processes: the processes that share it.
 
     Raises:
-        ModelError: it is not there any more.
-        StageFileError: the model found under that name is another one now.
+        ModelError: the model no longer exists.
+        StageFileError: the model of that name is another one now.
     """
     folder.processes = processes
     folder.share()
@@ -281,8 +281,8 @@ def session_of(
             break
     else:
         raise StageFileError(
-            f"{folder.path} was made with another version of {made_with.name!r} than is at "
-            f"{place}; name the one it was made with with --model, or start a new run folder"
+            f"{folder.path} was made with another version of {made_with.name!r} than the one at "
+            f"{place}; give the original version with --model, or start a new run folder"
         )
     session.serve(folder)
     take_up(session, processes)
@@ -298,9 +298,9 @@ class State:
     """One measured state of a model's blocks.
 
     Attributes:
-        removed: the blocks that go, ascending, numbered from 0.
-        energy: what the Hamiltonian says of it, in the Hamiltonian's unit.
-        kl: KL(original || cut), nats per token, on text the energy has not seen.
+        removed: the removed blocks, ascending, numbered from 0.
+        energy: its energy, in the unit of the Hamiltonian.
+        kl: KL(original || cut), nats per token, on text that the energy did not use.
         kl_se: its standard error over samples; None for a single sample.
         nll: negative log-likelihood, nats per token.
         position: place among the candidates by energy, 0 for the lowest.
@@ -320,10 +320,10 @@ class State:
 
 
 class Run:
-    """One removal of a measured model: its spectrum, its choice, and what can be made of it.
+    """One removal of a measured model: its spectrum, its chosen state, and its outputs.
 
-    Made by `prune` or `open_run`. What is not there yet is made when it is first asked for, and
-    kept in the run folder.
+    Made by `prune` or `open_run`. Missing results are computed on first use and kept in the run
+    folder.
 
     Examples:
         >>> isingcut.open_run("my-run")
@@ -346,7 +346,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The folder that holds this removal's files.
+        """The folder with this removal's files.
 
         Examples:
             >>> isingcut.open_run("my-run").path
@@ -356,7 +356,7 @@ class Run:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the original has.
+        """The number of blocks of the original.
 
         Examples:
             >>> isingcut.open_run("my-run").blocks
@@ -400,13 +400,13 @@ class Run:
     def _ranked(self) -> CandidatesFile:
         file = self.path / "candidates.json"
         if self._folder.finished(file) is not None:
-            # Reading what is there needs no model.
+            # Reading finished results needs no model.
             return self._folder.load(file, solving.load_candidates)
         return solve_and_rank(self._session, self._folder)
 
     @property
     def candidates(self) -> list[State]:
-        """The spectrum's states as measured, in the order of their energy.
+        """The measured states of the spectrum, in the order of their energy.
 
         Examples:
             >>> run = isingcut.open_run("my-run")
@@ -417,7 +417,7 @@ class Run:
 
     @property
     def chosen(self) -> State:
-        """The state that was chosen, and that `save` cuts.
+        """The chosen state, which `save` cuts.
 
         Examples:
             >>> isingcut.open_run("my-run").chosen.kl > 0
@@ -427,7 +427,7 @@ class Run:
 
     @property
     def curve(self) -> list[State]:
-        """The chosen state of every removal that was ranked in this folder, fewest blocks first.
+        """The chosen state of every removal ranked in this folder, fewest blocks first.
 
         Examples:
             >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
@@ -452,7 +452,7 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What to know before trusting the choice, and what to do; empty where all is well.
+        """Problems with the choice, and what to do about them; usually empty.
 
         Examples:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
@@ -467,7 +467,7 @@ class Run:
         return found
 
     def at(self, remove: int | str) -> Run:
-        """Another removal of the same Hamiltonian; solving takes seconds, ranking needs the model.
+        """Return another removal of the same Hamiltonian; ranking it needs the model.
 
         Examples:
             >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
@@ -482,19 +482,19 @@ class Run:
     ) -> Path:
         """Write the smaller model, a plain Hugging Face checkpoint with a model card.
 
-        The cut is reloaded and proven to compute what the original does with the same blocks
-        skipped; then it is patched (``patch="none"`` leaves that out), and the same is shown of
-        the patched one. With the option ``heal`` that is distilled, and the result is written.
+        The cut is reloaded and compared with the original with the same blocks skipped. Then it is
+        patched (unless ``patch="none"``) and verified again. With the option ``heal`` it is also
+        distilled.
 
         Args:
             out: the new folder.
-            blocks: cut these instead of the chosen ones; they are patched, not distilled.
-            overwrite: ``out`` may be replaced.
+            blocks: cut these blocks instead of the chosen ones; patched, but not distilled.
+            overwrite: allow replacing ``out``.
 
         Raises:
-            OutputExistsError: ``out`` is there.
+            OutputExistsError: ``out`` exists.
             BusyError: another process writes there.
-            VerificationError: the proof failed; nothing was kept.
+            VerificationError: the comparison failed; nothing was kept.
 
         Examples:
             >>> run = isingcut.open_run("my-run")
@@ -518,19 +518,19 @@ class Run:
         return target
 
     def _product(self) -> Path:
-        """The final checkpoint in the run folder."""
+        """Write and return the final checkpoint in the run folder."""
         _ = self._ranked
         return cut_and_heal(self._session, self._folder)
 
     @convert_memory_errors()
     def evaluate(self) -> dict[str, Any]:
-        """Perplexity, KL, size, speed and memory of both models, on text nothing was chosen on.
+        """Measure perplexity, KL, size, speed and memory of both models, on unseen text.
 
-        The smaller model is the patched one, or the one distilled from it.
+        The smaller model is the patched one, or the healed one with ``heal``.
 
         Returns:
-            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``; of a
-            patched model also the exact ``cut``, of a distilled one what was ``patched``.
+            the content of evaluation.json: ``before`` and ``after``, ``kl`` with ``kl_se``; for a
+            patched model also the exact ``cut``, for a healed one also ``patched``.
 
         Examples:
             >>> found = isingcut.open_run("my-run").evaluate()
@@ -541,7 +541,7 @@ class Run:
         return stages.evaluate(self._session, self._folder).content()
 
     def report(self) -> Path:
-        """Write the report of what is there so far; the path of its Markdown.
+        """Write the report of the results so far; return the path of its Markdown.
 
         Examples:
             >>> isingcut.open_run("my-run").report().name
@@ -564,7 +564,7 @@ def _state(row: MeasuredState, position: int) -> State:
 
 
 class PoorEnergyWarning(UserWarning):
-    """The energy ranked measured losses poorly; the message says how poorly and what to do."""
+    """The energy ranked measured losses poorly; the message has the figures and what to do."""
 
 
 @convert_memory_errors()
@@ -577,23 +577,22 @@ def prune(
     progress: Progress | bool = False,
     **options: Any,
 ) -> Run:
-    """Measure the energy of a model's blocks, solve for the best removals, measure those, choose.
+    """Measure the energy of a model's blocks, solve for the best removals, measure and choose.
 
     Args:
         model: a Hugging Face folder, a hub id, a ``.gguf`` file, ``"smollm2"``, or a
             loaded transformers model, which is saved into a temporary folder that goes with the
             returned object.
         remove: how many blocks go (8), how many of each kind (``"attention=2,moe=3"``), or a
-            range (``"4..15"``, see `Run.curve` and `Run.at`); may be left out where a ``budget``
-            is given.
-        tokenizer: the one of a loaded model.
-        out: the run folder; what is finished there is not measured again. Without one, a
-            temporary folder that goes with the returned object.
+            range (``"4..15"``, see `Run.curve` and `Run.at`); optional with a ``budget``.
+        tokenizer: the tokenizer of a loaded model.
+        out: the run folder; finished results there are reused. By default, a temporary folder
+            that is deleted with the returned object.
         progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`.
         options: every other field of `RunConfig`; ``calibration`` may be a list of texts too.
 
     Returns:
-        the run; no checkpoint is written before `Run.save`.
+        the run. `Run.save` writes the checkpoint.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -616,20 +615,20 @@ def prune(
     loaded = None if isinstance(model, str | Path) else model
     processes = Processes.join()
     if processes.size > 1 and (loaded is not None or out is None):
-        raise InputError("several processes need one model on disk and one run folder: name both")
+        raise InputError("several processes need a model on disk and an out folder; give both")
     if tokenizer is not None and loaded is None:
-        raise InputError("tokenizer belongs to a loaded model; a folder or hub id has its own")
-    # What the run needs beside its folder goes with the returned object.
+        raise InputError("tokenizer is only for a loaded model; a folder or hub id has its own")
+    # Temporary folders are deleted with the returned object.
     with contextlib.ExitStack() as kept:
         if not isinstance(options.get("calibration", ""), str):
-            options["calibration"] = kept.enter_context(hold_texts(options["calibration"]))
+            options["calibration"] = kept.enter_context(register_texts(options["calibration"]))
         if out is None:
             out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
-        asked = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
-        config = checked(None, asked, "isingcut.prune")
+        given = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
+        config = checked(None, given, "isingcut.prune")
         if loaded is not None:
-            # Last, as saving a large one takes long.
+            # Last, because saving a large model takes long.
             config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))
         opened = open_session(config, shown, processes, need_removal=True)
         with opened as (session, folder):
@@ -653,16 +652,15 @@ def open_run(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Run:
-    """A finished or half-finished run folder, whether Python or the command line made it.
+    """Open a finished or unfinished run folder, made in Python or on the command line.
 
     Args:
         folder: the run folder.
         remove: one of its removals; by default the one it was made for.
-        model: where its model is now; by default where it was, seen from here, as an absolute
-            path, or from the run folder.
+        model: the current place of its model; by default its old name or path.
         progress: as in `prune`.
-        overwrite: outputs made with other options may be replaced.
-        trust_remote_code: allow the model's own code to run; no run folder remembers it.
+        overwrite: allow replacing outputs made with other options.
+        trust_remote_code: allow the model's own code to run; a run folder never stores this.
 
     Raises:
         StageFileError: not a run folder, or a damaged one.

@@ -1,8 +1,8 @@
-"""`isingcut plan`: what each energy and stage takes on this machine, before anything runs.
+"""`isingcut plan`: estimate the time and memory of each energy and stage, before anything runs.
 
 A forward pass is timed on one block of each kind and on the output head. Only these are read, so
-that a model far larger than memory is planned in seconds. Each estimate is a number of passes times
-that; nothing is written.
+that planning takes seconds even for a model far larger than memory. Each estimate is a number of
+passes times that; nothing is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
 
 @dataclass(frozen=True)
 class Card:
-    """What a vendor's data sheet says of a GPU.
+    """The data sheet of a GPU.
 
     Attributes:
         memory: bytes.
@@ -68,28 +68,28 @@ CARDS = {
     "rtx5090": Card(32e9, 210e12, 1.79e12),
 }
 REACHED, READING, CARD_BATCH = 0.4, 2e9, 8192
-"""Assumed of every card: the share of its operations that a pass reaches, bytes per second from
-disk, and tokens computed at a time."""
+"""Assumptions for every card: the share of its peak FLOP/s that a pass reaches, bytes per second
+from disk, and tokens per micro-batch."""
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 EVENING = 8.0
-"""Hours that a run may take before the recommendation turns to less."""
+"""Longest run to recommend, in hours."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
-"""Forward passes of an energy of derivatives; of a matrix, for each of its rows."""
+"""Forward passes of a derivative energy; per row for a matrix."""
 _PATCH = {"linear": 3, "tuned": 8}
-# Share of the whole search below which it is not worth beginning.
+# Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
-# Bytes of a number that is trained (itself, its gradient, two moments).
+# Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
 
 class Prices:
-    """What the energies and stages of one model take: a timed pass, times how many there are.
+    """The costs of the energies and stages of one model: a timed pass, times the number of passes.
 
     Attributes:
-        latency: (N,) seconds of each block for a token.
-        once: seconds for a token of what comes once, the output head and the loss.
-        reading: seconds for a byte of weights, read from disk and converted.
+        latency: (N,) seconds per token of each block.
+        once: seconds per token of the output head and the loss.
+        reading: seconds per byte of weights, read from disk and converted.
     """
 
     def __init__(self, config: RunConfig, card: str = "") -> None:
@@ -100,7 +100,7 @@ class Prices:
             self._timed_here()
 
     def _on_card(self, name: str) -> None:
-        """Passes of a card's stated speed, from the model's configuration alone."""
+        """Estimate a pass from a card's data sheet and the model's configuration."""
         if name not in CARDS:
             raise InputError(f"--card must be one of {', '.join(CARDS)}; got {name!r}")
         config, card = self.config, CARDS[name]
@@ -131,7 +131,7 @@ class Prices:
         self.room = allowed - 2 * self.store.largest
 
     def _timed_here(self) -> None:
-        """A pass that is timed on this machine."""
+        """Time a pass on this machine."""
         config, session = self.config, Session(self.config)
         check_by_config(session.source, config, needed=False)
         self.streamed, device = session.streaming, pick_device(config.device)
@@ -146,7 +146,7 @@ class Prices:
         replay, text = StreamedReplay(model, self.store, self.memory), text_config(model)
         found = inspect_model(session.source, trust_remote_code=trust)
         self.batch = min(session.tuning.batch_tokens, found.positions or self.memory.total)
-        # Drawn at random, so that routers of experts spread the words as they do a text's.
+        # Random tokens, so that routers spread them over the experts as in real text.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())
         self._time(replay, batch)
@@ -158,11 +158,11 @@ class Prices:
         self.room = replay.room(batch) if self.streamed else 0
 
     def _count(self, found: Inspection, blocks: int, text: Any) -> None:
-        """What goes and what stays, of so many bytes of blocks."""
+        """Compute the removed and remaining bytes, of ``blocks`` bytes of blocks."""
         self.logits = int(text.vocab_size) * self.store.dtype.itemsize
         self.remove = self._removed(found)
         self.left = 1 - blocks / self.whole * self.remove / self.n
-        # What a backward pass keeps of each token: half of what the work of a block may take.
+        # Bytes per token for a backward pass: half of the working memory of a block.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
 
     def _time(self, replay: StreamedReplay, batch: TokenSet) -> None:
@@ -171,7 +171,7 @@ class Prices:
         Raises:
             ArchitectureError: the blocks cannot be run one at a time.
         """
-        # Kept, so that no reading is timed below.
+        # Keep the parts in memory, so that the timing below includes no reading.
         parts: list[int | str] = [EMBED, HEAD, 0]
         sizes = sum(map(self.store.size, parts))
         self.reading = sum(map(self.store.keep, parts)) / sizes
@@ -187,11 +187,11 @@ class Prices:
 
     @property
     def forward(self) -> float:
-        """Seconds of a pass, for a token."""
+        """The seconds per token of a forward pass."""
         return sum(self.latency) + self.once
 
     def _removed(self, found: Inspection) -> int:
-        """How many blocks go: of a budget as many as it takes; a fifth where nothing is said."""
+        """Return the number of removed blocks: of the options, or a fifth by default."""
         if not self.config.removal:
             return max(1, self.n // 5)
         described = describe_blocks(
@@ -201,7 +201,7 @@ class Prices:
         return Target.of(last.removal, removal_rows(described, last), self.n).size
 
     def energy(self, name: str) -> dict[str, Any]:
-        """One energy, at its own number of samples where the options give none."""
+        """Estimate one energy, with its default number of samples unless the options set it."""
         config = self.config.replace(energy=name, linear=False, effort="")
         samples, n = samples_of(config, name), self.n
         if self.streamed and not getattr(energy_part(config, name), "streams", True):
@@ -211,83 +211,83 @@ class Prices:
             pairs, effort = self._states(name, states, samples), self.config.effort
             if name == "pairwise":
                 return pairs
-            # A budget of passes, spent on states that are much like the pairs.
+            # A budget of passes, spent on states that cost about as much as the pairs.
             passes = effort.passes or greedy_price(n, self.remove)
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1
-        # Streamed, blocks run forward once more.
+        # With streaming, blocks run forward once more.
         passes = rows * (PASSES[name] + self.streamed)
         seconds = samples * config.length * passes * self.forward
         work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
-        # Every block is read on the way forward and on the way back.
+        # Every block is read in the forward and in the backward pass.
         return self._measured(name, samples, seconds, work, 2 * (n + 1))
 
     def stages(self) -> list[dict[str, Any]]:
-        """What comes before and after the energy."""
-        c, held, forward = self.config, self._held(), self.forward
+        """Estimate the stages before and after the energy."""
+        c, weights, forward = self.config, self._weights_in_memory(), self.forward
         reading, work = self.reading * self.weights, self.batch * self.logits
         # Random states are measured on a quarter of the text.
         states = (c.states + c.random_states // 4, self.n)
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
-        # A checkpoint is read, written, and read again to be proven.
+        # A checkpoint is read, written, and read again to verify it.
         found = [
-            _estimate("load", 0, reading, held),
+            _estimate("load", 0, reading, weights),
             self._states("rank", order < self.remove, c.rank_samples),
-            _estimate("excise", 0, 3 * reading, held),
+            _estimate("excise", 0, 3 * reading, weights),
         ]
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
             seconds = 3 * reading + passes * c.patch_tokens * forward
-            memory = held + 4 * c.patch_tokens * self.stream
+            memory = weights + 4 * c.patch_tokens * self.stream
             found.append(_estimate("patch", -(-c.patch_tokens // c.length), seconds, memory))
         if c.heal:
             found.append(self._healing())
-        # The original, the exact cut and what was made of it; memory is that of two new processes.
+        # The original, the exact cut and the final model; the memory is that of two new processes.
         seconds = 3 * c.report_samples * c.length * forward + 2 * reading
-        found.append(_estimate("evaluate", c.report_samples, seconds, held + 4 * work))
+        found.append(_estimate("evaluate", c.report_samples, seconds, weights + 4 * work))
         return found
 
     def _healing(self) -> dict[str, Any]:
-        """What a budget of healing takes and buys, where it is not all of a text."""
+        """Estimate healing with a budget of time or tokens."""
         tokens, seconds = self.config.heal.tokens, self.config.heal.seconds
-        # A pass of the original, then forward and back through what stays.
+        # A pass of the original, then forward and backward through the remaining blocks.
         each = self.forward * (1 + 3 * self.left)
         if self.streamed:
             return _estimate("heal", 0, impossible="needs the whole model in memory")
         if tokens is None and seconds is None:
-            why = "as long as its text is; a budget (--heal 10min) says how long"
+            why = "depends on the text; set a limit with --heal 10min"
             return _estimate("heal", 0, impossible=why)
         tokens = tokens if seconds is None else seconds / each
         trained = _TRAINED * self.left * self.weights / self.store.dtype.itemsize
-        memory = self._held() + trained + self.batch * self.graph
+        memory = self._weights_in_memory() + trained + self.batch * self.graph
         return _estimate("heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory)
 
     def _states(self, name: str, states: Any, samples: int) -> dict[str, Any]:
-        """The losses of states, which pay for every block of their tree once."""
+        """Estimate measuring states, which runs every block of their prefix tree once."""
         count, tokens = len(states), samples * self.config.length
         blocks = (1 + tree_nodes(states) / self.n) * sum(self.latency)
         seconds = tokens * (blocks + (1 + count) * self.once)
         work = self.batch * (self.logits + (BLOCK_STREAMS + self.n + 1) * self.stream)
         return self._measured(name, samples, seconds, work, count + 1)
 
-    def _held(self) -> float:
-        """Bytes of the process with the weights that it holds."""
+    def _weights_in_memory(self) -> float:
+        """Return the bytes of the process with its weights."""
         return self.memory.used + (2 * self.store.largest if self.streamed else self.weights)
 
     def _measured(
         self, name: str, samples: int, seconds: float, work: float, streams: int
     ) -> dict[str, Any]:
-        """A measurement, in memory or streamed.
+        """Estimate a measurement, in memory or streamed.
 
         Args:
-            seconds: of computing.
-            work: bytes beside the weights.
-            streams: hidden states that are kept of each token where the model is streamed.
+            seconds: computing time.
+            work: bytes in addition to the weights.
+            streams: hidden states to keep per token if the model is streamed.
         """
         if not self.streamed:
-            return _estimate(name, samples, seconds, self._held() + work)
-        # Reading hides behind computing where enough streams fit; else the disk sets the pace.
+            return _estimate(name, samples, seconds, self._weights_in_memory() + work)
+        # Reading overlaps with computing if enough streams fit; otherwise the disk is the limit.
         reading = self.reading * self.weights
         sweeps = math.ceil(samples * self.config.length * streams * self.stream / self.room)
         return _estimate(name, samples, max(seconds, sweeps * reading) + reading, self.memory.total)
@@ -296,7 +296,7 @@ class Prices:
 def _estimate(
     name: str, samples: int, seconds: float = 0.0, memory: float = 0, impossible: str = ""
 ) -> dict[str, Any]:
-    """One line of a plan, memory in bytes; why it cannot be, where it cannot."""
+    """Make one line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
     found = {"name": name, "samples": samples, "impossible": impossible}
     return found | {"seconds": seconds, "memory": int(memory)}
 
@@ -305,8 +305,8 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
     """Time a pass of a model and estimate every energy at its default samples.
 
     Args:
-        config: `model`; `remove` or `budget` where the stages after the energy are of interest.
-        card: one of `CARDS`: plan for it, from the model's configuration alone.
+        config: `model`; `remove` or `budget` for the stages after the energy.
+        card: one of `CARDS`, to plan for it from the model's configuration alone.
 
     Returns:
         what `plan --json` prints: ``weights``, ``allowed`` and ``checkpoint`` in bytes, ``forward``
@@ -345,27 +345,27 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
 
 
 def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> tuple[str, str, str]:
-    """The energy that ranks best among those that end in an evening, its effort, and why.
+    """Choose the best energy that finishes in an evening; return it, its effort and the reason.
 
     Args:
-        config: what the user asked for.
-        seconds: of each energy.
-        rest: seconds of all other stages.
+        config: the options.
+        seconds: time of each energy.
+        rest: time of all other stages.
     """
     room = EVENING * 3600 - rest
     if config.removal and seconds["refined"] <= room:
-        return "refined", config.effort, "it ranks best near one removal, and ends in an evening"
+        return "refined", config.effort, "it ranks best near one removal, and takes one evening"
     if seconds["pairwise"] <= room:
-        return "pairwise", "", "it is measured, answers every removal, and ends in an evening"
+        return "pairwise", "", "it is measured, works for every removal, and takes one evening"
     if config.removal and _LEAST * seconds["refined"] <= room:
-        why = "the whole search takes more than an evening; this is as much of it as fits"
+        why = "the whole search takes more than one evening; this effort fits"
         return "refined", f"{max(1, int(room / 3600))}h", why
-    why = "measured energies take more than an evening here; this one is a guide only: "
-    return "fisher", "", why + "look at its fidelity in the report"
+    why = "measured energies take more than one evening here; this one is only a guide: "
+    return "fisher", "", why + "check its fidelity in the report"
 
 
 def command(config: RunConfig, energy: str, effort: str = "") -> str:
-    """What to type for an energy, with the options that were asked for."""
+    """Return the command line for an energy, with the given options."""
     words = ["isingcut", "run" if config.removal else "energy", config.model]
     own = {"model", "energy", "effort", "out"}
     if not config.removal:

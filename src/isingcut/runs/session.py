@@ -1,4 +1,4 @@
-"""What the stages of a run share: the model (loaded when first needed), its blocks, its rows."""
+"""The shared state of a run's stages: the model (loaded on first use), its blocks and its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents import Asked, BlockList, Computed, CutRecord, ModelIdentity
+from isingcut.files.documents import BlockList, Computed, CutRecord, ModelIdentity, RequestedCompute
 from isingcut.files.writing import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -34,15 +34,15 @@ from isingcut.runs.solving import describe_blocks
 
 
 class Session:
-    """A model in use.
+    """The model of a run and how it is computed.
 
     Args:
         config: the run's options; only those about the model are used here.
-        progress: where progress is shown.
-        dtype: what `--dtype auto` stands for, where a run has asked before.
+        progress: shows progress.
+        dtype: the dtype that the run chose for `--dtype auto` before, if any.
 
     Attributes:
-        processes: that hold the same model and measure together.
+        processes: the processes that load the same model and measure together.
     """
 
     def __init__(
@@ -52,30 +52,32 @@ class Session:
         self.processes = ALONE
 
     def at(self, config: RunConfig) -> Session:
-        """The same model, already loaded or not, with other options for the stages."""
+        """Return a session on the same model with other options for the stages."""
         other = copy.copy(self)
         other.config = config
         return other
 
     @cached_property
     def tuning(self) -> Tuning:
-        """How measurements are computed: as asked for, else in the default way.
+        """How measurements are computed: as requested, else the defaults.
 
-        A run chooses better for its machine and records that (`tuned`).
+        A run tunes these for its machine and records the choice (`tuned`).
         """
-        asked = None if self.config.attention == "auto" else self.config.attention
-        return Tuning(asked, self.config.batch_tokens or BATCH_TOKENS)
+        attention = None if self.config.attention == "auto" else self.config.attention
+        return Tuning(attention, self.config.batch_tokens or BATCH_TOKENS)
 
     def tuned(self, folder: RunFolder) -> None:
-        """Take the choice that a run recorded; time one for this device where it has none."""
+        """Use the recorded tuning of a run, or tune for this device."""
         if self.streaming:
             return
-        asked = Asked(attention=self.config.attention, batch_tokens=self.config.batch_tokens)
+        requested = RequestedCompute(
+            attention=self.config.attention, batch_tokens=self.config.batch_tokens
+        )
         device, made = str(self.replay.device), folder.run.provenance
 
         def recorded() -> dict[str, Any]:
             record = made.computed.get(device)
-            if record is None or record.asked != asked:
+            if record is None or record.asked != requested:
                 found = tune(
                     self.replay,
                     self.config.length,
@@ -83,7 +85,7 @@ class Session:
                     batch_tokens=self.config.batch_tokens,
                     memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
                 )
-                record = Computed(asked=asked, **dataclasses.asdict(found))
+                record = Computed(asked=requested, **dataclasses.asdict(found))
                 made.computed = {**made.computed, device: record}
                 folder.save()
             return record.content()
@@ -94,14 +96,14 @@ class Session:
 
     @contextlib.contextmanager
     def computing(self, folder: RunFolder) -> Iterator[None]:
-        """Measure as `tuned` chose, its threads included, for a while."""
+        """Use the choices of `tuned`, threads included, within the context."""
         self.tuned(folder)
         with devices.few_threads(self.tuning.threads):
             yield
 
     @cached_property
     def dtype(self) -> str:
-        """``"float32"`` or ``"bfloat16"``: as asked for, as recorded, else chosen now."""
+        """``"float32"`` or ``"bfloat16"``: as requested, as recorded, else chosen now."""
         if self.config.dtype == "auto" and self._recorded is not None:
             return self._recorded
         return devices.dtype_name(self.config.dtype, self.config.device)
@@ -120,10 +122,10 @@ class Session:
 
     @cached_property
     def streaming(self) -> bool:
-        """Whether the blocks are read from disk as they are needed, and not loaded.
+        """Whether the blocks are streamed from disk.
 
         Raises:
-            InputError: the memory limit cannot be read.
+            InputError: the memory limit cannot be parsed.
         """
         device = devices.pick_device(self.config.device)
         allowed = allowance(self.config.memory_limit, device)
@@ -133,7 +135,7 @@ class Session:
 
     @cached_property
     def loaded(self) -> models.LoadedModel:
-        """The model: in memory, or without its weights where it is streamed."""
+        """The model: in memory, or without weights if streamed."""
         if self.streaming:
             return self.streamed[0]
         return models.load(
@@ -144,28 +146,28 @@ class Session:
         )
 
     def serve(self, folder: RunFolder) -> None:
-        """Give memory back where a stage of a run folder runs out of it; look at the weights."""
+        """Let a run folder free memory when a stage runs out of it, and check the weights."""
         folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
         folder.check_model = lambda: check_unchanged(self.source, self._stamp)
 
     def _stream_from_now(self) -> bool:
-        """Read the blocks from disk from here on; False where that changes nothing."""
+        """Switch to streaming; return False if the model is streamed already."""
         if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
             return False
-        say("memory is used up with the model in it; its blocks are read from disk from here on")
+        say("isingcut: out of memory; the model is streamed from disk from now on")
         self.leave_device()
         self.__dict__["streaming"] = True
         return True
 
     def _memory_record(self) -> dict[str, Any]:
-        """What a stage was computed with for lack of memory."""
+        """Return the settings that a stage used because memory was short."""
         replay = self.__dict__.get("replay")
         if replay is None or replay.limit.tokens >= self.tuning.batch_tokens:
             return {"streamed": True} if self.streaming else {}
         return {"streamed": self.streaming, "most_tokens": replay.limit.tokens}
 
     def leave_device(self) -> None:
-        """Give the device's memory back; the model is loaded again when it is next needed."""
+        """Free the device's memory; the model is loaded again on the next use."""
         if self.streaming:
             return
         for name in ("loaded", "replay"):
@@ -174,16 +176,16 @@ class Session:
 
     @cached_property
     def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
-        """The model without its weights, and its blocks, each read when it is run."""
+        """The model without weights, and its streamed blocks."""
         return self.open_streamed(self.source)
 
     def open_streamed(
         self, folder: Path, other: StreamedReplay | None = None
     ) -> tuple[models.LoadedModel, StreamedReplay]:
-        """A checkpoint without its weights, and its blocks, each read when it is run.
+        """Open a checkpoint without weights, and its streamed blocks.
 
         Args:
-            other: another model whose buffers are shared.
+            other: another model, to share its buffers.
         """
         return load_streamed(
             folder,
@@ -195,7 +197,7 @@ class Session:
         )
 
     def open_cut(self, folder: Path) -> tuple[models.LoadedModel, StreamedReplay | None]:
-        """A cut of the session's model, with the memory of its weights, as `sharing.open_cut`."""
+        """Open a cut of the session's model that shares its weights, see `sharing.open_cut`."""
         if self.streaming:
             return self.open_streamed(folder, self.streamed[1])
         removed = read_document(folder / "isingcut.json", CutRecord).removed
@@ -209,7 +211,7 @@ class Session:
 
     @cached_property
     def replay(self) -> Replay:
-        """The model's blocks, callable one at a time."""
+        """The model's blocks, to run one at a time."""
         if self.streaming:
             replay: Replay = self.streamed[1]
         else:
@@ -218,7 +220,7 @@ class Session:
         return replay
 
     def describe_blocks(self) -> BlockList:
-        """Blocks and legality rows as `run.json` keeps them."""
+        """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
         check_same_blocks(model.config.to_dict(), self.stack, legal)
@@ -230,49 +232,48 @@ class Session:
 
 
 def take_up(session: Session, processes: Processes) -> None:
-    """Let the session's measurements be shared by all processes, which compute as rank 0 does.
+    """Share the session's measurements among all processes, with the settings of rank 0.
 
     Raises:
-        InputError: one GPU was named for several processes, or there are too few.
-        ModelError: the model is another one here than where rank 0 is.
+        InputError: one GPU was given for several processes, or there are too few GPUs.
+        ModelError: this process and rank 0 have different models.
     """
     if processes.size == 1:
         return
     session.processes = processes
     _check_gpu(session.config.device, processes)
-    # Rank 0's choices: free memory is no reason for processes to do different things, nor is the
-    # speed of one machine's bfloat16. Resolved first: a download or a conversion is then there for
-    # the whole machine.
+    # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
+    # The model is resolved first, so that each machine downloads or converts it once.
     chosen = processes.decide(lambda: _choices(session, processes.size))
     if processes.local_rank == 0:
         _ = session.identity
     processes.wait()
     if session.identity.sha256 != chosen.pop("sha256"):
         raise ModelError(
-            f"{session.config.model!r} is another model on this machine than on that of rank 0; "
-            "give every machine the same files"
+            f"{session.config.model!r} differs between this machine and that of rank 0; give every "
+            "machine the same files"
         )
     if processes.rank:
         session.config = session.config.replace(**chosen)
 
 
 def part(session: Session, folder: RunFolder) -> None:
-    """From here on each process works for itself."""
+    """Let each process work for itself from now on."""
     session.processes = session.replay.processes = folder.processes = ALONE
 
 
 def _choices(session: Session, size: int) -> dict[str, Any]:
-    """What all processes have to have in common."""
-    # A launcher with the wrong options starts one process without a word.
+    """Return the settings that all processes must share."""
+    # Printed because a launcher with wrong options silently starts one process.
     if session.progress is not silent:
-        say(f"{size} processes share the measuring")
+        say(f"isingcut: {size} processes share the measurements")
     found = {"sha256": session.identity.sha256, "dtype": session.dtype}
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(session.config.device)
-    if device.type != "cuda" and beside > 1 and not session.config.memory_limit:
-        # Of the memory, each of them gets its part.
+    if device.type != "cuda" and local_size > 1 and not session.config.memory_limit:
+        # Each process gets its share of the memory.
         memory = allowance("", device)
-        each = memory.used + memory.left // beside
+        each = memory.used + memory.left // local_size
         session.config = session.config.replace(memory_limit=f"{each / 1e6:.0f}MB")
     stream = "on" if session.streaming else "off"
     return found | {"memory_limit": session.config.memory_limit, "stream": stream}
@@ -283,12 +284,12 @@ def _check_gpu(device: str, processes: Processes) -> None:
 
     if device.startswith("cuda:"):
         raise InputError(
-            f"--device {device} names one GPU for {processes.size} processes; "
-            "give --device cuda, and each takes its own"
+            f"--device {device} is one GPU for {processes.size} processes; give --device cuda, and "
+            "each process uses its own"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device in ("auto", "cuda") and 0 < gpus <= processes.local_rank:
         raise InputError(
-            f"this machine has {gpus} GPUs and more processes than that; start one for each GPU "
+            f"this machine has more processes than its {gpus} GPUs; start one per GPU "
             f"(--nproc-per-node {gpus}), or all on the CPU (--device cpu)"
         )

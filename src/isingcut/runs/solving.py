@@ -1,6 +1,6 @@
-"""What a run may remove, and the stages that need files of the run folder only: `solve`, `report`.
+"""The constraints of a run, and the stages that only need files of its folder: `solve`, `report`.
 
-Count, budgets, blocks kept and dropped and legality are linear rows. Nothing here loads torch.
+Counts, budgets, keep and drop lists and legality are linear rows. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
-    """The options of each removal: themselves, or one a number of a range such as `4..15`."""
+    """Return the options of each removal: one per number of a range such as `4..15`."""
     counts = config.remove.counts
     return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
 
@@ -41,25 +41,25 @@ def each_removal(config: RunConfig) -> list[RunConfig]:
 def removal_rows(
     blocks: BlockList, config: RunConfig, *, early: bool = False
 ) -> list[LinearConstraint]:
-    """All constraints of one removal, for the blocks that `run.json` describes.
+    """Make all constraints of one removal, for the blocks in `run.json`.
 
     Args:
-        early: the blocks are known from the model's configuration only; budgets of what depends
-            on its weights or on this machine are left to the call that knows them.
+        early: the blocks are known from the model's configuration only; skip budgets that depend
+            on its weights or on this machine.
 
     Raises:
-        InputError: an option cannot be read, or no block or every block would go.
-        InfeasibleError: the constraints clash; the message names them, and the largest budgets.
+        InputError: an unreadable option, or no block or every block would be removed.
+        InfeasibleError: the constraints conflict; the message has them and the largest budgets.
     """
     if len(each_removal(config)) > 1:
         raise InputError(
-            f"--remove {config.remove} is a range, which only `run` and the search take; "
+            f"--remove {config.remove} is a range, which only `run` and the search accept; "
             "give one number here"
         )
     kinds = [b.kind for b in blocks.blocks]
     n = len(kinds)
     if n == 1:
-        raise InputError("this model has one block, which stays: none can be removed")
+        raise InputError("this model has a single block, which must stay; use a deeper model")
     if config.remove or not config.budget:
         counts = count_rows(kinds, config.remove)
     else:
@@ -82,7 +82,7 @@ def removal_rows(
 
 
 def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
-    """The rows of `keep` and `drop`.
+    """Make the rows of `keep` and `drop`.
 
     Raises:
         InputError: a block that a model of ``n`` blocks does not have.
@@ -91,7 +91,7 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
 
 
 def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
-    """One `--budget`: at least this much of a quantity is removed."""
+    """Make the row of one `--budget`: at least this much of a quantity is removed."""
     quantity = wanted.quantity
     costs = [getattr(b, quantity.cost) for b in blocks.blocks]
     total = float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
@@ -99,13 +99,13 @@ def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
 
 
 def _largest(problem: Problem, row: LinearConstraint, budget: Budget) -> str:
-    """The most of one budget that a state of the problem removes, as it can be typed."""
+    """Return the largest feasible value of one budget, as you can type it."""
     costs = row.coefficients
-    # An energy that falls with what is removed: its lowest state removes the most.
+    # The energy decreases with the removed amount, so its lowest state removes the most.
     falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))
     most = float(costs @ Problem(falling, problem.constraints).a_state())
     if budget.share is not None:
-        # Rounded down, so that what is said can be had.
+        # Rounded down, so that the printed value is feasible.
         return f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
     unit = budget.quantity.unit
     amount = math.floor(1e6 * most / budget.quantity.units[unit.lower()]) / 1e6
@@ -113,11 +113,11 @@ def _largest(problem: Problem, row: LinearConstraint, budget: Budget) -> str:
 
 
 def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
-    """How many blocks go, in all or per kind."""
+    """Make the rows for the number of removed blocks, in all or per kind."""
     n = len(kinds)
     if not remove:
         raise InputError(
-            f"--remove was not given; say how many of the {n} blocks to remove, or give a --budget"
+            f"--remove is missing; give how many of the {n} blocks to remove, or a --budget"
         )
     if remove.counts:
         if remove.counts[0] >= n:
@@ -127,7 +127,7 @@ def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
         return [rows.count(n, remove.counts[0])]
     if (total := sum(remove.kinds.values())) >= n:
         raise InputError(
-            f"--remove must name 1 to {n - 1} blocks in all for this model of {n} blocks, "
+            f"--remove must remove 1 to {n - 1} blocks in all for this model of {n} blocks, "
             f"got {total} ({remove})"
         )
     return rows.kind_counts(kinds, remove.kinds)
@@ -140,11 +140,11 @@ def describe_blocks(
     size: int,
     seconds: Sequence[float] = (),
 ) -> BlockList:
-    """Blocks and legality rows as `run.json` keeps them, so that solving needs no model.
+    """Describe blocks and legality rows for `run.json`, so that solving needs no model.
 
     Args:
-        parameters: of the whole model; ``size`` its bytes, 0 where they are not known.
-        seconds: of each block for a token, where they were timed.
+        parameters: parameters of the whole model; ``size`` its bytes, 0 if unknown.
+        seconds: time of each block per token, if measured.
     """
     times: Sequence[float | None] = seconds or [None] * len(stack)
     return BlockList(
@@ -162,11 +162,11 @@ def describe_blocks(
 
 
 def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
-    """Stage `solve`: `spectrum.json` of one removal, from the Hamiltonian's file alone."""
+    """Run stage `solve`: write `spectrum.json` of one removal, from the Hamiltonian's file."""
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
         raise StageFileError(
-            f"expected {file}, which is not there; run: isingcut energy MODEL --out {folder.path}"
+            f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
         )
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
@@ -174,8 +174,8 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
     def make(path: Path) -> None:
         if imports(config.solver) and folder.typed_solver != config.solver:
             raise InputError(
-                f"{folder.path} asks for the solver {config.solver}, whose code would be imported; "
-                f"if you trust it, type it yourself: --solver {config.solver}"
+                f"the options of {folder.path} have --solver {config.solver}, which imports "
+                f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
         spectrum = find(
             problem, config.solver, config.states, diverse=config.diverse, **_solver_options(config)
@@ -187,13 +187,13 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
 
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
-    """The constrained problem of one removal of this folder's Hamiltonian."""
+    """Make the constrained problem of one removal, with this folder's Hamiltonian."""
     hamiltonian = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load)
     return Problem(hamiltonian, removal_rows(folder.run.blocks, config))
 
 
 def _solver_options(config: RunConfig) -> dict[str, Any]:
-    """Seed and time limit, for a solver that has such options."""
+    """Return seed and time limit, if the solver has such options."""
     part = registry.get(config.solver)
     fields = {f.name for f in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
     given = {"seed": config.seed, "seconds": config.solve_seconds}
@@ -212,29 +212,27 @@ def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
-    """A file of an earlier stage of this removal."""
+    """Return a file of an earlier stage of this removal."""
     path = folder.target(config.removal) / name
     if not path.exists():
         which = f"--remove {config.remove}" if config.remove else f"--budget {config.budget}"
-        raise StageFileError(
-            f"expected {path}, which is not there; type: isingcut {stage} {folder.path} {which}"
-        )
+        raise StageFileError(f"{path} does not exist; type: isingcut {stage} {folder.path} {which}")
     return path
 
 
 def load_candidates(path: Path) -> CandidatesFile:
-    """The ranking in a `candidates.json`."""
+    """Read the ranking in a `candidates.json`."""
     return read_document(path, CandidatesFile)
 
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
-    """The blocks that the ranking of one removal chose."""
+    """Return the blocks that the ranking of one removal chose."""
     found = folder.load(needs(folder, config, "candidates.json", "rank"), load_candidates)
     return found.chosen.removed
 
 
 def report(folder: RunFolder, remove: str) -> Path:
-    """Stage `report`: `report.html`, `.md` and `.json`, from the folder's files alone."""
+    """Run stage `report`: write `report.html`, `.md` and `.json` from the folder's files."""
     target = folder.target(remove)
     with folder.writing():
         write_report(folder.path, target)

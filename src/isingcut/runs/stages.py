@@ -1,8 +1,8 @@
 """The stages that measure states and models: `rank`, `evaluate`, `benchmarks` and `baseline`.
 
-Each writes its file of the run folder and does nothing when that file is there, made with the
-same options (`RunFolder.stage`). A baseline sees the samples that built the energy; its choice is
-measured on the split that ranks the candidates, so that both compare as they stand.
+Each writes its file of the run folder, unless that file exists with the same options
+(`RunFolder.stage`). A baseline uses the samples of the energy; its choice is measured on the split
+that ranks the candidates, so that both are comparable.
 """
 
 from __future__ import annotations
@@ -60,69 +60,68 @@ from isingcut.runs.measuring import names
 from isingcut.runs.session import Session
 
 
-def check_asked(config: RunConfig) -> list[str]:
-    """Refuse tasks of a run's options that cannot be asked, before a model is loaded.
+def check_run_tasks(config: RunConfig) -> list[str]:
+    """Check the tasks of a run's options before a model is loaded.
 
     Returns:
-        their names, each once.
+        their names, without duplicates.
 
     Raises:
-        InputError, MissingExtraError: as `questions.check_tasks`, or there is nothing to choose by,
-            or to score.
+        InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
     """
     if not config.tasks:
         return []
     if config.choose != "tasks" and len(solving.each_removal(config)) > 1:
-        raise InputError("--tasks scores a checkpoint, and a range cuts none; leave it out")
+        raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
     names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
-        raise InputError("wikitext2 is a text; to --choose by --tasks takes one with questions")
+        raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
     return names
 
 
 def check_whole(session: Session) -> None:
-    """Refuse tasks of a session's options that take the whole model where it is streamed.
+    """Raise if a task needs the whole model in memory, but the model is streamed.
 
     Raises:
-        InputError: a text to read, or a task whose answers are written.
+        InputError: a perplexity task, or a task with generated answers.
     """
     config = session.config
     for name in split_names(config.tasks) if config.tasks and session.streaming else ():
         if name == WIKITEXT or prepare_task(name, data_of(config), config.questions).generates:
             raise InputError(
-                f"{name} takes the whole model, which does not fit the memory allowed; raise "
-                "--memory-limit, or leave it out of --tasks"
+                f"{name} needs the whole model, which does not fit the memory limit; raise "
+                "--memory-limit, or remove it from --tasks"
             )
 
 
 def data_of(config: RunConfig) -> Path | None:
-    """The folder of the questions that a run's options name."""
+    """Return the folder of the questions in a run's options."""
     return user_path(config.data) if config.data else None
 
 
 def last_blocks(size: int, count: int) -> list[int]:
-    """So many at the end of a stack of ``size``."""
+    """Return the last ``count`` blocks of a stack of ``size``."""
     return list(range(size - count, size))
 
 
 def choose_by_tasks(
     session: Session, rows: Sequence[documents.MeasuredState], kept: Path
 ) -> tuple[int, documents.ByTasks]:
-    """The best of a few candidates on half of the questions of the run's tasks.
+    """Choose the best of a few candidates by half of the questions of the run's tasks.
 
-    Each is the original with its blocks skipped: no checkpoint is written.
+    Each candidate is the original with blocks skipped, so no checkpoint is written.
 
     Args:
-        rows: of `candidates.json`.
-        kept: folder of journals.
+        rows: the rows of `candidates.json`.
+        kept: folder for journals.
 
     Returns:
-        its position in ``rows``, and how it was chosen.
+        the index of the chosen row, and the record of the choice.
     """
     config = session.config
     tasks = {
         task.name: task
-        for name in check_asked(config)
+        for name in check_run_tasks(config)
         if name != WIKITEXT
         for task in [prepare_task(name, data_of(config), config.questions)]
     }
@@ -131,9 +130,9 @@ def choose_by_tasks(
     best = contenders(rows, last)
     drawn = draw_half(pool, config.seed)
     model = ScoredModel(session.loaded, session.replay)
-    # Fewer where one is ahead early.
+    # Fewer if one candidate is clearly ahead early.
     most = len(best) * sum(map(len, drawn.values()))
-    with session.progress(f"asking {len(best)} candidates at most {most} questions", most) as bar:
+    with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
             journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
@@ -154,19 +153,19 @@ def choose_by_tasks(
 def benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> documents.BenchmarksFile:
-    """Stage `benchmarks`: `benchmarks.json`, both models on the questions of the options' tasks.
+    """Run stage `benchmarks`: score both models on the options' tasks, in `benchmarks.json`.
 
     Args:
-        removed: the cut model is the one without these blocks, instead of the chosen one.
+        removed: the blocks of another state than the chosen one.
     """
     config = session.config
     checkpoint = product(folder, config, removed)
     made = folder.recorded(checkpoint)
     if made is None or not checkpoint.exists():
-        raise InputError(f"there is no {checkpoint}; excise (and heal) first")
+        raise InputError(f"{checkpoint} does not exist; run excise (and heal) first")
     ranked = folder.target(config.removal) / "candidates.json"
     chosen = folder.finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
-    # Questions that chose a run's state may not judge it.
+    # Questions that were used for the choice must not judge it.
     but = chosen.asked if chosen else []
     tasks = list(dict.fromkeys(split_names(config.tasks)))
     options = {
@@ -199,11 +198,11 @@ def score_both(
     but: Sequence[str] = (),
     kept: Path | None = None,
 ) -> documents.BenchmarksFile:
-    """What `benchmarks.json` says: the session's model and a checkpoint cut from it.
+    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
 
     Args:
-        but: questions to leave out, by their keys.
-        kept: folder of journals; None keeps nothing.
+        but: keys of questions to leave out.
+        kept: folder for journals; None keeps nothing.
     """
     from importlib.metadata import version
 
@@ -235,7 +234,7 @@ def score_both(
 
 
 def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
-    """Stage `rank`: `candidates.json`, the spectrum's states beside random ones, measured."""
+    """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
     config = session.config
     target = folder.target(config.removal)
     spectrum = folder.load(solving.needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
@@ -250,7 +249,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
     }
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
-    check_asked(config)
+    check_run_tasks(config)
     check_whole(session)
     journal, scores = target / "candidates.journal", target / ".asked"
 
@@ -294,10 +293,10 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
 
 
 def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
-    """The candidates to measure: a spectrum, and what a search found for the same removal.
+    """Return the candidates to measure: a spectrum, and a search's states for the same removal.
 
-    To choose by questions, the state without the last blocks is one too where it is allowed: what
-    writes worst may answer best.
+    For a choice by questions, the state without the last blocks is added if it is feasible: a model
+    with the worst loss may score best.
     """
     searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
     mine = searched.get(config.removal, {})
@@ -311,7 +310,7 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     return Spectrum.from_states(
         problem,
         np.concatenate([spectrum.states, states_of(problem.n, found)]),
-        # The lowest stay the lowest, whatever else is measured beside them.
+        # Added states do not affect the proof of the lowest.
         proven=spectrum.proven,
         solver=solver,
         seconds=spectrum.seconds,
@@ -322,10 +321,10 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
 def one_pass(
     ranking: documents.CandidatesFile, search: Mapping[str, Any]
 ) -> documents.OnePass | None:
-    """What one pass chooses as the ranking measured it, with its price and the search's.
+    """Return the measured choices of one-pass methods, with the costs of the pass and the search.
 
     Args:
-        search: of the energy's metadata; empty where it is not a search's.
+        search: the search's record in the energy's metadata; empty for other energies.
     """
     found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
     rows = {tuple(row.removed): row.content() for row in ranking.candidates}
@@ -342,10 +341,10 @@ def one_pass(
 def evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
 ) -> documents.EvaluationFile:
-    """Stage `evaluate`: `evaluation.json`, the original and the cut model on unseen text.
+    """Run stage `evaluate`: measure the original and the cut model on unseen text.
 
     Args:
-        removed: the cut model is the one without these blocks, instead of the chosen one.
+        removed: the blocks of another state than the chosen one.
     """
     config = session.config
     if removed is None:
@@ -355,7 +354,7 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     whole = {"model": excised.fingerprint, **measuring.upstream(folder)}
     without_speed = {**whole, "skip_speed": True}
-    # What lacks speed may be made anew; what has it already holds all that was asked for.
+    # A result without speed may be replaced; a result with speed has everything requested.
     skip = config.skip_speed and not folder.is_made(file, whole)
 
     def make(path: Path) -> None:
@@ -363,7 +362,7 @@ def evaluate(
         tokens = measuring.splits_of(folder)["report"]
         session.tuned(folder)
         elsewhere = _unlike(session, tokens)
-        beside = _beside(session, checkpoint, tokens, elsewhere)
+        further = _further_scores(session, checkpoint, tokens, elsewhere)
         cut, streamed = session.open_cut(checkpoint)
         progress = session.progress
         found = before_and_after(
@@ -374,7 +373,7 @@ def evaluate(
             batch_tokens=session.tuning.batch_tokens,
             skip_speed=skip,
             progress=progress,
-        ).model_copy(update=beside)
+        ).model_copy(update=further)
         if streamed is None and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -399,7 +398,7 @@ def evaluate(
 
 
 def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
-    """A quarter as many samples of a text that is no part of the calibration, by its name."""
+    """Read a text that is not in the calibration, a quarter as many samples; by its name."""
     config, loaded = session.config, session.loaded
     if UNLIKE in places_in(config.calibration):
         return {}
@@ -416,10 +415,10 @@ def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
     return {UNLIKE: built.splits["report"]}
 
 
-def _beside(
+def _further_scores(
     session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
 ) -> dict[str, Any]:
-    """What an evaluation says besides: what the last model is, and the models on the way to it."""
+    """Return the name of the last model, and the scores of the models between original and last."""
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", documents.CutRecord)
     patch, healed = record.patch, checkpoint != model
@@ -455,7 +454,7 @@ def _with_elsewhere(
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
 ) -> documents.FurtherScores:
-    """What ``judge`` says of a model on the report split, and on each of the other texts."""
+    """Run ``judge`` on the report split and on each of the other texts."""
     figures = set(documents.FurtherPart.model_fields)
     texts = {name: judge(text).model_dump(include=figures) for name, text in elsewhere.items()}
     further = {name: documents.FurtherPart(**scores) for name, scores in texts.items()}
@@ -471,7 +470,7 @@ def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> documents.
 def _exact_cut(
     session: Session, removed: Sequence[int], tokens: TokenSet
 ) -> documents.FurtherScores:
-    """The scores of the exact cut: of the original with its blocks skipped."""
+    """Score the exact cut: the original with its blocks skipped."""
     measured = measure(
         session.replay,
         tokens,
@@ -494,11 +493,11 @@ _LARGEST = 1_000_000
 
 
 def baseline_part(name: str, settings: Sequence[str]) -> Any:
-    """The baseline called ``name`` with settings as ``option=value`` texts.
+    """Create the baseline called ``name`` with settings as ``option=value`` texts.
 
     Raises:
-        InputError: no such option, a value of another type than its default's, or a number
-            above a million.
+        InputError: no such option, a value of another type than its default, or a number above a
+            million.
     """
     part = registry.get(name)
     known = {f.name: f.default for f in dataclasses.fields(part)}
@@ -512,10 +511,10 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         try:
             value = parse_yaml(text)
         except ValueError as e:
-            raise InputError(f"--set {shown(setting)} is not a readable value ({e})") from e
+            raise InputError(f"--set {shown(setting)}: cannot read the value ({e})") from e
         if isinstance(value, list):
             value = tuple(value)
-        # Only a number may stand where the default is left to the method.
+        # An option without a default takes numbers only.
         expected = int if known[option] is None else type(known[option])
         items = value if isinstance(value, tuple) and expected is tuple else ()
         if type(value) is not expected or any(type(v) is not int for v in items):
@@ -524,7 +523,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
                 f"got {shown(text)}"
             )
         if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
-            raise InputError(f"--set {shown(setting)}: numbers end at {_LARGEST:,}")
+            raise InputError(f"--set {shown(setting)}: the largest number is {_LARGEST:,}")
         chosen[option] = value
     return part(**chosen)
 
@@ -534,13 +533,12 @@ def compare(
 ) -> documents.BaselineFile:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
-    A method knows numbers of blocks only: where the removal is a budget or a number per kind, it
-    removes as many as the run's chosen state, and ``violated`` says what it breaks.
+    Baselines only support a number of blocks. For a budget or a number per kind, the baseline
+    removes as many blocks as the run's chosen state, and ``violated`` lists broken constraints.
 
     Returns:
-        The file: what is removed, with its losses on the ranking split, the price in passes and
-        heads (see `isingcut.baselines.base.Outcome`), and the constraints of the run that the
-        method does not know and breaks.
+        The file: the removed blocks, with their losses on the ranking split, the cost in passes and
+        heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
     """
     config = session.config
     part = baseline_part(name, settings)

@@ -10,7 +10,7 @@ import isingcut.testing
 
 
 def main() -> int:
-    """Run the kit named first on the command line; further words are the kit's own."""
+    """Run the kit named first on the command line with the further arguments."""
     kits = [
         info.name
         for info in pkgutil.iter_modules(isingcut.testing.__path__)

@@ -1,22 +1,21 @@
-"""GPUs without hardware: tensors that say they are on a card, refuse other devices and are counted.
+"""Fake GPUs: tensors that report a card as device, refuse other devices, and are counted.
 
 A tensor on a fake card keeps its numbers in a CPU tensor, so that a whole path runs with real
-values and all that depends on them. It meets other tensors by the rules of a GPU: an operation that
-mixes devices is an error, except a copy, CPU tensors as indices, and CPU tensors of no dimensions
-in elementwise operations; `numpy()` is an error; a CPU generator draws nothing there. Two cards are
-two devices.
+values. It follows the rules of a GPU: an operation that mixes devices is an error, except a copy,
+CPU tensors as indices, and CPU tensors of no dimensions in elementwise operations; `numpy()` is an
+error; a CPU generator cannot be used. Two cards are two devices.
 
 Each card has a ledger: the bytes of all live storages on it, their peak, and a budget. An
 allocation beyond the budget raises `torch.OutOfMemoryError`, as CUDA does.
 
-The device is torch's "lazy" type, which has no kernels of its own and no settings of the process.
-`torch.get_device_module` answers for it while the cards are there.
+The device is torch's "lazy" type, which has no kernels and no process-wide settings. Within the
+context, `torch.get_device_module` supports it.
 
-What this cannot see: kernels and their rounding (the CPU's compute everything) and the workspace
-that they take; fragments and the rounding of an allocator; streams, events and copies that run at
-the same time; operations that a CPU has and a GPU lacks; what custom kernels (Triton, CUDA) read;
-what autocast casts beside the operands of matrix products;
-a gradient on another device than what it is the gradient of (torch exempts tensor subclasses).
+Not simulated: GPU kernels, their rounding and their workspace (the CPU computes everything);
+fragmentation and rounding of an allocator; concurrent streams, events and copies; operations that a
+CPU has and a GPU lacks; reads of custom kernels (Triton, CUDA); casts of autocast other than the
+operands of matrix products; a gradient on another device than its tensor (torch exempts tensor
+subclasses).
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ _TYPE = "lazy"
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_, _aten._to_copy}
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
-# Beside elementwise operations, those whose value may be a number in a CPU tensor.
+# Besides elementwise operations, those that accept a number in a CPU tensor.
 _VALUED = {*_INDEXED, _aten.masked_fill, _aten.masked_fill_, _aten.fill, _aten.fill_}
 _RESIZING = {_aten.set_, _aten.resize_}
-# What autocast computes in half precision.
+# The operations that autocast computes in half precision.
 _HALVED = {
     *(functional.linear, functional.scaled_dot_product_attention, functional.conv1d),
     *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -54,7 +53,7 @@ _HALVED = {
 
 
 class MixedDevicesError(RuntimeError):
-    """Tensors of two devices met in one operation."""
+    """An operation mixed tensors of two devices."""
 
 
 class Card:
@@ -62,9 +61,9 @@ class Card:
 
     Attributes:
         device: for ``model.to(...)`` and ``device=``.
-        budget: bytes that may be live at a time; None: any number.
-        live: bytes of the storages that are live now.
-        peak: the most bytes that were live since `reset_peak`.
+        budget: most live bytes; None: no limit.
+        live: bytes of the live storages.
+        peak: most live bytes since `reset_peak`.
     """
 
     def __init__(self, index: int, budget: int | None = None) -> None:
@@ -74,14 +73,14 @@ class Card:
         self._storages: weakref.WeakValueDictionary[int, _Storage] = weakref.WeakValueDictionary()
 
     def reset_peak(self) -> None:
-        """Count the peak from now on."""
+        """Restart the peak from the current value."""
         self.peak = self.live
 
     def storage_of(self, values: Tensor) -> _Storage:
-        """The ledger's entry for the storage of a tensor, new or known.
+        """Return the ledger's entry for the storage of a tensor, new or known.
 
         Raises:
-            torch.OutOfMemoryError: it is new, and beyond the budget.
+            torch.OutOfMemoryError: a new storage exceeds the budget.
         """
         storage = values.untyped_storage()
         known = self._storages.get(storage._cdata)
@@ -91,7 +90,7 @@ class Card:
 
 
 class _Storage:
-    """Bytes on a card, given back when the last tensor that uses them is gone."""
+    """Bytes on a card, freed with the last tensor that uses them."""
 
     def __init__(self, card: Card, size: int) -> None:
         self.card, self.size = card, 0
@@ -111,14 +110,14 @@ class _Storage:
 
 @contextlib.contextmanager
 def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]]:
-    """Lend fake cards, usable in this thread while the context lasts.
+    """Provide fake cards in this thread, within the context.
 
     Args:
-        count: cards.
-        budget: bytes of each; None: any number.
+        count: number of cards.
+        budget: bytes of each; None: no limit.
 
     Raises:
-        MixedDevicesError: where devices mix; at the end, too, if the code caught the first one.
+        MixedDevicesError: devices were mixed; raised again at the end if the code caught it.
     """
     cards = [Card(index, budget) for index in range(count)]
     mode, cast, module_of = _Mode(cards), _Autocast(), torch.get_device_module
@@ -128,12 +127,12 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         named = device is not None and torch.device(device).type == _TYPE
         return module if named else module_of(device)
 
-    # `torch.tensor(..., device=...)`: the CPU makes it, then it is moved, by way of the mode.
+    # `torch.tensor(..., device=...)` creates it on the CPU, then moves it through the mode.
     torch._C._set_only_lift_cpu_tensors(True)
     _CARDS.append(cards)
     try:
         with (
-            # The mode below is that of this thread.
+            # The mode below applies to this thread.
             mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
             # For transformers' Trainer, the first card is a GPU with bfloat16 and a fused AdamW.
             mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": f"{_TYPE}:0"}),
@@ -160,7 +159,7 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
 
 
 def _patch(name: str, ours: Callable[..., Any]) -> Any:
-    """A patch of a function of torch's for the cards' device type alone, its first argument."""
+    """Patch a torch function for the device type of the cards, which is its first argument."""
     torchs = pkgutil.resolve_name(name)
 
     def function(device_type: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +171,7 @@ def _patch(name: str, ours: Callable[..., Any]) -> Any:
 
 
 class _Autocast(TorchFunctionMode):
-    """What enters matrix products is cast, float32 weights once while the outermost one lasts."""
+    """Casts the operands of matrix products; float32 weights once per outermost context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +223,7 @@ _CARDS: list[list[Card]] = []
 
 @dataclass(frozen=True)
 class _DeviceModule:
-    """What `torch.cuda` is for CUDA, as far as isingcut uses it."""
+    """The counterpart of `torch.cuda`, as far as isingcut uses it."""
 
     cards: list[Card]
 
@@ -271,7 +270,7 @@ class _DeviceModule:
 
 
 class _Stream:
-    """A stream or an event of a card on which everything is done at once."""
+    """A stream or an event of a card that does everything synchronously."""
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -290,7 +289,7 @@ class _Tensor(Tensor):
     def __new__(cls, values: Tensor, card: Card) -> _Tensor:
         entry = card.storage_of(values)
         make: Any = Tensor._make_wrapper_subclass
-        # A view of a tensor that was made outside inference mode is no inference tensor either.
+        # A view of a tensor made outside inference mode is not an inference tensor either.
         with torch.inference_mode(values.is_inference()):
             self: _Tensor = make(
                 cls,
@@ -307,7 +306,7 @@ class _Tensor(Tensor):
 
     @property
     def card(self) -> Card:
-        """The card that it is on."""
+        """The card of the tensor."""
         return self.storage_entry.card
 
     @classmethod
@@ -326,7 +325,7 @@ class _Tensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """Its numbers without its history."""
+        """The tensor without its autograd history."""
         return self.detach()
 
     @data.setter
@@ -355,19 +354,19 @@ class _Tensor(Tensor):
         )
 
     def data_ptr(self) -> int:
-        """Where the numbers begin."""
+        """Return the address of the first number."""
         return self.values.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """Where the numbers are."""
+        """Return the storage of the numbers."""
         return self.values.untyped_storage()
 
     def set_(self, *source: Any) -> _Tensor:
-        """A view of a storage: a new tensor, as this one cannot change its shape."""
+        """Return a view of a storage: a new tensor, because this one cannot change its shape."""
         return _Tensor(torch.empty(0, dtype=self.dtype).set_(*source), self.card)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A file holds the numbers; who loads it says where they go."""
+        """Pickle the numbers only; loading chooses the device."""
         plain: Any = self.cpu()
         return plain.__reduce_ex__(protocol)
 
@@ -376,7 +375,7 @@ class _Tensor(Tensor):
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes new tensors on the cards, and remembers where devices mixed."""
+    """Creates new tensors on the cards, and records mixed devices."""
 
     def __init__(self, cards: list[Card]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -388,7 +387,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         try:
             if torch.is_inference_mode_enabled() and func._can_decompose():
-                # Outside inference mode autograd has taken such operations apart already.
+                # Outside inference mode, autograd has decomposed such operations already.
                 with self:
                     return func.decompose(*args, **(kwargs or {}))
             return _run(func, args, kwargs or {})
@@ -398,7 +397,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Check where the operands are, compute on the CPU, and put the result where it belongs."""
+    """Check the devices of the operands, compute on the CPU, and put the result on its device."""
     leaves = tree.tree_leaves((args, kwargs))
     card = next((x.card for x in leaves if isinstance(x, _Tensor)), None)
     device = kwargs.get("device")
@@ -432,7 +431,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The operands that the operation writes to and returns."""
+    """Return the operands that the operation writes to and returns."""
     if not any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
         return []
     return [v for a, v in _operands(func, args, kwargs) if a.alias_info and a.alias_info.is_write]
@@ -441,7 +440,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 def _operands(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """Each argument of the schema that was given, with its value."""
+    """Yield each given argument of the schema, with its value."""
     for position, argument in enumerate(func._schema.arguments):
         if position < len(args):
             yield argument, args[position]

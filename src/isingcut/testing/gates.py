@@ -1,4 +1,4 @@
-"""Gate gradients as they are measured, against autograd and against finite differences."""
+"""Compare measured gate gradients with autograd and with finite differences."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _STEP, _CURVED = 1e-6, 1e-5
 
 
 def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
-    """Whether sublayer gates work; block gates must.
+    """Check the block gates; return whether sublayer gates work too.
 
     Block gates are compared with autograd on the whole model, sublayer gates with finite
     differences and, at alpha = 0, with a removal; all in float64 (see `_in_float64`).
 
     Args:
-        model: a copy of it is taken.
+        model: the model; it is copied.
         stack: its blocks.
         tokens: (B, T) int64.
 
@@ -84,7 +84,7 @@ def _in_float64() -> Iterator[None]:
 
 
 class _Widened(TorchFunctionMode):
-    """Reads float64 where float32 is written."""
+    """Replaces float32 by float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = torch.Tensor.double if func is torch.Tensor.float else func
@@ -96,7 +96,7 @@ def _wide(argument: Any) -> Any:
 
 
 def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Tensor:
-    """The stream behind a block whose sublayer gates are set to a number."""
+    """Return the stream after a block whose sublayer gates are set to a number."""
     with torch.no_grad():
         value = torch.full((len(stream),), alpha)
         return gated_block(recording, block, stream, value, "sublayer", ones=False)

@@ -1,4 +1,4 @@
-"""A quarter of an hour for whoever has a GPU first: everything that has to work there, in order.
+"""Checks of isingcut on a GPU, in about a quarter of an hour.
 
     python -m isingcut.testing gpu                      the checks, on cuda
     python -m isingcut.testing gpu --only agree,run     some of them
@@ -45,12 +45,12 @@ CLOSE = 1e-4
 
 
 class Skipped(Exception):
-    """A check that this machine cannot do."""
+    """This machine cannot run a check."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the checks have.
+    """The inputs of the checks.
 
     Attributes:
         device: the GPU.
@@ -74,7 +74,7 @@ class Place:
         return cls(device, folder, model, text)
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Of a short run."""
+        """Return the options of a short run."""
         return {
             "model": str(self.model),
             "calibration": str(self.text),
@@ -91,34 +91,34 @@ class Place:
 
 
 def replay_on(device: torch.device, family: str = "llama") -> Replay:
-    """A tiny model's blocks."""
+    """Load the blocks of a tiny model."""
     model: Any = tiny_model(family, num_hidden_layers=8)
     model.requires_grad_(False).to(device)
     return Replay(model, stack_modules(model, find_stack(model)))
 
 
 def tokens() -> TokenSet:
-    """Samples of unequal lengths."""
+    """Make samples of unequal lengths."""
     rng = np.random.default_rng(0)
     return TokenSet.from_rows([rng.integers(8, 200, n).tolist() for n in (31, 24, 31, 17)])
 
 
 def states() -> Any:
-    """(6, 8) states."""
+    """Make states (6, 8)."""
     return np.random.default_rng(1).random((6, 8)) < 0.3
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest number."""
+    """Return the largest difference, relative to the largest number."""
     found, expected = np.asarray(found), np.asarray(expected)
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def close(found: Any, expected: Any, most: float = CLOSE) -> str:
-    """In words how near numbers are.
+    """Check that numbers are close, and describe their difference.
 
     Raises:
-        AssertionError: not near enough.
+        AssertionError: they are not close.
     """
     off = difference(found, expected)
     assert off <= most, f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
@@ -126,7 +126,7 @@ def close(found: Any, expected: Any, most: float = CLOSE) -> str:
 
 
 def agree(place: Place) -> str:
-    """Losses and gradients of the GPU are the CPU's."""
+    """Compare losses and gradients of the GPU with those of the CPU."""
     cpu, gpu = replay_on(torch.device("cpu")), replay_on(place.device)
     losses = close(measure(gpu, tokens(), states()).kl, measure(cpu, tokens(), states()).kl)
     rows = close(gate_gradients(gpu, tokens()), gate_gradients(cpu, tokens()))
@@ -134,7 +134,7 @@ def agree(place: Place) -> str:
 
 
 def run(place: Place) -> str:
-    """A default run, from text to report, chooses what the CPU chooses."""
+    """Check that a default run, from text to report, chooses the same blocks as on the CPU."""
     chosen = []
     for device in (str(place.device), "cpu"):
         out = place.folder / f"run-{device.replace(':', '-')}"
@@ -146,7 +146,7 @@ def run(place: Place) -> str:
 
 
 def half(place: Place) -> str:
-    """The same in the dtype that the GPU computes in by itself."""
+    """Run in the default dtype of the GPU."""
     out = place.folder / "run-auto"
     isingcut.run(out=str(out), remove=2, **place.options())
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def half(place: Place) -> str:
 
 
 def streamed(place: Place) -> str:
-    """A streamed model gives the bits of the one in memory."""
+    """Check that a streamed model gives bitwise the results of the model in memory."""
     model = load(place.model, dtype="float32", device=str(place.device)).model
     resident = Replay(model, stack_modules(model, find_stack(model)))
     opened = open_model(place.model, dtype=torch.float32, device=place.device)
@@ -168,14 +168,14 @@ def streamed(place: Place) -> str:
 
 
 def twice(place: Place) -> str:
-    """Gradients are the same when they are computed again."""
+    """Check that gradients are reproducible."""
     replay = replay_on(place.device)
     first, second = (gate_gradients(replay, tokens()) for _ in range(2))
     return "equal bits" if np.array_equal(first, second) else close(second, first)
 
 
 def processes(place: Place) -> str:
-    """Two processes, a GPU each, write the files of one."""
+    """Check that two processes with a GPU each write the same files as one."""
     count = device_module(place.device).device_count()
     if place.device.type != "cuda" or count < 2:
         raise Skipped(f"needs two GPUs, there is {count}")
@@ -197,7 +197,7 @@ def processes(place: Place) -> str:
 
 
 def heal(place: Place) -> str:
-    """Every method of healing trains and writes a checkpoint that is verified."""
+    """Check that every healing method trains and writes a verified checkpoint."""
     out = place.folder / "to-heal"
     isingcut.run(out=str(out), remove=2, **place.options(patch="none", skip_speed=True))
     trainer, said = place.folder / "trainer.yaml", []
@@ -219,7 +219,7 @@ def heal(place: Place) -> str:
 
 
 def experts(place: Place) -> str:
-    """The second derivative of a mixture of experts is the CPU's."""
+    """Compare second derivatives of a mixture of experts with those of the CPU."""
     cpu, gpu = (
         gate_curvature(replay_on(device, "qwen3_moe"), tokens(), "hessian").curvature_sums
         for device in (torch.device("cpu"), place.device)
@@ -228,19 +228,19 @@ def experts(place: Place) -> str:
 
 
 def crowded(place: Place) -> str:
-    """A run beside a process that holds nearly all memory completes."""
+    """Check that a run completes while another process uses nearly all memory."""
     module = device_module(place.device)
     free = module.mem_get_info(place.device)[0]
-    held = torch.empty(max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device)
+    taken = torch.empty(max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device)
     synchronise(place.device)
     try:
         out = place.folder / "crowded"
         isingcut.run(out=str(out), remove=2, **place.options(skip_speed=True))
     finally:
-        size = held.numel()
-        del held
+        size = taken.numel()
+        del taken
         module.empty_cache()
-    return f"beside {size / 1e9:.1f} GB"
+    return f"with {size / 1e9:.1f} GB in use"
 
 
 CHECKS: dict[str, Callable[[Place], str]] = {
@@ -250,7 +250,7 @@ CHECKS: dict[str, Callable[[Place], str]] = {
 
 
 def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The checks of these names, in order: outcome, seconds and words of each."""
+    """Run the named checks in order; return outcome, seconds and message of each."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="isingcut-gpu-") as folder:
         place = Place.make(device, Path(folder))
@@ -272,7 +272,7 @@ def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Carry out the checks and write their file."""
+    """Run the checks and write their file."""
     parser = argparse.ArgumentParser(prog="python -m isingcut.testing gpu")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
     parser.add_argument("--only", default=",".join(CHECKS), help="names of checks")
@@ -280,12 +280,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     names = options.only.split(",")
     if unknown := [name for name in names if name not in CHECKS]:
-        print(f"no check {unknown[0]!r}; there are {', '.join(CHECKS)}")
+        print(f"unknown check {unknown[0]!r}; known: {', '.join(CHECKS)}")
         return 2
     try:
         device = pick_device(options.device)
     except IsingcutError as e:
-        print(f"there is no GPU to check: {e}")
+        print(f"no GPU found: {e}")
         return 2
     module = device_module(device)
     card = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)

@@ -1,4 +1,4 @@
-"""Conformance kit for solvers: constraints honoured, energies honest, proofs true.
+"""Conformance kit for solvers: feasible states, correct energies, true proofs.
 
 `python -m isingcut.testing solvers NAME ...` runs it on solvers by name; a test suite calls
 `check_solver(part)` with an instance.
@@ -20,7 +20,7 @@ _KINDS = ["attention", "mlp", "moe"] * 3 + ["attention", "mlp"]
 
 
 def problems(seed: int = 0) -> dict[str, Problem]:
-    """Small problems of every kind of energy and constraint, with names."""
+    """Make small problems of every kind of energy and constraint, by name."""
     rng = np.random.default_rng(seed)
     profile = 10 ** rng.uniform(-0.75, 0.75, size=N)
     gradients = rng.normal(size=(2 * N, N)) * np.sqrt(profile)
@@ -81,7 +81,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
         if states.ndim != 2 or states.shape[1] != N or states.dtype != np.bool_:
             raise wrong(f"states must be bool (S, {N}), got {states.dtype} {states.shape}")
         for state in states[~problem.feasible(states)][:1]:
-            raise wrong("a state breaks " + "; ".join(problem.violations(state)))
+            raise wrong("a state violates " + "; ".join(problem.violations(state)))
         ham = problem.hamiltonian
         tolerance = 1e-9 * ham.scale
         wanted = np.sort(ham.energies(_all_feasible(problem)))[:k]
@@ -115,7 +115,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
 
 
 def main(words: list[str]) -> int:
-    """Check the solvers named; without names, all that need no further argument."""
+    """Check the named solvers, or all that need no further argument."""
     from isingcut.ising.solvers import registry
 
     for name in words or [n for n in registry.names() if n != "dimod"]:

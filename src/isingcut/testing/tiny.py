@@ -1,6 +1,6 @@
 """Tiny random models of every supported family, with a tiny tokenizer, made offline.
 
-Per-layer fields of their configurations differ along the depth.
+The per-layer fields of their configurations vary with depth.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _HYBRID: dict[str, Any] = {
     "mamba_chunk_size": 8,
 }
 
-# What each family needs beside, or instead of, the base; None takes a base field away.
-# Per-layer fields are set so that they differ along the depth.
+# Fields that each family adds to or changes in the base; None removes a base field.
+# Per-layer fields vary with depth.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4": {
@@ -262,7 +262,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """The configuration of the tiny model of ``family``, with ``changes`` applied."""
+    """Make the configuration of the tiny model of ``family``, with ``changes`` applied."""
     values = {**BASE, **FAMILIES[family], **changes}
     model_type = values.pop("model_type", family)
     values = {k: v for k, v in values.items() if v is not None}
@@ -270,26 +270,26 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A tiny random float32 model of ``family`` in evaluation mode.
+    """Make a tiny random float32 model of ``family`` in evaluation mode.
 
-    Every parameter is drawn anew (normal, with norms around their initial value), so that no
-    two blocks compute the same and no gate, bias or scale is trivially zero.
+    Every parameter is random (normal, with norms around their initial value), so that no two blocks
+    compute the same and no gate, bias or scale is zero.
 
     Args:
         family: a key of `FAMILIES`.
-        seed: of the weights; the global random state is left alone.
+        seed: seed of the weights; the global random state does not change.
         changes: configuration fields to set.
     """
     return random_model(AutoModelForCausalLM, tiny_config(family, **changes), seed)
 
 
 def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
-    """A float32 model in evaluation mode, every parameter drawn anew as `tiny_model` does.
+    """Make a float32 model in evaluation mode, with random parameters as in `tiny_model`.
 
     Args:
         factory: the auto class that builds it.
         config: its configuration.
-        seed: of the weights; the global random state is left alone.
+        seed: seed of the weights; the global random state does not change.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -309,7 +309,7 @@ def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges and with a chat template; 262 ids."""
+    """Make a byte-level tokenizer without merges and with a chat template; 262 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}

@@ -1,7 +1,8 @@
-"""The product's core search: a budget of measurements in, the best states of every target out.
+"""The search for good states of every target, with a budget of measurements.
 
-`evaluator` losses on growing samples, and one scale for them; `surrogate` the posterior energy;
-`proposals` the targets, and states to measure for them; `search` the loop and its budget.
+`evaluator`: losses on growing numbers of samples, and one scale for them; `surrogate`: the
+posterior energy; `proposals`: the targets, and states to measure for them; `search`: the loop and
+its budget.
 """
 
 from isingcut.energies.search.proposals import Target

@@ -1,12 +1,12 @@
-"""Losses of states on growing numbers of samples, each sample of a state measured once.
+"""Losses of states on growing numbers of samples; each sample of a state is measured once.
 
-The samples are put in one random order, and every state is measured on the first n of it: two
-states that were measured on the same n are compared pairwise, on the very same text. A later
-call with a larger n pays for the further samples only.
+The samples have one random order, and every state is measured on the first n of it. So two states
+with the same n are compared on the same text. A later call with a larger n pays for the further
+samples only.
 
-A state measured on the first n samples only is carried over to all m by the mean change that
-states measured on both show there; how much that change varies from state to state is its
-error. So a state of two samples and one of all can stand in one ranking, each with its error.
+The loss of a state on the first n samples is extrapolated to all m samples by the mean change of
+the states measured on both. The spread of that change over states is the error of the estimate. So
+states measured on two samples and on all samples can be ranked together.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from isingcut.models.replay import Replay
 
 @dataclass
 class Known:
-    """What is known of one state.
+    """The measurements of one state.
 
     Attributes:
         state: (N,) bool.
         sums: (m,) KL summed over a sample's tokens, in the evaluator's order; NaN from ``n`` on.
-        n: samples measured.
+        n: number of measured samples.
     """
 
     state: Bools
@@ -43,19 +43,19 @@ class Known:
 
 
 class Evaluator:
-    """KL(original || cut) of states, nats per token, and its price.
+    """Measures KL(original || cut) of states, in nats per token, and counts the cost.
 
     Args:
         replay: the model's blocks.
         tokens: m samples.
         work: how to measure; its journal keeps every finished call.
-        seed: of the order of the samples.
+        seed: the seed of the sample order.
 
     Attributes:
-        budget: passes that may be spent, for the progress shown; None where that is not known.
-        order: (m,) the samples of ``tokens`` in the order they are used.
-        known: the states measured so far by their keys, in the order they came.
-        ledger: what was paid, and the predicted tokens of each sample in that order.
+        budget: limit in passes, for the progress display; None if unknown.
+        order: (m,) the samples of ``tokens`` in the order of their use.
+        known: the measured states by key, in the order of their measurement.
+        ledger: the cost so far, and the predicted tokens of each sample in that order.
     """
 
     def __init__(
@@ -78,26 +78,26 @@ class Evaluator:
 
     @property
     def m(self) -> int:
-        """Number of samples."""
+        """The number of samples."""
         return len(self.order)
 
     @property
     def blocks(self) -> int:
-        """Number of blocks N."""
+        """The number of blocks N."""
         return len(self._replay)
 
     def samples(self, state: Bools) -> int:
-        """How many samples a state was measured on."""
+        """Return the number of samples that a state was measured on."""
         known = self.known.get(key_of(state))
         return known.n if known else 0
 
     @property
     def spent(self) -> float:
-        """Passes paid for, and those that are put off."""
+        """The passes spent so far, deferred measurements included."""
         return self.ledger.passes + self._owed
 
     def measure(self, states: States | Sequence[Bools], n: int, description: str) -> None:
-        """Bring states (S, N) to at least ``n`` samples each."""
+        """Measure states (S, N) on at least ``n`` samples each."""
         groups: dict[int, dict[str, Bools]] = {}
         for state in np.asarray(states, dtype=bool).reshape(-1, self.blocks):
             if (have := self.samples(state)) < n:
@@ -110,9 +110,9 @@ class Evaluator:
 
     @contextmanager
     def together(self, description: str) -> Iterator[None]:
-        """Put off what is measured of a streamed model meanwhile: it shares one sweep at the end.
+        """Defer measurements of a streamed model within the context, to share one sweep.
 
-        Of a model in memory nothing is put off, so that what is measured next can depend on it.
+        Measurements of a model in memory are not deferred, so that later ones can depend on them.
         """
         self._together = self._replay.streamed
         yield
@@ -120,7 +120,7 @@ class Evaluator:
         self._extend(description)
 
     def _extend(self, description: str) -> None:
-        """Measure the states that wait, each on the samples from those it has to those wanted."""
+        """Measure the deferred states, each on the samples that it still lacks."""
         waiting, self._waiting = self._waiting, []
         calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
         for call in filter(None, calls):
@@ -134,7 +134,7 @@ class Evaluator:
                 self._take(group, have, n, sums)
 
     def _take(self, group: dict[str, Bools], have: int, n: int, sums: Floats) -> None:
-        """Remember the losses of states on the samples from ``have`` to ``n``."""
+        """Store the losses of states on the samples from ``have`` to ``n``."""
         if n > self._referenced:
             new = self.ledger.share(range(self._referenced, n))
             self.ledger.pay(f"original:{n}", self.blocks * new, new)
@@ -144,7 +144,7 @@ class Evaluator:
             entry.sums[have:n], entry.n = row, n
 
     def slopes(self, state: Bools, n: int) -> Floats:
-        """(N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
+        """Return (N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
         price = GATE_SLOPES_PASSES * self.ledger.share(range(n))
 
         def make() -> Floats:
@@ -155,7 +155,7 @@ class Evaluator:
         return self.ledger.once(key, self.blocks, self.blocks * price, price, make)
 
     def one_pass(self, n: int) -> tuple[Floats, Floats]:
-        """(N,) block influence and (N + 1, N + 1) angles between boundaries, see `one_pass`."""
+        """Return (N,) block influence and (N + 1, N + 1) boundary angles, see `one_pass`."""
         boundaries = self.blocks + 1
 
         def make() -> Floats:
@@ -168,9 +168,9 @@ class Evaluator:
         return row[: self.blocks], row[self.blocks :].reshape(boundaries, boundaries)
 
     def price(self, states: States | Sequence[Bools], n: int) -> float:
-        """Passes that measuring the states on their first ``n`` samples would take, at most.
+        """Return the most passes that measuring the states on the first ``n`` samples takes.
 
-        With the original's own pass over samples that nothing was measured on yet.
+        Includes the original's own pass over samples that no state was measured on yet.
         """
         own = self.ledger.share(range(self._referenced, n)) if n > self._referenced else 0.0
         nodes = tree_nodes(np.asarray(states, dtype=bool))
@@ -178,24 +178,24 @@ class Evaluator:
 
 
 PRIOR_SPREAD = 0.06
-"""Relative change between rungs before enough states were measured on both."""
+"""Assumed relative change between rungs, until enough states were measured on both."""
 LEAST = 1e-12
-"""Nats per token. Below is rounding: a block that does nothing costs nothing."""
+"""Smallest loss in nats per token; below it there is only rounding."""
 
 
 class Estimates:
     """Estimated loss on all samples of every state near a target's size.
 
     Args:
-        evaluator: what was measured.
-        known: the states to estimate, each measured on one of the rungs at least.
-        rungs: numbers of samples, ascending; the last is all of them.
+        evaluator: the measurements.
+        known: the states to estimate, each measured on at least one rung.
+        rungs: numbers of samples, ascending; the last is all samples.
 
     Attributes:
         states: (S, N) bool.
         loss: (S,) estimated KL on all samples, nats per token.
-        sd: (S,) its standard deviation, beyond what all states share.
-        rung: (S,) index of the rung each was measured on.
+        sd: (S,) its standard deviation, without the part common to all states.
+        rung: (S,) index of the highest rung of each state.
     """
 
     def __init__(self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]) -> None:
@@ -211,7 +211,7 @@ class Estimates:
             both = self.rung > level
             change = np.log(means[both, level + 1] / means[both, level])
             shift = float(change.mean()) if len(change) else 0.0
-            # Four imagined states of the prior spread, so that two like ones prove nothing.
+            # Four pseudo-states with the prior spread, because two similar states prove little.
             spread = ((change - shift) ** 2).sum() + 4 * PRIOR_SPREAD**2
             log_shift[level] = log_shift[level + 1] + shift
             variance[level] = variance[level + 1] + spread / (len(change) + 4)
@@ -220,6 +220,6 @@ class Estimates:
         self.sd: Floats = self.loss * np.sqrt(variance[self.rung])
 
     def best(self) -> int:
-        """Position of the state taken as the best: of those on the highest rung reached."""
+        """The index of the best state among those on the highest rung."""
         top = self.rung == self.rung.max()
         return int(np.flatnonzero(top)[np.argmin(self.loss[top])])

@@ -1,5 +1,5 @@
-"""What a search looks for, and where new states come from: exact minima of a surrogate, moves
-around the best states; in the beginning what one pass gives, a pair energy, and a beam over sizes.
+"""The targets of a search, and proposals of new states: exact minima of a surrogate, and moves
+around the best states; at the beginning one-pass methods, a pair energy, and a beam over sizes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Target:
     """One removal.
 
     Attributes:
-        label: what the user calls it, for example ``"8"`` or ``"params=25%"``.
+        label: the removal as typed, for example ``"8"`` or ``"params=25%"``.
         rows: its constraints over N blocks.
-        low, high: fewest and most blocks of a feasible state.
-        size: blocks of a feasible state of average ones. Where a budget only asks for enough,
-            many more may go than a good state removes; this is about where the good ones are.
+        low, high: fewest and most removed blocks of a feasible state.
+        size: removed blocks of a feasible state with blocks of average cost. A budget allows states
+            with many more removed blocks; the good ones are near this size.
     """
 
     label: str
@@ -45,40 +45,40 @@ class Target:
 
     @classmethod
     def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
-        """A target from its rows.
+        """Make a target from its rows.
 
         Raises:
-            InfeasibleError: no state obeys them.
+            InfeasibleError: no state satisfies them.
         """
         low, high = _blank(n, rows).cardinality
-        asked = [
+        enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
             for row in rows
             if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
         ]
-        return cls(label, tuple(rows), low, high, min(high, max([low, *asked])))
+        return cls(label, tuple(rows), low, high, min(high, max([low, *enough])))
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
-        """Exactly ``remove`` of ``n`` blocks.
+        """Make the target to remove exactly ``remove`` of ``n`` blocks.
 
         Raises:
-            InputError: none or all of them.
+            InputError: ``remove`` is none or all of the blocks.
         """
         if not 1 <= remove < n:
             raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
         return cls.of(str(remove), [count(n, remove)], n)
 
     def problem(self, hamiltonian: Hamiltonian) -> Problem:
-        """Minimise ``hamiltonian`` over this target's states."""
+        """Return the problem to minimise ``hamiltonian`` over this target's states."""
         return Problem(hamiltonian, self.rows)
 
     def feasible(self, states: States) -> Bools:
-        """(S,) which of the states (S, N) obey every row."""
+        """Return (S,) which of the states (S, N) satisfy every row."""
         return _blank(states.shape[1], self.rows).feasible(states)
 
     def extendable(self, states: States) -> Bools:
-        """(S,) which states exceed no row yet: those a greedy path may pass through."""
+        """Return (S,) which states exceed no row yet, so that a greedy path may pass through."""
         result = np.ones(len(states), dtype=bool)
         for row in self.rows:
             if row.sense != ">=" and (row.coefficients >= 0).all():
@@ -86,7 +86,7 @@ class Target:
         return result
 
     def near(self, states: States, distance: int) -> Bools:
-        """(S,) which states have a number of removed blocks close to this target's good ones."""
+        """Return (S,) which states have about as many removed blocks as this target's good ones."""
         size = states.sum(1)
         most = min(self.high, self.size + 2)
         return np.asarray((size >= self.low - distance) & (size <= most + distance))
@@ -97,17 +97,17 @@ def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
 
 
 BEAM, CHILDREN = 3, 8
-"""States kept, and states measured, per size on the way up."""
+"""States kept, and states measured, per size of the beam."""
 
 EXACT_UP_TO = 40
-"""Blocks up to which a proof costs less than tabu search; either finds the minimum."""
+"""Number of blocks up to which the exact solver is faster than tabu search."""
 
 FEW = 20_000
-"""States of a target that may be listed one by one."""
+"""Most states of a target to list one by one."""
 
 
 def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
-    """The ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
+    """Return the ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
     problem = target.problem(hamiltonian)
     if hamiltonian.n <= EXACT_UP_TO:
         return solve(problem, "exact", k, threads=1).states
@@ -115,7 +115,7 @@ def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> State
 
 
 def every(target: Target, n: int) -> States | None:
-    """All states of a target, or None where there are more than `FEW`."""
+    """Return all states of a target, or None if there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
     states = states_of(n, combinations(range(n), target.low))
@@ -123,7 +123,7 @@ def every(target: Target, n: int) -> States | None:
 
 
 def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
-    """The ``count`` runs of neighbouring blocks that a Hamiltonian likes best."""
+    """Return the ``count`` runs of consecutive blocks with the lowest energy."""
     n, size = hamiltonian.n, target.low
     states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
     states = states[target.feasible(states)]
@@ -131,7 +131,7 @@ def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
 
 
 def angular_window(angles: Floats, target: Target) -> States:
-    """The target's run of neighbouring blocks that turns the stream least: (<= 1, N).
+    """Return the target's run of consecutive blocks that rotates the stream least: (<= 1, N).
 
     Args:
         angles: (N + 1, N + 1) between the streams at the boundaries of blocks.
@@ -149,7 +149,7 @@ def angular_window(angles: Floats, target: Target) -> States:
 def thompson(
     surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
 ) -> States:
-    """Ground states of ``count`` Hamiltonians drawn from the posterior."""
+    """Return ground states of ``count`` Hamiltonians drawn from the posterior."""
     seeds = rng.integers(2**31, size=count)
     return np.concatenate(
         [lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
@@ -157,7 +157,7 @@ def thompson(
 
 
 def exchanges(state: Bools, target: Target) -> States:
-    """Every feasible state one exchange, one removal or one re-insertion away."""
+    """Return every feasible state one exchange, one removal or one re-insertion away."""
     single = np.eye(len(state), dtype=bool)
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
@@ -166,15 +166,14 @@ def exchanges(state: Bools, target: Target) -> States:
 
 
 def flips(state: Bools) -> States:
-    """(N, N) all states that differ in one block."""
+    """Return all states (N, N) that differ in one block."""
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
 
 def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
-    """Exchanges around a state, the most promising first.
+    """Return exchanges around a state, the most promising first.
 
-    What goes is priced by the surrogate, which measured removals inform; what comes back by the
-    slope of its gate.
+    The surrogate prices the removed block, and the gate's slope the restored block.
 
     Args:
         slopes: (N,) slopes of the loss in the gates at ``state``.
@@ -186,13 +185,13 @@ def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target)
 
 
 def by_bound(surrogate: Surrogate, states: States) -> States:
-    """States by their posterior mean minus one standard deviation, the lowest first."""
+    """Sort states by their posterior mean minus one standard deviation, the lowest first."""
     bound = surrogate.mean.energies(states) - surrogate.deviation(states)
     return states[np.argsort(bound, kind="stable")]
 
 
 def grown(states: Iterable[Bools], target: Target) -> States:
-    """All states with one more block removed that exceed no row of the target."""
+    """Return all states with one more removed block that exceed no row of the target."""
     found = [flips(state)[~state] for state in states]
     if not found:
         return np.zeros((0, 0), dtype=bool)
@@ -201,7 +200,7 @@ def grown(states: Iterable[Bools], target: Target) -> States:
 
 
 def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
-    """The first ``count`` distinct states that were not measured yet."""
+    """Return the first ``count`` distinct states that were not measured yet."""
     out: dict[str, Bools] = {}
     for state in states:
         if len(out) == count:
@@ -214,12 +213,12 @@ def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bo
 def pair_energy(
     evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
 ) -> Hamiltonian:
-    """The prior of all that follows: of all pairs or of those that a good state may contain.
+    """Measure the pair energy, the prior of the search, from as many pairs as the budget allows.
 
-    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` pay
-    for; a pair that is left out has no coupling: both of its blocks are costly ones. If all
-    fit, they are measured on up to ``most_samples`` samples. Where not even the singles fit,
-    ``influence`` (N,) of the blocks stands for them.
+    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` allow;
+    the coupling of an unmeasured pair, of two costly blocks, is 0. If all fit, they are measured
+    on up to ``most_samples`` samples. If not even the singles fit, ``influence`` (N,) replaces
+    them.
     """
     n = evaluator.blocks
     every, pairs = removals(n), list(combinations(range(n), 2))
@@ -249,9 +248,9 @@ def pair_energy(
 
 
 def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
-    """What one pass of the original over some samples chooses, by the method's name.
+    """Return the choices of methods that need one pass of the original, by method name.
 
-    The least angular window is missing where no run of blocks obeys the target.
+    The angular window is missing if no run of blocks satisfies the target.
     """
     influence, angles = evaluator.one_pass(samples)
     fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
@@ -272,9 +271,9 @@ def beam_over_sizes(
 ) -> None:
     """Measure good states of every size up to a target's, on ``samples`` samples.
 
-    Each size keeps its few best states; of all states with one more block gone, the few that the
-    pair energy's marginals like best are measured. A state that obeys the
-    target is where a path ends: what a budget does not ask for stays.
+    Each size keeps its few best states. Of all states with one more removed block, the few with the
+    lowest cost by the pair energy are measured. A path ends at a state that satisfies the target,
+    so that a budget removes no more than needed.
     """
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):
@@ -294,7 +293,7 @@ def beam_over_sizes(
 def _predicted(
     evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
 ) -> Floats:
-    """Measured loss of the best parent plus the pair energy's cost of one more block."""
+    """Predict losses: the best parent's measured loss plus the pair energy's cost of the block."""
     tokens = np.cumsum(evaluator.ledger.counts)
     best = np.full(len(children), np.inf)
     energies = energy.energies(children)

@@ -1,4 +1,4 @@
-"""The search: seeds, surrogate, proposals, racing - until the budget is spent.
+"""The search loop: first states, surrogate, proposals, racing, until the budget is spent.
 
     singles and pairs on few samples  ->  pair energy E0
     beam over sizes                   ->  the first states of every target
@@ -6,7 +6,7 @@
         measured states -> posterior over Hamiltonians -> its minima and near moves
         -> measured on few samples -> the best of them on more -> on all
 
-Every state measured for one target stays known to all others. The numbers were chosen on
+All targets share the measured states. The numbers were chosen on
 SmolLM2-135M (docs/experiments.md).
 """
 
@@ -38,38 +38,38 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 FIRST_SHARE, FIRST_TOKENS = 0.125, 512
-"""What a state is first measured on, the smaller of a share of the samples and as many as hold so
-many tokens: sorting takes few, however large the text is."""
+"""The first rung of a state: the smaller of a share of the samples and this number of tokens,
+because sorting takes little text."""
 GROWTH = 3.0
-"""Factor on the samples from one rung to the next; the last is all of them."""
+"""Factor between the samples of two rungs; the last rung is all samples."""
 PRIOR_SHARE = 0.4
-"""Most of the budget that the pair energy may take."""
+"""Largest share of the budget for the pair energy."""
 ONE_PASS_SHARE = 0.05
-"""Most of the budget for one pass of the original, which is cut short for less."""
+"""Largest share of the budget for one pass of the original, which otherwise reads less text."""
 DRAWS, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
-"""States proposed in a round: ground states of sampled Hamiltonians, lowest states of the mean,
-moves around the best states by the surrogate's bound, and around the best one by the slopes of its
-gates."""
+"""States proposed per round: ground states of sampled Hamiltonians, lowest states of the mean,
+moves around the best states by the surrogate's bound, and around the best state by its gate
+slopes."""
 PROMOTED = 3
-"""States taken to the next rung in a round."""
+"""States promoted to the next rung per round."""
 FINALISTS = 4
-"""States measured on all samples in the end, or on as many as are paid for."""
+"""States measured on all samples at the end, or on as many as the budget allows."""
 RESERVED = 1 / 3
-"""Most of the budget that is kept for them."""
+"""Largest share of the budget reserved for them."""
 PATIENCE = 8
-"""Rounds without a new best state after which a target is left alone."""
+"""Rounds without a new best state after which the search of a target ends."""
 
 
 def rungs(samples: int, tokens: int) -> list[int]:
-    """Numbers of samples that a state is measured on, step by step, ascending.
+    """Return the numbers of samples that a state is measured on, ascending.
 
     Args:
-        samples: of the text.
-        tokens: it holds.
+        samples: samples of the text.
+        tokens: tokens of the text.
     """
     share = min(FIRST_SHARE, FIRST_TOKENS / tokens)
     steps = {samples}
-    # A last step to little more than what was seen already would be a waste.
+    # A last step to only a few more samples would be a waste.
     while share * GROWTH**0.5 < 1:
         steps.add(max(1, round(share * samples)))
         share *= GROWTH
@@ -77,24 +77,24 @@ def rungs(samples: int, tokens: int) -> list[int]:
 
 
 def one_pass_samples(budget: float, samples: int) -> int:
-    """Samples of a text that the original is run on once: all, where the budget is large enough."""
+    """Return the number of samples for the pass of the original: all, if the budget allows."""
     return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
 
 
 def greedy_price(n: int, remove: int) -> float:
-    """Passes that a greedy path of ``remove`` of ``n`` blocks takes, prefixes shared."""
+    """Return the passes of a greedy path to ``remove`` of ``n`` blocks, with shared prefixes."""
     state = np.zeros(n, dtype=bool)
     total = 0
     for step in range(remove):
         total += tree_nodes(flips(state)[~state])
-        # The price depends a little on which blocks go; evenly spread ones stand for them.
+        # The cost depends slightly on the removed blocks; assume evenly spread ones.
         state[np.flatnonzero(~state)[(step * 7) % int((~state).sum())]] = True
     return total / n
 
 
 @dataclass
 class Goal:
-    """One target's progress.
+    """The progress of one target.
 
     Attributes:
         best: the best state so far, or None.
@@ -113,21 +113,21 @@ class Goal:
 class Search:
     """A budgeted search for the best states of some targets.
 
-    Deterministic for its seed; with a journal in ``work`` a killed one resumes where it was.
+    Deterministic for its seed. With a journal in ``work``, a killed search resumes.
 
     Args:
-        targets: what to look for.
-        passes: budget in full forward passes over ``tokens``; None: a greedy path's to the largest.
-            A function is called once and what it gives kept in the journal: a search that goes on
-            has the budget that it began with.
-        seed: of every random choice.
+        targets: the removals to search for.
+        passes: budget in full forward passes over ``tokens``; None: the cost of a greedy path to
+            the largest target. A function is called once and its value kept in the journal, so
+            that a resumed search has the same budget.
+        seed: the random seed.
 
     Attributes:
-        goals: the targets' progress.
-        one_pass: samples that the original is run on once, for what its streams say.
+        goals: the progress of the targets.
+        one_pass: number of samples for the pass of the original.
         rungs: numbers of samples that a state is measured on, ascending.
-        evaluator: what was measured, and what that cost.
-        trace: the best state of a target after each of its rounds, with the price so far.
+        evaluator: the measurements and their cost.
+        trace: the best state of a target after each of its rounds, with the cost so far.
 
     Raises:
         InputError: no target, or fewer than two samples.
@@ -143,7 +143,7 @@ class Search:
         seed: int = 0,
     ) -> None:
         if not targets:
-            raise InputError("a search needs at least one number of blocks to remove")
+            raise InputError("a search needs a target; give a number of blocks to remove")
         if tokens.samples < 2:
             raise InputError("a search needs at least 2 calibration samples; raise --samples")
         self.evaluator = Evaluator(replay, tokens, work, seed)
@@ -164,7 +164,7 @@ class Search:
         self._prior = pair_energy(self.evaluator, most, self.rungs[0], influence)
 
     def run(self) -> Search:
-        """Search until the budget is spent; returns itself."""
+        """Search until the budget is spent; return this search."""
         self._exhaust()
         self._climb()
         active = [g for g in self.goals if not g.exhausted]
@@ -175,7 +175,7 @@ class Search:
         return self
 
     def best(self, label: int | str) -> tuple[int, ...]:
-        """The blocks of the best state of one target, ascending.
+        """Return the removed blocks of a target's best state, ascending.
 
         Raises:
             InputError: the search has no such target.
@@ -185,14 +185,14 @@ class Search:
                 assert goal.best is not None
                 return tuple(blocks_of(goal.best))
         known = ", ".join(g.target.label for g in self.goals)
-        raise InputError(f"the search was not for {label!r}; it had: {known}")
+        raise InputError(f"the search has no target {label!r}; known: {known}")
 
     def estimates(self, target: Target) -> Estimates | None:
-        """Estimates of the measured states of a target; None where there are none."""
+        """Return estimates of the measured states of a target; None if there are none."""
         return self._estimates(target.feasible)
 
     def energy(self) -> Hamiltonian:
-        """The posterior energy over all targets; the pair energy while nothing was measured."""
+        """Return the posterior energy over all targets; without measurements, the pair energy."""
         surrogate = self._surrogate([g.target for g in self.goals])
         return self._prior if surrogate is None else surrogate.mean
 
@@ -204,7 +204,7 @@ class Search:
         return Estimates(self.evaluator, found, self.rungs) if found else None
 
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
-        """The posterior energy near some targets; None while little was measured there."""
+        """Return the posterior energy near some targets; None with too few measurements."""
         found = self._estimates(lambda states: np.any([t.near(states, 1) for t in targets], axis=0))
         if found is None or len(found.states) < 4:
             return None
@@ -213,7 +213,7 @@ class Search:
     # first states -------------------------------------------------------------------------
 
     def _exhaust(self) -> None:
-        """Measure every state of the targets for which the budget allows it."""
+        """Measure every state of each target that the budget allows this for."""
         for goal in self.goals:
             states = proposals.every(goal.target, self.evaluator.blocks)
             if states is None or not self._afford(states, self.rungs[-1], final=True):
@@ -224,7 +224,7 @@ class Search:
             self._note(goal)
 
     def _climb(self) -> None:
-        """A beam over sizes to the largest target; targets that differ in the count share it."""
+        """Run a beam over sizes up to the largest target; targets that differ in size share it."""
         groups: dict[tuple[bytes, ...], list[Target]] = {}
         for goal in self.goals:
             counted = [row.coefficients for row in goal.target.rows]
@@ -242,7 +242,7 @@ class Search:
     # rounds -------------------------------------------------------------------------------
 
     def _turn(self, goal: Goal) -> bool:
-        """One round of one target; False when it is done."""
+        """Do one round of one target; False when the target is done."""
         if self._left() <= 0:
             return False
         goal.rounds += 1
@@ -284,7 +284,7 @@ class Search:
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
         lowest = proposals.lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
         take(lowest, MINIMA, "minimum of the mean")
-        # The longer nothing better is found, the farther the draws go.
+        # The longer without a new best state, the wider the draws.
         heat = 1.0 + 0.25 * goal.stale
         drawn = proposals.thompson(surrogate, target, DRAWS, self._rng, heat)
         take(drawn, DRAWS, "minimum of a draw")
@@ -298,9 +298,9 @@ class Search:
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
-        """Take the states that may be the best one rung up each, the lowest rung first.
+        """Promote the states that may be the best by one rung each, the lowest rung first.
 
-        Of a streamed model those measured in an earlier round: the new ones share their sweep.
+        With a streamed model, only those of earlier rounds, which share a sweep with new states.
         """
         for level, rung in enumerate(self.rungs[1:]):
             found = self.estimates(goal.target)
@@ -311,13 +311,13 @@ class Search:
             order = here[np.argsort(found.loss[here], kind="stable")]
             states = found.states[order[: max(1, PROMOTED - level)]]
             if len(states) and self._afford(states, rung):
-                self.evaluator.measure(states, rung, f"remove {goal.target.label}: a closer look")
+                self.evaluator.measure(states, rung, f"remove {goal.target.label}: more samples")
 
     def _finish(self, goal: Goal) -> None:
         """Measure a target's finalists on as many samples as the budget still allows.
 
-        Those are all but for very small budgets. A target of which nothing was measured gets one
-        state on the first rung, whatever it costs.
+        Only very small budgets do not allow all samples. A target without any measurement gets one
+        state on the first rung, at any cost.
         """
         found = self.estimates(goal.target)
         if found is None:
@@ -326,7 +326,7 @@ class Search:
             found = self.estimates(goal.target)
             assert found is not None
         states = found.states[np.argsort(found.loss, kind="stable")[:FINALISTS]]
-        # One of several would be compared with none.
+        # A single finalist has nothing to be compared with.
         counts = range(len(states), min(2, len(states)) - 1, -1)
         for rung, count in product(reversed(self.rungs), counts):
             if self._afford(states[:count], rung, final=True):
@@ -339,7 +339,7 @@ class Search:
     # budget -------------------------------------------------------------------------------
 
     def _reserve(self) -> float:
-        """What the finalists of every target may still cost."""
+        """Return the cost that the finalists of all targets may still have."""
         n = self.evaluator.blocks
         each = sum((n - g.target.low) / n for g in self.goals)
         return min(FINALISTS * each * 0.8, RESERVED * self.budget)

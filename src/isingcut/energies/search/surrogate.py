@@ -1,4 +1,4 @@
-"""A Bayesian quadratic energy: a prior from the pair energy, corrected by what was measured.
+"""A Bayesian quadratic energy: a prior from the pair energy, corrected by measurements.
 
     y(x) = a + b E0(x) + sum_i u_i x_i + sum_{i<j} v_ij x_i x_j + noise
     a ~ N(0, wide),  b ~ N(1, ..),  u_i ~ N(0, s_h^2),  v_ij ~ N(0, s_J^2)
@@ -24,11 +24,11 @@ from isingcut.ising.states import Floats, States
 
 
 class Spread(NamedTuple):
-    """Prior standard deviations, in units of the measured losses' own spread.
+    """Prior standard deviations, in units of the spread of the measured losses.
 
     Attributes:
-        own: of a correction to an own term.
-        pair: of a correction to a coupling.
+        own: standard deviation of a correction to an own term.
+        pair: standard deviation of a correction to a coupling.
     """
 
     own: float
@@ -37,9 +37,9 @@ class Spread(NamedTuple):
 
 GRID = tuple(Spread(own, pair) for own in (0.1, 0.3, 1.0) for pair in (0.06, 0.2, 0.6))
 SLOPE = 0.3
-"""Prior standard deviation of the factor b, as a share of the fitted one."""
+"""Prior standard deviation of the factor b, relative to the fitted factor."""
 FLOOR = 0.1
-"""Model error of the quadratic form, as a share of a loss's height over the best of its size."""
+"""Model error of the quadratic form, relative to the excess of a loss over the best of its size."""
 
 
 class Surrogate:
@@ -52,7 +52,7 @@ class Surrogate:
         noise: (T,) standard deviations of the measurements, nats per token.
 
     Attributes:
-        spread: the prior of most evidence among `GRID`.
+        spread: the prior with the highest evidence in `GRID`.
         mean: the posterior mean.
     """
 
@@ -62,10 +62,10 @@ class Surrogate:
         self._energy = prior.energies(states)
         size = np.asarray(states).sum(1)
         best = np.array([losses[size == k].min() for k in size])
-        # A quadratic form cannot follow losses over two decades; where they are high, it need
-        # not. The error allowed grows with the height over the best state.
+        # A quadratic form cannot fit losses over two decades, and high losses need no exact fit.
+        # The allowed error grows with the excess over the best state.
         self._sd = np.sqrt(noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2)
-        # Where several states cost nothing, the covariance has to stay positive definite.
+        # The covariance must stay positive definite even if several states cost nothing.
         self._sd = np.maximum(self._sd, 1e-6 * losses.max())
         self._a, self._b = _line(self._energy, losses, 1 / self._sd**2)
         self._y = losses - self._a - self._b * self._energy
@@ -76,7 +76,7 @@ class Surrogate:
         self.mean = self._hamiltonian(self._y)
 
     def _fit(self, spread: Spread) -> tuple[float, tuple[Floats, bool]]:
-        """Log evidence of the measurements, and the Cholesky factor of their covariance."""
+        """Return the log evidence of the losses, and the Cholesky factor of their covariance."""
         e = self._energy - self._energy.mean()
         kernel = self._covariance(self._x @ self._x.T, spread)
         kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(e, e)
@@ -86,7 +86,7 @@ class Surrogate:
         return float(-(fit + logdet) / 2), factor
 
     def _covariance(self, inner: Floats, spread: Spread) -> Floats:
-        """Prior covariance of two states' losses, but for b, by the blocks they share."""
+        """Return the prior covariance of two states' losses, without b, by their shared blocks."""
         pairs = (inner**2 - inner) / 2
         result: Floats = self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
         return result
@@ -94,7 +94,7 @@ class Surrogate:
     def _hamiltonian(
         self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
     ) -> Hamiltonian:
-        """The Hamiltonian of weights ``extra`` plus the posterior correction towards ``y``."""
+        """Make the Hamiltonian of weights ``extra`` plus the posterior correction towards ``y``."""
         alpha = cho_solve(self._factor, y)
         s, scale = self.spread, self._scale
         e = self._energy - self._energy.mean()
@@ -115,10 +115,10 @@ class Surrogate:
         )
 
     def sample(self, rng: np.random.Generator, heat: float) -> Hamiltonian:
-        """One Hamiltonian drawn from the posterior (Matheron's rule).
+        """Draw one Hamiltonian from the posterior (Matheron's rule).
 
         Args:
-            heat: factor on its distance from the mean; above 1 it explores more.
+            heat: factor on the distance from the mean; above 1 it explores more.
         """
         n = self._x.shape[1]
         s, scale = self.spread, self._scale
@@ -141,7 +141,7 @@ class Surrogate:
         )
 
     def deviation(self, states: States) -> Floats:
-        """(S,) posterior standard deviations of the energies of ``states``."""
+        """Return (S,) posterior standard deviations of the energies of ``states``."""
         x = np.asarray(states, dtype=np.float64)
         e = self._prior.energies(states) - self._energy.mean()
         here = self._energy - self._energy.mean()
@@ -153,7 +153,7 @@ class Surrogate:
 
 
 def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
-    """Weighted least-squares line y = a + b x, with b kept positive."""
+    """Fit a weighted least-squares line y = a + b x, with b kept positive."""
     w = weight / weight.sum()
     mx, my = float(w @ x), float(w @ y)
     var = float(w @ (x - mx) ** 2)

@@ -1,3 +1,3 @@
-"""The linear patch: `linear` fits the maps of a state's cuts, `layers` finds what takes a map,
-`files` puts new layers into a checkpoint, `checkpoint` fits, tunes on the loss and verifies.
+"""The linear patch: `linear` fits the maps of a state's cuts, `layers` finds layers for a map,
+`files` writes new layers to a checkpoint, `checkpoint` fits, tunes and verifies.
 """

@@ -1,16 +1,15 @@
-"""Patch a checkpoint: fit a map at each cut, tune the layers beside it, write and verify.
+"""Patch a checkpoint: fit a map at each cut, tune the layers next to it, write and verify.
 
-Tuning takes a few steps on the loss itself, for the layers beside each cut.
-Least squares at a cut brings the residual stream as near to the original's as one layer can, and
-knows nothing of what the rest of the model makes of the error that is left. So the linear layers of
-the blocks before and behind each cut go on from there, for
+Tuning takes a few steps on the loss itself. Least squares at a cut brings the residual stream as
+near to the original's as one layer can, but ignores the effect of the remaining error on the rest
+of the model. So the linear layers of the blocks before and after each cut are trained further on
 
     the mean over predictions of KL(original || patched), nats,
 
-by AdamW with steps relative to each layer's own size. The blocks before the first of them are run
-once; gradients end there. One sample in eight is held out: the weights of the lowest divergence on
-those are kept, which may be the ones that tuning began with. The maps that it begins with must not
-have seen them either: a map of a wide layer knows what it was fitted to nearly by heart.
+by AdamW with steps relative to each layer's size. The blocks before the first of them run once;
+gradients end there. One sample in eight is for validation: tuning keeps the weights with the lowest
+divergence on these, possibly the initial ones. The maps must not be fitted on them either, because
+a map of a wide layer nearly memorises its samples.
 """
 
 from __future__ import annotations
@@ -57,21 +56,21 @@ from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
 
 CANNOT = (ArchitectureError, FitError)
-"""Why a patch is left out where no option names it: the model, or too little text or memory."""
+"""Errors that skip the patch unless an option requires it."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
 EPOCHS = 2
 STEP_TOKENS = 2048
-"""Predictions of an optimiser step, about."""
+"""Approximate predictions per optimiser step."""
 BYTES = 20
-"""Host memory for a number that is tuned: itself, its gradient, two moments, the best so far."""
+"""Host memory per tuned number: weight, gradient, two moments, the best weight so far."""
 RATE, WIDTH = 0.004, 576
-"""The highest change of a weight in one step, over the root mean square of its layer's weights, in
-a model whose stream is so wide; in wider ones it is less, since more of them change at once."""
+"""Largest change of a weight per step, relative to the root mean square of its layer's weights, for
+a stream of this width; smaller for wider models, where more weights change at once."""
 
 
 def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
-    """Fit on the job's first `patch_tokens` tokens, write ``out`` and verify it.
+    """Fit a patch on the job's first `patch_tokens` tokens, write ``out`` and verify it.
 
     Raises:
         ArchitectureError, FitError: as `fit_patches`; nothing was written.
@@ -86,7 +85,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     if job.config.tunes:
         try:
             if job.replay is not None:
-                raise FitError("the model is streamed from disk, and tuning needs it whole")
+                raise FitError("the model is streamed from disk, but tuning needs it in memory")
             tokens, held_out = split_samples(tokens)
         except FitError as e:
             why = str(e)
@@ -110,7 +109,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
         except FitError as e:
             why = str(e)
         except MemoryExhaustedError:
-            why = f"{replay.device} has no memory left to tune the patch"
+            why = f"{replay.device} is out of memory for tuning the patch"
     if why:
         tuning = PatchTuning(left_out=why)
     stored = write_patched(layers, patches, out)
@@ -131,32 +130,32 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
 
 
 def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
-    """The record of a patch that no cut of a state could take."""
+    """Make the record of a state whose cuts cannot be patched."""
     reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
 
 
 def _first(tokens: TokenSet, most: int) -> TokenSet:
-    """The first samples, two at least, of about ``most`` tokens together."""
+    """Return the first samples with about ``most`` tokens, at least two."""
     seen = tokens.mask.sum(1).cumsum(0)
     rows = max(2, int((seen < most).sum()) + 1)
     return tokens.select(range(min(rows, tokens.samples)))
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
-    """What patches are fitted to and tuned on, and what is held out.
+    """Split samples into those for fitting and tuning, and those for validation.
 
     Raises:
         FitError: too few samples.
     """
     if tokens.samples < LEAST_SAMPLES:
         raise FitError(
-            f"tuning a patch needs {LEAST_SAMPLES} samples or more, one of them held out; "
+            f"tuning a patch needs at least {LEAST_SAMPLES} samples, one of them for validation; "
             f"there are {tokens.samples}"
         )
     every = min(HELD_OUT_EVERY, tokens.samples)
-    held = torch.arange(tokens.samples) % every == every - 1
-    return tokens.select((~held).nonzero()[:, 0]), tokens.select(held.nonzero()[:, 0])
+    validation = torch.arange(tokens.samples) % every == every - 1
+    return tokens.select((~validation).nonzero()[:, 0]), tokens.select(validation.nonzero()[:, 0])
 
 
 def tune(
@@ -170,40 +169,40 @@ def tune(
     *,
     at_a_time: int = STEP_TOKENS,
 ) -> tuple[list[Patch], PatchTuning]:
-    """Go on from fitted patches.
+    """Tune fitted patches on the loss.
 
     Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
-    patched model from the first cut on. Memory: `BYTES` of the host for each number that is tuned,
-    of the device a copy of the layers, its gradient, the streams of all tokens twice, and the
-    activations of one micro-batch. Where not all linear layers fit the host, those that write to
-    the stream are tuned alone.
+    patched model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
+    a copy of the layers, its gradient, the streams of all tokens twice, and the activations of one
+    micro-batch. If not all linear layers fit the host, only those that write to the stream are
+    tuned.
 
     Args:
         replay: the original model, in memory.
-        tokens: that layers are tuned on.
-        held_out: that neither they nor the patches have seen.
-        removed: the blocks that go.
-        patches: fitted to the cuts of this state.
-        stored: the checkpoint that they must be written to; None: any layer will do.
-        at_a_time: tokens that are computed at a time; it changes rounding alone.
+        tokens: the samples for tuning.
+        held_out: the validation samples, not used for the patches either.
+        removed: the removed blocks.
+        patches: the fitted patches of this state.
+        stored: the checkpoint to write the layers to; None: any layer may be tuned.
+        at_a_time: tokens per micro-batch; changes results by rounding only.
 
     Returns:
-        all layers that are not the original's now; and what was done and won.
+        all layers that differ from the original's; and the record of the tuning.
 
     Raises:
         FitError: too little memory, or the model cannot be differentiated.
     """
-    train, held = (
+    train, validation = (
         _Text(part, min(work.batch_tokens, STEP_TOKENS), at_a_time) for part in (tokens, held_out)
     )
-    beside = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
-    beside = sorted(set(beside) - set(removed))
-    # Not inference mode: what is recorded takes part in the backward pass.
+    adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
+    adjacent = sorted(set(adjacent) - set(removed))
+    # Not inference mode, because the recording takes part in the backward pass.
     with torch.no_grad():
-        found = train.read(replay, beside, removed)
-        held.read(replay, beside, removed)
+        found = train.read(replay, adjacent, removed)
+        validation.read(replay, adjacent, removed)
     fitted = {(p.block, p.path): p for p in patches}
-    # What is stored as float8 would become bfloat16: only where a map has made it so already.
+    # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     found = [
         one
         for one in found
@@ -211,7 +210,7 @@ def tune(
     ]
     layers = _that_fit([one for one in found if not find_obstacle(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
-    suffix = [i for i in range(beside[0], len(replay)) if i not in set(removed)]
+    suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     parts = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
     steps = EPOCHS * parts
     rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
@@ -220,7 +219,7 @@ def tune(
     kl: list[float] = []
     best: dict[tuple[int, str], Tensor] = {}
     with _in_place(tuned.values()), work.progress("tuning the patch", steps) as bar:
-        kl.append(held.divergence(suffix))
+        kl.append(validation.divergence(suffix))
         for taken in range(steps):
             epoch, at = divmod(taken, parts)
             for group in optimiser.param_groups:
@@ -235,14 +234,14 @@ def tune(
             optimiser.zero_grad()
             bar.advance(1)
             if at == parts - 1:
-                kl.append(held.divergence(suffix))
+                kl.append(validation.divergence(suffix))
                 if kl[-1] == min(kl):
                     best = {key: layer.weight.detach().clone() for key, layer in tuned.items()}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in best],
         steps=steps,
         predictions=EPOCHS * train.predictions,
-        held_out_predictions=held.predictions,
+        held_out_predictions=validation.predictions,
         held_out_kl=kl,
     )
     new = [tuned[key].patch(key, weight) for key, weight in best.items()]
@@ -250,10 +249,10 @@ def tune(
 
 
 def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
-    """All layers, or those that write to the stream, as far as host memory goes.
+    """Return all layers, or only those that write to the stream, as host memory allows.
 
     Args:
-        layers: block, path, module, and whether it is as wide as the stream.
+        layers: block, path, module, and whether the layer is as wide as the stream.
     """
     room = allowance("", torch.device("cpu")).left
     for wanted in (layers, [one for one in layers if one[3]]):
@@ -261,19 +260,19 @@ def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, s
         if wanted and needed <= room:
             return [(block, path, module) for block, path, module, _ in wanted]
     if not layers:
-        raise FitError("the blocks beside the cuts have no linear layer that can be tuned")
+        raise FitError("the blocks next to the cuts have no linear layer that can be tuned")
     raise FitError(
-        f"tuning a patch needs {needed / 1e9:.1f} GB of host memory, and {room / 1e9:.1f} GB are "
-        "left"
+        f"tuning a patch needs {needed / 1e9:.1f} GB of host memory, but {room / 1e9:.1f} GB are "
+        "free"
     )
 
 
 class _Layer:
-    """A layer whose weights are tuned: in float32 on the CPU, with a copy that the model uses.
+    """A layer to tune: float32 weights on the CPU, with a copy for the model.
 
     Attributes:
-        weight: what the optimiser steps.
-        used: its copy in the layer's dtype on the layer's device; itself where that is the same.
+        weight: the weight of the optimiser.
+        used: its copy in the layer's dtype on the layer's device, or itself if these are the same.
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
@@ -304,7 +303,7 @@ class _Layer:
 
     @torch.no_grad()
     def place(self) -> None:
-        """Let the model use the weights as they are now."""
+        """Copy the current weights to the model."""
         if self.used is not self.weight:
             self.used.copy_(self.weight)
 
@@ -315,14 +314,14 @@ class _Layer:
 
 
 class _Text:
-    """Batches, and what of them does not change while layers are tuned.
+    """Batches, and their data that does not change while layers are tuned.
 
     Attributes:
-        batches: that are computed at a time.
-        groups: the batches whose gradients are formed together, whatever is computed at a time.
-        calls: how the blocks are called.
-        entered: the streams that enter the first tuned block.
-        left: the original's streams behind its last block.
+        batches: the micro-batches.
+        groups: the micro-batches whose gradients are accumulated together.
+        calls: the recorded calls of the blocks.
+        entered: the streams before the first tuned block.
+        left: the original's streams after its last block.
     """
 
     def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
@@ -340,21 +339,21 @@ class _Text:
         return sum(batch.tokens for batch in self.batches)
 
     def read(
-        self, replay: Replay, beside: Sequence[int], removed: Sequence[int]
+        self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int]
     ) -> list[tuple[int, str, Any, bool]]:
         """Run the original.
 
         Returns:
-            the linear layers of the blocks ``beside`` cuts, as `_that_fit` takes them.
+            the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
         """
         found: list[tuple[int, str, Any, bool]] = []
         for batch in self.batches:
             call = replay.record(batch.input_ids)
             stream = entered = call.entered
             for i in range(len(replay)):
-                if i == beside[0] and not any(b < i for b in removed):
+                if i == adjacent[0] and not any(b < i for b in removed):
                     entered = stream
-                if i in beside and batch is self.batches[0]:
+                if i in adjacent and batch is self.batches[0]:
                     writes = {p for p, _, _ in list_writers(call, replay.blocks[i], i, stream)}
                     layers = list_linear_layers(call, replay.blocks[i], i, stream)
                     found += [(i, path, m, path in writes) for path, m in layers.items()]
@@ -365,7 +364,7 @@ class _Text:
         return found
 
     def part(self, epoch: int, at: int, parts: int) -> list[int]:
-        """The batches of step ``at`` of an epoch, which takes them in an order of its own."""
+        """Return the batches of step ``at`` of an epoch, in the random order of the epoch."""
         order = torch.randperm(
             len(self.groups), generator=torch.Generator().manual_seed(epoch)
         ).tolist()
@@ -381,7 +380,7 @@ class _Text:
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
     def divergence(self, suffix: Sequence[int]) -> float:
-        """KL(original || patched), nats a prediction."""
+        """Return KL(original || patched), nats per prediction."""
         with torch.no_grad():
             total = sum(float(self._summed(b, suffix)) for b in range(len(self.batches)))
         return total / self.predictions
@@ -399,13 +398,13 @@ class _Text:
 
 
 def _share(taken: int, steps: int) -> float:
-    """Of the highest rate: rising over four steps, then falling as a cosine."""
+    """Return the share of the highest rate: four warm-up steps, then a cosine."""
     return min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
 
 
 @contextlib.contextmanager
 def _in_place(layers: Iterable[_Layer]) -> Iterator[None]:
-    """The tuned weights in the model while the context lasts."""
+    """Use the tuned weights in the model within the context."""
     before: list[tuple[dict[str, Any], Callable[..., Any] | None]] = []
     try:
         for layer in layers:

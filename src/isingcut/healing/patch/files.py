@@ -1,7 +1,7 @@
-"""Put new weights into a copy of a checkpoint: single tensors replaced, other bytes kept.
+"""Write new weights to a copy of a checkpoint: replace single tensors and keep all other bytes.
 
-A patched layer of an FP8 checkpoint is stored in bfloat16 and listed as not quantised. Its scales
-go.
+A patched layer of an FP8 checkpoint is stored in bfloat16, listed as not quantised, and loses its
+scales.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _MODELOPT = "hf_quant_config.json"
 
 
 def replace_float8(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Put plain weights in the place of float8 ones.
+    """Replace float8 weights by plain weights.
 
     Args:
-        folder: a checkpoint that is ours to change.
-        weights: the new values of stored tensors, by their names ``MODULE.weight``, in the dtype
-            that they are stored in from now on.
+        folder: a checkpoint that isingcut may change.
+        weights: the new values of stored tensors, by their names ``MODULE.weight``, in their new
+            dtype.
     """
     modules = [name.removesuffix(".weight") for name in weights]
     config = read_config(folder)
@@ -67,12 +67,12 @@ def replace_float8(folder: Path, weights: Mapping[str, Tensor]) -> None:
     _note_index(folder, dropped)
     _list(folder / "config.json", config, "quantization_config", layout, modules)
     if (folder / _MODELOPT).is_file():
-        told = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
-        _list(folder / _MODELOPT, told, "quantization", layout, modules)
+        content = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
+        _list(folder / _MODELOPT, content, "quantization", layout, modules)
 
 
 def _rewrite(file: Path, tensors: Sequence[StoredTensor], weights: Mapping[str, Tensor]) -> None:
-    """One safetensors file again, with some tensors of other values and dtypes."""
+    """Rewrite a safetensors file with new values and dtypes of some tensors."""
     if not tensors:
         file.unlink()
         return
@@ -99,14 +99,14 @@ def _note_index(folder: Path, dropped: set[str]) -> None:
 def _list(
     file: Path, whole: dict[str, Any], part: str, layout: str, modules: Sequence[str]
 ) -> None:
-    """Name the modules among those that are not quantised, wherever such a list stands."""
-    told = whole.get(part)
-    if not isinstance(told, dict):
+    """Add the modules to every list of modules that are not quantised."""
+    content = whole.get(part)
+    if not isinstance(content, dict):
         return
-    names = [n for n in _LISTS.values() if isinstance(told.get(n), list)] or [_LISTS[layout]]
+    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
     for name in names:
-        # Without a list, readers leave the output head out by themselves; with one they do not.
-        told[name] = [*(told.get(name) or ["lm_head"]), *modules]
+        # Without a list, loaders skip the output head by themselves; with a list they do not.
+        content[name] = [*(content.get(name) or ["lm_head"]), *modules]
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
@@ -115,11 +115,11 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 class StoredLayers:
-    """Where a cut checkpoint keeps the layers that may be patched.
+    """The patchable layers in the files of a cut checkpoint.
 
     Args:
         folder: the cut checkpoint.
-        removed: what it lacks.
+        removed: the blocks that it lacks.
     """
 
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
@@ -134,25 +134,25 @@ class StoredLayers:
     def layer(
         self, block: int, path: str, shape: Sequence[int], *, bias: bool
     ) -> tuple[StoredTensor, StoredTensor | None]:
-        """The stored weight and bias of one layer.
+        """Find the stored weight and bias of one layer.
 
         Args:
-            block: by its number in the original.
+            block: its number in the original.
             path: the layer inside the block.
-            shape: of the weight, as the layer in memory holds it.
-            bias: whether that layer has one.
+            shape: shape of the weight in memory.
+            bias: whether the layer has a bias.
 
         Raises:
-            ArchitectureError: it is not there under its own name, or neither as plain numbers nor
+            ArchitectureError: it is not stored under its own name, or neither as plain numbers nor
                 as float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
         weight, offset = self._stored.get(f"{name}.weight"), self._stored.get(f"{name}.bias")
         if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
             raise ArchitectureError(
-                f"the checkpoint {self.folder} does not hold {name}.weight of shape "
-                f"{list(shape)}: it names or packs its tensors differently from the model in "
-                "memory, so that a patch cannot be written; heal by distillation instead"
+                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}: it "
+                "names or packs its tensors differently from the model in memory, so a patch "
+                "cannot be written; heal by distillation instead"
             )
         if weight.dtype not in self._dtypes:
             raise ArchitectureError(
@@ -162,24 +162,24 @@ class StoredLayers:
         return weight, offset
 
     def float8(self, block: int, path: str) -> bool:
-        """Whether a layer would be stored in more bytes with new weights than it is."""
+        """Whether a layer is stored as float8, so that new weights would need more bytes."""
         found = self._stored.get(f"{self._prefix}{self._places[block]}.{path}.weight")
         return found is not None and found.dtype in _FLOAT8
 
 
 def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
-    """A copy of a cut checkpoint with the patched layers; the others keep their bytes.
+    """Write a copy of a cut checkpoint with the patched layers; the others keep their bytes.
 
     Args:
         stored: the cut checkpoint's layers.
         out: the new folder.
 
     Returns:
-        the patches as they are stored; their records say whether anything changed.
+        the patches as stored; their records tell whether anything changed.
 
     Raises:
         ArchitectureError: as `StoredLayers.layer`; nothing was written.
-        OutputExistsError: ``out`` is there.
+        OutputExistsError: ``out`` exists.
     """
     layers = [
         stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
@@ -209,7 +209,7 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
 
 
 def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
-    """Put new values into the copy of a stored tensor; whether any byte is another now."""
+    """Write new values to the copy of a stored tensor; return whether any byte changed."""
     data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     assert len(data) == tensor.size
     path = folder / tensor.file.name
@@ -222,10 +222,10 @@ def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
 
 @contextlib.contextmanager
 def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
-    """The original's blocks with the patched layers in place while the context lasts.
+    """Patch the layers of the original's blocks within the context.
 
-    A layer has its new weights only while it is called, so that a streamed block, whose weights
-    come and go, has them too.
+    A layer has its new weights only during its calls, which also works for a streamed block, whose
+    weights are loaded and unloaded.
     """
     with contextlib.ExitStack() as undo:
         for patch in patches:
@@ -238,7 +238,7 @@ def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iter
 
 
 def _swaps(new: dict[str, Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that put new parameters into a layer for the time of a call."""
+    """Return hooks that give a layer new parameters during a call."""
     before: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -262,10 +262,10 @@ class Patch:
     Attributes:
         block: the kept block, by its number in the original.
         path: the layer inside the block.
-        weight: (D, F), or (F, D) for a transposed layer: as the layer holds it. On the CPU, in
-            float64 where it was fitted, float32 where it was tuned, or as it is stored.
+        weight: (D, F), or (F, D) for a transposed layer, as in the layer. On the CPU, in float64 if
+            fitted, float32 if tuned, or in the stored dtype.
         bias: (D,), None for a layer without one.
-        record: what was fitted.
+        record: the record of the fit.
     """
 
     block: int
@@ -276,7 +276,7 @@ class Patch:
 
 
 def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
-    """The maximal runs of removed blocks, as (first, last).
+    """Return the maximal runs of removed blocks, as (first, last).
 
     >>> runs([4, 5, 9])
     [(4, 5), (9, 9)]
@@ -293,10 +293,10 @@ def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
 def find_obstacle(
     replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any
 ) -> str:
-    """Why a layer cannot take new weights; empty where it can.
+    """Explain why a layer cannot take new weights; empty if it can.
 
     Args:
-        stored: the checkpoint that they must be written to; None: any layer will do.
+        stored: the checkpoint to write the layer to; None: any layer is allowed.
     """
     weight = module.weight
     if not weight.is_floating_point() or weight.element_size() < 2:
@@ -304,7 +304,7 @@ def find_obstacle(
     owners = [
         name
         for name, other in replay.model.named_parameters(remove_duplicate=False)
-        # Parameters of a streamed model may be views of the same place in a buffer.
+        # Parameters of a streamed model may be views of the same place of a buffer.
         if other is weight
         or (other.shape == weight.shape and 0 != other.data_ptr() == weight.data_ptr())
     ]

@@ -1,17 +1,16 @@
-"""Which linear layers of a block write to the stream, so that they can absorb a linear map.
+"""Find the linear layers of a block that write to the stream, so that they can absorb a linear map.
 
-Found by trying, not by family. A layer writes straight when adding d to its output adds s d to the
-block's output, with one number s for all tokens and directions. That holds for the
-down-projection of a pre-norm MLP and the output projection of a block that only attends or only
-scans; it fails behind a post-norm or a gate, and for an expert that sees a part of the tokens.
+They are found by experiment, not by family. A layer writes straight if adding d to its output adds
+s d to the block's output, with one number s for all tokens and directions. That holds for the
+down-projection of a pre-norm MLP and the output projection of a block with only attention or only
+a scan; it fails before a post-norm or a gate, and for an expert that sees only some tokens.
 
-Where none writes straight, a change d of what a layer writes changes the block's output by about
-c_k g_t d_tk, with one gain c_k for each channel k and one g_t for each token t: a norm behind the
+If no layer writes straight, a change d of a layer's output changes the block's output by about
+c_k g_t d_tk, with one gain c_k per channel k and one g_t per token t. Examples are a norm after the
 layer (Gemma's and OLMo 2's post-norms: c is the norm's weight, g one over the root mean square),
-the gate of a shared expert (g), or nothing much, where what attention writes is read again by
-experts (c and g near 1). They are found by a small change of random signs, up and down, at all
-tokens at once; medians over tokens and channels, because in half precision a few huge ones round
-coarsely.
+the gate of a shared expert (g), or attention output that experts read too (c and g near 1). The
+gains are measured by a small change of random signs, up and down, at all tokens at once. They are
+medians over tokens and channels, because half precision rounds huge entries coarsely.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ from isingcut.models.replay import Recording
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 5e-2
 _STEP = 0.25
-"""Size of the change, of what the layer writes."""
+"""Size of the change, relative to the layer's output."""
 _UNEXPLAINED = 0.7
 _ROUNDS = 3
 _DEAD = 1e-3
-"""Channels with less than this share of the largest gain take no part."""
+"""Channels with less than this share of the largest gain are ignored."""
 
 
 @dataclass(eq=False)
 class Write:
     """The last linear layer of a block that writes straight to the residual stream.
 
-    The weights are copies, because those of a streamed block are gone when they are needed.
+    The weights are copies, because a streamed block is unloaded before they are used.
 
     Attributes:
         path: its name inside the block, for example ``"mlp.down_proj"``.
         module: the layer.
-        scale: what its output is multiplied by before it is added (Granite's multiplier).
-        transposed: the layer is GPT-2's `Conv1D`, which holds its weight as (F, D).
+        scale: factor of its output before the addition (Granite's multiplier).
+        transposed: the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
         weight: the weight as (D, F).
         bias: the bias (D,); None for a layer without one.
-        reads: a patch maps what the layer reads; else what it writes.
+        reads: whether a patch maps the layer's input; else its output.
     """
 
     path: str
@@ -62,7 +61,7 @@ class Write:
 
     @classmethod
     def of(cls, path: str, module: Any, scale: float) -> Write:
-        """The layer as it is now."""
+        """Describe the layer as it is now."""
         transposed = not isinstance(module, nn.Linear)
         weight, bias = module.weight.detach().clone(), module.bias
         return cls(
@@ -76,12 +75,12 @@ class Write:
 
     @property
     def mapped(self) -> int:
-        """How many features a map has."""
+        """The number of features of a map."""
         width, size = self.weight.shape
         return int(size) + (self.bias is not None) if self.reads else int(width)
 
     def features(self, read: Tensor, written: Tensor) -> Tensor:
-        """Features (B, T, F') of which the change of the layer's output is linear."""
+        """Return features (B, T, F') that the change of the layer's output is linear in."""
         if not self.reads:
             return written
         if self.bias is None:
@@ -89,7 +88,7 @@ class Write:
         return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
 
     def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer's new weight and bias: the change of the stream, undone by the scale."""
+        """Return the layer's new weight and bias for a change of the stream."""
         change, weight = change.cpu(), self.weight.cpu().double()
         bias = None if self.bias is None else self.bias.cpu().double()
         if not self.reads:
@@ -112,17 +111,17 @@ class _Seen:
 def find_write(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str
 ) -> Write | None:
-    """The layer of block ``i`` that writes straight to the stream, if there is one.
+    """Find the layer of block ``i`` that writes straight to the stream, if there is one.
 
     Args:
-        recording: of a few tokens.
+        recording: a recording of a few tokens.
         block: the module of block ``i``.
-        hidden: the stream (B, T, D) that enters it.
-        kind: what the block does.
+        hidden: the stream (B, T, D) before it.
+        kind: the kind of the block.
     """
     usable, plain = _called_once(recording, block, i, hidden, hidden.shape[-1])
     for path, module, written in reversed(usable):
-        # What attention writes goes through the experts too, though barely where norms are huge.
+        # Experts also read the attention output, though the effect is small if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
         scale = _response(recording, i, hidden, module, plain, written)
@@ -134,7 +133,7 @@ def find_write(
 def list_writers(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor
 ) -> list[tuple[str, Any, Tensor]]:
-    """Linear layers as wide as the stream that a block calls once, for all tokens.
+    """List linear layers as wide as the stream that a block calls once, for all tokens.
 
     Returns:
         path, module and output (B, T, D) of each, in the order of the calls.
@@ -146,9 +145,9 @@ def list_writers(
 def list_linear_layers(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor
 ) -> dict[str, Any]:
-    """Linear layers of any width that a block calls once, for all tokens; by their paths.
+    """List linear layers of any width that a block calls once, for all tokens; by path.
 
-    An expert is called for some tokens, and a layer whose weights a kernel reads is not called.
+    Excludes experts, which are called for some tokens, and layers whose weights a kernel reads.
     """
     found, _ = _called_once(recording, block, i, hidden)
     return {path: module for path, module, _ in found}
@@ -157,7 +156,7 @@ def list_linear_layers(
 def _called_once(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor, width: int | None = None
 ) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
-    """Path, module and output of each linear layer called once, and the block's output."""
+    """Return path, module and output of each linear layer called once, and the block's output."""
     candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m, width)}
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
@@ -170,7 +169,7 @@ def _called_once(
 
 
 def _is_linear(module: nn.Module, width: int | None = None) -> bool:
-    """Whether a module is a linear layer, with as many outputs where a number is given."""
+    """Whether a module is a linear layer, with ``width`` outputs if given."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return False
@@ -192,7 +191,7 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
 def _run(
     recording: Recording, i: int, hidden: Tensor, modules: dict[str, nn.Module]
 ) -> tuple[dict[str, _Seen], Tensor]:
-    """The block's output, and the call of each module in the order of the calls."""
+    """Run a block; return its output, and the call of each module in order."""
     seen: dict[str, _Seen] = {}
 
     def hook(path: str) -> Callable[..., None]:
@@ -210,7 +209,7 @@ def _run(
 def observe(
     recording: Recording, i: int, hidden: Tensor, write: Write
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run block ``i`` and watch its write.
+    """Run block ``i`` and record the input and output of its write.
 
     Returns:
         output of the block (B, T, D), input of the write (B, T, F), output of the write (B, T, D).
@@ -226,7 +225,7 @@ def observe(
 def push_layer(
     recording: Recording, i: int, hidden: Tensor, module: nn.Module, change: Tensor
 ) -> Tensor:
-    """The output of block ``i`` where one of its layers writes ``change`` (B, T, D) more."""
+    """Return the output of block ``i`` if ``change`` (B, T, D) is added to a layer's output."""
 
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + change.reshape(output.shape)
@@ -243,40 +242,40 @@ def _response(
     plain: Tensor,
     written: Tensor,
 ) -> float | None:
-    """s where the block's output answers a change d of the module's output by s d, else None."""
+    """Return s if a change d of the module's output changes the block's by s d, else None."""
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(plain.shape, generator=generator).to(plain)
-    # Larger than what the layer writes, so that a norm or a gate behind it would show.
+    # Larger than the layer's output, so that a norm or a gate after it is detected.
     typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
     change = change * typical.clamp_min(1e-3)
 
-    answer = (push_layer(recording, i, hidden, module, change) - plain).double()
+    response = (push_layer(recording, i, hidden, module, change) - plain).double()
     wide = change.double()
-    scale = float((answer * wide).sum() / (wide * wide).sum())
+    scale = float((response * wide).sum() / (wide * wide).sum())
     exact = plain.dtype in _TOLERANCE
     if not exact and abs(scale - 1) < _HALF_TOLERANCE:
         scale = 1.0
     if abs(scale) < 1e-3:
         return None
     wide = scale * wide
-    left = answer - wide
+    left = response - wide
     if exact:
         error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
     else:
-        # A few tokens and channels with huge entries round coarsely; a norm would show everywhere.
+        # Tokens and channels with huge entries round coarsely; a norm would affect all of them.
         error = float(left.abs().median() / wide.abs().median())
-    # The largest deviation from a straight answer that rounding explains.
+    # The largest deviation from linearity that rounding explains.
     return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Gained:
-    """A layer that writes to the stream but for a gain.
+    """A layer that writes to the stream with a gain.
 
     Attributes:
         write: the layer.
-        channels: the gain (D,) of each channel, float64; 0 where the layer does not reach.
-        unexplained: share of the answer that gains do not explain, 0 to 1.
+        channels: the gain (D,) of each channel, float64; 0 for channels without effect.
+        unexplained: share of the response that gains do not explain, 0 to 1.
     """
 
     write: Write
@@ -285,17 +284,17 @@ class Gained:
 
 
 def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
-    """The layers of block ``i`` that write to the stream but for a gain, the straightest first.
+    """Find the layers of block ``i`` that write to the stream with a gain, the most linear first.
 
     Args:
-        hidden: the stream (B, T, D) that enters the block.
+        hidden: the stream (B, T, D) before the block.
     """
     found = []
     for path, module, written in list_writers(recording, block, i, hidden):
-        answers = _answers(recording, i, hidden, module, written).flatten(0, 1)
-        channels, tokens = _rank_one(answers)
-        missed = (answers - tokens[:, None] * channels).square().sum(0)
-        size = answers.square().sum(0)
+        responses = _responses(recording, i, hidden, module, written).flatten(0, 1)
+        channels, tokens = _rank_one(responses)
+        missed = (responses - tokens[:, None] * channels).square().sum(0)
+        size = responses.square().sum(0)
         if bool(size.any()):
             unexplained = float((missed / size)[size > 0].median())
             if unexplained <= _UNEXPLAINED:
@@ -306,13 +305,15 @@ def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor
 def token_gains(
     recording: Recording, i: int, hidden: Tensor, gained: Gained, written: Tensor
 ) -> Tensor:
-    """The gain (B, T) of each token, float64."""
-    answers = _answers(recording, i, hidden, gained.write.module, written)
-    return _of_tokens(answers, gained.channels)
+    """Return the gain (B, T) of each token, float64."""
+    responses = _responses(recording, i, hidden, gained.write.module, written)
+    return _of_tokens(responses, gained.channels)
 
 
-def _answers(recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor) -> Tensor:
-    """Change of the block's output by change of the layer's (B, T, D), float64."""
+def _responses(
+    recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor
+) -> Tensor:
+    """Return the change of the block's output per change of the layer's, (B, T, D), float64."""
     generator = torch.Generator().manual_seed(0)
     signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
     size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
@@ -321,22 +322,22 @@ def _answers(recording: Recording, i: int, hidden: Tensor, module: Any, written:
     return (up.double() - down.double()) / 2 / change.double()
 
 
-def _rank_one(answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Gains of channels (D,) and of tokens (n,) whose product is nearest to the answers (n, D)."""
-    channels = answers.median(0).values
-    tokens = torch.ones_like(answers[:, 0])
+def _rank_one(responses: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gains of channels (D,) and tokens (n,) whose product fits the responses (n, D)."""
+    channels = responses.median(0).values
+    tokens = torch.ones_like(responses[:, 0])
     for _ in range(_ROUNDS):
-        tokens = _of_tokens(answers, channels)
+        tokens = _of_tokens(responses, channels)
         heard = tokens.abs() > _DEAD * tokens.abs().max()
         if not bool(heard.any()):
             break
-        channels = (answers[heard] / tokens[heard, None]).median(0).values
+        channels = (responses[heard] / tokens[heard, None]).median(0).values
     alive = channels.abs() > _DEAD * channels.abs().max()
     return torch.where(alive, channels, 0.0), tokens
 
 
-def _of_tokens(answers: Tensor, channels: Tensor) -> Tensor:
+def _of_tokens(responses: Tensor, channels: Tensor) -> Tensor:
     alive = channels.abs() > _DEAD * channels.abs().max()
     if not bool(alive.any()):
-        return torch.zeros_like(answers[..., 0])
-    return (answers[..., alive] / channels[alive]).median(-1).values
+        return torch.zeros_like(responses[..., 0])
+    return (responses[..., alive] / channels[alive]).median(-1).values

@@ -1,35 +1,35 @@
-"""At each cut, a least-squares map folded into the block before it.
+"""Fit a least-squares map at each cut, and fold it into the block before the cut.
 
-A kept block p before a run of removed blocks p+1 .. q writes s W z to the residual stream, z
+A kept block p before a run of removed blocks p+1 .. q writes s W z to the residual stream, with z
 the input of its last linear layer (an MLP's down-projection, a mixer's output projection). With r
 the rest of its output and y the original model's stream after block q, the patch is the W' that
 minimises
 
     sum_t w_t | y_t - r_t - s W' z_t |^2  +  ridge |change|^2
 
-over the real tokens, w_t = 1 / |y_t|^2 (all later readers normalise the stream first; without
-the weight a few tokens of huge norm decide everything). W' = W + T with T (D, F), which maps what
-the layer reads; where memory has no room for its moments, W' = (1 + T) W with T (D, D), which maps
-what it writes. The ridge draws towards the unpatched layer. W' has the shape of W: no parameter is
-added. The block's output is linear in W', so that it need not be run again.
+over the real tokens, w_t = 1 / |y_t|^2 (all later layers normalise the stream first; without the
+weight, a few tokens of huge norm would dominate). W' = W + T with T (D, F) maps the layer's input;
+if memory does not suffice for its moments, W' = (1 + T) W with T (D, D) maps its output. The ridge
+pulls towards the unpatched layer. W' has the shape of W, so no parameter is added. The block's
+output is linear in W', so it need not run again.
 
-Where every such layer passes a norm, a gate or experts on its way to the stream, s becomes a gain
-c_k g_t of channel and token (`layers`). With the gains held fixed the block's output is linear in
-its weights, and least squares proposes a map for each ridge strength. What decides is the block
-itself: run again with the new weights on the rows held out.
+If a norm, a gate or experts follow every such layer, s becomes a gain c_k g_t of channel and token
+(`layers`). With constant gains the block's output is linear in its weights, and least squares
+proposes a map for each ridge strength. The best is chosen by running the block again with the new
+weights on the validation rows.
 
 Cuts are fitted from front to back. r and z come from the model with all earlier cuts made and
-patched, y from the original, so that a later patch also mends what earlier ones left.
+patched, y from the original, so that a later patch also corrects the error of earlier ones.
 
 Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, T of the second kind,
 its least-squares objective). Ours differs in the weight, in the first kind, in the held-out
 ridge and in treating several cuts.
 
-The maps are fitted by ridge regression from normal equations, its strength chosen on held-out rows.
-Rows are never kept: only their second moments are, in float64, so memory does not grow with the
-number of tokens. Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for every ridge tried,
-about five of them. Memory: three (F, F) matrices, for a layer that reads F = 14,336 numbers 4.9 GB;
-they are in host memory where a device has no room for them.
+The maps are fitted by ridge regression from normal equations, its strength chosen on validation
+rows. Only second moments are kept, in float64, so memory does not grow with the number of tokens.
+Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
+Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; they are in host memory if
+they do not fit the device.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ from isingcut.models.replay import Replay
 
 _HELD_OUT_EVERY = 4
 _CANDIDATES = 2
-"""How many layers are fitted where none writes straight to the stream."""
+"""Number of layers to fit if none writes straight to the stream."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What was fitted at the cuts of one state.
+    """The patches of one state.
 
     Attributes:
-        patches: one for each cut that has one, in their order.
-        unpatched: the other cuts, and why.
-        maps: ``"reads"``, or ``"writes"`` where memory had no room for all of what a layer reads.
+        patches: one for each patched cut, in order.
+        unpatched: the other cuts, with reasons.
+        maps: ``"reads"``, or ``"writes"`` if memory did not suffice for the layers' inputs.
     """
 
     patches: list[Patch]
@@ -84,24 +84,24 @@ def fit_patches(
     work: Work,
     stored: StoredLayers | None = None,
 ) -> Fitted:
-    """Patches for the cuts of a state; two forward passes over the tokens, without heads.
+    """Fit patches for the cuts of a state; takes two forward passes over the tokens, without heads.
 
-    A model that is streamed from disk is read once, up to the last cut; a block that can be
-    patched only approximately twice.
+    A streamed model is read once, up to the last cut; a block that can be patched only
+    approximately is read twice.
 
     Args:
         replay: the original model.
-        kinds: what each block does, for messages.
-        tokens: every fourth sample is held out to choose the ridge.
-        removed: the blocks that go.
-        stored: the checkpoint that patches must be written to; None: any layer will do.
+        kinds: the kind of each block, for messages.
+        tokens: every fourth sample is for validation, to choose the ridge.
+        removed: the removed blocks.
+        stored: the checkpoint to write the patches to; None: any layer is allowed.
 
     Raises:
         ArchitectureError: no cut can be patched, with the reasons.
-        FitError: fewer than two samples, or a streamed model leaves no memory for them.
+        FitError: fewer than two samples, or too little memory next to a streamed model.
     """
     if tokens.samples < 2:
-        raise FitError("a patch needs at least two samples: one is held out to choose it")
+        raise FitError("a patch needs at least two samples, one of them for validation")
     cuts = runs(removed)
     batches = tokens.batches(work.batch_tokens)
     patches, unpatched = list[Patch](), list[UnpatchedCut]()
@@ -132,14 +132,14 @@ def _blocks(first: int, last: int) -> str:
 
 
 class _Fitting:
-    """Patches of cuts that are given in their order, on streams that are kept between them.
+    """Fits the cuts in order, and keeps the streams between them.
 
     Args:
         replay: the original model.
-        kinds: what each block does.
+        kinds: the kind of each block.
         batches: the tokens.
-        stored: the checkpoint that patches must be written to; None: any layer will do.
-        done: counts how many blocks were run on a batch.
+        stored: the checkpoint to write the patches to; None: any layer is allowed.
+        done: counts the blocks run per batch.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class _Fitting:
         self.maps = "reads"
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
-        """The patch of the cut that removes blocks ``first`` to ``last``; or why it has none."""
+        """Return the patch of the cut of blocks ``first`` to ``last``; or why there is none."""
         p = first - 1
         write: Write | None = None
         entered = self._patched
@@ -179,15 +179,15 @@ class _Fitting:
         self._at = last + 1
         if p < 0:
             return (
-                "block 0 is removed, so that nothing stands before the first cut to absorb a "
-                "patch; heal by distillation instead, or keep block 0 (--keep 0)"
+                "block 0 is removed, so no block before the first cut can absorb a patch; heal by "
+                "distillation instead, or keep block 0 (--keep 0)"
             )
         if write is None:
             return self._fit_approximately(p, last, entered)
         return self._fit_exactly(p, last, write, seen)
 
     def _find_straight(self, p: int) -> Write | None:
-        """A layer that writes straight to the stream and can take new weights, if there is one."""
+        """Find a layer that writes straight to the stream and can take new weights."""
         recording, block, kind = self._recordings[0], self._replay.blocks[p], self._kinds[p]
         write = find_write(recording, block, p, self._original[0], kind)
         if write is None or find_obstacle(self._replay, self._stored, p, write.path, write.module):
@@ -195,8 +195,8 @@ class _Fitting:
         return write
 
     def _observe(self, p: int, write: Write) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch the output (B, T, D) of block p in the patched model, and the features
-        (B, T, F') of which a change of it is linear."""
+        """Return for each batch the output (B, T, D) of block p in the patched model, and the
+        features (B, T, F') that a change of it is linear in."""
         found = []
         for recording, stream in zip(self._recordings, self._patched, strict=True):
             output, read, written = observe(recording, p, stream, write)
@@ -206,7 +206,7 @@ class _Fitting:
     def _fit_exactly(
         self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
     ) -> Patch | str:
-        """The patch of a layer that writes straight to the stream: least squares, solved once."""
+        """Patch a layer that writes straight to the stream: one least-squares fit."""
         device = self._original[0].device
         moments = self._moments_for(write)
         for b, (output, x) in enumerate(seen):
@@ -222,11 +222,11 @@ class _Fitting:
         return self._patch(p, last, write, found, exact=True)
 
     def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
-        """The patch of a layer that writes to the stream but for a gain: the one of two that
-        leaves the least of the held-out error, if that is less than no patch leaves.
+        """Patch a layer that writes to the stream with a gain: the best of a few layers by
+        validation error, if better than no patch.
 
         Args:
-            entered: of each batch the patched model's stream before block p.
+            entered: for each batch the patched model's stream before block p.
         """
         block, reasons, usable = self._replay.blocks[p], [], []
         best: tuple[RidgeFit, Write] | None = None
@@ -253,14 +253,14 @@ class _Fitting:
             return patch
         if usable:
             return _no_better(p, [gained.write.path for gained in tried])
-        why = reasons or ["no linear layer of it writes to the residual stream, not even by gains"]
+        why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
             f"block {p} ({self._kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
             "distillation instead"
         )
 
     def _solve(self, p: int, entered: Sequence[Tensor], gained: Gained) -> RidgeFit | None:
-        """The best map of one layer, judged by what the block computes with it."""
+        """Return the best map of one layer, by the block's output with it."""
         before = self._error(p, entered, None)
 
         def left(change: Tensor) -> float:
@@ -282,7 +282,7 @@ class _Fitting:
         return fit_ridge(*moments, left)
 
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
-        """Weighted squares left on the rows held out, block p run with the patch."""
+        """Return the weighted squared error on the validation rows, with block p patched."""
         total = 0.0
         with apply_patches(self._replay.blocks, [patch] if patch else []):
             for b, recording in enumerate(self._recordings):
@@ -307,7 +307,7 @@ class _Fitting:
         return Patch(p, write.path, *write.fold(found.map), record)
 
     def _moments_for(self, write: Write) -> tuple[Moments, Moments]:
-        """Empty second moments of the rows to fit and of those held out, where there is room."""
+        """Make empty second moments of the fit rows and the validation rows, where they fit."""
         device = self._original[0].device
         if bytes_of(write.mapped) > allowance("", device).left:
             device = torch.device("cpu")
@@ -315,20 +315,20 @@ class _Fitting:
         return Moments(write.mapped, width, device), Moments(write.mapped, width, device)
 
     def _add(self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor) -> None:
-        """Count the features and targets of batch ``b`` in."""
+        """Add the features and targets of batch ``b``."""
         weights = _weights(self._original[b])
         for side, rows in zip(moments, self._sides(b), strict=True):
             side.add(x[rows], target[rows], weights[rows])
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
-        """Which real tokens (B, T) of batch ``b`` are to fit, and which are held out."""
+        """Return which real tokens (B, T) of batch ``b`` are for fitting, which for validation."""
         batch, device = self._batches[b], self._original[b].device
         mask = batch.mask.to(device)
-        held = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
-        # Too few samples for one in four.
+        validation = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
+        # There are too few samples to take one in four.
         if sum(each.samples for each in self._batches) < _HELD_OUT_EVERY:
-            held = (batch.index == 0).to(device)
-        return mask & ~held[:, None], mask & held[:, None]
+            validation = (batch.index == 0).to(device)
+        return mask & ~validation[:, None], mask & validation[:, None]
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
@@ -339,10 +339,10 @@ class _Fitting:
             yield i
 
     def _choose_maps(self, writes: Sequence[Write]) -> None:
-        """Map what layers read; where the moments of that do not fit, what they write.
+        """Map the inputs of layers, or their outputs if the moments of the inputs do not fit.
 
         Raises:
-            FitError: neither fits, or the streams of so many tokens do not beside a streamed model.
+            FitError: neither fits, or the streams do not fit next to a streamed model.
         """
         host = allowance("", torch.device("cpu")).left
         if any(bytes_of(write.mapped) > host for write in writes):
@@ -363,28 +363,28 @@ class _Fitting:
             room = self._replay.room(self._batches[0])
             if needed > room:
                 raise FitError(
-                    f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB beside "
-                    f"the streamed model, and {room / 1e9:.2f} GB are left; give fewer "
+                    f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB in "
+                    f"addition to the streamed model, but {room / 1e9:.2f} GB are free; lower "
                     "--patch-tokens"
                 )
 
 
 def _weights(original: Tensor) -> Tensor:
-    """The weight (B, T) of each token's error: one over its mean square, float64."""
+    """Return the weight (B, T) of each token's error: one over its mean square, float64."""
     return 1 / original.double().square().mean(-1).clamp_min(1e-12)
 
 
 def _no_better(p: int, paths: Sequence[str]) -> str:
     return (
-        f"no map of block {p}'s {' or '.join(paths)} is better than none on tokens held out; give "
-        "more --patch-tokens, or heal by distillation"
+        f"no map of block {p}'s {' or '.join(paths)} is better than none on validation tokens; "
+        "raise --patch-tokens, or heal by distillation"
     )
 
 
 STRENGTHS = tuple(10.0**k for k in range(-7, 3))
 """Ridge strengths tried, relative to the mean eigenvalue of the features' second moments."""
 _SMALL = 1e-200
-"""A mean eigenvalue of nothing, so that features which are all zero can be solved for."""
+"""Smallest mean eigenvalue, so that the fit works for features that are all zero."""
 
 
 class Moments:
@@ -398,7 +398,7 @@ class Moments:
         self.rows = 0
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
-        """Count rows in, each with its weight (n,)."""
+        """Add rows with their weights (n,)."""
         place = self.xx.device
         x, t, weights = x.to(place).double(), t.to(place).double(), weights.to(place).double()
         weighted = t * weights[:, None]
@@ -408,7 +408,7 @@ class Moments:
         self.rows += len(x)
 
     def absorb(self, other: Moments) -> None:
-        """Count all rows of others in."""
+        """Add all rows of ``other``."""
         self.xx += other.xx
         self.tx += other.tx
         self.tt += other.tt
@@ -416,18 +416,18 @@ class Moments:
 
 
 def bytes_of(features: int) -> int:
-    """Memory of a fit: the second moments of both sets of rows, and a factor of one of them."""
+    """Return the bytes of a fit: second moments of both sets of rows, and one factorisation."""
     return 3 * 8 * features**2
 
 
 @dataclass(frozen=True)
 class RidgeFit:
-    """A fitted map and how it was chosen.
+    """A fitted map and its ridge strength.
 
     Attributes:
         map: (D, F) float64; t is approximated by map x.
         strength: ridge strength relative to the mean eigenvalue.
-        held_out: share of the held-out error that is left by a map of the other rows alone.
+        held_out: share of the validation error that remains with a map of the fit rows alone.
     """
 
     map: Tensor
@@ -438,16 +438,17 @@ class RidgeFit:
 def fit_ridge(
     fit: Moments, held_out: Moments, left: Callable[[Tensor], float] | None = None
 ) -> RidgeFit | None:
-    """Minimise sum |t - map x|^2 + ridge |map|^2 on the fit, the ridge chosen on held-out rows.
+    """Minimise sum |t - map x|^2 + ridge |map|^2 on ``fit``, with the ridge chosen by validation.
 
-    The map of the chosen strength is then fitted to both sets of rows together: ``fit`` holds all
-    of them afterwards.
+    The map of the chosen strength is then fitted on both sets of rows together, which ``fit``
+    contains afterwards.
 
     Args:
-        left: share of the held-out error that a map leaves; None: of the held-out squares.
+        left: returns the share of the validation error that remains with a map; None: computed
+            from the validation moments.
 
     Returns:
-        None where no map is better than none.
+        None if no map is better than no patch.
     """
 
     def squares_left(found: Tensor) -> float:
@@ -456,7 +457,7 @@ def fit_ridge(
         return float((held_out.tt - 2 * cross + squares) / held_out.tt)
 
     strength, error = best_strength(lambda s: (left or squares_left)(ridge_map(fit, s)))
-    # Not a number is no gain either.
+    # NaN is no improvement either.
     if not error < 1:
         return None
     fit.absorb(held_out)
@@ -464,10 +465,10 @@ def fit_ridge(
 
 
 def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
-    """The ridge strength with the least error, found by walking downhill from the middle.
+    """Find the ridge strength with the least error, walking downhill from the middle.
 
     Args:
-        left: the error of a strength.
+        left: returns the error of a strength.
 
     Returns:
         the strength and its error.
@@ -488,7 +489,7 @@ def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
 
 
 def ridge_map(rows: Moments, strength: float) -> Tensor:
-    """The map (D, F) of one ridge strength."""
+    """Return the map (D, F) of one ridge strength."""
     ridged = rows.xx.clone()
     diagonal = ridged.diagonal()
     diagonal += strength * diagonal.mean().clamp_min(_SMALL)

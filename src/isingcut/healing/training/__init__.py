@@ -1,3 +1,3 @@
-"""Distillation: `train` from a budget to a checkpoint on transformers' Trainer, `student` what is
-trained and its loss, `batches` what is computed together, and how much at a time.
+"""Distillation: `train` trains to a checkpoint with transformers' Trainer, `student` is the trained
+model and its loss, `batches` makes micro-batches and plans the memory.
 """

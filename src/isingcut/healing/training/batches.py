@@ -1,13 +1,12 @@
-"""Which samples are computed together, and how many, for the memory there is.
+"""Make micro-batches of a training, and plan its memory.
 
-A step takes its samples in a shuffled order. They are sorted by length, dealt to the processes, and
-cut into micro-batches so that little padding is computed: what a step learns is the same in any
-order and in any parts. Every step has as many micro-batches as every other, in every process, as
-gradient accumulation and sharded models ask for.
+The samples of a step are in shuffled order. They are sorted by length, distributed to the
+processes, and divided into micro-batches with little padding; a step's gradient does not depend on
+the order or division. All steps have the same number of micro-batches in every process, as gradient
+accumulation and sharded models require.
 
-How much is computed at a time, and what twice, changes what is learned by no more than rounding. It
-is decided once for a training, which goes on with it when it is resumed. A training that cannot fit
-is refused before it begins.
+Micro-batch size and recomputation change the result by rounding only. They are chosen once per
+training and kept when it resumes. A training that cannot fit is refused before it begins.
 """
 
 from __future__ import annotations
@@ -34,25 +33,24 @@ from isingcut.models.compute.tuning import kept_bytes
 from isingcut.models.device import BatchLimit, allowance
 from isingcut.options.config import BATCH_TOKENS
 
-# A further micro-batch casts the weights and adds up their gradients once more: about as much work
-# as so many tokens.
+# The overhead of a micro-batch (casting weights, adding gradients), as a number of tokens.
 _EACH = 64
-# Steps whose padding is looked at, and micro-batches more than needed that are thought of.
+# Steps to estimate padding on, and additional micro-batches to consider.
 _LOOKED_AT, _MORE = 8, 16
 
 
 @dataclass(frozen=True)
 class Steps(Sampler[list[int]]):
-    """The micro-batches of a training, one after the other, as a batch sampler.
+    """The micro-batches of a training, as a batch sampler.
 
     Args:
         lengths: tokens of each sample.
         batch: samples of an optimiser step, over all processes.
         steps: optimiser steps.
-        rank, size: of this process, of how many.
-        seed: of the order.
-        most: tokens of a micro-batch, padding included; one sample may have more.
-        micro_batches: of a step, in each process.
+        rank, size: rank of this process, and number of processes.
+        seed: seed of the order.
+        most: most tokens of a micro-batch, padding included; a single sample may have more.
+        micro_batches: micro-batches per step and process.
     """
 
     lengths: Sequence[int]
@@ -76,7 +74,7 @@ class Steps(Sampler[list[int]]):
                 yield mine[part]
 
     def _of(self, step: int) -> list[int]:
-        """The samples of a step, the longest first."""
+        """Return the samples of a step, the longest first."""
         found: list[int] = []
         first, samples = step * self.batch, len(self.lengths)
         for place in range(first, first + self.batch):
@@ -88,7 +86,7 @@ class Steps(Sampler[list[int]]):
         return sorted(found, key=lambda i: -self.lengths[i])
 
     def divide(self) -> Steps:
-        """With as many micro-batches as every step needs, and more where they save padding."""
+        """Choose the number of micro-batches: as many as needed, or more to save padding."""
         every = [
             [self.lengths[i] for i in found[rank :: self.size]]
             for found in map(self._of, range(self.steps))
@@ -104,16 +102,16 @@ class Steps(Sampler[list[int]]):
 
 
 SMALL = 3
-"""Of the steps whose time is taken, those of one sample."""
+"""Timed steps of one sample."""
 
 
 def timed_steps(samples: int, several: int, rank: int, size: int) -> list[list[int]]:
-    """Steps whose time is taken, each one micro-batch: three of one sample, two of several.
+    """Return the steps to time, each one micro-batch: three of one sample, two of several.
 
     Args:
-        samples: that there are.
-        several: how many one process computes at a time.
-        rank, size: of this process, of how many.
+        samples: number of samples.
+        several: samples per micro-batch and process.
+        rank, size: rank of this process, and number of processes.
     """
     found = []
     for step, count in enumerate([1] * SMALL + [several] * 2):
@@ -123,7 +121,7 @@ def timed_steps(samples: int, several: int, rank: int, size: int) -> list[list[i
 
 
 def _needed(lengths: Sequence[int], most: int) -> int:
-    """The fewest parts of at most so many tokens: each as long as can be."""
+    """Return the fewest parts of at most ``most`` tokens."""
     found, start = 0, 0
     while start < len(lengths):
         found, start = found + 1, start + max(1, most // lengths[start])
@@ -131,23 +129,23 @@ def _needed(lengths: Sequence[int], most: int) -> int:
 
 
 def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[float, list[slice]]]:
-    """Samples in 1, 2, ... ``count`` parts of the least padding.
+    """Divide samples into 1, 2, ... ``count`` parts with the least padding.
 
     Args:
-        lengths: descending.
-        count: at most one part for each sample.
-        most: tokens of a part of several samples, padding included.
+        lengths: lengths of the samples, descending.
+        count: most parts, at most one per sample.
+        most: most tokens of a part of several samples, padding included.
 
-    Returns:
-        for each number of parts the tokens, padding included, infinite where no such parts have
-        few enough, and the parts.
+    Yields:
+        for each number of parts the tokens with padding (infinite if no division fits), and the
+        parts.
 
     Complexity: count x samples^2.
     """
     size = len(lengths)
     first, last = np.arange(size)[:, None], np.arange(1, size + 1)[None]
     area = np.asarray(lengths, dtype=float)[:, None] * (last - first)
-    # Of parts with as little padding those of like size.
+    # Among divisions with equal padding, prefer parts of similar size.
     cost = np.where(last > first, area * (1 + 1e-6 * area), np.inf)
     cost[(area > most) & (last > first + 1)] = np.inf
     best, cuts = cost[0], []
@@ -170,9 +168,9 @@ def _slices(cuts: Sequence[np.ndarray], size: int) -> list[slice]:
 
 
 def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
-    """Samples as the student takes them, padded on the right.
+    """Make a batch for the student, padded on the right.
 
-    ``labels`` are -100 but where a prediction counts; their count scales the loss.
+    ``labels`` are -100 except for predictions that count; their number scales the loss.
     """
     chosen = tokens.select(rows)
     counts = chosen.mask if chosen.counted is None else chosen.counted
@@ -183,26 +181,26 @@ def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
     return batch if chosen.counted is None else {**batch, "counted": chosen.counted}
 
 
-# More tokens at a time save nothing that is worth their memory.
+# Larger micro-batches save too little time for their memory.
 _MOST = {"cpu": 2048, "cuda": 16384}
-# Of the sample whose activations are counted, and of one that is counted on the CPU for a GPU.
+# Tokens of the sample to count activations on, and the same on the CPU for a GPU.
 _COUNTED, _COUNTED_APART = 512, 32
-# Bytes of a trained number.
+# Bytes per trained number.
 _GRADIENT, _MOMENTS = 4, 8
 
 
 def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
-    """The plan for this machine's memory, where the `--trainer` file leaves it open.
+    """Plan the training for this machine's memory, unless the `--trainer` file sets it.
 
     Args:
-        student: the model that is trained, its loss installed, its attention chosen.
+        student: the model to train, with its loss installed and its attention chosen.
         batch: sequences of an optimiser step, over all processes.
-        placed: the student is on its device; else it is on the CPU, because it does not fit or
-            for FSDP or DeepSpeed to shard.
+        placed: whether the student is on its device; else it is on the CPU, because it does not fit
+            or because FSDP or DeepSpeed shard it.
 
     Raises:
-        InputError: the training does not fit, even with one sample at a time. One that is sharded
-            is not refused: FSDP and DeepSpeed may keep parts of it in host memory.
+        InputError: the training does not fit, even with one sample per micro-batch. Sharded
+            trainings are not checked, because FSDP and DeepSpeed may use host memory.
 
     Complexity: the forward passes of 768 tokens.
     """
@@ -215,7 +213,7 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
     words, logit = int(text_config(job.teacher.model).vocab_size), job.teacher.dtype.itemsize
 
     def around(tokens: int) -> float:
-        """Of activations what is not in proportion to the tokens, the loss included."""
+        """Return the activation bytes that are not proportional to the tokens, with the loss."""
         # Logits of both models, and the gradient of the loss.
         return fixed + 3 * logit * min(CHUNK_ELEMENTS, words * tokens)
 
@@ -232,8 +230,8 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
         lora = "" if job.config.lora_rank else "--method lora, "
         raise InputError(
-            f"training with --method {job.config.method} takes {sum(terms.values()) / 1e9:.3g} GB "
-            f"({parts}), and {device} has {total / 1e9:.3g} GB for it; give {lora}a smaller "
+            f"training with --method {job.config.method} needs {sum(terms.values()) / 1e9:.3g} GB "
+            f"({parts}), but {device} has {total / 1e9:.3g} GB for it; use {lora}a smaller "
             "--length or a device with more memory"
         )
     most = max(longest, min(wanted, int(room / of_token)))
@@ -243,10 +241,10 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
 
 
 def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes of what a training keeps on the device of each process."""
+    """Return the bytes that a training keeps on the device of each process, by purpose."""
     ranks = job.processes.size if is_sharded(settings) else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / ranks
-    # Others of transformers' optimisers keep less.
+    # Other optimisers of transformers use less.
     optimiser = str(settings.get("optim", "adamw_torch"))
     teacher = _storages(job.teacher.model)
     own = [size for place, size in _storages(student).items() if place not in teacher]
@@ -259,20 +257,20 @@ def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[st
 
 
 def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
-    """Bytes of each storage that a model's tensors are in."""
+    """Return the bytes of each storage of a model's tensors."""
     tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
     storages = ((t.device, t.untyped_storage()) for t in tensors)
     return {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
 
 
 def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float, float, float]:
-    """Bytes that a forward pass leaves for the backward pass.
+    """Count the bytes that a forward pass keeps for the backward pass.
 
-    Counted on a sample; where memory ends even so, no more than what enters the blocks.
+    Counted on a sample; if memory does not suffice, only the inputs of the blocks count.
 
     Returns:
-        of a token; the same where the blocks are computed again; whatever the tokens, such as
-        weights in the dtype that is computed in.
+        per token; per token with recomputation; and independent of the tokens, such as weights in
+        the compute dtype.
     """
     device = next(student.parameters()).device
     text = text_config(job.teacher.model)
@@ -294,7 +292,7 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
         if not is_memory_exhausted(e):
             raise
         each, fixed = float(entering), 0.0
-    # The gradient of the logits is formed with them and never computed again.
+    # The gradient of the logits is computed with them and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed
 

@@ -1,8 +1,8 @@
-"""The model that is trained, its distilled loss, and what came out of its training.
+"""The trained model, its distillation loss, and its trained weights.
 
-The student's `forward` is replaced by one that returns the summed divergence, so that everything
-that wraps a model (DDP, FSDP, DeepSpeed, autocast, gradient checkpointing) wraps the loss too, and
-no logits leave the forward pass.
+The student's `forward` is replaced by one that returns the summed divergence, so that all wrappers
+(DDP, FSDP, DeepSpeed, autocast, gradient checkpointing) include the loss, and no logits leave the
+forward pass.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from isingcut.options.config import HealConfig
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """peft asks models by an older name whether they recompute activations: a warning a layer."""
+    """Silence a warning per layer of peft about an older name for gradient checkpointing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def load_student(folder: Path, config: HealConfig) -> Any:
-    """A model with float32 weights, on the CPU."""
+    """Load a model with float32 weights, on the CPU."""
     return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
 
 
 def prepare_training(plain: Any, config: HealConfig) -> Any:
-    """The model with what is trained of it: all weights, the last ones, or small matrices beside.
+    """Prepare a model for training: all weights, the last blocks, or LoRA matrices.
 
     Raises:
-        InputError: fewer blocks than are to be trained.
+        InputError: the model has fewer blocks than `last:N` needs.
     """
     plain.config.use_cache = False
     if config.method == "full":
@@ -67,10 +67,10 @@ def prepare_training(plain: Any, config: HealConfig) -> Any:
 
 
 def narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is not trained as training computes with it, where that changes no value.
+    """Convert frozen weights to the compute dtype where that changes no value.
 
-    A frozen float32 weight of a linear layer would be cast anew at every call, and the copy kept
-    for the backward pass. What an embedding gives is float32 still: it begins the stream.
+    Otherwise a frozen float32 weight of a linear layer is cast at every call, and the copy kept for
+    the backward pass. Embeddings stay in float32, because they begin the stream.
     """
     linear = (nn.Linear, Conv1D)
     layers = [m for m in model.modules() if isinstance(m, linear) or type(m) is nn.Embedding]
@@ -89,10 +89,10 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
-    """The weights of the last blocks and of what comes behind them, the final norm and the head.
+    """Return the weights of the last blocks, the final norm and the head.
 
-    A head that is tied to the embeddings is not among them: the first block reads it, too. What
-    comes before needs no gradients, so that no backward pass goes there.
+    A head that is tied to the embeddings is excluded, because the first block reads it too. Earlier
+    layers need no gradients, so the backward pass ends before them.
     """
     stack = stack_modules(model, find_stack(model))
     read = text_model(model)
@@ -102,7 +102,7 @@ def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
 
 
 def _behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
-    """The weights that what leaves a block meets: those which have a gradient from there on."""
+    """Return the weights after a block: those with a gradient if the graph starts there."""
 
     def begin(_: Any, __: Any, output: Any) -> Any:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
@@ -126,11 +126,11 @@ def _behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
 
 
 def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
-    """The float32 weights that a training left, small matrices merged into their layers.
+    """Return the float32 weights of a training, with LoRA matrices merged.
 
     Args:
-        start: the checkpoint that was trained.
-        trained: what the Trainer saved of it.
+        start: the checkpoint before the training.
+        trained: the Trainer's save.
     """
     model = load_student(start if config.lora_rank else trained, config)
     if config.lora_rank:
@@ -144,10 +144,10 @@ def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str,
 
 
 def split_head(model: Any) -> tuple[Any, Any] | None:
-    """The decoder and the output layer, where ``output(decoder(ids))`` are the model's logits.
+    """Return the decoder and the output layer if ``output(decoder(ids))`` are the model's logits.
 
-    Tried on a few tokens: a model that scales or caps its logits afterwards (Granite, Gemma 2)
-    gives None, and its logits are taken as its own forward pass gives them.
+    Tested on a few tokens: for a model that scales or caps its logits (Granite, Gemma 2) it returns
+    None, and the logits come from the model's own forward pass.
     """
     decoder, output = (
         getattr(model, name, lambda: None)() for name in ("get_decoder", "get_output_embeddings")
@@ -170,7 +170,7 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
 
 
 def stream_of(output: Any) -> Tensor:
-    """What a decoder returns for the head."""
+    """Return a decoder's output for the head."""
     found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return found
 
@@ -179,7 +179,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
     """Make ``student(input_ids, attention_mask, ...)`` return ``{"loss": sum over predictions}``.
 
     Args:
-        student: the model that is trained, perhaps a peft wrapper.
+        student: the model to train, perhaps a peft wrapper.
         plain: the transformers model inside it.
         original: the teacher, frozen, on the student's device.
     """
@@ -189,9 +189,9 @@ def install(student: Any, plain: Any, original: Any) -> None:
     size = text.get_output_embeddings().weight.shape[0] if parts else 1
 
     def read(whole: Any, taken: Any, ids: Tensor, rows: Tensor) -> Tensor:
-        """What predicts the next tokens, (n, D) for a head or (n, V).
+        """Return the hidden states (n, D) for a head, or the logits (n, V), of the predictions.
 
-        Padding is on the right, where no real token sees it: the models need no mask.
+        Padding is on the right, where no real token attends to it, so the models need no mask.
         """
         output = (taken[0] if taken else whole)(ids, use_cache=False)
         stream = stream_of(output) if taken else output.logits
@@ -212,7 +212,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
         alone: bool = False,
         **ignored: Any,
     ) -> dict[str, Tensor]:
-        """The summed divergence; ``alone`` of the student from itself, to count its memory."""
+        """Return the summed divergence; ``alone``: from itself, to count the student's memory."""
         rows = (attention_mask if counted is None else counted)[:, 1:].bool()
         given, head = read(forward, parts, input_ids, rows), teacher_head
         if alone:

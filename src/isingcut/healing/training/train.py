@@ -1,14 +1,13 @@
-"""Train the cut model to give the original's next-token distributions, on transformers' Trainer.
+"""Train the cut model on the original's next-token distributions, with transformers' Trainer.
 
 The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
-launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as they do
-for the Trainer. Full fine-tuning trains all weights in float32; `last:N` those of the last N
-blocks, the final norm and the head; LoRA trains small matrices beside all linear layers and is
-merged into the weights at the end.
+launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
+Trainer. Full fine-tuning trains all weights in float32; `last:N` the last N blocks, the final norm
+and the head; LoRA trains low-rank matrices on all linear layers and is merged into the weights at
+the end.
 
-A time is turned into steps by the training itself, on the clock: a few steps of the least and of
-the most tokens that are computed at a time are made, with all that belongs to a step. What was
-decided is kept in the work folder, so that a healing that goes on later has the same schedule.
+A time budget is converted to steps by timing a few steps with the smallest and the largest
+micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
@@ -76,20 +75,20 @@ from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.transformers_private import checkpointing
 
-# Trained tokens that a check is worth its time after.
+# Trained tokens between two checks, at least.
 _EACH_CHECK = 100_000
 
 
 def train(job: Job) -> tuple[dict[str, Any], Path]:
-    """Train, from the last complete state on.
+    """Train, or resume from the last complete state.
 
     Returns:
-        the curve and the settings, as `healing.json` keeps them; and the Trainer's save of the
-        model (LoRA: of the adapter) that is the result.
+        the curve and the settings for `healing.json`; and the Trainer's save of the resulting model
+        (LoRA: of the adapter).
 
     Raises:
         InputError: settings that do not fit each other.
-        ModelError: the loss is no number.
+        ModelError: the loss is NaN or infinite.
     """
     recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
     job = dataclasses.replace(job, recipe=recipe)
@@ -99,7 +98,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         known = read_document(last / CURVE, HealingCurve)
         watch.curve, watch.checks = known.steps, known.checks
         watch.trained = known.trained_parameters
-    # A kill behind the last state leaves what follows from it to be done here.
+    # After a kill behind the last state, only the remaining work is done here.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
         with _student(job, recipe.batch) as (student, plan):
             watch.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -113,7 +112,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
                 plan.most,
             ).divide()
             _run(job, student, plan, order, watch, last)
-        # The student and its optimiser, before anything takes their place.
+        # Free the student and its optimiser before other objects need the memory.
         del student
         BatchLimit(job.teacher.device).release()
     step = watch.curve[-1].step
@@ -132,7 +131,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
-    """Tokens and seconds of steps that come to nothing: of one sample, then of many."""
+    """Time steps without keeping their results: of one sample, then of many; tokens and seconds."""
     size = job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
@@ -149,11 +148,11 @@ def step_times(job: Job) -> list[tuple[int, float]]:
 
 @contextlib.contextmanager
 def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
-    """The model to train, with its loss installed and its attention chosen, and its plan.
+    """Yield the model to train, with its loss and attention, and its memory plan.
 
-    On one device it is a second tree of modules over the teacher's weights: only what is trained,
-    and what a patch or float32 made another, is new memory. What FSDP or DeepSpeed shard stays
-    whole on the CPU, for them to place, in one type.
+    On one device it shares the teacher's weights: only weights that are trained, patched or in
+    float32 need new memory. For FSDP or DeepSpeed the model stays on the CPU in one dtype, to be
+    sharded.
     """
     config, device, teacher = job.config, job.teacher.device, job.teacher.model
     reuse_freed_memory()
@@ -175,7 +174,7 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
         return plan_memory(job, student, batch, placed=placed)
 
     def plan() -> dict[str, Any]:
-        # As it was when it was begun; a student that finds no room now is refused, whatever was.
+        # Keep the recorded plan, but refuse a student that does not fit now.
         kept = placed or sharded
         file = job.work / "memory.json"
         return (keep_result(file, HealingMemory, make) if kept else make()).content()
@@ -192,7 +191,7 @@ def _run(
     watch: Watch,
     last: Path | None = None,
 ) -> None:
-    """Train, from a state on where there is one."""
+    """Train, from a state if there is one."""
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -219,7 +218,7 @@ def _run(
 
 
 def _last_state(job: Job) -> Path | None:
-    """The last complete state of this training; what is no complete state is deleted."""
+    """Return the last complete state of this training; delete incomplete states."""
     folder = job.work / "trainer"
     if job.leads:
         complete = complete_states(folder)
@@ -271,18 +270,18 @@ def _arguments(
 
 
 def _between_saves(job: Job, steps: int, batch: int) -> int:
-    """Steps between two states, each of which is checked: two to ten, or one every 50 steps."""
+    """Return the steps between two states, each with a check: two to ten, or every 50 steps."""
     mean = float(job.tokens.mask.sum()) / job.tokens.samples
     wanted = steps * batch * mean / _EACH_CHECK
     return min(50, math.ceil(steps / min(10.0, max(2.0, wanted))))
 
 
 def _refused(error: Exception) -> InputError:
-    return InputError(f"transformers refuses the training arguments: {one_line(error)}")
+    return InputError(f"transformers rejects the training arguments: {one_line(error)}")
 
 
 class OurTrainer(Trainer):
-    """Saves states that a kill or a full disk leaves whole or recognisably unfinished.
+    """Saves states so that a kill or a full disk leaves them complete or marked as unfinished.
 
     Args:
         tokens: all samples.
@@ -294,7 +293,7 @@ class OurTrainer(Trainer):
         self.tokens, self.order = tokens, order
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Micro-batches as they are: what is dealt to this process already is not dealt again."""
+        """Return the micro-batches unchanged: they belong to this process already."""
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.order,
@@ -303,7 +302,7 @@ class OurTrainer(Trainer):
         )
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
-        # `Watch.on_save` marks it complete; one left by an earlier call is no part of it.
+        # `Watch.on_save` marks it complete; delete a marker of an earlier call.
         target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         save: Any = super()._save_checkpoint
         try:
@@ -315,11 +314,11 @@ class OurTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Keeps the loss curve, shows progress, judges, and refuses a loss that is no number.
+    """Keeps the loss curve, shows progress, runs the checks, and stops at a loss of NaN.
 
     Args:
         batch: sequences of a step, over all processes.
-        timing: nothing is trained to be kept.
+        timing: whether this is only a timing run.
     """
 
     def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
@@ -370,7 +369,7 @@ class Watch(TrainerCallback):
             self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        # The other processes have written their random states, too.
+        # The other processes have written their random states too.
         self.job.processes.wait()
         self.check(rest["model"], state.global_step)
         if self.job.leads:
@@ -384,7 +383,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def check(self, model: Any, step: int) -> None:
-        """Measure the text held out, in every process alike, as a model may be shared by all."""
+        """Measure the unseen text, in all processes, because the model may be sharded."""
         judge = self.job.judge
         if judge is None or self.timing:
             return
@@ -410,7 +409,7 @@ class Watch(TrainerCallback):
             raise ModelError(f"the loss of step {step} is {loss}; {lower_rate(self.job)}")
 
     def judge(self) -> HealingStop | None:
-        """What the checks so far say, kept as `verdict`."""
+        """Judge the checks so far, and keep the result as `verdict`."""
         if self.checks and self.job.judge is not None:
             self.verdict = self.job.judge.verdict(self.checks)
         return self.verdict
@@ -420,25 +419,24 @@ class Watch(TrainerCallback):
 
 
 def lower_rate(job: Job) -> str:
-    """What to do about numbers that are none."""
+    """Return the advice for NaN or infinite losses."""
     rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
     return f"set a lower learning_rate in the --trainer file{rate}"
 
 
-# Written by the training run, or by `save_pretrained` anew: not copied from the start.
+# Written by the training or by `save_pretrained`, so not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
-# Of the time that is left: states are written and judged, too, and no clock is exact.
+# Usable share of the remaining time: states and checks take time too, and timing is inexact.
 _USED = 0.85
 
 
 def distill(job: Job, out: Path) -> dict[str, Any]:
     """Train from the job's start and write ``out``, a plain checkpoint of the same shape and dtype.
 
-    An interrupted training goes on from its last save. Every process calls this, and the one of
-    rank 0 writes.
+    An interrupted training resumes from its last state. Every process calls this; rank 0 writes.
 
     Returns:
-        what was done, as `healing.json` keeps it.
+        the record for `healing.json`.
     """
     effort = job.config.effort
     budget = job.recipe is None and bool(effort.tokens or effort.seconds)
@@ -457,7 +455,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _spend(job: Job) -> Job:
-    """The job with its budget turned into a recipe, and its text into samples of that length."""
+    """Convert the job's budget to a recipe, and its text to samples of that length."""
     began = time.monotonic()
     tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
@@ -482,13 +480,13 @@ def _spend(job: Job) -> Job:
 
 
 def _pace(job: Job) -> tuple[float, float]:
-    """Seconds of a step whatever its size, and of each of its tokens, measured in all processes."""
+    """Measure in all processes the fixed seconds per step, and the seconds per token."""
     trial = job.work / "trial"
     text = pieces(job.tokens, SHORT)
     times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
         shutil.rmtree(trial, ignore_errors=True)
-    # The first step of a size compiles and allocates; of the others the fastest was not disturbed.
+    # The first step of a size compiles and allocates; the fastest of the others is undisturbed.
     (n, s), (m, t) = (
         min(part[1:], key=lambda step: step[1]) for part in (times[:SMALL], times[SMALL:])
     )
@@ -497,13 +495,13 @@ def _pace(job: Job) -> tuple[float, float]:
 
 
 def _publish(job: Job, trained: Path, out: Path) -> None:
-    """The trained weights as a plain checkpoint in the start's dtype, verified."""
+    """Write the trained weights as a plain checkpoint in the start's dtype, and verify it."""
     dtype = DTYPES[stored_dtype(job.start)]
     trust = job.config.trust_remote_code
     weights = trained_weights(job.start, trained, job.config)
     if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
-        raise ModelError(f"the last step left weights that are no numbers; {lower_rate(job)}")
-    # Into a model that transformers loaded in that dtype: it keeps some tensors in float32.
+        raise ModelError(f"the last step left NaN or infinite weights; {lower_rate(job)}")
+    # Load into a model of that dtype, because transformers keeps some tensors in float32.
     model = reload(job.start, dtype=dtype, trust_remote_code=trust)
     model.load_state_dict(weights)
     tokens = random_tokens(model, 2, 24)
@@ -518,7 +516,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
             same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
         if not same:
             raise ModelError(
-                f"the healed model computes something else when it is loaded again from {out}, "
-                "where it was deleted"
+                f"the healed model gives other logits after reloading it from {out}; it was "
+                "deleted there"
             )
         check_generation(text_model(again), tokens[:1], 8, str(out))

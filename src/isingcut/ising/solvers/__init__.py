@@ -1,4 +1,4 @@
-"""Solvers: `Problem` -> low-energy feasible states, one file per solver; `solve` is the door."""
+"""Solvers: find low-energy feasible states of a `Problem`, one file per solver, by `solve`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from isingcut.memory import convert_memory_errors
 from isingcut.registry import Registry
 
 MOST_STATES = 100_000
-"""States of a spectrum at most: each is kept in memory, and in a file as text."""
+"""Most states of a spectrum: all are kept in memory, and as text in a file."""
 
 
 class Solvers(Registry):
     """The registry of solvers; ``dimod:package.Class`` names any dimod sampler."""
 
     def get(self, name: str) -> Any:
-        """The part called ``name``.
+        """Return the solver called ``name``.
 
         Raises:
             UnknownNameError: no such solver.
@@ -39,7 +39,7 @@ class Solvers(Registry):
         return super().get(name)
 
     def check(self, name: str) -> None:
-        """Raise now what would be wrong with the solver ``name`` when it is first used.
+        """Check now that the solver ``name`` can be used later.
 
         Raises:
             UnknownNameError: no such solver.
@@ -53,7 +53,7 @@ class Solvers(Registry):
 
 
 def imports(name: str) -> bool:
-    """Whether a solver's name makes Python import whatever it says."""
+    """Whether a solver's name makes Python import the module that it names."""
     return name.startswith("dimod:")
 
 
@@ -70,11 +70,11 @@ registry = Solvers(
 
 
 def make(solver: str, **options: Any) -> Any:
-    """The solver called ``solver`` with these options.
+    """Create the solver called ``solver`` with these options.
 
     Raises:
         UnknownNameError: no such solver.
-        InputError: it has no such option.
+        InputError: no such option.
     """
     part = registry.get(solver)
     try:
@@ -87,21 +87,21 @@ def make(solver: str, **options: Any) -> Any:
 def solve(
     problem: Problem, solver: str = "auto", k: int = 20, *, diverse: int = 0, **options: Any
 ) -> Spectrum:
-    """The ``k`` lowest states of ``problem``, ranked.
+    """Find the ``k`` lowest states of ``problem``, ranked.
 
     Args:
         problem: what to minimise.
         solver: a name from `registry`.
         k: how many states.
         diverse: with D > 0, each state is the best of all that are at least D swaps away from
-            every state before it; the solver is asked again, with rows that keep this
-            distance, as long as its states do not suffice.
+            every state before it; the solver runs again, with rows that keep this distance, as long
+            as it found too few such states.
         options: the solver's own.
 
     Raises:
         InfeasibleError: no state satisfies the constraints.
         InputError: unknown solver or option, ``k`` out of range, or the solver failed: it found
-            nothing, or returned what is no set of states.
+            nothing, or did not return a set of states.
 
     Examples:
         >>> from isingcut import constraints
@@ -119,15 +119,16 @@ def solve(
     if diverse:
         spectrum = _diverse(problem, solver, part, k, diverse, began)
     else:
-        spectrum = _ask(problem, solver, part, k, k, began)
+        spectrum = _run_one(problem, solver, part, k, k, began)
     if not len(spectrum):
         raise InputError(
-            f"solver {solver!r} found no state that obeys the constraints; choose another --solver"
+            f"solver {solver!r} found no state that satisfies the constraints; choose another "
+            "--solver"
         )
     return spectrum
 
 
-def _ask(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
+def _run_one(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
     solution = part.solve(problem, k)
     states = np.asarray(solution.states) if isinstance(solution, Solution) else None
     if states is None or states.ndim != 2 or states.shape[1] != problem.n:
@@ -148,13 +149,13 @@ def _ask(problem: Problem, name: str, part: Any, k: int, keep: int, began: float
 
 
 def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: float) -> Spectrum:
-    asked = min(max(10 * k, 100), 1000)
+    wanted = min(max(10 * k, 100), 1000)
     chosen = np.zeros((0, problem.n), dtype=np.bool_)
     proven, bound, rounds = True, None, 0
     limit = getattr(part, "seconds", None)
     while chosen.shape[0] < k:
         if rounds and limit is not None:
-            # All rounds together keep to the limit.
+            # The time limit is for all rounds together.
             left = limit - (time.perf_counter() - began)
             if left <= 0:
                 proven = False
@@ -162,7 +163,7 @@ def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: 
             part = dataclasses.replace(part, seconds=left)
         rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
         try:
-            spectrum = _ask(problem.with_constraints(rows), name, part, asked, asked, began)
+            spectrum = _run_one(problem.with_constraints(rows), name, part, wanted, wanted, began)
         except InfeasibleError:
             if not rounds:
                 raise

@@ -1,4 +1,4 @@
-"""Choose the solver: the exact search where it is likely to end in time, else the heuristic and a
+"""Choose the solver: the exact search if it is likely to finish in time, else tabu search and a
 bound."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Auto:
     """The exact search within a time limit, or tabu search with a proven bound.
 
     Args:
-        seconds: time allowed; None lets the exact search run to its end whatever the size.
+        seconds: time limit; None always runs the exact search to its end.
         seed: of the heuristic.
     """
 
@@ -32,7 +32,7 @@ class Auto:
     seed: int = 0
 
     def solve(self, problem: Problem, k: int) -> Solution:
-        """Up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""
+        """Find up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""
         reduced = reduce(problem)
         likely = reduced.n <= LIKELY_BLOCKS or reduced.count_states() <= LIKELY_STATES
         chosen = "exact"

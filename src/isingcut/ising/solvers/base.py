@@ -1,7 +1,7 @@
-"""What a solver is given, what it works on, and what it returns.
+"""The interface of solvers: `Solver`, its result `Solution`, and the reduced problem.
 
-A solver is a frozen dataclass of options with `solve(problem, k)`. It works on the problem with
-fixed blocks gone, tied blocks merged and rows tightened (`reduce`).
+A solver is a frozen dataclass of options with `solve(problem, k)`. `reduce` drops fixed blocks,
+merges tied blocks and tightens rows.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a solver returns; `isingcut.ising.spectrum.Spectrum` checks and ranks it.
+    """The result of a solver; `isingcut.ising.spectrum.Spectrum` checks and ranks it.
 
     Args:
-        states: (S, N) bool, every one feasible; duplicates and order do not matter.
+        states: (S, N) bool, all feasible; duplicates and order do not matter.
         lower_bound: a proven lower bound on the ground-state energy, or None.
-        proven: the states contain the k lowest of all (or all, where there are fewer).
-        info: JSON-able facts about the run: nodes, restarts, dropped samples.
+        proven: whether the states contain the k lowest (or all, if there are fewer).
+        info: JSON-able statistics of the run: nodes, restarts, dropped samples.
     """
 
     states: States
@@ -44,7 +44,7 @@ class Solver(Protocol):
     """A solver part."""
 
     def solve(self, problem: Problem, k: int) -> Solution:
-        """Up to ``k`` low-energy feasible states of ``problem``.
+        """Find up to ``k`` low-energy feasible states of ``problem``.
 
         Raises:
             InfeasibleError: the problem has no feasible state.
@@ -73,38 +73,38 @@ class Reduced:
 
     @property
     def n(self) -> int:
-        """Number of free variables V."""
+        """The number of free variables V."""
         return int(self.h.shape[0])
 
     def expand(self, y: NDArray[np.generic]) -> States:
-        """States (S, N) of reduced states (S, V)."""
+        """Convert reduced states (S, V) to states (S, N)."""
         x = self.base[None] + np.asarray(y, dtype=np.int8) @ self.lift
         return x.astype(np.bool_)
 
     def shrink(self, states: States) -> NDArray[np.uint8]:
-        """Reduced states (S, V) of feasible states (S, N)."""
+        """Convert feasible states (S, N) to reduced states (S, V)."""
         first = np.argmax(self.lift, axis=1) if self.n else np.zeros(0, dtype=np.int64)
         return np.asarray(states)[:, first].astype(np.uint8)
 
     def as_problem(self) -> Problem:
-        """The same as a `Problem` over the V variables (without c)."""
+        """Return a `Problem` over the V variables (without c)."""
         rows = _as_rows(self.A, self.low, self.high)
         if self.m_low == self.m_high:
             rows.insert(0, count(self.n, self.m_low))
         return Problem(Hamiltonian(self.h, self.J), rows)
 
     def count_states(self) -> int:
-        """How many states have an allowed number of ones; not all of them obey the rows."""
+        """Count the states with an allowed number of ones; not all of them satisfy the rows."""
         return sum(math.comb(self.n, m) for m in range(self.m_low, self.m_high + 1))
 
 
 def reduce(problem: Problem) -> Reduced:
-    """Fix what the rows force, merge what they tie, and derive the range of the count.
+    """Fix the variables that the rows force, merge tied ones, and bound the number of ones.
 
     Raises:
         InfeasibleError: there is no feasible state.
     """
-    # Not at the top: `--help` needs none of it.
+    # Imported here because `--help` does not need it.
     from scipy.sparse.csgraph import connected_components
 
     problem.check()
@@ -169,13 +169,13 @@ def reduce(problem: Problem) -> Reduced:
 
 
 def _is_tie(row: LinearConstraint) -> bool:
-    """Whether a row says x_a = x_b of two blocks."""
+    """Whether a row means x_a = x_b for two blocks."""
     values = row.coefficients[row.coefficients != 0]
     return row.sense == "==" and row.rhs == 0 and values.size == 2 and not values.sum()
 
 
 def _as_rows(matrix: Floats, lows: Floats, highs: Floats) -> list[LinearConstraint]:
-    """The constraints low <= A y <= high."""
+    """Return the constraints low <= A y <= high."""
     rows = []
     for r, (row, low, high) in enumerate(zip(matrix, lows, highs, strict=True)):
         if high - low <= 4e-9 * max(1.0, float(np.abs(row).sum())):

@@ -1,8 +1,7 @@
-"""Any dimod sampler or CQM solver the user has, hardware included: ``dimod:package.Class``.
+"""Run any dimod sampler or CQM solver, hardware included: ``dimod:package.Class``.
 
-The problem is handed over, infeasible samples are repaired. A sampler is code of others: whatever
-it raises or returns ends in states that fit the problem, or in one error that says what was wrong
-with it.
+Infeasible samples are repaired. A sampler is third-party code: anything that it raises or returns
+becomes feasible states, or one clear error.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ __all__ = ["Dimod"]
 class Dimod:
     """One call of a dimod sampler; infeasible samples are repaired or dropped, and counted.
 
-    A class with ``sample_cqm`` is given the constraints as rows, any other the penalty form. It
-    runs in this process and takes the time and memory it takes.
+    A class with ``sample_cqm`` gets the constraints as rows, any other the penalty form. It runs
+    in this process, without limits of time and memory.
 
     Args:
         sampler: the class as ``package.module.Class``; or, from Python, a class or an instance.
-            A class is made without arguments.
-        reads: ``num_reads``, where the sampler has it.
-        seed: ``seed``, where the sampler has it.
-        penalty: share of the weight that no swap can outbid, for samplers without rows.
+            A class is created without arguments.
+        reads: ``num_reads``, if the sampler has it.
+        seed: ``seed``, if the sampler has it.
+        penalty: share of the default penalty weight, for samplers without rows.
         options: further keyword arguments of the call.
     """
 
@@ -49,7 +48,7 @@ class Dimod:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def solve(self, problem: Problem, k: int) -> Solution:
-        """Up to ``k`` states, without a proof."""
+        """Find up to ``k`` states, without a proof."""
         if self.sampler == "":
             raise InputError(NO_CLASS)
         reduced = reduce(problem)
@@ -62,7 +61,7 @@ class Dimod:
             name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
         small = reduced.as_problem()
         try:
-            # What it prints would be taken for a result.
+            # Its output would look like a result.
             with contextlib.redirect_stdout(sys.stderr):
                 info, states = self._draw(small, sampler, name)
         except (KeyboardInterrupt, IsingcutError):
@@ -78,17 +77,15 @@ class Dimod:
             dropped=len(repaired) - len(mended),
         )
         kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
-        # Many samples may be repaired to one state.
+        # Many samples may be repaired to the same state.
         kept = np.unique(kept, axis=0)
         order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
         return Solution(reduced.expand(kept[order]), None, False, info)
 
     def _draw(self, small: Problem, sampler: Any, name: str) -> tuple[dict[str, Any], States]:
-        """What a sampler was not given and the distinct states it returned; all its own code runs
-        here.
+        """Run the sampler's code; return the ignored arguments and the distinct states.
 
-        Less than the penalty that no swap can outbid lets samplers move more freely; what comes out
-        infeasible is repaired.
+        A penalty below the default lets samplers move more freely; infeasible samples are repaired.
         """
         made = sampler() if isinstance(sampler, type) else sampler
         constrained = hasattr(made, "sample_cqm")
@@ -105,11 +102,11 @@ class Dimod:
 
 
 def sampler_class(name: str) -> Any:
-    """The class at ``package.module.Class``; its module is imported, nothing is called.
+    """Import the class ``package.module.Class``, without calling it.
 
     Raises:
-        MissingExtraError: it is one of dwave-samplers' and that is not installed.
-        InputError: there is no such module or class, it cannot be imported, or it is no sampler.
+        MissingExtraError: it is a class of dwave-samplers, which is not installed.
+        InputError: there is no such module or class, the import fails, or it is not a sampler.
     """
     module, _, attribute = name.rpartition(".")
     if not module or not all(part.isidentifier() for part in name.split(".")):
@@ -126,21 +123,21 @@ def sampler_class(name: str) -> Any:
     except AttributeError as error:
         if error.name != attribute:
             raise _failed(f"importing {module!r}", error) from error
-        raise InputError(f"{module!r} has no {attribute!r}; check the solver's name") from None
+        raise InputError(f"{module!r} has no class {attribute!r}; check the name") from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise _failed(f"importing {module!r}", error) from error
     if not is_sampler(found):
         raise InputError(
-            f"{name} is no dimod sampler; expected a subclass of dimod.Sampler, or a class with "
+            f"{name} is not a dimod sampler; expected a subclass of dimod.Sampler, or a class with "
             "the method sample_cqm"
         )
     return found
 
 
 def is_sampler(found: Any) -> bool:
-    """Whether it is a class that dimod's users call a sampler; it is looked at, not called."""
+    """Whether ``found`` is a dimod sampler class; it is not called."""
     from dimod.core.sampler import Sampler
 
     if not isinstance(found, type):
@@ -149,10 +146,10 @@ def is_sampler(found: Any) -> bool:
 
 
 def _states(found: Any, n: int, name: str) -> States:
-    """The distinct states (S, n) of a sample set.
+    """Return the distinct states (S, n) of a sample set.
 
     Raises:
-        InputError: what is wrong with it.
+        InputError: the sample set is not valid.
     """
     import dimod
 
@@ -182,15 +179,15 @@ def _failed(what: str, error: BaseException) -> InputError:
     try:
         words = " ".join(str(error).split())[:300]
     except BaseException:
-        # The error is of the same foreign make.
+        # Formatting a third-party error may fail too.
         words = "without words"
     return InputError(f"{what} failed: {type(error).__name__}{': ' * bool(words)}{words}")
 
 
 def repair(problem: Problem, state: Bools) -> Bools | None:
-    """A feasible state near ``state``: flips, then swaps, that lessen the violation most.
+    """Find a feasible state near ``state`` by flips, then swaps, that reduce the violation most.
 
-    Ties go to the lower energy. None where no such move is left before all rows hold.
+    Ties go to the lower energy. Returns None if no move helps before all rows are satisfied.
     """
     rows = problem.constraints
     matrix = np.array([row.coefficients for row in rows])

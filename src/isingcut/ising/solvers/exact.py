@@ -1,11 +1,10 @@
 """Exact branch and bound: the K best states with a proof.
 
-Two engines share the tree. A node that is small enough is enumerated depth first with a cheap
-combinatorial bound (`_enumeration`); any other gets a semidefinite bound with triangle inequalities
-(`_relaxation`) that starts from its parent's multipliers, is left as soon as it proves the node
-hopeless, and fixes variables whose other value it proves hopeless. Nodes are taken best bound
-first by all threads. The search starts from the K states of a tabu search, so that the first bound
-already competes with a good threshold.
+Small nodes are enumerated depth first with a cheap combinatorial bound (`_enumeration`). Others
+get a semidefinite bound with triangle inequalities (`_relaxation`). It starts from the parent's
+multipliers, stops as soon as it exceeds the threshold, and fixes a variable if the bound for its
+other value exceeds it. All threads take nodes with the best bound first. The search starts from the
+K states of a tabu search, which give a good first threshold.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ NODE_BUDGET = 60_000
 class Exact:
     """Branch and bound with semidefinite bounds; anytime.
 
-    On a limit, or on Ctrl-C, the best states so far come back with the proven lower bound and
-    ``proven=False``. The states found do not depend on timing once the search is complete,
-    except among states tied with the K-th.
+    On a limit, or on Ctrl-C, it returns the best states so far with the proven lower bound and
+    ``proven=False``. The states of a complete search do not depend on timing, except among states
+    tied with the K-th.
 
     Args:
         seconds: wall-clock limit, or None.
@@ -60,26 +59,26 @@ class Exact:
     memory_mb: float = 150.0
 
     def solve(self, problem: Problem, k: int) -> Solution:
-        """The ``k`` lowest states, proven unless a limit came first."""
+        """Find the ``k`` lowest states, proven unless a limit was reached."""
         if self.threads < 0 or (self.seconds is not None and self.seconds <= 0):
             raise InputError("exact needs threads >= 0 and a time limit above 0")
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
         search = _BranchAndBound(reduced, min(k, reduced.count_states()), self.memory_mb)
         search.warm_start(problem, self.seed)
-        # Our threads fill the cores; BLAS threads of their own would only wait for each other.
+        # These threads fill the cores; additional BLAS threads would only wait for each other.
         with threadpool_limits(limits=1, user_api="blas"):
             search.run(threads, self.seconds, self.nodes)
         states = search.pool.states(reduced.n)
         energies = search.energies(states)
-        # Every feasible state that is not in the pool has at least this energy.
+        # Every feasible state outside the pool has at least this energy.
         frontier = min((node.bound for node in search.open), default=np.inf)
         info = {
             "nodes": search.nodes,
             "enumerated": search.visited,
             "evaluations": search.relaxation.evaluations,
             "open_nodes": len(search.open),
-            # So many of the states, from the lowest, are proven to hold their rank.
+            # The number of states, from the lowest, whose rank is proven.
             "proven_states": int((energies <= frontier).sum()),
             "stopped": search.stopped,
             "threads": threads,
@@ -90,10 +89,10 @@ class Exact:
 
 
 class _Pool:
-    """K best states with a falling threshold.
+    """The K best states so far, with a falling threshold.
 
-    ``threshold`` (1,) is an array that compiled code reads while other threads lower it: only
-    states with an energy below it are still wanted.
+    ``threshold`` (1,) is an array that compiled code reads while other threads lower it. Only
+    states with an energy below it can enter the pool.
 
     Args:
         k: how many states.
@@ -126,7 +125,7 @@ class _Pool:
                 self.threshold[0] = min(self.threshold[0], -self._heap[0][0] - self.tolerance)
 
     def states(self, width: int) -> NDArray[np.uint8]:
-        """The states (S, V)."""
+        """Return the states (S, V)."""
         rows = [np.frombuffer(key, dtype=np.uint8) for _, key in self._heap]
         return np.array(rows, dtype=np.uint8).reshape(len(rows), width)
 
@@ -175,7 +174,7 @@ class _BranchAndBound:
             self._push(_Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
 
     def energies(self, states: NDArray[np.uint8]) -> Floats:
-        """Energies (S,) of reduced states (S, V), scaled."""
+        """Return the scaled energies (S,) of reduced states (S, V)."""
         x = states.astype(np.float64)
         result: Floats = x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
         return result
@@ -195,7 +194,7 @@ class _BranchAndBound:
         heapq.heappush(self.open, node)
 
     def run(self, threads: int, seconds: float | None, nodes: int | None) -> None:
-        """Work until the tree is empty or a limit is reached."""
+        """Run until the tree is empty or a limit is reached."""
         began = time.perf_counter()
         running: dict[Future[list[_Node] | None], _Node] = {}
         with ThreadPoolExecutor(threads) as workers:
@@ -233,7 +232,7 @@ class _BranchAndBound:
     # one node -----------------------------------------------------------------------------
 
     def _process(self, node: _Node) -> list[_Node] | None:
-        """The children of a node, none if it is settled; None if stopped before the end."""
+        """Return the children of a node, none if it is closed; None if stopped before the end."""
         fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
         r = self.reduced
         matrix = np.vstack([np.ones(r.n), r.A])
@@ -290,8 +289,7 @@ class _BranchAndBound:
             self._luck[difficulty] = luck + 0.002
             return False
         r, h, J, base = self.reduced, part.h, part.J, part.base
-        # Costly blocks first: choosing one is soon refuted, and the cheap ones that remain
-        # for the end are few.
+        # Costly blocks first: choosing one is soon ruled out, and few cheap ones remain.
         order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
         A = r.A[:, part.free[order]]
         shift = r.A @ (part.fixed == 1)

@@ -1,9 +1,9 @@
 """Iterated tabu search with swap moves: the default heuristic.
 
-A swap takes one block back and removes another, so the count never changes; where constraints
-leave the count open, single flips are moves too. Other rows are a weighted violation whose
-weight adapts until the search crosses the border of the feasible region now and then. The
-scheme (tabu search, then perturbation of the best state, again and again) is that of
+A swap restores one block and removes another, so the count never changes; if the constraints leave
+the count open, single flips are moves too. Violations of other rows are penalised, with a weight
+that adapts so that the search crosses the border of the feasible region now and then. The scheme
+(tabu search, then perturbation of the best state, repeatedly) is that of
 G. Palubeckis, "Iterated tabu search for the maximum diversity problem", Applied Mathematics and
 Computation 189 (2007), with our own move evaluation and a pool of the best distinct states.
 """
@@ -24,7 +24,7 @@ from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 @njit(cache=True, nogil=True)
 def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-untyped-def]
-    """Put a state into the pool (a max-heap); False if it is there or not good enough."""
+    """Put a state into the pool (a max-heap); False if it is in there or not good enough."""
     k = pool_energies.shape[0]
     if energy >= pool_energies[0]:
         return False
@@ -74,7 +74,7 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 def tabu_walk(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
-    """One tabu search from ``x`` (changed in place); what it meets goes into the pool."""
+    """Run one tabu search from ``x`` (changed in place); good states go into the pool."""
     n = h.shape[0]
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
@@ -130,7 +130,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
         best_out = -1
         best_in = -1
         ties = 0
-        # a = -1 or b = -1 stands for "no block": then the move is a single flip.
+        # a = -1 or b = -1 means "no block": then the move is a single flip.
         first_out = -1 if m < m_high else 0
         first_in = -1 if m > m_low else 0
         for a in range(first_out, n1):
@@ -145,7 +145,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                     delta += local[into]
                     if a >= 0:
                         delta -= J[out, into]
-                # No move can lessen the violation by more than all of it.
+                # No move can reduce the violation below 0.
                 if not expand and delta - weight * violation > best:
                     continue
                 change = violation
@@ -230,10 +230,10 @@ __all__ = ["Tabu"]
 
 @dataclass(frozen=True)
 class Tabu:
-    """Swap-move tabu search; returns the best distinct states it met, without a proof.
+    """Swap-move tabu search; finds the best distinct states that it visits, without a proof.
 
     The result depends on the seed and the options only, not on the machine's speed, unless
-    ``seconds`` cuts the search short.
+    ``seconds`` ends the search early.
 
     Args:
         restarts: searches, one in four from a random state and the others from the best one
@@ -249,7 +249,7 @@ class Tabu:
     seconds: float | None = None
 
     def solve(self, problem: Problem, k: int) -> Solution:
-        """Up to ``k`` of the best distinct states met."""
+        """Find up to ``k`` of the best distinct states."""
         if self.restarts < 0 or self.steps < 0:
             raise InputError("tabu needs restarts >= 0 and steps >= 0")
         reduced = reduce(problem)
@@ -268,7 +268,7 @@ def search(
     seconds: float | None,
     problem: Problem,
 ) -> tuple[NDArray[np.uint8], int]:
-    """The pool of a tabu search, reduced states (S, V), and the restarts done."""
+    """Run tabu searches; return the pool of reduced states (S, V) and the number of restarts."""
     n = reduced.n
     pool_energies = np.full(k, np.inf)
     pool = np.zeros((k, n), dtype=np.uint8)

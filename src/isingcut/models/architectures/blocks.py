@@ -37,7 +37,7 @@ class Block:
         kind: what it does, parts joined by ``+``: ``"attention+mlp"``,
             ``"sliding-attention+moe"``, ``"mamba2"``, ``"mlp"``, ...
         parameters: number of parameters.
-        bytes: their size in the dtype they are held in.
+        bytes: their size in their current dtype.
         active_parameters: parameters one token touches (top-k of the experts).
         kv_bytes_per_token: key and value cache per token, in the model's dtype.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
@@ -152,7 +152,7 @@ def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
         return _recurrent(module, own, _itemsize(module))
     if "recurrent_param" in own:
         return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
-    # Its decay may be a module of its own (Kimi Delta Attention), beside the convolution.
+    # Its decay may be a separate module (Kimi Delta Attention), next to the convolution.
     gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
     if gate is not None and any(name.startswith("conv") for name, _ in module.named_children()):
         return _recurrent(module, gate, _itemsize(module))
@@ -298,8 +298,8 @@ def find_stack(model: nn.Module) -> BlockStack:
     path = _stack_path(model, count)
     if path is None:
         raise ArchitectureError(
-            f"{type(model).__name__} has no recognisable block stack: expected one ModuleList "
-            f"of {count} blocks, as its config says"
+            f"{type(model).__name__} has no block stack: expected a ModuleList of {count} blocks, "
+            "as in its config"
         )
     modules = list(model.get_submodule(path).children())
     blocks = tuple(
@@ -369,10 +369,10 @@ def stop_rescaling(model: Any) -> None:
 
 @contextmanager
 def skipped(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
-    """Within the block, every removed block hands on the hidden states it was given.
+    """Skip the removed blocks within the context: each returns its input hidden states.
 
-    The block still runs, and only its output is replaced: caches stay consistent and the
-    output keeps its form (tensor or tuple). So this is exact but saves no time.
+    The blocks still run, and only their output is replaced, so that caches stay consistent and the
+    output keeps its form (tensor or tuple). This is exact but saves no time.
 
     Raises:
         ArchitectureError: a block number that does not exist.
@@ -405,15 +405,15 @@ _REASONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def text_model(model: Any) -> Any:
-    """What of a model is given text: itself, or the language model inside where it needs an image.
+    """Return the model to run on text: itself, or its inner language model if it needs images.
 
-    One that holds none of its own is not tried, and fails where it is used.
+    A model without an inner language model is not tested here, and fails on use.
     """
     return language_model(model) if image_needed(model) else model
 
 
 def language_model(model: Any) -> Any:
-    """The causal language model inside a model that owns its blocks; the model where none does."""
+    """Return the causal language model inside a model that owns its blocks, or the model."""
     if not isinstance(model, nn.Module):
         return model
     inner = [
@@ -428,9 +428,9 @@ def language_model(model: Any) -> Any:
 
 
 def image_needed(model: Any) -> str:
-    """Why a model is given text by way of the language model inside it; empty where it is not.
+    """Explain why a model needs its inner language model for text; empty if it does not.
 
-    Four tokens are tried, once for each model.
+    Tested with four tokens, once per model.
     """
     inner = language_model(model)
     if inner is model:
@@ -449,10 +449,10 @@ def image_needed(model: Any) -> str:
 
 @contextlib.contextmanager
 def on_text_alone(model: Any) -> Iterator[None]:
-    """Turn what a model raises meanwhile, being given text only, into one line.
+    """Convert errors of a model on text alone to one line, within the context.
 
     Raises:
-        ArchitectureError: it raised something.
+        ArchitectureError: the model failed.
     """
     try:
         yield
@@ -461,6 +461,6 @@ def on_text_alone(model: Any) -> Iterator[None]:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         raise ArchitectureError(
-            f"{type(model).__name__} does not run on text alone, so that it can be neither "
-            f"measured nor proven: {one_line(error)}"
+            f"{type(model).__name__} does not run on text alone, so it cannot be measured or "
+            f"verified: {one_line(error)}"
         ) from error

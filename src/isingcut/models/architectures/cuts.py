@@ -77,8 +77,8 @@ def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: 
             continue
         if _speaks_of_blocks(key, value, count, {count, count + heads} if decoder else set()):
             raise ArchitectureError(
-                f"the configuration field {key!r} looks per-layer (value {value!r:.60}) and "
-                "isingcut does not know what it means; add it to architectures/fields.py"
+                f"the configuration field {key!r} looks per-layer (value {value!r:.60}), but "
+                "isingcut does not know it; add it to architectures/fields.py"
             )
 
 
@@ -151,8 +151,7 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
             part[key] = _cut_field(key, value, count, mapping, often)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArchitectureError(
-                f"the configuration field {key!r} has a form that isingcut does not know; got "
-                f"{value!r:.60}"
+                f"the configuration field {key!r} has an unknown form; got {value!r:.60}"
             ) from error
     _drop_generators(part)
 
@@ -331,7 +330,7 @@ def renumbering(count: int, removed: Sequence[int]) -> dict[int, int]:
     """
     chosen = set(removed)
     if len(chosen) != len(list(removed)):
-        raise ArchitectureError(f"a block is named twice among those to remove: {list(removed)}")
+        raise ArchitectureError(f"a block to remove is named twice: {list(removed)}")
     outside = sorted(i for i in chosen if not 0 <= i < count)
     if outside:
         raise ArchitectureError(

@@ -1,7 +1,7 @@
 """The few families that need more than the table in `fields`.
 
-A family may write out what a period stands for before the table is applied, or forbid states with
-linear rows for the solver. Families are found by the fields they use, or by model type.
+A family may expand a period before the table is applied, or forbid states with linear rows for the
+solver. Families are found by the fields they use, or by model type.
 
 A model whose images enter between its text blocks counts those blocks by their place in the stack,
 in the vision tower's part or at the root of its configuration. Text alone never shows it.
@@ -44,7 +44,7 @@ def write_out(text: dict[str, Any], count: int) -> None:
 
 
 def _has_periods(text: dict[str, Any]) -> bool:
-    """Whether periods say what blocks are; Zamba has one beside the list that it stands for."""
+    """Whether periods define the kinds of blocks; Zamba has a period as well as the full list."""
     listed = isinstance(text.get("layers_block_type"), list)
     return not listed and all(isinstance(text.get(name), int) for name in fields.PERIODS)
 

@@ -1,5 +1,5 @@
-"""What every per-layer configuration field means, and what single model types need beside, as data;
-and where in a ``config.json`` the decoder's fields stand, as transformers reads it.
+"""The meaning of every per-layer configuration field, and special cases of model types, as data;
+and the place of the decoder's fields in a ``config.json``, as transformers reads it.
 
 `cuts` applies it; it refuses a field of another form, and one that looks per-layer and is not
 listed here: it is an error that names it, never a guess. `families` holds what is no table.
@@ -344,8 +344,8 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
     """The dictionary inside ``config``, or itself, that the decoder's fields are read from.
 
     Hubs hold multimodal configurations that lack the part their class has for the text: its
-    fields stand at the root (Qwen2-VL) or in a part of another name. Writing the part beside them
-    would hide them, so the place is found by changing a number and looking whether it is read.
+    fields are at the root (Qwen2-VL) or in a part of another name. Adding the part would hide them,
+    so the place is found by changing a number and checking whether it is read.
 
     Args:
         config: a checkpoint's ``config.json``; a part that nothing speaks of is added, empty.

@@ -260,7 +260,7 @@ def comparison(
 
 
 def _buffer_elements(device: torch.device) -> int:
-    """Logits held at a time: enough rows for a fast matrix product, whatever the vocabulary."""
+    """Return the logits per buffer: enough rows for a fast matrix product, for any vocabulary."""
     return 1 << 24 if device.type == "cpu" else 1 << 27
 
 

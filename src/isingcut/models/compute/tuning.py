@@ -182,7 +182,7 @@ def _saved_bytes(replay: Replay, length: int) -> int:
 
 
 def kept_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that the graphs of a call's backward passes keep, beside the model's weights."""
+    """Return the bytes that the graphs of a call keep for backward, without the model's weights."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}
 

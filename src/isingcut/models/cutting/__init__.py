@@ -1,4 +1,4 @@
-"""Cut: `checkpoint` the smaller safetensors checkpoint, `gguf` the smaller GGUF and what a patch
-changed in it, `verify` the proof that a cut computes what it should, `sharing` a cut beside its
-original in memory.
+"""Cut models: `checkpoint` writes the smaller safetensors checkpoint, `gguf` the smaller GGUF file
+with its patch, `verify` checks that a cut computes what it should, `sharing` loads a cut in the
+memory of its original.
 """

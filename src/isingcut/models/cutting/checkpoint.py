@@ -38,7 +38,7 @@ _QUANTISATION_FILES = (
     "quantize_config.json",
     "quant_config.json",
 )
-# Beside weights and configuration: tokenizer, chat template, custom code, processors, licence.
+# Files besides weights and configuration: tokenizer, chat template, custom code, licence, ...
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".yaml", ".yml"}
 _COPIED_NAMES = re.compile(r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE)
 _NOT_COPIED = re.compile(
@@ -134,8 +134,8 @@ def _refuse_full_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(home).free
     if free < needed:
         raise InputError(
-            f"no space left on the disk for {out}: {needed / 1e9:.2f} GB are needed and "
-            f"{free / 1e9:.2f} GB are free; nothing was written"
+            f"no space left on the disk for {out}: {needed / 1e9:.2f} GB are needed, but "
+            f"{free / 1e9:.2f} GB are free; nothing was written, free some space"
         )
 
 
@@ -168,4 +168,4 @@ def _check_written(folder: Path, tensors: Sequence[NewTensor]) -> None:
     written = read_checkpoint(folder)
     wanted = {t.name: (t.shape, t.source.dtype) for t in tensors}
     if len(wanted) != len(tensors) or wanted != {n: (t.shape, t.dtype) for n, t in written.items()}:
-        raise ArchitectureError(f"the tensors written to {folder} are not those planned")
+        raise ArchitectureError(f"the tensors written to {folder} differ from the plan")

@@ -57,8 +57,8 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         tensor = header.tensors.get(name)
         if tensor is not None and name.endswith("norm.weight") and not _alike(tensor, stored):
             raise InputError(
-                f"{header.path} is of another model: its tensor {name} has other values than the "
-                "run's model; give the GGUF that was made from it"
+                f"{header.path} is of another model: its tensor {name} differs from the run's "
+                "model; give the GGUF file of that model"
             )
 
 
@@ -265,7 +265,7 @@ def _difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> floa
 
 def _cannot(path: Path, name: str) -> str:
     return (
-        f"{path} does not hold {name} as the checkpoint does, so that the patch cannot be put into "
+        f"{path} stores {name} differently from the checkpoint, so the patch cannot be written to "
         "it; convert the patched checkpoint instead, or cut without a patch (--patch none)"
     )
 
@@ -365,8 +365,8 @@ def cut_gguf(
     header.check_blocks()
     if changed and header.big_endian:
         raise ArchitectureError(
-            f"{source} is big-endian, and a patch is only put into little-endian files; cut it "
-            "without a patch (--patch none)"
+            f"{source} is big-endian, but only little-endian files can be patched; cut it without "
+            "a patch (--patch none)"
         )
     import gguf
 
@@ -412,9 +412,9 @@ def _refuse(header: GgufHeader, before: int, after: int) -> None:
     architecture = header.architecture
     if architecture not in _CUTTABLE:
         raise ArchitectureError(
-            f"llama.cpp may derive what a block of {architecture!r} is from its number, which a "
-            "cut changes, in a GGUF as in a converted checkpoint; run the cut checkpoint in "
-            "transformers or vLLM"
+            f"llama.cpp may derive the kind of a {architecture!r} block from its number, which a "
+            "cut changes, also in a converted checkpoint; run the cut checkpoint in transformers "
+            "or vLLM"
         )
     if header.value(f"{architecture}.nextn_predict_layers"):
         raise ArchitectureError(
@@ -427,8 +427,8 @@ def _refuse(header: GgufHeader, before: int, after: int) -> None:
     known = _KNOWN_BY_DEPTH.get(architecture, set()) & {before, after}
     if known:
         raise ArchitectureError(
-            f"llama.cpp computes a {architecture!r} of {min(known)} blocks otherwise than one of "
-            f"another depth, and this cut goes from {before} to {after}; run the cut checkpoint in "
+            f"llama.cpp computes a {architecture!r} of {min(known)} blocks differently from other "
+            f"depths, and this cut goes from {before} to {after}; run the cut checkpoint in "
             "transformers or vLLM"
         )
 
@@ -456,8 +456,8 @@ def _refuse_unwritable(header: GgufHeader, fields: dict[str, Any]) -> None:
     for key, value in fields.items():
         if value == []:
             raise CheckpointError(
-                f"{header.path} has an empty list as its metadata {key!r}, and the package gguf "
-                "writes none; take the key out first"
+                f"{header.path} has an empty list as its metadata {key!r}, which the package gguf "
+                "cannot write; remove the key first"
             )
         prefix = key.removeprefix(f"{header.architecture}.") in _PREFIX
         if prefix and not isinstance(value, int):
@@ -477,7 +477,7 @@ def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dic
     if isinstance(value, list) and len(value) == count and short not in _NOT_PER_LAYER:
         if short not in _SLICED:
             raise ArchitectureError(
-                f"the metadata {key!r} looks per-layer and isingcut does not know what it means"
+                f"the metadata {key!r} looks per-layer, but isingcut does not know it"
             )
         return [value[i] for i in mapping]
     return value

@@ -1,4 +1,4 @@
-"""A cut checkpoint in memory beside its original: a tensor that equals the original's is shared.
+"""Load a cut checkpoint next to its original: equal tensors share memory.
 
 A cut keeps the bytes of all blocks that stay, so that both models together take the memory of one,
 and that of the layers which a patch changed.
@@ -56,7 +56,7 @@ def share(
     """Move a cut model to its original's device; frozen tensors of equal bits use its memory.
 
     Args:
-        cut: on the CPU; PEFT may have put adapters beside its layers.
+        cut: on the CPU; PEFT may have added adapters to its layers.
         original: on its device.
         removed: the blocks that the cut lacks, by their numbers in the original.
         device: where the cut goes; what of the original is elsewhere is not shared.

@@ -1,7 +1,7 @@
-"""The proof of a cut: the reloaded checkpoint computes what the skipped original does.
+"""Verify a cut: the reloaded checkpoint must compute what the original with skipped blocks does.
 
-A model that takes images is shown two prompts with an image each, beside text. The checkpoint's own
-processor makes them; where none loads, a cut is proven on text only.
+A model that takes images is also tested on two prompts with an image each. The checkpoint's own
+processor makes them; without one, a cut is verified on text only.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
         raise_if_exhausted(error)
         raise ModelError(one_line(error)) from error
     if logits.shape[0] != 2 or torch.equal(logits[0, -1], logits[1, -1]):
-        raise ModelError("another image gives the same logits")
+        raise ModelError("two different images give the same logits")
     return inputs
 
 
@@ -187,8 +187,8 @@ def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
 
     Relative to the larger of the two, because rounding grows with an entry, and an entry near 0
     is a sum of usual ones. The usual size is taken at each position alone, as `usual_size` says.
-    The largest entry is no scale: masked logits hold the smallest float, and beside them no
-    difference is large.
+    The largest entry is not used as scale: masked logits are the smallest float, and relative to
+    them no difference is large.
 
     Args:
         expected, got: (..., V); positions first, logits or channels last.
@@ -278,8 +278,8 @@ def check_generation(
             if reference is not None and torch.equal(reference(row, with_mask)[0], cached):
                 continue
         raise VerificationError(
-            f"{name}: greedy generation with a cache gives another token than without at "
-            f"position {at} (their logits differ by {gap:.1e} of their usual size)"
+            f"{name}: greedy generation with a cache differs from generation without at token "
+            f"{at} (their logits differ by {gap:.1e} of their usual size)"
         )
 
 
@@ -297,16 +297,16 @@ class Compared:
         inputs: ``"text"``, or ``"text and an image"``.
         difference: the largest logit difference, as `relative_difference` has it.
         wrong: the same of the cut and the original without the blocks ``instead``.
-        instead: blocks that it does not lack: the first other state that was told from it, or
-            the last that was tried.
-        told: whether the comparison would have noticed that state.
+        instead: the blocks of another state: the first that the comparison distinguishes from the
+            cut, or the last that was tried.
+        distinguished: whether the comparison distinguishes that state from the cut.
     """
 
     inputs: str
     difference: float
     wrong: float
     instead: tuple[int, ...]
-    told: bool
+    distinguished: bool
 
 
 @dataclass(frozen=True)
@@ -329,9 +329,9 @@ class Proof:
         return max(c.difference for c in self.comparisons)
 
     @property
-    def told(self) -> bool:
-        """Whether each comparison would have noticed another state."""
-        return all(c.told for c in self.comparisons)
+    def distinguishes(self) -> bool:
+        """Whether each comparison distinguishes the cut from another state."""
+        return all(c.distinguished for c in self.comparisons)
 
     @property
     def inputs(self) -> str:
@@ -348,18 +348,18 @@ class Proof:
     def remarks(self) -> tuple[str, ...]:
         """What the proof does not show, a line each."""
         said = [
-            f"the proof on {c.inputs} cannot tell this cut from others: without blocks "
+            f"the proof on {c.inputs} cannot distinguish this cut from another one: without blocks "
             f"{' '.join(map(str, c.instead))} instead, logits differ by {c.wrong:.1e} of their "
-            "size; those blocks do the same, or nothing"
+            "size; these blocks compute the same, or nothing"
             for c in self.comparisons
-            if not c.told
+            if not c.distinguished
         ]
         if self.inside:
             said.append(self.inside)
         if self.unseen:
             said.append(
-                "the cut is proven on text only: the model takes images, and no image input could "
-                f"be made ({self.unseen}); try it on an image"
+                "the cut is verified on text only: the model takes images, but no image could "
+                f"be made ({self.unseen}); test it on an image"
             )
         return tuple(said)
 
@@ -420,15 +420,15 @@ def verify(
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise_if_exhausted(error)
             raise VerificationError(
-                f"the checkpoint {out} fails on {kind}, which the original without blocks "
-                f"{sorted(removed)} computes: {one_line(error)}"
+                f"the checkpoint {out} fails on {kind}, but the original without blocks "
+                f"{sorted(removed)} does not: {one_line(error)}"
             ) from error
         difference = relative_difference(expected, got)
         if not difference <= allowed:
             raise VerificationError(
-                f"the checkpoint {out} does not compute what the original does without blocks "
+                f"the checkpoint {out} differs from the original without blocks "
                 f"{sorted(removed)} on {kind}: logits differ by {difference:.2e} of their size "
-                f"(at most {allowed:.0e} is expected)"
+                f"(expected at most {allowed:.0e})"
             )
         for instead in islice(_other_states(len(stack), removed), _WRONG):
             wrong = relative_difference(original(instead), got)
@@ -507,7 +507,7 @@ def verify_streamed(
 
 
 def _opened(model: Any, removed: Sequence[int], out: Path, trust: bool) -> tuple[Any, bool]:
-    """A cut beside its resident original, and whether it is streamed because both do not fit."""
+    """Open a cut next to its original in memory; also return whether the cut had to be streamed."""
     if fits(out, model.dtype):
         cut = reload(out, dtype=model.dtype, trust_remote_code=trust)
         cut.requires_grad_(False)

@@ -411,7 +411,7 @@ def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
 
 
 def _rows_per_scale(scale: Tensor, shape: tuple[int, ...], tile: tuple[int, int] | None) -> int:
-    """Rows (items of the first axis) that one row of the scale stands for; 0 if not certain."""
+    """Return the rows (items of the first axis) per row of the scale; 0 if not certain."""
     if scale.numel() == 1 or scale.shape[0] in (1, shape[0]):
         return 1
     return tile[0] if tile is not None and len(shape) == 2 else 0

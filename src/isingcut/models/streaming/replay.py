@@ -130,7 +130,7 @@ class StreamedReplay(Replay):
         if room <= 0:
             needed = self.memory.used + parts + work + slack
             raise InputError(
-                f"the memory allowed is {self.memory.total / 1e9:.2f} GB; streaming this model "
+                f"the memory limit is {self.memory.total / 1e9:.2f} GB, but streaming this model "
                 f"needs {needed / 1e9:.2f} GB before any hidden state is kept: two parts "
                 f"{parts / 1e9:.2f} GB, the work on {count} tokens "
                 f"{(work + slack) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "

@@ -97,14 +97,14 @@ class Buffers:
         self.reading = self.stalled = 0.0
         self._buffers: list[_Buffer] = []
         self.kept: WeakKeyDictionary[StoredPart, Tensor] = WeakKeyDictionary()
-        self._held: list[StoredPart | None] = [None, None]
+        self._installed: list[StoredPart | None] = [None, None]
         self._recent = 1
         self._pending: tuple[StoredPart, int, Future[Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="isingcut-reader")
 
     def holds(self, part: StoredPart) -> bool:
         """Whether a part is installed."""
-        return any(held is part for held in self._held)
+        return any(installed is part for installed in self._installed)
 
     def allocated(self) -> int:
         """Bytes of the device's memory that parts take: on a CPU those that stay."""
@@ -121,8 +121,8 @@ class Buffers:
 
     def take(self, part: StoredPart) -> None:
         """Install a part; the one taken before it stays, an older one goes."""
-        for index, held in enumerate(self._held):
-            if held is part:
+        for index, installed in enumerate(self._installed):
+            if installed is part:
                 self._recent = index
                 return
         if self._pending is None or self._pending[0] is not part:
@@ -138,7 +138,7 @@ class Buffers:
         # A gradient may use the part after a measurement in inference mode has read it.
         with torch.inference_mode(False):
             part.install(memory)
-        self._held[index], self._recent = part, index
+        self._installed[index], self._recent = part, index
 
     def expect(self, part: StoredPart) -> None:
         """Start to read a part into the buffer that is not in use; what was there goes."""
@@ -183,11 +183,11 @@ class Buffers:
             self._pending = None
 
     def _drop(self, index: int) -> None:
-        held = self._held[index]
-        if held is not None:
+        installed = self._installed[index]
+        if installed is not None:
             self._buffers[index].leave()
-            held.remove()
-            self._held[index] = None
+            installed.remove()
+            self._installed[index] = None
 
     def _kept_bytes(self) -> int:
         return sum(_bytes_of(len(kept), self.device) for kept in self.kept.values())
@@ -278,7 +278,7 @@ class Store(Weights):
         self.buffers.take(self._parts[part])
 
     def keep(self, part: Part) -> float:
-        """Install a part for good, beside the buffers; the seconds that reading it took."""
+        """Install a part permanently, outside the buffers; return the seconds of reading it."""
         found = self._parts[part]
         host = torch.empty(found.size, dtype=torch.uint8)
         began = time.perf_counter()
@@ -300,7 +300,7 @@ class Store(Weights):
         if torch.is_grad_enabled():
             raise ArchitectureError(
                 "a gradient through several blocks at once needs the whole model in memory; pass "
-                "--stream off on a machine that can hold it"
+                "--stream off on a machine with enough memory"
             )
         self.buffers.take(wanted)
         after = self.order[(self.order.index(part) + 1) % len(self.order)]
