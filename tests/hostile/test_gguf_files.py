@@ -79,7 +79,7 @@ CONVERTED = [
     ("blocks that all lack a tensor", lacking("ffn_up"), "lacks 6 tensors .*0.mlp.up_proj.weight"),
     ("no norm", lacking("output_norm"), "lacks 1 tensors .*model.norm.weight"),
     ("no embedding", lacking("token_embd"), "lacks 1 tensors .*embed_tokens"),
-    ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], its"),
+    ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], but"),
     ("another width", file(embedding_length=64), r"has the shape .*, but its model expects .*64"),
     ("a huge width", file(embedding_length=2**30), "more than its weights have"),
     ("a huge feed-forward", file(feed_forward_length=2**31), "more than its weights have"),

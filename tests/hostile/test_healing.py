@@ -108,7 +108,7 @@ def block_0_missing(arena):
 WORDS = rows([
     ("a patch before nothing", heal("--patch linear --method none", student="{here}/headless"),
      "block 0 is removed, so no block before", block_0_missing),
-    ("rank", heal("--method lora:33"), "--method lora:33 is more than"),
+    ("rank", heal("--method lora:33"), "--method lora:33 exceeds"),
     ("unknown schedule", heal(lr_scheduler_type="cosin"),
      "the schedule .*cosin is not a valid SchedulerType"),
     ("a schedule that waits", heal(lr_scheduler_type="reduce_lr_on_plateau"),
