@@ -429,7 +429,7 @@ def test_a_spectrum_prints_its_states(finished):
 
 def test_a_refused_output_names_the_options_of_both_ways(finished, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(OutputExistsError, match="--overwrite, overwrite=True"):
+    with pytest.raises(OutputExistsError, match=r"--overwrite \(overwrite=True\)"):
         isingcut.open_run(finished).save(tmp_path / "there")
 
 

@@ -141,7 +141,7 @@ def hook(module, args, out=None):
 
 
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-HOOKED = "has a hook or another forward"
+HOOKED = "has a hook or a replaced forward"
 SPOILT = {
     "a hook": (
         lambda m: m.model.layers[2].mlp.register_forward_hook(hook),

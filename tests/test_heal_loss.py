@@ -307,7 +307,7 @@ TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of
 def test_a_training_that_cannot_fit_is_refused(models, tmp_path, card, free, method, lora):
     job = job_on(card, models, tmp_path, method=method)
     card.budget = card.live + int(free)
-    advice = f"; give {lora}a smaller --length or a device with more memory"
+    advice = f"; use {lora}a smaller --length or a device with more memory"
     with pytest.raises(InputError, match=f"{TERMS}.*{advice}"), train._student(job, 4):
         pass
 

@@ -62,8 +62,8 @@ def exact(run, tmp_path_factory):
     shutil.copytree(run, out)
     done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none"])
     assert isinstance(done.exception, OutputExistsError)
-    assert "patch: None there" not in str(done.exception)
-    assert "patch: {" in str(done.exception)
+    assert "patch: was None" not in str(done.exception)
+    assert "patch: was {" in str(done.exception)
     done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
     assert done.exit_code == 0, done.output
     assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")

@@ -287,7 +287,7 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
         assert set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
         assert c["description"].endswith(f"about {subject}.\n\n")
     write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
-    with pytest.raises(InputError, match="4 examples about a; mmlu shows 5"):
+    with pytest.raises(InputError, match="4 examples about a; mmlu needs 5"):
         prepare_task("mmlu", tmp_path)
 
 

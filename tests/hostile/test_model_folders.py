@@ -115,7 +115,7 @@ FILES = [
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), "header is damaged"),
     ("an entry in digits", header(lambda h: h.update({"model.norm.weight": 3})), "is damaged"),
     ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
-    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
+    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
 ]
 # What `inspect` does not read: numbers, and names of single tensors.
@@ -130,8 +130,8 @@ LOADED = [
         rf"{UP} in .* has the shape \[40, 32\], but its model expects \[48, 32\]",
     ),
     ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
-    ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks and .* has tensors of 5"),
-    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks and .* tensors of 6"),
+    ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks, but .* has tensors of 5"),
+    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
     ("no tokenizer", removed(TOKENIZER, "model/tokenizer_config.json"), "has no tokenizer"),
     ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),

@@ -89,7 +89,7 @@ def left_behind(arena):
 
 
 def busy(place):
-    return rf"another isingcut \(pid \d+, host .+\) works in .*/{place} since \d\d\d\d-"
+    return rf"another isingcut \(pid \d+, host .+\) is writing to .*/{place} since \d\d\d\d-"
 
 
 ORDERS = {

@@ -90,7 +90,7 @@ WORDS = [
     ("--patch cubic", "--patch must be one of none, linear"),
     ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
     ("--solve-seconds inf", "--solve-seconds must be a finite number, got inf"),
-    ("--calibration ''", "--calibration has no records"),
+    ("--calibration ''", "--calibration is empty"),
     ("--samples many", "(?i)invalid value for '--samples'"),
     ("--zorp 1", "(?i)no such option: --zorp"),
     ("--remove 2 --config /dev/zero", "/dev/zero is a device; expected a regular file"),

@@ -366,7 +366,7 @@ def check_output(
         return
     if not overwrite:
         raise OutputExistsError(
-            f"the output {path} already exists, nothing was written; choose another --out, or "
+            f"the output {path} already exists, nothing was written; choose another place, or "
             "replace it with --overwrite (overwrite=True)"
         )
     foreign = foreign_in(path) if path.is_dir() else _foreign_file(path)

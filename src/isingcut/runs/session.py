@@ -266,7 +266,7 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     """Return the settings that all processes must share."""
     # Printed because a launcher with wrong options silently starts one process.
     if session.progress is not silent:
-        say(f"isingcut: {size} processes share the measurements")
+        say(f"{size} processes share the measurements")
     found = {"sha256": session.identity.sha256, "dtype": session.dtype}
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = pick_device(session.config.device)
