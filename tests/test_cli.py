@@ -29,7 +29,7 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.runs import demo
 from isingcut.runs.plan import make_plan
 from run_files import change, write_report, write_run
-from shared import call
+from shared import OPTIONS, call
 from tiny import in_memory, samples
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -419,6 +419,14 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     assert set(found.elsewhere) == set(found.cut.elsewhere) == {"manual"}
     assert found.elsewhere["manual"].kl != found.kl
     assert "manual (not calibrated on): perplexity" in (finished / "report.md").read_text()
+
+
+def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):
+    options = OPTIONS | {"length": 64, "patch": "none", "random_states": 0}
+    run = isingcut.run(
+        model=str(llama), calibration="manual", out=str(tmp_path / "r"), remove=2, **options
+    )
+    assert read_document(run / "evaluation.json", EvaluationFile).elsewhere == {}
 
 
 def test_a_spectrum_prints_its_states(finished):

@@ -323,6 +323,8 @@ def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
     if noted:
         table.add_column("")
     for row in rows:
+        if not any(row.values.values()):
+            continue
         cells = [row.name, *(row.text(model) for model in models)]
         cells += [row.change] * bool(change) + [", ".join(row.notes)] * noted
         table.add_row(*cells)

@@ -19,8 +19,7 @@ from isingcut.baselines import registry
 from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
-from isingcut.data.mixture import places_in
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError
 from isingcut.evaluation import candidates
 from isingcut.evaluation.benchmark import (
@@ -361,7 +360,7 @@ def evaluate(
         folder.check(checkpoint)
         tokens = measuring.splits_of(folder)["report"]
         session.tuned(folder)
-        elsewhere = _unlike(session, tokens)
+        elsewhere = _unlike(session, measuring.splits_of(folder))
         further = _further_scores(session, checkpoint, tokens, elsewhere)
         cut, streamed = session.open_cut(checkpoint)
         progress = session.progress
@@ -397,11 +396,9 @@ def evaluate(
     )
 
 
-def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
+def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
     """Read a text that is not in the calibration, a quarter as many samples; by its name."""
-    config, loaded = session.config, session.loaded
-    if UNLIKE in places_in(config.calibration):
-        return {}
+    loaded, tokens = session.loaded, splits["report"]
     built = build(
         UNLIKE,
         loaded.tokenizer,
@@ -409,10 +406,12 @@ def _unlike(session: Session, tokens: TokenSet) -> dict[str, TokenSet]:
         rank_samples=1,
         report_samples=max(4, tokens.samples // 4),
         length=int(tokens.input_ids.shape[1]),
-        seed=config.seed,
+        seed=session.config.seed,
         model=text_model(loaded.model),
     )
-    return {UNLIKE: built.splits["report"]}
+    found = built.splits["report"]
+    # The calibration may hold it, under this name or another.
+    return {} if overlap(found, list(splits.values())) > _SAME_TEXT else {UNLIKE: found}
 
 
 def _further_scores(
@@ -490,6 +489,8 @@ def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
 
 
 _LARGEST = 1_000_000
+_SAME_TEXT = 0.02
+"""Share of n-grams in common that is more than chance."""
 
 
 def baseline_part(name: str, settings: Sequence[str]) -> Any:
