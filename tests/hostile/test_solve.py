@@ -213,10 +213,10 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     (arena.run / "evaluation.json").unlink()
     made = ("run/run.json", "run/evaluation.json")
     shown = arena.try_row(Row("left out", "evaluate {run} --skip-speed", code=0, makes=made))
+    assert "decode, tokens/s" not in shown
     short = evaluation(arena)
     assert short["not_measured"] == list(keys)
     assert not set(keys) & set(short["after"])
-    assert shown.count("not measured") == 6
     arena.try_row(Row("again", "evaluate {run} --skip-speed", code=0))
     arena.try_row(Row("report", "report {run} --overwrite", code=0, makes=("run/report.*",)))
     report = (arena.run / "report.md").read_text(encoding="utf-8")
