@@ -24,7 +24,7 @@ from isingcut.healing import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.healing.recipe import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.architectures.cuts import depth, extra_heads, written_out
+from isingcut.models.architectures.cuts import depth, mtp_layers, written_out
 from isingcut.models.fit import by_block, check_fit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
@@ -196,7 +196,7 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
     text = written_out(read_config(folder))
-    return by_block(read_checkpoint(folder), depth(text), extra_heads(text))
+    return by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
