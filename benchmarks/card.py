@@ -32,7 +32,6 @@ from isingcut.errors import IsingcutError
 from isingcut.evaluation import quality, speed
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming import replay as streamed
 from isingcut.runs.folder import RunFolder
@@ -65,15 +64,15 @@ def short() -> Iterator[None]:
         (verify.__kwdefaults__, {"new_tokens": 3}),
     ]
     before = [dict(defaults) for defaults, _ in changed]
-    slack, rounds = streamed._SLACK, tuning._ROUNDS
+    slack = streamed._SLACK
     for defaults, values in changed:
         defaults.update(values)
     # More than such a model takes.
-    streamed._SLACK, tuning._ROUNDS = 0, 1
+    streamed._SLACK = 0
     try:
         yield
     finally:
-        streamed._SLACK, tuning._ROUNDS = slack, rounds
+        streamed._SLACK = slack
         for (defaults, _), values in zip(changed, before, strict=True):
             defaults.update(values)
 

@@ -26,7 +26,6 @@ from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import Boundaries, gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.cards import MixedDevicesError, fake_cards
@@ -210,9 +209,6 @@ def test_a_step_keeps_to_its_device(step, llama, device):
 
 @pytest.mark.slow
 def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
-    # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
-    monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
-    monkeypatch.setattr(tuning, "_ROUNDS", 1)
     monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
     monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
     with fake_cards() as (card,):

@@ -1,20 +1,17 @@
-"""Choose device, dtype, threads and memory limit of a model."""
+"""Choose device, dtype and memory limit of a model."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
+from isingcut.files.provenance import cpu_name
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.spellings import Device, Memory
 
@@ -85,7 +82,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+
+    ``"auto"`` takes bfloat16 where the device computes fast in it: GPUs with compute capability 8
+    or higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16.
+    """
     import torch
 
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,9 +98,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()
-        native = bool(features.get("amx_bf16"))
-        if features.get("avx512_bf16") and not native:
-            native = _bfloat16_is_faster()
+        # An Intel Xeon whose AMX is hidden by a virtual machine is slower in bfloat16.
+        fast = features.get("avx512_bf16") and "Intel" not in cpu_name()
+        native = bool(features.get("amx_bf16") or fast)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
@@ -108,44 +109,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def dtype_name(dtype: str, device: str) -> str:
     """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def few_threads(most: int | None) -> Iterator[None]:
-    """Use at most ``most`` threads within the context; None changes nothing."""
-    import torch
-
-    before = torch.get_num_threads()
-    if most is None or most >= before:
-        yield
-        return
-    torch.set_num_threads(most)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@cache
-def _bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices faster in bfloat16 than in float32, by trying.
-
-    AVX512-BF16 does not say: an Intel Xeon whose AMX is hidden (a virtual machine) has it and takes
-    1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
-    counts, as other work on the machine only ever slows one down. On one thread: several wait for
-    each other, and where others compute as well, one may never be undisturbed.
-    """
-    import torch
-
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (64, 1024)] for d in seconds}
-    with few_threads(1):
-        for _ in range(20):
-            for dtype, (a, b) in operands.items():
-                began = time.perf_counter()
-                torch.nn.functional.linear(a, b)
-                seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 # Of the free memory, when no limit is given: the rest is for the system and for estimates' errors.

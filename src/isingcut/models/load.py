@@ -133,10 +133,7 @@ def load(
     checkpoints are loaded with their weights as plain numbers.
 
     Args:
-        dtype: ``"auto"`` takes bfloat16 where the device computes in it natively (CUDA from
-            compute capability 8, CPUs with AMX; with AVX512-BF16 if a short trial finds it faster),
-            else float32.
-        device: ``"auto"`` takes cuda, then mps, then cpu.
+        dtype, device: as in `pick_dtype` and `pick_device`.
 
     Raises:
         ModelError: transformers cannot load it; tensors are missing from the checkpoint or have

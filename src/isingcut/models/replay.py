@@ -262,7 +262,6 @@ class Replay:
         text: what of the model is given token ids (`text_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
-        threads: with how many threads at most; None: with those that torch takes.
         limit: tokens that are computed at a time, as far as the memory is known to hold them.
         processes: that hold the same model and share its measurements.
         plain_head: what `compute.head` found of the output map, once it has looked.
@@ -287,7 +286,6 @@ class Replay:
         self.device = device or next(model.parameters()).device
         self.store = store or Weights()
         self.attention: str | None = None
-        self.threads: int | None = None
         self.limit = BatchLimit(self.device)
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None

@@ -131,7 +131,7 @@ class RunConfig(Options):
     )
     batch_tokens: Tokens | None = option(
         None,
-        "Tokens per micro-batch (default: found by a short timing, once per run).",
+        "Tokens per micro-batch (default: 1,024 on a CPU, as many as fit on a GPU).",
         "energy",
     )
     stream: Literal["auto", "on", "off"] = option(

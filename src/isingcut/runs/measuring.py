@@ -194,10 +194,10 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     def make(path: Path) -> None:
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
-        with session.computing(folder):
-            work, store = work_of(session, journal), session.replay.store
-            before = store.reading()
-            measured = part.measure(session.replay, split.select(own), work)
+        session.tuned(folder)
+        work, store = work_of(session, journal), session.replay.store
+        before = store.reading()
+        measured = part.measure(session.replay, split.select(own), work)
         reading = store.reading() - before
         if reading.sweeps:
             share = reading.memory / reading.sweeps

@@ -256,19 +256,19 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
-        with session.computing(folder):
-            found = candidates.rank(
-                session.replay,
-                split,
-                problem,
-                considered,
-                remove=config.removal,
-                others=others,
-                random_states=config.random_states,
-                seed=config.seed,
-                choose=config.choose,
-                work=measuring.work_of(session, journal),
-            )
+        session.tuned(folder)
+        found = candidates.rank(
+            session.replay,
+            split,
+            problem,
+            considered,
+            remove=config.removal,
+            others=others,
+            random_states=config.random_states,
+            seed=config.seed,
+            choose=config.choose,
+            work=measuring.work_of(session, journal),
+        )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found = found.model_copy(update={"one_pass": quick})
         if config.choose == "tasks" and not folder.processes.rank:
@@ -559,16 +559,16 @@ def compare(
     def make(path: Path) -> None:
         splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
-        with session.computing(folder):
-            work = Work(session.tuning.batch_tokens, session.progress, journal)
-            outcome = part.choose(session.replay, searched, count, work, config.seed)
-            found = measure(
-                session.replay,
-                splits["rank"],
-                states_of(len(session.replay), [outcome.removed]),
-                dataclasses.replace(work, journal=None),
-                "measuring the choice",
-            )
+        session.tuned(folder)
+        work = Work(session.tuning.batch_tokens, session.progress, journal)
+        outcome = part.choose(session.replay, searched, count, work, config.seed)
+        found = measure(
+            session.replay,
+            splits["rank"],
+            states_of(len(session.replay), [outcome.removed]),
+            dataclasses.replace(work, journal=None),
+            "measuring the choice",
+        )
         content = documents.BaselineFile(
             baseline=name,
             options=dataclasses.asdict(part),
