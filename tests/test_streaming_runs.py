@@ -15,9 +15,8 @@ from isingcut.errors import CheckpointError, InputError, ModelError, Verificatio
 from isingcut.evaluation import quality as evaluate
 from isingcut.measure.losses import measure
 from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.cutting import verify
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify_streamed
+from isingcut.models.cutting.verify import verify
 from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
@@ -286,24 +285,24 @@ def cut(llama, tmp_path_factory):
 def test_a_cut_is_proven_block_by_block(llama, cut, monkeypatch):
     replay = streamed(llama)
     seen = watch(replay)
-    assert verify_streamed(replay, [1, 4], cut).difference == 0.0
+    assert verify(replay, [1, 4], cut).difference == 0.0
     assert max(map(len, seen)) <= 2
     with pytest.raises(VerificationError, match="differs from the original"):
-        verify_streamed(replay, [1, 3], cut)
+        verify(replay, [1, 3], cut)
 
 
 def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeypatch):
     replay = streamed(llama)
-    build = verify.open_model
+    build = open_model
 
     def wrong(*args, **kwargs):
         model, store, memory = build(*args, **kwargs)
         model.model.layers[2].self_attn.layer_idx = 1
         return model, store, memory
 
-    monkeypatch.setattr(verify, "open_model", wrong)
+    monkeypatch.setattr("isingcut.models.cutting.verify.open_model", wrong)
     with pytest.raises(VerificationError, match=r"does not generate|differs from generation"):
-        verify_streamed(replay, [1, 4], cut, new_tokens=6)
+        verify(replay, [1, 4], cut, new_tokens=6)
 
 
 def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
@@ -311,10 +310,10 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
     with edit_tensors(tmp_path / "bad") as tensors:
         tensors["model.extra.weight"] = torch.zeros(1)
     with pytest.raises(VerificationError, match=r"unexpected keys: model\.extra\.weight"):
-        verify_streamed(streamed(llama), [1, 4], tmp_path / "bad")
+        verify(streamed(llama), [1, 4], tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()
     with pytest.raises(VerificationError, match="does not load"):
-        verify_streamed(streamed(llama), [1, 4], tmp_path / "bad")
+        verify(streamed(llama), [1, 4], tmp_path / "bad")
 
 
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):

@@ -27,7 +27,7 @@ from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
-from isingcut.models.architectures.blocks import find_stack, text_model
+from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
 from isingcut.models.load import not_finite
@@ -85,14 +85,14 @@ def before_and_after(
         models = {"before": original, "after": cut}
         if not skip_speed:
             with progress("speed", 1) as bar:
-                plain = {name: text_model(m.model) for name, m in models.items()}
+                plain = {name: language_model(m.model) for name, m in models.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
         ids, texts = prompt_ids(original.tokenizer, prompt), {}
         with progress("one generation", len(both)) as bar:
             for name, m in models.items():
-                texts[name] = generate_text(text_model(m.model), m.tokenizer, ids, new_tokens)
+                texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
         rest["generation"] = Generation(prompt=prompt, **texts)
@@ -228,7 +228,7 @@ def _logits(
 
 def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
     ids = batch.input_ids.to(model.device)
-    found: Tensor = text_model(model)(input_ids=ids, use_cache=False).logits
+    found: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return found.__getitem__
 
 

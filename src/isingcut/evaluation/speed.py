@@ -23,7 +23,7 @@ from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.documents import EvaluationFile
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load
 
@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> None:
     folder, dtype, device, tokens, trust = arguments
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
-    decode_tokens(text_model(loaded.model), prompt, 4)
+    decode_tokens(language_model(loaded.model), prompt, 4)
     module = device_module(loaded.device)
     peak = resident_peak() if module is None else module.max_memory_allocated(loaded.device)
     print(json.dumps({"peak_memory_bytes": peak}))

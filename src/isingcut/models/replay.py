@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import on_text_alone, stop_rescaling, text_model
+from isingcut.models.architectures.blocks import language_model, on_text_alone, stop_rescaling
 from isingcut.models.device import BatchLimit, allowance, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
@@ -259,7 +259,7 @@ class Replay:
         store: its weights; None: they are in memory.
 
     Attributes:
-        text: what of the model is given token ids (`text_model`).
+        text: what of the model is run on token ids (`language_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
         limit: tokens that are computed at a time, as far as the memory is known to hold them.
@@ -289,7 +289,7 @@ class Replay:
         self.limit = BatchLimit(self.device)
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
-        self.text = text_model(model)
+        self.text = language_model(model)
         self._rest, self.bytes_per_token = learn_outputs(self.text, self.blocks, self.device)
 
     def __len__(self) -> int:

@@ -42,7 +42,7 @@ from isingcut.models.cutting.gguf import (
     cut_gguf,
     repacked,
 )
-from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.cutting.verify import verify
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import loading_class_of
 from isingcut.models.processes import launched
@@ -143,17 +143,15 @@ def write_checkpoint(
     with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(session.source, blocks, temporary)
-        if session.streaming:
-            proof = verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
-        else:
-            proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+        original = session.streamed[1] if session.streaming else session.loaded.model
+        proof = verify(original, blocks, temporary, trust_remote_code=trust)
         parts = parts.model_copy(update={"proof": proof.inputs})
         record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
             model=folder.run.provenance.model.content(),
             card=parts,
-            proof=documents.CutProof(**proof.record),
+            proof=proof,
         )
         with writing.clear_os_errors(out):
             write_record(temporary, record)

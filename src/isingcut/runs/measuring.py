@@ -21,7 +21,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.files.documents import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -98,7 +98,7 @@ def build_calibration(session: Session) -> Calibration:
         report_samples=config.report_samples,
         length=config.length,
         seed=config.seed,
-        model=text_model(session.loaded.model),
+        model=language_model(session.loaded.model),
         progress=session.progress,
     )
 

@@ -48,7 +48,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
 from isingcut.report.words import chosen_by_tasks, listed
@@ -407,7 +407,7 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
         report_samples=max(4, tokens.samples // 4),
         length=int(tokens.input_ids.shape[1]),
         seed=session.config.seed,
-        model=text_model(loaded.model),
+        model=language_model(loaded.model),
     )
     found = built.splits["report"]
     # The calibration may hold it, under this name or another; 2 % of n-grams are common by chance.

@@ -27,7 +27,6 @@ from torch.nn.functional import linear
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.files.documents import (
-    CutProof,
     PatchedCut,
     PatchRecord,
     PatchTuning,
@@ -50,7 +49,7 @@ from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.compute.divergence import divergence
-from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance
 from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
@@ -115,17 +114,14 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     stored = write_patched(layers, patches, out)
     trust = job.config.trust_remote_code
     with apply_patches(replay.blocks, stored):
-        if job.replay is None:
-            proof = verify(model, job.removed, out, trust_remote_code=trust)
-        else:
-            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
+        proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
         maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
         cuts=[p.record for p in fitted.patches],
         tuning=tuning,
         unpatched=fitted.unpatched,
-        proof=CutProof(**proof.record),
+        proof=proof,
     )
 
 

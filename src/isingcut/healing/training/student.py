@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isingcut.healing.recipe import check_last
-from isingcut.models.architectures.blocks import find_stack, stack_modules, text_config, text_model
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    language_model,
+    stack_modules,
+    text_config,
+)
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import entering
 from isingcut.models.cutting.verify import reload
@@ -95,7 +100,7 @@ def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
     layers need no gradients, so the backward pass ends before them.
     """
     stack = stack_modules(model, find_stack(model))
-    read = text_model(model)
+    read = language_model(model)
     first = {id(p) for p in read.get_input_embeddings().parameters()}
     within = [p for block in stack[-blocks:] for p in block.parameters()]
     return within + [p for p in _behind(read, stack[-1]) if id(p) not in first]
@@ -183,7 +188,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
         plain: the transformers model inside it.
         original: the teacher, frozen, on the student's device.
     """
-    text, teacher = text_model(plain), text_model(original)
+    text, teacher = language_model(plain), language_model(original)
     forward = text.forward
     parts, other = split_head(text), split_head(teacher)
     size = text.get_output_embeddings().weight.shape[0] if parts else 1

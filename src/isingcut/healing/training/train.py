@@ -66,7 +66,7 @@ from isingcut.healing.training.student import (
     trained_weights,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
-from isingcut.models.architectures.blocks import text_config, text_model
+from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import share
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
@@ -513,10 +513,12 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
                 shutil.copyfile(path, temporary / path.name)
         again = reload(temporary, dtype=dtype, trust_remote_code=trust)
         with torch.no_grad():
-            same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
+            same = torch.equal(
+                language_model(model)(tokens).logits, language_model(again)(tokens).logits
+            )
         if not same:
             raise ModelError(
                 f"the healed model gives other logits after reloading it from {out}; it was "
                 "deleted there"
             )
-        check_generation(text_model(again), tokens[:1], 8, str(out))
+        check_generation(language_model(again), tokens[:1], 8, str(out))

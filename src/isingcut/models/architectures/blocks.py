@@ -4,9 +4,9 @@ Finding it runs nothing, so a model on the meta device is enough. What a block i
 from its modules and its config. `skipped` lets a model run with some blocks passing the stream
 through: the reference for a cut.
 
-Most models are given text whole; BLIP's classes do not run without pixels. The language model
-inside them is a causal one of its own, with embedding, blocks and head, and computes on text what
-the whole model would (`text_model`).
+Some models hold a causal language model of their own, with embedding, blocks and head. It computes
+on text what the whole model would. BLIP's classes do not run without pixels, so text goes to the
+language model inside (`language_model`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -400,20 +399,9 @@ def _pass_through(
     return (hidden, *output[1:])
 
 
-# Why a model that holds a language model of its own does not run on text alone; empty: it does.
-_REASONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def text_model(model: Any) -> Any:
-    """Return the model to run on text: itself, or its inner language model if it needs images.
-
-    A model without an inner language model is not tested here, and fails on use.
-    """
-    return language_model(model) if image_needed(model) else model
-
-
 def language_model(model: Any) -> Any:
-    """Return the causal language model inside a model that owns its blocks, or the model."""
+    """Return what of a model is run on text: the causal language model inside it that owns its
+    blocks, or the model."""
     if not isinstance(model, nn.Module):
         return model
     inner = [
@@ -425,26 +413,6 @@ def language_model(model: Any) -> Any:
         return model
     stack = find_stack(model)
     return next((module for path, module in inner if stack.path.startswith(f"{path}.")), model)
-
-
-def image_needed(model: Any) -> str:
-    """Explain why a model needs its inner language model for text; empty if it does not.
-
-    Tested with four tokens, once per model.
-    """
-    inner = language_model(model)
-    if inner is model:
-        return ""
-    if model not in _REASONS:
-        ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
-        reason = ""
-        try:
-            with torch.no_grad(), on_text_alone(model):
-                model(input_ids=ids, use_cache=False)
-        except ArchitectureError as error:
-            reason = one_line(error.__cause__ or error)
-        _REASONS[model] = reason
-    return _REASONS[model]
 
 
 @contextlib.contextmanager

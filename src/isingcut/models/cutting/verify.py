@@ -1,18 +1,15 @@
 """Verify a cut: the reloaded checkpoint must compute what the original with skipped blocks does.
 
 A model that takes images is also tested on two prompts with an image each. The checkpoint's own
-processor makes them; without one, a cut is verified on text only.
+processor makes them. Without a processor, a cut is verified on text only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,14 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
+from isingcut.files.documents import CutProof
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import (
     find_stack,
-    image_needed,
     language_model,
     on_text_alone,
     skipped,
     text_config,
-    text_model,
 )
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.load import as_transformers_does
@@ -40,7 +36,7 @@ ImageInputs = dict[str, Tensor]
 
 _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
 _RESERVED = re.compile(r"_token(_id|_index)?$")
-# Logits are compared at the end of a prompt, behind the image, where all of it is seen.
+# Logits are compared at the end of a prompt, after the image, where the model has seen all of it.
 _KEPT = 32
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _PROCESSOR_SIDE = 64
@@ -76,20 +72,18 @@ def process_images(
 
 
 def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
-    """Two prompts, once the model has taken them.
+    """Make two prompts and check that the model takes them.
 
-    The rows differ in their images alone; a model that does not notice took none of them.
+    The rows differ only in their images. If their logits are equal, the model took no image.
 
     Raises:
-        ModelError: it does not take them, or making them failed.
+        ModelError: the model does not take them, or making them failed.
     """
     accepted = parameters(model.forward)
     try:
         with torch.no_grad(), quiet_transformers():
             inputs = {key: value for key, value in make().items() if key in accepted}
-            if "logits_to_keep" in accepted:
-                inputs["logits_to_keep"] = torch.tensor(_KEPT)
-            logits = logits_of(model, inputs)
+            logits = compute_logits(model, inputs)
     except Exception as error:
         raise_if_exhausted(error)
         raise ModelError(one_line(error)) from error
@@ -98,30 +92,17 @@ def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
     return inputs
 
 
-def logits_of(model: Any, inputs: ImageInputs) -> Tensor:
-    """Logits of prompts with images."""
+def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
+    """Compute the logits of prompts with images, at their last positions."""
     given: dict[str, Any] = on_device_of(model, inputs)
-    if "logits_to_keep" in given:
-        given["logits_to_keep"] = int(given["logits_to_keep"])
-    with _forgotten(model):
-        logits: Tensor = model(**given, use_cache=False).logits
+    if "logits_to_keep" in parameters(model.forward):
+        given["logits_to_keep"] = _KEPT
+    logits: Tensor = model(**given, use_cache=False).logits
+    for module in model.modules():
+        # Qwen-VL keeps the positions of an image for the text after it.
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
     return logits
-
-
-@contextlib.contextmanager
-def _forgotten(model: Any) -> Iterator[None]:
-    """Take back what modules note down meanwhile: Qwen-VL keeps an image's positions for later."""
-    before = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if value is None or isinstance(value, Tensor)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            vars(module)[name] = value
 
 
 def on_device_of(model: Any, inputs: ImageInputs) -> ImageInputs:
@@ -141,7 +122,13 @@ def _processed(folder: Path, trust: bool) -> ImageInputs:
     processor = factory.from_pretrained(folder, trust_remote_code=trust)
     shape = (2, _PROCESSOR_SIDE, _PROCESSOR_SIDE, 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    prompt = _processor_prompt(processor)
+    prompt = f"{processor.image_token} {_QUESTION}"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+        said = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        prompt = said if processor.image_token in said else prompt
     return dict(
         processor(
             text=[prompt, prompt],
@@ -150,18 +137,6 @@ def _processed(folder: Path, trust: bool) -> ImageInputs:
             padding=True,
         )
     )
-
-
-def _processor_prompt(processor: Any) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
-    token: str = processor.image_token
-    if getattr(processor, "chat_template", None):
-        said: str = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        if token in said:
-            return said
-    return f"{token} {_QUESTION}"
 
 
 def reserved_tokens(config: Any) -> set[int]:
@@ -283,89 +258,12 @@ def check_generation(
         )
 
 
-# Wrong states that a proof is tried on at most.
-_WRONG = 4
 # Tokens generated by a model that is read from disk for each of them.
 _STREAMED_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A cut and its original, compared on prompts of one kind.
-
-    Args:
-        inputs: ``"text"``, or ``"text and an image"``.
-        difference: the largest logit difference, as `relative_difference` has it.
-        wrong: the same of the cut and the original without the blocks ``instead``.
-        instead: the blocks of another state: the first that the comparison distinguishes from the
-            cut, or the last that was tried.
-        distinguished: whether the comparison distinguishes that state from the cut.
-    """
-
-    inputs: str
-    difference: float
-    wrong: float
-    instead: tuple[int, ...]
-    distinguished: bool
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What the comparisons of a cut with its original showed.
-
-    Args:
-        comparisons: of text, and of text and an image where the model takes one.
-        unseen: why the model takes images and was given none; empty else.
-        inside: what was given the text where the whole model is not, and why; empty else.
-    """
-
-    comparisons: tuple[Compared, ...]
-    unseen: str = ""
-    inside: str = ""
-
-    @property
-    def difference(self) -> float:
-        """The largest logit difference of all comparisons."""
-        return max(c.difference for c in self.comparisons)
-
-    @property
-    def distinguishes(self) -> bool:
-        """Whether each comparison distinguishes the cut from another state."""
-        return all(c.distinguished for c in self.comparisons)
-
-    @property
-    def inputs(self) -> str:
-        """What the model was given: ``"text"``, ``"text and an image"`` or ``"text only"``."""
-        return "text only" if self.unseen else self.comparisons[-1].inputs
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the record of a checkpoint keeps of it."""
-        remarks = list(self.remarks)
-        return {"inputs": self.inputs, "difference": self.difference, "remarks": remarks}
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the proof does not show, a line each."""
-        said = [
-            f"the proof on {c.inputs} cannot distinguish this cut from another one: without blocks "
-            f"{' '.join(map(str, c.instead))} instead, logits differ by {c.wrong:.1e} of their "
-            "size; these blocks compute the same, or nothing"
-            for c in self.comparisons
-            if not c.distinguished
-        ]
-        if self.inside:
-            said.append(self.inside)
-        if self.unseen:
-            said.append(
-                "the cut is verified on text only: the model takes images, but no image could "
-                f"be made ({self.unseen}); test it on an image"
-            )
-        return tuple(said)
-
-
 def verify(
-    source_model: Any,
+    source: Any,
     removed: Sequence[int],
     out: Path,
     *,
@@ -375,22 +273,20 @@ def verify(
     new_tokens: int = 16,
     images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
-) -> Proof:
+) -> CutProof:
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
 
-    The checkpoint is loaded in the original's dtype (float32 when the original is), so equal
-    means equal: on random tokens, logits to 1e-5 of their size in float32; and greedy generation
-    with a cache gives the tokens that it gives without one. The original with other blocks
-    skipped must differ from it, or the comparison shows nothing. Where some such states do not
-    differ, the blocks are alike or idle and the cut is what it should be: the proof says so.
+    The checkpoint is loaded in the original's dtype. Logits of random tokens must agree to 1e-5 of
+    their size in float32, and greedy generation with a cache must give the tokens that it gives
+    without one. Of a streamed original, both models are read from disk, a block at a time.
 
     Args:
-        source_model: the original.
+        source: the original, or its `StreamedReplay`.
         removed: the blocks that ``out`` lacks.
-        out: the checkpoint to prove.
-        cut: it, where it is not to be loaded whole.
+        out: the checkpoint to verify.
+        cut: its model; None loads it.
         length: tokens of each of the two sequences compared.
-        prompts: of these, how many are gone on with.
+        prompts: number of sequences to continue by generation.
         new_tokens: generated tokens compared.
         images: makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
@@ -399,21 +295,20 @@ def verify(
         VerificationError: it does not load, or it computes something else.
         ArchitectureError: the original does not run on text alone.
     """
-    source_model.eval()
+    buffers = source.store.buffers if isinstance(source, StreamedReplay) else None
+    model = source.model if isinstance(source, StreamedReplay) else source
+    model.eval()
     if cut is None:
-        cut, streamed = _opened(source_model, removed, out, trust_remote_code)
+        cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
         if streamed:
             prompts, new_tokens = 1, min(new_tokens, _STREAMED_TOKENS)
-    tokens = random_tokens(source_model, 2, length)
-    stack = find_stack(source_model)
-    allowed = tolerance(source_model.dtype)
+    tokens = random_tokens(model, 2, length)
+    stack = find_stack(model)
+    allowed = tolerance(model.dtype)
 
-    def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> Compared:
-        def original(blocks: Sequence[int]) -> torch.Tensor:
-            with torch.no_grad(), skipped(source_model, stack, blocks):
-                return logits(source_model)
-
-        expected = original(removed)
+    def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
+        with torch.no_grad(), skipped(model, stack, removed):
+            expected = logits(model)
         try:
             with torch.no_grad():
                 got = logits(cut)
@@ -430,111 +325,68 @@ def verify(
                 f"{sorted(removed)} on {kind}: logits differ by {difference:.2e} of their size "
                 f"(expected at most {allowed:.0e})"
             )
-        for instead in islice(_other_states(len(stack), removed), _WRONG):
-            wrong = relative_difference(original(instead), got)
-            if wrong > allowed:
-                break
-        return Compared(kind, difference, wrong, tuple(instead), wrong > allowed)
+        return difference
 
-    def skipped_original(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        with skipped(source_model, stack, removed):
-            result: torch.Tensor = text_model(source_model).generate(row, use_cache=True, **options)
+    def generate(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        with skipped(model, stack, removed):
+            result: torch.Tensor = inner.generate(row, use_cache=True, **options)
         return result
 
-    def on_text(model: Any) -> torch.Tensor:
-        # A model that cannot be called so is refused; a cut of one that can is wrong.
-        with on_text_alone(model) if model is source_model else nullcontext():
-            logits: torch.Tensor = text_part(model)(input_ids=tokens, use_cache=False).logits
+    def on_text(whole: Any) -> torch.Tensor:
+        # A model that does not run on text is refused. A cut of one that does is wrong.
+        with on_text_alone(whole) if whole is model else nullcontext():
+            logits: torch.Tensor = language_model(whole)(input_ids=tokens, use_cache=False).logits
         return logits
 
-    inside, text_part = _inside(source_model)
-    found = [compare("text", on_text)]
-    check_generation(text_part(cut), tokens[:prompts], new_tokens, str(out), skipped_original)
-    if not takes_images(source_model):
-        return Proof(tuple(found), inside=inside)
-    try:
-        pictures = images(source_model, out, tokens, trust_remote_code=trust_remote_code)
-    except ModelError as error:
-        return Proof(tuple(found), str(error), inside)
-    found.append(compare("text and an image", lambda model: logits_of(model, pictures)))
-    return Proof(tuple(found), inside=inside)
+    inner, remarks, inputs = language_model(model), [], "text"
+    if inner is not model:
+        remarks.append(
+            f"the text was given to the {type(inner).__name__} inside the {type(model).__name__}"
+        )
+    difference = compare("text", on_text)
+    check_generation(language_model(cut), tokens[:prompts], new_tokens, str(out), generate)
+    if takes_images(model):
+        try:
+            pictures = images(model, out, tokens, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            inputs = "text only"
+            remarks.append(
+                "the cut is verified on text only: the model takes images, but no image could "
+                f"be made ({error}); test it on an image"
+            )
+        else:
+            inputs = "text and an image"
+            other = compare(inputs, lambda whole: compute_logits(whole, pictures))
+            difference = max(difference, other)
+    return CutProof(inputs=inputs, difference=difference, remarks=remarks)
 
 
-def _inside(model: Any) -> tuple[str, Callable[[Any], Any]]:
-    """What of a model and of its cut is given text, said where it is not the whole."""
-    reason = image_needed(model)
-    if not reason:
-        return "", lambda whole: whole
-    said = (
-        f"{type(model).__name__} does not run on text alone ({reason}): text was given to the "
-        f"{type(language_model(model)).__name__} inside it"
-    )
-    return said, language_model
-
-
-def _other_states(count: int, removed: Sequence[int]) -> Iterator[list[int]]:
-    """States that lack another block in the place of one, its nearest neighbours first.
-
-    Whether they are legal does not matter: a skipped block is run, only its output is not used.
-    """
-    gone = set(removed)
-    if not gone:
-        yield from ([j] for j in range(count))
-    for distance in range(1, count):
-        for i in sorted(gone):
-            for j in (i - distance, i + distance):
-                if 0 <= j < count and j not in gone:
-                    yield sorted(gone - {i} | {j})
-
-
-def verify_streamed(
-    source: StreamedReplay,
-    removed: Sequence[int],
-    out: Path,
-    *,
-    new_tokens: int = _STREAMED_TOKENS,
-    images: Callable[..., ImageInputs] = process_images,
-    trust_remote_code: bool = False,
-) -> Proof:
-    """`verify` for an original that is streamed: a block of each model is in memory at a time.
-
-    Complexity: the original is read twice, the cut model once and twice per new token.
-    """
-    cut = _streamed(out, source.model, trust_remote_code, source.store.buffers)
-    return verify(
-        source.model, removed, out, cut=cut, prompts=1, new_tokens=new_tokens, images=images
-    )
-
-
-def _opened(model: Any, removed: Sequence[int], out: Path, trust: bool) -> tuple[Any, bool]:
-    """Open a cut next to its original in memory; also return whether the cut had to be streamed."""
-    if fits(out, model.dtype):
-        cut = reload(out, dtype=model.dtype, trust_remote_code=trust)
+def _open_cut(
+    original: Any, removed: Sequence[int], out: Path, trust: bool, buffers: Buffers | None
+) -> tuple[Any, bool]:
+    """Open a cut next to its original; also return whether it is streamed."""
+    if buffers is None and fits(out, original.dtype):
+        cut = reload(out, dtype=original.dtype, trust_remote_code=trust)
         cut.requires_grad_(False)
-        if share(cut, model, removed):
+        if share(cut, original, removed):
             return cut, False
         del cut
-    return _streamed(out, model, trust), True
-
-
-def _streamed(out: Path, original: Any, trust: bool, buffers: Buffers | None = None) -> Any:
-    """A cut whose blocks are read from disk when they are run.
-
-    Raises:
-        VerificationError: it does not load, or holds tensors that it has no use for.
-    """
     place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
             cut, store, _ = open_model(out, **place, trust_remote_code=trust, buffers=buffers)
     except (ModelError, CheckpointError) as error:
         raise VerificationError(f"the checkpoint {out} does not load: {error}") from error
-    if store.reader.unexpected:
-        raise VerificationError(
-            f"the checkpoint {out} reloads with unexpected keys: "
-            f"{', '.join(store.reader.unexpected[:3])}"
-        )
-    return cut
+    _refuse_keys(out, {"unexpected_keys": store.reader.unexpected})
+    return cut, True
+
+
+def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(problem, ())))[:3]:
+            raise VerificationError(
+                f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
+            )
 
 
 def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -551,12 +403,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
         raise VerificationError(
             f"the checkpoint {out} does not load: {type(error).__name__}: {error}"
         ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(problem):
-            names = sorted(map(str, report[problem]))[:3]
-            raise VerificationError(
-                f"the checkpoint {out} reloads with {problem.replace('_', ' ')}: {', '.join(names)}"
-            )
+    _refuse_keys(out, report)
     return model
 
 
