@@ -15,7 +15,7 @@ from isingcut.models import device, gguf_files
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
-from isingcut.models.load import loading_class_of
+from isingcut.models.load import find_loading_class
 from isingcut.models.sources import hub_id, model_identity, resolve
 from tiny import edit_config, tiny_checkpoint
 
@@ -54,7 +54,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [models.load, loading_class_of, inspect_model])
+@pytest.mark.parametrize("read", [models.load, find_loading_class, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="the model's folder gone does not exist"):

@@ -35,7 +35,7 @@ from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed,
 class Numbers:
     """A part of eight bytes that come from a place which may be gone."""
 
-    size, hits, misses = 8, 0, 0
+    size, sweeps = 8, 0
 
     def __init__(self, value, gone=False):
         self.value, self.gone, self.memory = value, gone, None
@@ -66,25 +66,6 @@ def test_a_part_read_ahead_and_not_wanted_may_fail():
         buffers.take(gone)
 
 
-def test_parts_stay_in_host_memory_up_to_a_bound():
-    buffers = Buffers(8, CPU)
-    buffers.bound = 16
-    parts = [Numbers(1), Numbers(2), Numbers(3)]
-    for _ in range(3):
-        for part in parts:
-            buffers.take(part)
-            assert part.memory.tolist() == [part.value] * 8
-    # A sweep comes by all parts in turn: the first ones that fit are always there.
-    assert [(part.hits, part.misses) for part in parts] == [(2, 1), (2, 1), (0, 3)]
-    assert buffers.allocated() == 16
-    buffers.keep_at_most(8)
-    for part in parts:
-        buffers.take(part)
-    assert [(part.hits, part.misses) for part in parts] == [(3, 1), (2, 2), (0, 4)]
-    del part, parts[0]
-    assert buffers.allocated() == 0
-
-
 def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monkeypatch):
     log = []
     monkeypatch.setattr(
@@ -99,7 +80,6 @@ def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monk
     filling, before = waits[0]
     recorded = [(event, stream) for what, event, stream in log if what == "record"]
     assert before in [event for event, stream in recorded if stream is not filling]
-    assert ("record", waits[1][1], filling) in log[log.index(("wait", filling, before)) :]
 
 
 def everything(folder, dtype):
@@ -189,7 +169,6 @@ def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
 
 def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
     replay = streamed(tiny_checkpoint("llama", tmp_path))
-    replay.store.buffers.keep_at_most(0)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="ended early"):
@@ -202,23 +181,10 @@ def test_numbers_are_checked_once(llama, monkeypatch):
         reader, "refuse_infinite", lambda tensors, folder: seen.update(n for n, _ in tensors)
     )
     replay = streamed(llama)
-    replay.store.buffers.keep_at_most(0)
     for _ in range(2):
         measure(replay, samples(), some_states(len(replay)))
     plans = replay.store.reader.plans.values()
     assert seen == {name: 1 for plan in plans for name in plan.targets}
-
-
-def test_a_model_whose_parts_all_stay_is_read_once(tmp_path):
-    folder = tiny_checkpoint("llama", tmp_path)
-    replay, tokens = streamed(folder), samples()
-    states = some_states(len(replay))
-    expected = measure(replay, tokens, states).kl_sums
-    before = replay.store.reading()
-    (folder / "model.safetensors").unlink()
-    assert (measure(replay, tokens, states).kl_sums == expected).all()
-    more = replay.store.reading() - before
-    assert (more.disk, more.memory) == (0.0, pytest.approx(1.0, abs=0.1))
 
 
 pytestmark = pytest.mark.usefixtures("one_layout")
@@ -260,19 +226,6 @@ def test_weights_that_do_not_fit_are_streamed(llama):
         measure(replay, samples(), some_states(6))
     with pytest.raises(InputError, match="--stream must be one of"):
         config.replace(stream="maybe").validate()
-
-
-def test_parts_that_stay_and_hidden_states_share_the_memory_that_is_left(llama):
-    replay, tokens = streamed(llama), samples()
-    states = some_states(6)
-    expected = measure(replay, tokens, states).kl_sums
-    batch, kept = tokens.batches(1024)[0], replay.store.buffers
-    assert kept.allocated() == kept.bound == replay.store.weights
-    taken = replay.memory.left - replay.room(batch) - kept.bound
-    replay.memory = Allowance(taken + replay.store.weights, 0)
-    assert replay.room(batch) == kept.bound == replay.store.weights // 2
-    assert 0 < kept.allocated() <= kept.bound
-    assert (measure(replay, tokens, states).kl_sums == expected).all()
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +310,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     assert len(chosen["removed"]) == 2
     report = (folder / "report.md").read_text()
     assert "not measured" in report
-    assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy, \d+ %", report)
+    assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy", report)
     for wrong, message in (
         ({"energy": "hessian"}, "'hessian' needs all blocks"),
         ({"calibration": "self"}, "would read a streamed model from disk for every token"),

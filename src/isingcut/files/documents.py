@@ -751,10 +751,9 @@ class Places(Strict):
 
 
 class WeightsRead(Strict):
-    """How often a streamed model was read, and the share of reads from host memory."""
+    """How often a streamed model was read."""
 
     sweeps: Positive
-    from_memory: Positive
 
 
 class Provenance(Strict):

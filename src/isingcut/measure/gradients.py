@@ -170,18 +170,18 @@ def gate_rows(
     Complexity: each block is opened twice. For a model in memory, the graphs of the last blocks are
     kept, as many as fit; the other blocks are computed once more.
     """
-    n, in_place = len(replay), replay.store.in_place
+    n, resident = len(replay), not replay.streamed
     # Streams before and after every block, the input of the blocks (in the recording), the
     # original's before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
     order = [EMBED, *range(n), HEAD, *reversed(range(n))]
-    for chunk, room in chunks(replay, batches, streams, together=not in_place):
+    for chunk, room in chunks(replay, batches, streams, together=not resident):
 
         def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
             each = [replay.stream_bytes(batch) for batch in some]
             # A graph cannot keep weights that are unloaded; blocks are recomputed while the next
             # weights load.
-            left = room - streams * sum(each) if in_place else 0
+            left = room - streams * sum(each) if resident else 0
             graphs = left // (BLOCK_STREAMS * max(each))
             with closing(Boundaries(room, folder)) as boundaries:
                 ways = [

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Configuration classes that no auto class of transformers lists, and what builds their models;
-# registered in this process alone.
-_ALONE: dict[type, str] = {}
-
-
 def auto_class(config: Any) -> Any:
     """Return the auto class that builds the model in a configuration's ``architectures``.
 
@@ -47,46 +42,24 @@ def auto_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
     ]
     remote = getattr(config, "auto_map", None) or {}
-    if named := [f for f in factories if f.__name__ in remote]:
-        return named[0]
-    known = [f for f in factories if type(config) in model_classes(f)]
-    # Of a multimodal checkpoint the causal class may be one that only its text part fits.
+    # The causal class of a multimodal checkpoint may fit its text part alone.
     saved = getattr(config, "architectures", None) or []
-    for factory in known:
-        if model_classes(factory)[type(config)].__name__ in saved:
-            return factory
-    if known:
-        return known[0]
-    for name in saved:
-        own: Any = getattr(transformers, name, None)
-        if _loads_alone(own, config):
-            factories[0].register(type(config), own, exist_ok=True)
-            _ALONE[type(config)] = own.__name__
-            return factories[0]
+    known = [f for f in factories if type(config) in model_classes(f)]
+    named = [f for f in factories if f.__name__ in remote]
+    named += [f for f in known if model_classes(f)[type(config)].__name__ in saved]
+    if found := [*named, *known]:
+        return found[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
         "isingcut cuts decoders with one stack of residual blocks"
     )
 
 
-def _loads_alone(own: Any, config: Any) -> bool:
-    """Whether a class builds a text-generating model that no auto class lists.
-
-    Such is the decoder of a multimodal model, saved without the rest.
-    """
-    return (
-        getattr(own, "config_class", None) is type(config)
-        and own.can_generate()
-        and own.main_input_name == "input_ids"
-        and not getattr(config, "is_encoder_decoder", False)
-    )
-
-
-def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """The name of the class that loads a checkpoint in transformers where isingcut is not."""
+def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Return the name of the class that loads a checkpoint with plain transformers."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
     name: str = auto_class(config).__name__
-    return _ALONE.get(type(config), name)
+    return name
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -20,7 +20,6 @@ import sys
 import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -43,42 +42,16 @@ EMBED, HEAD = "embed", "head"
 BLOCK_STREAMS = 64
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How often a streamed model was read, in sweeps over all weights.
-
-    Attributes:
-        disk: reads from the checkpoint.
-        memory: reads from host memory.
-    """
-
-    disk: float = 0.0
-    memory: float = 0.0
-
-    @property
-    def sweeps(self) -> float:
-        """From anywhere."""
-        return self.disk + self.memory
-
-    def __sub__(self, before: Reading) -> Reading:
-        return Reading(self.disk - before.disk, self.memory - before.memory)
-
-
 class Weights:
     """The weights of a model: here in memory, so that opening a part costs nothing."""
-
-    @property
-    def in_place(self) -> bool:
-        """Whether every part is used where it stays: opening costs nothing, graphs may hold it."""
-        return True
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Open parts in this order, each for one turn of the loop."""
         return iter(order)
 
-    def reading(self) -> Reading:
-        """How often the weights were read so far."""
-        return Reading()
+    def count_sweeps(self) -> float:
+        """Return how often the weights were read so far."""
+        return 0.0
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"

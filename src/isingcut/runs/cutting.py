@@ -44,7 +44,7 @@ from isingcut.models.cutting.gguf import (
 )
 from isingcut.models.cutting.verify import verify
 from isingcut.models.gguf_files import read_gguf
-from isingcut.models.load import loading_class_of
+from isingcut.models.load import find_loading_class
 from isingcut.models.processes import launched
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -136,7 +136,7 @@ def write_checkpoint(
     """
     blocks = list(removed)
     trust = session.config.trust_remote_code
-    loads_with = loading_class_of(session.source, trust_remote_code=trust)
+    loads_with = find_loading_class(session.source, trust_remote_code=trust)
     target = folder.target(session.config.removal)
     parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]

@@ -196,16 +196,11 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         own = range(samples_of(config, name))
         session.tuned(folder)
         work, store = work_of(session, journal), session.replay.store
-        before = store.reading()
+        before = store.count_sweeps()
         measured = part.measure(session.replay, split.select(own), work)
-        reading = store.reading() - before
-        if reading.sweeps:
-            share = reading.memory / reading.sweeps
-            made, record = (
-                folder.run.provenance,
-                WeightsRead(sweeps=reading.sweeps, from_memory=share),
-            )
-            made.reading = {**made.reading, name: record}
+        if sweeps := store.count_sweeps() - before:
+            made = folder.run.provenance
+            made.reading = {**made.reading, name: WeightsRead(sweeps=sweeps)}
         measured.save(path)
 
     return folder.stage(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +96,8 @@ class StreamedReplay(Replay):
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, cheaply, for the fingerprint of a journal."""
         config: Any = self.model.config
-        return {"model": config.to_dict(), "sha256": self._digest, "streamed": True}
-
-    @cached_property
-    def _digest(self) -> str:
-        digest: str = model_identity(self.folder)["sha256"]
-        return digest
+        digest = model_identity(self.folder)["sha256"]
+        return {"model": config.to_dict(), "sha256": digest, "streamed": True}
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
@@ -113,8 +108,6 @@ class StreamedReplay(Replay):
 
     def room(self, batch: TokenSet) -> int:
         """Bytes that hidden states kept between blocks may take.
-
-        On a CPU the parts that stay in memory take up to half of what is left.
 
         Raises:
             InputError: parts and one batch's own work leave none.
@@ -136,10 +129,7 @@ class StreamedReplay(Replay):
                 f"{(work + slack) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
                 "GB; raise --memory-limit or lower --batch-tokens"
             )
-        if self.device.type != "cpu":
-            return room
-        self.store.buffers.keep_at_most(room // 2)
-        return room - self.store.buffers.bound
+        return room
 
 
 def open_model(
@@ -167,18 +157,8 @@ def open_model(
     store = Store(folder, model, paths, dtype, device, buffers)
     if store.buffers is buffers:
         # `room` counts them for each of the models that share them.
-        memory = replace(memory, used=memory.used - buffers.allocated())
-    else:
-        store.buffers.bound = _kept(store, memory)
+        memory = replace(memory, used=memory.used - buffers.allocated)
     return model, store, memory
-
-
-def _kept(store: Store, memory: Allowance) -> int:
-    """Bytes of parts that may stay in host memory, before anything is measured."""
-    if store.device.type != "cpu":
-        return allowance("50%", torch.device("cpu")).left
-    left = memory.left - 2 * store.buffers.size - store.resident - _SLACK
-    return max(0, min(store.weights, left // 2))
 
 
 def _slack(memory: Allowance, device: torch.device) -> int:
