@@ -33,7 +33,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heal")
     teacher = tiny_checkpoint("llama", folder / "teacher")
     record = json.dumps({"removed": REMOVED, "of": 6})
-    excise(teacher, REMOVED, folder / "student", extra_files={"isingcut.json": record})
+    excise(teacher, REMOVED, folder / "student")
+    (folder / "student" / "isingcut.json").write_text(record)
     write_text(folder / "text.jsonl", 80)
     return folder
 

@@ -101,8 +101,9 @@ def block_0_missing(arena):
     """A cut that lacks its first blocks only."""
     from isingcut.models.cutting.checkpoint import excise
 
-    more = {"isingcut.json": json.dumps({"removed": [0, 1], "of": 6})}
-    excise(arena.model, [0, 1], arena.here / "headless", extra_files=more)
+    excise(arena.model, [0, 1], arena.here / "headless")
+    record = json.dumps({"removed": [0, 1], "of": 6})
+    (arena.here / "headless" / "isingcut.json").write_text(record)
 
 
 WORDS = rows([

@@ -180,19 +180,15 @@ def _used_and_free(device: torch.device) -> tuple[int, int]:
 
 
 def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes a container's control group still allows; a huge number outside of any."""
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most = (root / limit).read_text(encoding="ascii").strip()
-            now = int((root / usage).read_text(encoding="ascii"))
-            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
-        except (OSError, ValueError):
-            continue
-        if most.isdigit():
-            # Cached file pages count as usage, but are given up when memory is wanted.
-            cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
-            return max(0, int(most) - now + sum(cached))
-    return 1 << 62
+    """Return the bytes that a container's control group still allows; a huge number without one."""
+    try:
+        most = (root / "memory.max").read_text(encoding="ascii").strip()
+        now = int((root / "memory.current").read_text(encoding="ascii"))
+        stat = (root / "memory.stat").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return 1 << 62
+    if not most.isdigit():
+        return 1 << 62
+    # Cached file pages count as usage, but are given up when memory is wanted.
+    cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
+    return max(0, int(most) - now + sum(cached))

@@ -28,9 +28,9 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
-from isingcut.models.fit import bounded_structure, by_block, check_fit, check_sizes
-from isingcut.models.load import auto_class, load_config
-from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.fit import by_block, check_fit, check_sizes
+from isingcut.models.load import auto_class, build_on_meta
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import StoredTensor
 
 # A block's own number is meant to change.
@@ -219,14 +219,8 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    folder = Path(folder)
-    seen = check_fit(folder, weights=False)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    # Kernels of the quantisation need a GPU; the structure does not.
-    config.__dict__.pop("quantization_config", None)
-    bounds = bounded_structure(seen.most_numbers, str(folder))
-    with loading(f"the model in {folder}"), bounds, torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    seen = check_fit(Path(folder), weights=False)
+    model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
     refusal, rows = "", []

@@ -13,7 +13,7 @@ import torch
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.architectures.blocks import stop_rescaling
 from isingcut.models.device import pick_device, pick_dtype
-from isingcut.models.fit import bounded_structure, check_fit
+from isingcut.models.fit import Checkpoint, bounded_structure, check_fit
 from isingcut.models.fp8 import dequantised, fp8_layout
 from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
 from isingcut.models.safetensors_files import read_config
@@ -214,6 +214,24 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
     return model.eval(), report
 
 
+def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Build a checkpoint's model without memory, within the bounds of its tensors.
+
+    Returns:
+        the model on the meta device, and its configuration.
+
+    Raises:
+        ModelError: transformers cannot build it, or it is larger than its checkpoint.
+    """
+    config = load_config(seen.folder, trust_remote_code=trust_remote_code)
+    # Kernels of the quantisation need a GPU; the structure does not.
+    config.__dict__.pop("quantization_config", None)
+    bounds = bounded_structure(seen.most_numbers, str(seen.folder))
+    with loading(f"the model in {seen.folder}"), bounds, torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return model, config
+
+
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The model of a checkpoint folder: parameters on the meta device, buffers real.
 
@@ -229,18 +247,15 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
 
     seen = check_fit(folder)
     _refuse_packed(folder, seen.config)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    config.__dict__.pop("quantization_config", None)
-    with loading(f"the model in {folder}"), bounded_structure(seen.most_numbers, str(folder)):
-        config.name_or_path = str(folder)
-        factory = auto_class(config)
-        with torch.device("meta"):
-            # First without any memory: what its buffers would take is real below.
-            factory.from_config(config, trust_remote_code=trust_remote_code)
+    # First without any memory, because buffers are real below.
+    config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
+    config.name_or_path = str(folder)
     with loading(f"the model in {folder}"):
         # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         model.tie_weights()
         stop_rescaling(model)
         if (folder / "generation_config.json").is_file():

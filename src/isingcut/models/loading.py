@@ -39,19 +39,18 @@ def loading(what: str) -> Iterator[None]:
             yield
     except IsingcutError:
         raise
-    except Exception as e:
-        raise_if_exhausted(e)
-        if "trust_remote_code=True" in str(e):
-            raise ModelError(
-                f"cannot load {what}: it needs its own Python code; read its .py files, and if you "
-                "trust them, pass --trust-remote-code"
-            ) from e
-        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
     except BaseException as e:
         # A panic of a library written in Rust is no `Exception`.
-        if type(e).__name__ != "PanicException":
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
+        raise_if_exhausted(e)
+        words = one_line(e)
+        if "trust_remote_code=True" in str(e):
+            words = (
+                "it needs its own Python code; read its .py files, and if you trust them, pass "
+                "--trust-remote-code"
+            )
+        raise ModelError(f"cannot load {what}: {words}") from e
 
 
 def one_line(error: BaseException) -> str:

@@ -322,11 +322,9 @@ class Replay:
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
         """Time each block on one sequence of ``length`` tokens (median seconds).
 
-        Of streamed blocks with the same tensors one is timed.
+        Of blocks whose tensors have the same names and shapes, the first one is timed.
         """
-        kinds: Sequence[Any] = range(len(self))
-        if self.streamed:
-            kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
+        kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
         seconds: dict[Any, float] = {}

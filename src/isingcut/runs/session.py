@@ -60,8 +60,8 @@ class Session:
 
         A run chooses the micro-batch for its device and records it (`tuned`).
         """
-        attention = None if self.config.attention == "auto" else self.config.attention
-        return Tuning(attention, self.config.batch_tokens or BATCH_TOKENS)
+        given = self.config.attention
+        return Tuning(None if given == "auto" else given, self.config.batch_tokens or BATCH_TOKENS)
 
     def tuned(self, folder: RunFolder) -> None:
         """Use the recorded tuning of a run, or choose the micro-batch for this device."""

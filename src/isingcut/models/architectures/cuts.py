@@ -467,9 +467,6 @@ def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
     """Refuse a configuration that cannot be cut exactly, or that says what is not understood."""
-    for key, harmless, reason in fields.DEPTH_DEPENDENT_FIELDS:
-        if text.get(key, harmless) != harmless:
-            raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
     if reason := uncuttable(text):
         raise ArchitectureError(reason)
     heads = extra_heads(text)
@@ -486,9 +483,11 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
 
 def uncuttable(text: Mapping[str, Any]) -> str:
     """Why a model of this type cannot be cut, whichever the state; empty where it can."""
-    model_type = str(text.get("model_type", ""))
-    reason = of_type(UNCUTTABLE, model_type)
-    return f"{model_type} cannot be cut exactly: {reason}" if reason else ""
+    what = str(text.get("model_type", ""))
+    reason = of_type(UNCUTTABLE, what)
+    if text.get("scale_attn_by_inverse_layer_idx"):
+        what, reason = "this model", "its attention is scaled by 1 / (block number + 1)"
+    return f"{what} cannot be cut exactly: {reason}" if reason else ""
 
 
 def extra_heads(text: Mapping[str, Any]) -> int:

@@ -198,10 +198,8 @@ WRITTEN_OUT = (
 
 # Looks per-layer but is not.
 NOT_PER_LAYER = {
-    "_name_or_path",
     "altup_active_idx",
     "architectures",
-    "attention_types",  # GPT-Neo: `families` writes it out
     "attribute_map",
     "auto_map",
     "bad_words_ids",
@@ -209,9 +207,7 @@ NOT_PER_LAYER = {
     "block_ffn_dim_multiplier",
     "block_multiple_of",
     "block_size",
-    "bos_token_id",
     "encoder_layers",
-    "eos_token_id",
     "hidden_size_per_layer_input",
     "id2label",
     "index_block_size",
@@ -231,30 +227,17 @@ NOT_PER_LAYER = {
     "num_encoder_layers",
     "num_mem_blocks",  # Zamba: `families` keeps what they stand for
     "num_random_blocks",
-    "pad_token_id",
     "partial_rotary_factor",
     "problem_type",
     "pruned_heads",
     "rope_parameters",
     "rope_scaling",
-    "sep_token_id",
     "short_factor",
     "ssm_multipliers",
     "suppress_tokens",
     "time_step_limit",
     "vocab_size_per_layer_input",
 }
-
-# Configurations under which a block computes with its own number: renumbering would change it.
-# (field, value that is harmless or None, reason)
-DEPTH_DEPENDENT_FIELDS = (
-    (
-        "scale_attn_by_inverse_layer_idx",
-        False,
-        "attention is scaled by 1 / (block number + 1), so a renumbered block computes something "
-        "else",
-    ),
-)
 
 # Model types in which another of `COUNT` is the number of blocks than the first they have,
 # and how often it is in each of the others (a LongCat block holds two attentions, a cache each).

@@ -197,19 +197,17 @@ def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
 
 
 def bits(x: Tensor) -> npt.NDArray[Any]:
-    """The numbers' bits as int16 (bfloat16) or int32 (float32, to which other types are put).
+    """Return the bits of bfloat16 numbers as int16, of float32 numbers as int32.
 
-    Shares the tensor's memory where its type is one of the two and it is contiguous.
+    Shares the memory of a contiguous tensor.
     """
-    x = x.detach().contiguous()
-    if x.dtype == torch.bfloat16:
-        return np.asarray(x.view(torch.int16).numpy())
-    return np.asarray(x.float().view(torch.int32).numpy())
+    kind = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
+    return np.asarray(x.detach().contiguous().view(kind).numpy())
 
 
 def compiled_for(x: Tensor) -> bool:
     """Whether the compiled loops are meant for a tensor: others stay on their device."""
-    return x.device.type == "cpu" and x.dtype != torch.float64
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
 
 
 def in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
@@ -335,7 +333,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        if _compiles(student):
+        if compiled_for(student):
             found, gradient = _compiled(student, teacher)
             ctx.save_for_backward(gradient)
             return found
@@ -354,10 +352,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grads[0]), None
-
-
-def _compiles(logits: Tensor) -> bool:
-    return compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32)
 
 
 def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -415,8 +409,6 @@ def divergence_from_stream(
             target = teacher_head(other)
         return divergence(head(hidden), target)
 
-    if len(student) <= rows:
-        return part(student, teacher)
     total = torch.zeros((), device=student.device)
     for a in range(0, len(student), rows):
         total = total + part(student[a : a + rows], teacher[a : a + rows])

@@ -147,6 +147,11 @@ class OutputHead:
         return weight
 
 
+def _predicting_rows(batch: TokenSet) -> Tensor:
+    """The rows of (B T) that predict: position t predicts token t + 1, the last one nothing."""
+    return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
+
+
 class _Fused:
     """Rows of all samples together; keeps the original's logits (R, V) in the model's dtype.
 
@@ -162,9 +167,7 @@ class _Fused:
         predicted = batch.predicted
         self._sample = predicted.nonzero()[:, 0].numpy()
         self._samples = batch.samples
-        # Of each row of (B T): position t predicts token t + 1, the last one nothing.
-        last = torch.zeros((batch.samples, 1), dtype=torch.bool)
-        self._rows = torch.cat([predicted, last], 1).flatten().nonzero()[:, 0].to(device)
+        self._rows = _predicting_rows(batch).to(device)
         self._labels = batch.input_ids[:, 1:][predicted].to(device)
         rows = len(self._rows)
         columns = min(head.width, max(1, piece_elements(device) // max(1, rows)))
@@ -291,8 +294,7 @@ def loss_gradient(
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
     device, predicted = hidden.device, batch.predicted
-    where = torch.cat([predicted, torch.zeros((batch.samples, 1), dtype=torch.bool)], 1)
-    rows = where.flatten().nonzero()[:, 0].to(device)
+    rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
     draws = None if label_seed is None else _draws(batch, label_seed)
@@ -381,7 +383,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
     log_z = sums.log_z
     if draws is not None:
         labels = _drawn(logits, log_z, draws.to(logits.device))
-    if compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32):
+    if compiled_for(logits):
         array, z, label, s = bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy()
 
         def part(first: int, last: int) -> None:

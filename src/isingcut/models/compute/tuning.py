@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class Tuning:
         batch_tokens: tokens computed at a time.
     """
 
-    attention: str | None = None
+    attention: Literal["sdpa", "eager", "causal"] | None = None
     batch_tokens: int = BATCH_TOKENS
 
 

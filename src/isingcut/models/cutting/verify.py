@@ -296,7 +296,7 @@ def verify(
         ArchitectureError: the original does not run on text alone.
     """
     buffers = source.store.buffers if isinstance(source, StreamedReplay) else None
-    model = source.model if isinstance(source, StreamedReplay) else source
+    model: Any = source.model if isinstance(source, StreamedReplay) else source
     model.eval()
     if cut is None:
         cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)

@@ -24,16 +24,8 @@ from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.blocks import language_model
-from isingcut.models.fp8 import (
-    dequantise,
-    fp8_layout,
-    read_tensor,
-    scale_of,
-    tile_of,
-    torch_dtype,
-    weights_of,
-)
-from isingcut.models.loading import refuse_infinite, wrong_shape
+from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
+from isingcut.models.loading import refuse_incomplete, refuse_infinite, wrong_shape
 from isingcut.models.replay import EMBED, HEAD, Part
 from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 from isingcut.models.transformers_private import Names
@@ -190,11 +182,7 @@ def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
         if this not in kept and that in kept:
             kept[this] = kept[that]
     missing = sorted(n for n in names.tensors if n not in kept and not names.may_miss(n))
-    if missing:
-        raise ModelError(
-            f"the checkpoint in {folder} lacks {len(missing)} tensors of its architecture, first "
-            f"{missing[0]}; the config and the weights do not belong together"
-        )
+    refuse_incomplete({"missing_keys": missing, "mismatched_keys": ()}, folder)
     return kept
 
 
@@ -344,48 +332,35 @@ class Reader:
         return {name: views[target] for name, target in plan.names.items()}
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
-        """Read and convert a few rows (or experts) at a time: no weight is there in float32."""
+        """Read and convert a few megabytes at a time; a float8 tensor whole, with its scale."""
         if not view.numel():
+            return
+        if source.dtype.startswith("F8_"):
+            self.bytes_read += source.size
+            view.copy_(read_plain(source.name, self._stored, self._tile).to(self._dtype))
             return
         if not view.is_contiguous():
             view.copy_(self._value(source, view.dtype))
             return
-        dtype = torch_dtype(source)
+        dtype, flat = torch_dtype(source), view.view(-1)
         if dtype is view.dtype:
-            plain: Any = view.view(-1).view(torch.uint8).numpy()
+            plain: Any = flat.view(torch.uint8).numpy()
             self._read(source, 0, memoryview(plain))
             return
-        packed = source.dtype.startswith("F8_")
         # The weights of an FP8 checkpoint pass through the model's dtype first.
-        narrowed = packed or (self._fp8 and source.dtype in ("BF16", "F16"))
-        shape = source.shape if packed else (source.size // dtype.itemsize,)
-        width, per = source.size // shape[0], 1
-        if packed:
-            scale = self._tensor(scale_of(source.name, self._stored))
-            per = _rows_per_scale(scale, shape, self._tile)
-        rows = max(1, _STAGE // (width * per)) * per if per else shape[0]
-        view = view.view(shape)
-        for first in range(0, shape[0], rows):
-            last = min(first + rows, shape[0])
-            size = (last - first) * width
-            data = memoryview(self._stage)[:size] if size <= _STAGE else memoryview(bytearray(size))
-            self._read(source, first * width, data)
-            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
-            if packed:
-                own = scale.ndim and scale.shape[0] > 1 and rows < shape[0]
-                factor = scale[first // per : -(-last // per)] if own else scale
-                piece = dequantise(piece, factor, self._tile)
-            view[first:last].copy_(piece.to(self._dtype) if narrowed else piece)
+        narrowed = self._fp8 and source.dtype in ("BF16", "F16")
+        for first in range(0, source.size, _STAGE):
+            data = memoryview(self._stage)[: min(_STAGE, source.size - first)]
+            self._read(source, first, data)
+            piece = torch.frombuffer(data, dtype=dtype)
+            start = first // dtype.itemsize
+            flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         """One stored tensor whole, as plain numbers."""
         found = torch.empty(source.shape, dtype=dtype)
         self._copy(source, found)
         return found
-
-    def _tensor(self, source: StoredTensor) -> Tensor:
-        self.bytes_read += source.size
-        return read_tensor(source)
 
     def _read(self, source: StoredTensor, first: int, data: memoryview) -> None:
         """Fill ``data`` with a tensor's bytes from ``first`` on."""
@@ -408,10 +383,3 @@ def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
         name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
         for name, (target, start) in plan.targets.items()
     }
-
-
-def _rows_per_scale(scale: Tensor, shape: tuple[int, ...], tile: tuple[int, int] | None) -> int:
-    """Return the rows (items of the first axis) per row of the scale; 0 if not certain."""
-    if scale.numel() == 1 or scale.shape[0] in (1, shape[0]):
-        return 1
-    return tile[0] if tile is not None and len(shape) == 2 else 0
