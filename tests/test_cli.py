@@ -287,7 +287,7 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
 def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeypatch, capsys):
     left = []
     monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
-    monkeypatch.setattr("isingcut.cli.main.launched", lambda: True)
+    monkeypatch.setattr("isingcut.cli.main.is_launched", lambda: True)
     monkeypatch.setattr("isingcut.cli.main.leave_word", lambda code, text: left.append(code))
     assert call("--debug", "ls") == 0
     assert call("solve", "heal") == 0

@@ -16,7 +16,7 @@ from isingcut.energies.gauss_newton import GaussNewton
 from isingcut.energies.hessian import Hessian
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
@@ -75,7 +75,7 @@ def test_a_closed_gate_is_the_removal(family, gate):
     with torch.no_grad():
         recording = replay.record(ids)
         for i in range(len(replay)):
-            closed = gated_block(recording, i, recording.entered, torch.zeros(2), gate, ones=False)
+            closed = run_gated(recording, i, recording.entered, torch.zeros(2), gate, ones=False)
             torch.testing.assert_close(closed, recording.entered)
 
 

@@ -36,7 +36,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.models.transformers_private import checkpointing
+from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_model
@@ -163,7 +163,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
     # Nothing to spare, but enough.
     monkeypatch.setattr(memory, "allowance", lambda limit, _: Allowance(10**9 if limit else 0, 0))
     out = planned("b")
-    planned("c", max_steps=1, **dict.fromkeys(checkpointing(), False))
+    planned("c", max_steps=1, **dict.fromkeys(get_checkpointing(), False))
     assert [(p.recompute, p.most) for p in plans] == [(False, 4 * 32), (True, 32), (False, 32)]
     for mine, theirs in zip(curve(out), curve(healed), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

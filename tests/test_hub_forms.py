@@ -15,15 +15,15 @@ from isingcut.healing.training.student import install
 from isingcut.models.architectures.blocks import (
     find_stack,
     language_model,
-    skipped,
+    skip_blocks,
     stack_modules,
 )
 from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify
-from isingcut.models.fit import block_prefix
+from isingcut.models.fit import find_prefix
 from isingcut.models.inspect import inspect_model
-from isingcut.models.load import auto_class, load_config
+from isingcut.models.load import find_auto_class, load_config
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import StoredTensor
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -64,12 +64,12 @@ def test_the_class_that_was_saved_is_the_one_that_loads(family):
     config = AutoConfig.for_model(family)
     names = AutoModelForImageTextToText._model_mapping[type(config)].__name__
     config.architectures = [names]
-    assert auto_class(config) is AutoModelForImageTextToText
+    assert find_auto_class(config) is AutoModelForImageTextToText
 
 
 def test_a_stack_larger_than_the_blocks_is_left_alone(tmp_path):
     model = composite_checkpoint("emu3", tmp_path / "source")
-    assert auto_class(load_config(tmp_path / "source")) is AutoModelForImageTextToText
+    assert find_auto_class(load_config(tmp_path / "source")) is AutoModelForImageTextToText
     assert prove_cut(model, [0, 3], tmp_path).difference == 0.0
 
 
@@ -80,10 +80,10 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
         ]
 
     blocks, images = stored("model.layers", 6, 100), stored("vq.up", 3, 300)
-    assert block_prefix([*images, *blocks], 6) == "model.layers."
+    assert find_prefix([*images, *blocks], 6) == "model.layers."
     # A configuration that says too few blocks: not those of something small beside them.
     with pytest.raises(CheckpointError, match=r"says 3 blocks but the tensors model\.layers"):
-        block_prefix([*stored("projector", 3, 10), *blocks], 3)
+        find_prefix([*stored("projector", 3, 10), *blocks], 3)
 
 
 def test_blocks_that_text_does_not_run_are_named(tmp_path):
@@ -228,7 +228,7 @@ def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     streamed = StreamedReplay(*store)
     recording = streamed.record(tokens)
     streams = [resident.entered, recording.entered]
-    with skipped(model, stack, [2]):
+    with skip_blocks(model, stack, [2]):
         expected = language_model(model)(input_ids=tokens, use_cache=False).logits
         for i in (0, 1, 3, 4, 5):
             streams = [r.block(i, s) for r, s in zip((resident, recording), streams, strict=True)]

@@ -14,7 +14,7 @@ from isingcut.evaluation.scores import ScoredModel, certainties, score, score_st
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.architectures.blocks import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from shared import write_jsonl
@@ -229,7 +229,7 @@ def written(model, work, state=0):
     stack = find_stack(model.loaded.model)
 
     def write(prompts, some):
-        with skipped(model.loaded.model, stack, STATES[state]):
+        with skip_blocks(model.loaded.model, stack, STATES[state]):
             return texts.of(state, prompts, some)
 
     return Harness(model.loaded, lambda rows: [], write).generate_until(requests())
@@ -253,7 +253,7 @@ def kill_after(goes, monkeypatch):
 @pytest.mark.parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.loaded.model, tokenizer=model.loaded.tokenizer, batch_size=2)
-    with skipped(model.loaded.model, find_stack(model.loaded.model), STATES[state]):
+    with skip_blocks(model.loaded.model, find_stack(model.loaded.model), STATES[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
     assert written(model, Work(16), state) == expected
     assert any(expected)

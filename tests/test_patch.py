@@ -22,7 +22,7 @@ from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.linear import Moments, _Fitting, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
@@ -154,7 +154,7 @@ def assert_stationary(model, text, patch, removed, patches=()):
     target = streams(model, text, patch.block + 1)
     with (
         apply_patches(stack_modules(model, stack), list(patches)),
-        skipped(model, stack, removed),
+        skip_blocks(model, stack, removed),
         watched(model, patch.block, patch.path) as seen,
         torch.no_grad(),
     ):
@@ -352,7 +352,7 @@ def divergence(model, text, found, removed=REMOVED):
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             blocks = stack_modules(model, stack)
-            with skipped(model, stack, removed), apply_patches(blocks, found.patches):
+            with skip_blocks(model, stack, removed), apply_patches(blocks, found.patches):
                 q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         count += ids.shape[1] - 1

@@ -158,7 +158,7 @@ def test_deepstack_is_found_where_only_its_class_speaks_of_it():
 @pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
     home = "isingcut.models.architectures.families"
-    monkeypatch.setattr(f"{home}.kept_blocks", lambda *a: {})
+    monkeypatch.setattr(f"{home}.find_fixed_blocks", lambda *a: {})
     monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
     monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))
     model = composite(family)

@@ -136,7 +136,7 @@ def test_reads_shards_and_old_names(tmp_path):
 
 
 def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(tmp_path):
-    from isingcut.models.streaming.reader import Converted, Copied
+    from isingcut.models.streaming.reader import ConversionStep, CopyStep
 
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
@@ -145,8 +145,8 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
         steps = [
             s for p in Reader(folder, model, paths, torch.float32).plans.values() for s in p.steps
         ]
-        assert any(isinstance(s, Copied) and s.item is not None for s in steps)
-        assert not any(isinstance(s, Converted) for s in steps)
+        assert any(isinstance(s, CopyStep) and s.item is not None for s in steps)
+        assert not any(isinstance(s, ConversionStep) for s in steps)
 
 
 def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):

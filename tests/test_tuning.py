@@ -10,8 +10,8 @@ import torch
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
-from isingcut.models.compute.tuning import choose_batch_tokens, kept_bytes
-from isingcut.models.replay import chosen_attention
+from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
+from isingcut.models.replay import use_attention
 from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model
 from tiny import random_tokens, replay_of, tiny_replay
@@ -29,7 +29,7 @@ def test_the_micro_batch_of_a_gpu_is_what_fits():
 def test_a_model_whose_graph_was_measured_is_let_go():
     def measured():
         layer = torch.nn.Linear(4, 8)
-        kept = kept_bytes(layer, lambda: layer(torch.ones(2, 4)).exp())
+        kept = count_graph_bytes(layer, lambda: layer(torch.ones(2, 4)).exp())
         assert kept == 4 * 2 * (4 + 8)
         return weakref.ref(layer.weight)
 
@@ -61,6 +61,6 @@ def test_an_attention_that_is_not_there_is_an_error_in_one_line():
     with (
         torch.no_grad(),
         pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"),
-        chosen_attention(tiny_replay(), "no such"),
+        use_attention(tiny_replay(), "no such"),
     ):
         pass

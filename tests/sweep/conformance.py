@@ -17,7 +17,7 @@ from isingcut.ising.states import blocks_of
 from isingcut.models.architectures.blocks import (
     BlockStack,
     find_stack,
-    skipped,
+    skip_blocks,
     stack_modules,
     stop_rescaling,
 )
@@ -252,7 +252,7 @@ def _replay_is_forward(
     worst = 0.0
     for removed in [*states, []]:
         with torch.no_grad():
-            with skipped(model, stack, removed):
+            with skip_blocks(model, stack, removed):
                 expected = replay.text(input_ids=tokens, use_cache=False).logits
             stream = recording.entered
             for i in range(len(stack)):

@@ -25,7 +25,7 @@ from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
 from isingcut.files.writing import os_error_words
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import last_word, launched, launched_rank, leave_word
+from isingcut.models.processes import is_launched, last_word, launched_rank, leave_word
 
 __all__ = ["app", "main"]
 
@@ -101,7 +101,7 @@ def _outcome() -> tuple[int, str]:
         if debug:
             traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
         code, words = _judged(e)
-        if launched() and not isinstance(e, RankError):
+        if is_launched() and not isinstance(e, RankError):
             leave_word(code, words)
         return code, words
     return 0, ""
@@ -147,7 +147,7 @@ def main() -> None:
     prepare()
     if launched_rank():
         sys.exit(_followed())
-    if launched():
+    if is_launched():
         signal.signal(signal.SIGTERM, _ended)
     # Kept because click replaces the stream.
     printed = sys.stdout
@@ -155,7 +155,7 @@ def main() -> None:
     lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
         code, words = 2, f"cannot write to standard output: {lost.strerror}"
-    if launched():
+    if is_launched():
         # Its message was printed already.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words:

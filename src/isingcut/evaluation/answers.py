@@ -24,7 +24,7 @@ from isingcut.measure.losses import in_order, walk
 from isingcut.measure.splitting import chunks, halve_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
-from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
+from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of tokens of the continuation at the end."""
@@ -117,7 +117,7 @@ def answer_scores(
     with (
         work.progress(description, sum(costs)) as bar,
         torch.inference_mode(),
-        chosen_attention(replay),
+        use_attention(replay),
     ):
         bar.advance(sum(costs) - sum(costs[b] for b in left))
         waiting = [batches[b] for b in left]

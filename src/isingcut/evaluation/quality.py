@@ -30,7 +30,7 @@ from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
-from isingcut.models.load import not_finite
+from isingcut.models.load import explain_nan
 from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
@@ -149,7 +149,7 @@ def quality(
         # Comparisons with NaN are false.
         if len(bad := np.flatnonzero(~(losses <= most))):
             plain = model.model if isinstance(model, StreamedReplay) else model
-            raise not_finite(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
+            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
     return quality_of(sums, tokens)
 
 

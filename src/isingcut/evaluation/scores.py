@@ -19,7 +19,7 @@ from isingcut.evaluation.answers import Generations, Likelihood, Likelihoods, Pr
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.replay import Replay
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def score_states(
             return answers.of(state, rows)
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        with contextlib.redirect_stderr(shown), skipped(loaded.model, stack, removed[state]):
+        with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, stack, removed[state]):
             return texts.of(state, prompts, write)
 
     with quiet():

@@ -22,7 +22,7 @@ from isingcut.files.documents import HealingRecipe
 from isingcut.files.inputs import user_path
 from isingcut.models.device import pick_device
 from isingcut.models.loading import one_line
-from isingcut.models.processes import launched
+from isingcut.models.processes import is_launched
 from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import load_yaml
@@ -89,7 +89,7 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
     """
     if config.method == "none":
         return
-    if (index := pick_device(config.device).index) and not launched():
+    if (index := pick_device(config.device).index) and not is_launched():
         raise InputError(
             "the Trainer uses the first visible GPU; put CUDA_VISIBLE_DEVICES="
             f"{index} before the command and give --device cuda"
@@ -130,9 +130,9 @@ def _check_optimiser(config: HealConfig) -> None:
 
 def is_sharded(settings: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    set_by = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
     return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
-        str.lower, launched
+        str.lower, set_by
     )
 
 

@@ -24,8 +24,8 @@ from isingcut.healing import RECORD as HEALED
 from isingcut.healing.patch.files import RECORD
 from isingcut.healing.recipe import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.architectures.cuts import depth, extra_heads, written_out
-from isingcut.models.fit import by_block, check_fit
+from isingcut.models.architectures.cuts import depth, extra_heads, read_decoder
+from isingcut.models.fit import check_fit, group_by_block
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
@@ -96,7 +96,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         if not config.other_teacher:
             _check_original(student, removal, config.teacher, teacher)
         _check_cut(student, removal, config.teacher, teacher)
-    ours, theirs = (written_out(read_config(folder)) for folder in (student, teacher))
+    ours, theirs = (read_decoder(read_config(folder)) for folder in (student, teacher))
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
         if ours.get(name) != theirs.get(name):
             raise InputError(
@@ -195,8 +195,8 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
 
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
-    text = written_out(read_config(folder))
-    return by_block(read_checkpoint(folder), depth(text), extra_heads(text))
+    text = read_decoder(read_config(folder))
+    return group_by_block(read_checkpoint(folder), depth(text), extra_heads(text))
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import CheckpointError
 from isingcut.files.writing import clear_os_errors
 from isingcut.ising.states import Bools, Floats
-from isingcut.measure.gates import gated_block, row_dots
+from isingcut.measure.gates import row_dots, run_gated
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
@@ -39,8 +39,8 @@ from isingcut.models.replay import (
     HEAD,
     Recording,
     Replay,
-    chosen_attention,
     reuse_freed_memory,
+    use_attention,
 )
 
 
@@ -131,7 +131,7 @@ def _run_gated(
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
-    after = gated_block(recording, block, before, alpha, gate, ones=True)
+    after = run_gated(recording, block, before, alpha, gate, ones=True)
     end = get_gradient_edge(after)
 
     def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +248,7 @@ class _Way:
             before = self._boundaries.get(place, device)
             ones = torch.ones(len(before), device=device)
             with torch.no_grad():
-                after = gated_block(self._recording, block, before, ones, self._gate, ones=True)
+                after = run_gated(self._recording, block, before, ones, self._gate, ones=True)
         self._boundaries.put((block + 1, self._number), after)
 
     def turn(self, toward: Toward) -> None:
@@ -356,7 +356,7 @@ def gate_gradients(
             yield row.double().cpu().numpy()
 
     words, shape = f"gradients of {tokens.samples} samples", (len(replay),)
-    with chosen_attention(replay):
+    with use_attention(replay):
         return measure_batches(
             replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
         )

@@ -17,12 +17,12 @@ from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.cuts import (
     OTHER_STACKS,
     depth,
+    explain_uncuttable,
     extra_heads,
+    read_decoder,
     refuse_packing,
-    uncuttable,
-    written_out,
 )
-from isingcut.models.loading import wrong_shape
+from isingcut.models.loading import explain_shape
 from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
     if weights:
         refuse_packing(config)
-    text = written_out(config)
+    text = read_decoder(config)
     count, heads = depth(text), extra_heads(text)
     numbers = _stack(stored.values(), count, heads)[1]
     if numbers and not config.get("is_encoder_decoder"):
@@ -112,7 +112,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
             )
         if found != count:
             raise ModelError(
-                uncuttable(text)
+                explain_uncuttable(text)
                 or f"config.json says {count} blocks, but the checkpoint has tensors of {found}; "
                 f"write {found} into {folder / 'config.json'}, or get its weights"
             )
@@ -134,10 +134,10 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
         stored = seen.stored.get(name)
         if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
             continue
-        raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+        raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
 
 
-def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
+def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
     """What the names of all block tensors begin with, up to the block number.
 
     Args:
@@ -161,14 +161,14 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
     return prefix
 
 
-def by_block(
+def group_by_block(
     stored: Mapping[str, StoredTensor], count: int, heads: int = 0
 ) -> list[dict[str, StoredTensor]]:
     """A checkpoint's tensors of each block, by their names inside it.
 
-    Args and errors are those of `block_prefix`.
+    Args and errors are those of `find_prefix`.
     """
-    prefix = block_prefix(stored.values(), count, heads)
+    prefix = find_prefix(stored.values(), count, heads)
     found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
     for name, tensor in stored.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
@@ -220,7 +220,7 @@ def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
 
 
 @contextlib.contextmanager
-def bounded_structure(most: int, what: str) -> Iterator[None]:
+def limit_structure(most: int, what: str) -> Iterator[None]:
     """Stop a model that is built on the meta device meanwhile once it outgrows its checkpoint.
 
     Args:

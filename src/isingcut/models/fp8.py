@@ -132,7 +132,7 @@ def read_plain(
     return dequantise(value, read_tensor(scale_of(name, stored)), block)
 
 
-def dequantised(
+def dequantise_checkpoint(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.

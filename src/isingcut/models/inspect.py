@@ -28,8 +28,8 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
-from isingcut.models.fit import by_block, check_fit, check_sizes
-from isingcut.models.load import auto_class, build_on_meta
+from isingcut.models.fit import check_fit, check_sizes, group_by_block
+from isingcut.models.load import build_on_meta, find_auto_class
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import StoredTensor
 
@@ -70,7 +70,7 @@ def check_same_blocks(
     whole = config_object(config)
     if removed is None or whole is None:
         return  # nothing can go, or code of its own: the proof of the cut is left
-    before, after = _built(whole), _built(config_object(cut_config(config, removed)))
+    before, after = _build(whole), _build(config_object(cut_config(config, removed)))
     place = find_stack(before).path
     old, new = (list(model.get_submodule(place).children()) for model in (before, after))
     kept = [i for i in range(len(old)) if i not in removed]
@@ -94,9 +94,9 @@ def _first_legal(n: int, rows: Sequence[LinearConstraint]) -> list[int] | None:
     return None
 
 
-def _built(config: Any) -> nn.Module:
+def _build(config: Any) -> nn.Module:
     with quiet_transformers(), torch.device("meta"):
-        model: nn.Module = auto_class(config).from_config(copy.deepcopy(config))
+        model: nn.Module = find_auto_class(config).from_config(copy.deepcopy(config))
     return model
 
 
@@ -247,7 +247,7 @@ def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tupl
     """The stack with the bytes that the checkpoint really stores, and those outside it."""
     if not stored:
         return stack, 0
-    found = by_block(stored, len(stack), heads=len(stack))
+    found = group_by_block(stored, len(stack), heads=len(stack))
     sizes = [sum(tensor.size for tensor in block.values()) for block in found]
     blocks = tuple(
         dataclasses.replace(block, bytes=size)

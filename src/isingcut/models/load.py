@@ -13,9 +13,9 @@ import torch
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.architectures.blocks import stop_rescaling
 from isingcut.models.device import pick_device, pick_dtype
-from isingcut.models.fit import Checkpoint, bounded_structure, check_fit
-from isingcut.models.fp8 import dequantised, fp8_layout
-from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
+from isingcut.models.fit import Checkpoint, check_fit, limit_structure
+from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
+from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def auto_class(config: Any) -> Any:
+def find_auto_class(config: Any) -> Any:
     """Return the auto class that builds the model in a configuration's ``architectures``.
 
     Where that says nothing, the causal one if both know ``config``. A multimodal model that the
@@ -58,7 +58,7 @@ def auto_class(config: Any) -> Any:
 def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Return the name of the class that loads a checkpoint with plain transformers."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    name: str = auto_class(config).__name__
+    name: str = find_auto_class(config).__name__
     return name
 
 
@@ -74,7 +74,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     configs: Any = AutoConfig
     # First, as transformers would look for a folder that was deleted on the hub.
     read_config(folder)
-    with loading(f"the configuration in {folder}"):
+    with catch_errors(f"the configuration in {folder}"):
         return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -120,12 +120,10 @@ def load(
     seen = check_fit(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with (
-        loading(f"the model in {folder}"),
-        bounded_structure(seen.most_numbers, str(folder)),
+        catch_errors(f"the model in {folder}"),
+        limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = as_transformers_does(
-            folder, number, device=place, trust_remote_code=trust_remote_code
-        )
+        model, found = load_plain(folder, number, device=place, trust_remote_code=trust_remote_code)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
     model.to(place)
@@ -146,14 +144,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             f"{folder} has no tokenizer (tokenizer.json); copy the model's tokenizer into it"
         )
     factory: Any = AutoTokenizer
-    with loading(f"the tokenizer in {folder}"):
+    with catch_errors(f"the tokenizer in {folder}"):
         found: PreTrainedTokenizerBase = factory.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
     return found
 
 
-def as_transformers_does(
+def load_plain(
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -172,7 +170,7 @@ def as_transformers_does(
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
-    loader = auto_class(load_config(folder, trust_remote_code=trust_remote_code))
+    loader = find_auto_class(load_config(folder, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {}
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
@@ -204,8 +202,8 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
 
     config = load_config(folder)
     config.__dict__.pop("quantization_config", None)
-    weights = dict(dequantised(folder, read_config(folder), dtype))
-    kind = model_classes(auto_class(config))[type(config)]
+    weights = dict(dequantise_checkpoint(folder, read_config(folder), dtype))
+    kind = model_classes(find_auto_class(config))[type(config)]
     model, report = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
@@ -226,9 +224,9 @@ def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple
     config = load_config(seen.folder, trust_remote_code=trust_remote_code)
     # Kernels of the quantisation need a GPU; the structure does not.
     config.__dict__.pop("quantization_config", None)
-    bounds = bounded_structure(seen.most_numbers, str(seen.folder))
-    with loading(f"the model in {seen.folder}"), bounds, torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    bounds = limit_structure(seen.most_numbers, str(seen.folder))
+    with catch_errors(f"the model in {seen.folder}"), bounds, torch.device("meta"):
+        model = find_auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model, config
 
 
@@ -250,10 +248,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
     # First without any memory, because buffers are real below.
     config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
     config.name_or_path = str(folder)
-    with loading(f"the model in {folder}"):
+    with catch_errors(f"the model in {folder}"):
         # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = auto_class(config).from_config(
+            model = find_auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         model.tie_weights()
@@ -278,7 +276,7 @@ def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
 _SHOWN = 12
 
 
-def not_finite(
+def explain_nan(
     model: Any, what: str, ids: Sequence[int], removed: Sequence[int] = ()
 ) -> ModelError:
     """Make the error for a NaN or infinite value of a model.

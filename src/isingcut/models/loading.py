@@ -21,7 +21,7 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
+def catch_errors(what: str) -> Iterator[None]:
     """Turn all that a library raises meanwhile into one error that says what was read.
 
     A configuration, a tokenizer or a file that others wrote can make a library fail in any way.
@@ -79,7 +79,7 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
     """What is wrong with a tensor of another shape than the model's."""
     return (
         f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
@@ -104,7 +104,7 @@ def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
             f"{missing[0]}; the config and the weights do not belong together"
         )
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(wrong_shape(name, source, there, wanted))
+        raise ModelError(explain_shape(name, source, there, wanted))
 
 
 def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import language_model, on_text_alone, stop_rescaling
+from isingcut.models.architectures.blocks import catch_text_errors, language_model, stop_rescaling
 from isingcut.models.device import BatchLimit, allowance, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
@@ -150,7 +150,7 @@ def learn_outputs(
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(after) for b in blocks]
     try:
-        with torch.no_grad(), on_text_alone(model):
+        with torch.no_grad(), catch_text_errors(model):
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -421,7 +421,7 @@ def reuse_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
+def use_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
     """Use the attention implementation ``name``, or that of the replay, within the context.
 
     Raises:

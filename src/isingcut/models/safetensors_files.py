@@ -89,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"the model's folder {folder} does not exist; give its new place, or download the "
             "model again"
         )
-    path = contained(folder, "config.json")
+    path = find_contained(folder, "config.json")
     config = load_json(path, "the model's config", CheckpointError, infinite=True)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -109,7 +109,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """
     files = weight_files(folder)
     if not files:
-        raise CheckpointError(no_weights(folder))
+        raise CheckpointError(explain_no_weights(folder))
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in read_header(file):
@@ -140,7 +140,7 @@ def weight_files(folder: Path) -> list[Path]:
             elsewhere or is none.
     """
     if os.path.lexists(folder / SINGLE):
-        return [contained(folder, SINGLE)]
+        return [find_contained(folder, SINGLE)]
     if not os.path.lexists(folder / INDEX):
         return []
     names = sorted(set(read_index(folder).values()))
@@ -150,10 +150,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} lacks {len(missing)} of the {len(names)} shards its index names, first "
             f"{missing[0]}; complete the download"
         )
-    return [contained(folder, n) for n in names]
+    return [find_contained(folder, n) for n in names]
 
 
-def no_weights(folder: Path) -> str:
+def explain_no_weights(folder: Path) -> str:
     """What a folder holds in the place of safetensors, and what to do."""
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
     there = f"only {', '.join(others[:3])}" if others else "no weights"
@@ -169,7 +169,7 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index is damaged.
     """
-    index = load_json(contained(folder, INDEX), "the safetensors index", CheckpointError)
+    index = load_json(find_contained(folder, INDEX), "the safetensors index", CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
@@ -179,7 +179,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def contained(folder: Path, name: str) -> Path:
+def find_contained(folder: Path, name: str) -> Path:
     """The file ``name`` of ``folder``, when it really lies there.
 
     A link may lead inside the folder, or into the ``blobs`` of a Hugging Face cache, which

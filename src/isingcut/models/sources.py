@@ -20,7 +20,12 @@ from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.gguf_files import converted, gguf_cache
 from isingcut.models.loading import quiet_transformers
-from isingcut.models.safetensors_files import HEADER_LIMIT, no_weights, read_config, weight_files
+from isingcut.models.safetensors_files import (
+    HEADER_LIMIT,
+    explain_no_weights,
+    read_config,
+    weight_files,
+)
 from isingcut.models.transformers_private import has_adapters
 
 if TYPE_CHECKING:
@@ -65,10 +70,10 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code, weights)
     if (folder := find_object(name)) is not None:
-        return _checked_folder(folder)
+        return _check_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
-        return _checked_folder(path, weights)
+        return _check_folder(path, weights)
     if is_there(path):
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
@@ -163,10 +168,10 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
-    return _checked_folder(Path(folder), weights)
+    return _check_folder(Path(folder), weights)
 
 
-def _checked_folder(folder: Path, weights: bool = True) -> Path:
+def _check_folder(folder: Path, weights: bool = True) -> Path:
     """Return ``folder`` after checking that it has a readable checkpoint."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
@@ -186,7 +191,7 @@ def _checked_folder(folder: Path, weights: bool = True) -> Path:
         if path.suffix in _LOADED and not path.is_dir():
             regular_file(path, "the model's", ModelError)
     if weights and not weight_files(folder):
-        raise ModelError(no_weights(folder))
+        raise ModelError(explain_no_weights(folder))
     return folder
 
 

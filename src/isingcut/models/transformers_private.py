@@ -41,7 +41,7 @@ def has_adapters(model: Any) -> bool:
     return bool(model._hf_peft_config_loaded)
 
 
-def unpacked() -> dict[str, Any]:
+def get_unpacking() -> dict[str, Any]:
     """Options of `from_pretrained` that unpack the weights of a GGUF file, as older ones do."""
     import transformers
 
@@ -49,7 +49,7 @@ def unpacked() -> dict[str, Any]:
     return {} if packing is None else {"quantization_config": packing(dequantize=True)}
 
 
-def checkpointing() -> dict[str, bool]:
+def get_checkpointing() -> dict[str, bool]:
     """Options of `TrainingArguments` that compute activations again in the backward pass."""
     from transformers import TrainingArguments
 

@@ -45,7 +45,7 @@ from isingcut.models.cutting.gguf import (
 from isingcut.models.cutting.verify import verify
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import find_loading_class
-from isingcut.models.processes import launched
+from isingcut.models.processes import is_launched
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
@@ -339,7 +339,7 @@ def check_healing(session: Session) -> None:
             "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
             "number with --remove"
         )
-    if launched():
+    if is_launched():
         raise InputError(
             "healing inside a run supports one process only; heal the cut model afterwards with: "
             "torchrun ... -m isingcut heal"

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
 from isingcut.models.architectures.blocks import BlockStack, stack_modules
 from isingcut.models.cutting.verify import relative_difference
@@ -99,7 +99,7 @@ def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Te
     """Return the stream after a block whose sublayer gates are set to a number."""
     with torch.no_grad():
         value = torch.full((len(stream),), alpha)
-        return gated_block(recording, block, stream, value, "sublayer", ones=False)
+        return run_gated(recording, block, stream, value, "sublayer", ones=False)
 
 
 def _losses(recording: Recording, block: int, entered: list[Tensor], alpha: float) -> Any:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.documents import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures.cuts import depth, renumbering, written_out
-from isingcut.models.fit import block_prefix
+from isingcut.models.architectures.cuts import depth, read_decoder, renumber_blocks
+from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import (
@@ -126,10 +126,10 @@ class StoredLayers:
         self.folder = folder
         self._stored = read_checkpoint(folder)
         config = read_config(folder)
-        kept = depth(written_out(config))
+        kept = depth(read_decoder(config))
         self._dtypes = (*PLAIN, *_FLOAT8) if fp8_layout(folder, config) else PLAIN
-        self._places = renumbering(kept + len(removed), removed)
-        self._prefix = block_prefix(self._stored.values(), kept)
+        self._places = renumber_blocks(kept + len(removed), removed)
+        self._prefix = find_prefix(self._stored.values(), kept)
 
     def layer(
         self, block: int, path: str, shape: Sequence[int], *, bias: bool

@@ -29,7 +29,7 @@ from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
-from isingcut.models.compute.tuning import kept_bytes
+from isingcut.models.compute.tuning import count_graph_bytes
 from isingcut.models.device import BatchLimit, allowance
 from isingcut.options.config import BATCH_TOKENS
 
@@ -301,4 +301,4 @@ def _kept(student: Any, row: dict[str, Tensor], tokens: int, *, half: bool) -> i
     device = next(student.parameters()).device
     given = {k: v[:, :tokens].to(device) for k, v in row.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        return kept_bytes(student, lambda: student(**given, alone=True)["loss"])
+        return count_graph_bytes(student, lambda: student(**given, alone=True)["loss"])

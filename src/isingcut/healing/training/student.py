@@ -25,7 +25,7 @@ from isingcut.models.architectures.blocks import (
     text_config,
 )
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
-from isingcut.models.compute.head import entering
+from isingcut.models.compute.head import find_head_input
 from isingcut.models.cutting.verify import reload
 from isingcut.options.config import HealConfig
 
@@ -163,7 +163,7 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
     training = model.training
     model.eval()
     try:
-        inputs = entering(output, lambda: model(input_ids=ids, use_cache=False).logits)
+        inputs = find_head_input(output, lambda: model(input_ids=ids, use_cache=False).logits)
         with torch.no_grad():
             stream = stream_of(decoder(input_ids=ids, use_cache=False))
         same = inputs is not None and torch.equal(inputs, stream)

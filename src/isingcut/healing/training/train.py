@@ -73,7 +73,7 @@ from isingcut.models.device import BatchLimit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
-from isingcut.models.transformers_private import checkpointing
+from isingcut.models.transformers_private import get_checkpointing
 
 # Trained tokens between two checks, at least.
 _EACH_CHECK = 100_000
@@ -242,7 +242,7 @@ def _arguments(
         "weight_decay": 0.0,
         "save_steps": _between_saves(job, steps, batch),
         "bf16": job.teacher.dtype == torch.bfloat16,
-        **(checkpointing() if plan.recompute else {}),
+        **(get_checkpointing() if plan.recompute else {}),
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **trainer_settings(config),
         "output_dir": str(job.work / "trainer"),

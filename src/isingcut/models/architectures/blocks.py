@@ -1,7 +1,7 @@
 """The stack of residual blocks of any transformers decoder, found by its structure.
 
 Finding it runs nothing, so a model on the meta device is enough. What a block is and costs is read
-from its modules and its config. `skipped` lets a model run with some blocks passing the stream
+from its modules and its config. `skip_blocks` lets a model run with some blocks passing the stream
 through: the reference for a cut.
 
 Some models hold a causal language model of their own, with embedding, blocks and head. It computes
@@ -367,7 +367,7 @@ def stop_rescaling(model: Any) -> None:
 
 
 @contextmanager
-def skipped(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
+def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
     """Skip the removed blocks within the context: each returns its input hidden states.
 
     The blocks still run, and only their output is replaced, so that caches stay consistent and the
@@ -416,7 +416,7 @@ def language_model(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def on_text_alone(model: Any) -> Iterator[None]:
+def catch_text_errors(model: Any) -> Iterator[None]:
     """Convert errors of a model on text alone to one line, within the context.
 
     Raises:

@@ -103,7 +103,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def speaking_parts(
+def find_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """The decoder's part of a configuration, the root, and what lies in these and is no model
@@ -133,7 +133,7 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     """Change, in place, the per-layer fields of one part of a configuration.
 
     Args:
-        part: as from `speaking_parts`.
+        part: as from `find_parts`.
         count: blocks before the cut.
         mapping: old block number to new, for those that stay.
 
@@ -163,19 +163,19 @@ def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often:
     if key in fields.COUNT and value in (count, count * often):
         return value // count * len(kept)
     if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
-        return _sliced(key, value, kept, count)
+        return _slice_field(key, value, kept, count)
     if key in fields.INDICES:
-        return _renumbered(value, mapping, first=0)
+        return _renumber_list(value, mapping, first=0)
     if key in fields.INDICES_FROM_1:
-        return _renumbered(value, mapping, first=1)
+        return _renumber_list(value, mapping, first=1)
     if key in fields.SOURCES:
-        return [mapping[i] for i in _sliced(key, value, kept, count)]
+        return [mapping[i] for i in _slice_field(key, value, kept, count)]
     if key in fields.MAPS:
         return {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
     if key in fields.PREFIX:
-        return _each(value, lambda v: v - sum(i < v for i in gone))
+        return _change_each(value, lambda v: v - sum(i < v for i in gone))
     if key in fields.LAST:
-        return _each(value, lambda v: v - sum(i <= v for i in gone))
+        return _change_each(value, lambda v: v - sum(i <= v for i in gone))
     if key in fields.SUFFIX:
         return value - sum(i >= count - value for i in gone)
     if key in fields.DEPTH_POWERS:
@@ -202,7 +202,7 @@ def _drop_generators(part: dict[str, Any]) -> None:
             )
 
 
-def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
+def _slice_field(key: str, value: Any, kept: list[int], count: int) -> Any:
     if isinstance(value, (int, float, bool)):
         return value  # e.g. moe_layer_freq = 1: every block the same
     if len(value) < count:
@@ -212,15 +212,15 @@ def _sliced(key: str, value: Any, kept: list[int], count: int) -> Any:
     return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
 
 
-def _renumbered(value: Any, mapping: dict[int, int], *, first: int) -> Any:
+def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
     """A list of block numbers, or a text of them, after the cut; what it counts from is kept."""
     if isinstance(value, str):
         numbers = [int(word) for word in value.split(",") if word.strip()]
-        return ",".join(map(str, _renumbered(numbers, mapping, first=first)))
+        return ",".join(map(str, _renumber_list(numbers, mapping, first=first)))
     return [mapping[i - first] + first for i in value if i - first in mapping]
 
 
-def _each(value: Any, change: Callable[[int], int]) -> Any:
+def _change_each(value: Any, change: Callable[[int], int]) -> Any:
     """A number changed, or each of a list (a modality each)."""
     return [change(v) for v in value] if isinstance(value, list) else change(value)
 
@@ -251,7 +251,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     result = copy.deepcopy(config)
     text = materialise(result)
     count = depth(text)
-    mapping = renumbering(count, removed)
+    mapping = renumber_blocks(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
     state = np.array([[i not in mapping for i in range(count)]])
@@ -261,13 +261,13 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
                 f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
     families.move_images(result, count, mapping)
-    read, types = _as_read(config)
-    for part, _ in speaking_parts(result, text):
+    read, types = _read_depth(config)
+    for part, _ in find_parts(result, text):
         cut_fields(part, count, mapping)
     if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
         text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
     kept_types = [types[i] for i in mapping] if types else []
-    new_read, new_types = _as_read(result)
+    new_read, new_types = _read_depth(result)
     if new_types != kept_types:
         raise ArchitectureError(
             f"transformers would read the kept blocks as {new_types!r:.60}, but they are "
@@ -278,7 +278,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
             f"transformers would read {new_read} blocks from the cut configuration, and "
             f"{len(mapping)} stay"
         )
-    if families.keeps_attention(types) and not families.keeps_attention(kept_types):
+    if families.has_attention(types) and not families.has_attention(kept_types):
         raise ArchitectureError(f"every attention block would be removed; {families.ATTENTION}")
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
@@ -322,7 +322,7 @@ def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
     return value
 
 
-def renumbering(count: int, removed: Sequence[int]) -> dict[int, int]:
+def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
     """Old block number to new, for the blocks that stay.
 
     Raises:
@@ -346,7 +346,7 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
-        mapping: as from `renumbering`.
+        mapping: as from `renumber_blocks`.
         count: blocks before the cut; numbers from ``count`` on (extra heads) are dropped.
 
     Returns:
@@ -410,7 +410,7 @@ def depth(text: dict[str, Any]) -> int:
                     f"the configuration says {key}={value}; expected at least 1"
                 )
             return value
-    if reason := uncuttable(text):
+    if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     raise ArchitectureError(
         f"the configuration does not say how many blocks the model has: expected one of "
@@ -418,7 +418,7 @@ def depth(text: dict[str, Any]) -> int:
     )
 
 
-def written_out(config: dict[str, Any]) -> dict[str, Any]:
+def read_decoder(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's part of a configuration, per-layer fields written out; a copy."""
     return materialise(copy.deepcopy(config))
 
@@ -453,7 +453,7 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
+def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
     """How many blocks transformers reads from a configuration, and what it calls each of them.
 
     Where it does not say: None, and no types.
@@ -467,10 +467,10 @@ def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
     """Refuse a configuration that cannot be cut exactly, or that says what is not understood."""
-    if reason := uncuttable(text):
+    if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     heads = extra_heads(text)
-    for part, decoder in speaking_parts(config, text):
+    for part, decoder in find_parts(config, text):
         # Cut of nothing: whether each field has a form that is known.
         cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, heads, decoder=decoder)
@@ -481,7 +481,7 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
         refuse_unknown(more, count, heads, decoder=True)
 
 
-def uncuttable(text: Mapping[str, Any]) -> str:
+def explain_uncuttable(text: Mapping[str, Any]) -> str:
     """Why a model of this type cannot be cut, whichever the state; empty where it can."""
     what = str(text.get("model_type", ""))
     reason = of_type(UNCUTTABLE, what)

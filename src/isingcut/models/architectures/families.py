@@ -49,7 +49,7 @@ def _has_periods(text: dict[str, Any]) -> bool:
     return not listed and all(isinstance(text.get(name), int) for name in fields.PERIODS)
 
 
-def kept_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
+def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
     """Blocks that must stay, each with the reason.
 
     Args:
@@ -57,12 +57,12 @@ def kept_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dic
         text: the decoder's part of it, with its per-layer fields written out.
         count: blocks of the decoder.
     """
-    features = max((len(value) for _, value in _found(config, fields.DEEPSTACK)), default=0)
+    features = max((len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0)
     received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
-    return _kept_of_text(text, count) | received
+    return _find_fixed_of_text(text, count) | received
 
 
-def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
+def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
     model_type = str(text.get("model_type", ""))
     if found := of_type(STAY, model_type):
         at, reason = found
@@ -131,7 +131,7 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
     return rows
 
 
-def keeps_attention(types: list[str]) -> bool:
+def has_attention(types: list[str]) -> bool:
     """Whether blocks of these transformers layer types fill an attention cache."""
     return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
 
@@ -142,13 +142,13 @@ def legality(
     """The linear rows that follow from a configuration, which every state has to obey.
 
     Args:
-        config, text: as of `kept_blocks`.
+        config, text: as of `find_fixed_blocks`.
         n: blocks of the decoder.
         attention: those that fill an attention cache, where they are known.
     """
     rows = [
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
-        for i, reason in kept_blocks(config, text, n).items()
+        for i, reason in find_fixed_blocks(config, text, n).items()
     ]
     for i, source, reason in sources(text, n):
         row = _unit(n, [source])
@@ -209,7 +209,7 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
             return block  # Never met, before and after.
         return next(mapping[i] for i in range(block, count) if i in mapping)
 
-    for path, value in list(_found(config, fields.IMAGE_ENTRIES)):
+    for path, value in list(_find(config, fields.IMAGE_ENTRIES)):
         part = config
         for key in path[:-1]:
             part = part.setdefault(key, {})
@@ -223,7 +223,7 @@ def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]
     """Of each place at which features join, the blocks up to the next place; and why one stays."""
     joined = {
         item[-1] if isinstance(item, (list, tuple)) else item
-        for _, value in _found(config, fields.IMAGE_ENTRIES)
+        for _, value in _find(config, fields.IMAGE_ENTRIES)
         for item in value
     }
     blocks = sorted(i for i in joined if 0 <= i < count)
@@ -237,7 +237,7 @@ def _words(place: range) -> str:
     return f"one of blocks {place.start} to {place.stop - 1}"
 
 
-def _found(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _find(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Lists of these names, with the keys that lead to them, defaults of the class among them."""
     derived = config_object(config)
 

@@ -374,7 +374,7 @@ def config_object(config: dict[str, Any]) -> Any | None:
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
+            return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
     except Exception as error:
         raise ArchitectureError(
             f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
@@ -398,13 +398,13 @@ def _is_read(config: dict[str, Any], place: tuple[str, ...]) -> bool:
     return bool(getattr(text, "vocab_size", None) == size + 1)
 
 
-def _decoded(value: Any) -> Any:
+def _decode_floats(value: Any) -> Any:
     """A copy with the tags resolved that transformers writes for infinite numbers."""
     if isinstance(value, dict):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
-        return {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(v) for v in value] if isinstance(value, list) else value
+        return {k: _decode_floats(v) for k, v in value.items()}
+    return [_decode_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def path_of(config: Any, wanted: Any) -> tuple[str, ...]:

@@ -205,12 +205,12 @@ def bits(x: Tensor) -> npt.NDArray[Any]:
     return np.asarray(x.detach().contiguous().view(kind).numpy())
 
 
-def compiled_for(x: Tensor) -> bool:
+def can_compile(x: Tensor) -> bool:
     """Whether the compiled loops are meant for a tensor: others stay on their device."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
 
 
-def in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
+def run_in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
     """Call ``part(first, last)`` for all rows, shared among threads where they are worth it."""
     threads = min(torch.get_num_threads(), 1 + elements // _WORTH_A_THREAD)
     if threads == 1:
@@ -263,7 +263,7 @@ class RowSums:
             offset: the first column's place in the vocabulary.
             reference: (R, C), the reference's logits in these columns.
         """
-        if compiled_for(logits):
+        if can_compile(logits):
             self._add_compiled(logits, offset, reference)
         else:
             self._add(logits, offset, reference)
@@ -282,7 +282,7 @@ class RowSums:
         def part(first: int, last: int) -> None:
             accumulate(q, same, offset, log_z, labels, top, total, difference, picked, first, last)
 
-        in_threads(part, rows, q.size)
+        run_in_threads(part, rows, q.size)
 
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = _wide(logits)
@@ -333,8 +333,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        if compiled_for(student):
-            found, gradient = _compiled(student, teacher)
+        if can_compile(student):
+            found, gradient = _compute_compiled(student, teacher)
             ctx.save_for_backward(gradient)
             return found
         total = torch.zeros((), dtype=torch.float64, device=student.device)
@@ -354,7 +354,7 @@ class _Divergence(torch.autograd.Function):
         return gradient.mul_(grads[0]), None
 
 
-def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the rows' KL and its gradient, on a CPU."""
     gradient = torch.empty(student.shape, dtype=student.dtype)
     total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
@@ -368,7 +368,7 @@ def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         mine.add(q, reference=p)
         total += float(mine.kl.sum())
         given = (bits(q), mine.log_z.numpy(), bits(p), theirs.log_z.numpy(), bits(gradient[rows]))
-        in_threads(partial(softmax_difference, *given), len(q), q.numel())
+        run_in_threads(partial(softmax_difference, *given), len(q), q.numel())
     return torch.tensor(total, dtype=torch.float32), gradient
 
 

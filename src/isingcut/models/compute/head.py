@@ -28,8 +28,8 @@ from isingcut.ising.states import Floats
 from isingcut.models.compute.divergence import (
     RowSums,
     bits,
-    compiled_for,
-    in_threads,
+    can_compile,
+    run_in_threads,
     softmax_gradient,
 )
 from isingcut.models.replay import Recording, Replay
@@ -48,7 +48,7 @@ class _HeadReached(Exception):
     """Raised in the place of the output map: its input is all that was wanted."""
 
 
-def entering(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
+def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
     """What enters a model's output layer, where its logits are what the layer gives and no more.
 
     Args:
@@ -94,7 +94,7 @@ class OutputHead:
     def _is_last(self, linear: nn.Linear) -> bool:
         replay = self._replay
         ids = torch.zeros((1, 4), dtype=torch.long, device=replay.device)
-        inputs = entering(linear, lambda: replay.tail(replay.record(ids).entered, ids))
+        inputs = find_head_input(linear, lambda: replay.tail(replay.record(ids).entered, ids))
         return (
             inputs is not None
             and inputs.shape == (1, 4, linear.in_features)
@@ -182,13 +182,13 @@ class _Fused:
             own.add(logits, a)
             self._logits.append(logits)
         self._log_z = own.log_z
-        self.nll = self._summed(own.nll)
+        self.nll = self._sum_samples(own.nll)
 
     def _inputs(self, stream: Tensor) -> Tensor:
-        entering = self._head.inputs(stream, self._recording.input_ids)
-        return entering.flatten(0, 1).index_select(0, self._rows)
+        inputs = self._head.inputs(stream, self._recording.input_ids)
+        return inputs.flatten(0, 1).index_select(0, self._rows)
 
-    def _summed(self, values: Floats) -> Floats:
+    def _sum_samples(self, values: Floats) -> Floats:
         return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
 
     def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
@@ -202,7 +202,7 @@ class _Fused:
         for (a, b), reference in zip(self._pieces, self._logits, strict=True):
             out = self._buffer[: len(self._rows) * (b - a)].view(-1, b - a)
             sums.add(self._head.piece(inputs, a, b, out), a, reference)
-        return self._summed(sums.kl), self._summed(sums.nll)
+        return self._sum_samples(sums.kl), self._sum_samples(sums.nll)
 
 
 class _BySample:
@@ -298,9 +298,9 @@ def loss_gradient(
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
     draws = None if label_seed is None else _draws(batch, label_seed)
-    entering = inputs.detach().flatten(0, 1)
-    toward = torch.zeros_like(entering)
-    chosen = entering.index_select(0, rows)
+    flat = inputs.detach().flatten(0, 1)
+    toward = torch.zeros_like(flat)
+    chosen = flat.index_select(0, rows)
     back = torch.empty_like(chosen)
     step = min(len(rows), max(64, _buffer_elements(device) // head.width))
     buffer = chosen.new_empty((step, head.width))
@@ -382,14 +382,14 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
     sums.add(logits)
     log_z = sums.log_z
     if draws is not None:
-        labels = _drawn(logits, log_z, draws.to(logits.device))
-    if compiled_for(logits):
+        labels = _draw_labels(logits, log_z, draws.to(logits.device))
+    if can_compile(logits):
         array, z, label, s = bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy()
 
         def part(first: int, last: int) -> None:
             softmax_gradient(array, z, label, s, first, last)
 
-        in_threads(part, len(labels), logits.numel())
+        run_in_threads(part, len(labels), logits.numel())
         return
     for rows in _row_parts(logits):
         p = _softmax(logits[rows], log_z[rows])
@@ -397,7 +397,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
         logits[rows] = (p * scale[rows].to(p)[:, None]).to(logits.dtype)
 
 
-def _drawn(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
+def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
     """(R,) tokens from the distributions of logits (R, V) and uniform draws (R,), by inversion."""
     found = []
     for rows in _row_parts(logits):

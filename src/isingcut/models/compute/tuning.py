@@ -50,7 +50,7 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
     return tokens
 
 
-def kept_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+def count_graph_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     """Return the bytes that the graphs of a call keep for backward, without the model's weights."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}

@@ -20,11 +20,11 @@ from isingcut.files.writing import atomic_folder, check_output, clear_os_errors
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
 from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import block_prefix
+from isingcut.models.fit import find_prefix
 from isingcut.models.safetensors_files import (
     NewTensor,
     StoredTensor,
-    contained,
+    find_contained,
     read_checkpoint,
     read_config,
     write_checkpoint,
@@ -73,9 +73,9 @@ def excise(
     config = read_config(source)
     stored = read_checkpoint(source)
     new_config = cuts.cut_config(config, removed)
-    text = cuts.written_out(config)
+    text = cuts.read_decoder(config)
     count = cuts.depth(text)
-    mapping = cuts.renumbering(count, removed)
+    mapping = cuts.renumber_blocks(count, removed)
     tensors = plan(stored, text, mapping)
     with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
@@ -99,7 +99,7 @@ def plan(
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
     count = cuts.depth(dict(text))
-    prefix = block_prefix(stored.values(), count, cuts.extra_heads(text))
+    prefix = find_prefix(stored.values(), count, cuts.extra_heads(text))
     rules = DEPTH_SHAPED.get(str(text.get("model_type")), ())
     tensors = []
     for name, tensor in stored.items():
@@ -132,7 +132,7 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count:
         wanted = path.suffix in _COPIED_SUFFIXES or _COPIED_NAMES.match(name)
         if not wanted or _NOT_COPIED.search(name) or name.startswith("."):
             continue
-        real = contained(source, name)
+        real = find_contained(source, name)
         if name in _QUANTISATION_FILES:
             content = cuts.cut_quantisation(
                 load_json(real, "the quantisation file", CheckpointError), mapping, count

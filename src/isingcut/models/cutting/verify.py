@@ -20,14 +20,14 @@ from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.files.documents import CutProof
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import (
+    catch_text_errors,
     find_stack,
     language_model,
-    on_text_alone,
-    skipped,
+    skip_blocks,
     text_config,
 )
 from isingcut.models.cutting.sharing import fits, share
-from isingcut.models.load import as_transformers_does
+from isingcut.models.load import load_plain
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.models.streaming.store import Buffers
@@ -68,7 +68,7 @@ def process_images(
     """
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         raise ModelError("the checkpoint has no processor")
-    return try_images(model, lambda: _processed(folder, trust_remote_code))
+    return try_images(model, lambda: _run_processor(folder, trust_remote_code))
 
 
 def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
@@ -94,7 +94,7 @@ def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
 
 def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
     """Compute the logits of prompts with images, at their last positions."""
-    given: dict[str, Any] = on_device_of(model, inputs)
+    given: dict[str, Any] = move_inputs(model, inputs)
     if "logits_to_keep" in parameters(model.forward):
         given["logits_to_keep"] = _KEPT
     logits: Tensor = model(**given, use_cache=False).logits
@@ -105,7 +105,7 @@ def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
     return logits
 
 
-def on_device_of(model: Any, inputs: ImageInputs) -> ImageInputs:
+def move_inputs(model: Any, inputs: ImageInputs) -> ImageInputs:
     """Inputs on the device of a model, and in its dtype."""
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
@@ -113,7 +113,7 @@ def on_device_of(model: Any, inputs: ImageInputs) -> ImageInputs:
     }
 
 
-def _processed(folder: Path, trust: bool) -> ImageInputs:
+def _run_processor(folder: Path, trust: bool) -> ImageInputs:
     import numpy as np
     from PIL import Image
     from transformers import AutoProcessor
@@ -307,7 +307,7 @@ def verify(
     allowed = tolerance(model.dtype)
 
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
-        with torch.no_grad(), skipped(model, stack, removed):
+        with torch.no_grad(), skip_blocks(model, stack, removed):
             expected = logits(model)
         try:
             with torch.no_grad():
@@ -328,13 +328,13 @@ def verify(
         return difference
 
     def generate(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        with skipped(model, stack, removed):
+        with skip_blocks(model, stack, removed):
             result: torch.Tensor = inner.generate(row, use_cache=True, **options)
         return result
 
     def on_text(whole: Any) -> torch.Tensor:
         # A model that does not run on text is refused. A cut of one that does is wrong.
-        with on_text_alone(whole) if whole is model else nullcontext():
+        with catch_text_errors(whole) if whole is model else nullcontext():
             logits: torch.Tensor = language_model(whole)(input_ids=tokens, use_cache=False).logits
         return logits
 
@@ -397,7 +397,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
     """
     try:
         with quiet_transformers():
-            model, report = as_transformers_does(out, dtype, trust_remote_code=trust_remote_code)
+            model, report = load_plain(out, dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise_if_exhausted(error)
         raise VerificationError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
-from isingcut.models.loading import refuse_incomplete, refuse_infinite, wrong_shape
+from isingcut.models.loading import explain_shape, refuse_incomplete, refuse_infinite
 from isingcut.models.replay import EMBED, HEAD, Part
 from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 from isingcut.models.transformers_private import Names
@@ -37,7 +37,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class Copied:
+class CopyStep:
     """A stored tensor that is a target, or that is one slice of it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionStep:
     """Stored tensors that become targets through one of transformers' conversions."""
 
     sources: tuple[tuple[str, StoredTensor], ...]
@@ -85,7 +85,7 @@ class Group:
     """Targets that are filled together, without their numbers, and how."""
 
     targets: Mapping[str, Tensor]
-    steps: tuple[Copied | Converted, ...]
+    steps: tuple[CopyStep | ConversionStep, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class PartPlan:
         size: bytes of the buffer.
     """
 
-    steps: tuple[Copied | Converted, ...]
+    steps: tuple[CopyStep | ConversionStep, ...]
     targets: Mapping[str, tuple[Tensor, int]]
     names: Mapping[str, str]
     size: int
@@ -130,7 +130,7 @@ def plan_parts(
     names = Names(model, dtype)
     groups, unexpected = _groups(folder, stored, names)
     group_of = {name: group for group in groups for name in group.targets}
-    kept = _resolved(folder, names, set(group_of))
+    kept = _resolve_names(folder, names, set(group_of))
     paths = _paths(model, blocks)
     members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
     for name, target in kept.items():
@@ -165,7 +165,7 @@ def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan
     return PartPlan(tuple(s for group in groups for s in group.steps), targets, names, size)
 
 
-def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
+def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
     """The target behind each name in the model; names that are tied have one target.
 
     Raises:
@@ -205,18 +205,18 @@ def _groups(
             continue
         _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
         made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
-        alone.append(Group({target: made}, (Copied(tensor, target),)))
-    joined = [_joined(folder, first, members, names) for first, members in together.items()]
+        alone.append(Group({target: made}, (CopyStep(tensor, target),)))
+    joined = [_join_group(folder, first, members, names) for first, members in together.items()]
     return alone + joined, unexpected
 
 
-def _joined(
+def _join_group(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
 ) -> Group:
     """Tensors of one converter: as slices of its target where it only stacks and joins them."""
     converter = names.converters[members[0][0]]
     dtype = names.dtype_of(first)
-    conversion = Converted(tuple(members), dtype, first, converter, names.model)
+    conversion = ConversionStep(tuple(members), dtype, first, converter, names.model)
     made = conversion.run(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
@@ -229,7 +229,7 @@ def _joined(
 
 def _slices(
     converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
-) -> list[Copied] | None:
+) -> list[CopyStep] | None:
     """Where each tensor goes in the target; None for a conversion that computes more."""
     kinds = [type(op).__name__ for op in converter.operations]
     if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
@@ -246,16 +246,16 @@ def _slices(
     by_pattern: dict[str, list[StoredTensor]] = {}
     for pattern, source in members:
         by_pattern.setdefault(pattern, []).append(source)
-    out: list[Copied] = []
+    out: list[CopyStep] = []
     first = 0
     for pattern in converter.source_patterns:
         items = by_pattern.get(pattern, [])
         if axis is not None and not stacked:
             for source in items:
-                out.append(Copied(source, target, axis=axis, first=first))
+                out.append(CopyStep(source, target, axis=axis, first=first))
                 first += source.shape[axis]
             continue
-        out += [Copied(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
+        out += [CopyStep(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
         if axis is not None and items:
             first += items[0].shape[axis]
     return out
@@ -263,7 +263,7 @@ def _slices(
 
 def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise ModelError(wrong_shape(name, folder, found, wanted))
+        raise ModelError(explain_shape(name, folder, found, wanted))
 
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
@@ -319,7 +319,7 @@ class Reader:
         with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
             self._files.clear()
             for step in plan.steps:
-                if isinstance(step, Copied):
+                if isinstance(step, CopyStep):
                     self._copy(step.source, step.place(views[step.target]))
                     continue
                 values = [self._value(source, step.dtype) for _, source in step.sources]
