@@ -93,7 +93,7 @@ def runs_on_text(monkeypatch):
 
 
 def reloads(monkeypatch):
-    monkeypatch.setattr(verify, "as_transformers_does", in_torch)
+    monkeypatch.setattr(verify, "load_plain", in_torch)
     verify.reload("model", dtype=torch.float32)
 
 
