@@ -72,8 +72,8 @@ def set_config(**changes):
 
 
 HOSTILE = [
-    (truncate, "is truncated"),
-    (lengthen, "longer than its header says"),
+    (truncate, "is damaged, truncated"),
+    (lengthen, "is damaged, truncated"),
     (duplicate_tensor, "is in two shards"),
     (
         lambda f: change_index(f, **{"model.norm.weight": "model-00001-of-00002.safetensors"}),

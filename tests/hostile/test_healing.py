@@ -247,7 +247,7 @@ PLAIN = [
      config("run/model/config.json", rms_norm_eps=1e-3)),
     ("the student's marker", "its .isingcut-output.json was changed",
      written(f"{STUDENT}/{MARKER}", "{}")),
-    ("a student half there", "model.safetensors is truncated",
+    ("a student half there", "model.safetensors is damaged",
      truncated("run/model/model.safetensors", 9000)),
     *((f"record: {name}", *rest) for name, *rest in SAYS),
 ]  # fmt: skip

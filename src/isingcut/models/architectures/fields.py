@@ -8,9 +8,7 @@ listed here: it is an error that names it, never a guess. `families` holds what 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from isingcut.errors import ArchitectureError
@@ -294,30 +292,10 @@ def counted_by(model_type: Any) -> tuple[str, ...]:
     return (*(of_type(COUNTED_BY, model_type) or ())[:1], *COUNT)
 
 
-@dataclass(frozen=True)
-class DepthShaped:
-    """A weight with one slice per block outside the blocks.
-
-    Args:
-        pattern: matches the end of the tensor's name.
-        axis: the axis that holds N slices of equal width.
-    """
-
-    pattern: re.Pattern[str]
-    axis: int
-
-
-DEPTH_SHAPED = {
-    "gemma3n_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-    "gemma4_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-}
-
+# Weights outside the blocks with a slice of equal width for each block: the end of the tensor's
+# name, and the axis of the slices.
+_PER_LAYER_EMBEDDING = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+DEPTH_SHAPED = dict.fromkeys(("gemma3n_text", "gemma4_text"), _PER_LAYER_EMBEDDING)
 
 # What the decoder's part is called where transformers does not know the model type.
 _NAMES = ("text_config", "llm_config", "language_config")

@@ -100,7 +100,7 @@ def plan(
     """
     count = cuts.depth(dict(text))
     prefix = find_prefix(stored.values(), count, cuts.extra_heads(text))
-    rules = DEPTH_SHAPED.get(str(text.get("model_type")), ())
+    axes = DEPTH_SHAPED.get(str(text.get("model_type")), {})
     tensors = []
     for name, tensor in stored.items():
         if name.startswith(prefix):
@@ -110,15 +110,15 @@ def plan(
             continue
         if "mtp" in name.split("."):
             continue  # heads that predict further tokens from the uncut model's last block
-        rule = next((r for r in rules if r.pattern.search(name)), None)
-        if rule is None:
+        axis = next((a for end, a in axes.items() if f".{name}".endswith(f".{end}")), None)
+        if axis is None:
             tensors.append(NewTensor(name, tensor))
             continue
-        if tensor.shape[rule.axis] % count:
+        if tensor.shape[axis] % count:
             raise CheckpointError(
                 f"tensor {name!r} of shape {list(tensor.shape)} does not divide into {count} blocks"
             )
-        tensors.append(NewTensor(name, tensor, rule.axis, count, tuple(mapping)))
+        tensors.append(NewTensor(name, tensor, axis, count, tuple(mapping)))
     return tensors
 
 
