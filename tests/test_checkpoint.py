@@ -74,7 +74,7 @@ def set_config(**changes):
 HOSTILE = [
     (truncate, "is damaged, truncated"),
     (lengthen, "is damaged, truncated"),
-    (duplicate_tensor, "is in two shards"),
+    (duplicate_tensor, "but it is in model-00002-of-00002"),
     (
         lambda f: change_index(f, **{"model.norm.weight": "model-00001-of-00002.safetensors"}),
         "but it is in model-00002",

@@ -45,7 +45,7 @@ def test_a_local_folder_is_itself(folder):
             for name in ("", "./nothing", "/no/such/model", "missing.gguf", "a/b/c")
         ),
         ("someone/no-such-model", "hub cannot be reached"),
-        ("two words", "names no model"),
+        ("two words", "there is no local folder two words"),
     ],
 )
 def test_a_name_without_a_model_is_refused_in_one_line(name, words):

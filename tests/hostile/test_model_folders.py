@@ -157,7 +157,7 @@ SOME = [
 OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
-    ("a long hub name", f"inspect {'x' * 5000}", "names no model"),
+    ("a long hub name", f"inspect {'x' * 5000}", "there is no local folder"),
     ("a dangling model", "inspect {here}/dangling", "is a broken link"),
     ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
     ("a model that is a text", "inspect {text}", "is not a model"),

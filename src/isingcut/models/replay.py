@@ -20,6 +20,7 @@ import sys
 import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -58,17 +59,19 @@ _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
 _HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
 
 
+@dataclass
 class BlockCall:
     """The recorded arguments of a block, with its hidden states separate.
 
     Attributes:
         hidden: the residual stream; None once it is no longer needed.
+        keyword: whether the block was called with ``hidden_states=``.
     """
 
-    def __init__(
-        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
-    ) -> None:
-        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
+    hidden: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:

@@ -110,15 +110,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     files = weight_files(folder)
     if not files:
         raise CheckpointError(explain_no_weights(folder))
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for tensor in read_header(file):
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"tensor {tensor.name!r} is in two shards, {tensors[tensor.name].file.name} "
-                    f"and {file.name}; download the checkpoint again"
-                )
-            tensors[tensor.name] = tensor
+    tensors = {tensor.name: tensor for file in files for tensor in read_header(file)}
     weight_map = {} if files[0].name == SINGLE else read_index(folder)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:

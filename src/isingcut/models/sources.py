@@ -150,8 +150,6 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             allow_patterns=[*files, *code],
             ignore_patterns=list(_HUB_IGNORE),
         )
-    except HFValidationError as e:
-        raise ModelError(f"{name!r} names no model; {_EXPECTED}") from e
     except GatedRepoError as e:
         raise ModelError(
             f"the hub model {name} requires you to accept its licence; accept it on "
@@ -163,7 +161,7 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
             "file, or connect and run again"
         ) from e
-    except (OSError, transport_error) as e:
+    except (OSError, HFValidationError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to resume"
