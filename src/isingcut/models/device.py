@@ -107,7 +107,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: str, device: str) -> str:
-    """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
+    """Return ``"float32"`` or ``"bfloat16"`` for the dtype and device of the options."""
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
 
@@ -129,7 +129,7 @@ class Allowance:
 
     @property
     def left(self) -> int:
-        """The memory left for weights and hidden states."""
+        """Return the memory left for weights and hidden states."""
         return max(0, self.total - self.used)
 
 
@@ -154,7 +154,7 @@ def allowance(limit: str, device: torch.device) -> Allowance:
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
+    """Return the bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
     total = 0
     for tensor in read_checkpoint(folder).values():
         if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):

@@ -138,7 +138,7 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
 
 
 def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
-    """What the names of all block tensors begin with, up to the block number.
+    """Find the beginning of the names of all block tensors, up to the block number.
 
     Args:
         tensors: a checkpoint's tensors.
@@ -164,7 +164,7 @@ def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> 
 def group_by_block(
     stored: Mapping[str, StoredTensor], count: int, heads: int = 0
 ) -> list[dict[str, StoredTensor]]:
-    """A checkpoint's tensors of each block, by their names inside it.
+    """Group a checkpoint's tensors by block, with their names inside it.
 
     Args and errors are those of `find_prefix`.
     """
@@ -182,7 +182,7 @@ def _fits(numbers: set[int], count: int, heads: int) -> bool:
 
 
 def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str, set[int]]:
-    """The prefix of the numbered tensors that are the blocks, and their numbers.
+    """Find the prefix of the numbered tensors that are the blocks, and their numbers.
 
     Those with the right numbers win over others, unless they are far too small; then the largest.
     """

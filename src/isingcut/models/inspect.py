@@ -101,7 +101,7 @@ def _build(config: Any) -> nn.Module:
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str:
-    """What tells two blocks apart in words; empty where nothing does."""
+    """Explain how two blocks differ; empty if they do not."""
     left, right = dict(old.named_modules()), dict(new.named_modules())
     for name in left.keys() ^ right.keys():
         return f"{name} is in only one of them"
@@ -163,14 +163,14 @@ class Inspection:
     positions: int | None
 
     def rules(self) -> list[str]:
-        """The legality rows in words, rows of one reason together."""
+        """Return the legality rows in words, rows with the same reason together."""
         names: dict[str, list[str]] = {}
         for row in self.rows:
             names.setdefault(row.reason, []).append(row.name)
         return [f"{', '.join(rows)}: {reason}" for reason, rows in names.items()]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Header, one row per run of like neighbours, and the sum, as text.
+        """Return a header, one row per run of equal neighbours, and the sum, as text.
 
         Columns: numbers of the blocks, kind, then for *each* block of the run parameters, active
         parameters, stored bytes, bytes of KV cache per token and of recurrent state.
@@ -244,7 +244,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 
 
 def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:
-    """The stack with the bytes that the checkpoint really stores, and those outside it."""
+    """Return the stack with the bytes that the checkpoint stores, and the bytes outside it."""
     if not stored:
         return stack, 0
     found = group_by_block(stored, len(stack), heads=len(stack))

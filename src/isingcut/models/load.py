@@ -93,7 +93,7 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """The options of `load` for another model on this device, in this dtype."""
+        """Return the options of `load` for another model on this device, in this dtype."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
 
@@ -158,7 +158,7 @@ def load_plain(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model in evaluation mode, FP8 and MXFP4 weights as plain numbers.
+    """Load a checkpoint as transformers does; FP8 and MXFP4 weights become plain numbers.
 
     Args:
         device: tensors are loaded straight to it, so that several processes of one machine need
@@ -194,7 +194,7 @@ def load_plain(
 
 
 def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
+    """Load an FP8 checkpoint with plain weights; return the model and transformers' loading info.
 
     Whatever transformers raises passes.
     """
@@ -231,7 +231,7 @@ def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """The model of a checkpoint folder: parameters on the meta device, buffers real.
+    """Build the model of a checkpoint folder: parameters on the meta device, buffers real.
 
     Args:
         dtype: of its floating-point parameters, but for those the family keeps in float32.

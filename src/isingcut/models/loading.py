@@ -22,7 +22,7 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 @contextlib.contextmanager
 def catch_errors(what: str) -> Iterator[None]:
-    """Turn all that a library raises meanwhile into one error that says what was read.
+    """Convert all errors of a library within the context to one that names what was read.
 
     A configuration, a tokenizer or a file that others wrote can make a library fail in any way.
 
@@ -54,7 +54,7 @@ def catch_errors(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length."""
+    """Return the message of an error as one line of bounded length."""
     # Torch adds where in its own sources an error was raised.
     words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
     if not words or not isinstance(error, _SPEAKING):
@@ -80,7 +80,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """What is wrong with a tensor of another shape than the model's."""
+    """Explain that a tensor has another shape than the model's."""
     return (
         f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"

@@ -75,7 +75,7 @@ class BlockCall:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
-        """The call of block ``i``.
+        """Make the call of block ``i``.
 
         Raises:
             ArchitectureError: there are no hidden states where they are expected.
@@ -400,7 +400,7 @@ class Recording:
         return out
 
     def logits(self, stream: Tensor, sample: int) -> Tensor:
-        """Logits (T, V) of one sample of the batch, from its stream (T, D) after the blocks.
+        """Compute the logits (T, V) of one sample from its stream (T, D) after the blocks.
 
         One sample at a time, so that the logits of a whole batch never exist at once.
         """

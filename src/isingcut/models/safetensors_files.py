@@ -65,7 +65,7 @@ class StoredTensor:
         return 8 * self.size if self.packed else math.prod(self.shape)
 
     def data(self, first: int = 0, size: int | None = None) -> bytearray:
-        """Its bytes, or ``size`` of them from ``first`` on.
+        """Read its bytes, or ``size`` of them from ``first`` on.
 
         Raises:
             CheckpointError: the file became shorter.
@@ -79,7 +79,7 @@ class StoredTensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint folder.
+    """Read the ``config.json`` of a checkpoint folder.
 
     Raises:
         CheckpointError: no such folder or file, or not a JSON object.
@@ -97,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder, in file order, from the headers alone.
+    """Read all tensors of a checkpoint folder, in file order, from the headers alone.
 
     Args:
         folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards;
@@ -123,7 +123,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint, sorted; empty when there are none.
+    """Return the safetensors files of a checkpoint, sorted; empty if there are none.
 
     A single file wins over an index, as in transformers.
 
@@ -146,7 +146,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def explain_no_weights(folder: Path) -> str:
-    """What a folder holds in the place of safetensors, and what to do."""
+    """Explain which weights a folder has instead of safetensors, and what to do."""
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHERS)
     there = f"only {', '.join(others[:3])}" if others else "no weights"
     return (
@@ -156,7 +156,7 @@ def explain_no_weights(folder: Path) -> str:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The file that each tensor of a sharded checkpoint is in.
+    """Return the file of each tensor of a sharded checkpoint.
 
     Raises:
         CheckpointError: the index is damaged.
@@ -172,7 +172,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def find_contained(folder: Path, name: str) -> Path:
-    """The file ``name`` of ``folder``, when it really lies there.
+    """Return the file ``name`` of ``folder``, if it really lies there.
 
     A link may lead inside the folder, or into the ``blobs`` of a Hugging Face cache, which
     links every file; a link anywhere else would copy a stranger's file into the output.
@@ -250,7 +250,7 @@ class NewTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape after slicing."""
+        """Return the shape after slicing."""
         shape = list(self.source.shape)
         if self.axis is not None:
             shape[self.axis] = shape[self.axis] // self.count * len(self.kept)
@@ -258,7 +258,7 @@ class NewTensor:
 
     @property
     def size(self) -> int:
-        """Bytes after slicing."""
+        """Return the bytes after slicing."""
         if self.axis is None:
             return self.source.size
         return self.source.size // self.count * len(self.kept)

@@ -64,7 +64,7 @@ class BlockStack:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of every block, in order."""
+        """Return the kind of every block, in order."""
         return tuple(block.kind for block in self.blocks)
 
 
@@ -82,7 +82,7 @@ _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_exp
 
 
 def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
-    """The block's kind and its costs.
+    """Return a block with its kind and its costs.
 
     Args:
         module: the block.
@@ -120,7 +120,7 @@ def _itemsize(module: nn.Module) -> int:
 
 
 def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
-    """(kind, KV bytes per token, state bytes) of all that mixes tokens, outermost first.
+    """Find all that mixes tokens, outermost first: (kind, KV bytes per token, state bytes).
 
     What a module does decides, and not its name alone: one that is called attention and holds a
     recurrence is that recurrence, and one that holds other mixers only wraps them.
@@ -201,7 +201,7 @@ def _conv_state(convolution: nn.Module) -> int:
 
 
 def _kv_elements(module: nn.Module, config: Any) -> int:
-    """Key and value numbers that transformers caches for one token in one attention."""
+    """Count the key and value numbers that transformers caches for one token in one attention."""
     projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
     widths = [getattr(p, "out_features", None) for p in projections if p is not None]
     if widths and all(isinstance(w, int) for w in widths):
@@ -240,7 +240,7 @@ def _feed_forward(block: nn.Module) -> str | None:
 
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
-    """Parameters of routed experts that one token does not visit."""
+    """Count the parameters of routed experts that one token does not visit."""
     top_k = next((v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None)
     idle = 0
     for name, module in block.named_modules():
@@ -263,7 +263,7 @@ def _expert_count(module: nn.Module, config: Any) -> int | None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the decoder: the model's own, or its text part's.
+    """Return the configuration of the decoder: the model's own, or that of its text part.
 
     Raises:
         ArchitectureError: the model carries no configuration.
@@ -278,7 +278,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_stack(model: nn.Module) -> BlockStack:
-    """The ModuleList whose items carry the residual stream, with every block described.
+    """Find the ModuleList whose items carry the residual stream, and describe every block.
 
     The list has as many items as the decoder's config says; among several, lists inside
     the decoder win over lists outside it, then the one with most parameters wins.
@@ -309,12 +309,12 @@ def find_stack(model: nn.Module) -> BlockStack:
 
 
 def _of_block(config: Any, index: int) -> Any:
-    """The configuration of one block; families like Gemma 4 have one for each."""
+    """Return the configuration of one block; families like Gemma 4 have one for each."""
     return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:
-    """The block modules of ``model``, in order.
+    """Return the block modules of ``model``, in order.
 
     Raises:
         ArchitectureError: the model has no such stack (it was found on another model).
@@ -347,7 +347,7 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
 
 
 def _decoder_path(model: nn.Module) -> str:
-    """Where transformers says that the decoder is, or the root."""
+    """Return the path of the decoder as transformers knows it, or the root."""
     getter = getattr(model, "get_decoder", None)
     decoder: nn.Module | None = getter() if getter is not None else None
     if decoder is None or decoder is model:

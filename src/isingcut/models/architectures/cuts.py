@@ -57,7 +57,7 @@ _CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 
 def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: bool) -> None:
-    """Refuse a field that is not in the table and looks as if it counted or indexed blocks.
+    """Refuse a field that is not in the table and seems to count or index blocks.
 
     Args:
         part: a part of a configuration that speaks of the decoder's blocks.
@@ -106,8 +106,10 @@ def _is_whole(value: Any) -> bool:
 def find_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The decoder's part of a configuration, the root, and what lies in these and is no model
-    of its own: where fields speak of the decoder's blocks; each with whether it is the decoder's.
+    """Find the parts of a configuration whose fields describe the decoder's blocks.
+
+    These are the decoder's part, the root, and the parts inside them that are no model of their
+    own.
 
     Args:
         config: the whole configuration.
@@ -157,7 +159,7 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
 
 
 def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
-    """What a field holds after the cut; whatever is raised for one of another form passes."""
+    """Return the value of a field after the cut. Errors for an unknown form pass."""
     kept = list(mapping)
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
@@ -213,7 +215,7 @@ def _slice_field(key: str, value: Any, kept: list[int], count: int) -> Any:
 
 
 def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
-    """A list of block numbers, or a text of them, after the cut; what it counts from is kept."""
+    """Renumber a list of block numbers, or a text of them; the first number is kept."""
     if isinstance(value, str):
         numbers = [int(word) for word in value.split(",") if word.strip()]
         return ",".join(map(str, _renumber_list(numbers, mapping, first=first)))
@@ -221,7 +223,7 @@ def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
 
 
 def _change_each(value: Any, change: Callable[[int], int]) -> Any:
-    """A number changed, or each of a list (a modality each)."""
+    """Change a number, or each number of a list (one for each modality)."""
     return [change(v) for v in value] if isinstance(value, list) else change(value)
 
 
@@ -237,7 +239,7 @@ OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 
 
 def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
-    """The configuration of the model without the removed blocks.
+    """Return the configuration of the model without the removed blocks.
 
     Args:
         config: a checkpoint's ``config.json`` (or ``PreTrainedConfig.to_dict()``); not changed.
@@ -288,7 +290,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
 
 
 def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
-    """The linear rows that every state of a model has to obey, for the solver.
+    """Return the linear rows that every state of a model must satisfy, for the solver.
 
     Args:
         config: the model's configuration, an object or its dictionary.
@@ -306,7 +308,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
-    """A quantisation configuration with every module name renumbered, recursively."""
+    """Renumber every module name in a quantisation configuration, recursively."""
 
     def renamed(item: Any) -> list[Any]:
         if isinstance(item, str):
@@ -323,7 +325,7 @@ def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
 
 
 def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
-    """Old block number to new, for the blocks that stay.
+    """Return the new number of each block that stays, by its old number.
 
     Raises:
         ArchitectureError: a removed block does not exist, is named twice, or none would stay.
@@ -342,7 +344,7 @@ def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
 
 
 def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]:
-    """The entries that replace one module name or pattern of a quantisation list.
+    """Return the entries that replace one module name or pattern of a quantisation list.
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
@@ -394,7 +396,7 @@ def refuse_packing(config: Mapping[str, Any]) -> None:
 
 
 def depth(text: dict[str, Any]) -> int:
-    """Number of blocks in a decoder's configuration dictionary.
+    """Return the number of blocks in a decoder's configuration dictionary.
 
     Raises:
         ArchitectureError: it does not say.
@@ -419,7 +421,7 @@ def depth(text: dict[str, Any]) -> int:
 
 
 def read_decoder(config: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's part of a configuration, per-layer fields written out; a copy."""
+    """Return a copy of the decoder's part of a configuration, per-layer fields written out."""
     return materialise(copy.deepcopy(config))
 
 
@@ -454,7 +456,7 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """How many blocks transformers reads from a configuration, and what it calls each of them.
+    """Return how many blocks transformers reads from a configuration, and their types.
 
     Where it does not say: None, and no types.
     """
@@ -466,7 +468,7 @@ def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
-    """Refuse a configuration that cannot be cut exactly, or that says what is not understood."""
+    """Refuse a configuration that cannot be cut exactly, or has an unknown per-layer field."""
     if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     heads = extra_heads(text)
@@ -482,7 +484,7 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
 
 
 def explain_uncuttable(text: Mapping[str, Any]) -> str:
-    """Why a model of this type cannot be cut, whichever the state; empty where it can."""
+    """Return why a model of this type can never be cut; empty if it can."""
     what = str(text.get("model_type", ""))
     reason = of_type(UNCUTTABLE, what)
     if text.get("scale_attn_by_inverse_layer_idx"):
@@ -491,6 +493,6 @@ def explain_uncuttable(text: Mapping[str, Any]) -> str:
 
 
 def extra_heads(text: Mapping[str, Any]) -> int:
-    """Heads for further tokens that some checkpoints number on after the blocks."""
+    """Count the prediction heads that some checkpoints number on after the blocks."""
     found = [text.get(key) for key in fields.MTP]
     return max((n for n in found if isinstance(n, int)), default=0)

@@ -35,7 +35,7 @@ _ENTERS = "image features join the stream in front of blocks {}, each at a place
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
-    """Replace, in place, periods by the block lists they stand for, where the model has both."""
+    """Replace, in place, periods by the block lists they stand for, if the model has both."""
     step = text.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         listed = set(text.get("mlp_only_layers") or ())
@@ -50,7 +50,7 @@ def _has_periods(text: dict[str, Any]) -> bool:
 
 
 def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
-    """Blocks that must stay, each with the reason.
+    """Return the blocks that must stay, each with the reason.
 
     Args:
         config: a whole checkpoint's configuration.
@@ -83,7 +83,7 @@ def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
 
 
 def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
-    """Blocks that stay only where an earlier one does: both numbers, and why.
+    """Return pairs of blocks where the first may stay only if the second stays, and why.
 
     Args:
         text: the decoder's configuration with its per-layer fields written out.
@@ -109,7 +109,8 @@ def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
 
 
 def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
-    """The last unshared block of each attention type: later blocks read its keys and values."""
+    """Find the last unshared block of each attention type: later blocks read its keys and
+    values."""
     last = {kind: i for i, kind in enumerate(types[:first_shared])}
     return {
         i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
@@ -118,7 +119,7 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
 
 
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
-    """A block of another type only stays where a full-attention block after it stays."""
+    """Make the rows that a full-attention block stays after each kept block of another type."""
     n, rows = len(types), []
     for i, kind in enumerate(types):
         if kind != "full_attention":
@@ -139,7 +140,7 @@ def has_attention(types: list[str]) -> bool:
 def legality(
     config: dict[str, Any], text: dict[str, Any], n: int, attention: Sequence[int] = ()
 ) -> list[LinearConstraint]:
-    """The linear rows that follow from a configuration, which every state has to obey.
+    """Make the linear rows that follow from a configuration. Every state must satisfy them.
 
     Args:
         config, text: as of `find_fixed_blocks`.
@@ -167,12 +168,13 @@ def legality(
 
 
 def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
-    """The row that one of these blocks stays."""
+    """Make the row that one of these blocks stays."""
     return LinearConstraint(f"keep {name}", _unit(n, blocks), "<=", len(blocks) - 1.0, reason)
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
-    """Aligned groups of ``period`` blocks go together; an incomplete last group from its end."""
+    """Make the rows that aligned groups of ``period`` blocks go together, an incomplete last group
+    from its end."""
     reason = f"block kinds repeat every {period} blocks in the configuration"
     rows = []
     for i in range(n - 1):
@@ -220,7 +222,8 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
 
 
 def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
-    """Of each place at which features join, the blocks up to the next place; and why one stays."""
+    """Return, for each place where features join, the blocks up to the next place; and the
+    reason."""
     joined = {
         item[-1] if isinstance(item, (list, tuple)) else item
         for _, value in _find(config, fields.IMAGE_ENTRIES)
@@ -238,7 +241,7 @@ def _words(place: range) -> str:
 
 
 def _find(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Lists of these names, with the keys that lead to them, defaults of the class among them."""
+    """Find the lists of these names, with the keys that lead to them and defaults of the class."""
     derived = config_object(config)
 
     def walk(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

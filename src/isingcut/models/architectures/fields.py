@@ -282,13 +282,13 @@ TWO_STAY = {"rwkv": "transformers divides by one less than the number of blocks 
 
 
 def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
-    """The entry of a model type; where a model is multimodal, also that of its decoder's type."""
+    """Return the entry of a model type; for a multimodal model also that of its decoder's type."""
     name = str(model_type)
     return table.get(name) or table.get(name.removesuffix("_text"))
 
 
 def counted_by(model_type: Any) -> tuple[str, ...]:
-    """The fields that say how many blocks a model of this type has: the first that is there."""
+    """Return the fields that may hold the number of blocks; the first one present counts."""
     return (*(of_type(COUNTED_BY, model_type) or ())[:1], *COUNT)
 
 
@@ -302,7 +302,7 @@ _NAMES = ("text_config", "llm_config", "language_config")
 
 
 def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
-    """The dictionary inside ``config``, or itself, that the decoder's fields are read from.
+    """Find the dictionary in ``config``, or ``config`` itself, that holds the decoder's fields.
 
     Hubs hold multimodal configurations that lack the part their class has for the text: its
     fields are at the root (Qwen2-VL) or in a part of another name. Adding the part would hide them,
@@ -333,13 +333,13 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
 
 
 def count_of(config: Any) -> int | None:
-    """How many blocks a decoder's configuration object says there are."""
+    """Return the number of blocks of a decoder's configuration object."""
     said = (getattr(config, name, None) for name in counted_by(config.model_type))
     return next((number for number in said if isinstance(number, int)), None)
 
 
 def config_object(config: dict[str, Any]) -> Any | None:
-    """What transformers makes of a configuration; None for a type that it does not know.
+    """Return transformers' configuration object; None for a model type that it does not know.
 
     Raises:
         ArchitectureError: it is no valid configuration of its type.
@@ -377,7 +377,7 @@ def _is_read(config: dict[str, Any], place: tuple[str, ...]) -> bool:
 
 
 def _decode_floats(value: Any) -> Any:
-    """A copy with the tags resolved that transformers writes for infinite numbers."""
+    """Copy a value and resolve the tags that transformers writes for infinite numbers."""
     if isinstance(value, dict):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
@@ -386,7 +386,7 @@ def _decode_floats(value: Any) -> Any:
 
 
 def path_of(config: Any, wanted: Any) -> tuple[str, ...]:
-    """The keys that lead from a configuration object to one inside it."""
+    """Return the keys that lead from a configuration object to one inside it."""
     if config is wanted:
         return ()
     for key, value in vars(config).items():

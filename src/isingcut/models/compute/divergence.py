@@ -53,7 +53,7 @@ _FINITE = _f(-3.0e38)
 
 
 def _float_of(context: Any, bits: Any) -> Any:
-    """The float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
+    """Return the float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -66,7 +66,7 @@ def _float_of(context: Any, bits: Any) -> Any:
 
 
 def _integer_in_order(context: Any, bits: Any) -> Any:
-    """A float's bits as an integer of the same order; its own inverse.
+    """Return a float's bits as an integer of the same order. The function is its own inverse.
 
     A maximum over integers is vectorised by the compiler, one over floats is not: it would have to
     keep NaN in its place.
@@ -83,7 +83,8 @@ def _integer_in_order(context: Any, bits: Any) -> Any:
 
 
 def _bits_of(context: Any, value: Any, like: Any) -> Any:
-    """A float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to even."""
+    """Return a float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to
+    even."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -105,7 +106,7 @@ in_order: Any = intrinsic(_integer_in_order)
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def exp_of(x):  # type: ignore[no-untyped-def]
-    """exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
+    """Compute exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     n = np.int32(x * _LOG2_E - _HALF)
     f = np.float32(n)
@@ -117,7 +118,7 @@ def exp_of(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
-    """Of one row's piece: sum exp(q - top), and sum p (l - q) where there is a reference."""
+    """Sum exp(q - top) over one row's piece, and p (l - q) if there is a reference."""
     total = np.float32(0)
     difference = np.float32(0)
     if reference.shape[0] == 0:
@@ -159,7 +160,7 @@ def accumulate(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
-    """Put scale (softmax - one-hot) in the place of the logits, rows ``first`` to ``last``."""
+    """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
     for t in range(first, last):
         row, z, s = logits[t], np.float32(log_z[t]), scale[t]
         at_label = (exp_of(value_of(row[labels[t]]) - z) - _ONE) * s
@@ -170,7 +171,7 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
-    """softmax(logits) - softmax(reference) into ``out``, rows ``first`` to ``last``."""
+    """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
     for t in range(first, last):
         q, p, row = logits[t], reference[t], out[t]
         z, y = np.float32(log_z[t]), np.float32(reference_log_z[t])
@@ -188,7 +189,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
-    """The scalar product of each row of ``a`` with that of ``b``, summed in float64."""
+    """Compute the scalar product of each row of ``a`` with that of ``b``, summed in float64."""
     for t in range(a.shape[0]):
         total = 0.0
         for k in range(0, a.shape[1], _BLOCK):
@@ -234,7 +235,7 @@ _CACHED_ELEMENTS = 1 << 19
 
 
 def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row (R,), nats, from log-probabilities (R, V)."""
+    """Compute KL(p || q) of each row (R,), in nats, from log-probabilities (R, V)."""
     found: Tensor = torch.linalg.vecdot(logp.exp(), logp - logq)
     return found
 
@@ -355,7 +356,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the rows' KL and its gradient, on a CPU."""
+    """Compute the sum of the rows' KL and its gradient, on a CPU."""
     gradient = torch.empty(student.shape, dtype=student.dtype)
     total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
     step = max(1, _CACHED_ELEMENTS // student.shape[-1])
@@ -373,7 +374,7 @@ def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over rows of KL(teacher || student) of logits (n, V), nats; differentiable in the
+    """Sum KL(teacher || student) of logits (n, V) over the rows, in nats; differentiable in the
     student."""
     summed: Any = _Divergence
     found: Tensor = summed.apply(student, teacher)
@@ -391,7 +392,8 @@ def divergence_from_stream(
     chunk_elements: int = CHUNK_ELEMENTS,
     vocabulary: int = 1,
 ) -> Tensor:
-    """`divergence` from what enters the heads; logits exist one chunk of rows at a time.
+    """Compute `divergence` from the inputs of the heads, with logits of one chunk of rows at a
+    time.
 
     Args:
         student: (n, D), what the student's head reads.

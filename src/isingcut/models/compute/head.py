@@ -36,7 +36,7 @@ from isingcut.models.replay import Recording, Replay
 
 
 def piece_elements(device: torch.device) -> int:
-    """Logits to work on at a time: what stays in a CPU's cache; a GPU wants more."""
+    """Return how many logits to compute at a time: what fits a CPU's cache; a GPU needs more."""
     return 1 << 19 if device.type == "cpu" else 1 << 26
 
 
@@ -49,7 +49,7 @@ class _HeadReached(Exception):
 
 
 def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
-    """What enters a model's output layer, where its logits are what the layer gives and no more.
+    """Return the input of a model's output layer, if the model's logits are the layer's output.
 
     Args:
         logits: a forward pass of the model.
@@ -103,11 +103,11 @@ class OutputHead:
 
     @property
     def width(self) -> int:
-        """Words in the vocabulary."""
+        """Return the number of words in the vocabulary."""
         return int(self._linear.out_features)
 
     def inputs(self, stream: Tensor, input_ids: Tensor) -> Tensor:
-        """What enters the map, (B, T, D), from the stream (B, T, D) that leaves the blocks."""
+        """Compute the input of the map, (B, T, D), from the stream (B, T, D) after the blocks."""
         caught: list[Tensor] = []
 
         def stub(x: Tensor) -> Any:
@@ -124,19 +124,19 @@ class OutputHead:
         return caught[0]
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-        """Logits (R, stop - start) of the words from ``start`` on, written to ``out``."""
+        """Compute logits (R, stop - start) of the words from ``start`` on, in ``out``."""
         weight, bias = self._linear.weight[start:stop].T, self._linear.bias
         if bias is None:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
 
     def back(self, toward: Tensor, out: Tensor) -> Tensor:
-        """Gradient (R, D) in the inputs from that in the logits (R, V), written to ``out``."""
+        """Compute the gradient (R, D) in the inputs from that in the logits (R, V), in ``out``."""
         return torch.mm(toward, self._back_weight, out=out)
 
     @cached_property
     def _back_weight(self) -> Tensor:
-        """The map's weight (V, D), laid out so that the long sum over V is the fast one.
+        """Return the map's weight (V, D), laid out so that the long sum over V is fast.
 
         On a CPU, oneDNN's product with a (V, D) weight as it lies took 1.2 to 1.3 times as long.
         """
@@ -148,7 +148,8 @@ class OutputHead:
 
 
 def _predicting_rows(batch: TokenSet) -> Tensor:
-    """The rows of (B T) that predict: position t predicts token t + 1, the last one nothing."""
+    """Return the rows of (B T) that predict: position t predicts token t + 1, the last one
+    nothing."""
     return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
 
 
@@ -192,7 +193,8 @@ class _Fused:
         return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
 
     def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        """(B,) KL(original || other) and (B,) the other's NLL, summed over a sample's tokens.
+        """Compute (B,) KL(original || other) and (B,) the other's NLL, summed over a sample's
+        tokens.
 
         Args:
             stream: (B, T, D), the other's, as it leaves the blocks.
@@ -222,7 +224,7 @@ class _BySample:
         self.nll = np.array(nll)
 
     def _logits(self, stream: Tensor, s: int) -> Tensor:
-        """Of one sample, where something is predicted."""
+        """Compute the logits of one sample at the positions that predict."""
         logits = self._recording.logits(stream[s], s)[:-1]
         predicted = self._batch.predicted[s].to(logits.device)
         # A full sample is a slice; only padded ones pay for a gather.
@@ -274,7 +276,7 @@ def loss_gradient(
     label_seed: int | None = None,
     head: OutputHead | None = None,
 ) -> Tensor:
-    """Gradient of the samples' mean token NLLs, summed, in the stream that leaves the blocks.
+    """Compute the gradient of the samples' mean token NLLs, summed, in the stream after the blocks.
 
     Args:
         recording: of the batch.
@@ -317,7 +319,8 @@ def loss_gradient(
 def divergence_gradient(
     recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
 ) -> Tensor:
-    """Gradient of KL(original || cut), summed over all tokens, in the cut blocks' stream.
+    """Compute the gradient of KL(original || cut), summed over all tokens, in the cut model's
+    stream.
 
     Args:
         recording: of the batch.
@@ -364,7 +367,8 @@ def _by_sample(
 
 
 def _draws(batch: TokenSet, seed: int) -> Tensor:
-    """(R,) uniform numbers for the predicted positions; a sample's depend on its row alone."""
+    """Draw (R,) uniform numbers for the predicted positions; those of a sample depend on its row
+    alone."""
     numbers = [
         np.random.default_rng([seed, int(i)]).random(int(count))
         for i, count in zip(batch.index, batch.predicted.sum(1), strict=True)
@@ -398,7 +402,8 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
 
 
 def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
-    """(R,) tokens from the distributions of logits (R, V) and uniform draws (R,), by inversion."""
+    """Draw (R,) tokens from the distributions of logits (R, V) by inversion of uniform draws
+    (R,)."""
     found = []
     for rows in _row_parts(logits):
         # In float64: a float32 running sum over a large vocabulary drifts by more than most tokens.
@@ -414,6 +419,6 @@ def _softmax(logits: Tensor, log_z: Tensor) -> Tensor:
 
 
 def _row_parts(logits: Tensor) -> list[slice]:
-    """Rows to work on at a time in wide types."""
+    """Split the rows into parts to compute in wide types."""
     rows = max(1, piece_elements(logits.device) // logits.shape[1])
     return [slice(a, a + rows) for a in range(0, len(logits), rows)]

@@ -88,7 +88,7 @@ def excise(
 def plan(
     stored: Mapping[str, StoredTensor], text: Mapping[str, Any], mapping: Mapping[int, int]
 ) -> list[NewTensor]:
-    """The tensors of the new checkpoint, in the source's order.
+    """Return the tensors of the new checkpoint, in the source's order.
 
     Args:
         stored: the source's tensors.

@@ -44,7 +44,7 @@ _QUESTION = "What is in this picture, and why?"
 
 
 def parameters(function: Any) -> set[str]:
-    """Names of a function's parameters, whatever decorates it."""
+    """Return the names of a function's parameters, also of a decorated one."""
     return set(inspect.signature(inspect.unwrap(function)).parameters)
 
 
@@ -56,7 +56,7 @@ def takes_images(model: Any) -> bool:
 def process_images(
     model: Any, folder: Path, words: Tensor, *, trust_remote_code: bool = False
 ) -> ImageInputs:
-    """Two prompts of the processor in a checkpoint's folder, which the model takes.
+    """Make two prompts with the processor in a checkpoint's folder.
 
     Args:
         model: it takes images.
@@ -106,7 +106,7 @@ def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
 
 
 def move_inputs(model: Any, inputs: ImageInputs) -> ImageInputs:
-    """Inputs on the device of a model, and in its dtype."""
+    """Move inputs to the device of a model and convert them to its dtype."""
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
@@ -140,7 +140,7 @@ def _run_processor(folder: Path, trust: bool) -> ImageInputs:
 
 
 def reserved_tokens(config: Any) -> set[int]:
-    """Token ids that a configuration gives a meaning of their own, those of images among them."""
+    """Return the token ids to which a configuration gives a meaning, such as those of images."""
     found = {v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)}
     table = getattr(config, "vocabulary_map", None)
     if isinstance(table, dict):
@@ -153,12 +153,12 @@ _HALF_TOLERANCE = 2e-2
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest `relative_difference` of logits that a dtype's rounding explains."""
+    """Return the largest `relative_difference` of logits that the rounding of a dtype explains."""
     return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
 def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """Largest difference of two tensors, each entry's relative to its own size or the usual one.
+    """Return the largest difference of two tensors, relative to the size of each entry.
 
     Relative to the larger of the two, because rounding grows with an entry, and an entry near 0
     is a sum of usual ones. The usual size is taken at each position alone, as `usual_size` says.
@@ -181,7 +181,7 @@ def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def usual_size(logits: torch.Tensor) -> torch.Tensor:
-    """(P, 1) median size of the entries at each of P positions, (P, V) in.
+    """Return the (P, 1) median size of the entries at each of P positions of (P, V).
 
     Entries that are the same at every position are not computed from the text (masks, padding of
     the vocabulary) and do not count, where any differ; nor do infinite ones. Further entries may
@@ -203,7 +203,7 @@ def check_generation(
     name: str,
     reference: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None = None,
 ) -> None:
-    """Greedy tokens with a cache must be those without one, but for near-ties.
+    """Check that greedy tokens with a cache are those without one, except for near-ties.
 
     Where they are not, the original may not agree with itself either (a router between two
     experts, a cache of another kind than the mask). So tokens of the cached original with the
@@ -408,7 +408,7 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
 
 
 def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """(batch, length) random token ids of the model's vocabulary, on its device, none of an image.
+    """Draw (batch, length) token ids of the model's vocabulary, on its device; none of an image.
 
     Where a model takes images, the ids that stand for them are no text.
     """

@@ -53,7 +53,7 @@ class CopyStep:
     first: int = 0
 
     def place(self, target: torch.Tensor) -> torch.Tensor:
-        """The view of the target that the stored tensor fills."""
+        """Return the view of the target that the stored tensor fills."""
         view = target if self.item is None else target[self.item]
         if self.axis is None:
             return view
@@ -71,7 +71,7 @@ class ConversionStep:
     model: Any
 
     def run(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The targets' values from those of the sources."""
+        """Compute the values of the targets from those of the sources."""
         converter = deepcopy(self.converter)
         for (pattern, source), value in zip(self.sources, values, strict=True):
             # A callable, because that is what the loader itself hands over without threads.
@@ -112,7 +112,7 @@ def plan_parts(
     blocks: Sequence[str],
     dtype: torch.dtype,
 ) -> tuple[dict[Part, PartPlan], list[str]]:
-    """What fills each block, the embedding, the head and the rest of a model.
+    """Plan what fills each block, the embedding, the head and the rest of a model.
 
     Args:
         folder: the checkpoint, for messages.
@@ -166,7 +166,7 @@ def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan
 
 
 def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
-    """The target behind each name in the model; names that are tied have one target.
+    """Return the target of each name in the model; tied names have one target.
 
     Raises:
         ModelError: nothing in the checkpoint fills a parameter.
@@ -189,7 +189,7 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
 def _groups(
     folder: Path, stored: Mapping[str, StoredTensor], names: Names
 ) -> tuple[list[Group], list[str]]:
-    """Every stored tensor that the model has, by what it fills; and those it does not have."""
+    """Group the stored tensors by what they fill; also return the names that the model lacks."""
     unexpected: list[str] = []
     alone: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
@@ -213,7 +213,8 @@ def _groups(
 def _join_group(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
 ) -> Group:
-    """Tensors of one converter: as slices of its target where it only stacks and joins them."""
+    """Group the tensors of one converter: as slices of its target if it only stacks and joins
+    them."""
     converter = names.converters[members[0][0]]
     dtype = names.dtype_of(first)
     conversion = ConversionStep(tuple(members), dtype, first, converter, names.model)
@@ -230,7 +231,7 @@ def _join_group(
 def _slices(
     converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
 ) -> list[CopyStep] | None:
-    """Where each tensor goes in the target; None for a conversion that computes more."""
+    """Return the place of each tensor in the target; None for a conversion that computes more."""
     kinds = [type(op).__name__ for op in converter.operations]
     if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
         return None
@@ -357,7 +358,7 @@ class Reader:
             flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
-        """One stored tensor whole, as plain numbers."""
+        """Read one stored tensor whole, as plain numbers."""
         found = torch.empty(source.shape, dtype=dtype)
         self._copy(source, found)
         return found
@@ -378,7 +379,7 @@ class Reader:
 
 
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
-    """The targets of a part as views of its buffer."""
+    """Return the targets of a part as views of its buffer."""
     return {
         name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
         for name, (target, start) in plan.targets.items()

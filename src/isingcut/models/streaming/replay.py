@@ -35,7 +35,7 @@ def load_streamed(
     memory_limit: str = "",
     buffers: Buffers | None = None,
 ) -> tuple[LoadedModel, StreamedReplay]:
-    """A resolved folder's model without its weights, and its blocks, each read when it is run.
+    """Load a model without its weights; each block is read from disk when it is run.
 
     Args:
         dtype, device: as in `load`.
@@ -90,24 +90,24 @@ class StreamedReplay(Replay):
 
     @property
     def folder(self) -> Path:
-        """The checkpoint."""
+        """Return the folder of the checkpoint."""
         return self.store.folder
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        """Return a cheap identity of this model, for the fingerprint of a journal."""
         config: Any = self.model.config
         digest = model_identity(self.folder)["sha256"]
         return {"model": config.to_dict(), "sha256": digest, "streamed": True}
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+        """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
         width = int(self._embedding.weight.shape[-1])
         stand_in = hidden.new_zeros((*input_ids.shape, width))
         with replace_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
             return super().tail(hidden, input_ids)
 
     def room(self, batch: TokenSet) -> int:
-        """Bytes that hidden states kept between blocks may take.
+        """Return the bytes allowed for hidden states between blocks.
 
         Raises:
             InputError: parts and one batch's own work leave none.
@@ -141,7 +141,7 @@ def open_model(
     trust_remote_code: bool = False,
     buffers: Buffers | None = None,
 ) -> tuple[Any, Store, Allowance]:
-    """The skeleton of a checkpoint, the store of its weights, and the memory allowed.
+    """Open a checkpoint: its skeleton, the store of its weights, and the memory allowed.
 
     Args:
         folder: a resolved Hugging Face folder with safetensors.

@@ -77,7 +77,7 @@ class Buffers:
 
     @property
     def allocated(self) -> int:
-        """Bytes of the buffers that exist."""
+        """Return the bytes of the buffers that exist."""
         return len(self._buffers) * self.size
 
     def holds(self, part: StoredPart) -> bool:
@@ -255,7 +255,7 @@ class Store(Weights):
         return sum(self._parts[p].sweeps * self._parts[p].size for p in self.order) / self.weights
 
     def size(self, part: Part) -> int:
-        """Bytes of one part in memory."""
+        """Return the bytes of one part in memory."""
         return self._parts[part].size
 
     def _on_demand(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +267,7 @@ class Store(Weights):
         return run
 
     def _settle_rest(self, model: nn.Module) -> None:
-        """What is small stays: norms, position embeddings, and buffers that no checkpoint has."""
+        """Move what is small to the device: norms, position embeddings, and computed buffers."""
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
