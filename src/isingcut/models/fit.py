@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors and its configuration belong together, from headers alone.
+"""Check that a checkpoint's tensors and its configuration belong together, from headers alone.
 
 Checked before a model is built, because a configuration's numbers allocate memory.
 """
@@ -42,7 +42,7 @@ _FORMS = {
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
 # A model may have more numbers than its file: tied weights, and tensors that a message names.
 _MORE, _SPARE = 4, 2**20
-# How much smaller than something else in its file (an image tokeniser) a stack of blocks may be.
+# A stack of blocks may be this much smaller than the largest stack (of an image tokeniser).
 _SMALLER = 10
 _MOST_IN_BUFFERS = 2**28
 _MOST_WITHOUT_WEIGHTS = 2**44
@@ -50,7 +50,7 @@ _MOST_WITHOUT_WEIGHTS = 2**44
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says of itself.
+    """A checkpoint's configuration and tensors.
 
     Attributes:
         config: its ``config.json``.

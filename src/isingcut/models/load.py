@@ -1,4 +1,4 @@
-"""Load a frozen model from a checkpoint folder: in memory, or a skeleton without weights."""
+"""Load a frozen model from a checkpoint folder, in memory or without weights (a skeleton)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Third-party loaders, kept quiet: what they raise, or give back unfit, becomes one clear line."""
+"""Silence the loaders of libraries, and convert their errors and unfit results to one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 def catch_errors(what: str) -> Iterator[None]:
     """Convert all errors of a library within the context to one that names what was read.
 
-    A configuration, a tokenizer or a file that others wrote can make a library fail in any way.
+    A configuration, a tokenizer or a file can make a library fail in any way.
 
     Args:
         what: what is read, for example ``"the tokenizer in my-model"``.

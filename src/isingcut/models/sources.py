@@ -296,7 +296,7 @@ def _check_model(given: Any) -> None:
             "them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
-    # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
+    # Torch's own quantisation replaces the layers by modules and leaves no other trace.
     packed = any("quantized" in type(module).__module__ for module in given.modules())
     if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
         raise InputError(

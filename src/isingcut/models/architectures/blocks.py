@@ -425,7 +425,7 @@ def catch_text_errors(model: Any) -> Iterator[None]:
     try:
         yield
     except (torch.AcceleratorError, IsingcutError):
-        raise  # the machine's fault, or said already
+        raise  # an error of the device, or one line already
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         raise ArchitectureError(

@@ -44,7 +44,7 @@ _PERIODISH = re.compile(
     r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
 )
 _PATTERNISH = re.compile(r"pattern|types|layers|blocks")
-# Words in names, outside the decoder's part, of what counts something else.
+# Outside the decoder's part, names with these words count something else.
 _ELSEWHERE = re.compile(
     r"vision|visual(?!_index)|image|video|audio|speech|vit|tower|encoder|projector|connector|"
     r"resampler|adapter|former|merger|mtp|nextn|perceiver"
@@ -52,7 +52,7 @@ _ELSEWHERE = re.compile(
 
 # A part of a configuration that has one of these is another model, and counts blocks of its own.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
-# Their own code renumbers what these hold, or it is about something else.
+# These are renumbered by code of their own, or are about something else.
 _CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 

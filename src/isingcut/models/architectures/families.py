@@ -22,7 +22,7 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
-# Their config class turns the last block into full attention, whatever it was.
+# Their config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
 _LAST_REASON = "the last block has to be full attention in this family"
 

@@ -16,7 +16,7 @@ from isingcut.models.loading import one_line, quiet_transformers
 
 Entry = TypeVar("Entry")
 
-# The number of blocks: what the first of these says. Only changed where the value is that number.
+# The number of blocks is the first of these. A field is changed only if it holds that number.
 # Decoders of encoder-decoders, used alone (BART), say the encoder's depth as num_hidden_layers.
 COUNT = (
     "decoder_layers",
