@@ -194,7 +194,7 @@ def in_pieces(q, reference, columns, method):
 
 @pytest.mark.parametrize("method", ["_add_compiled", "_add"])
 @pytest.mark.parametrize("columns", [97, 700, WORDS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, method):
     reference, q = logits(dtype)
     sums = in_pieces(q, reference, columns, method)
