@@ -1,14 +1,14 @@
 """Run block i of a model on any hidden states, by replaying the recorded call of each block.
 
-transformers blocks take masks, position embeddings and caches that differ by layer. Nothing
-of that is rebuilt here: the model runs once with its blocks stubbed, what each block was
-called with is recorded, and block i is later called with the same arguments and other hidden
-states. So everything below works for any architecture whose blocks pass one residual stream
-on, and a state whose first removed block is i can reuse the hidden states that entered i.
+transformers blocks take masks, position embeddings and caches that differ by layer. None of them
+is rebuilt here. The model runs once with stubs for its blocks, and the arguments of each block are
+recorded. Block i is later called with the same arguments and other hidden states. This works for
+any architecture whose blocks pass on one residual stream. A state whose first removed block is i
+can reuse the hidden states that entered block i.
 
-A *part* is a block, the input embedding or the output head. A model that is read from disk has a
-store that holds two of them at a time (`streaming.store`); here is the store of a model whose
-parts are always open, so that whoever sweeps over a model need not ask which of the two it is.
+A *part* is a block, the input embedding or the output head. The store of a streamed model has two
+parts in memory at a time (`streaming.store`). `Weights` is the store of a model in memory, with the
+same interface.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BLOCK_STREAMS = 64
 
 
 class Weights:
-    """The weights of a model: here in memory, so that opening a part costs nothing."""
+    """The weights of a model in memory, where opening a part costs nothing."""
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Open parts in this order, each for one turn of the loop."""
@@ -183,7 +183,7 @@ def _reads_another(
 ) -> bool:
     """Whether a block needs a tensor that an earlier one returned with the stream.
 
-    Some are handed one that they leave alone, so the block runs again without.
+    Some blocks receive such a tensor and do not use it, so the block runs again without it.
     """
     extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
     if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
@@ -201,7 +201,7 @@ def _reads_another(
 
 
 class _Shared(UserDict[Any, Any]):
-    """A mapping that all blocks are given, and whether one reads what another wrote there.
+    """A mapping that all blocks receive; records whether one reads what another wrote.
 
     Gemma 4 lets the last block of each type write, whether or not a later one reads.
     """
@@ -240,7 +240,7 @@ class Replay:
         attention: how measurements compute attention; None keeps what was loaded.
         limit: tokens that are computed at a time, as far as the memory is known to hold them.
         processes: that hold the same model and share its measurements.
-        plain_head: what `compute.head` found of the output map, once it has looked.
+        plain_head: whether the logits are the output of the output map; None before the test.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -290,7 +290,7 @@ class Replay:
     def room(self, batch: TokenSet) -> int:
         """Return the bytes allowed for hidden states between blocks, without the work on one batch.
 
-        Of a model in memory on the CPU that is not watched.
+        They are not limited for a model in memory on the CPU.
         """
         if self.device.type == "cpu":
             return sys.maxsize

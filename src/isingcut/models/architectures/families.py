@@ -3,8 +3,8 @@
 A family may expand a period before the table is applied, or forbid states with linear rows for the
 solver. Families are found by the fields they use, or by model type.
 
-A model whose images enter between its text blocks counts those blocks by their place in the stack,
-in the vision tower's part or at the root of its configuration. Text alone never shows it.
+If images enter a model between its text blocks, its configuration has the numbers of those blocks,
+in the vision tower's part or at the root. Text alone never shows it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""The output head with the loss in one, forward and back: logits come and go in pieces.
+"""The output head fused with the loss, forward and backward, in pieces of the vocabulary.
 
-A model ends in a norm and a linear map to the vocabulary. Run whole, the map writes logits that
-the loss reads back from memory, and over a vocabulary of 128k they outweigh everything else. Here
-the model runs up to the map's input, and the map goes on in pieces that stay in a CPU's cache.
-Where something follows the map (Gemma 2's soft cap, Granite's scale), or the head is no plain
-linear layer, the model computes its logits itself, one sample at a time.
+A model ends in a norm and a linear map to the vocabulary. If the map runs whole, it writes logits
+that the loss reads back from memory. For a vocabulary of 128k they are larger than everything else.
+Here the model runs up to the map's input, and the map runs in pieces that fit a CPU's cache. If
+something follows the map (Gemma 2's soft cap, Granite's scale), or the head is no plain linear
+layer, the model computes its logits itself, one sample at a time.
 
-A loss of the logits has a gradient in the stream that leaves the blocks that needs no graph:
-softmax less one-hot for the NLL, softmax less the original's softmax for the KL to it. It takes the
-place of the logits in a buffer of a few hundred rows, or in those of one sample, and goes back
-through the map by one matrix product; autograd's own cross-entropy would hold several float32
-copies of them.
+The gradient of a loss in the logits needs no graph. It is softmax - one-hot for the NLL, and
+softmax - the original's softmax for the KL. It replaces the logits in a buffer of a few hundred
+rows, or of one sample, and goes back through the map by one matrix product. Autograd's
+cross-entropy would keep several float32 copies.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _TRANSPOSED_BYTES = 1 << 28
 
 
 class _HeadReached(Exception):
-    """Raised in the place of the output map: its input is all that was wanted."""
+    """Raised instead of running the output map, because only its input is needed."""
 
 
 def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:

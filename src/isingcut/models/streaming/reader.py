@@ -3,8 +3,8 @@
 The names and conversions (a list of experts that becomes one tensor, say) are transformers'
 own, so that a streamed block has the numbers that `from_pretrained` gives it.
 
-Plain file reads, not memory maps: what was mapped and read would stay in the process's resident
-memory, and a buffer of the reader's own has a known size.
+Files are read, not mapped: pages of a memory map would stay in the process's resident memory, and
+a buffer has a known size.
 """
 
 from __future__ import annotations
