@@ -82,7 +82,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
 
     Raises:
         CheckpointError: either is damaged, or a block has no tensors.
-        ModelError: a number in the configuration is larger than any model's, or it says another
+        ModelError: a number in the configuration is larger than any model's, or it has another
             number of blocks than there are tensors of; the message has both.
         ArchitectureError: no valid configuration of its family, or weights that cannot be read.
     """
@@ -142,7 +142,7 @@ def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> 
 
     Args:
         tensors: a checkpoint's tensors.
-        count: how many blocks the configuration says there are.
+        count: number of blocks in the configuration.
         heads: as `extra_heads`.
 
     Raises:

@@ -186,7 +186,7 @@ def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the (rows, columns) that share a scale, if the configuration has them.
 
     Raises:
-        CheckpointError: it says something else than two sizes.
+        CheckpointError: they are not two sizes.
     """
     quantisation = _object(config.get("quantization_config"))
     sizes = quantisation.get("weight_block_size")

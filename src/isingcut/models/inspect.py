@@ -1,8 +1,8 @@
 """What `isingcut inspect` shows: blocks, costs and legal states, without loading weights.
 
-Whether the blocks that stay would be built as they were: a table of fields says what is known. What
-it lacks - a scale made of the depth, a layer that only the first block has - shows when the smaller
-model is built on the meta device next to the whole one, and their blocks are compared, module by
+The blocks that stay must be built as they were. The table of fields knows most of what matters. For
+the rest (a scale that depends on the depth, a layer that only the first block has), the smaller
+model is built on the meta device next to the whole one, and their blocks are compared module by
 module.
 """
 
@@ -215,7 +215,7 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 
     Raises:
         ModelError: transformers cannot build the model, or it has tensors of another number of
-            blocks than its configuration says.
+            blocks than its configuration has.
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def find_auto_class(config: Any) -> Any:
     """Return the auto class that builds the model in a configuration's ``architectures``.
 
-    Where that says nothing, the causal one if both know ``config``. A multimodal model that the
-    image-text-to-text class builds has a text decoder, and is called with text alone.
+    Without ``architectures`` it is the causal one, if that knows ``config``. A multimodal model
+    that the image-text-to-text class builds has a text decoder, which is run on text alone.
 
     Args:
         config: a loaded configuration.
@@ -111,7 +111,7 @@ def load(
     Raises:
         ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
             other shapes (transformers would invent them at random with a mere warning), or hold
-            NaN or infinity; the configuration says another number of blocks.
+            NaN or infinity; the configuration has another number of blocks.
         CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """

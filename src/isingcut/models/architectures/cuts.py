@@ -60,7 +60,7 @@ def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: 
     """Refuse a field that is not in the table and seems to count or index blocks.
 
     Args:
-        part: a part of a configuration that speaks of the decoder's blocks.
+        part: a part of a configuration whose fields describe the decoder's blocks.
         count: blocks of the decoder.
         heads: its heads for further tokens, which some lists have entries for as well.
         decoder: it is the decoder's own part, or inside it; elsewhere only names tell.
@@ -140,8 +140,8 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
         mapping: old block number to new, for those that stay.
 
     Raises:
-        ArchitectureError: a field has another form than the table says, a list is too short, or a
-            period cannot be said of the kept blocks.
+        ArchitectureError: a field has another form than the table has, a list is too short, or a
+            period does not fit the kept blocks.
     """
     model_type = part.get("model_type", "")
     _, often = of_type(COUNTED_BY, model_type) or ("", 1)

@@ -309,7 +309,7 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
     so the place is found by changing a number and checking whether it is read.
 
     Args:
-        config: a checkpoint's ``config.json``; a part that nothing speaks of is added, empty.
+        config: a checkpoint's ``config.json``; a missing part is added, empty.
         derived: what transformers makes of it, as from `config_object`.
     """
     if derived is None:

@@ -283,7 +283,7 @@ def loss_gradient(
         batch: the samples; padding does not count.
         label_seed: None takes the text's own next tokens as labels; with a seed the labels are
             drawn from the model.
-        head: the model's output head; without one, or where it is not plain, the model computes
+        head: the model's output head; without one, or if it is not plain, the model computes
             its logits itself, one sample at a time.
 
     Returns:
