@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -184,17 +185,12 @@ class Inspection:
             "KV bytes/token",
             "state bytes",
         )
-        runs: list[list[Block]] = []
-        for block in self.stack.blocks:
-            if runs and runs[-1][0].kind == block.kind and _costs(runs[-1][0]) == _costs(block):
-                runs[-1].append(block)
-            else:
-                runs.append([block])
         rows = [header]
-        for run in runs:
-            first, last = run[0].index, run[-1].index
+        for (kind, costs), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
+            indices = [block.index for block in run]
+            first, last = indices[0], indices[-1]
             numbers = f"{first}" if first == last else f"{first}-{last}"
-            rows.append((numbers, run[0].kind, *(f"{n:,}" for n in _costs(run[0]))))
+            rows.append((numbers, kind, *(f"{n:,}" for n in costs)))
         total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
         rows.append(("all", "", *(f"{n:,}" for n in total)))
         return rows

@@ -314,17 +314,8 @@ def _of_block(config: Any, index: int) -> Any:
 
 
 def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:
-    """Return the block modules of ``model``, in order.
-
-    Raises:
-        ArchitectureError: the model has no such stack (it was found on another model).
-    """
-    try:
-        return [model.get_submodule(block.path) for block in stack.blocks]
-    except AttributeError as error:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no blocks at {stack.path!r}: {error}"
-        ) from error
+    """Return the block modules of ``model``, in order."""
+    return [model.get_submodule(block.path) for block in stack.blocks]
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
