@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import isingcut
+from cards import MixedDevicesError, fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -19,7 +20,6 @@ from isingcut.models.device import BatchLimit, allowance, device_module, pick_de
 from isingcut.models.load import load
 from isingcut.runs import stages
 from isingcut.testing import gpu
-from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS
 from tiny import random_tokens, replay_of

@@ -2,7 +2,7 @@
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
 vocabulary) is computed another way on a device. What this cannot see is said in
-`isingcut.testing.cards`.
+`benchmarks/cards.py`.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import isingcut
+from cards import MixedDevicesError, fake_cards
 from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
@@ -29,7 +30,6 @@ from isingcut.measure.work import Work
 from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
 from tiny import random_tokens, replay_of

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cards import fake_cards
 from isingcut.energies.search import Search, Target
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure import ledger
@@ -19,7 +20,6 @@ from isingcut.models.compute import head
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_checkpoint
 from tiny import (
     count_rows,
