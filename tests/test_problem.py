@@ -70,26 +70,14 @@ def test_cardinality():
     assert Problem(hamiltonian(4)).cardinality == (0, 4)
 
 
-def test_cqm_round_trip():
+def test_a_cqm_has_the_energies_and_the_rows():
     rows = [con.count(5, 2), con.budget("b", np.arange(5.0), amount=3), *con.keep(5, [1])]
     problem = Problem(hamiltonian(5), rows)
-    back = Problem.from_cqm(problem.to_cqm())
-    x = all_states(5)
-    np.testing.assert_allclose(
-        back.hamiltonian.energies(x), problem.hamiltonian.energies(x), atol=1e-12
-    )
-    np.testing.assert_array_equal(back.feasible(x), problem.feasible(x))
-
-
-def test_cqm_with_quadratic_constraint_is_refused():
-    import dimod
-
-    cqm = dimod.ConstrainedQuadraticModel()
-    x, y = dimod.Binaries(["x", "y"])
-    cqm.set_objective(x + y)
-    cqm.add_constraint(x * y <= 0, label="both")
-    with pytest.raises(InputError, match="must be linear"):
-        Problem.from_cqm(cqm)
+    cqm = problem.to_cqm()
+    for x, feasible in zip(all_states(5), problem.feasible(all_states(5)), strict=True):
+        sample = dict(enumerate(x))
+        assert cqm.objective.energy(sample) == pytest.approx(problem.hamiltonian.energy(x))
+        assert cqm.check_feasible(sample) == feasible
 
 
 @pytest.mark.parametrize("sense", ["<=", ">="])
@@ -131,28 +119,20 @@ def test_from_quadratic_is_the_form():
     np.testing.assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
 
 
-def test_ising_round_trip_and_equal_energies():
+def test_the_ising_form_has_the_same_energies():
     ham = random_hamiltonian(7)
     ising = ham.to_ising()
     x = all_states(7)
     s = 2 * x - 1
     energies = ising.offset + s @ ising.h + 0.5 * np.einsum("si,ij,sj->s", s, ising.J, s)
     np.testing.assert_allclose(energies, ham.energies(x), atol=1e-12)
-    back = Hamiltonian.from_ising(*ising)
-    for name in ("h", "J", "c"):
-        np.testing.assert_allclose(getattr(back, name), getattr(ham, name), atol=1e-12)
 
 
-def test_bqm_round_trip():
+def test_a_bqm_has_the_same_energies():
     ham = random_hamiltonian(6)
     bqm = ham.to_bqm()
     x = all_states(6)
     np.testing.assert_allclose(bqm.energies((x, range(6))), ham.energies(x), atol=1e-12)
-    back = Hamiltonian.from_bqm(bqm)
-    np.testing.assert_allclose(back.J, ham.J, atol=1e-12)
-    np.testing.assert_allclose(back.h, ham.h, atol=1e-12)
-    spin = Hamiltonian.from_bqm(bqm.change_vartype("SPIN", inplace=False))
-    np.testing.assert_allclose(spin.energies(x), ham.energies(x), atol=1e-12)
 
 
 def test_save_and_load(tmp_path):
