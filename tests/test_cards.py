@@ -264,7 +264,7 @@ def refuse(place):
 
 
 def skip(place):
-    raise gpu.Skipped("needs two GPUs")
+    raise gpu.SkipTest("needs two GPUs")
 
 
 @pytest.mark.parametrize(
@@ -295,5 +295,5 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
 
 def test_gradients_computed_twice_pass_on_a_fake_card(tmp_path):
     with fake_cards() as (card,):
-        place = gpu.Place.make(card.device, tmp_path)
+        place = gpu.Place(card.device, tmp_path)
         assert gpu.twice(place) == "equal bits"
