@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from isingcut.data.tokens import TokenSet
@@ -16,10 +15,10 @@ from isingcut.energies.gauss_newton import GaussNewton
 from isingcut.energies.hessian import Hessian
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
+from sweep.gates import gated_loss
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay
 
 # For each family the modules whose output is added to the residual stream, by their names:
@@ -37,7 +36,7 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     replay, tokens = tiny_replay(family), random_tokens()
     expected = [
         torch.autograd.functional.jacobian(
-            functools.partial(plain_loss, replay, tokens.select([s]), family, "sublayer", "nll"),
+            functools.partial(gated_loss, replay, tokens.select([s]), ADDED[family]),
             torch.ones(len(replay)),
         ).numpy()
         for s in range(tokens.samples)
@@ -65,18 +64,6 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypa
     (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0
-
-
-@pytest.mark.parametrize("gate", ["sublayer", "block"])
-@pytest.mark.parametrize("family", sorted(ADDED))
-def test_a_closed_gate_is_the_removal(family, gate):
-    replay = tiny_replay(family)
-    ids = random_tokens().input_ids[:2]
-    with torch.no_grad():
-        recording = replay.record(ids)
-        for i in range(len(replay)):
-            closed = gated_block(recording, i, recording.entered, torch.zeros(2), gate, ones=False)
-            torch.testing.assert_close(closed, recording.entered)
 
 
 def test_no_parameter_gradient_is_allocated():
@@ -164,50 +151,12 @@ def test_the_energy_carries_its_errors(linear):
 CURVED = ["fisher", "gauss-newton", "hessian"]
 
 
-def plain_loss(replay, tokens, family, gate, loss, alpha):
-    """Mean token loss with gates on modules found by name, one sample at a time, unpadded."""
-    total, count = 0.0, 0
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        with torch.no_grad():
-            original = replay.model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-
-        def sublayer(module, args, output, *, i):
-            if isinstance(output, tuple):
-                return (output[0] * alpha[i], *output[1:])
-            return output * alpha[i]
-
-        def block(module, args, output, *, i):
-            out = output[0] if isinstance(output, tuple) else output
-            out = args[0] + alpha[i] * (out - args[0])
-            return (out, *output[1:]) if isinstance(output, tuple) else out
-
-        handles = []
-        for i, b in enumerate(replay.blocks):
-            if gate == "block":
-                handles.append(b.register_forward_hook(functools.partial(block, i=i)))
-            else:
-                handles += [
-                    getattr(b, name).register_forward_hook(functools.partial(sublayer, i=i))
-                    for name in ADDED[family]
-                ]
-        logits = replay.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        for handle in handles:
-            handle.remove()
-        logp = logits.log_softmax(-1)
-        if loss == "nll":
-            total = total + F.nll_loss(logp, ids[0, 1:], reduction="sum")
-        else:
-            total = total + (original.exp() * (original - logp)).sum()
-        count += ids.shape[1] - 1
-    return total / count
-
-
 def independent(replay, tokens, family, gate, loss):
     """Gradient and Hessian by autograd.functional, with attention in its eager form."""
     replay.model.set_attn_implementation("eager")
     one = torch.ones(len(replay), dtype=torch.float64)
-    function = functools.partial(plain_loss, replay, tokens, family, gate, loss)
+    added = ADDED[family] if gate == "sublayer" else ()
+    function = functools.partial(gated_loss, replay, tokens, added, kl=loss == "kl")
     g = torch.autograd.functional.jacobian(function, one)
     H = torch.autograd.functional.hessian(function, one)
     replay.model.set_attn_implementation("sdpa")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
 from torch.overrides import TorchFunctionMode
 
 from isingcut.data.tokens import TokenSet
@@ -47,7 +49,11 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
         replay = Replay(model, stack_modules(model, stack))
         rows = TokenSet.from_rows(tokens.tolist())
         block = gate_gradients(replay, rows, gate="block")
-        difference = np.abs(block - _autograd(replay, tokens)).max()
+        expected = [
+            jacobian(partial(gated_loss, replay, rows.select([s]), ()), torch.ones(len(stack)))
+            for s in range(rows.samples)
+        ]
+        difference = np.abs(block - np.array([one.numpy() for one in expected])).max()
         error = difference / np.abs(block).max().clip(1e-9)
         assert error <= _ROUNDING, f"block gate gradients differ from autograd by {error:.1e}"
         try:
@@ -121,29 +127,45 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:-1], ids[1:])
 
 
-def _autograd(replay: Replay, tokens: Tensor) -> Any:
-    """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
-    out = []
-    for row in tokens:
-        alphas = [
-            torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(len(replay))
-        ]
+def gated_loss(
+    replay: Replay, tokens: TokenSet, added: Sequence[str], alpha: Tensor, *, kl: bool = False
+) -> Tensor:
+    """Mean token loss of passes of the whole model with gates as hooks, one sample at a time.
 
-        def hook(alpha: Tensor) -> Any:
-            def gate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                before = args[0] if args else kwargs["hidden_states"]
-                after = output if isinstance(output, Tensor) else output[0]
-                mixed = before + alpha * (after - before)
-                return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
+    Args:
+        added: modules whose output a block adds to the stream: gates are on them; with none, on
+            whole blocks.
+        alpha: (N,) the gates.
+        kl: of the KL to the original, else of the NLL.
+    """
 
-            return gate
+    def gate(alpha: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            before = 0 if added else args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, Tensor) else output[0]
+            mixed = before + alpha * (after - before)
+            return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
 
+        return hook
+
+    def predict(ids: Tensor) -> Tensor:
+        return replay.text(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+
+    total: Any = 0.0
+    for row, mask in zip(tokens.input_ids, tokens.mask, strict=True):
+        ids = row[None, : int(mask.sum())]
+        with torch.no_grad():
+            original = predict(ids) if kl else None
         handles = [
-            block.register_forward_hook(hook(alpha), with_kwargs=True)
-            for block, alpha in zip(replay.blocks, alphas, strict=True)
+            module.register_forward_hook(gate(a), with_kwargs=True)
+            for block, a in zip(replay.blocks, alpha, strict=True)
+            for module in ([getattr(block, name) for name in added] or [block])
         ]
-        loss = _nll(replay.text(row[None], use_cache=False).logits[0], row)
+        logp = predict(ids)
         for handle in handles:
             handle.remove()
-        out.append(torch.stack(torch.autograd.grad(loss, alphas)))
-    return torch.stack(out).double().numpy()
+        if original is None:
+            total = total + nn.functional.nll_loss(logp, ids[0, 1:], reduction="sum")
+        else:
+            total = total + (original.exp() * (original - logp)).sum()
+    return total / tokens.tokens
