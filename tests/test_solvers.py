@@ -93,16 +93,14 @@ def test_a_solver_that_is_gone_names_what_replaces_it(name, instead):
 
 
 def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
-    from isingcut.ising.solvers.tabu import Tabu
-
     given, clock = [], iter(range(1000))
-    plain = Tabu.solve
+    plain = tabu.Tabu.solve
 
     def look(self, problem, k):
         given.append(self.seconds)
         return plain(self, problem, k)
 
-    monkeypatch.setattr(Tabu, "solve", look)
+    monkeypatch.setattr(tabu.Tabu, "solve", look)
     monkeypatch.setattr("isingcut.ising.solvers.time.perf_counter", lambda: next(clock) * 1.0)
     spectrum = solve(
         Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)]),
@@ -133,9 +131,6 @@ class Odd:
 
 
 def test_what_is_no_solution_is_refused(monkeypatch):
-    from isingcut.ising.solvers import registry
-    from isingcut.ising.solvers.base import Solution
-
     monkeypatch.setitem(registry._registered, "odd", Odd)
     for result, message in {
         None: "returned NoneType; expected a Solution",
@@ -261,17 +256,13 @@ class Fake:
 
     def solve(self, problem, k):
         good = make("exact").solve(problem, k)
-        if self.fault == "type":
-            return good.states
-        if self.fault == "shape":
-            return Solution(good.states[:, :3])
-        if self.fault == "infeasible":
-            return Solution(~good.states)
-        if self.fault == "proof":
-            return Solution(good.states[1:], None, True)
-        if self.fault == "bound":
-            return Solution(good.states, good.lower_bound + 1.0)
-        raise AssertionError(self.fault)
+        return {
+            "type": good.states,
+            "shape": Solution(good.states[:, :3]),
+            "infeasible": Solution(~good.states),
+            "proof": Solution(good.states[1:], None, True),
+            "bound": Solution(good.states, good.lower_bound + 1.0),
+        }[self.fault]
 
 
 @pytest.mark.parametrize(
@@ -427,8 +418,7 @@ def test_bounds_are_bounds():
 
 
 def test_limits_return_the_best_so_far_with_a_bound():
-    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
-    spectrum = solve(problem, "exact", k=10, nodes=2)
+    spectrum = solve(WIDE, "exact", k=10, nodes=2)
     assert not spectrum.proven
     assert spectrum.info["stopped"] == "node limit"
     assert len(spectrum) == 10
@@ -437,8 +427,6 @@ def test_limits_return_the_best_so_far_with_a_bound():
 
 
 def test_interrupting_returns_the_best_so_far(monkeypatch):
-    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
-
     calls, wait = iter([KeyboardInterrupt]), exact.wait
 
     def interrupt(*arguments):
@@ -447,7 +435,7 @@ def test_interrupting_returns_the_best_so_far(monkeypatch):
         return wait(*arguments)
 
     monkeypatch.setattr(exact, "wait", interrupt)
-    spectrum = solve(problem, "exact", k=10)
+    spectrum = solve(WIDE, "exact", k=10)
     assert not spectrum.proven
     assert spectrum.info["stopped"] == "interrupted"
     assert len(spectrum) == 10
