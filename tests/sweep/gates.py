@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     """Check the block gates; return whether sublayer gates work too.
 
     Block gates are compared with autograd on the whole model, sublayer gates with finite
-    differences and, at alpha = 0, with a removal; all in float64 (see `_in_float64`).
+    differences and, at alpha = 0, with a removal; all in float64 (see `_InFloat64`).
 
     Args:
         model: the model; it is copied.
@@ -43,7 +42,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
         AssertionError: a gradient or a removal is wrong.
     """
     model = copy.deepcopy(model).double().requires_grad_(False)
-    with _in_float64():
+    with _InFloat64():
         # The fused products of experts know no float64.
         model.set_experts_implementation("eager")
         replay = Replay(model, stack_modules(model, stack))
@@ -77,20 +76,16 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _in_float64() -> Iterator[None]:
+class _InFloat64(TorchFunctionMode):
     """Compute in float64 even where a model asks for float32, as norms and routers do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Widened():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
 
-class _Widened(TorchFunctionMode):
-    """Replaces float32 by float64."""
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = torch.Tensor.double if func is torch.Tensor.float else func
