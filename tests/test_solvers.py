@@ -70,13 +70,30 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
 WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
 
 
-def test_exact_stops_at_its_limit_and_says_so():
+@pytest.mark.parametrize(
+    ("stopped", "options"),
+    [("time limit", {"seconds": 0.2}), ("node limit", {"nodes": 2}), ("interrupted", {})],
+)
+def test_a_stopped_search_has_the_best_so_far_and_a_bound(stopped, options, monkeypatch):
+    calls, wait = iter([KeyboardInterrupt]), exact.wait
+
+    def interrupt(*arguments):
+        for error in calls:
+            raise error
+        return wait(*arguments)
+
+    if stopped == "interrupted":
+        monkeypatch.setattr(exact, "wait", interrupt)
     # Proving the top 20 of this family takes minutes.
-    spectrum = solve(WIDE, "exact", seconds=0.2)
-    assert spectrum.info["stopped"] == "time limit"
+    spectrum = solve(WIDE, "exact", **options)
+    assert spectrum.info["stopped"] == stopped
     assert not spectrum.proven
     assert len(spectrum) == 20
     assert spectrum.lower_bound < spectrum.energies[0]
+    assert spectrum.relative_gap > 0
+
+
+def test_auto_stops_at_its_limit():
     assert solve(WIDE, "auto", seconds=0.2).info["stopped"] == "time limit"
 
 
@@ -372,7 +389,9 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 @pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
-    monkeypatch.setattr(tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0))
+    monkeypatch.setattr(
+        tabu.Tabu, "search", lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0)
+    )
     monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
@@ -415,30 +434,6 @@ def test_bounds_are_bounds():
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
         assert len(child.cuts)
-
-
-def test_limits_return_the_best_so_far_with_a_bound():
-    spectrum = solve(WIDE, "exact", k=10, nodes=2)
-    assert not spectrum.proven
-    assert spectrum.info["stopped"] == "node limit"
-    assert len(spectrum) == 10
-    assert spectrum.lower_bound <= spectrum.energies[0]
-    assert 0 < spectrum.relative_gap < 1
-
-
-def test_interrupting_returns_the_best_so_far(monkeypatch):
-    calls, wait = iter([KeyboardInterrupt]), exact.wait
-
-    def interrupt(*arguments):
-        for error in calls:
-            raise error
-        return wait(*arguments)
-
-    monkeypatch.setattr(exact, "wait", interrupt)
-    spectrum = solve(WIDE, "exact", k=10)
-    assert not spectrum.proven
-    assert spectrum.info["stopped"] == "interrupted"
-    assert len(spectrum) == 10
 
 
 def test_threads_agree(tree_only):

@@ -233,67 +233,54 @@ class Tabu:
         if self.restarts < 0 or self.steps < 0:
             raise InputError("tabu needs restarts >= 0 and steps >= 0")
         reduced = reduce(problem)
-        states, done = search(
-            reduced, k, self.restarts, self.steps, self.seed, self.seconds, problem
-        )
+        states, done = self.search(reduced, k, problem)
         return Solution(reduced.expand(states), None, False, {"restarts": done})
 
-
-def search(
-    reduced: Reduced,
-    k: int,
-    restarts: int,
-    steps: int,
-    seed: int,
-    seconds: float | None,
-    problem: Problem,
-) -> tuple[NDArray[np.uint8], int]:
-    """Run tabu searches; return the pool of reduced states (S, V) and the number of restarts."""
-    n = reduced.n
-    pool_energies = np.full(k, np.inf)
-    pool = np.zeros((k, n), dtype=np.uint8)
-    hashes = np.zeros(k, dtype=np.uint64)
-    rng = np.random.default_rng(seed)
-    keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-    start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
-    size = np.abs(reduced.A).max(axis=1, initial=0.0)
-    A = reduced.A / size[:, None]
-    low, high = reduced.low / size, reduced.high / size
-    steps = steps or 20 * n + 500
-    restarts = restarts or 8 + 1600 // max(n, 1)
-    began = time.perf_counter()
-    done = 0
-    for restart in range(restarts):
-        x = np.zeros(n, dtype=np.uint8)
-        best = int(np.argmin(pool_energies))
-        if start is not None and restart == 0:
-            x[:] = start
-        elif restart % 4 and np.isfinite(pool_energies[best]):
-            x[:] = pool[best]
-            _perturb(x, rng)
-        else:
-            m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
-            x[rng.permutation(n)[:m]] = 1
-        tabu_walk(
-            reduced.h,
-            reduced.J,
-            A,
-            low,
-            high,
-            reduced.m_low,
-            reduced.m_high,
-            x,
-            steps,
-            int(rng.integers(2**31)),
-            keys,
-            pool_energies,
-            pool,
-            hashes,
-        )
-        done += 1
-        if seconds is not None and time.perf_counter() - began > seconds:
-            break
-    return pool[np.isfinite(pool_energies)], done
+    def search(self, reduced: Reduced, k: int, problem: Problem) -> tuple[NDArray[np.uint8], int]:
+        """Return the best reduced states (S, V) of several tabu searches, and their number."""
+        n = reduced.n
+        pool_energies = np.full(k, np.inf)
+        pool = np.zeros((k, n), dtype=np.uint8)
+        hashes = np.zeros(k, dtype=np.uint64)
+        rng = np.random.default_rng(self.seed)
+        keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
+        start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
+        size = np.abs(reduced.A).max(axis=1, initial=0.0)
+        A = reduced.A / size[:, None]
+        low, high = reduced.low / size, reduced.high / size
+        steps = self.steps or 20 * n + 500
+        restarts = self.restarts or 8 + 1600 // max(n, 1)
+        began = time.perf_counter()
+        for restart in range(restarts):
+            x = np.zeros(n, dtype=np.uint8)
+            best = int(np.argmin(pool_energies))
+            if start is not None and restart == 0:
+                x[:] = start
+            elif restart % 4 and np.isfinite(pool_energies[best]):
+                x[:] = pool[best]
+                _perturb(x, rng)
+            else:
+                m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
+                x[rng.permutation(n)[:m]] = 1
+            tabu_walk(
+                reduced.h,
+                reduced.J,
+                A,
+                low,
+                high,
+                reduced.m_low,
+                reduced.m_high,
+                x,
+                steps,
+                int(rng.integers(2**31)),
+                keys,
+                pool_energies,
+                pool,
+                hashes,
+            )
+            if self.seconds is not None and time.perf_counter() - began > self.seconds:
+                break
+        return pool[np.isfinite(pool_energies)], restart + 1
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:
