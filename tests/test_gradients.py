@@ -148,9 +148,6 @@ def test_the_energy_carries_its_errors(linear):
     assert one.J_error is None
 
 
-CURVED = ["fisher", "gauss-newton", "hessian"]
-
-
 def independent(replay, tokens, family, gate, loss):
     """Gradient and Hessian by autograd.functional, with attention in its eager form."""
     replay.model.set_attn_implementation("eager")
@@ -161,11 +158,6 @@ def independent(replay, tokens, family, gate, loss):
     H = torch.autograd.functional.hessian(function, one)
     replay.model.set_attn_implementation("sdpa")
     return g.numpy(), H.numpy()
-
-
-def expected_form(g, H, x):
-    x = np.asarray(x, dtype=float)
-    return -g @ x + x @ H @ x / 2
 
 
 STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
@@ -184,8 +176,8 @@ def test_exact_curvatures_equal_autograd_of_the_plain_model(energy, loss, family
     np.testing.assert_allclose(found.curvature_sums.sum(0) / total, H, rtol=1e-5, atol=1e-6)
     assert np.abs(H).max() > 1e-2
     formed = energy(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
-    for x in STATES:
-        assert formed.energy(x) == pytest.approx(expected_form(g, H, x), rel=1e-4, abs=1e-6)
+    for x in np.array(STATES, dtype=float):
+        assert formed.energy(x) == pytest.approx(-g @ x + x @ H @ x / 2, rel=1e-4, abs=1e-6)
 
 
 def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
@@ -213,7 +205,7 @@ def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches()
     assert np.abs(whole - gate_gradients(replay, tokens)).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", CURVED)
+@pytest.mark.parametrize("name", ["fisher", "gauss-newton", "hessian"])
 def test_curvature_energies_are_symmetric_in_nats_and_deterministic(name):
     replay, tokens = tiny_replay("llama"), random_tokens()
     part = registry.get(name)()

@@ -5,10 +5,10 @@ import pytest
 
 from isingcut.errors import InfeasibleError, InputError
 from isingcut.ising import constraints as con
-from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import states_of
 
 
 def hamiltonian(n, seed=0):
@@ -254,15 +254,11 @@ def test_a_row_needs_finite_coefficients_and_a_known_sense():
 
 @pytest.fixture
 def problem():
-    rng = np.random.default_rng(0)
-    return Problem(Hamiltonian.from_quadratic(rng.normal(size=(6, 6))), [count(6, 2)])
+    return Problem(hamiltonian(6), [con.count(6, 2)])
 
 
 def states(*removed):
-    x = np.zeros((len(removed), 6), dtype=bool)
-    for row, blocks in zip(x, removed, strict=True):
-        row[list(blocks)] = True
-    return x
+    return states_of(6, removed)
 
 
 def test_sorted_distinct_and_recomputed(problem):
@@ -281,7 +277,7 @@ def test_infeasible_states_are_refused(problem):
 
 
 def test_ties_are_ordered_by_bits_whatever_the_input_order():
-    flat = Problem(Hamiltonian(np.zeros(6), np.zeros((6, 6))), [count(6, 2)])
+    flat = Problem(Hamiltonian(np.zeros(6), np.zeros((6, 6))), [con.count(6, 2)])
     x = states((0, 1), (2, 3), (4, 5))
     a = Spectrum.from_states(flat, x)
     b = Spectrum.from_states(flat, x[::-1])
@@ -296,7 +292,7 @@ def test_diverse_keeps_the_distance(problem):
     assert spectrum.diverse(2) == [0, 2]
 
 
-def test_gap(problem):
+def test_gap():
     x = states((0, 1))
 
     def gap(proven, bound, energy=2.0):
