@@ -14,13 +14,13 @@ from unittest import mock
 
 import torch
 
+from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import weight_bytes
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS, REMOVED = 32, tuple(range(12, 20))

@@ -2,11 +2,11 @@
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
 vocabulary) is computed another way on a device. What this cannot see is said in
-`isingcut.testing.cards`.
+`benchmarks/cards.py`.
 """
 
 import itertools
-from contextlib import closing, suppress
+from contextlib import suppress
 from unittest import mock
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import isingcut
+from cards import MixedDevicesError, fake_cards
 from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
@@ -23,12 +24,11 @@ from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gradients import Boundaries, gate_gradients
+from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
 from tiny import random_tokens, replay_of
@@ -163,13 +163,6 @@ def chosen(place):
     return [removed(name) for name in own]
 
 
-def spilled(place):
-    with closing(Boundaries(0)) as boundaries:
-        boundaries.put("x", torch.arange(3.0, device=place.device))
-        back = boundaries.take("x", place.device)
-    return (back + torch.ones(3, device=place.device)).cpu().numpy()
-
-
 # gemma2 ends in a soft cap: its head is not taken apart.
 STEPS = {
     "losses": losses,
@@ -184,7 +177,6 @@ STEPS = {
     "gauss-newton, head in one": lambda p: second(p, "gauss-newton", "gemma2"),
     "search": searched,
     "search slopes, streamed": streamed_slopes,
-    "hidden states in a file": spilled,
     "answers": asked,
     "answers, head in one": lambda p: asked(p, "gemma2"),
     "answers, streamed": lambda p: asked(p, streamed=True),

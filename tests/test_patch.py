@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import make_patches as patches
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,10 +30,6 @@ from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
 from tiny import replay_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-
-import make_patches as patches
 
 
 def tokens(samples=12, length=24, seed=0):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cards
 import isingcut
 from isingcut.errors import CheckpointError, InputError, ModelError, VerificationError
 from isingcut.evaluation import quality as evaluate
@@ -25,7 +26,6 @@ from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
-from isingcut.testing import cards
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
 from shared import OPTIONS

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from cards import fake_cards
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
 from isingcut.models.replay import use_attention
-from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model
 from tiny import random_tokens, replay_of, tiny_replay
 

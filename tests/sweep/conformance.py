@@ -27,8 +27,8 @@ from isingcut.models.cutting.verify import random_tokens, relative_difference, v
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import Replay
-from isingcut.testing.gates import check_gates
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
+from sweep.gates import check_gates
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
 
