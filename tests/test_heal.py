@@ -1,7 +1,9 @@
 """Healing: its text, training, resuming, LoRA, and what is trained at a time."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageF
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
+from isingcut.healing import heal as home
 from isingcut.healing import recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
@@ -344,6 +347,18 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
     with pytest.raises(InputError, match=r"too short: evaluating .*10 steps .*give --effort 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_time_that_the_patch_would_use_up_is_refused(models, tmp_path, monkeypatch):
+    # Each look at the clock is two seconds later: one second for a model and 64 tokens.
+    monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
+    monkeypatch.setattr(home, "quality", lambda *given: None)
+    text = TokenSet.from_rows([[7] * 64] * 10)
+    config = spending(models, tmp_path / "out", "3min")
+    job = home.Job(SimpleNamespace(model=None), (2, 3), tmp_path, text, tmp_path, config)
+    home._check_effort(job, text.select([0, 1]), patches=False)
+    with pytest.raises(InputError, match=r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
+        home._check_effort(job, text.select([0, 1]), patches=True)
 
 
 def test_a_budget_of_time_pays_for_the_judging_too(models, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,28 +314,16 @@ def open_parts(
                 first = list(itertools.islice(documents, splits))
                 documents = itertools.chain(first, documents)
                 if len(first) == splits:
-                    each = [_packed(documents, encode, length) for _ in range(splits)]
+                    between = encode("\n\n")
+                    # Each begins with a new document, and takes the next one when it needs more.
+                    each = [
+                        _pieces(_join(documents, between), encode, length) for _ in range(splits)
+                    ]
                     opened.append(OpenText(facts, each))
                     continue
                 rows = _pieces(documents, encode, length)
         opened.append(OpenText(facts, [rows] * splits))
     return opened
-
-
-def draw(
-    parts: Sequence[Part], readers: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
-) -> Iterator[tuple[int, Row]]:
-    """Draw samples of all sources in turn, until there are ``count`` or one source ends."""
-    drawn = 0
-    while count is None or drawn < count:
-        i = turns.next(None if count is None else count - drawn)
-        with name_part(parts[i], parts):
-            row = next(readers[i], None)
-        if row is None:
-            return
-        turns.took(i, count_tokens(row))
-        drawn += 1
-        yield i, row
 
 
 def draw_split(
@@ -344,13 +333,32 @@ def draw_split(
     length: int,
     seed: str,
     count: int | None,
+    most: float = math.inf,
 ) -> tuple[Drawn, int | None]:
-    """Draw the samples of one split; also return the source that was too short, if any."""
-    turns = Turns(parts, length, seed)
-    drawn = list(draw(parts, [text.readers[split] for text in texts], turns, count))
-    if len(drawn) == count:
-        return drawn, None
-    return drawn, turns.next(None if count is None else count - len(drawn))
+    """Draw the samples of one split, all sources in turn.
+
+    Args:
+        split: index of the readers.
+        length: tokens of a full sample.
+        seed: seed of the turns.
+        count: number of samples; None draws until a source ends.
+        most: stop at this many tokens.
+
+    Returns:
+        the samples, and the source that ended before there were enough, if any.
+    """
+    turns, tokens = Turns(parts, length, seed), 0
+    drawn: Drawn = []
+    while (count is None or len(drawn) < count) and tokens < most:
+        i = turns.next(None if count is None else count - len(drawn))
+        with name_part(parts[i], parts):
+            row = next(texts[i].readers[split], None)
+        if row is None:
+            return drawn, i
+        turns.took(i, count_tokens(row))
+        drawn.append((i, row))
+        tokens += len(row)
+    return drawn, None
 
 
 def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:
@@ -382,16 +390,9 @@ def _tokenised(
                 yield ids
 
 
-def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Iterator[Row]:
-    """Pack consecutive documents into full samples; the first sample begins a document."""
-    prefix, between = encode.start, encode("\n\n")
-    body = length - len(prefix)
-    left: list[int] = []
+def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[int]]:
     for number, ids in enumerate(documents):
-        left += (between if number else []) + ids
-        while len(left) >= body:
-            yield prefix + left[:body]
-            left = left[body:]
+        yield (between if number else []) + ids
 
 
 def _pieces(

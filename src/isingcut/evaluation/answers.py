@@ -156,11 +156,20 @@ class _Places:
         self.owner, self.rows = owner.numpy(), len(rows)
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
-        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D)."""
-        likely, best = _heads(replay, stream[self.sample, self.position], self.label)
+        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D).
+
+        Only these positions pass through the final norm and the head.
+        """
+        read, likely, best = stream[self.sample, self.position], list[Tensor](), list[Tensor]()
+        for a in range(0, len(read), _HEAD_ROWS):
+            part, label = read[a : a + _HEAD_ROWS], self.label[a : a + _HEAD_ROWS]
+            logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
+            label = label.to(logits.device)
+            likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
+            best.append((logits.argmax(-1) == label).double())
         found = np.stack([np.zeros(self.rows), np.ones(self.rows)])
-        np.add.at(found[0], self.owner, likely)
-        np.minimum.at(found[1], self.owner, best)
+        np.add.at(found[0], self.owner, torch.cat(likely).cpu().numpy())
+        np.minimum.at(found[1], self.owner, torch.cat(best).cpu().numpy())
         return found
 
 
@@ -180,21 +189,6 @@ def _scores(
     for batch, of_batch in zip(batches, found, strict=True):
         check_finite(replay, batch, of_batch, states)
     return found
-
-
-def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Compute the log-likelihood of each label (K,) from its stream (K, D), and if it is greedy.
-
-    Only these rows pass through the head, because the final norm and the head work per position.
-    """
-    likely, best = [], []
-    for a in range(0, len(stream), _HEAD_ROWS):
-        part, label = stream[a : a + _HEAD_ROWS], labels[a : a + _HEAD_ROWS]
-        logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
-        label = label.to(logits.device)
-        likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
-        best.append((logits.argmax(-1) == label).double())
-    return torch.cat(likely).cpu().numpy(), torch.cat(best).cpu().numpy()
 
 
 Prompt = tuple[tuple[int, ...], dict[str, Any]]

@@ -210,8 +210,14 @@ def certainties(
         elif task.OUTPUT_TYPE == "multiple_choice":
             choices, right = _choices(task, sample["doc"])
             if right:
-                likely = np.array([answer[0] for answer in sample["filtered_resps"]])
-                margins[i] = _margins(choices, right, likely, by_length=by_length)
+                # Log-likelihoods without the question may follow, for other metrics.
+                answers = sample["filtered_resps"][: len(choices)]
+                likely = np.array([answer[0] for answer in answers])
+                if by_length:
+                    lengths = np.array([max(1, len(choice)) for choice in choices])
+                    likely = likely * (lengths.mean() / lengths)
+                wrong = [c for c in range(len(choices)) if c not in right]
+                margins[i] = likely[wrong] - likely[right].max()
     if margins:
         found[list(margins)] = temper_margins(list(margins.values()))
     return found
@@ -243,17 +249,3 @@ def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
     places = range(len(choices))
     right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
     return choices, right + [int(g) for g in named if not isinstance(g, str) and g in places]
-
-
-def _margins(
-    choices: Sequence[str], right: Sequence[int], likely: Floats, *, by_length: bool
-) -> Floats:
-    """Return the log-likelihoods of wrong choices minus the right one's, in nats."""
-    # Log-likelihoods without the question may follow, for other metrics.
-    likely = likely[: len(choices)]
-    if by_length:
-        lengths = np.array([max(1, len(choice)) for choice in choices])
-        likely = likely * (lengths.mean() / lengths)
-    wrong = [i for i in range(len(choices)) if i not in right]
-    margins: Floats = likely[wrong] - likely[right].max()
-    return margins

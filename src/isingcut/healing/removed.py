@@ -110,16 +110,12 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
             f"lora:{width} or less, or full"
         )
     check_last(config, depth(ours))
-    _check_tokenizers(config, student, teacher)
-
-
-def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
     trust = config.trust_remote_code
-    ours, theirs = (
+    first, second = (
         Encoder(load_tokenizer(folder, trust_remote_code=trust))(_PROBE)
         for folder in (student, teacher)
     )
-    if ours != theirs:
+    if first != second:
         raise InputError(
             f"{student} and the teacher {config.teacher} have different tokenizers; copy the "
             "original's tokenizer files into the cut model's folder"
@@ -159,13 +155,12 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
     """
-    theirs = _block_tensors(teacher)
+    ours, theirs = map(_block_tensors, (student, teacher))
     if removal.of != len(theirs):
         raise InputError(
             f"{student} was cut from a model of {removal.of} blocks, but the teacher {name} has "
             f"{len(theirs)}; give the original of the cut model"
         )
-    ours = _block_tensors(student)
     kept = [i for i in range(removal.of) if i not in set(removal.removed)]
     if len(ours) != len(kept):
         raise InputError(
@@ -204,16 +199,12 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
     found = {}
     for rest in sorted(block)[:_TENSORS]:
         tensor = block[rest]
-        dtype = DTYPES[tensor.dtype] if tensor.dtype in PLAIN else torch.uint8
+        plain = tensor.dtype in PLAIN
+        dtype = DTYPES[tensor.dtype] if plain else torch.uint8
         size = min(tensor.size, _EDGE * dtype.itemsize)
-        if size == 0:
-            continue
-        ends = [
-            torch.frombuffer(tensor.data(first, size), dtype=dtype).double()
-            for first in (0, tensor.size - size)
-        ]
-        kind = "plain" if tensor.dtype in PLAIN else tensor.dtype
-        found[f"{rest} {kind} {tensor.shape}"] = torch.cat(ends)
+        if ends := tensor.data(0, size) + tensor.data(tensor.size - size, size):
+            name = f"{rest} {'plain' if plain else tensor.dtype} {tensor.shape}"
+            found[name] = torch.frombuffer(ends, dtype=dtype).double()
     return found
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,7 +52,6 @@ _FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
 _FOLDERS = ("patched", "trial", "trainer", "done")
 CURVE = "healing-curve.json"
 """The loss curve in a state of a training."""
-_CANDIDATE = re.compile(r"\d+(-\d+)*")
 
 
 def work_of(out: Path) -> Path:
@@ -169,9 +167,8 @@ def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
 
 def release(work: Path) -> None:
     """Delete the files of a healing; other files stay, and the folder with them."""
-    for path in work.iterdir():
-        if path.name in _FOLDERS or _CANDIDATE.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for name in _FOLDERS:
+        shutil.rmtree(work / name, ignore_errors=True)
     for name in (*_FILES, _IDENTITY):
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -192,5 +189,4 @@ def _owner(work: Path) -> str | None:
 
 
 def _is_worth_keeping(work: Path) -> bool:
-    made = (work / "patched.json").exists() or any(work.glob("*/healed"))
-    return made or bool(complete_states(work / "trainer"))
+    return (work / "patched.json").exists() or bool(complete_states(work / "trainer"))

@@ -14,15 +14,13 @@ a map of a wide layer nearly memorises its samples.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
@@ -43,7 +41,7 @@ from isingcut.healing.patch.files import (
     runs,
     write_patched,
 )
-from isingcut.healing.patch.layers import list_linear_layers, list_writers
+from isingcut.healing.patch.layers import list_linear_layers
 from isingcut.healing.patch.linear import Fitted, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
@@ -218,7 +216,8 @@ def tune(
     optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     kl: list[float] = []
     best: dict[tuple[int, str], Tensor] = {}
-    with _in_place(tuned.values()), work.progress("tuning the patch", steps) as bar:
+    used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
+    with apply_patches(replay.blocks, used), work.progress("tuning the patch", steps) as bar:
         kl.append(validation.divergence(suffix))
         for taken in range(steps):
             epoch, at = divmod(taken, parts)
@@ -276,22 +275,16 @@ class _Layer:
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
-        self.module, self.fitted = module, fitted
+        self.fitted = fitted
         own: Tensor = module.weight
         start = own if fitted is None else fitted.weight
         self.weight = nn.Parameter(start.detach().float().cpu().clone())
-        self.used: Tensor = self.weight
+        self.used = self.weight
         if (own.device, own.dtype) != (self.weight.device, self.weight.dtype):
-            self.used = self.weight.detach().to(own).requires_grad_(True)
+            self.used = nn.Parameter(self.weight.detach().to(own))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
-        self.bias = None if bias is None else bias.detach().to(own.device)
+        self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.used.to(x.dtype)
-        if not isinstance(self.module, nn.Linear):
-            weight = weight.T
-        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def collect(self) -> None:
         """Add the gradient of one micro-batch."""
@@ -308,9 +301,8 @@ class _Layer:
             self.used.copy_(self.weight)
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        bias = None if self.bias is None else self.bias.cpu()
         record = PatchedCut(block=key[0], layer=key[1])
-        return Patch(*key, weight, bias, record if self.fitted is None else self.fitted.record)
+        return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
 
 
 class _Text:
@@ -354,9 +346,9 @@ class _Text:
                 if i == adjacent[0] and not any(b < i for b in removed):
                     entered = stream
                 if i in adjacent and batch is self.batches[0]:
-                    writes = {p for p, _, _ in list_writers(call, replay.blocks[i], i, stream)}
-                    layers = list_linear_layers(call, replay.blocks[i], i, stream)
-                    found += [(i, path, m, path in writes) for path, m in layers.items()]
+                    layers, _ = list_linear_layers(call, replay.blocks[i], i, stream)
+                    width = stream.shape[-1]
+                    found += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
                 stream = call.block(i, stream)
             self.calls.append(call)
             self.entered.append(entered)
@@ -400,21 +392,3 @@ class _Text:
 def _share(taken: int, steps: int) -> float:
     """Return the share of the highest rate: four warm-up steps, then a cosine."""
     return min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
-
-
-@contextlib.contextmanager
-def _in_place(layers: Iterable[_Layer]) -> Iterator[None]:
-    """Use the tuned weights in the model within the context."""
-    before: list[tuple[dict[str, Any], Callable[..., Any] | None]] = []
-    try:
-        for layer in layers:
-            own = layer.module.__dict__
-            before.append((own, own.get("forward")))
-            own["forward"] = layer.forward
-        yield
-    finally:
-        for own, forward in before:
-            if forward is None:
-                del own["forward"]
-            else:
-                own["forward"] = forward

@@ -395,7 +395,6 @@ class Moments:
         self.xx = torch.zeros((features, features), **options)  # type: ignore[call-overload]
         self.tx = torch.zeros((targets, features), **options)  # type: ignore[call-overload]
         self.tt = torch.zeros((), **options)  # type: ignore[call-overload]
-        self.rows = 0
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
@@ -405,14 +404,12 @@ class Moments:
         self.xx.addmm_((x * weights[:, None]).T, x)
         self.tx.addmm_(weighted.T, x)
         self.tt += (weighted * t).sum()
-        self.rows += len(x)
 
     def absorb(self, other: Moments) -> None:
         """Add all rows of ``other``."""
         self.xx += other.xx
         self.tx += other.tx
         self.tt += other.tt
-        self.rows += other.rows
 
 
 def bytes_of(features: int) -> int:
