@@ -278,12 +278,18 @@ def open_parts(
         CalibrationError: unreadable text, or a file that changed since the calibration was made.
     """
     seen: set[int] = set()
-    corpora: list[Corpus | None] = []
+    corpora: list[Corpus] = []
     for part in parts:
         with name_part(part, parts):
             if used is not None:
                 refuse_changed(used.meta.get("texts", {}), part.source)
-            if part.source != "self":
+            if part.source == "self":
+                if generate is None:
+                    raise CalibrationError(
+                        "healing needs real text; choose another source than 'self'"
+                    )
+                corpora.append(Corpus("self", "generated", generate()))
+            else:
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
                 # Skip the documents of a calibration with the same seed, in all sources before any
                 # source is read further, so that none repeats them.
@@ -293,17 +299,12 @@ def open_parts(
                     is_new(document, seen)
                     # Counted as in `_tokenised`: documents with tokens.
                     left -= bool(encode(document, 1))
-            elif generate is None:
-                raise CalibrationError("healing needs real text; choose another source than 'self'")
-            else:
-                corpora.append(None)
     opened = []
     for part, text in zip(parts, corpora, strict=True):
-        facts: dict[str, Any] = {"kind": "generated" if text is None else text.kind}
+        facts: dict[str, Any] = {"kind": text.kind}
         with name_part(part, parts):
-            if text is None:
-                assert generate is not None
-                rows = generate()
+            if text.kind == "generated":
+                rows = text.documents
             elif text.kind == "chat":
                 rows = _conversations(text, encode, length, used, seen)
             elif text.kind == "text":

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _ABSENT = object()
-Kind = Literal["text", "documents", "chat"]
+Kind = Literal["text", "documents", "chat", "generated"]
 
 _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
@@ -60,13 +60,13 @@ class Corpus:
         name: the name in messages.
         kind: ``"text"``: consecutive pieces of one running text; ``"documents"``: distinct
             documents in random order; ``"chat"``: distinct conversations, rendered by the
-            tokenizer's chat template, in random order.
-        documents: the texts.
+            tokenizer's chat template, in random order; ``"generated"``: samples of the model.
+        documents: the texts, or samples of tokens.
     """
 
     name: str
     kind: Kind
-    documents: Iterator[str]
+    documents: Iterator[Any]
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:

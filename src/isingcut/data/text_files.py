@@ -13,7 +13,7 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,7 @@ def read_text(path: Path, name: str) -> Iterator[Any]:
             begin = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
         yield suffix
+        readers: dict[str, Callable[[BinaryIO, str], Iterator[Any]]]
         readers = {".txt": _pieces, ".jsonl": json_lines, ".json": _json_items, ".csv": _csv_rows}
         yield from readers[suffix](stream, name)
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from isingcut.console.progress import Part, Progress, silent
 from isingcut.data.tokens import Encoder, TokenSet
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import ScoredModel, Scores, score
@@ -165,10 +165,7 @@ def text_scores(
     if not starts:
         raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
     windows = TokenSet.from_rows([prefix + ids[i : i + body] for i in starts])
-    try:
-        found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
-    except ModelError as e:
-        raise ModelError(f"wikitext2: {e}") from e
+    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     return TextScores(
         samples=windows.samples,
         tokens=windows.tokens,

@@ -93,8 +93,16 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
     for folder in (student, teacher):
         check_fit(folder)
     if removal is not None:
-        if not config.other_teacher:
-            _check_original(student, removal, config.teacher, teacher)
+        # Old records have no original.
+        if (wanted := original_of(removal)) and not config.other_teacher:
+            found, names = model_identity(teacher), ("sha256", "gguf_sha256")
+            if not any(wanted.get(k) == found.get(k) is not None for k in names):
+                raise InputError(
+                    f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), "
+                    f"but the teacher {config.teacher} is another model (sha256 "
+                    f"{found['sha256'][:12]}); give the original as --teacher, or add "
+                    "--other-teacher if it replaces it (a quantised copy, for example)"
+                )
         _check_cut(student, removal, config.teacher, teacher)
     ours, theirs = (written_out(read_config(folder)) for folder in (student, teacher))
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
@@ -120,29 +128,6 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
             f"{student} and the teacher {config.teacher} have different tokenizers; copy the "
             "original's tokenizer files into the cut model's folder"
         )
-
-
-def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
-    """Check that the teacher is the model in the record; old records have none.
-
-    Args:
-        name: the teacher as given.
-        teacher: its folder.
-
-    Raises:
-        InputError: it is another model; the message has both.
-    """
-    wanted = original_of(removal)
-    if not wanted:
-        return
-    found = model_identity(teacher)
-    if any(wanted.get(k) == found.get(k) is not None for k in ("sha256", "gguf_sha256")):
-        return
-    raise InputError(
-        f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), but the "
-        f"teacher {name} is another model (sha256 {found['sha256'][:12]}); give the original as "
-        "--teacher, or add --other-teacher if it replaces it (a quantised copy, for example)"
-    )
 
 
 def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
