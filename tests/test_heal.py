@@ -29,7 +29,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
 from isingcut.healing import heal as home
-from isingcut.healing import recipe
+from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import train

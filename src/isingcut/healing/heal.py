@@ -41,9 +41,8 @@ from isingcut.files.writing import (
     write_document,
 )
 from isingcut.healing import RECORD
-from isingcut.healing.job import Domains, Job, beginnings
+from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, beginnings, check_training
 from isingcut.healing.patch.checkpoint import CANNOT, EPOCHS, patch_checkpoint, unpatched
-from isingcut.healing.recipe import LEAST_STEPS, SHORT, check_training
 from isingcut.healing.removed import (
     check_pair,
     original_of,

@@ -21,8 +21,8 @@ from isingcut.errors import InputError
 from isingcut.files.documents import CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
+from isingcut.healing.job import check_last
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.recipe import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.architectures.cuts import depth, extra_heads, written_out
 from isingcut.models.fit import by_block, check_fit

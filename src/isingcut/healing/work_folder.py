@@ -36,14 +36,13 @@ from isingcut.files.writing import (
     refuse_source,
     write_document,
 )
-from isingcut.healing.recipe import trainer_settings
+from isingcut.healing.job import Job, trainer_settings
 from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
-    from isingcut.healing.job import Job
 
 D = TypeVar("D", bound=Document)
 

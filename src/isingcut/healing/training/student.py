@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from isingcut.healing.recipe import check_last
+from isingcut.healing.job import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules, text_config, text_model
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import entering

@@ -48,9 +48,9 @@ from isingcut.files.writing import (
     read_document,
     write_document,
 )
-from isingcut.healing.job import Job
-from isingcut.healing.recipe import (
+from isingcut.healing.job import (
     SHORT,
+    Job,
     bought_recipe,
     is_sharded,
     stored_dtype,
