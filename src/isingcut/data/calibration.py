@@ -200,8 +200,16 @@ def build(
         drawn[name], ended = draw_split(parts, texts, number, length, f"{seed} {name}", count)
         if ended is not None:
             found = sum(i == ended for each in drawn.values() for i, _ in each)
-            with name_part(parts[ended], parts):
-                raise _too_short(parts[ended], texts[ended].facts["kind"], counts, length, found)
+            part, wanted = parts[ended], " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+            share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
+            documents = texts[ended].facts["kind"] == "documents"
+            apart = ", and no document may be in two splits" if documents else ""
+            with name_part(part, parts):
+                raise CalibrationError(
+                    f"{words_for(place_of(part.source))} is too short: {wanted} samples of "
+                    f"{length} tokens{share} are needed{apart}, found {found}; give more text, or "
+                    "lower --length, --samples, --rank-samples or --report-samples"
+                )
     splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
     shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
@@ -219,19 +227,6 @@ def build(
         ]
         meta["part_of_sample"] = {name: [i for i, _ in each] for name, each in drawn.items()}
     return Calibration(splits, source, meta)
-
-
-def _too_short(
-    part: Part, kind: str, counts: Mapping[str, int], length: int, found: int
-) -> CalibrationError:
-    wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-    share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
-    apart = ", and no document may be in two splits" if kind == "documents" else ""
-    return CalibrationError(
-        f"{words_for(place_of(part.source))} is too short: {wanted} samples of {length} tokens"
-        f"{share} are needed{apart}, found {found}; give more text, or lower --length, "
-        "--samples, --rank-samples or --report-samples"
-    )
 
 
 Drawn = list[tuple[int, Row]]
@@ -309,7 +304,7 @@ def open_parts(
                 rows = _conversations(text, encode, length, used, seen)
             elif text.kind == "text":
                 known = int(_facts(used, part.source).get("tokens", 0))
-                rows = _pieces(map(encode, text.documents), encode, length, known)
+                rows = pack(map(encode, text.documents), encode, length, known)
             else:
                 documents = _tokenised(text, encode, seen, most, facts)
                 first = list(itertools.islice(documents, splits))
@@ -317,12 +312,10 @@ def open_parts(
                 if len(first) == splits:
                     between = encode("\n\n")
                     # Each begins with a new document, and takes the next one when it needs more.
-                    each = [
-                        _pieces(_join(documents, between), encode, length) for _ in range(splits)
-                    ]
+                    each = [pack(_join(documents, between), encode, length) for _ in range(splits)]
                     opened.append(OpenText(facts, each))
                     continue
-                rows = _pieces(documents, encode, length)
+                rows = pack(documents, encode, length)
         opened.append(OpenText(facts, [rows] * splits))
     return opened
 
@@ -396,7 +389,7 @@ def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[i
         yield (between if number else []) + ids
 
 
-def _pieces(
+def pack(
     texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
 ) -> Iterator[Row]:
     """Cut a running text into full samples, after its first tokens."""

@@ -13,12 +13,12 @@ import logging
 import random
 import stat
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from isingcut.data import text_files
 from isingcut.data.conversations import Render, mark_answers, render_chat
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-T = TypeVar("T")
 _ABSENT = object()
 Kind = Literal["text", "documents", "chat", "generated"]
 
@@ -211,25 +210,27 @@ def _records_corpus(
     if first is None:
         raise CalibrationError(f"{source} has no records; give a longer text")
     where, fields = first
-    if "messages" in fields:
-        key, kind = "messages", "chat"
-        if not tokenizer.chat_template:
-            raise CalibrationError(
-                f"{source} has chat messages, but the model's tokenizer has no chat template; "
-                "give records with 'text', or a chat model"
-            )
-    elif "text" in fields:
-        key, kind = "text", "documents"
-    else:
+    key = next((name for name in ("messages", "text") if name in fields), None)
+    if key is None:
         named = ", ".join(sorted(map(str, fields))) or "nothing"
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
+    if key == "messages" and not tokenizer.chat_template:
+        raise CalibrationError(
+            f"{source} has chat messages, but the model's tokenizer has no chat template; "
+            "give records with 'text', or a chat model"
+        )
 
     # Keep only the used fields while a whole file is shuffled.
     values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
+        seen, rows = set[int](), values
+        if seed >= 0:
+            everything = list(values)
+            random.Random(seed).shuffle(everything)
+            rows = iter(everything)
         render = partial(render_chat, tokenizer)
-        for place, value in values if seed < 0 else _shuffled(values, seed):
+        for place, value in rows:
             if value is _ABSENT:
                 raise CalibrationError(f"{place} has no {key!r}, which the first record has")
             if key == "messages":
@@ -245,9 +246,10 @@ def _records_corpus(
                     f"{place} contains {value[e.start]!a}, a lone surrogate (half of a character), "
                     "which no tokenizer accepts; repair or remove it"
                 ) from e
-            yield value
+            if is_new(value, seen):
+                yield value
 
-    return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
+    return Corpus(source, "chat" if key == "messages" else "documents", texts())
 
 
 def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
@@ -272,17 +274,6 @@ def is_new(text: str, seen: set[int]) -> bool:
         return False
     seen.add(hash(words))
     return True
-
-
-def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    seen: set[int] = set()
-    return (text for text in texts if is_new(text, seen))
-
-
-def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
-    everything = list(items)
-    random.Random(seed).shuffle(everything)
-    yield from everything
 
 
 def _dataset(source: str, seed: int) -> Iterator[Record]:

@@ -131,11 +131,20 @@ def sample_from_model(
     Encoder(tokenizer, model).checked([start])
     batches = -(-needed // _ROWS)
     found = 0
+    prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    processors = finite_logits(model)
     with progress("sampling text from the model", batches) as bar:
 
         def sampled() -> Iterator[list[int]]:
             for batch in range(_ATTEMPTS * batches):
-                yield from _sample_rows(model, start, length, seed * 1_000_003 + batch)
+                with torch.random.fork_rng(devices):
+                    torch.manual_seed(seed * 1_000_003 + batch)
+                    out = _generate(
+                        model, prompt, length - 1, processors, pad_token_id=start, **sampling
+                    )
+                yield from out.tolist()
                 bar.advance(1)
 
         for found, row in enumerate(distinct(sampled()), 1):  # noqa: B007
@@ -144,16 +153,3 @@ def sample_from_model(
         f"the model repeats itself: sampling gave {found} different samples of {length} tokens, "
         f"but {needed} are needed; raise --length or choose another --calibration"
     )
-
-
-def _sample_rows(model: PreTrainedModel, start: int, length: int, seed: int) -> list[list[int]]:
-    """Sample one batch."""
-    prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        processors = finite_logits(model)
-        out = _generate(model, prompt, length - 1, processors, pad_token_id=start, **sampling)
-    rows: list[list[int]] = out.cpu().tolist()
-    return rows

@@ -110,8 +110,7 @@ def to_fit(
         model: its embedding limits the token ids.
     """
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    total = split.mask.sum(1).cumsum(0)
-    own = split.select(range(min(split.samples, int((total < most).sum()) + 1)))
+    own = split.first(most)
     rows = own.rows
     missing, short = most - int(own.mask.sum()), ""
     places = places_in(used.source)

@@ -200,46 +200,36 @@ MICRO_BATCHES = 4
 """Factor on the tokens of a batch of prompts, because more texts hardly slow down a step."""
 
 
-class Generations:
-    """Generated texts of several states of one model, in a journal.
+def generate_texts(
+    replay: Replay,
+    state: Sequence[int],
+    prompts: Sequence[Prompt],
+    write: Writer,
+    work: Work,
+    description: str = "writing",
+) -> list[str]:
+    """Generate one state's texts, but for those in the journal.
 
     Args:
         replay: the model's blocks.
-        states: (S, N) bool.
+        state: the removed blocks.
+        write: generates texts with the state.
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
-
-    def __init__(
-        self, replay: Replay, states: States, work: Work, description: str = "writing"
-    ) -> None:
-        self.replay, self.states, self.work, self.description = replay, states, work, description
-
-    def of(self, state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        """Return one state's texts; texts in the journal are not generated again.
-
-        Args:
-            prompts: the same prompts for each state.
-            write: generates texts with the state.
-        """
-        content = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
-        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **content}))
-        keys = [f"{state}/{i}" for i in range(len(prompts))]
-        left = [i for i, key in enumerate(keys) if kept.get(key) is None]
-        with self.work.progress(self.description, len(prompts)) as bar:
-            bar.advance(len(prompts) - len(left))
-            for some in _together(prompts, left, MICRO_BATCHES * self.work.batch_tokens):
-                texts = halve_to_fit(self.replay.limit, some, write)
-                for i, text in zip(some, texts, strict=True):
-                    kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
-                bar.advance(len(some))
-        return [_text(kept.get(key)) for key in keys]
-
-
-def _text(row: npt.NDArray[np.float64] | None) -> str:
-    """Decode a row of the journal, with one number per byte."""
-    assert row is not None
-    return bytes(row.astype(np.uint8)).decode()
+    kept = Journal(work.journal, fingerprint([replay.identity(), [[*p] for p in prompts]]))
+    keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
+    left = [i for i, key in enumerate(keys) if kept.get(key) is None]
+    with work.progress(description, len(prompts)) as bar:
+        bar.advance(len(prompts) - len(left))
+        for some in _together(prompts, left, MICRO_BATCHES * work.batch_tokens):
+            texts = halve_to_fit(replay.limit, some, write)
+            for i, text in zip(some, texts, strict=True):
+                # A row of the journal has one number per byte.
+                kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
+            bar.advance(len(some))
+    rows = map(kept.get, keys)
+    return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]
 
 
 def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:

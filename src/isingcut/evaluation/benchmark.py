@@ -24,18 +24,19 @@ import glob
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isingcut.console.progress import Part, Progress, silent
+from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
-from isingcut.evaluation.scores import ScoredModel, Scores, score
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.documents import (
     ByTasks,
     MeasuredState,
@@ -92,7 +93,8 @@ def benchmark(
                 depends = [questions, *sorted(left_out)]
                 journal = None if kept is None else journal_of(kept, task, model.loaded, depends)
                 part = Part(bar, 1)
-                found = score(model, task, Work(batch_tokens, part, journal), wanted=wanted)
+                work = Work(batch_tokens, part, journal)
+                (found,) = score_states(model, task, [()], work, wanted=wanted)
                 part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
@@ -159,12 +161,10 @@ def text_scores(
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
     encode = Encoder(original.tokenizer, original.model)
-    ids, prefix = encode("\n".join(articles(data))), encode.start
-    body = size - len(prefix)
-    starts = range(0, len(ids) - body + 1, body)[:samples]
-    if not starts:
+    rows = list(islice(pack([encode("\n".join(articles(data)))], encode, size), samples))
+    if not rows:
         raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
-    windows = TokenSet.from_rows([prefix + ids[i : i + body] for i in starts])
+    windows = TokenSet.from_rows(rows)
     found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     return TextScores(
         samples=windows.samples,
@@ -366,7 +366,14 @@ def choose_by_questions(
             behind = bool(own.mean() < merits[leader].mean())
             other.out = behind and p_value(own, merits[leader]) < bound
         left = [c for c in left if not c.out]
-    best = _lowest_of_the_best(left, tasks) if done else left[0]
+    best = left[0]
+    if done:
+        # The first within one paired standard error of the leader.
+        merits = _merits(left, tasks)
+        behind = merits[int(np.argmax(merits.mean(1)))] - merits
+        n = merits.shape[1]
+        error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
+        best = left[int(np.argmax(behind.mean(1) <= error))]
     used = turns[:done]
     return all_of_them.index(best), ByTasks(
         ahead=len(left) == 1,
@@ -398,15 +405,6 @@ def _merits(several: Sequence[_Contender], tasks: Sequence[str]) -> Floats:
         spread = float((values - values.mean(0)).std())
         parts.append(values / (spread or 1.0))
     return np.concatenate(parts, axis=1)
-
-
-def _lowest_of_the_best(left: Sequence[_Contender], tasks: Sequence[str]) -> _Contender:
-    """Return the first candidate within one paired standard error of the leader."""
-    merits = _merits(left, tasks)
-    behind = merits[int(np.argmax(merits.mean(1)))] - merits
-    n = merits.shape[1]
-    error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
-    return left[int(np.argmax(behind.mean(1) <= error))]
 
 
 def _row(contender: _Contender, best: _Contender, tasks: Sequence[str]) -> ScoredCandidate:

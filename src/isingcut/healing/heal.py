@@ -20,6 +20,7 @@ import torch
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.healing_text import HealingText
+from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
@@ -55,7 +56,6 @@ from isingcut.healing.work_folder import (
     described_options,
     identity_of,
     keep_result,
-    sources_of,
     work_of,
 )
 from isingcut.memory import convert_memory_errors
@@ -110,7 +110,8 @@ def heal(
                 f"{student} has no record of its original model; give the original with --teacher"
             )
         config = config.replace(teacher=original)
-    sources = [*sources_of(config), *sources]
+    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
+    sources = [*(user_path(name) for name in names if name), *sources]
     check_places(config, out, sources)
     start = start_of(student)
     if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):

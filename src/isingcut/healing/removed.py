@@ -8,6 +8,7 @@ are bitwise equal.
 
 from __future__ import annotations
 
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,13 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
     edges = [_edges(block) for block in theirs]
     for place, block in enumerate(kept):
         own = _edges(ours[place])
-        distances = [_distance(own, other) for other in edges]
+        # Infinite without a common tensor.
+        distances = [
+            sum(float((own[k] - other[k]).square().mean()) for k in own.keys() & other.keys())
+            if own.keys() & other.keys()
+            else math.inf
+            for other in edges
+        ]
         nearest = min(range(len(edges)), key=distances.__getitem__)
         if distances[nearest] < distances[block] / 2:
             raise InputError(
@@ -191,14 +198,6 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
             name = f"{rest} {'plain' if plain else tensor.dtype} {tensor.shape}"
             found[name] = torch.frombuffer(ends, dtype=dtype).double()
     return found
-
-
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Return the squared distance of the common tensors of two blocks; infinite without any."""
-    alike = one.keys() & other.keys()
-    if not alike:
-        return float("inf")
-    return sum(float((one[k] - other[k]).square().mean()) for k in alike)
 
 
 def removal_by_weights(

@@ -20,10 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, StageFileError
 from isingcut.files.documents import Document, HealingCurve, HealingWork
-from isingcut.files.inputs import user_path
 from isingcut.files.writing import (
     MARKER,
     check_output,
@@ -97,12 +95,6 @@ def complete_states(trainer: Path) -> list[Path]:
                 read_document(path / CURVE, HealingCurve)
                 found[int(step)] = path
     return [found[step] for step in sorted(found)]
-
-
-def sources_of(config: HealConfig) -> list[Path]:
-    """List the files and folders in the options of a healing that it reads."""
-    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
-    return [user_path(name) for name in names if name]
 
 
 def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]) -> None:

@@ -76,7 +76,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     model = job.teacher.model
     stack = find_stack(model)
     replay = job.replay or Replay(model, stack_modules(model, stack))
-    tokens = _first(job.tokens, job.config.patch_tokens)
+    tokens = job.tokens.first(job.config.patch_tokens, 2)
     work = Work(job.config.batch_tokens, job.progress)
     layers = StoredLayers(job.start, job.removed)
     held_out, why = None, ""
@@ -131,13 +131,6 @@ def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
     """Make the record of a state whose cuts cannot be patched."""
     reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
-
-
-def _first(tokens: TokenSet, most: int) -> TokenSet:
-    """Return the first samples with about ``most`` tokens, at least two."""
-    seen = tokens.mask.sum(1).cumsum(0)
-    rows = max(2, int((seen < most).sum()) + 1)
-    return tokens.select(range(min(rows, tokens.samples)))
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -221,8 +214,10 @@ def tune(
         kl.append(validation.divergence(suffix))
         for taken in range(steps):
             epoch, at = divmod(taken, parts)
+            # Four warm-up steps, and a cosine.
+            share = min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
             for group in optimiser.param_groups:
-                group["lr"] = rate * group["size"] * _share(taken, steps)
+                group["lr"] = rate * group["size"] * share
             for batch in train.part(epoch, at, parts):
                 train.backward(batch, suffix)
                 for layer in tuned.values():
@@ -271,7 +266,7 @@ class _Layer:
 
     Attributes:
         weight: the weight of the optimiser.
-        used: its copy in the layer's dtype on the layer's device, or itself if these are the same.
+        used: the same in the layer's dtype on the layer's device, perhaps in the same memory.
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
@@ -279,16 +274,14 @@ class _Layer:
         own: Tensor = module.weight
         start = own if fitted is None else fitted.weight
         self.weight = nn.Parameter(start.detach().float().cpu().clone())
-        self.used = self.weight
-        if (own.device, own.dtype) != (self.weight.device, self.weight.dtype):
-            self.used = nn.Parameter(self.weight.detach().to(own))
+        self.used = nn.Parameter(self.weight.detach().to(own))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
 
     def collect(self) -> None:
         """Add the gradient of one micro-batch."""
-        if self.used is self.weight or self.used.grad is None:
+        if self.used.grad is None:
             return
         gradient = self.used.grad.cpu().float()
         self.used.grad = None
@@ -297,8 +290,7 @@ class _Layer:
     @torch.no_grad()
     def place(self) -> None:
         """Copy the current weights to the model."""
-        if self.used is not self.weight:
-            self.used.copy_(self.weight)
+        self.used.copy_(self.weight)
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
@@ -387,8 +379,3 @@ class _Text:
                 target = call.logits(self.left[batch][s], s)[:-1][rows]
             total = total + divergence(call.logits(stream[s], s)[:-1][rows], target)
         return total
-
-
-def _share(taken: int, steps: int) -> float:
-    """Return the share of the highest rate: four warm-up steps, then a cosine."""
-    return min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))

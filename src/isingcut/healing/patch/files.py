@@ -123,7 +123,10 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     modules, written = [], []
     for patch, pair in zip(patches, layers, strict=True):
         own = [
-            values.detach().cpu().to(_new_dtype(tensor)).contiguous()
+            values.detach()
+            .cpu()
+            .to(DTYPES[tensor.dtype] if tensor.dtype not in _FLOAT8 else torch.bfloat16)
+            .contiguous()
             for tensor, values in zip(pair, (patch.weight, patch.bias), strict=True)
             if tensor is not None and values is not None
         ]
@@ -158,10 +161,6 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         if stored.layout and modules:
             _list_plain(temporary, stored.layout, modules, dropped)
     return written
-
-
-def _new_dtype(tensor: StoredTensor) -> torch.dtype:
-    return torch.bfloat16 if tensor.dtype in _FLOAT8 else DTYPES[tensor.dtype]
 
 
 def _list_plain(folder: Path, layout: str, modules: Sequence[str], dropped: set[str]) -> None:
