@@ -290,6 +290,7 @@ def test_self_follows_the_models_own_distribution(tokenizer):
 def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, monkeypatch):
     with pytest.raises(InputError, match="needs a model"):
         build("self", tokenizer, **SIZES)
-    monkeypatch.setattr("isingcut.data.generation._sampled", lambda *_: [[1, 2, 3]] * 32)
+    same = torch.tensor([[1, 2, 3]] * 32)
+    monkeypatch.setattr("isingcut.data.generation._generate", lambda *_, **__: same)
     with pytest.raises(CalibrationError, match="repeats itself"):
         build("self", tokenizer, model=tiny_model("llama"), **SIZES)

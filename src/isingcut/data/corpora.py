@@ -13,7 +13,7 @@ import logging
 import random
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -224,11 +224,11 @@ def _records_corpus(
     values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
-        seen, rows = set[int](), values
+        seen = set[int]()
+        rows: Iterable[tuple[str, Any]] = values
         if seed >= 0:
-            everything = list(values)
+            rows = everything = list(values)
             random.Random(seed).shuffle(everything)
-            rows = iter(everything)
         render = partial(render_chat, tokenizer)
         for place, value in rows:
             if value is _ABSENT:
@@ -280,7 +280,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     """Stream the rows of a `datasets` data set, in an order that depends on the seed only.
 
     Args:
-        source: ``NAME``, ``OWNER/NAME``, either followed by ``/CONFIG``, or a local folder
+        source: ``NAME``, ``OWNER/NAME``, ``OWNER/NAME/CONFIG``, or a local folder
             (data files, or a folder of `save_to_disk`); then optionally ``:SPLIT``. The default
             split is ``train`` if it exists, else the first.
 
@@ -288,7 +288,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         CalibrationError: no such data set, configuration or split, or the hub cannot be reached.
     """
     advice = (
-        "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed "
+        "expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a local folder, each optionally followed "
         "by :SPLIT"
     )
     if source in HUB:
@@ -299,39 +299,29 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     name, split = HUB.get(source, source), None
     if not Path(name).expanduser().is_dir() and ":" in name:
         name, split = name.rsplit(":", 1)
-    problems = []
-    for path, config in _readings(name):
-        try:
-            # Both log a warning for each retry.
-            with quiet_logs("datasets", "huggingface_hub"):
-                splits = _open(path, config)
-                if split is None:
-                    split = "train" if "train" in splits else next(iter(splits))
-                if split not in splits:
-                    raise CalibrationError(
-                        f"the data set {name} has no split {split!r}; it has {', '.join(splits)}"
-                    )
-                rows = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-                for number, row in enumerate(rows, start=1):
-                    yield f"{source} record {number}", row
-            return
-        except IsingcutError:
-            raise
-        except Exception as e:
-            # Includes errors of the HTTP library, which depends on the hub library's version.
-            problems.append(first_line(e))
-    raise CalibrationError(f"cannot read the data set {name!r} ({problems[0]}); {advice}")
-
-
-def _readings(name: str) -> list[tuple[str, str | None]]:
-    """List the readings of a name: in A/B, A is an owner, or else B is a configuration."""
-    folder = Path(name).expanduser()
-    parts = name.split("/")
-    if folder.is_dir() or len(parts) == 1:
-        return [(str(folder) if folder.is_dir() else name, None)]
-    if len(parts) == 2:
-        return [(name, None), (parts[0], parts[1])]
-    return [("/".join(parts[:2]), "/".join(parts[2:]))]
+    folder, parts = Path(name).expanduser(), name.split("/")
+    path, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    if folder.is_dir():
+        path, config = str(folder), None
+    try:
+        # Both log a warning for each retry.
+        with quiet_logs("datasets", "huggingface_hub"):
+            splits = _open(path, config)
+            if split is None:
+                split = "train" if "train" in splits else next(iter(splits))
+            if split not in splits:
+                raise CalibrationError(
+                    f"the data set {name} has no split {split!r}; it has {', '.join(splits)}"
+                )
+            rows = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} record {number}", row
+    except IsingcutError:
+        raise
+    except Exception as e:
+        # Includes errors of the HTTP library, which depends on the hub library's version.
+        why = first_line(e)
+        raise CalibrationError(f"cannot read the data set {name!r} ({why}); {advice}") from e
 
 
 def _open(path: str, config: str | None) -> Any:

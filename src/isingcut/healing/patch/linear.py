@@ -34,8 +34,10 @@ they do not fit the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -400,12 +402,6 @@ class Moments:
         self.tx.addmm_(weighted.T, x)
         self.tt += (weighted * t).sum()
 
-    def absorb(self, other: Moments) -> None:
-        """Add all rows of ``other``."""
-        self.xx += other.xx
-        self.tx += other.tx
-        self.tt += other.tt
-
 
 def bytes_of(features: int) -> int:
     """Return the bytes of a fit: second moments of both sets of rows, and one factorisation."""
@@ -452,7 +448,8 @@ def fit_ridge(
     # NaN is no improvement either.
     if not error < 1:
         return None
-    fit.absorb(held_out)
+    fit.xx += held_out.xx
+    fit.tx += held_out.tx
     return RidgeFit(ridge_map(fit, strength), strength, error)
 
 
@@ -465,14 +462,10 @@ def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
     Returns:
         the strength and its error.
     """
-    known: dict[int, float] = {}
 
+    @cache
     def error(k: int) -> float:
-        if not 0 <= k < len(STRENGTHS):
-            return float("inf")
-        if k not in known:
-            known[k] = left(STRENGTHS[k])
-        return known[k]
+        return left(STRENGTHS[k]) if 0 <= k < len(STRENGTHS) else math.inf
 
     at = len(STRENGTHS) // 2
     while error(next_to := min((at - 1, at + 1), key=error)) < error(at):
