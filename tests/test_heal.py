@@ -1,7 +1,9 @@
 """Healing: its text, training, resuming, LoRA, and what is trained at a time."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageF
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
-from isingcut.healing import recipe
+from isingcut.healing import heal as home
+from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import train
@@ -346,16 +349,24 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_of_time_pays_for_the_judging_too(models, tmp_path, monkeypatch):
-    spent = []
-    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or job)
-    heal(spending(models, tmp_path / "out", "1h", method="full", trainer=four(tmp_path)))
-    assert spent[0] > 0
+def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
+    # Each look at the clock is two seconds later: one second for a model and 64 tokens.
+    monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
+    monkeypatch.setattr(home, "quality", lambda *given: None)
+    text = TokenSet.from_rows([[7] * 64] * 10)
+    config, teacher = HealConfig(effort="3min"), SimpleNamespace(model=None)
+    job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
+    home._check_effort(job, text.select([0, 1]), patches=False)
+    with pytest.raises(InputError, match=r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
+        home._check_effort(job, text.select([0, 1]), patches=True)
 
 
-def test_the_clock_is_read_on_real_steps(models, tmp_path):
+def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
+    spent, spend = [], train._spend
+    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or spend(job))
     # The text ends long before this time does, on any machine.
     out = heal(spending(models, tmp_path / "out", "2h"))
+    assert spent[0] > 0
     found = bought(out)
     assert found["seconds"] > 0
     assert found["epochs"] == pytest.approx(recipe.EPOCHS, rel=0.2)

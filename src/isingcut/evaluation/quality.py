@@ -98,12 +98,10 @@ def before_and_after(
         rest["generation"] = Generation(prompt=prompt, **texts)
     if found.parts:
         rest["parts"] = found.parts
-    rest["elsewhere"] = {}
-    for name, text in elsewhere.items():
-        of_text = dict(quality(first, second, text, batch_tokens, progress=progress))
-        del of_text["parts"]
-        scores = PartScores(samples=text.samples, tokens=text.tokens, **of_text)
-        rest["elsewhere"][name] = scores
+    rest["elsewhere"] = {
+        name: _part(text, quality(first, second, text, batch_tokens, progress=progress))
+        for name, text in elsewhere.items()
+    }
     for name, side in both.items():
         rest[name] = ModelScores(
             **dict(getattr(found, name)),
@@ -164,7 +162,7 @@ def sample_sums(
     """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
     sums = np.zeros((3, tokens.samples))
 
-    def compute(some: Sequence[TokenSet]) -> list[dict[int, tuple[float, float, float]]]:
+    def compute(some: Sequence[TokenSet]) -> list[dict[int, list[float]]]:
         return _sums_by_sample(original, cut, some)
 
     batches, limit = tokens.batches(batch_tokens), BatchLimit(original.device)
@@ -180,7 +178,7 @@ def sample_sums(
 
 def _sums_by_sample(
     original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
-) -> list[dict[int, tuple[float, float, float]]]:
+) -> list[dict[int, list[float]]]:
     """Yield for each micro-batch the sums of `sum_losses` by sample index."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
@@ -213,7 +211,7 @@ def _logits(
 ) -> list[Callable[[], Callable[[int], Tensor]]]:
     """Return for each micro-batch a function that computes the logits (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
-        return [partial(_resident_logits, model, batch) for batch in batches]
+        return [partial(_read_logits, model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):
@@ -226,7 +224,7 @@ def _logits(
     return [partial(rows, *pair) for pair in zip(recordings, streams, strict=True)]
 
 
-def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
+def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
     ids = batch.input_ids.to(model.device)
     found: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return found.__getitem__
@@ -241,9 +239,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)
-        of_part = dict(quality_of(sums[:, rows], own))
-        del of_part["parts"]
-        parts[name] = PartScores(samples=own.samples, tokens=own.tokens, **of_part)
+        parts[name] = _part(own, quality_of(sums[:, rows], own))
     return MixedScores(
         before=perplexity(nll_before, errors[0]),
         after=perplexity(nll_after, errors[1]),
@@ -254,7 +250,12 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     )
 
 
-def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
+    scores = {name: value for name, value in found if name != "parts"}
+    return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
+
+
+def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
     """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
@@ -266,16 +267,16 @@ def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, fl
         totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
-    first, second, third = totals.tolist()
-    return first, second, third
+    found: list[float] = totals.tolist()
+    return found
 
 
-def perplexity(nll: float, error: float | None) -> Perplexity:
+def perplexity(nll: float, error: float) -> Perplexity:
     """Return a loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
     return Perplexity(
         perplexity=value,
-        perplexity_se=None if error is None else without_infinities(value * error),
+        perplexity_se=without_infinities(value * error),
         nll=nll,
-        nll_se=None if error is None else without_infinities(error),
+        nll_se=without_infinities(error),
     )

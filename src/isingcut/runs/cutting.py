@@ -29,10 +29,9 @@ from isingcut.files.documents import (
 from isingcut.files.inputs import regular_file
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
-from isingcut.healing.job import Job
+from isingcut.healing.job import Job, check_training
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.recipe import check_training
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.gguf import (
     Changed,
