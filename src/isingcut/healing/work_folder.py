@@ -104,7 +104,7 @@ def complete_states(trainer: Path) -> list[Path]:
 
 def sources_of(config: HealConfig) -> list[Path]:
     """List the files and folders in the options of a healing that it reads."""
-    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
+    names = (config.student, config.teacher, *places_in(config.text))
     return [user_path(name) for name in names if name]
 
 

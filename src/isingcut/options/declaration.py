@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import numbers
 import re
@@ -29,6 +30,7 @@ from typing import (
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import read_text
+from isingcut.options.spellings import Spelling
 
 _AS_TEXT = (str, Path, numbers.Real, list, tuple)
 _WRONG = {
@@ -170,6 +172,8 @@ def _plain(value: Any, kind: type, default: Any) -> Any:
 
 
 def _text(value: Any, default: str) -> str:
+    if isinstance(value, dict) and isinstance(default, Section):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
         raise ValueError(f"must be text, got {shown(value)}")
     if isinstance(value, list | tuple):
@@ -308,6 +312,20 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(e).split())) from e
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+class Section(Spelling):
+    """Options by name: a section of the `--config` file, or ``"{max_steps: 4}"`` typed.
+
+    Attributes:
+        values: the options by name; they are checked where they are used.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self.values = parse_yaml(text) if text else {}
+        if not isinstance(self.values, dict):
+            words = "must be a section of the --config file, or typed as {name: value}"
+            raise ValueError(f"{words}; got {shown(text)}")
 
 
 @functools.cache

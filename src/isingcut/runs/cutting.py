@@ -322,11 +322,11 @@ def check_healing_options(config: RunConfig) -> None:
         return
     sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
     if "self" in sources:
-        raise InputError("healing needs real text; give a file with text: SOURCE as --heal-options")
+        raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
     if pipes := [source for source in sources if source in measured and only_once(source)]:
         raise InputError(
             f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
-            "it to a file, or give a file with text: SOURCE as --heal-options"
+            "it to a file, or name another text with --healing '{text: SOURCE}'"
         )
 
 

@@ -152,8 +152,12 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The options the folder was made with."""
         # Drop options of older versions, and trust, which is never remembered.
-        gone = ("trust_remote_code", "heal_top", "keep_cut")
-        stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
+        gone = ("trust_remote_code", "heal_top", "keep_cut", "heal_options")
+        options = self.run.config.content()
+        stored = {k: v for k, v in options.items() if k not in gone}
+        if options.get("heal_options"):
+            # Of an older version; healing again refuses it, reading does not.
+            stored["healing"] = {"heal_options": options["heal_options"]}
         # Folders older than the patch have none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
@@ -413,7 +417,7 @@ def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
 def read_by(config: RunConfig) -> list[Path]:
     """List the files and folders that a run with these options reads."""
     files = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *files]
+    named = [config.model, *places_in(config.calibration), config.data, *files]
     return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 
