@@ -320,13 +320,13 @@ class RunFolder:
                     )
                 if file.is_dir():
                     writing.check_output(file, overwrite=True)
-            begun: dict[str, Any] = {
-                "stage": name,
-                "fingerprint": wanted,
-                "options": options,
-                "done": False,
-            }
-            self.run.stages[key] = documents.StageRecord.model_validate(begun)
+            begun = documents.StageRecord(
+                stage=name,
+                fingerprint=wanted,
+                options=documents.StageOptions(**options),
+                done=False,
+            )
+            self.run.stages[key] = begun
             self.save()
             began = time.monotonic()
             self.processes.decide(lambda: together)
@@ -337,12 +337,11 @@ class RunFolder:
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
-            begun |= {"done": True, "seconds": round(time.monotonic() - began, 3)}
-            begun |= {
-                "sha256": writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
-            }
-            begun |= self.memory_record()
-            self.run.stages[key] = documents.StageRecord.model_validate(begun)
+            done: dict[str, Any] = {"done": True, "seconds": round(time.monotonic() - began, 3)}
+            done["sha256"] = (
+                writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
+            )
+            self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
             self.save()
             self.share()
             forget()

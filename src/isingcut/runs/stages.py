@@ -426,50 +426,37 @@ def _further_scores(
     found: dict[str, Any] = {"last": last}
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
+    judges: dict[str, Callable[[TokenSet], dict[str, documents.FurtherPart]]] = {}
     if last != "cut":
-        exact = partial(_exact_cut, session, record.removed)
-        found["cut"] = _with_elsewhere(exact, tokens, elsewhere)
+        judges["cut"] = partial(_score_exact_cut, session, record.removed)
     if healed and changed:
-        original = session.streamed[1] if session.streaming else session.loaded.model
         loaded, streamed = session.open_cut(model)
-        size = session.tuning.batch_tokens
-        patched = streamed or loaded.model
-        progress = session.progress
-
-        def judged(text: TokenSet) -> documents.FurtherScores:
-            scores = quality(original, patched, text, size, progress=progress)
-            figures, *parts = (
-                {**dict(one.after), "kl": one.kl, "kl_se": one.kl_se}
-                for one in (scores, *scores.parts.values())
-            )
-            return _by_part(figures, dict(zip(scores.parts, parts, strict=True)))
-
-        found["patched"] = _with_elsewhere(judged, tokens, elsewhere)
+        judges["patched"] = partial(_score_cut, session, streamed or loaded.model)
+    for name, judge in judges.items():
+        parts = judge(tokens)
+        found[name] = documents.FurtherScores(
+            **dict(parts.pop("")),
+            **dict[str, Any]({"parts": parts} if parts else {}),
+            elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+        )
     return found
 
 
-def _with_elsewhere(
-    judge: Callable[[TokenSet], documents.FurtherScores],
-    tokens: TokenSet,
-    elsewhere: Mapping[str, TokenSet],
-) -> documents.FurtherScores:
-    """Run ``judge`` on the report split and on each of the other texts."""
-    figures = set(documents.FurtherPart.model_fields)
-    texts = {name: judge(text).model_dump(include=figures) for name, text in elsewhere.items()}
-    further = {name: documents.FurtherPart(**scores) for name, scores in texts.items()}
-    return judge(tokens).model_copy(update={"elsewhere": further})
+def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, documents.FurtherPart]:
+    """Score a cut on a text (key "") and on each part of a mixture."""
+    original = session.streamed[1] if session.streaming else session.loaded.model
+    size, progress = session.tuning.batch_tokens, session.progress
+    scores = quality(original, cut, tokens, size, progress=progress)
+    return {
+        name: documents.FurtherPart(**dict(one.after), kl=one.kl, kl_se=one.kl_se)
+        for name, one in {"": scores, **scores.parts}.items()
+    }
 
 
-def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> documents.FurtherScores:
-    mixed = {name: documents.FurtherPart(**part) for name, part in parts.items()}
-    given: dict[str, Any] = {"parts": mixed} if mixed else {}
-    return documents.FurtherScores(**figures, **given)
-
-
-def _exact_cut(
+def _score_exact_cut(
     session: Session, removed: Sequence[int], tokens: TokenSet
-) -> documents.FurtherScores:
-    """Score the exact cut: the original with its blocks skipped."""
+) -> dict[str, documents.FurtherPart]:
+    """Score the original with its blocks skipped, as `_score_cut`."""
     measured = measure(
         session.replay,
         tokens,
@@ -477,15 +464,12 @@ def _exact_cut(
         Work(session.tuning.batch_tokens, session.progress),
         "perplexity and KL of the exact cut",
     )
-    parts = {
-        name: _with_perplexity(measured.of_samples(rows).losses(0))
-        for name, rows in tokens.rows_by_part.items()
+    losses = {"": measured.losses(0)}
+    losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
+    return {
+        name: documents.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
+        for name, of in losses.items()
     }
-    return _by_part(_with_perplexity(measured.losses(0)), parts)
-
-
-def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(perplexity(losses["nll"], losses["nll_se"])), **losses}
 
 
 _LARGEST = 1_000_000
