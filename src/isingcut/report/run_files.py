@@ -18,7 +18,6 @@ from isingcut.files.documents import (
     BlockCosts,
     CalibrationText,
     CandidatesFile,
-    CutProof,
     CutRecord,
     EnergyMeta,
     EvaluationFile,
@@ -79,17 +78,12 @@ class RunFiles:
         Args:
             made_with: the folder of this removal that it is in or next to, which has a record.
         """
-        if not os.path.lexists(path):
+        recorded = self.target / made_with if made_with else path
+        begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
+        unfinished = self.record(recorded) is None and (begun or made_with)
+        if unfinished or not os.path.lexists(path):
             return None
-        if made_with:
-            if self.record(self.target / made_with) is None:
-                return None
-        elif (
-            self.record(path) is None
-            and path.relative_to(self.folder).as_posix() in self.run.stages
-        ):
-            return None
-        else:
+        if not made_with:
             check_recorded(self.run.stages, self.folder, path)
         found = read(path)
         documents.check_blocks(path, found, len(self.blocks))
@@ -189,11 +183,6 @@ class RunFiles:
         """The model's blocks."""
         return self.run.blocks.blocks
 
-    def rests_on(self, key: str) -> bool:
-        """Whether this removal rests on the file of a stage, by its name in the run folder."""
-        shared = key.startswith(("calibration.", "hamiltonian."))
-        return shared or (self.folder / key).parent == self.target
-
     def gone(self, cost: str) -> int:
         """How much of a cost of blocks the removed ones have, once there are some."""
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
@@ -250,19 +239,9 @@ class RunFiles:
         return None if self.removal is None else self.removal.patch
 
     @property
-    def proof(self) -> CutProof | None:
-        """How the exact cut was proven; None where none is there, or an older one."""
-        return None if self.removal is None else self.removal.proof
-
-    @property
     def healed(self) -> bool:
         """A healed checkpoint is there; the evaluation is then of it."""
         return (self.target / "healed").is_dir()
-
-    @property
-    def gguf(self) -> bool:
-        """A cut GGUF file is there."""
-        return (self.target / "model.gguf").is_file()
 
     @cached_property
     def scores(self) -> list[Row]:
@@ -282,8 +261,8 @@ class RunFiles:
         said: list[str] = []
         if self.candidates is not None:
             said += ranking_warnings(self.energy, self.candidates)
-        if self.proof is not None:
-            said += self.proof.remarks
+        if self.removal is not None and self.removal.proof is not None:
+            said += self.removal.proof.remarks
         patched = [patch_warnings(f) for f in (self.removal, self.evaluation) if f is not None]
         said += dict.fromkeys(line for lines in patched for line in lines)
         if self.evaluation is not None:
@@ -297,18 +276,6 @@ class RunFiles:
             return []
         mine = self.candidates.chosen.kl
         return [b for b in self.baselines if b.kl < mine and not b.violated]
-
-    @property
-    def not_run(self) -> list[str]:
-        """Stages whose files are not there."""
-        absent = {
-            "energy": self.hamiltonian,
-            "solve": self.spectrum,
-            "rank": self.candidates,
-            "excise": self.removal,
-            "evaluate": self.evaluation,
-        }
-        return [stage for stage, found in absent.items() if found is None]
 
     @property
     def title(self) -> str:
