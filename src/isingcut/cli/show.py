@@ -35,13 +35,7 @@ from isingcut.report.rows import (
     plus_minus,
 )
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import (
-    correlation_text,
-    listed,
-    one_pass_words,
-    question_rows,
-    state_map,
-)
+from isingcut.report.words import correlation_text, listed, one_pass_words, question_rows, state_map
 from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:

@@ -94,9 +94,7 @@ def demo(progress: Any, **options: Any) -> Output:
 
     Example: isingcut demo
     """
-    from isingcut.runs.demo import demo as run_demo
-
-    return _finished(run_demo(**given(options), progress=progress), generation=True)
+    return _finished(pipeline.demo(**given(options), progress=progress), generation=True)
 
 
 def _finished(target: Path, *, generation: bool = False) -> Output:

@@ -14,14 +14,7 @@ from annotated_types import Interval as Bounds
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options import spellings
-from isingcut.options.declaration import (
-    Options,
-    Section,
-    Then,
-    given_options,
-    option,
-    options_from,
-)
+from isingcut.options.declaration import Options, Section, Then, given_options, option, options_from
 
 
 def _at_home(text: str) -> str:

@@ -22,10 +22,7 @@ from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
 from isingcut.files import documents, writing
-from isingcut.files.documents import (
-    FittedText,
-    PatchRecord,
-)
+from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.files.inputs import regular_file
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length

@@ -98,14 +98,10 @@ class RunFolder:
                 folder.run.config = documents.Config(**options)
             made = folder.run.provenance.content()
         else:
-            made = versions()
+            made, kept = versions(), documents.Config(**options)
             origin = documents.Provenance(**made, model=model)
             run = documents.RunFile(
-                config=documents.Config(**options),
-                stages={},
-                blocks=blocks,
-                provenance=origin,
-                complete=False,
+                config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
             )
             folder = cls(path, run, overwrite=config.overwrite)
         made |= {"model": model, **model_path(path, config.model)}

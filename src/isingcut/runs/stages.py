@@ -31,11 +31,7 @@ from isingcut.evaluation.benchmark import (
     journal_of,
     text_scores,
 )
-from isingcut.evaluation.quality import (
-    before_and_after,
-    perplexity,
-    quality,
-)
+from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
