@@ -201,12 +201,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    record = folder.recorded(folder.path / "hamiltonian.safetensors")
-    if record is None or not record.done:
-        raise StageFileError(
-            f"the energy of {folder.path} is not finished; "
-            f"run: isingcut energy MODEL --out {folder.path}"
-        )
+    record = folder.record(folder.path / "hamiltonian.safetensors")
     keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 

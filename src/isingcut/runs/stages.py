@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isingcut.baselines import registry
 from isingcut.console.progress import Part
@@ -479,7 +480,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
             million.
     """
     part = registry.get(name)
-    known = {f.name: f.default for f in dataclasses.fields(part)}
+    known, kinds = {f.name: f.default for f in dataclasses.fields(part)}, get_type_hints(part)
     chosen: dict[str, Any] = {}
     for setting in settings:
         option, equals, text = setting.partition("=")
@@ -491,17 +492,14 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
             value = parse_yaml(text)
         except ValueError as e:
             raise InputError(f"--set {shown(setting)}: cannot read the value ({e})") from e
-        if isinstance(value, list):
-            value = tuple(value)
-        # An option without a default takes numbers only.
-        expected = int if known[option] is None else type(known[option])
-        items = value if isinstance(value, tuple) and expected is tuple else ()
-        if type(value) is not expected or any(type(v) is not int for v in items):
-            raise InputError(
-                f"--set {shown(setting)}: expected a value like {known[option]!r}, "
-                f"got {shown(text)}"
-            )
-        if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            TypeAdapter(kinds[option], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            expected = f"expected a value like {known[option]!r}, got {shown(text)}"
+            raise InputError(f"--set {shown(setting)}: {expected}") from e
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in items):
             raise InputError(f"--set {shown(setting)}: the largest number is {_LARGEST:,}")
         chosen[option] = value
     return part(**chosen)
