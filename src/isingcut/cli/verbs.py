@@ -291,22 +291,10 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     )
 
 
-@verb("skip_speed", *OF_RUN, group=STAGES)
+@verb("skip_speed", "tasks", "data", "questions", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Folder,
     progress: Any,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Benchmarks to run too, comma-separated: lm-evaluation-harness tasks; with --data "
-            "the tasks of isingcut (see isingcut ls) or 'all'; or .jsonl files of questions."
-        ),
-    ] = "",
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the questions (default: the hub)."),
-    ] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="Most questions per task.")] = None,
     original: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Compare the checkpoint DIR with this model."),
@@ -323,16 +311,19 @@ def evaluate(
 
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
-    from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.folder import MANIFEST
 
-    names = _named(tasks, data, questions)
+    typed = given({name: options.pop(name) for name in ("tasks", "data", "questions")})
+    if typed and not typed.get("tasks", "").strip(" ,"):
+        raise InputError("--data and --questions need benchmarks; name some with --tasks")
     if original is not None:
         if blocks is not None:
             raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
-        if not names:
+        if not typed:
             raise InputError("--original needs benchmarks to compare; name some with --tasks")
-        scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
+        typed |= given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+        config = RunConfig(**{**typed, "model": original}).validate()
+        scores, file = _score_checkpoint(directory, config, out)
         return Output(
             {"benchmarks": {"file": str(file), **scores.content()}},
             lambda: show.show_benchmarks(scores, file),
@@ -345,17 +336,17 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL and --tasks to "
             "compare it with its original"
         )
-    names = check_tasks(names, data, questions) if names else []
+    asked = RunConfig(**typed)
+    stages.check_run_tasks(asked)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
-    if names:
-        benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-        config = config.replace(**benchmarks)
+    if typed:
+        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
     rows: documents.BenchmarksFile | None = None
-    if names:
+    if typed:
         rows = stages.benchmarks(session, folder, removed)
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
@@ -369,39 +360,19 @@ def evaluate(
     return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
 
 
-def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
-    """Split the typed tasks; their names are checked later."""
-    from isingcut.evaluation.questions import split_names
-
-    names = split_names(tasks)
-    if not names and (tasks or data is not None or questions is not None):
-        raise InputError("--data and --questions need benchmarks; name some with --tasks")
-    return names
-
-
-def _of_checkpoint(
-    folder: Path,
-    original: str,
-    names: list[str],
-    data: Path | None,
-    questions: int | None,
-    out: Path | None,
-    options: dict[str, Any],
+def _score_checkpoint(
+    folder: Path, config: RunConfig, out: Path | None
 ) -> tuple[documents.BenchmarksFile, Path]:
     """Compare a checkpoint in any folder with its original model."""
-    from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.session import Session
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
-    typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-    config = RunConfig(**{**typed, **benchmarks, "model": original}).validate()
-    sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
+    sources = [str(folder), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.
-    check_tasks(names, data, questions)
+    stages.check_run_tasks(config)
     with locked(file):
         content = stages.score_both(Session(config), folder)
         write_document(file, content, seal=True)

@@ -249,9 +249,11 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
 
 
 def write_sealed(path: Path, content: str) -> None:
-    """Write Markdown or HTML with a seal at its end."""
+    """Write Markdown or HTML with a seal, a comment in the last line."""
+    body = content if content.endswith("\n") else content + "\n"
+    seal = f"<!-- isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()} -->\n"
     with atomic_file(path) as temporary:
-        temporary.write_text(sealed(content), encoding="utf-8")
+        temporary.write_text(body + seal, encoding="utf-8")
 
 
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
@@ -577,13 +579,6 @@ def file_sha256(path: Path) -> str:
 
 
 # Text files -----------------------------------------------------------------------------
-
-
-def sealed(content: str) -> str:
-    """Append a seal to Markdown or HTML, as a comment in the last line."""
-    body = content if content.endswith("\n") else content + "\n"
-    words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
-    return f"{body}<!-- {words} -->\n"
 
 
 def _foreign_file(path: Path) -> str | None:

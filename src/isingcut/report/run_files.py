@@ -15,8 +15,6 @@ from isingcut.files import documents
 from isingcut.files.documents import (
     BaselineFile,
     BenchmarksFile,
-    BlockCosts,
-    CalibrationText,
     CandidatesFile,
     CutRecord,
     EnergyMeta,
@@ -48,6 +46,15 @@ PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
 
 
+def _reader(model: type[D]) -> Callable[[Path], D]:
+    return lambda path: read_document(path, model)
+
+
+def _document(name: str, model: type[D], made_with: str = "") -> cached_property[D | None]:
+    """Declare a file of a removal; for ``made_with`` see `RunFiles.read`."""
+    return cached_property(lambda files: files.read(files.target / name, _reader(model), made_with))
+
+
 class RunFiles:
     """Everything a report is made of; a file is read and checked when it is first looked at.
 
@@ -55,6 +62,13 @@ class RunFiles:
         folder: the run folder, with its `run.json`.
         target: where the files of one removal are; by default the run folder itself.
         run: `run.json`, where it is read already.
+
+    Attributes:
+        blocks: the model's blocks.
+        energy: the name of the energy that chose.
+        model: the model as it was named.
+        calibration: the text that it was measured on.
+        healed: whether there is a healed checkpoint.
 
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged, was changed
@@ -66,14 +80,19 @@ class RunFiles:
     ) -> None:
         self.folder, self.target = folder, target or folder
         self.run = run or read_document(folder / "run.json", RunFile)
+        origin, self.blocks = self.run.provenance, self.run.blocks.blocks
+        self.energy, self.model = self.run.config.energy, origin.model.name
+        self.calibration = origin.calibration
+        # The evaluation is then of that checkpoint.
+        self.healed = (self.target / "healed").is_dir()
 
     def record(self, path: Path) -> StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
 
-    def _read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """What a finished stage wrote; None where it did not.
+    def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
+        """Read what a finished stage wrote; None where it did not.
 
         Args:
             made_with: the folder of this removal that it is in or next to, which has a record.
@@ -89,41 +108,29 @@ class RunFiles:
         documents.check_blocks(path, found, len(self.blocks))
         return found
 
-    def _document(self, name: str, model: type[D], made_with: str = "") -> D | None:
-        return self._read(self.target / name, lambda path: read_document(path, model), made_with)
+    candidates = _document("candidates.json", CandidatesFile)
+    evaluation = _document("evaluation.json", EvaluationFile)
+    benchmarks = _document("benchmarks.json", BenchmarksFile)
+    removal = _document("model/isingcut.json", CutRecord, "model")
+    healing = _document("healing.json", HealingFile, "healed")
 
     @cached_property
     def spectrum(self) -> SpectrumFile | None:
-        """`spectrum.json`, with what a search found beyond it."""
-        found = self._document("spectrum.json", SpectrumFile)
+        """`spectrum.json`, with the states that a search found beyond it."""
+        found = self.read(self.target / "spectrum.json", _reader(SpectrumFile))
         return found and with_searched(found, self.candidates)
-
-    @cached_property
-    def candidates(self) -> CandidatesFile | None:
-        """`candidates.json`."""
-        return self._document("candidates.json", CandidatesFile)
-
-    @cached_property
-    def evaluation(self) -> EvaluationFile | None:
-        """`evaluation.json`."""
-        return self._document("evaluation.json", EvaluationFile)
-
-    @cached_property
-    def benchmarks(self) -> BenchmarksFile | None:
-        """`benchmarks.json`."""
-        return self._document("benchmarks.json", BenchmarksFile)
 
     @cached_property
     def baselines(self) -> list[BaselineFile]:
         """All `baseline-NAME.json`, lowest measured KL first."""
-        files = sorted(path.name for path in self.target.glob("baseline-*.json"))
-        found = [self._document(name, BaselineFile) for name in files]
+        files = sorted(self.target.glob("baseline-*.json"))
+        found = [self.read(file, _reader(BaselineFile)) for file in files]
         return sorted((b for b in found if b is not None), key=lambda b: b.kl)
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian | None:
         """The energy that chose."""
-        return self._read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
+        return self.read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
 
     @cached_property
     def energies(self) -> dict[str, Hamiltonian]:
@@ -131,23 +138,13 @@ class RunFiles:
         found = {self.energy: self.hamiltonian}
         for path in sorted(self.folder.glob("hamiltonian.*.safetensors")):
             name = path.name.removeprefix("hamiltonian.").removesuffix(".safetensors")
-            found[name] = self._read(path, Hamiltonian.load)
+            found[name] = self.read(path, Hamiltonian.load)
         return {name: energy for name, energy in found.items() if energy is not None}
 
     @property
     def comparable(self) -> bool:
         """The energy is in the unit of a loss."""
         return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
-
-    @cached_property
-    def removal(self) -> CutRecord | None:
-        """The record inside the checkpoint, `model/isingcut.json`."""
-        return self._document("model/isingcut.json", CutRecord, "model")
-
-    @cached_property
-    def healing(self) -> HealingFile | None:
-        """`healing.json` of a healing that is finished: its curve, and the scores around it."""
-        return self._document("healing.json", HealingFile, "healed")
 
     @cached_property
     def removals(self) -> list[RunFiles]:
@@ -178,29 +175,9 @@ class RunFiles:
             return next((r for r in rows if sorted(r.removed) == self.removed), None)
         return None if self.spectrum is None else self.spectrum.states[0]
 
-    @property
-    def blocks(self) -> list[BlockCosts]:
-        """The model's blocks."""
-        return self.run.blocks.blocks
-
     def gone(self, cost: str) -> int:
         """How much of a cost of blocks the removed ones have, once there are some."""
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
-
-    @property
-    def energy(self) -> str:
-        """The name of the energy that chose."""
-        return self.run.config.energy
-
-    @property
-    def model(self) -> str:
-        """The model as it was named."""
-        return self.run.provenance.model.name
-
-    @property
-    def calibration(self) -> CalibrationText | None:
-        """The text that it was measured on."""
-        return self.run.provenance.calibration
 
     @property
     def meta(self) -> EnergyMeta:
@@ -237,11 +214,6 @@ class RunFiles:
     def patch(self) -> PatchRecord | None:
         """What was patched of the checkpoint; None where nothing was to be."""
         return None if self.removal is None else self.removal.patch
-
-    @property
-    def healed(self) -> bool:
-        """A healed checkpoint is there; the evaluation is then of it."""
-        return (self.target / "healed").is_dir()
 
     @cached_property
     def scores(self) -> list[Row]:
