@@ -14,13 +14,7 @@ from rich.table import Table
 from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
-from isingcut.files.documents import (
-    BaselineFile,
-    BenchmarksFile,
-    CandidatesFile,
-    EvaluationFile,
-    HealingFile,
-)
+from isingcut.files import documents
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
@@ -104,7 +98,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     show_lines(f"wrote {file}")
 
 
-def show_ranking(found: CandidatesFile) -> None:
+def show_ranking(found: documents.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
     chosen, lines = found.chosen, []
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
@@ -132,7 +126,7 @@ def show_ranking(found: CandidatesFile) -> None:
     )
 
 
-def show_baseline(found: BaselineFile, file: Path) -> None:
+def show_baseline(found: documents.BaselineFile, file: Path) -> None:
     """Print the choice of a baseline, its loss and its cost."""
     broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
     show_lines(
@@ -199,7 +193,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """Return the chosen state of every ranked removal of a run folder, fewest blocks first."""
     files = folder.glob("remove-*/candidates.json")
-    found = [(f, read_document(f, CandidatesFile)) for f in files]
+    found = [(f, read_document(f, documents.CandidatesFile)) for f in files]
     rows = [
         {
             "remove": r.remove,
@@ -262,14 +256,14 @@ def show_curve(folder: Path) -> None:
     )
 
 
-def show_evaluation(found: EvaluationFile, *, last: str = "cut") -> None:
+def show_evaluation(found: documents.EvaluationFile, *, last: str = "cut") -> None:
     """Print the before/after table, without the NLL (the report has it)."""
     title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
     rows = evaluation_rows(found, last=last)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
-def show_healing(found: HealingFile, folder: Path) -> None:
+def show_healing(found: documents.HealingFile, folder: Path) -> None:
     """Print the quality before and after healing, on unseen text."""
     title = (
         f"unseen text: {found.report_tokens} tokens; trained on {found.tokens_seen} tokens "
@@ -279,7 +273,7 @@ def show_healing(found: HealingFile, folder: Path) -> None:
     show_lines(f"wrote {folder}")
 
 
-def show_benchmarks(found: BenchmarksFile, file: Path, *, last: str = "cut") -> None:
+def show_benchmarks(found: documents.BenchmarksFile, file: Path, *, last: str = "cut") -> None:
     """Print the scores of both models, and whether each difference is more than noise."""
     title = "benchmarks, the same questions for both models"
     if found.left_out:

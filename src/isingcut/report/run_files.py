@@ -12,32 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from isingcut.files import documents
-from isingcut.files.documents import (
-    BaselineFile,
-    BenchmarksFile,
-    CandidatesFile,
-    CutRecord,
-    EnergyMeta,
-    EvaluationFile,
-    HealingFile,
-    Judged,
-    MeasuredState,
-    PatchRecord,
-    Ranked,
-    RunFile,
-    SpectrumFile,
-    StageRecord,
-)
 from isingcut.files.writing import check_recorded, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
-from isingcut.report.words import (
-    overlap_warnings,
-    part_warnings,
-    patch_warnings,
-    ranking_warnings,
-    sentence,
-)
 
 T = TypeVar("T")
 D = TypeVar("D", bound=documents.Document)
@@ -76,17 +54,17 @@ class RunFiles:
     """
 
     def __init__(
-        self, folder: Path, target: Path | None = None, run: RunFile | None = None
+        self, folder: Path, target: Path | None = None, run: documents.RunFile | None = None
     ) -> None:
         self.folder, self.target = folder, target or folder
-        self.run = run or read_document(folder / "run.json", RunFile)
+        self.run = run or read_document(folder / "run.json", documents.RunFile)
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
         # The evaluation is then of that checkpoint.
         self.healed = (self.target / "healed").is_dir()
 
-    def record(self, path: Path) -> StageRecord | None:
+    def record(self, path: Path) -> documents.StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
@@ -108,23 +86,23 @@ class RunFiles:
         documents.check_blocks(path, found, len(self.blocks))
         return found
 
-    candidates = _document("candidates.json", CandidatesFile)
-    evaluation = _document("evaluation.json", EvaluationFile)
-    benchmarks = _document("benchmarks.json", BenchmarksFile)
-    removal = _document("model/isingcut.json", CutRecord, "model")
-    healing = _document("healing.json", HealingFile, "healed")
+    candidates = _document("candidates.json", documents.CandidatesFile)
+    evaluation = _document("evaluation.json", documents.EvaluationFile)
+    benchmarks = _document("benchmarks.json", documents.BenchmarksFile)
+    removal = _document("model/isingcut.json", documents.CutRecord, "model")
+    healing = _document("healing.json", documents.HealingFile, "healed")
 
     @cached_property
-    def spectrum(self) -> SpectrumFile | None:
+    def spectrum(self) -> documents.SpectrumFile | None:
         """`spectrum.json`, with the states that a search found beyond it."""
-        found = self.read(self.target / "spectrum.json", _reader(SpectrumFile))
+        found = self.read(self.target / "spectrum.json", _reader(documents.SpectrumFile))
         return found and with_searched(found, self.candidates)
 
     @cached_property
-    def baselines(self) -> list[BaselineFile]:
+    def baselines(self) -> list[documents.BaselineFile]:
         """All `baseline-NAME.json`, lowest measured KL first."""
         files = sorted(self.target.glob("baseline-*.json"))
-        found = [self.read(file, _reader(BaselineFile)) for file in files]
+        found = [self.read(file, _reader(documents.BaselineFile)) for file in files]
         return sorted((b for b in found if b is not None), key=lambda b: b.kl)
 
     @cached_property
@@ -164,7 +142,7 @@ class RunFiles:
         return str(requested or self.target.name.removeprefix("remove-"))
 
     @property
-    def best(self) -> MeasuredState | Ranked | None:
+    def best(self) -> documents.MeasuredState | documents.Ranked | None:
         """What was cut, as the ranking measured it; before a cut, the ranking's choice.
 
         Before a ranking it is the ground state, without a loss. None where blocks were named by
@@ -180,10 +158,10 @@ class RunFiles:
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
 
     @property
-    def meta(self) -> EnergyMeta:
+    def meta(self) -> documents.EnergyMeta:
         """The energy's provenance; empty before it is measured."""
         found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
-        return EnergyMeta.model_validate(found)
+        return documents.EnergyMeta.model_validate(found)
 
     @property
     def removed(self) -> list[int] | None:
@@ -196,12 +174,12 @@ class RunFiles:
     @property
     def summary(self) -> str:
         """What was removed and why, in one paragraph; empty before a choice."""
-        return "" if self.removed is None else sentence("summary", self, self.removed)
+        return "" if self.removed is None else words.sentence("summary", self, self.removed)
 
     @property
     def verdict(self) -> str:
         """What a reader must know to decide; empty before a choice."""
-        return "" if self.removed is None else sentence("verdict", self)
+        return "" if self.removed is None else words.sentence("verdict", self)
 
     @property
     def last(self) -> str:
@@ -211,7 +189,7 @@ class RunFiles:
         return "patched" if self.patch is not None and self.patch.changed else "cut"
 
     @property
-    def patch(self) -> PatchRecord | None:
+    def patch(self) -> documents.PatchRecord | None:
         """What was patched of the checkpoint; None where nothing was to be."""
         return None if self.removal is None else self.removal.patch
 
@@ -221,7 +199,7 @@ class RunFiles:
         return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
-    def judged(self) -> dict[str, Judged]:
+    def judged(self) -> dict[str, documents.Judged]:
         """How well each energy ranked measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
@@ -232,17 +210,18 @@ class RunFiles:
         """What a reader must know before trusting the energy, the cut, its patch or its figures."""
         said: list[str] = []
         if self.candidates is not None:
-            said += ranking_warnings(self.energy, self.candidates)
+            said += words.ranking_warnings(self.energy, self.candidates)
         if self.removal is not None and self.removal.proof is not None:
             said += self.removal.proof.remarks
-        patched = [patch_warnings(f) for f in (self.removal, self.evaluation) if f is not None]
-        said += dict.fromkeys(line for lines in patched for line in lines)
+        patched = (f for f in (self.removal, self.evaluation) if f is not None)
+        said += dict.fromkeys(line for f in patched for line in words.patch_warnings(f))
         if self.evaluation is not None:
-            said += part_warnings(self.evaluation)
-        return said + overlap_warnings({} if self.calibration is None else self.calibration.overlap)
+            said += words.part_warnings(self.evaluation)
+        text = self.calibration
+        return said + words.overlap_warnings({} if text is None else text.overlap)
 
     @property
-    def winners(self) -> list[BaselineFile]:
+    def winners(self) -> list[documents.BaselineFile]:
         """Baselines that keep all constraints and have a lower measured KL than the choice."""
         if self.candidates is None:
             return []
@@ -287,7 +266,9 @@ class RunFiles:
         return (Path(self.folder.resolve().name) / below).as_posix()
 
 
-def with_searched(spectrum: SpectrumFile, candidates: CandidatesFile | None) -> SpectrumFile:
+def with_searched(
+    spectrum: documents.SpectrumFile, candidates: documents.CandidatesFile | None
+) -> documents.SpectrumFile:
     """A spectrum with the candidates that a search found beyond it, ranked by energy.
 
     A spectrum that was solved anew since is left as it is.
@@ -298,5 +279,7 @@ def with_searched(spectrum: SpectrumFile, candidates: CandidatesFile | None) -> 
         return spectrum
     more = [r for r in rows if tuple(r.removed) not in own]
     ordered = sorted([*spectrum.states, *more], key=lambda s: s.energy)
-    ranked = [Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)]
+    ranked = [
+        documents.Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)
+    ]
     return spectrum.model_copy(update={"states": ranked, "searched": len(more)})

@@ -11,14 +11,7 @@ from typing import Any
 import jinja2
 from jinja2.environment import TemplateModule
 
-from isingcut.files.documents import (
-    CandidatesFile,
-    Correlations,
-    HealingFile,
-    MeasuredState,
-    PatchRecord,
-    SpectrumFile,
-)
+from isingcut.files import documents
 from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
 
 
@@ -69,7 +62,7 @@ part_warnings = partial(paragraphs, "part_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 
-def healing_warnings(found: HealingFile) -> list[str]:
+def healing_warnings(found: documents.HealingFile) -> list[str]:
     """What a healing did not do."""
     said = paragraphs("healing_warnings", found)
     return [*patch_warnings(found), *overlap_warnings(found.overlap), *said]
@@ -98,14 +91,16 @@ def _sentences() -> TemplateModule:
     return environment.get_template("words.j2").module
 
 
-def _known_rows(found: CandidatesFile, removed: Sequence[int]) -> list[tuple[MeasuredState, int]]:
+def _known_rows(
+    found: documents.CandidatesFile, removed: Sequence[int]
+) -> list[tuple[documents.MeasuredState, int]]:
     """The first row of a ranking that measured a state, and on how many tokens; or none."""
     few = found.random_tokens or found.tokens
     rows = [(row, found.tokens) for row in found.candidates] + [(row, few) for row in found.random]
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
-def correlation_text(found: Correlations, name: str) -> str:
+def correlation_text(found: documents.Correlations, name: str) -> str:
     """A rank correlation with its 95 % interval."""
     value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
@@ -113,7 +108,7 @@ def correlation_text(found: Correlations, name: str) -> str:
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")
 
 
-def was_tuned(patch: PatchRecord) -> bool:
+def was_tuned(patch: documents.PatchRecord) -> bool:
     """Whether tuning changed layers next to the cuts."""
     held_out = patch.tuning.held_out_kl if patch.tuning is not None else []
     return bool(held_out) and min(held_out) < held_out[0]
@@ -128,7 +123,9 @@ def state_map(removed: Sequence[int], n: int) -> str:
 
 
 def spectrum_map(
-    spectrum: SpectrumFile, candidates: CandidatesFile | None, removed: Sequence[int] | None
+    spectrum: documents.SpectrumFile,
+    candidates: documents.CandidatesFile | None,
+    removed: Sequence[int] | None,
 ) -> list[str]:
     """The spectrum as monospaced lines: rank, energy, measured KL, one column per block."""
     n = spectrum.n

@@ -21,24 +21,7 @@ from isingcut.files.documents import ChosenState
 from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, states_of
-from isingcut.report.figures import (
-    AXES,
-    Axis,
-    Book,
-    block_ticks,
-    dots,
-    draw_couplings,
-    draw_fields,
-    healing_figure,
-    list_rivals,
-    map_rows,
-    margin_scale,
-    number_states,
-    points_of,
-    scatter_figure,
-    spectrum_figure,
-    trade_off_figure,
-)
+from isingcut.report import figures
 from isingcut.report.render import render, render_page
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
@@ -105,12 +88,12 @@ def write_comparison(
 
 def report_view(files: RunFiles) -> dict[str, Any]:
     """What both pages are laid out from: the files, their states, and the methods that chose."""
-    states = number_states(files)
+    states = figures.number_states(files)
     return {
         "files": files,
         "title": files.title,
         "states": states,
-        "rivals": list_rivals(files, states),
+        "rivals": figures.list_rivals(files, states),
         "provenance": fact_rows("provenance", files),
         "timings": table("timing_rows", files),
     }
@@ -141,25 +124,27 @@ def _facts(files: RunFiles) -> dict[str, Any]:
 def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     """Return what the HTML page draws of a view."""
     files: RunFiles = view["files"]
-    states: Book = view["states"]
-    energy, n = files.hamiltonian, len(files.blocks)
-    rows, scale = map_rows(files, states)
+    states: figures.Book = view["states"]
+    energy, n, kinds = files.hamiltonian, len(files.blocks), [b.kind for b in files.blocks]
+    rows, scale = figures.map_rows(files, states)
     return {
         "n": n,
         "meter": _meter,
         "rows": rows,
         "scale": scale,
-        "ticks": block_ticks(n),
-        "fields": None if energy is None else draw_fields(energy, [b.kind for b in files.blocks]),
-        "couplings": None if energy is None else draw_couplings(energy),
-        "spectrum": spectrum_figure(files, states),
+        "ticks": figures.block_ticks(n),
+        "fields": None if energy is None else figures.draw_fields(energy, kinds),
+        "couplings": None if energy is None else figures.draw_couplings(energy),
+        "spectrum": figures.spectrum_figure(files, states),
         "scatters": [
-            scatter_figure(files, name, states) for name in files.judged if name in files.energies
+            figures.scatter_figure(files, name, states)
+            for name in files.judged
+            if name in files.energies
         ],
-        "trade_offs": [trade_off_figure(files, axis) for axis in AXES],
-        "dots": dots,
-        "rival_scale": margin_scale(files, [rival["state"] for rival in view["rivals"]]),
-        "curve": None if files.healing is None else healing_figure(files.healing),
+        "trade_offs": [figures.trade_off_figure(files, axis) for axis in figures.AXES],
+        "dots": figures.dots,
+        "rival_scale": figures.margin_scale(files, [rival["state"] for rival in view["rivals"]]),
+        "curve": None if files.healing is None else figures.healing_figure(files.healing),
         "data": _page_data(files, states),
     }
 
@@ -176,7 +161,7 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     return whisker(scale, value.figure, value.low, value.high, "v")
 
 
-def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
+def _page_data(files: RunFiles, states: figures.Book) -> dict[str, Any]:
     """What the page's script knows: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
@@ -260,8 +245,8 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         correlations=Scale(-1.0, 1.0, 0.0, 100.0),
         losses=span(ends, 0.0, 100.0, zero=True),
         whisker=whisker,
-        block_ticks=block_ticks,
-        trade_offs=[_trade_off(runs, axis) for axis in AXES],
+        block_ticks=figures.block_ticks,
+        trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
         scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
         crossed=_crossed(ranked),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
@@ -296,13 +281,13 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
 
 
-def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
+def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> Figure:
     """All measured removals of each run, joined to its original."""
-    found = [
-        (run, sorted((p for p in points_of(run.files, axis) if p.measured), key=lambda p: p.at))
-        for run in runs
-    ]
-    flat = [point for _, points in found for point in points]
+    found, flat = [], list[figures.Point]()
+    for run in runs:
+        measured = [p for p in figures.points_of(run.files, axis) if p.measured]
+        found.append((run, sorted(measured, key=lambda p: p.at)))
+        flat += measured
     if not flat:
         return Figure(axis.key, axis.title, "No run has measured this.")
     plot = axis.plot(flat)
@@ -333,8 +318,8 @@ def _trade_off(runs: Sequence[Side], axis: Axis) -> Figure:
 def _scatter(key: str, run: Side) -> list[Figure]:
     if run.files.hamiltonian is None:
         return []
-    states = number_states(run.files)
-    figure = scatter_figure(run.files, run.files.energy, states, link=False)
+    states = figures.number_states(run.files)
+    figure = figures.scatter_figure(run.files, run.files.energy, states, link=False)
     return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
 
 

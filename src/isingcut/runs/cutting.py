@@ -30,15 +30,8 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.patch.files import RECORD
 from isingcut.healing.recipe import check_training
+from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
-from isingcut.models.cutting.gguf import (
-    Changed,
-    Repacked,
-    changed_tensors,
-    check_same_model,
-    cut_gguf,
-    repacked,
-)
 from isingcut.models.cutting.verify import verify, verify_streamed
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import loading_class_of
@@ -174,12 +167,12 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header.check_blocks()
     # The run's own source file needs no comparison; another quantisation of it does.
     if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
-        check_same_model(header, session.source)
+        gguf.check_same_model(header, session.source)
 
 
 def excise_gguf(
     session: Session, folder: RunFolder, source: Path, removed: Sequence[int] | None = None
-) -> tuple[Path, list[Repacked]]:
+) -> tuple[Path, list[gguf.Repacked]]:
     """Write `model.gguf`: cut the same blocks out of a GGUF file, and patch the layers that are
     patched in `model/`; all other tensors keep their bytes.
 
@@ -198,19 +191,19 @@ def excise_gguf(
     if patch is not None and patch.tuning is not None:
         cuts += patch.tuning.layers
     options: dict[str, Any] = {"removed": blocks, "source": writing.file_sha256(source)}
-    changed: dict[str, Changed] = {}
+    changed: dict[str, gguf.Changed] = {}
     if cuts:
         options["patch"] = writing.fingerprint([cut.content() for cut in cuts])
         layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
         header = read_gguf(source)
-        changed = changed_tensors(header, session.source, place / "model", blocks, layers)
+        changed = gguf.changed_tensors(header, session.source, place / "model", blocks, layers)
 
     def make(path: Path) -> None:
-        cut_gguf(source, blocks, path, overwrite=True, changed=changed)
+        gguf.cut_gguf(source, blocks, path, overwrite=True, changed=changed)
 
     writing.refuse_source(place / "model.gguf", [source])
     file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
-    return file, repacked(source, file, changed, blocks) if changed else []
+    return file, gguf.repacked(source, file, changed, blocks) if changed else []
 
 
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:

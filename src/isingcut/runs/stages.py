@@ -22,16 +22,7 @@ from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError
-from isingcut.evaluation import candidates
-from isingcut.evaluation.benchmark import (
-    benchmark,
-    choose_by_questions,
-    contenders,
-    draw_half,
-    forget_scores,
-    journal_of,
-    text_scores,
-)
+from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
@@ -123,15 +114,15 @@ def choose_by_tasks(
     }
     pool = {name: task.pool() for name, task in tasks.items()}
     last = last_blocks(len(session.stack), len(rows[0].removed))
-    best = contenders(rows, last)
-    drawn = draw_half(pool, config.seed)
+    best = benchmark.contenders(rows, last)
+    drawn = benchmark.draw_half(pool, config.seed)
     model = ScoredModel(session.loaded, session.replay)
     # Fewer if one candidate is clearly ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
-            journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
+            journal = benchmark.journal_of(kept, tasks[name], model.loaded, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
             work = Work(session.tuning.batch_tokens, part, journal)
             only = frozenset(keys).__contains__
@@ -142,7 +133,7 @@ def choose_by_tasks(
             part.finish(f"without {blocks} {right:.0%} of {name}")
             return found
 
-        position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
+        position, found = benchmark.choose_by_questions([rows[i].removed for i in best], drawn, ask)
     return best[position], found
 
 
@@ -183,7 +174,7 @@ def benchmarks(
         options,
         make,
         lambda path: read_document(path, documents.BenchmarksFile),
-        forget=lambda: forget_scores(work, tasks),
+        forget=lambda: benchmark.forget_scores(work, tasks),
     )
 
 
@@ -213,7 +204,7 @@ def score_both(
     if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
-    rows = benchmark(
+    rows = benchmark.benchmark(
         models,
         [t for t in tasks if t != WIKITEXT],
         data=data_of(config),
@@ -225,7 +216,7 @@ def score_both(
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
         both = {name: model.loaded for name, model in models.items()}
-        found["wikitext2"] = text_scores(both, data_of(config), config.questions, **given)
+        found["wikitext2"] = benchmark.text_scores(both, data_of(config), config.questions, **given)
     return documents.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
 
 
@@ -281,7 +272,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
     def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
-        forget_scores(scores, split_names(config.tasks))
+        benchmark.forget_scores(scores, split_names(config.tasks))
 
     return folder.stage(
         "rank", file, options, make, solving.load_candidates, together=True, forget=drop
