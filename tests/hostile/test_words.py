@@ -296,7 +296,7 @@ EARLY = [
     ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
     ("--remove 99999", "from 1 to 5 for this model of 6 blocks, got 99999"),
     ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
-    ("--remove attention+mlp=6", "must remove 1 to 5 blocks in all"),
+    ("--remove attention+mlp=6", "--remove must be from 1 to 5 for this model"),
     ("--remove 2 --keep 0,17", "cannot keep block 17: blocks are numbered 0 to 5"),
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
     ("--remove 5 --keep 0,1", "no state satisfies all constraints; these conflict: .*keep"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,13 +24,13 @@ PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
 
 
-def _reader(model: type[D]) -> Callable[[Path], D]:
-    return lambda path: read_document(path, model)
-
-
 def _document(name: str, model: type[D], made_with: str = "") -> cached_property[D | None]:
     """Declare a file of a removal; for ``made_with`` see `RunFiles.read`."""
-    return cached_property(lambda files: files.read(files.target / name, _reader(model), made_with))
+    return cached_property(
+        lambda files: files.read(
+            files.target / name, partial(read_document, model=model), made_with
+        )
+    )
 
 
 class RunFiles:
@@ -95,14 +95,18 @@ class RunFiles:
     @cached_property
     def spectrum(self) -> documents.SpectrumFile | None:
         """`spectrum.json`, with the states that a search found beyond it."""
-        found = self.read(self.target / "spectrum.json", _reader(documents.SpectrumFile))
+        found = self.read(
+            self.target / "spectrum.json", partial(read_document, model=documents.SpectrumFile)
+        )
         return found and with_searched(found, self.candidates)
 
     @cached_property
     def baselines(self) -> list[documents.BaselineFile]:
         """All `baseline-NAME.json`, lowest measured KL first."""
         files = sorted(self.target.glob("baseline-*.json"))
-        found = [self.read(file, _reader(documents.BaselineFile)) for file in files]
+        found = [
+            self.read(file, partial(read_document, model=documents.BaselineFile)) for file in files
+        ]
         return sorted((b for b in found if b is not None), key=lambda b: b.kl)
 
     @cached_property

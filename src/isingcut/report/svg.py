@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -124,27 +124,6 @@ def tick_text(ticks: Sequence[float]) -> list[str]:
     return [s.replace("-", "−") for s in shown]
 
 
-class Mark(NamedTuple):
-    """A mark that can be pointed at and reached with the arrow keys.
-
-    Attributes:
-        x, y: its place in the chart.
-        tip: what it says; lines are separated by newlines.
-        kind: its CSS class.
-        shape: ``dot``, ``ring``, ``diamond`` or ``level``.
-        ends: of its whisker, which is a standard error long at either side; None for none.
-        state: number of the state that a click shows.
-    """
-
-    x: float
-    y: float
-    tip: str
-    kind: str
-    shape: str
-    ends: tuple[float, float] | None
-    state: int | None
-
-
 @dataclass
 class Plot:
     """One chart with two axes, which `macros.html.j2` draws: lines below, marks above.
@@ -163,7 +142,7 @@ class Plot:
     y_label: str
     x_ticks: Sequence[float] | None = None
     lines: list[tuple[str, str]] = field(default_factory=list)
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ticks(self) -> list[list[tuple[float, str]]]:
@@ -189,9 +168,19 @@ class Plot:
         error: float | None = None,
         state: int | None = None,
     ) -> None:
-        """Add a mark in data coordinates; ``error`` is the standard error of ``y``."""
+        """Add a mark that can be pointed at and reached with the arrow keys.
+
+        Args:
+            x, y: its place, in data coordinates.
+            tip: what it says; lines are separated by newlines.
+            kind: its CSS class.
+            shape: ``dot``, ``ring``, ``diamond`` or ``level``.
+            error: the standard error of ``y``.
+            state: number of the state that a click shows.
+        """
         ends = None if error is None else (self.y(y - error), self.y(y + error))
-        self.marks.append(Mark(self.x(x), self.y(y), tip, kind, shape, ends, state))
+        look = {"tip": tip, "kind": kind, "shape": shape, "ends": ends, "state": state}
+        self.marks.append({"x": self.x(x), "y": self.y(y), **look})
 
 
 @dataclass(frozen=True)

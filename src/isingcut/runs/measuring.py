@@ -201,11 +201,9 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         reading = store.reading() - before
         if reading.sweeps:
             share = reading.memory / reading.sweeps
-            made, record = (
-                folder.run.provenance,
-                WeightsRead(sweeps=reading.sweeps, from_memory=share),
-            )
-            made.reading = {**made.reading, name: record}
+            record = WeightsRead(sweeps=reading.sweeps, from_memory=share)
+            # Assigned, so that pydantic takes the field as set.
+            folder.run.provenance.reading |= {name: record}
         measured.save(path)
 
     return folder.stage(

@@ -79,7 +79,17 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
             folder.run.complete = False
         measure_and_rank(session, folder)
         if not processes.rank:
-            _finish(session, folder, several)
+            # For a range, the user chooses one to cut.
+            if len(several) == 1:
+                cut_and_heal(session, folder)
+                stages.evaluate(session, folder)
+                if wanted.tasks:
+                    stages.benchmarks(session, folder)
+            for one in several:
+                solving.report(folder, one.removal)
+            if target == folder.path:
+                folder.run.complete = True
+                folder.save()
         processes.wait()
     return target
 
@@ -104,20 +114,6 @@ def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     """Write the final checkpoint of the run, patched and healed as the options say."""
     model = cutting.make_model(session, folder)
     return cutting.heal(session, folder) or model
-
-
-def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
-    """Cut, heal, evaluate and report; for a range, only report, and the user picks one to cut."""
-    if len(several) == 1:
-        cut_and_heal(session, folder)
-        stages.evaluate(session, folder)
-        if session.config.tasks:
-            stages.benchmarks(session, folder)
-    for config in several:
-        solving.report(folder, config.removal)
-    if len(several) > 1 or folder.target(several[0].removal) == folder.path:
-        folder.run.complete = True
-        folder.save()
 
 
 @convert_memory_errors()
@@ -208,8 +204,7 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
-    measuring.energy_part(config, config.energy)
-    for name in measuring.names(config.also):
+    for name in (config.energy, *measuring.names(config.also)):
         measuring.energy_part(config, name)
     solvers.check(config.solver)
     cutting.check_healing_options(config)
