@@ -53,9 +53,8 @@ else:
             return getattr(importlib.import_module(self.name), attribute)
 
     show, documents, words = map(LazyModule, ("cli.show", "files.documents", "report.words"))
-    cutting, pipeline, solving, stages = map(
-        LazyModule, ("runs.cutting", "runs.pipeline", "runs.solving", "runs.stages")
-    )
+    runs = ("runs.cutting", "runs.pipeline", "runs.solving", "runs.stages")
+    cutting, pipeline, solving, stages = map(LazyModule, runs)
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
 """The split that a ranking is measured on."""
@@ -463,7 +462,7 @@ def push(
         "repository": repository,
         "private": private,
         "folder": str(checkpoint),
-        "files": interop_hub.listing(checkpoint, repository),
+        "files": interop_hub.listing(checkpoint),
     }
     if dry_run:
         whole = sum(f["bytes"] for f in data["files"])

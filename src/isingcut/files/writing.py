@@ -48,14 +48,6 @@ LOCK = "isingcut.lock"
 """The lock file in a work folder."""
 
 
-def disk_is_full(error: Exception) -> bool:
-    """Whether an error means a full disk: the system's own error, or a library's."""
-    # torch's writer reports where it stopped, but not why.
-    said = ("PytorchStreamWriter failed", "unexpected pos")
-    full = _code_of(error) in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(words in str(error) for words in said)
-
-
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
     """Convert errors of the operating system, while ``target`` is written, to one clear line.
@@ -66,12 +58,14 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if disk_is_full(e):
+        # torch's writer reports where it stopped, but not why.
+        stopped = any(said in str(e) for said in ("PytorchStreamWriter failed", "unexpected pos"))
+        if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "
                 "another --out, then run the same command again"
             ) from e
-        if (code := _code_of(e)) not in _PASSED:
+        if code not in _PASSED:
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose a writable place"
             ) from e

@@ -22,11 +22,9 @@ from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, states_of
 from isingcut.report import figures
-from isingcut.report.render import render, render_page
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
-from isingcut.report.svg import Figure, Scale, span, whisker
-from isingcut.report.words import fact_rows, paragraphs, table
+from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -155,10 +153,10 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
     if value is None or not whole or value.figure < 0:
         return ""
-    scale = Scale(0.0, whole)
+    scale = figures.Scale(0.0, whole)
     if value.error is None:
         return f"--v:{scale(value.figure)}%"
-    return whisker(scale, value.figure, value.low, value.high, "v")
+    return figures.whisker(scale, value.figure, value.low, value.high, "v")
 
 
 def _page_data(files: RunFiles, states: figures.Book) -> dict[str, Any]:
@@ -242,9 +240,9 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         differences=differences(runs),
         warnings=warnings,
         ranked=ranked,
-        correlations=Scale(-1.0, 1.0, 0.0, 100.0),
-        losses=span(ends, 0.0, 100.0, zero=True),
-        whisker=whisker,
+        correlations=figures.Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=figures.span(ends, 0.0, 100.0, zero=True),
+        whisker=figures.whisker,
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
         scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
@@ -281,7 +279,7 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
 
 
-def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> Figure:
+def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
     """All measured removals of each run, joined to its original."""
     found, flat = [], list[figures.Point]()
     for run in runs:
@@ -289,7 +287,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> Figure:
         found.append((run, sorted(measured, key=lambda p: p.at)))
         flat += measured
     if not flat:
-        return Figure(axis.key, axis.title, "No run has measured this.")
+        return figures.Figure(axis.key, axis.title, "No run has measured this.")
     plot = axis.plot(flat)
     for run, points in found:
         ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
@@ -303,7 +301,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> Figure:
             plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
             rows.append((run.name, removal, at, loss.text()))
     words = f"{len(flat)} measured removals of {len(runs)} run{'s' * (len(runs) != 1)}."
-    return Figure(
+    return figures.Figure(
         axis.key,
         axis.title,
         words,
@@ -315,7 +313,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> Figure:
     )
 
 
-def _scatter(key: str, run: Side) -> list[Figure]:
+def _scatter(key: str, run: Side) -> list[figures.Figure]:
     if run.files.hamiltonian is None:
         return []
     states = figures.number_states(run.files)
