@@ -19,7 +19,6 @@ from healings import (
     options,
     shapes,
     stored,
-    trainer_file,
 )
 from isingcut.cli.main import app
 from isingcut.data.healing_text import build
@@ -137,8 +136,8 @@ def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     found = []
     for name, batch in {"one": parts, "more": {"per_device_train_batch_size": 4}}.items():
-        file = trainer_file(tmp_path / name, {"max_steps": 4, "learning_rate": 3e-3, **batch})
-        found.append(curve(heal(options(models, tmp_path / name, **given, trainer=file))))
+        trainer = {"max_steps": 4, "learning_rate": 3e-3, **batch}
+        found.append(curve(heal(options(models, tmp_path / name, **given, trainer=trainer))))
     one, more = found
     for mine, theirs in zip(one, more, strict=True):
         assert mine["tokens"] == theirs["tokens"]
@@ -159,8 +158,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
     def planned(name, **more):
-        file = trainer_file(tmp_path / name, {**settings, **more})
-        return heal(options(models, tmp_path / name, trainer=file))
+        return heal(options(models, tmp_path / name, trainer={**settings, **more}))
 
     planned("a")
     # Nothing to spare, but enough.
@@ -275,9 +273,7 @@ def spending(models, out, effort, **changes):
     return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
 
 
-def four(out, **more):
-    """A trainer file of four sequences a step."""
-    return trainer_file(out, {"per_device_train_batch_size": 4, "save_steps": 2, **more})
+FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}
 
 
 def test_small_budgets_make_many_small_steps(tmp_path):
@@ -290,7 +286,7 @@ def test_small_budgets_make_many_small_steps(tmp_path):
     small, wide = (recipe.sizes(HealConfig(), 80_000, width=w)[2] for w in (576, 4096))
     assert small > wide > 2e-5
     settings = {"per_device_train_batch_size": 3, "learning_rate": 0.5}
-    given = HealConfig(length=512, trainer=trainer_file(tmp_path / "t", settings))
+    given = HealConfig(length=512, trainer=settings)
     assert recipe.sizes(given, 80_000, width=576, longest=512) == (3, 512, 0.5)
     # Shared evenly by the processes.
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
@@ -309,14 +305,14 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
 
 
 def test_a_budget_in_tokens_is_spent(models, tmp_path):
-    out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=four(tmp_path)))
+    out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=FOUR))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
     assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
-    trainer = four(tmp_path, num_train_epochs=1.0)
+    trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
@@ -327,7 +323,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
     monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
-    config = spending(models, tmp_path / "a", "0.25m", trainer=four(tmp_path))
+    config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
     assert found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))

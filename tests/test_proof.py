@@ -233,9 +233,9 @@ def test_a_run_shows_how_its_cut_was_proven(finished):
 
 def test_what_a_proof_does_not_show_is_a_warning_of_the_run(finished):
     files = RunFiles(finished)
-    assert files.proof is not None
+    assert files.removal.proof is not None
     sure = files.warnings
-    files.proof.remarks.append("the cut is verified on text only")
+    files.removal.proof.remarks.append("the cut is verified on text only")
     assert files.warnings == [*sure, "the cut is verified on text only"]
 
 

@@ -33,7 +33,6 @@ USAGE = [
         ("no value", "solve {run} --remove", "requires an argument; see isingcut"),
         ("a text for a number", "solve {run} --states x", "'--states'.*; see isingcut solve --hel"),
         ("too many", "ls a b", "unexpected extra argument.*; see isingcut ls --help"),
-        ("below the least", "evaluate {run} --tasks x --questions 0", "'--questions'.*; see isin"),
     )
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -59,12 +60,8 @@ _program: Any = typer.main.get_command(app)
 
 def _typed() -> tuple[str, bool]:
     """Return the typed verb, and whether `--debug` precedes it; the rest is not checked here."""
-    context = _program.context_class(_program, **_program.context_settings)
-    try:
-        options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
-    except _CommandLineError:
-        return "", False
-    return "".join(words[:1]), "debug" in options
+    before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
+    return "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
 
 
 def _run() -> None:
@@ -122,17 +119,6 @@ def _judged(error: Exception) -> tuple[int, str]:
     )
 
 
-def _followed() -> int:
-    """Run the command in a process other than rank 0, without output; return its exit code."""
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nothing,
-        contextlib.redirect_stdout(nothing),
-        contextlib.redirect_stderr(nothing),
-    ):
-        code, _ = _outcome()
-    return code
-
-
 def _ended(number: int, frame: object) -> None:
     """Print why a launcher ends this process, which the launcher's own report leaves out."""
     found = last_word()
@@ -146,7 +132,13 @@ def main() -> None:
     """Run the command line as a program: errors become one line and an exit code."""
     prepare()
     if launched_rank():
-        sys.exit(_followed())
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nothing,
+            contextlib.redirect_stdout(nothing),
+            contextlib.redirect_stderr(nothing),
+        ):
+            code, _ = _outcome()
+        sys.exit(code)
     if is_launched():
         signal.signal(signal.SIGTERM, _ended)
     # Kept because click replaces the stream.

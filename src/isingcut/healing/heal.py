@@ -110,7 +110,7 @@ def heal(
                 f"{student} has no record of its original model; give the original with --teacher"
             )
         config = config.replace(teacher=original)
-    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
+    names = (config.student, config.teacher, *places_in(config.text))
     sources = [*(user_path(name) for name in names if name), *sources]
     check_places(config, out, sources)
     start = start_of(student)

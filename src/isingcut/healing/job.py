@@ -4,7 +4,7 @@ A judge stops a training that goes wrong. It uses checks: the KL to the original
 sample, with the training loss. Checks are made when states are saved, so that a resumed healing has
 the earlier ones.
 
-The file of `--trainer` may set transformers' TrainingArguments, except where they write or upload.
+The section `trainer` may set transformers' TrainingArguments, except where they write or upload.
 A budget of tokens or time sets the rest: the steps, their size, and the learning rate.
 """
 
@@ -27,7 +27,6 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
 from isingcut.files.documents import HealingCheck, HealingRecipe, HealingStop
-from isingcut.files.inputs import user_path
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.models.device import pick_device
@@ -37,7 +36,6 @@ from isingcut.models.processes import ALONE, Processes, is_launched
 from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import LENGTH, HealConfig
-from isingcut.options.declaration import load_yaml
 
 # Tokens of each sample to check.
 _LENGTH = 256
@@ -161,19 +159,18 @@ _NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
 
 
 def trainer_settings(config: HealConfig) -> dict[str, Any]:
-    """Read `TrainingArguments` from the file of `--trainer`; empty without a file.
+    """Return a checked copy of the `TrainingArguments` in the section `trainer`.
 
     Raises:
-        InputError: an unreadable file, a name that may not be set, or a value of a wrong type.
+        InputError: a name that may not be set, or a value of a wrong type.
     """
     if not config.trainer:
         return {}
-    # Imported here because it takes seconds, and most healings have no such file.
+    # Imported here because it takes seconds, and most healings set none.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from transformers import TrainingArguments
 
-    path, types = user_path(config.trainer), get_type_hints(TrainingArguments)
-    values = load_yaml(path)
+    types, values = get_type_hints(TrainingArguments), dict(config.trainer.values)
     names = [f.name for f in fields(TrainingArguments) if not _FIXED.fullmatch(f.name)]
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for name, value in values.items():
@@ -181,17 +178,17 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"{path}: --trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut "
-                f"heal` on its command line; the file may set: {', '.join(names)}"
+                f"--trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut heal` "
+                f"next to it; it may set: {', '.join(names)}"
             )
         try:
             TypeAdapter(types[name], config=strict).validate_python(value)
         except ValidationError as e:
             why = e.errors(include_url=False)[0]["msg"].lower()
-            raise InputError(f"{path}: {name}: {why}, got {str(value)[:60]!r}") from e
+            raise InputError(f"--trainer: {name}: {why}, got {str(value)[:60]!r}") from e
     for name in _POSITIVE & values.keys():
         if values[name] <= 0:
-            raise InputError(f"{path}: {name} must be above 0, got {values[name]}")
+            raise InputError(f"--trainer: {name} must be above 0, got {values[name]}")
     return values
 
 
@@ -218,7 +215,7 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
 
 
 def _check_optimiser(config: HealConfig) -> None:
-    """Check that transformers can create the optimiser and the schedule of the file."""
+    """Check that transformers can create the optimiser and the schedule."""
     import torch
     from transformers import Trainer, TrainingArguments, get_scheduler
     from transformers.training_args import OptimizerNames
@@ -227,7 +224,7 @@ def _check_optimiser(config: HealConfig) -> None:
     args: Any = SimpleNamespace(**defaults | trainer_settings(config))
     if args.lr_scheduler_type in _NEVER_FALL:
         raise InputError(
-            f"{config.trainer}: lr_scheduler_type {args.lr_scheduler_type} needs evaluations, but "
+            f"--trainer: lr_scheduler_type {args.lr_scheduler_type} needs evaluations, but "
             "healing makes none; choose another, for example cosine"
         )
     try:
@@ -240,7 +237,7 @@ def _check_optimiser(config: HealConfig) -> None:
         get_scheduler(args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further)
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as e:
         raise InputError(
-            f"{config.trainer}: transformers rejects the optimiser (optim, adam_*) or the schedule "
+            "--trainer: transformers rejects the optimiser (optim, adam_*) or the schedule "
             f"(lr_scheduler_type, lr_scheduler_kwargs): {one_line(e)}"
         ) from e
 

@@ -199,8 +199,8 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         before = store.count_sweeps()
         measured = part.measure(session.replay, split.select(own), work)
         if sweeps := store.count_sweeps() - before:
-            made = folder.run.provenance
-            made.reading = {**made.reading, name: WeightsRead(sweeps=sweeps)}
+            # Assigned, so that pydantic takes the field as set.
+            folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
         measured.save(path)
 
     return folder.stage(

@@ -165,7 +165,7 @@ _GRADIENT, _MOMENTS = 4, 8
 
 
 def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
-    """Plan the training for this machine's memory, unless the `--trainer` file sets it.
+    """Plan the training for this machine's memory, unless `--trainer` sets it.
 
     Args:
         student: the model to train, with its loss installed and its attention chosen.

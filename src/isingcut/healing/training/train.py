@@ -420,7 +420,7 @@ class Watch(TrainerCallback):
 def lower_rate(job: Job) -> str:
     """Return the advice for NaN or infinite losses."""
     rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
-    return f"set a lower learning_rate in the --trainer file{rate}"
+    return f"set a lower learning_rate with --trainer{rate}"
 
 
 # Written by the training or by `save_pretrained`, so not copied from the start.
