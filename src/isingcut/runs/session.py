@@ -20,7 +20,6 @@ from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import allowance, pick_device, weight_bytes
-from isingcut.models.inspect import check_same_blocks
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
@@ -211,7 +210,6 @@ class Session:
         """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
-        check_same_blocks(model.config.to_dict(), self.stack, legal)
         longest = getattr(text_config(model), "max_position_embeddings", None) or 128
         seconds = self.replay.latency(min(128, int(longest)))
         parameters = list(model.parameters())
