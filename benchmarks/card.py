@@ -5,7 +5,7 @@
 Models of 32 narrow blocks in bfloat16, random, with few tokens, so that weights dominate; W is the
 bytes of the weights. Four blocks of each model do little, so that the run removes these: four
 neighbours, or four apart. By halving, the smallest budget at which a job completes, resident, with
-its patch tuned and its speed measured. The cards are fake (`isingcut.testing.cards`), and what they
+its patch tuned and its speed measured. The cards are fake (`benchmarks/cards.py`), and what they
 cannot see counts nothing here. Finished figures are kept in DIR and not measured again.
 Ends with one line `name: value` per figure.
 """
@@ -27,16 +27,15 @@ import torch
 
 import card_heal
 import isingcut
+from cards import Card, fake_cards
 from isingcut.cli import main as command_line
 from isingcut.errors import IsingcutError
 from isingcut.evaluation import quality, speed
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming import replay as streamed
 from isingcut.runs.folder import RunFolder
-from isingcut.testing.cards import Card, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
@@ -65,15 +64,15 @@ def short() -> Iterator[None]:
         (verify.__kwdefaults__, {"new_tokens": 3}),
     ]
     before = [dict(defaults) for defaults, _ in changed]
-    slack, rounds = streamed._SLACK, tuning._ROUNDS
+    slack = streamed._SLACK
     for defaults, values in changed:
         defaults.update(values)
     # More than such a model takes.
-    streamed._SLACK, tuning._ROUNDS = 0, 1
+    streamed._SLACK = 0
     try:
         yield
     finally:
-        streamed._SLACK, tuning._ROUNDS = slack, rounds
+        streamed._SLACK = slack
         for (defaults, _), values in zip(changed, before, strict=True):
             defaults.update(values)
 

@@ -14,13 +14,13 @@ from unittest import mock
 
 import torch
 
+from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import weight_bytes
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS, REMOVED = 32, tuple(range(12, 20))
@@ -49,6 +49,8 @@ def original_bytes(folder: Path) -> int:
 
 def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
     """Heal on a card of so many bytes, on few tokens in two micro-batches; the peak of bytes."""
+    settings = {"max_steps": 2, "save_steps": 2}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     given = {
         "student": str(folder / "cut"),
         "teacher": str(folder / "original"),
@@ -57,15 +59,12 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
         "length": 8,
         "report_samples": 2,
         "samples": 4,
-        "trainer": str(folder / "trainer.yaml"),
+        "trainer": settings,
         "patch": "none",
         "dtype": "bfloat16",
         "device": "lazy:0",
         **changes,
     }
-    settings = {"max_steps": 2, "save_steps": 2}
-    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    (folder / "trainer.yaml").write_text(json.dumps(settings), encoding="utf-8")
     with (
         fake_cards(budget=budget) as (card,),
         # What a process imports is not on its card.

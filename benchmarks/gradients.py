@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
+from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 from isingcut.models.sources import resolve
 
 
@@ -72,7 +72,7 @@ def attention_of(replay: Replay) -> str:
 
 def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
     """The yardstick: a plain forward pass with the NLL, without gradients."""
-    with torch.inference_mode(), chosen_attention(replay):
+    with torch.inference_mode(), use_attention(replay):
         for batch in tokens.batches(batch_tokens):
             logits = replay.model(input_ids=batch.input_ids, use_cache=False).logits
             for row, ids in zip(logits, batch.input_ids, strict=True):
@@ -81,7 +81,7 @@ def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
 
 def batch_one(replay: Replay, tokens: TokenSet) -> np.ndarray:
     """What a per-sample gradient otherwise costs: a forward and a backward per sample."""
-    with chosen_attention(replay):
+    with use_attention(replay):
         return np.array([_one(replay, tokens.select([s])) for s in range(tokens.samples)])
 
 
@@ -91,7 +91,7 @@ def _one(replay: Replay, single: TokenSet) -> np.ndarray:
     alphas = [torch.ones(1, requires_grad=True) for _ in range(len(replay))]
     stream = recording.entered
     for i, alpha in enumerate(alphas):
-        stream = gated_block(recording, i, stream, alpha, "sublayer", ones=True)
+        stream = run_gated(recording, i, stream, alpha, "sublayer", ones=True)
     logits = recording.logits(stream[0], 0)
     loss = F.cross_entropy(logits[:-1].float(), single.input_ids[0, 1:])
     return torch.cat(torch.autograd.grad(loss, alphas)).double().numpy()

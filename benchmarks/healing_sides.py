@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -150,9 +149,7 @@ class Bench:
         settings["per_device_train_batch_size"] = self.micro()
         if o.micro_batch is not None:
             settings["gradient_accumulation_steps"] = o.batch // o.micro_batch
-        file = self.folder / "trainer.yaml"
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        config = HealConfig(length=o.length, trainer=str(file), **changes)
+        config = HealConfig(length=o.length, trainer=settings, **changes)
         job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
         found = train(job)[0]["steps"]
         shutil.rmtree(work)

@@ -23,13 +23,13 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.compute.head import OutputHead, comparison
-from isingcut.models.replay import Replay, chosen_attention
+from isingcut.models.replay import Replay, use_attention
 
 
 def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, float]:
     """Seconds of one block (mean over blocks) and of one head with its comparison, all tokens."""
     block = head = 0.0
-    with torch.inference_mode(), chosen_attention(replay):
+    with torch.inference_mode(), use_attention(replay):
         output = OutputHead(replay)
         for batch in tokens.batches(batch_tokens):
             recording = replay.record(batch.input_ids)

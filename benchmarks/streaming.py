@@ -4,9 +4,8 @@
 
 Large: a 7B-shaped Llama with random weights, written to DIR (removed afterwards, unless kept),
 goes through `empirical-fisher` and 200 measured states in a process of its own, whose largest
-resident set counts. Then what that means for Llama-3.3-70B, with the arithmetic. Search: how often
-the default search reads a tiny Llama, half of which stays in host memory. Small: SmolLM2 streamed,
-with all parts in host memory, and in memory, interleaved, for both jobs. Ends with one line
+resident set counts. Search: how often the default search reads a tiny Llama. Small: SmolLM2
+streamed from the page cache, and in memory, interleaved, for both jobs. Ends with one line
 `name: value` per figure.
 """
 
@@ -36,7 +35,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.search import Search, Target
 from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure, tree_nodes
+from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
@@ -46,7 +45,7 @@ from isingcut.models.sources import resolve
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint
-from streaming_model import SEVEN, SEVENTY, Shape, write_model
+from streaming_model import SEVEN, write_model
 
 CPU = torch.device("cpu")
 
@@ -67,7 +66,6 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     model, store, memory = open_model(
         folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit
     )
-    buffers = store.buffers
     seconds = {}
     # From the disk, not from the cache that writing has filled.
     for file in folder.glob("*.safetensors"):
@@ -76,7 +74,6 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     replay = StreamedReplay(model, store, memory)
     seconds["reading once"] = time.perf_counter() - began
-    rate = store.reader.bytes_read / buffers.reading
     rng = np.random.default_rng(0)
     ids = rng.integers(0, SEVEN.vocabulary, (arguments.samples, arguments.length))
     tokens = TokenSet.from_rows(ids.tolist())
@@ -85,19 +82,15 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     EmpiricalFisher().measure(replay, tokens, Work(batch_tokens=batch))
     seconds["empirical-fisher"] = time.perf_counter() - began
     states = random_states(len(replay), arguments.states, len(replay) // 4)
-    began, stalled = time.perf_counter(), buffers.stalled
+    began = time.perf_counter()
     found = measure(replay, tokens, states, work=Work(batch))
     seconds["states"] = time.perf_counter() - began
     assert np.isfinite(found.kl).all()
-    busy = seconds["states"] - (buffers.stalled - stalled)
-    flops = 2 * batch * (found.blocks_run * SEVEN.block + (len(states) + 1) * SEVEN.head)
     print(
         json.dumps(
             {
                 "seconds": seconds,
                 "peak": resident_peak(),
-                "bytes_per_second": rate,
-                "flops_per_second": flops / busy,
                 "bytes_read": store.reader.bytes_read,
                 "blocks_run": found.blocks_run,
                 "dtype": str(dtype),
@@ -165,19 +158,17 @@ def search(arguments: argparse.Namespace) -> tuple[float, int, bool]:
         tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
         opened = open_model(Path(folder), dtype=torch.float32, device=CPU)
         replay = StreamedReplay(*opened)
-        replay.store.buffers.keep_at_most(replay.store.weights // 2)
         ids = np.random.default_rng(0).integers(8, 256, (16, 256))
-        began, before = time.perf_counter(), replay.store.reading()
+        began, before = time.perf_counter(), replay.store.count_sweeps()
         target = Target.count(n, n // 4)
         found = Search(replay, TokenSet.from_rows(ids.tolist()), Work(), [target]).run()
-        seconds, reading = time.perf_counter() - began, replay.store.reading() - before
+        seconds, sweeps = time.perf_counter() - began, replay.store.count_sweeps() - before
     rounds, passes = found.goals[0].rounds, found.evaluator.ledger.passes
     print(
         f"\ntiny Llama of {n} blocks, default search for {n // 4}: {rounds} rounds, {passes:.1f} "
-        f"passes, {seconds:.0f} s; read {reading.sweeps:.1f} times, "
-        f"{reading.memory / reading.sweeps:.0%} of it from host memory"
+        f"passes, {seconds:.0f} s; read {sweeps:.1f} times"
     )
-    return reading.sweeps, rounds, set(checked.values()) == {1}
+    return sweeps, rounds, set(checked.values()) == {1}
 
 
 # The small model ------------------------------------------------------------------------
@@ -234,78 +225,6 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
     return max(ratios), max(differences)
 
 
-# The projection -------------------------------------------------------------------------
-
-
-def project(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    """What Llama-3.3-70B takes, from bytes and FLOPs; measured rates, and stated ones for a GPU."""
-    flops, disk = found["flops_per_second"], found["bytes_per_second"]
-    card = arguments.gpu_tflops * 1e12
-    assumed = f"{arguments.gpu_tflops:g} TFLOP/s assumed, not measured"
-    for name, rate, speed, memory, source in (
-        ("this CPU, 16 GB allowed", flops, disk, 16e9, "both measured above"),
-        ("one 24 GB GPU, this disk", card, disk, 24e9, f"{assumed}; disk measured above"),
-        ("one 24 GB GPU, a disk of 3 GB/s", card, 3e9, 24e9, f"{assumed}; disk assumed too"),
-    ):
-        print(
-            f"\n{SEVENTY.name} on {name}: {rate / 1e12:.2f} TFLOP/s, {speed / 1e9:.2f} GB/s "
-            f"({source})"
-        )
-        largest = 2 * max(SEVENTY.block, SEVENTY.head)
-        room = memory - 2 * largest - 2e9
-        print(
-            f"  hidden states: {memory / 1e9:.0f} GB - two parts of {largest / 1e9:.2f} GB (the "
-            f"head is the largest) - 2 GB for the work = {room / 1e9:.1f} GB"
-        )
-        _job_gradients(SEVENTY, rate, speed, room)
-        _job_states(SEVENTY, rate, speed, room, arguments.states)
-
-
-def _job_gradients(
-    shape: Shape, flops: float, rate: float, room: float, tokens: int = 256 * 256
-) -> None:
-    work = tokens * 2 * (3 * shape.layers * shape.block + 3 * shape.head)
-    print(
-        f"  empirical-fisher, 256 samples of 256 tokens: {tokens} tokens x 2 x (3 passes x "
-        f"{shape.layers} blocks x {shape.block / 1e9:.3f}e9 + 3 x {shape.head / 1e9:.3f}e9) = "
-        f"{work / 1e15:.1f} PFLOP"
-    )
-    _time(shape, work / flops, rate, room, tokens, shape.layers + 4, 2)
-
-
-def _job_states(
-    shape: Shape, flops: float, rate: float, room: float, count: int, tokens: int = 16 * 256
-) -> None:
-    states = random_states(shape.layers, count, shape.layers // 4)
-    nodes = shape.layers + tree_nodes(states)
-    work = tokens * 2 * (nodes * shape.block + (count + 1) * shape.head)
-    print(
-        f"  {count} states without {shape.layers // 4} blocks, 16 samples of 256 tokens: {tokens} "
-        f"tokens x 2 x ({nodes} blocks x {shape.block / 1e9:.3f}e9 + {count + 1} heads x "
-        f"{shape.head / 1e9:.3f}e9) = {work / 1e15:.1f} PFLOP"
-    )
-    _time(shape, work / flops, rate, room, tokens, count + 3, 1)
-
-
-def _time(
-    shape: Shape, computing: float, rate: float, room: float, tokens: int, streams: int, times: int
-) -> None:
-    """Computing against reading, which hides behind it: the longer of the two is what it takes."""
-    each = 2 * shape.hidden * streams
-    chunks = -(-tokens // int(room / each))
-    size = chunks * times * shape.bytes
-    reading = size / rate
-    print(
-        f"    {streams} streams of {2 * shape.hidden} bytes per token: {room / each:,.0f} tokens "
-        f"fit, {chunks} chunks; reading {chunks} x {times} x {shape.bytes / 1e9:.0f} GB = "
-        f"{_hours(reading)}, computing {_hours(computing)}: {_hours(max(reading, computing))}"
-    )
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
-
-
 def main() -> None:
     """Run what is asked for, print the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -319,7 +238,6 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="of the model that is searched")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gpu-tflops", type=float, default=60.0, help="bfloat16, sustained")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -328,7 +246,6 @@ def main() -> None:
     figures: dict[str, str] = {}
     if arguments.only in (None, "large"):
         found = large(arguments)
-        project(arguments, found)
         figures["stream_peak_mb"] = f"{found['peak'] / 1e6:.0f}"
     if arguments.only in (None, "search"):
         sweeps, rounds, once = search(arguments)

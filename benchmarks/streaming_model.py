@@ -42,7 +42,6 @@ class Shape:
 
 
 SEVEN = Shape("7B-shaped Llama", 4096, 11008, 32, 32, 32, 32000)
-SEVENTY = Shape("Llama-3.3-70B", 8192, 28672, 80, 64, 8, 128256)
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:

@@ -8,7 +8,6 @@ loss, which is what the product does without healing; `healed`, distilled from t
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -50,7 +49,7 @@ class RepairStudy(ModelStudy):
         samples = max(o.steps * o.batch, -(-o.patch_tokens // o.length))
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
 
-    def _config(self, folder: Path, stage: str, steps: int) -> HealConfig:
+    def _config(self, stage: str, steps: int) -> HealConfig:
         o = self.options
         config = HealConfig(
             length=o.length,
@@ -62,11 +61,9 @@ class RepairStudy(ModelStudy):
         if stage in ("patched", "tuned"):
             patch = "tuned" if stage == "tuned" else "linear"
             return config.replace(patch=patch, method="none")
-        file = folder / f"{stage}.yaml"
         settings = {"max_steps": steps, "per_device_train_batch_size": o.batch}
         settings |= {"learning_rate": o.rate, "save_steps": 10}
-        file.write_text(json.dumps(settings), encoding="utf-8")
-        return config.replace(patch="none", method=o.method, trainer=str(file))
+        return config.replace(patch="none", method=o.method, trainer=settings)
 
     def repair(self, removed: State, stage: str, steps: int | None = None) -> Part:
         """Bring a state to a stage, from the one before; judge it and ask it.
@@ -87,7 +84,7 @@ class RepairStudy(ModelStudy):
             if not out.exists():
                 # Four samples are enough for the record; the judged texts say what it won.
                 text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
-                config = self._config(folder, stage, steps)
+                config = self._config(stage, steps)
                 job = Job(self.original, tuple(removed), start, text.train, out, config)
                 heal_checkpoint(job, text, out)
             record = read(out / "healing.json")

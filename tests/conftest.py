@@ -5,7 +5,9 @@ tenfold. Set here and not in a command, before torch is imported anywhere, so th
 have it too.
 """
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +19,17 @@ from shared import OPTIONS, Shared, leave_speed_out, write_words
 def pytest_collection_modifyitems(items):
     """The many short tests last, so that the processes of the suite end together."""
     items.sort(key=lambda item: "hostile" in item.path.parts)
+
+
+imported = set()
+
+
+def pytest_runtest_setup():
+    """Collections of garbage, of which a healing makes three, pass over what was imported."""
+    if len(sys.modules) not in imported:
+        imported.add(len(sys.modules))
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heal")
     teacher = tiny_checkpoint("llama", folder / "teacher")
     record = json.dumps({"removed": REMOVED, "of": 6})
-    excise(teacher, REMOVED, folder / "student", extra_files={"isingcut.json": record})
+    excise(teacher, REMOVED, folder / "student")
+    (folder / "student" / "isingcut.json").write_text(record)
     write_text(folder / "text.jsonl", 80)
     return folder
 
@@ -47,22 +48,14 @@ TRAINING = {
 }
 
 
-def trainer_file(out, settings):
-    """A file for `--trainer` beside an output."""
-    file = out.parent / "trainer" / f"{out.name}.yaml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(settings), encoding="utf-8")
-    return str(file)
-
-
 def options(models, out, training=None, **changes):
     """Options of a short healing.
 
     Args:
-        training: of its trainer file, besides `TRAINING`.
+        training: its `trainer` section, besides `TRAINING`.
     """
     if "trainer" not in changes:
-        changes["trainer"] = trainer_file(out, {**TRAINING, **(training or {})})
+        changes["trainer"] = {**TRAINING, **(training or {})}
     base = {
         "student": str(models / "student"),
         "teacher": str(models / "teacher"),

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
-from isingcut.models.load import auto_class
+from isingcut.models.load import find_auto_class
 from isingcut.testing.tiny import _DEEPSEEK, BASE, random_model, tiny_tokenizer
 from sweep.shrink import tiny_configuration
 
@@ -118,7 +118,7 @@ def odd_config(model_type: str, **changes: Any) -> Any:
 
 def odd_model(model_type: str, **changes: Any) -> Any:
     config = odd_config(model_type, **changes)
-    return random_model(auto_class(config), config)
+    return random_model(find_auto_class(config), config)
 
 
 def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:

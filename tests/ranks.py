@@ -1,5 +1,6 @@
 """Start the processes of a run as a launcher does, cheaply: forks of one process that has torch."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -28,6 +29,9 @@ _context.set_forkserver_preload(
         "ranks",
     ]
 )
+
+# The last import of the server: collections of garbage in its forks pass over all of them.
+gc.freeze()
 
 
 def start(said: Path, function: Callable[..., None], *arguments: object):

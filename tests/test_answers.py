@@ -323,15 +323,12 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     leave_speed_out(monkeypatch.setattr)
     chat = chat_file(tmp_path / "chat.jsonl")
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
-    trainer = tmp_path / "trainer.yaml"
-    trainer.write_text("per_device_train_batch_size: 2\nmax_steps: 2\n", encoding="utf-8")
-    options = f"length: 40\nreport-samples: 4\ntrainer: {trainer}\n"
-    (tmp_path / "heal.yaml").write_text(options, encoding="utf-8")
+    trainer = {"per_device_train_batch_size": 2, "max_steps": 2}
     config = RunConfig(
         model=str(tiny_checkpoint("llama", tmp_path / "model")),
         out=str(tmp_path / "run"),
         calibration=f"{text}=1,answers:{chat}=1",
-        heal_options=str(tmp_path / "heal.yaml"),
+        healing={"length": 40, "report-samples": 4, "trainer": trainer},
         remove="2",
         effort="6",
         heal=True,

@@ -124,11 +124,9 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     named = run.save(tmp_path / "named", blocks=run.chosen.removed)
     assert (named / "model.safetensors").read_bytes() == weights
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    options = tmp_path / "heal.yaml"
-    options.write_text("samples: 6\nlength: 16\nreport_samples: 4\n")
     further = isingcut.prune(
         "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", heal=True,
-        heal_options=str(options), **OPTIONS,
+        healing={"samples": 6, "length": 16, "report_samples": 4}, **OPTIONS,
     )  # fmt: skip
     healed = further.save(tmp_path / "healed")
     assert (healed / "healing.json").is_file()

@@ -10,12 +10,12 @@ from transformers.models.auto import modeling_auto
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.files.writing import read_json
-from isingcut.models.architectures.blocks import find_stack, skipped, text_config
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, text_config
 from isingcut.models.architectures.cuts import (
     cut_config,
     number_mtp_layers,
     rename_pattern,
-    renumbering,
+    renumber_blocks,
 )
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
@@ -76,10 +76,13 @@ def test_skipping_leaves_the_model_as_it_was():
     tokens = torch.arange(10, 22)[None]
     with torch.no_grad():
         before = model(tokens).logits
-        with skipped(model, stack, [0]):
+        with skip_blocks(model, stack, [0]):
             assert not torch.equal(model(tokens).logits, before)
         assert torch.equal(model(tokens).logits, before)
-    with pytest.raises(ArchitectureError, match="blocks are 0 to 5"), skipped(model, stack, [6]):
+    with (
+        pytest.raises(ArchitectureError, match="blocks are 0 to 5"),
+        skip_blocks(model, stack, [6]),
+    ):
         pass
 
 
@@ -191,13 +194,13 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
     ],
 )
 def test_names_in_quantisation_lists(entry, expected):
-    mapping = number_mtp_layers(renumbering(12, [1]), 12, 1)
+    mapping = number_mtp_layers(renumber_blocks(12, [1]), 12, 1)
     assert rename_pattern(entry, mapping) == expected
 
 
 def test_a_pattern_that_cannot_be_renumbered_is_refused():
     with pytest.raises(ArchitectureError, match="cannot be renumbered exactly"):
-        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumbering(12, [1]))
+        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumber_blocks(12, [1]))
 
 
 def test_inspection_reads_no_weights(tmp_path):
@@ -290,7 +293,7 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     kinds = find_stack(model).kinds
     removed = [i for i in range(len(kinds)) if i != stays]
     excise(tmp_path / "source", removed, tmp_path / "cut")
-    assert verify(model, removed, tmp_path / "cut", new_tokens=4).distinguishes
+    assert verify(model, removed, tmp_path / "cut", new_tokens=4).difference <= 1e-5
     shown = inspect_model(tmp_path / "cut")
     assert shown.stack.kinds == (kinds[stays],)
     assert not shown.refusal

@@ -84,12 +84,6 @@ class Calls:
         return sum(i == N for i, _ in self.on) / SAMPLES, self.off[N] / SAMPLES
 
 
-def counted() -> tuple[Replay, TokenSet, Calls]:
-    """A tiny model, a text, and the count of what is called on it from now on."""
-    replay, tokens = tiny_replay(), random_tokens([LENGTH] * SAMPLES)
-    return replay, tokens, Calls(replay, tokens)
-
-
 WORK = Work(batch_tokens=30)
 SMALL = {
     "evopress": Evopress(
@@ -336,7 +330,9 @@ EVOLUTION = {"generations": 3, "offspring": 4, "step_tokens": (LENGTH, 99), "ini
 
 @pytest.fixture
 def made():
-    return counted()
+    """A tiny model, a text, and the count of what is called on it from now on."""
+    replay, tokens = tiny_replay(), random_tokens([LENGTH] * SAMPLES)
+    return replay, tokens, Calls(replay, tokens)
 
 
 @pytest.mark.parametrize(

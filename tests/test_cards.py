@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import isingcut
+from cards import MixedDevicesError, fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -19,7 +20,6 @@ from isingcut.models.device import BatchLimit, allowance, device_module, pick_de
 from isingcut.models.load import load
 from isingcut.runs import stages
 from isingcut.testing import gpu
-from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS
 from tiny import random_tokens, replay_of
@@ -168,30 +168,23 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
     assert sum(n > most for n in calls) < max(1, failed)
 
 
-def test_a_single_sample_that_does_not_fit_is_an_error_of_memory():
-    def compute(batches):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]), (RuntimeError("CUDA error"), [4])],
+)
+def test_what_fails_with_one_sample_or_for_another_reason_is_raised(error, tried):
+    limit, calls = BatchLimit(torch.device("cpu")), []
 
-    with pytest.raises(torch.OutOfMemoryError):
-        split_to_fit(
-            BatchLimit(torch.device("cpu")), [random_tokens([12] * 4)], compute, lambda a, b: a
-        )
-    with pytest.raises(torch.OutOfMemoryError):
-        fewer_tokens_to_fit(BatchLimit(torch.device("cpu")), 48, 12, compute)
+    def compute(found):
+        calls.append(found // 12 if isinstance(found, int) else found[0].samples)
+        raise error
 
-
-def test_another_error_is_not_tried_again():
-    calls = []
-
-    def compute(batches):
-        calls.append(1)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        split_to_fit(
-            BatchLimit(torch.device("cpu")), [random_tokens([12] * 4)], compute, lambda a, b: a
-        )
-    assert calls == [1]
+    with pytest.raises(type(error)):
+        split_to_fit(limit, [random_tokens([12] * 4)], compute, lambda a, b: a)
+    assert calls == tried
+    with pytest.raises(type(error)):
+        fewer_tokens_to_fit(limit, 48, 12, compute)
+    assert calls == 2 * tried
 
 
 STATES = np.random.default_rng(1).random((5, 6)) < 0.4
@@ -264,7 +257,7 @@ def refuse(place):
 
 
 def skip(place):
-    raise gpu.Skipped("needs two GPUs")
+    raise gpu.SkipTest("needs two GPUs")
 
 
 @pytest.mark.parametrize(
@@ -295,5 +288,5 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
 
 def test_gradients_computed_twice_pass_on_a_fake_card(tmp_path):
     with fake_cards() as (card,):
-        place = gpu.Place.make(card.device, tmp_path)
+        place = gpu.Place(card.device, tmp_path)
         assert gpu.twice(place) == "equal bits"

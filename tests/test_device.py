@@ -2,11 +2,11 @@
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
 vocabulary) is computed another way on a device. What this cannot see is said in
-`isingcut.testing.cards`.
+`benchmarks/cards.py`.
 """
 
 import itertools
-from contextlib import closing, suppress
+from contextlib import suppress
 from unittest import mock
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import isingcut
+from cards import MixedDevicesError, fake_cards
 from isingcut.data import generation
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
@@ -23,13 +24,11 @@ from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gradients import Boundaries, gate_gradients
+from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.compute import tuning
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.cards import MixedDevicesError, fake_cards
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from test_baselines import part
 from tiny import random_tokens, replay_of
@@ -44,7 +43,7 @@ def device():
 
 
 def states():
-    return np.random.default_rng(1).random((4, 6)) < 0.4
+    return np.random.default_rng(1).random((4, 4)) < 0.4
 
 
 class Place:
@@ -54,7 +53,8 @@ class Place:
         self.device, self.folder = device, folder
 
     def model(self, family="llama", seed=0):
-        return tiny_model(family, seed=seed).requires_grad_(False).to(self.device)
+        model = tiny_model(family, seed=seed, num_hidden_layers=4)
+        return model.requires_grad_(False).to(self.device)
 
     def replay(self, family="llama"):
         return replay_of(self.model(family))
@@ -125,7 +125,7 @@ def timed(place):
 
 
 def patched(place, reads):
-    given = (place.replay(), ["attention+mlp"] * 6, random_tokens(), [2, 3, 5], Work(32))
+    given = (place.replay(), ["attention+mlp"] * 4, random_tokens(), [1, 3], Work(32))
 
     def chosen(fitting, writes):
         for write in writes:
@@ -164,13 +164,6 @@ def chosen(place):
     return [removed(name) for name in own]
 
 
-def spilled(place):
-    with closing(Boundaries(0)) as boundaries:
-        boundaries.put("x", torch.arange(3.0, device=place.device))
-        back = boundaries.take("x", place.device)
-    return (back + torch.ones(3, device=place.device)).cpu().numpy()
-
-
 # gemma2 ends in a soft cap: its head is not taken apart.
 STEPS = {
     "losses": losses,
@@ -185,7 +178,6 @@ STEPS = {
     "gauss-newton, head in one": lambda p: second(p, "gauss-newton", "gemma2"),
     "search": searched,
     "search slopes, streamed": streamed_slopes,
-    "hidden states in a file": spilled,
     "answers": asked,
     "answers, head in one": lambda p: asked(p, "gemma2"),
     "answers, streamed": lambda p: asked(p, streamed=True),
@@ -202,17 +194,15 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_keeps_to_its_device(step, llama, device):
-    expected = np.asarray(STEPS[step](Place(CPU, llama)))
-    found = np.asarray(STEPS[step](Place(device, llama)))
+def test_a_step_keeps_to_its_device(step, shared, device):
+    folder = shared.checkpoint(num_hidden_layers=4)
+    expected = np.asarray(STEPS[step](Place(CPU, folder)))
+    found = np.asarray(STEPS[step](Place(device, folder)))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.slow
 def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
-    # An operation there takes a thousand times that of a CPU: few tokens, and one doubling.
-    monkeypatch.setattr(tuning, "_MOST_TOKENS", 2 * tuning.BATCH_TOKENS)
-    monkeypatch.setattr(tuning, "_ROUNDS", 1)
     monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
     monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
     with fake_cards() as (card,):

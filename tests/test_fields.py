@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures import cuts, families, fields
-from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.cutting.checkpoint import excise
@@ -132,7 +132,7 @@ def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     stream = recording.entered
     for i in (0, 2, 3, 5):
         stream = recording.block(i, stream)
-    with torch.no_grad(), skipped(model, find_stack(model), [1, 4]):
+    with torch.no_grad(), skip_blocks(model, find_stack(model), [1, 4]):
         expected = model(tokens, use_cache=False).logits[0]
     assert relative_difference(expected, recording.logits(stream[0], 0)) <= 1e-5
 

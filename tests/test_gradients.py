@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from isingcut.data.tokens import TokenSet
@@ -16,10 +15,10 @@ from isingcut.energies.gauss_newton import GaussNewton
 from isingcut.energies.hessian import Hessian
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.gates import gated_block
 from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
+from sweep.gates import gated_loss
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay
 
 # For each family the modules whose output is added to the residual stream, by their names:
@@ -37,7 +36,7 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     replay, tokens = tiny_replay(family), random_tokens()
     expected = [
         torch.autograd.functional.jacobian(
-            functools.partial(plain_loss, replay, tokens.select([s]), family, "sublayer", "nll"),
+            functools.partial(gated_loss, replay, tokens.select([s]), ADDED[family]),
             torch.ones(len(replay)),
         ).numpy()
         for s in range(tokens.samples)
@@ -65,18 +64,6 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypa
     (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0
-
-
-@pytest.mark.parametrize("gate", ["sublayer", "block"])
-@pytest.mark.parametrize("family", sorted(ADDED))
-def test_a_closed_gate_is_the_removal(family, gate):
-    replay = tiny_replay(family)
-    ids = random_tokens().input_ids[:2]
-    with torch.no_grad():
-        recording = replay.record(ids)
-        for i in range(len(replay)):
-            closed = gated_block(recording, i, recording.entered, torch.zeros(2), gate, ones=False)
-            torch.testing.assert_close(closed, recording.entered)
 
 
 def test_no_parameter_gradient_is_allocated():
@@ -161,66 +148,16 @@ def test_the_energy_carries_its_errors(linear):
     assert one.J_error is None
 
 
-CURVED = ["fisher", "gauss-newton", "hessian"]
-
-
-def plain_loss(replay, tokens, family, gate, loss, alpha):
-    """Mean token loss with gates on modules found by name, one sample at a time, unpadded."""
-    total, count = 0.0, 0
-    for s in range(tokens.samples):
-        ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
-        with torch.no_grad():
-            original = replay.model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-
-        def sublayer(module, args, output, *, i):
-            if isinstance(output, tuple):
-                return (output[0] * alpha[i], *output[1:])
-            return output * alpha[i]
-
-        def block(module, args, output, *, i):
-            out = output[0] if isinstance(output, tuple) else output
-            out = args[0] + alpha[i] * (out - args[0])
-            return (out, *output[1:]) if isinstance(output, tuple) else out
-
-        handles = []
-        for i, b in enumerate(replay.blocks):
-            if gate == "block":
-                handles.append(b.register_forward_hook(functools.partial(block, i=i)))
-            else:
-                handles += [
-                    getattr(b, name).register_forward_hook(functools.partial(sublayer, i=i))
-                    for name in ADDED[family]
-                ]
-        logits = replay.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        for handle in handles:
-            handle.remove()
-        logp = logits.log_softmax(-1)
-        if loss == "nll":
-            total = total + F.nll_loss(logp, ids[0, 1:], reduction="sum")
-        else:
-            total = total + (original.exp() * (original - logp)).sum()
-        count += ids.shape[1] - 1
-    return total / count
-
-
 def independent(replay, tokens, family, gate, loss):
     """Gradient and Hessian by autograd.functional, with attention in its eager form."""
     replay.model.set_attn_implementation("eager")
     one = torch.ones(len(replay), dtype=torch.float64)
-    function = functools.partial(plain_loss, replay, tokens, family, gate, loss)
+    added = ADDED[family] if gate == "sublayer" else ()
+    function = functools.partial(gated_loss, replay, tokens, added, kl=loss == "kl")
     g = torch.autograd.functional.jacobian(function, one)
     H = torch.autograd.functional.hessian(function, one)
     replay.model.set_attn_implementation("sdpa")
     return g.numpy(), H.numpy()
-
-
-def form(energy, x):
-    return float(energy.energies(np.asarray(x, dtype=bool)[None])[0])
-
-
-def expected_form(g, H, x):
-    x = np.asarray(x, dtype=float)
-    return -g @ x + x @ H @ x / 2
 
 
 STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
@@ -228,28 +165,19 @@ STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 
 
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama"])
-def test_hessian_equals_autograd_of_the_plain_model(family, gate):
+@pytest.mark.parametrize(("energy", "loss"), [(Hessian, "nll"), (GaussNewton, "kl")])
+def test_exact_curvatures_equal_autograd_of_the_plain_model(energy, loss, family, gate):
     replay, tokens = tiny_replay(family, torch.float64), random_tokens()
-    g, H = independent(replay, tokens, family, gate, "nll")
-    found = gate_curvature(replay, tokens, "hessian", gate=gate, work=Work(30))
+    g, H = independent(replay, tokens, family, gate, loss)
+    found = gate_curvature(replay, tokens, energy.kind, gate=gate, work=Work(30))
     total = found.counts.sum()
-    np.testing.assert_allclose(found.gradient_sums.sum(0) / total, g, rtol=1e-5, atol=1e-7)
+    gradient = found.gradient_sums.sum(0) / total if loss == "nll" else 0
+    np.testing.assert_allclose(g, gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.curvature_sums.sum(0) / total, H, rtol=1e-5, atol=1e-6)
     assert np.abs(H).max() > 1e-2
-    energy = Hessian(gate=gate).measure(replay, tokens, Work())
-    for x in STATES:
-        assert form(energy, x) == pytest.approx(expected_form(g, H, x), rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("gate", ["sublayer", "block"])
-@pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama"])
-def test_gauss_newton_equals_the_hessian_of_the_kl(family, gate):
-    replay, tokens = tiny_replay(family, torch.float64), random_tokens()
-    g, H = independent(replay, tokens, family, gate, "kl")
-    np.testing.assert_allclose(g, 0, atol=1e-12)
-    energy = GaussNewton(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
-    for x in STATES:
-        assert form(energy, x) == pytest.approx(expected_form(0 * g, H, x), rel=1e-4, abs=1e-6)
+    formed = energy(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
+    for x in np.array(STATES, dtype=float):
+        assert formed.energy(x) == pytest.approx(-g @ x + x @ H @ x / 2, rel=1e-4, abs=1e-6)
 
 
 def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
@@ -277,7 +205,7 @@ def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches()
     assert np.abs(whole - gate_gradients(replay, tokens)).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", CURVED)
+@pytest.mark.parametrize("name", ["fisher", "gauss-newton", "hessian"])
 def test_curvature_energies_are_symmetric_in_nats_and_deterministic(name):
     replay, tokens = tiny_replay("llama"), random_tokens()
     part = registry.get(name)()

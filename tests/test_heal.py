@@ -1,7 +1,9 @@
 """Healing: its text, training, resuming, LoRA, and what is trained at a time."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from healings import (
     options,
     shapes,
     stored,
-    trainer_file,
 )
 from isingcut.cli.main import app
 from isingcut.data.healing_text import build
@@ -26,7 +27,8 @@ from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageF
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import HealingFile
 from isingcut.files.writing import read_json
-from isingcut.healing import recipe
+from isingcut.healing import heal as home
+from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import train
@@ -36,7 +38,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.models.transformers_private import checkpointing
+from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_model
@@ -134,8 +136,8 @@ def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     found = []
     for name, batch in {"one": parts, "more": {"per_device_train_batch_size": 4}}.items():
-        file = trainer_file(tmp_path / name, {"max_steps": 4, "learning_rate": 3e-3, **batch})
-        found.append(curve(heal(options(models, tmp_path / name, **given, trainer=file))))
+        trainer = {"max_steps": 4, "learning_rate": 3e-3, **batch}
+        found.append(curve(heal(options(models, tmp_path / name, **given, trainer=trainer))))
     one, more = found
     for mine, theirs in zip(one, more, strict=True):
         assert mine["tokens"] == theirs["tokens"]
@@ -156,14 +158,13 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
     def planned(name, **more):
-        file = trainer_file(tmp_path / name, {**settings, **more})
-        return heal(options(models, tmp_path / name, trainer=file))
+        return heal(options(models, tmp_path / name, trainer={**settings, **more}))
 
     planned("a")
     # Nothing to spare, but enough.
     monkeypatch.setattr(memory, "allowance", lambda limit, _: Allowance(10**9 if limit else 0, 0))
     out = planned("b")
-    planned("c", max_steps=1, **dict.fromkeys(checkpointing(), False))
+    planned("c", max_steps=1, **dict.fromkeys(get_checkpointing(), False))
     assert [(p.recompute, p.most) for p in plans] == [(False, 4 * 32), (True, 32), (False, 32)]
     for mine, theirs in zip(curve(out), curve(healed), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -272,9 +273,7 @@ def spending(models, out, effort, **changes):
     return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
 
 
-def four(out, **more):
-    """A trainer file of four sequences a step."""
-    return trainer_file(out, {"per_device_train_batch_size": 4, "save_steps": 2, **more})
+FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}
 
 
 def test_small_budgets_make_many_small_steps(tmp_path):
@@ -287,7 +286,7 @@ def test_small_budgets_make_many_small_steps(tmp_path):
     small, wide = (recipe.sizes(HealConfig(), 80_000, width=w)[2] for w in (576, 4096))
     assert small > wide > 2e-5
     settings = {"per_device_train_batch_size": 3, "learning_rate": 0.5}
-    given = HealConfig(length=512, trainer=trainer_file(tmp_path / "t", settings))
+    given = HealConfig(length=512, trainer=settings)
     assert recipe.sizes(given, 80_000, width=576, longest=512) == (3, 512, 0.5)
     # Shared evenly by the processes.
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
@@ -306,14 +305,14 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
 
 
 def test_a_budget_in_tokens_is_spent(models, tmp_path):
-    out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=four(tmp_path)))
+    out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=FOUR))
     found = bought(out)
     assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
     assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
-    trainer = four(tmp_path, num_train_epochs=1.0)
+    trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
 
@@ -324,7 +323,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_times", lambda job: times)
     # What passes before is no part of this budget: the clock stands.
     monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
-    config = spending(models, tmp_path / "a", "0.25m", trainer=four(tmp_path))
+    config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
     assert found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
@@ -346,16 +345,24 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_of_time_pays_for_the_judging_too(models, tmp_path, monkeypatch):
-    spent = []
-    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or job)
-    heal(spending(models, tmp_path / "out", "1h", method="full", trainer=four(tmp_path)))
-    assert spent[0] > 0
+def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
+    # Each look at the clock is two seconds later: one second for a model and 64 tokens.
+    monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
+    monkeypatch.setattr(home, "quality", lambda *given: None)
+    text = TokenSet.from_rows([[7] * 64] * 10)
+    config, teacher = HealConfig(effort="3min"), SimpleNamespace(model=None)
+    job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
+    home._check_effort(job, text.select([0, 1]), patches=False)
+    with pytest.raises(InputError, match=r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
+        home._check_effort(job, text.select([0, 1]), patches=True)
 
 
-def test_the_clock_is_read_on_real_steps(models, tmp_path):
+def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
+    spent, spend = [], train._spend
+    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or spend(job))
     # The text ends long before this time does, on any machine.
     out = heal(spending(models, tmp_path / "out", "2h"))
+    assert spent[0] > 0
     found = bought(out)
     assert found["seconds"] > 0
     assert found["epochs"] == pytest.approx(recipe.EPOCHS, rel=0.2)

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import card_heal as on_card
+from cards import fake_cards
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
@@ -25,12 +25,7 @@ from isingcut.models.compute import divergence as kl
 from isingcut.models.load import load
 from isingcut.models.processes import Processes
 from isingcut.options.config import HealConfig
-from isingcut.testing.cards import fake_cards
 from isingcut.testing.tiny import tiny_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import card_heal as on_card
 
 
 def normal(*shape, seed=0):

@@ -7,14 +7,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
-from isingcut.evaluation.answers import MICRO_BATCHES, Generations, Likelihoods, answer_scores
+from isingcut.evaluation.answers import MICRO_BATCHES, Likelihoods, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, certainties, score, score_states, temper_margins
+from isingcut.evaluation.scores import ScoredModel, certainties, score_states, temper_margins
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.architectures.blocks import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from shared import write_jsonl
@@ -91,7 +91,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
             if not cut.exists():
                 excise(model.loaded.folder, blocks, cut)
             one = ScoredModel.whole(load(cut, dtype="float32", device="cpu"))
-        alone = score(one, task)
+        (alone,) = score_states(one, task, [()])
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
     assert len({tuple(s.values) for s in found}) > 1
@@ -136,7 +136,7 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     file = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}[name]
     path = tmp_path / name / f"{file}.jsonl"
     write_jsonl(path, records)
-    found = score(model, prepare_task(name, tmp_path)).certainties
+    found = score_states(model, prepare_task(name, tmp_path), [()])[0].certainties
 
     def likely(context, answer):
         ids = model.loaded.tokenizer(context + answer, return_tensors="pt").input_ids
@@ -225,12 +225,11 @@ def requests():
 
 
 def written(model, work, state=0):
-    texts = Generations(model.replay, states_of(len(model.replay), STATES), work)
     stack = find_stack(model.loaded.model)
 
     def write(prompts, some):
-        with skipped(model.loaded.model, stack, STATES[state]):
-            return texts.of(state, prompts, some)
+        with skip_blocks(model.loaded.model, stack, STATES[state]):
+            return generate_texts(model.replay, STATES[state], prompts, some, work)
 
     return Harness(model.loaded, lambda rows: [], write).generate_until(requests())
 
@@ -253,7 +252,7 @@ def kill_after(goes, monkeypatch):
 @pytest.mark.parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.loaded.model, tokenizer=model.loaded.tokenizer, batch_size=2)
-    with skipped(model.loaded.model, find_stack(model.loaded.model), STATES[state]):
+    with skip_blocks(model.loaded.model, find_stack(model.loaded.model), STATES[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
     assert written(model, Work(16), state) == expected
     assert any(expected)

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import make_patches as patches
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
 from isingcut.healing.patch.linear import Moments, _Fitting, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
@@ -31,10 +30,6 @@ from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
 from tiny import replay_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-
-import make_patches as patches
 
 
 def tokens(samples=12, length=24, seed=0):
@@ -154,7 +149,7 @@ def assert_stationary(model, text, patch, removed, patches=()):
     target = streams(model, text, patch.block + 1)
     with (
         apply_patches(stack_modules(model, stack), list(patches)),
-        skipped(model, stack, removed),
+        skip_blocks(model, stack, removed),
         watched(model, patch.block, patch.path) as seen,
         torch.no_grad(),
     ):
@@ -252,7 +247,6 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     job = job_of(tmp_path, family, removed)
     expected = patch_checkpoint(job, tmp_path / "in-memory")
     teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
-    replay.store.buffers.keep_at_most(0)
     read = []
     fill = StoredPart.fill
     monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
@@ -353,7 +347,7 @@ def divergence(model, text, found, removed=REMOVED):
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             blocks = stack_modules(model, stack)
-            with skipped(model, stack, removed), apply_patches(blocks, found.patches):
+            with skip_blocks(model, stack, removed), apply_patches(blocks, found.patches):
                 q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         count += ids.shape[1] - 1

@@ -19,7 +19,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_document, read_json
-from isingcut.models.architectures.blocks import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
@@ -87,7 +87,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
     original = load(llama, dtype="float32", device="cpu").model
     kept = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
-    with torch.no_grad(), skipped(original, find_stack(original), REMOVED):
+    with torch.no_grad(), skip_blocks(original, find_stack(original), REMOVED):
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -231,14 +231,13 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
-    training = "per_device_train_batch_size: 4\nmax_steps: 3\nlearning_rate: 0.0005\n"
-    (place / "trainer.yaml").write_text(training, encoding="utf-8")
-    options = f"length: 32\nreport-samples: 2\ntrainer: {place / 'trainer.yaml'}\n"
-    (place / "heal.yaml").write_text(options, encoding="utf-8")
     write_jsonl(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
     write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
     return place
+
+
+TRAINER = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.0005}
 
 
 def config(folder, name, **changes):
@@ -257,7 +256,7 @@ def config(folder, name, **changes):
         keep="0",
         dtype="float32",
         device="cpu",
-        heal_options=str(folder / "heal.yaml"),
+        healing={"length": 32, "report-samples": 2, "trainer": TRAINER},
     ).replace(**changes)
 
 
@@ -345,15 +344,14 @@ def test_heal_from_the_command_line(folder, healed_run, tmp_path):
     assert (tmp_path / "healed" / "healing.json").exists()
 
 
-def test_what_a_run_refuses_before_it_measures(folder, tmp_path):
+def test_what_a_run_refuses_before_it_measures(folder):
     def refused(**changes):
         with pytest.raises(InputError) as caught:
             pipeline.run(config(folder, "never", **changes))
         assert not (folder / "never").exists()
         return str(caught.value)
 
-    (tmp_path / "bad.yaml").write_text("teacher: x\n", encoding="utf-8")
-    assert "the run itself sets" in refused(heal=True, heal_options=str(tmp_path / "bad.yaml"))
+    assert "the run itself sets" in refused(heal=True, healing={"teacher": "x"})
     assert "--patch must be one of" in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 

@@ -12,7 +12,7 @@ import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
 from isingcut.files.writing import read_json
-from isingcut.models.architectures.blocks import find_stack, skipped
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, call
 
@@ -35,7 +35,7 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, t
     cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(target / "model")
     ids = tokenizer("ground state of the energy", return_tensors="pt").input_ids
-    with torch.no_grad(), skipped(original, find_stack(original), removed):
+    with torch.no_grad(), skip_blocks(original, find_stack(original), removed):
         expected = original(ids).logits
     with torch.no_grad():
         torch.testing.assert_close(cut(ids).logits, expected, rtol=1e-5, atol=1e-5)

@@ -14,9 +14,9 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
-from isingcut.models.fp8 import dequantise, dequantised, fp8_layout
+from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
-from isingcut.models.load import as_transformers_does, load, load_dequantised
+from isingcut.models.load import load, load_dequantised, load_plain
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
@@ -109,7 +109,7 @@ def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
     with edit_tensors(source) as tensors:
         del tensors["model.layers.2.mlp.up_proj.weight_scale"]
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight' has no scale"):
-        dict(dequantised(source, {}, torch.float32))
+        dict(dequantise_checkpoint(source, {}, torch.float32))
 
 
 def test_dequantise_spreads_every_kind_of_scale():
@@ -203,7 +203,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     fp8_in_tiles(source)
     with edit_tensors(source) as tensors:
         tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4)
-    model, found = as_transformers_does(source, torch.float32)
+    model, found = load_plain(source, torch.float32)
     assert not found["missing_keys"]
     wanted = dict(plain.named_parameters())
     for name, value in model.named_parameters():
@@ -241,7 +241,7 @@ def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
     # Its packs are of 32 numbers.
     tiny_checkpoint("gpt_oss", source, intermediate_size=64)
     values = mxfp4(source)
-    model, found = as_transformers_does(source, torch.float32)
+    model, found = load_plain(source, torch.float32)
     assert not found["missing_keys"]
     parameters = dict(model.named_parameters())
     for name, value in values.items():

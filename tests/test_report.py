@@ -22,8 +22,8 @@ from isingcut.files.documents import (
 )
 from isingcut.files.writing import read_json, write_json
 from isingcut.report import card, words
-from isingcut.report.render import fenced
 from isingcut.report.run_files import RunFiles
+from isingcut.report.words import fenced
 from run_files import (
     baseline,
     card_parts,

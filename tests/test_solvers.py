@@ -70,13 +70,30 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
 WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
 
 
-def test_exact_stops_at_its_limit_and_says_so():
+@pytest.mark.parametrize(
+    ("stopped", "options"),
+    [("time limit", {"seconds": 0.2}), ("node limit", {"nodes": 2}), ("interrupted", {})],
+)
+def test_a_stopped_search_has_the_best_so_far_and_a_bound(stopped, options, monkeypatch):
+    calls, wait = iter([KeyboardInterrupt]), exact.wait
+
+    def interrupt(*arguments):
+        for error in calls:
+            raise error
+        return wait(*arguments)
+
+    if stopped == "interrupted":
+        monkeypatch.setattr(exact, "wait", interrupt)
     # Proving the top 20 of this family takes minutes.
-    spectrum = solve(WIDE, "exact", seconds=0.2)
-    assert spectrum.info["stopped"] == "time limit"
+    spectrum = solve(WIDE, "exact", **options)
+    assert spectrum.info["stopped"] == stopped
     assert not spectrum.proven
     assert len(spectrum) == 20
     assert spectrum.lower_bound < spectrum.energies[0]
+    assert spectrum.relative_gap > 0
+
+
+def test_auto_stops_at_its_limit():
     assert solve(WIDE, "auto", seconds=0.2).info["stopped"] == "time limit"
 
 
@@ -93,16 +110,14 @@ def test_a_solver_that_is_gone_names_what_replaces_it(name, instead):
 
 
 def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
-    from isingcut.ising.solvers.tabu import Tabu
-
     given, clock = [], iter(range(1000))
-    plain = Tabu.solve
+    plain = tabu.Tabu.solve
 
     def look(self, problem, k):
         given.append(self.seconds)
         return plain(self, problem, k)
 
-    monkeypatch.setattr(Tabu, "solve", look)
+    monkeypatch.setattr(tabu.Tabu, "solve", look)
     monkeypatch.setattr("isingcut.ising.solvers.time.perf_counter", lambda: next(clock) * 1.0)
     spectrum = solve(
         Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)]),
@@ -133,9 +148,6 @@ class Odd:
 
 
 def test_what_is_no_solution_is_refused(monkeypatch):
-    from isingcut.ising.solvers import registry
-    from isingcut.ising.solvers.base import Solution
-
     monkeypatch.setitem(registry._registered, "odd", Odd)
     for result, message in {
         None: "returned NoneType; expected a Solution",
@@ -261,17 +273,13 @@ class Fake:
 
     def solve(self, problem, k):
         good = make("exact").solve(problem, k)
-        if self.fault == "type":
-            return good.states
-        if self.fault == "shape":
-            return Solution(good.states[:, :3])
-        if self.fault == "infeasible":
-            return Solution(~good.states)
-        if self.fault == "proof":
-            return Solution(good.states[1:], None, True)
-        if self.fault == "bound":
-            return Solution(good.states, good.lower_bound + 1.0)
-        raise AssertionError(self.fault)
+        return {
+            "type": good.states,
+            "shape": Solution(good.states[:, :3]),
+            "infeasible": Solution(~good.states),
+            "proof": Solution(good.states[1:], None, True),
+            "bound": Solution(good.states, good.lower_bound + 1.0),
+        }[self.fault]
 
 
 @pytest.mark.parametrize(
@@ -381,7 +389,9 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 @pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
-    monkeypatch.setattr(tabu, "search", lambda r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0))
+    monkeypatch.setattr(
+        tabu.Tabu, "search", lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0)
+    )
     monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
     cap = con.LinearConstraint("cap", np.arange(13) % 4, "<=", 7.0)
@@ -424,33 +434,6 @@ def test_bounds_are_bounds():
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())
         assert len(child.cuts)
-
-
-def test_limits_return_the_best_so_far_with_a_bound():
-    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
-    spectrum = solve(problem, "exact", k=10, nodes=2)
-    assert not spectrum.proven
-    assert spectrum.info["stopped"] == "node limit"
-    assert len(spectrum) == 10
-    assert spectrum.lower_bound <= spectrum.energies[0]
-    assert 0 < spectrum.relative_gap < 1
-
-
-def test_interrupting_returns_the_best_so_far(monkeypatch):
-    problem = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 28)])
-
-    calls, wait = iter([KeyboardInterrupt]), exact.wait
-
-    def interrupt(*arguments):
-        for error in calls:
-            raise error
-        return wait(*arguments)
-
-    monkeypatch.setattr(exact, "wait", interrupt)
-    spectrum = solve(problem, "exact", k=10)
-    assert not spectrum.proven
-    assert spectrum.info["stopped"] == "interrupted"
-    assert len(spectrum) == 10
 
 
 def test_threads_agree(tree_only):

@@ -13,7 +13,7 @@ import pytest
 from isingcut.errors import InputError
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, score
+from isingcut.evaluation.scores import ScoredModel, score_states
 from isingcut.models.load import load
 from shared import write_jsonl
 
@@ -182,7 +182,7 @@ def test_our_task_is_the_harness_s_own(name, models, tmp_path):
         task_dict={"tasks": {"official": official}, "groups": {}, "group_map": {}},
         bootstrap_iters=0,
     )
-    mine = score(model, prepared)
+    (mine,) = score_states(model, prepared, [()])
     metric, _, which = mine.metric.partition(",")
     which = which or "none"
     theirs = [s[metric] for s in found["samples"]["official"] if s["filter"] == which]
@@ -253,7 +253,7 @@ def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.evaluation.answers._scores", broken)
     assert benchmark(models, ["arc_easy"], **options) == [first]
     monkeypatch.undo()
-    scores = score(models["original"], prepare_task("arc_easy", tmp_path, None))
+    (scores,) = score_states(models["original"], prepare_task("arc_easy", tmp_path), [()])
     with pytest.raises(InputError, match="different questions"):
         row(scores, replace(scores, questions=scores.questions[::-1]))
 
@@ -298,4 +298,4 @@ def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
         "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}
     )
     with pytest.raises(InputError, match="question of arc_easy has no finite acc"):
-        score(models["original"], prepare_task("arc_easy", tmp_path, None))
+        score_states(models["original"], prepare_task("arc_easy", tmp_path), [()])

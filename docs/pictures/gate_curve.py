@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from isingcut.data.calibration import build
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
@@ -58,7 +58,7 @@ def main() -> None:
             for row, i in enumerate(arguments.blocks):
                 for k, alpha in enumerate(alphas):
                     gate = torch.tensor([alpha])
-                    hidden = gated_block(recording, i, stream[i], gate, "block", ones=False)
+                    hidden = run_gated(recording, i, stream[i], gate, "block", ones=False)
                     for j in range(i + 1, n):
                         hidden = recording.block(j, hidden)
                     logp = recording.logits(hidden[0], 0)[:-1].double().log_softmax(-1)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed",
     """The command line of a tiny healing, of two steps where it gets that far.
 
     Args:
-        settings: of its trainer file.
+        settings: its `trainer` section.
     """
     file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
-    file.write_text(json.dumps(settings), encoding="utf-8")
+    file.write_text(json.dumps({"trainer": settings}), encoding="utf-8")
     return (
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
-        f"--report-samples 2 --trainer {file} --device cpu --dtype float32 {more}"
+        f"--report-samples 2 --config {file} --device cpu --dtype float32 {more}"
     )
 
 
@@ -46,8 +47,8 @@ def record(change):
 
 
 def trainer(content):
-    """A trainer file with that content."""
-    return written("t.yaml", content)
+    """A config file with that content in its `trainer` section."""
+    return written("t.yaml", "trainer:\n" + textwrap.indent(content, "  "))
 
 
-WITH_FILE = heal("--trainer {here}/t.yaml")
+WITH_FILE = heal("--config {here}/t.yaml")

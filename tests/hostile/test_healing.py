@@ -81,13 +81,11 @@ PLACES += rows((f"{name} in the work folder's place", heal(), *rest) for name, *
 PLACES += rows([
     ("there", heal(out="{home}"), "already exists, nothing was written"),
     ("a link to nothing", heal(), "healed already exists", linked("healed", "gone")),
-    ("the trainer file", heal("--overwrite --trainer {here}/t.yaml", out="{here}/t.yaml"),
-     f"output .*t.yaml is .*{READ}", trainer("weight_decay: 0.1\n")),
     ("the config file", heal("--overwrite --config {here}/c.yaml", out="{here}/c.yaml"),
      f"output .*c.yaml is .*{READ}", written("c.yaml", "seed: 1\n")),
-    ("the folder of the trainer file",
-     heal("--overwrite --trainer {here}/mine/t.yaml", out="{here}/mine"),
-     f"output .*mine contains .*{READ}", written("mine/t.yaml", "weight_decay: 0.1\n")),
+    ("the folder of the config file",
+     heal("--overwrite --config {here}/mine/c.yaml", out="{here}/mine"),
+     f"output .*mine contains .*{READ}", written("mine/c.yaml", "seed: 1\n")),
     ("the teacher in the work folder's place", heal(teacher="{here}/.healed.healing"),
      f"output .*healed.healing is .*{READ}",
      lambda a: shutil.copytree(a.model, a.here / WORK)),
@@ -101,8 +99,9 @@ def block_0_missing(arena):
     """A cut that lacks its first blocks only."""
     from isingcut.models.cutting.checkpoint import excise
 
-    more = {"isingcut.json": json.dumps({"removed": [0, 1], "of": 6})}
-    excise(arena.model, [0, 1], arena.here / "headless", extra_files=more)
+    excise(arena.model, [0, 1], arena.here / "headless")
+    record = json.dumps({"removed": [0, 1], "of": 6})
+    (arena.here / "headless" / "isingcut.json").write_text(record)
 
 
 WORDS = rows([
@@ -123,10 +122,10 @@ WORDS = rows([
     ("many samples", heal("--samples 1000000"), "too short"),
     ("no file", WITH_FILE, "t.yaml"),
     ("a pipe", WITH_FILE, "t.yaml", pipe("t.yaml")),
-    ("a list", WITH_FILE, "t.yaml must have", trainer("- 1\n")),
+    ("a list", WITH_FILE, "trainer must be a section", trainer("- 1\n")),
     ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
 ])  # fmt: skip
-# What a trainer file may not set, and what it may not set so.
+# What a trainer section may not set, and what it may not set so.
 OTHERS = """
 output_dir: /tmp/elsewhere
 push_to_hub: true
@@ -246,7 +245,7 @@ PLAIN = [
      config("run/model/config.json", rms_norm_eps=1e-3)),
     ("the student's marker", "its .isingcut-output.json was changed",
      written(f"{STUDENT}/{MARKER}", "{}")),
-    ("a student half there", "model.safetensors is truncated",
+    ("a student half there", "model.safetensors is damaged",
      truncated("run/model/model.safetensors", 9000)),
     *((f"record: {name}", *rest) for name, *rest in SAYS),
 ]  # fmt: skip
@@ -377,7 +376,7 @@ BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 @pytest.mark.parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
     settings = {**BLOWN, "save_steps": saved}
-    line = "the loss of step . is nan; set a lower learning_rate in the --trainer file, here 10"
+    line = "the loss of step . is nan; set a lower learning_rate with --trainer, here 10"
     first = heal("--patch none", **settings, learning_rate=10.0)
     assert types(arena, first, code=2, line=line, makes=()) == []
     assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []

@@ -14,9 +14,9 @@ import isingcut
 from isingcut.errors import MemoryExhaustedError
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import on_text_alone
+from isingcut.models.architectures.blocks import catch_text_errors
 from isingcut.models.cutting import verify
-from isingcut.models.loading import loading
+from isingcut.models.loading import catch_errors
 
 TOO_MANY = 10**15
 
@@ -83,17 +83,17 @@ def test_python_raises_one_of_our_errors(arena, monkeypatch, call):
 
 
 def reads(monkeypatch):
-    with loading("the model"):
+    with catch_errors("the model"):
         in_torch()
 
 
 def runs_on_text(monkeypatch):
-    with on_text_alone(torch.nn.Linear(1, 1)):
+    with catch_text_errors(torch.nn.Linear(1, 1)):
         in_torch()
 
 
 def reloads(monkeypatch):
-    monkeypatch.setattr(verify, "as_transformers_does", in_torch)
+    monkeypatch.setattr(verify, "load_plain", in_torch)
     verify.reload("model", dtype=torch.float32)
 
 

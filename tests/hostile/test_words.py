@@ -97,9 +97,9 @@ WORDS = [
     ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a regular file"),
     ("--remove 2 --config {here}", "is a folder; expected a regular file"),
     ("--remove 2 --config none.yaml", "none.yaml does not exist; expected a file"),
-    ("--remove 2 --heal --heal-options /dev/zero", "/dev/zero is a device"),
-    ("--remove 2 --heal --heal-options {here}/pipe", "pipe is a pipe"),
-    ("--remove 2 --patch linear --heal-options none.yaml", "none.yaml does not exist"),
+    ("--remove 2 --heal --healing heal.yaml", "--healing must be a section of the --config file"),
+    ("--remove 2 --heal --healing 'seed: ['", "--healing while parsing"),
+    ("--remove 2 --patch linear --healing '[seed]'", "--healing must be a section"),
     ("--remove 2 --calibration none.txt", "the calibration file 'none.txt' does not exist"),
     ("--remove 2 --calibration ~/none.txt", "the calibration file '.*home/none.txt' does not"),
     ("--remove 2 --calibration {here}/home", "home is a folder without data files"),
@@ -108,8 +108,7 @@ HEALING = [
     ("--method magic", r"--method must be one of full, last:N .*, lora or lora:RANK, none"),
     ("--effort 9", "--effort: '9': expected a time"),
     ("--device gpu", "--device: must be auto"),
-    ("--trainer /dev/zero", "/dev/zero is a device"),
-    ("--trainer {here}/pipe", "pipe is a pipe"),
+    ("--trainer t.yaml", "--trainer must be a section of the --config file, or .*; got 't.yaml'"),
     ("--config /dev/zero", "/dev/zero is a device"),
     ("--text ''", "--text is empty"),
     ("--text none.txt", "the calibration file 'none.txt' does not exist"),
@@ -218,6 +217,13 @@ HEAL_FILES = [
 ]
 
 
+SECTIONS = [
+    ("{trust_remote_code: true}", "--healing: the run itself sets trust_remote_code"),
+    ("{learning_rate: 1}", "unknown option 'learning_rate'"),
+    ("{samples: 0}", "samples must be at least 1"),
+    ("{trainer: [optim]}", "trainer must be a section"),
+    ("3", "healing must be a section"),
+]
 FILE_ROWS = [
     *(
         Row(f"run: {name}", f"{RUN} --config o.yaml", line, written("o.yaml", text))
@@ -228,12 +234,10 @@ FILE_ROWS = [
         for name, text, line in HEAL_FILES
     ),
     *(
-        Row(f"options: {name}", f"{RUN} --remove 2 --heal --heal-options o.yaml", line,
-            written("o.yaml", text))
-        for name, text, line in HEAL_FILES
+        Row(f"healing: {text}", f"{RUN} --remove 2 --heal --config o.yaml", line,
+            written("o.yaml", f"healing: {text}"))
+        for text, line in SECTIONS
     ),
-    Row("trainer: bomb", f"{HEAL} --trainer o.yaml", "aliases .* not", written("o.yaml", BOMB)),
-    Row("trainer: a list", f"{HEAL} --trainer o.yaml", "got list", written("o.yaml", "- optim")),
     Row(
         "config in the home folder",
         f"{RUN} --config=~/o.yaml",
@@ -292,7 +296,7 @@ EARLY = [
     ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
     ("--remove 99999", "from 1 to 5 for this model of 6 blocks, got 99999"),
     ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
-    ("--remove attention+mlp=6", "must remove 1 to 5 blocks in all"),
+    ("--remove attention+mlp=6", "--remove must be from 1 to 5 for this model"),
     ("--remove 2 --keep 0,17", "cannot keep block 17: blocks are numbered 0 to 5"),
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
     ("--remove 5 --keep 0,1", "no state satisfies all constraints; these conflict: .*keep"),

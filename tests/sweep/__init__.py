@@ -11,6 +11,7 @@ with plain transformers and compared with the original with those blocks skipped
 process of its own with a limit of memory and time.
 
     conformance   what transformers has, the checks of one architecture, and its report
+    gates         gate gradients against autograd and finite differences
     shrink        a tiny configuration of any configuration class, by rule
     images        two prompts with an image each, made by rule
 """

@@ -61,13 +61,10 @@ def _report(name, result):
     except multiprocessing.TimeoutError:
         reason = f"no result within {_SECONDS} s: too slow, or its process died"
         r = Report(name, "failed", reason=reason)
-    unseen = f"proven on text only: {r.unseen}" if r.unseen else ""
-    mtp = (
-        f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}" + ", drafts" * r.drafts
-        if r.mtp
-        else ""
-    )
-    remarks = "; ".join(filter(None, (r.reason or r.rows, unseen, mtp))).replace("|", "/")
+    mtp = ""
+    if r.mtp:
+        mtp = f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}" + ", drafts" * r.drafts
+    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace("|", "/")
     cells = (r.kinds, r.states, f"{r.difference:.1e}", "yes" if r.sublayer else "block gate only")
     print(f"| {name} | {r.outcome} | {' | '.join(map(str, cells))} | {remarks} |", flush=True)
     return r

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.cutting.verify import ImageInputs, on_device_of, parameters, try_images
+from isingcut.models.cutting.verify import ImageInputs, move_inputs, parameters, try_images
 
 _TOKENS = (
     "image_token_id",
@@ -76,7 +76,7 @@ def _features(model: Any, pixels: ImageInputs) -> int:
     places = (model, getattr(model, "model", model))
     found = (getattr(place, name, None) for name in names for place in places)
     features: Any = next(filter(None, found), None) or model.get_image_features
-    return _rows(features(**on_device_of(model, pixels), return_dict=True)) // 2
+    return _rows(features(**move_inputs(model, pixels), return_dict=True)) // 2
 
 
 def _rows(found: Any) -> int:

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
-from isingcut.models.architectures.blocks import find_stack, skipped
-from isingcut.models.architectures.cuts import depth, mtp_layers, written_out
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.architectures.fields import MTP, config_object, text_part
 from isingcut.models.cutting.verify import random_tokens, relative_difference
-from isingcut.models.fit import block_prefix
+from isingcut.models.fit import find_prefix
 from isingcut.models.safetensors_files import read_checkpoint
 
 _TOLERANCE = 1e-5
@@ -60,8 +60,8 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     count = 1 if text.model_type == "mellum" else 2  # Mellum may have no more.
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
-    n = depth(written_out(config))
-    blocks = block_prefix(read_checkpoint(folder).values(), n)
+    n = depth(read_decoder(config))
+    blocks = find_prefix(read_checkpoint(folder).values(), n)
     own = next((m[0] for p in patterns if (m := re.search(r"(model\\\.)?mtp\w*", p))), None)
     prefix = blocks if own is None else own.replace("\\", "") + ".layers."
     tensors = load_file(folder / "model.safetensors")
@@ -122,8 +122,8 @@ def check_mtp_layers(
         whether transformers generates with them, in which case the tokens were compared as well.
     """
     before, after = _tensors(source), _tensors(cut)
-    old, new = (depth(written_out(_config(folder))) for folder in (source, cut))
-    assert mtp_layers(written_out(_config(cut))) == found.count, "the configuration lost them"
+    old, new = (depth(read_decoder(_config(folder))) for folder in (source, cut))
+    assert mtp_layers(read_decoder(_config(cut))) == found.count, "the configuration lost them"
     for number in range(found.count):
         name = found.name(number, old)
         kept = {n.removeprefix(name): t for n, t in before.items() if n.startswith(name)}
@@ -138,7 +138,7 @@ def check_mtp_layers(
     except RuntimeError:
         return False  # transformers does not find the original's either.
     tokens = random_tokens(model, 1, 12)
-    with skipped(whole, find_stack(whole), removed):
+    with skip_blocks(whole, find_stack(whole), removed):
         expected = _draft(whole, tokens)
     difference = relative_difference(expected, _draft(smaller, tokens))
     assert difference <= _TOLERANCE, f"the drafts differ by {difference:.1e}"
@@ -163,7 +163,7 @@ def _load(model: Any, found: MtpLayers, folder: Path) -> Any:
     loaded = type(model).from_pretrained(folder)
     if found.numbered_on:
         # Its class knows the numbers that they have in one released model.
-        first = depth(written_out(_config(folder)))
+        first = depth(read_decoder(_config(folder)))
         numbers = "|".join(str(first + i) for i in range(found.count))
         loaded._keys_to_ignore_on_load_unexpected = [rf"{re.escape(found.prefix)}({numbers})\."]
     return loaded.eval()

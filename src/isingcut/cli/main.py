@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
 from isingcut.files.writing import os_error_words
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import last_word, launched, launched_rank, leave_word
+from isingcut.models.processes import is_launched, last_word, launched_rank, leave_word
 
 __all__ = ["app", "main"]
 
@@ -59,12 +60,8 @@ _program: Any = typer.main.get_command(app)
 
 def _typed() -> tuple[str, bool]:
     """Return the typed verb, and whether `--debug` precedes it; the rest is not checked here."""
-    context = _program.context_class(_program, **_program.context_settings)
-    try:
-        options, words, _ = _program.make_parser(context).parse_args(sys.argv[1:])
-    except _CommandLineError:
-        return "", False
-    return "".join(words[:1]), "debug" in options
+    before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
+    return "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
 
 
 def _run() -> None:
@@ -101,7 +98,7 @@ def _outcome() -> tuple[int, str]:
         if debug:
             traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
         code, words = _judged(e)
-        if launched() and not isinstance(e, RankError):
+        if is_launched() and not isinstance(e, RankError):
             leave_word(code, words)
         return code, words
     return 0, ""
@@ -122,17 +119,6 @@ def _judged(error: Exception) -> tuple[int, str]:
     )
 
 
-def _followed() -> int:
-    """Run the command in a process other than rank 0, without output; return its exit code."""
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nothing,
-        contextlib.redirect_stdout(nothing),
-        contextlib.redirect_stderr(nothing),
-    ):
-        code, _ = _outcome()
-    return code
-
-
 def _ended(number: int, frame: object) -> None:
     """Print why a launcher ends this process, which the launcher's own report leaves out."""
     found = last_word()
@@ -146,8 +132,14 @@ def main() -> None:
     """Run the command line as a program: errors become one line and an exit code."""
     prepare()
     if launched_rank():
-        sys.exit(_followed())
-    if launched():
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nothing,
+            contextlib.redirect_stdout(nothing),
+            contextlib.redirect_stderr(nothing),
+        ):
+            code, _ = _outcome()
+        sys.exit(code)
+    if is_launched():
         signal.signal(signal.SIGTERM, _ended)
     # Kept because click replaces the stream.
     printed = sys.stdout
@@ -155,7 +147,7 @@ def main() -> None:
     lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
         code, words = 2, f"cannot write to standard output: {lost.strerror}"
-    if launched():
+    if is_launched():
         # Its message was printed already.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words:

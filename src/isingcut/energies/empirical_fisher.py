@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
+from isingcut.energies._quadratic import describe_energy
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.measure.gradients import gate_gradients
@@ -52,14 +53,8 @@ class EmpiricalFisher:
         """
         rows = gate_gradients(replay, tokens, work, gate=self.gate)
         h, J = energy_terms(rows, linear=self.linear)
-        meta = {
-            "energy": "empirical-fisher",
-            "loss": "mean token NLL per sample",
-            "gate": self.gate,
-            "linear": self.linear,
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-        }
+        options = {"gate": self.gate, "linear": self.linear}
+        meta = describe_energy("empirical-fisher", "mean token NLL per sample", tokens, **options)
         h_error = J_error = None
         if tokens.samples > 1:
             h_error, J_error = energy_errors(rows, linear=self.linear)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
-from isingcut.energies._quadratic import quadratic
+from isingcut.energies._quadratic import describe_energy, quadratic
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
@@ -57,12 +57,6 @@ class Fisher:
         rows = gate_gradients(replay, tokens, work, gate=self.gate, label_seed=self.seed)
         counts = tokens.predicted.sum(1).numpy().astype(np.int64)
         sums = rows * counts[:, None]
-        meta = {
-            "energy": "fisher",
-            "loss": "KL(original || gated)",
-            "gate": self.gate,
-            "label_seed": self.seed,
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-        }
+        options = {"gate": self.gate, "label_seed": self.seed}
+        meta = describe_energy("fisher", "KL(original || gated)", tokens, **options)
         return quadratic(np.zeros_like(sums), sums[:, :, None] * sums[:, None, :], counts, meta)

@@ -11,36 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isingcut.data.calibration import TokenSet
-from isingcut.energies._quadratic import curvature_energy
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
+from isingcut.energies._quadratic import CurvatureEnergy
 
 __all__ = ["GaussNewton"]
 
 
 @dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(CurvatureEnergy):
     """The exact second-order energy of the KL, in nats per token.
 
-    Attributes:
-        gate: ``"sublayer"`` or ``"block"``.
+    Complexity: about N forward passes; more where the head is large.
     """
 
-    default_samples: ClassVar[int] = 16
-    streams: ClassVar[bool] = False
-
-    gate: str = "sublayer"
-
-    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Compute the Gauss-Newton matrix and form the energy.
-
-        Returns:
-            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
-
-        Complexity: about N forward passes; more where the head is large.
-        """
-        return curvature_energy(
-            "gauss-newton", "KL(original || gated)", self.gate, replay, tokens, work
-        )
+    kind: ClassVar[str] = "gauss-newton"
+    loss: ClassVar[str] = "KL(original || gated)"

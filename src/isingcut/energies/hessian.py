@@ -12,34 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isingcut.data.calibration import TokenSet
-from isingcut.energies._quadratic import curvature_energy
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
+from isingcut.energies._quadratic import CurvatureEnergy
 
 __all__ = ["Hessian"]
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(CurvatureEnergy):
     """The exact second-order energy of the NLL, in nats per token.
 
-    Attributes:
-        gate: ``"sublayer"`` or ``"block"``.
+    Complexity: about 2 N forward passes; more where the head is large.
     """
 
-    default_samples: ClassVar[int] = 16
-    streams: ClassVar[bool] = False
-
-    gate: str = "sublayer"
-
-    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Compute gradient and Hessian and form the energy.
-
-        Returns:
-            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
-
-        Complexity: about 2 N forward passes; more where the head is large.
-        """
-        return curvature_energy("hessian", "mean token NLL", self.gate, replay, tokens, work)
+    kind: ClassVar[str] = "hessian"
+    loss: ClassVar[str] = "mean token NLL"

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
+from isingcut.energies._quadratic import describe_energy
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure, standard_error
@@ -55,14 +56,8 @@ class Pairwise:
             h_error = standard_error(own, found.counts)
             J_error = np.zeros((n, n))
             J_error[i, j] = J_error[j, i] = standard_error(coupled, found.counts)
-        meta = {
-            "energy": "pairwise",
-            "loss": "KL(original || cut)",
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-            "blocks_run": found.blocks_run,
-            "blocks_unshared": found.blocks_unshared,
-        }
+        meta = describe_energy("pairwise", "KL(original || cut)", tokens)
+        meta |= {"blocks_run": found.blocks_run, "blocks_unshared": found.blocks_unshared}
         return Hamiltonian(own.sum(1) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isingcut.data.calibration import TokenSet
+from isingcut.energies._quadratic import describe_energy
 from isingcut.energies.search import Search, Target
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import InputError
@@ -65,14 +66,8 @@ class Refined:
 
         passes = timed if effort.seconds else effort.passes
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
-        meta = {
-            "energy": "refined",
-            "loss": "KL(original || cut)",
-            "samples": tokens.samples,
-            "tokens": tokens.tokens,
-            "search": summary(search),
-        }
-        return replace(search.energy(), meta=meta)
+        meta = describe_energy("refined", "KL(original || cut)", tokens)
+        return replace(search.energy(), meta=meta | {"search": summary(search)})
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:

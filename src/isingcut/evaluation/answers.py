@@ -24,7 +24,7 @@ from isingcut.measure.losses import in_order, walk
 from isingcut.measure.splitting import chunks, halve_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
-from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
+from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of tokens of the continuation at the end."""
@@ -117,7 +117,7 @@ def answer_scores(
     with (
         work.progress(description, sum(costs)) as bar,
         torch.inference_mode(),
-        chosen_attention(replay),
+        use_attention(replay),
     ):
         bar.advance(sum(costs) - sum(costs[b] for b in left))
         waiting = [batches[b] for b in left]
@@ -156,11 +156,20 @@ class _Places:
         self.owner, self.rows = owner.numpy(), len(rows)
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
-        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D)."""
-        likely, best = _heads(replay, stream[self.sample, self.position], self.label)
+        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D).
+
+        Only these positions pass through the final norm and the head.
+        """
+        read, likely, best = stream[self.sample, self.position], list[Tensor](), list[Tensor]()
+        for a in range(0, len(read), _HEAD_ROWS):
+            part, label = read[a : a + _HEAD_ROWS], self.label[a : a + _HEAD_ROWS]
+            logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
+            label = label.to(logits.device)
+            likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
+            best.append((logits.argmax(-1) == label).double())
         found = np.stack([np.zeros(self.rows), np.ones(self.rows)])
-        np.add.at(found[0], self.owner, likely)
-        np.minimum.at(found[1], self.owner, best)
+        np.add.at(found[0], self.owner, torch.cat(likely).cpu().numpy())
+        np.minimum.at(found[1], self.owner, torch.cat(best).cpu().numpy())
         return found
 
 
@@ -182,21 +191,6 @@ def _scores(
     return found
 
 
-def _heads(replay: Replay, stream: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Compute the log-likelihood of each label (K,) from its stream (K, D), and if it is greedy.
-
-    Only these rows pass through the head, because the final norm and the head work per position.
-    """
-    likely, best = [], []
-    for a in range(0, len(stream), _HEAD_ROWS):
-        part, label = stream[a : a + _HEAD_ROWS], labels[a : a + _HEAD_ROWS]
-        logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
-        label = label.to(logits.device)
-        likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
-        best.append((logits.argmax(-1) == label).double())
-    return torch.cat(likely).cpu().numpy(), torch.cat(best).cpu().numpy()
-
-
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
 """Token ids, and the JSON-able generation settings."""
 Writer = Callable[[Sequence[int]], Sequence[str]]
@@ -206,46 +200,36 @@ MICRO_BATCHES = 4
 """Factor on the tokens of a batch of prompts, because more texts hardly slow down a step."""
 
 
-class Generations:
-    """Generated texts of several states of one model, in a journal.
+def generate_texts(
+    replay: Replay,
+    state: Sequence[int],
+    prompts: Sequence[Prompt],
+    write: Writer,
+    work: Work,
+    description: str = "writing",
+) -> list[str]:
+    """Generate one state's texts, but for those in the journal.
 
     Args:
         replay: the model's blocks.
-        states: (S, N) bool.
+        state: the removed blocks.
+        write: generates texts with the state.
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
-
-    def __init__(
-        self, replay: Replay, states: States, work: Work, description: str = "writing"
-    ) -> None:
-        self.replay, self.states, self.work, self.description = replay, states, work, description
-
-    def of(self, state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        """Return one state's texts; texts in the journal are not generated again.
-
-        Args:
-            prompts: the same prompts for each state.
-            write: generates texts with the state.
-        """
-        content = {"prompts": [[*p] for p in prompts], "states": np.packbits(self.states).tolist()}
-        kept = Journal(self.work.journal, fingerprint({**self.replay.identity(), **content}))
-        keys = [f"{state}/{i}" for i in range(len(prompts))]
-        left = [i for i, key in enumerate(keys) if kept.get(key) is None]
-        with self.work.progress(self.description, len(prompts)) as bar:
-            bar.advance(len(prompts) - len(left))
-            for some in _together(prompts, left, MICRO_BATCHES * self.work.batch_tokens):
-                texts = halve_to_fit(self.replay.limit, some, write)
-                for i, text in zip(some, texts, strict=True):
-                    kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
-                bar.advance(len(some))
-        return [_text(kept.get(key)) for key in keys]
-
-
-def _text(row: npt.NDArray[np.float64] | None) -> str:
-    """Decode a row of the journal, with one number per byte."""
-    assert row is not None
-    return bytes(row.astype(np.uint8)).decode()
+    kept = Journal(work.journal, fingerprint([replay.identity(), [[*p] for p in prompts]]))
+    keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
+    left = [i for i, key in enumerate(keys) if kept.get(key) is None]
+    with work.progress(description, len(prompts)) as bar:
+        bar.advance(len(prompts) - len(left))
+        for some in _together(prompts, left, MICRO_BATCHES * work.batch_tokens):
+            texts = halve_to_fit(replay.limit, some, write)
+            for i, text in zip(some, texts, strict=True):
+                # A row of the journal has one number per byte.
+                kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
+            bar.advance(len(some))
+    rows = map(kept.get, keys)
+    return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]
 
 
 def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:

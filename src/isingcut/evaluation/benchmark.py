@@ -24,18 +24,19 @@ import glob
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isingcut.console.progress import Part, Progress, silent
+from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
-from isingcut.evaluation.scores import ScoredModel, Scores, score
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.documents import (
     ByTasks,
     MeasuredState,
@@ -92,7 +93,8 @@ def benchmark(
                 depends = [questions, *sorted(left_out)]
                 journal = None if kept is None else journal_of(kept, task, model.loaded, depends)
                 part = Part(bar, 1)
-                found = score(model, task, Work(batch_tokens, part, journal), wanted=wanted)
+                work = Work(batch_tokens, part, journal)
+                (found,) = score_states(model, task, [()], work, wanted=wanted)
                 part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
@@ -159,16 +161,11 @@ def text_scores(
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
     encode = Encoder(original.tokenizer, original.model)
-    ids, prefix = encode("\n".join(articles(data))), encode.start
-    body = size - len(prefix)
-    starts = range(0, len(ids) - body + 1, body)[:samples]
-    if not starts:
+    rows = list(islice(pack([encode("\n".join(articles(data)))], encode, size), samples))
+    if not rows:
         raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
-    windows = TokenSet.from_rows([prefix + ids[i : i + body] for i in starts])
-    try:
-        found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
-    except ModelError as e:
-        raise ModelError(f"wikitext2: {e}") from e
+    windows = TokenSet.from_rows(rows)
+    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
     return TextScores(
         samples=windows.samples,
         tokens=windows.tokens,
@@ -273,18 +270,12 @@ Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
 
 @dataclass(eq=False)
 class _Contender:
+    """A candidate; scores and certainties are in the order of the questions, up to its drop."""
+
     removed: Sequence[int]
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    certainties: dict[str, list[float]] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)
+    certainties: list[float] = field(default_factory=list)
     out: bool = False
-
-    def add(self, task: str, scores: Scores) -> None:
-        self.scores.setdefault(task, []).extend(scores.values.tolist())
-        self.certainties.setdefault(task, []).extend(scores.certainties.tolist())
-
-    @property
-    def scored(self) -> int:
-        return sum(map(len, self.scores.values()))
 
 
 def looks(total: int) -> list[int]:
@@ -356,7 +347,7 @@ def choose_by_questions(
     pairs = len(candidates) * (len(candidates) - 1) / 2
     bound = ALPHA / (len(ends) * max(1.0, pairs))
     all_of_them = [_Contender(removed) for removed in candidates]
-    left, done, looked = all_of_them, 0, 0
+    left, done, looked, tasks = all_of_them, 0, 0, list[str]()
     while len(left) > 1 and looked < len(ends):
         batch: dict[str, list[str]] = {}
         for task, key in turns[done : ends[looked]]:
@@ -365,77 +356,72 @@ def choose_by_questions(
             for contender, answered in zip(
                 left, ask([c.removed for c in left], task, keys), strict=True
             ):
-                contender.add(task, answered)
+                contender.scores += answered.values.tolist()
+                contender.certainties += answered.certainties.tolist()
+            tasks += [task] * len(answered.values)
         done, looked = ends[looked], looked + 1
-        merits = _merits(left)
+        merits = _merits(left, tasks)
         leader = int(np.argmax(merits.mean(1)))
         for other, own in zip(left, merits, strict=True):
             behind = bool(own.mean() < merits[leader].mean())
             other.out = behind and p_value(own, merits[leader]) < bound
         left = [c for c in left if not c.out]
-    best = _lowest_of_the_best(left) if done else left[0]
-    used = [key for _, key in turns[:done]]
-    tasks = [task for task, _ in turns[:done]]
+    best = left[0]
+    if done:
+        # The first within one paired standard error of the leader.
+        merits = _merits(left, tasks)
+        behind = merits[int(np.argmax(merits.mean(1)))] - merits
+        n = merits.shape[1]
+        error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
+        best = left[int(np.argmax(behind.mean(1) <= error))]
+    used = turns[:done]
     return all_of_them.index(best), ByTasks(
         ahead=len(left) == 1,
         alpha=ALPHA,
         looks=looked,
         looks_planned=len(ends),
-        by_task={task: tasks.count(task) for task in questions},
-        asked=list(dict.fromkeys(used)),
-        candidates=[_row(c, best) for c in all_of_them],
+        by_task={task: sum(t == task for t, _ in used) for task in questions},
+        asked=list(dict.fromkeys(key for _, key in used)),
+        candidates=[_row(c, best, tasks) for c in all_of_them],
         tasks=list(questions),
     )
 
 
-def _merits(several: Sequence[_Contender]) -> Floats:
+def _places(tasks: Sequence[str]) -> list[list[int]]:
+    """Return the places of each task in a list of tasks."""
+    return [[i for i, t in enumerate(tasks) if t == task] for task in dict.fromkeys(tasks)]
+
+
+def _merits(several: Sequence[_Contender], tasks: Sequence[str]) -> Floats:
     """Return (K, n) certainties on the questions that all candidates were scored on, by task.
 
     Each task is divided by its spread around the means of its questions, because long answers have
     more nats than single letters.
     """
+    shared = min(len(c.scores) for c in several)
     parts = []
-    for task in several[0].certainties:
-        shared = min(len(c.certainties.get(task, ())) for c in several)
-        if not shared:
-            # A candidate dropped early may lack this task.
-            continue
-        values = np.array([c.certainties[task][:shared] for c in several])
+    for places in _places(tasks[:shared]):
+        values = np.array([c.certainties[:shared] for c in several])[:, places]
         spread = float((values - values.mean(0)).std())
         parts.append(values / (spread or 1.0))
     return np.concatenate(parts, axis=1)
 
 
-def _lowest_of_the_best(left: Sequence[_Contender]) -> _Contender:
-    """Return the first candidate within one paired standard error of the leader."""
-    merits = _merits(left)
-    behind = merits[int(np.argmax(merits.mean(1)))] - merits
-    n = merits.shape[1]
-    error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
-    return left[int(np.argmax(behind.mean(1) <= error))]
-
-
-def _row(contender: _Contender, best: _Contender) -> ScoredCandidate:
-    count = contender.scored
-    right, certain = (
-        [value for values in by_task.values() for value in values]
-        for by_task in (contender.scores, contender.certainties)
-    )
+def _row(contender: _Contender, best: _Contender, tasks: Sequence[str]) -> ScoredCandidate:
+    count = len(contender.scores)
+    places = [i for task in _places(tasks[:count]) for i in task]
+    right, certain = (np.array(v)[places] for v in (contender.scores, contender.certainties))
     mean, error, p = None, None, None
     if contender is not best and count:
-        own, others = (
-            np.concatenate([c.scores[t][: len(mine)] for t, mine in contender.scores.items()])
-            for c in (contender, best)
-        )
-        difference = own - others
+        difference = right - np.array(best.scores)[places]
         mean = float(difference.mean())
         error = float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-        p = p_value(*_merits([best, contender]))
+        p = p_value(*_merits([best, contender], tasks))
     return ScoredCandidate(
         removed=list(contender.removed),
         questions=count,
-        accuracy=float(np.mean(right)) if count else None,
-        certainty=float(np.mean(certain)) if count else None,
+        accuracy=float(right.mean()) if count else None,
+        certainty=float(certain.mean()) if count else None,
         dropped=contender.out,
         difference=mean,
         difference_se=error,

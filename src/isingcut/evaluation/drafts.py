@@ -11,8 +11,8 @@ import torch
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
-from isingcut.models.architectures.blocks import text_config, text_model
-from isingcut.models.architectures.cuts import depth, mtp_layers, written_out
+from isingcut.models.architectures.blocks import language_model, text_config
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.fit import is_mtp
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import read_checkpoint, read_config
@@ -31,7 +31,7 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
     """
     from transformers.modeling_layers import MtpModel
 
-    text = written_out(read_config(folder))
+    text = read_decoder(read_config(folder))
     names = [name for name in read_checkpoint(folder) if is_mtp(name, text)]
     if not names or getattr(text_config(model), "num_mtp_layers", None) is None:
         return None
@@ -39,7 +39,7 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
         numbers = range(depth(text), depth(text) + mtp_layers(text))
         model._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
     with suppress(AttributeError, RuntimeError, ValueError), quiet_transformers():
-        return MtpModel.from_pretrained(text_model(model), device_map={"": model.device}).eval()
+        return MtpModel.from_pretrained(language_model(model), device_map={"": model.device}).eval()
     return None
 
 
@@ -59,7 +59,7 @@ def draft_acceptance(
     drafted = torch.zeros(tokens.samples, dtype=torch.float64)
     for batch in tokens.batches(batch_tokens):
         ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
-        found = text_model(model)(input_ids=ids, output_hidden_states=True, use_cache=False)
+        found = language_model(model)(input_ids=ids, output_hidden_states=True, use_cache=False)
         positions = torch.arange(1, ids.shape[1], device=ids.device)[None]
         hidden = mtp.forward_layer(
             0, found.hidden_states[-1][:, :-1], positions, None, input_ids=ids[:, 1:]

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.generation import finite_logits
 from isingcut.evaluation.answers import Likelihood, Prompt, Row, Writer
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
@@ -32,7 +32,7 @@ class Harness(HFLM):  # type: ignore[misc]
 
     def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
         super().__init__(
-            pretrained=text_model(loaded.model),
+            pretrained=language_model(loaded.model),
             tokenizer=loaded.tokenizer,
             softmax_dtype="float32",
         )

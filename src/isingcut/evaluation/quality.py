@@ -27,10 +27,10 @@ from isingcut.files.writing import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
-from isingcut.models.architectures.blocks import find_stack, text_model
+from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
-from isingcut.models.load import not_finite
+from isingcut.models.load import explain_nan
 from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
@@ -85,25 +85,23 @@ def before_and_after(
         models = {"before": original, "after": cut}
         if not skip_speed:
             with progress("speed", 1) as bar:
-                plain = {name: text_model(m.model) for name, m in models.items()}
+                plain = {name: language_model(m.model) for name, m in models.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
         ids, texts = prompt_ids(original.tokenizer, prompt), {}
         with progress("one generation", len(both)) as bar:
             for name, m in models.items():
-                texts[name] = generate_text(text_model(m.model), m.tokenizer, ids, new_tokens)
+                texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
         rest["generation"] = Generation(prompt=prompt, **texts)
     if found.parts:
         rest["parts"] = found.parts
-    rest["elsewhere"] = {}
-    for name, text in elsewhere.items():
-        of_text = dict(quality(first, second, text, batch_tokens, progress=progress))
-        del of_text["parts"]
-        scores = PartScores(samples=text.samples, tokens=text.tokens, **of_text)
-        rest["elsewhere"][name] = scores
+    rest["elsewhere"] = {
+        name: _part(text, quality(first, second, text, batch_tokens, progress=progress))
+        for name, text in elsewhere.items()
+    }
     for name, side in both.items():
         rest[name] = ModelScores(
             **dict(getattr(found, name)),
@@ -149,7 +147,7 @@ def quality(
         # Comparisons with NaN are false.
         if len(bad := np.flatnonzero(~(losses <= most))):
             plain = model.model if isinstance(model, StreamedReplay) else model
-            raise not_finite(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
+            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
     return quality_of(sums, tokens)
 
 
@@ -164,7 +162,7 @@ def sample_sums(
     """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
     sums = np.zeros((3, tokens.samples))
 
-    def compute(some: Sequence[TokenSet]) -> list[dict[int, tuple[float, float, float]]]:
+    def compute(some: Sequence[TokenSet]) -> list[dict[int, list[float]]]:
         return _sums_by_sample(original, cut, some)
 
     batches, limit = tokens.batches(batch_tokens), BatchLimit(original.device)
@@ -180,7 +178,7 @@ def sample_sums(
 
 def _sums_by_sample(
     original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
-) -> list[dict[int, tuple[float, float, float]]]:
+) -> list[dict[int, list[float]]]:
     """Yield for each micro-batch the sums of `sum_losses` by sample index."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
@@ -213,7 +211,7 @@ def _logits(
 ) -> list[Callable[[], Callable[[int], Tensor]]]:
     """Return for each micro-batch a function that computes the logits (T, V) of a row."""
     if not isinstance(model, StreamedReplay):
-        return [partial(_resident_logits, model, batch) for batch in batches]
+        return [partial(_read_logits, model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):
@@ -226,9 +224,9 @@ def _logits(
     return [partial(rows, *pair) for pair in zip(recordings, streams, strict=True)]
 
 
-def _resident_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
+def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
     ids = batch.input_ids.to(model.device)
-    found: Tensor = text_model(model)(input_ids=ids, use_cache=False).logits
+    found: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return found.__getitem__
 
 
@@ -241,9 +239,7 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)
-        of_part = dict(quality_of(sums[:, rows], own))
-        del of_part["parts"]
-        parts[name] = PartScores(samples=own.samples, tokens=own.tokens, **of_part)
+        parts[name] = _part(own, quality_of(sums[:, rows], own))
     return MixedScores(
         before=perplexity(nll_before, errors[0]),
         after=perplexity(nll_after, errors[1]),
@@ -254,7 +250,12 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     )
 
 
-def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
+    scores = {name: value for name, value in found if name != "parts"}
+    return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
+
+
+def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
     """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
@@ -266,16 +267,16 @@ def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> tuple[float, fl
         totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
-    first, second, third = totals.tolist()
-    return first, second, third
+    found: list[float] = totals.tolist()
+    return found
 
 
-def perplexity(nll: float, error: float | None) -> Perplexity:
+def perplexity(nll: float, error: float) -> Perplexity:
     """Return a loss in nats per token and its perplexity, each with its standard error."""
     value = float(np.exp(nll))
     return Perplexity(
         perplexity=value,
-        perplexity_se=None if error is None else without_infinities(value * error),
+        perplexity_se=without_infinities(value * error),
         nll=nll,
-        nll_se=None if error is None else without_infinities(error),
+        nll_se=without_infinities(error),
     )

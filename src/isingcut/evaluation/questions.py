@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import io
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from isingcut.data.corpora import quiet_logs
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
 from isingcut.files.inputs import read_bytes, user_path
@@ -156,15 +156,13 @@ def _hub(name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the logs and progress bars of the harness."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        quiet_logs("lm_eval"),
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+        yield
 
 
 # Ours, and files of questions ----------------------------------------------------------------
@@ -303,44 +301,43 @@ def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, 
         InputError: the file is missing, damaged, empty or larger than 256 MiB; or a field is
             missing or of a wrong type, with the line.
     """
-    texts = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
-    needed = [*texts.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
+    others = {"loglikelihood": ["text"], "generate_until": ["context", "solution"]}
+    texts = [*others.get(kind, ["context"]), *([own["by"]] if "by" in own else [])]
+    fields = texts if kind in others else [*texts, "choices", "answer"]
     found = []
-    fields = needed if kind in texts else [*needed, "choices", "answer"]
     content = read_bytes(path, "the file of questions", limit=_LARGEST)
     for where, record in json_lines(io.BytesIO(content), str(path), InputError):
-        wrong = _wrong_text(record, needed, own)
-        if wrong is None and kind not in texts:
-            wrong = _wrong_choice(record, own)
-        if wrong is not None:
-            raise InputError(f"{where}: {wrong}")
+        expected = _find_fault(record, texts, own, choices=kind not in others)
+        if expected:
+            raise InputError(f"{where}: expected {expected}")
         found.append({name: record[name] for name in fields})
     if not found:
         raise InputError(f"{path} has no questions; give a file with at least one")
     return found
 
 
-def _wrong_text(record: dict[str, Any], needed: list[str], own: dict[str, Any]) -> str | None:
-    for name in needed:
+def _find_fault(
+    record: dict[str, Any], texts: Sequence[str], own: dict[str, Any], *, choices: bool
+) -> str:
+    """Return what a record should have, and what it has; empty if it is as a task needs it."""
+    for name in texts:
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            return f"expected a text {name!r}, got {repr(value)[:60]}"
-    marker = own.get("holds", "")
-    if marker not in record[needed[0]].strip():
-        return f"expected {marker!r} in {needed[0]!r}, got {record[needed[0]][:60]!r}"
-    return None
-
-
-def _wrong_choice(record: dict[str, Any], own: dict[str, Any]) -> str | None:
-    choices, answer = record.get("choices"), record.get("answer")
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-        return f"expected 'choices', a list of texts, none empty, got {repr(choices)[:60]}"
-    least, most = (own["choices"],) * 2 if "choices" in own else (2, _MOST_CHOICES)
-    if not least <= len(choices) <= most:
-        return f"expected {least}{f' to {most}' * (most > least)} 'choices', got {len(choices)}"
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return f"expected 'answer', a number from 0 to {len(choices) - 1}, got {repr(answer)[:60]}"
-    return None
+            return f"a text {name!r}, got {value!r:.60}"
+    marker, text = own.get("holds", ""), record[texts[0]]
+    if marker not in text.strip():
+        return f"{marker!r} in {texts[0]!r}, got {text[:60]!r}"
+    if not choices:
+        return ""
+    given, answer = record.get("choices"), record.get("answer")
+    if not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
+        return f"'choices', a list of texts, none empty, got {given!r:.60}"
+    least, most = own.get("choices", 2), own.get("choices", _MOST_CHOICES)
+    if not least <= len(given) <= most:
+        return f"{least}{f' to {most}' * (most > least)} 'choices', got {len(given)}"
+    if type(answer) is not int or not 0 <= answer < len(given):
+        return f"'answer', a number from 0 to {len(given) - 1}, got {answer!r:.60}"
+    return ""
 
 
 def articles(data: Path) -> list[str]:

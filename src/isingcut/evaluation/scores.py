@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.answers import Generations, Likelihood, Likelihoods, Prompt, Row, Writer
+from isingcut.evaluation.answers import Likelihood, Likelihoods, Prompt, Row, Writer, generate_texts
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skipped, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.replay import Replay
 
 if TYPE_CHECKING:
@@ -72,17 +72,6 @@ class ScoredModel:
         return cls(loaded, Replay(loaded.model, blocks))
 
 
-def score(
-    model: ScoredModel,
-    task: Prepared,
-    work: Work | None = None,
-    *,
-    wanted: Callable[[str], bool] | None = None,
-) -> Scores:
-    """Score one model on one task, see `score_states`."""
-    return score_states(model, task, [()], work, wanted=wanted)[0]
-
-
 def score_states(
     model: ScoredModel,
     task: Prepared,
@@ -108,8 +97,7 @@ def score_states(
     work, (loaded, replay) = work or Work(), (model.loaded, model.replay)
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     answers = Likelihoods(replay, states, work, task.name)
-    texts, stack = Generations(replay, states, work, task.name), find_stack(loaded.model)
-    shown = sys.stderr
+    stack, shown = find_stack(loaded.model), sys.stderr
 
     # Only the harness is silent; these functions show progress.
     def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
@@ -117,8 +105,8 @@ def score_states(
             return answers.of(state, rows)
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        with contextlib.redirect_stderr(shown), skipped(loaded.model, stack, removed[state]):
-            return texts.of(state, prompts, write)
+        with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, stack, removed[state]):
+            return generate_texts(replay, removed[state], prompts, write, work, task.name)
 
     with quiet():
         from isingcut.evaluation.harness import Harness
@@ -210,8 +198,14 @@ def certainties(
         elif task.OUTPUT_TYPE == "multiple_choice":
             choices, right = _choices(task, sample["doc"])
             if right:
-                likely = np.array([answer[0] for answer in sample["filtered_resps"]])
-                margins[i] = _margins(choices, right, likely, by_length=by_length)
+                # Log-likelihoods without the question may follow, for other metrics.
+                answers = sample["filtered_resps"][: len(choices)]
+                likely = np.array([answer[0] for answer in answers])
+                if by_length:
+                    lengths = np.array([max(1, len(choice)) for choice in choices])
+                    likely = likely * (lengths.mean() / lengths)
+                wrong = [c for c in range(len(choices)) if c not in right]
+                margins[i] = likely[wrong] - likely[right].max()
     if margins:
         found[list(margins)] = temper_margins(list(margins.values()))
     return found
@@ -243,17 +237,3 @@ def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
     places = range(len(choices))
     right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
     return choices, right + [int(g) for g in named if not isinstance(g, str) and g in places]
-
-
-def _margins(
-    choices: Sequence[str], right: Sequence[int], likely: Floats, *, by_length: bool
-) -> Floats:
-    """Return the log-likelihoods of wrong choices minus the right one's, in nats."""
-    # Log-likelihoods without the question may follow, for other metrics.
-    likely = likely[: len(choices)]
-    if by_length:
-        lengths = np.array([max(1, len(choice)) for choice in choices])
-        likely = likely * (lengths.mean() / lengths)
-    wrong = [i for i in range(len(choices)) if i not in right]
-    margins: Floats = likely[wrong] - likely[right].max()
-    return margins

@@ -12,18 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.documents import EvaluationFile
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load
 
@@ -110,7 +110,7 @@ def speed(
     for repeat in range(repeats + 1):
         for name, model in models.items():
             text, start = ids.to(model.device), short.to(model.device)
-            reading = timed(model, _prefill, model, text)
+            reading = timed(model, partial(model, input_ids=text, use_cache=True))
             first = timed(model, decode_tokens, model, start, 1)
             all_of = timed(model, decode_tokens, model, start, 1 + new_tokens)
             if repeat:
@@ -143,10 +143,6 @@ def _rate(
     return {key: tokens / middle, f"{key}_se": error}
 
 
-def _prefill(model: PreTrainedModel, text: Tensor) -> None:
-    model(input_ids=text, use_cache=True)
-
-
 def peak_memory(
     folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
 ) -> int | None:
@@ -158,20 +154,10 @@ def peak_memory(
     Returns:
         None if that process failed, for example for lack of memory.
     """
-    trust = "1" if trust_remote_code else "0"
+    arguments = [str(folder), dtype, device, str(tokens), "1" if trust_remote_code else "0"]
     # -P: do not import modules from the working folder.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        __name__,
-        str(folder),
-        dtype,
-        device,
-    ]
-    done = subprocess.run(
-        [*command, str(tokens), trust], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-P", "-m", __name__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return None
     return int(json.loads(done.stdout.strip().splitlines()[-1])[MEMORY_KEY])
@@ -182,7 +168,7 @@ def main(arguments: list[str]) -> None:
     folder, dtype, device, tokens, trust = arguments
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
-    decode_tokens(text_model(loaded.model), prompt, 4)
+    decode_tokens(language_model(loaded.model), prompt, 4)
     module = device_module(loaded.device)
     peak = resident_peak() if module is None else module.max_memory_allocated(loaded.device)
     print(json.dumps({"peak_memory_bytes": peak}))

@@ -50,7 +50,10 @@ class Strict(BaseModel):
 class Document(Strict):
     """A whole file, or the header of a file, whose ``format`` is ``isingcut-KIND``."""
 
-    kind: ClassVar[str] = ""
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind
 
 
 class MeasuredLoss(Strict):
@@ -130,14 +133,13 @@ class Ranked(Level):
     rank: Count
 
 
-class SpectrumFile(Document):
+class SpectrumFile(Document, kind="spectrum"):
     """`spectrum.json`.
 
     Attributes:
         searched: number of states that a search had measured; these are not in the file.
     """
 
-    kind: ClassVar = "spectrum"
     n: Annotated[int, Field(ge=1, le=2**20)]
     unit: str
     solver: str
@@ -253,10 +255,9 @@ class OnePass(Strict):
     searched_for: Some
 
 
-class CandidatesFile(Document):
+class CandidatesFile(Document, kind="candidates"):
     """`candidates.json`."""
 
-    kind: ClassVar = "candidates"
     remove: str
     unit: str
     energy_unit: str
@@ -277,10 +278,9 @@ class CandidatesFile(Document):
     by_tasks: ByTasks | None = None
 
 
-class BaselineFile(Document):
+class BaselineFile(Document, kind="baseline"):
     """`baseline-NAME.json`."""
 
-    kind: ClassVar = "baseline"
     baseline: str
     options: dict[str, Any] = Field(default_factory=dict)
     settings: list[str] = Field(default_factory=list)
@@ -339,10 +339,9 @@ class CardParts(Strict):
     patch: PatchRecord | None = None
 
 
-class CutRecord(Document):
+class CutRecord(Document, kind="removal"):
     """`isingcut.json` in the folder of a cut checkpoint."""
 
-    kind: ClassVar = "removal"
     removed: Blocks
     of: Annotated[int, Field(ge=1, le=2**20)]
     model: dict[str, Scalar] = Field(default_factory=dict)
@@ -388,18 +387,16 @@ class EnergyMeta(Strict):
     blocks_run: Count | None = None
 
 
-class HamiltonianHeader(Document):
+class HamiltonianHeader(Document, kind="hamiltonian"):
     """The header of `hamiltonian.safetensors`."""
 
-    kind: ClassVar = "hamiltonian"
     unit: str
     meta: EnergyMeta
 
 
-class CalibrationHeader(Document):
+class CalibrationHeader(Document, kind="calibration"):
     """The header of `calibration.safetensors`."""
 
-    kind: ClassVar = "calibration"
     source: str
     sha256: str
     meta: dict[str, Any]
@@ -470,7 +467,7 @@ class FurtherScores(FurtherPart):
     elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
-class EvaluationFile(Document):
+class EvaluationFile(Document, kind="evaluation"):
     """`evaluation.json`; older files do not name the last model.
 
     Attributes:
@@ -479,7 +476,6 @@ class EvaluationFile(Document):
         streamed: a model was read from disk block by block, so its speed is unknown.
     """
 
-    kind: ClassVar = "evaluation"
     last: Literal["cut", "patched", "healed"] | None = None
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
     cut: FurtherScores | None = None
@@ -507,17 +503,15 @@ class HealedPart(FurtherPart):
     original_perplexity: Positive
 
 
-class HealedScores(HealedPart, Document):
+class HealedScores(HealedPart, Document, kind="healing-before"):
     """`HealedPart` on the whole text, and by source if it is a mixture."""
 
-    kind: ClassVar = "healing-before"
     parts: dict[str, HealedPart] = Field(default_factory=dict)
 
 
-class PatchScores(Document):
+class PatchScores(Document, kind="healing-patched"):
     """The scores after the linear patch alone; none if nothing could be patched."""
 
-    kind: ClassVar = "healing-patched"
     scores: HealedScores | None = None
     changed: bool = True
     cuts: list[PatchedCut] = Field(default_factory=list)
@@ -533,7 +527,7 @@ class Step(Strict):
     loss: Number
 
 
-class HealingRecipe(Document):
+class HealingRecipe(Document, kind="healing-recipe"):
     """The settings of a training, from its options or from a budget of tokens or time.
 
     Attributes:
@@ -546,7 +540,6 @@ class HealingRecipe(Document):
         epochs: number of passes over the text.
     """
 
-    kind: ClassVar = "healing-recipe"
     steps: Some
     batch: Some
     length: Some
@@ -580,10 +573,9 @@ class HealOptions(Strict):
     length: Count | None = None
 
 
-class HealingFile(Document):
+class HealingFile(Document, kind="healing"):
     """`healing.json`."""
 
-    kind: ClassVar = "healing"
     steps: list[Step]
     before: HealedScores
     after: HealedScores
@@ -605,23 +597,21 @@ class HealingFile(Document):
     options: HealOptions
 
 
-class HealingWork(Document):
+class HealingWork(Document, kind="healing-work"):
     """`identity.json` of an unfinished healing: everything that its result depends on."""
 
-    kind: ClassVar = "healing-work"
     work: str
 
 
-class HealingCurve(Document):
+class HealingCurve(Document, kind="healing-curve"):
     """The training curve up to a saved state."""
 
-    kind: ClassVar = "healing-curve"
     steps: list[Step]
     checks: list[HealingCheck]
     trained_parameters: Count
 
 
-class HealingMemory(Document):
+class HealingMemory(Document, kind="healing-memory"):
     """How a training fits into the memory.
 
     Attributes:
@@ -629,7 +619,6 @@ class HealingMemory(Document):
         recompute: whether activations are recomputed in the backward pass.
     """
 
-    kind: ClassVar = "healing-memory"
     most: Some
     recompute: bool
 
@@ -678,20 +667,17 @@ class TextScores(Strict):
     nll_change_se: Positive | None = None
 
 
-class BenchmarksFile(Document):
+class BenchmarksFile(Document, kind="benchmarks"):
     """`benchmarks.json`."""
 
-    kind: ClassVar = "benchmarks"
     rows: list[TaskRow]
     engine: str
     left_out: Count = 0
     wikitext2: TextScores | None = None
 
 
-class ReportFile(Document):
+class ReportFile(Document, kind="report"):
     """`report.json`, which isingcut never reads."""
-
-    kind: ClassVar = "report"
 
 
 # `run.json`
@@ -751,10 +737,9 @@ class Places(Strict):
 
 
 class WeightsRead(Strict):
-    """How often a streamed model was read, and the share of reads from host memory."""
+    """How often a streamed model was read."""
 
     sweeps: Positive
-    from_memory: Positive
 
 
 class Provenance(Strict):
@@ -863,10 +848,9 @@ class BlockList(Strict):
         return self
 
 
-class RunFile(Document):
+class RunFile(Document, kind="run"):
     """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
 
-    kind: ClassVar = "run"
     config: Config
     stages: dict[str, StageRecord]
     blocks: BlockList
@@ -883,11 +867,7 @@ class RunFile(Document):
 
 # Reading them
 
-KINDS: dict[str, type[Document]] = {
-    model.kind: model
-    for model in tuple(globals().values())
-    if isinstance(model, type) and issubclass(model, Document) and model.kind
-}
+KINDS: dict[str, type[Document]] = {model.kind: model for model in Document.__subclasses__()}
 """The pydantic model of each kind of document, by the KIND in its ``format``."""
 
 

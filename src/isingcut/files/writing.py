@@ -48,14 +48,6 @@ LOCK = "isingcut.lock"
 """The lock file in a work folder."""
 
 
-def disk_is_full(error: Exception) -> bool:
-    """Whether an error means a full disk: the system's own error, or a library's."""
-    # torch's writer reports where it stopped, but not why.
-    said = ("PytorchStreamWriter failed", "unexpected pos")
-    full = _code_of(error) in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(words in str(error) for words in said)
-
-
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
     """Convert errors of the operating system, while ``target`` is written, to one clear line.
@@ -66,26 +58,22 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if disk_is_full(e):
+        # torch's writer reports where it stopped, but not why.
+        stopped = any(said in str(e) for said in ("PytorchStreamWriter failed", "unexpected pos"))
+        if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "
                 "another --out, then run the same command again"
             ) from e
-        if (code := _code_of(e)) in _REFUSED:
+        if code not in _PASSED:
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose a writable place"
             ) from e
         raise
 
 
-_REFUSED = {
-    getattr(errno, name)
-    for name in (
-        *("EACCES", "EROFS", "EPERM", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EIO"),
-        *("EFBIG", "EINVAL", "EEXIST", "ENXIO", "ESTALE", "ETXTBSY", "EBUSY", "EMLINK"),
-    )
-    if hasattr(errno, name)
-}
+# What is missing may be an input; what is said of memory and pipes is said elsewhere.
+_PASSED = (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE)
 
 
 def os_error_words(error: OSError) -> str:
@@ -255,9 +243,11 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
 
 
 def write_sealed(path: Path, content: str) -> None:
-    """Write Markdown or HTML with a seal at its end."""
+    """Write Markdown or HTML with a seal, a comment in the last line."""
+    body = content if content.endswith("\n") else content + "\n"
+    seal = f"<!-- isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()} -->\n"
     with atomic_file(path) as temporary:
-        temporary.write_text(sealed(content), encoding="utf-8")
+        temporary.write_text(body + seal, encoding="utf-8")
 
 
 def write_document(path: Path, document: Document, *, seal: bool = False) -> None:
@@ -583,13 +573,6 @@ def file_sha256(path: Path) -> str:
 
 
 # Text files -----------------------------------------------------------------------------
-
-
-def sealed(content: str) -> str:
-    """Append a seal to Markdown or HTML, as a comment in the last line."""
-    body = content if content.endswith("\n") else content + "\n"
-    words = f"isingcut-seal:{hashlib.sha256(body.encode()).hexdigest()}"
-    return f"{body}<!-- {words} -->\n"
 
 
 def _foreign_file(path: Path) -> str | None:

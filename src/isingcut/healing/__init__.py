@@ -1,7 +1,7 @@
 """Recover the quality of a cut model.
 
-`heal`: heal a checkpoint; `job`: one healing, and early stopping; `patch/`, `training/`: the two
-repairs; `recipe`: training settings; `removed`: the blocks that a cut lacks, and its original;
+`heal`: heal a checkpoint; `job`: one healing, early stopping, and training settings; `patch/`,
+`training/`: the two repairs; `removed`: the blocks that a cut lacks, and its original;
 `work_folder`: the state for resuming.
 """
 

@@ -19,8 +19,8 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
-from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
+from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
@@ -42,9 +42,8 @@ from isingcut.files.writing import (
     write_document,
 )
 from isingcut.healing import RECORD
-from isingcut.healing.job import Domains, Job, beginnings
-from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
-from isingcut.healing.recipe import LEAST_STEPS, SHORT, check_training
+from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, beginnings, check_training
+from isingcut.healing.patch.checkpoint import CANNOT, EPOCHS, patch_checkpoint, unpatched
 from isingcut.healing.removed import (
     check_pair,
     original_of,
@@ -57,14 +56,13 @@ from isingcut.healing.work_folder import (
     described_options,
     identity_of,
     keep_result,
-    sources_of,
     work_of,
 )
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import LoadedModel, load
+from isingcut.models.load import load
 from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
@@ -112,7 +110,8 @@ def heal(
                 f"{student} has no record of its original model; give the original with --teacher"
             )
         config = config.replace(teacher=original)
-    sources = [*sources_of(config), *sources]
+    names = (config.student, config.teacher, *places_in(config.text))
+    sources = [*(user_path(name) for name in names if name), *sources]
     check_places(config, out, sources)
     start = start_of(student)
     if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
@@ -139,7 +138,15 @@ def heal(
             removed = removal_by_weights(student, teacher, trust_remote_code=trust)
         else:
             removed = tuple(sorted(known.removed))
-        text = read_healing_text(config, teacher)
+        text = healing_text.build(
+            config.text,
+            teacher.tokenizer,
+            samples=config.samples,
+            report_samples=config.report_samples,
+            length=sample_length(config, teacher.model),
+            seed=config.seed,
+            model=teacher.model,
+        )
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
@@ -157,22 +164,6 @@ def _processes(config: HealConfig) -> Processes:
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     PartialState(cpu=config.device == "cpu" or not gpu)
     return Processes.join()
-
-
-def read_healing_text(
-    config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
-) -> HealingText:
-    """Read the text for healing, without the text of the calibration ``used``."""
-    return healing_text.build(
-        config.text,
-        teacher.tokenizer,
-        samples=config.samples,
-        report_samples=config.report_samples,
-        length=sample_length(config, teacher.model),
-        seed=config.seed,
-        used=used,
-        model=teacher.model,
-    )
 
 
 def sample_length(config: HealConfig, model: Any) -> int:
@@ -241,17 +232,18 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
     config, work, student, main = job.config, job.work, job.start, job.leads
+    start = start_of(student)
+    patches = config.patch in ("linear", "tuned") or (config.patch is None and start == "cut")
     began = time.monotonic()
     record: dict[str, Any] = {}
     if main:
         if not (work / "before.json").exists():
-            _check_effort(job, text.report)
+            _check_effort(job, text.report, patches=patches)
         record["before"] = keep_result(
             work / "before.json", HealedScores, lambda: _scores(job, student, text.report)
         )
     judging = time.monotonic() - began
-    start = start_of(student)
-    if config.patch in ("linear", "tuned") or (config.patch is None and start == "cut"):
+    if patches:
         patched = work / "patched"
 
         def make() -> PatchScores:
@@ -305,7 +297,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     )
 
 
-def _check_effort(job: Job, report: TokenSet) -> None:
+def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     """Raise if the time is too short for a useful training, by the pace of one forward pass.
 
     Raises:
@@ -323,12 +315,16 @@ def _check_effort(job: Job, report: TokenSet) -> None:
     token = min(times) / (2 * int(sample.mask.sum()))
     # Both models before and after; a step runs student forward and backward, and teacher forward.
     judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
-    if seconds < judging + training:
-        enough = math.ceil((judging + training) / 60 + 0.5)
+    # A fit runs the original and the cut model once; each epoch of tuning a model and back.
+    read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
+    patching = patches * (read * (2 + 3 * EPOCHS * job.config.tunes) + judging / 2)
+    if seconds < (total := judging + patching + training):
+        enough = math.ceil(total / 60 + 0.5)
         raise InputError(
             f"--effort {job.config.effort} is too short: evaluating the model before and after "
-            f"takes about {duration(judging)} here, and {LEAST_STEPS} steps of training "
-            f"{duration(training)}; give --effort {enough}min or more, or fewer --report-samples"
+            f"takes about {duration(judging)} here, the patch {duration(patching)}, and "
+            f"{LEAST_STEPS} steps of training {duration(training)}; give --effort {enough}min or "
+            "more, or fewer --report-samples"
         )
 
 

@@ -1,28 +1,41 @@
-"""One cut model to heal, and the judge of its training.
+"""One cut model to heal: the judge of its training, and the training's settings.
 
 A judge stops a training that goes wrong. It uses checks: the KL to the original of each unseen
 sample, with the training loss. Checks are made when states are saved, so that a resumed healing has
 the earlier ones.
+
+The section `trainer` may set transformers' TrainingArguments, except where they write or upload.
+A budget of tokens or time sets the rest: the steps, their size, and the learning rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.tokens import TokenSet
+from isingcut.data.tokens import TokenSet, pieces
+from isingcut.errors import InputError
 from isingcut.files.documents import HealingCheck, HealingRecipe, HealingStop
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
+from isingcut.models.device import pick_device
 from isingcut.models.load import LoadedModel
-from isingcut.models.processes import ALONE, Processes
+from isingcut.models.loading import one_line
+from isingcut.models.processes import ALONE, Processes, is_launched
+from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.options.config import HealConfig
+from isingcut.options.config import LENGTH, HealConfig
 
 # Tokens of each sample to check.
 _LENGTH = 256
@@ -125,3 +138,262 @@ class Job:
     def leads(self) -> bool:
         """Whether this process writes and shows progress."""
         return self.processes.rank == 0
+
+
+# The settings of a training ---------------------------------------------------------------
+
+_FIXED = re.compile(
+    "output_dir|hub_.*|push_to_hub|report_to|run_name|project|trackio_.*|log.*|disable_tqdm|"
+    "eval_.*|.*_eval|.*_eval_.*|prediction_loss_only|include_.*|batch_eval_metrics|"
+    "metric_for.*|greater_is_better|load_best.*|save_(?!steps).*|enable_jit_checkpoint|"
+    "resume_from.*|restore_.*|ignore_data_skip|seed|data_seed|use_cpu|local_rank|do_.*|debug|"
+    "auto_find_batch_size|remove_unused_columns|label_.*|train_sampling.*|length_column_name|"
+    "dataloader_.*|parallelism_config|use_cache"
+)
+"""Arguments that healing sets itself: outputs, reporting, evaluation and sampling."""
+_POSITIVE = {
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "num_train_epochs"),
+}
+_NEVER_FALL = ("reduce_lr_on_plateau", "greedy")
+
+
+def trainer_settings(config: HealConfig) -> dict[str, Any]:
+    """Return a checked copy of the `TrainingArguments` in the section `trainer`.
+
+    Raises:
+        InputError: a name that may not be set, or a value of a wrong type.
+    """
+    if not config.trainer:
+        return {}
+    # Imported here because it takes seconds, and most healings set none.
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from transformers import TrainingArguments
+
+    types, values = get_type_hints(TrainingArguments), dict(config.trainer.values)
+    names = [f.name for f in fields(TrainingArguments) if not _FIXED.fullmatch(f.name)]
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    for name, value in values.items():
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"--trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut heal` "
+                f"next to it; it may set: {', '.join(names)}"
+            )
+        try:
+            TypeAdapter(types[name], config=strict).validate_python(value)
+        except ValidationError as e:
+            why = e.errors(include_url=False)[0]["msg"].lower()
+            raise InputError(f"--trainer: {name}: {why}, got {str(value)[:60]!r}") from e
+    for name in _POSITIVE & values.keys():
+        if values[name] <= 0:
+            raise InputError(f"--trainer: {name} must be above 0, got {values[name]}")
+    return values
+
+
+def check_training(config: HealConfig, student: Path | None = None) -> None:
+    """Check the training options, and that the weights can be trained.
+
+    Args:
+        student: None if it does not exist yet.
+
+    Raises:
+        InputError: with the option and its expected values.
+    """
+    if config.method == "none":
+        return
+    if (index := pick_device(config.device).index) and not is_launched():
+        raise InputError(
+            "the Trainer uses the first visible GPU; put CUDA_VISIBLE_DEVICES="
+            f"{index} before the command and give --device cuda"
+        )
+    if config.trainer:
+        _check_optimiser(config)
+    if student is not None:
+        stored_dtype(student)
+
+
+def _check_optimiser(config: HealConfig) -> None:
+    """Check that transformers can create the optimiser and the schedule."""
+    import torch
+    from transformers import Trainer, TrainingArguments, get_scheduler
+    from transformers.training_args import OptimizerNames
+
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    args: Any = SimpleNamespace(**defaults | trainer_settings(config))
+    if args.lr_scheduler_type in _NEVER_FALL:
+        raise InputError(
+            f"--trainer: lr_scheduler_type {args.lr_scheduler_type} needs evaluations, but "
+            "healing makes none; choose another, for example cosine"
+        )
+    try:
+        args.optim = OptimizerNames(args.optim)
+        optimiser: Any = torch.optim.SGD([torch.zeros(1)])
+        if args.optim_target_modules is None:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            optimiser = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        further = args.lr_scheduler_kwargs or {}
+        get_scheduler(args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further)
+    except (TypeError, ValueError, AttributeError, KeyError, ImportError) as e:
+        raise InputError(
+            "--trainer: transformers rejects the optimiser (optim, adam_*) or the schedule "
+            f"(lr_scheduler_type, lr_scheduler_kwargs): {one_line(e)}"
+        ) from e
+
+
+def is_sharded(settings: Mapping[str, Any]) -> bool:
+    """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
+    is_launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
+        str.lower, is_launched
+    )
+
+
+EPOCHS = 4.0
+"""Most epochs of a budget; more repetition hardly helps."""
+SHORT = 256
+"""Fewest tokens per sample."""
+LEAST_STEPS = 10
+"""Fewest steps that justify the time of the evaluations."""
+# Default sequences per step.
+_BATCH = 16
+# Tokens of the largest step, and the approximate number of steps for few tokens.
+_MOST, _STEPS = 16384, 40
+# Tokens of a step that allows the highest rate.
+_CALM = 2048
+
+
+def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> HealingRecipe:
+    """Return the recipe without a budget: the paper's, 2e-5 and one epoch; 2e-4 for LoRA."""
+    settings = trainer_settings(config)
+    batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
+    steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
+    rate = settings.get("learning_rate") or (2e-4 if config.lora_rank else 2e-5)
+    samples = steps * batch
+    tokens = int(samples * int(text.mask.sum()) / text.samples)
+    length = int(text.mask.sum(1).max())
+    return HealingRecipe(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=float(rate),
+        tokens=tokens,
+        seconds=None,
+        epochs=samples / text.samples,
+    )
+
+
+def sizes(
+    config: HealConfig, tokens: float, *, width: int, longest: int = LENGTH, processes: int = 1
+) -> tuple[int, int, float]:
+    """Choose batch, length and learning rate for a number of tokens.
+
+    The tokens per step grow with the root of all tokens, 2,048 for 80,000 and 8,192 for 1.3
+    million, with about 40 steps or more. The rate falls with the number of tokens, from 3e-4 to the
+    paper's 2e-5, and is lower for wider models, because of Adam's step size, and for small steps.
+    Values in the options are used unchanged.
+
+    Args:
+        width: width of the residual stream.
+        longest: tokens of the longest sequence.
+        processes: number of processes that share a batch.
+    """
+    settings, tokens = trainer_settings(config), max(1.0, tokens)
+    step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
+    step = min(_MOST, max(SHORT, step))
+    length = longest if config.length else min(longest, max(SHORT, step // 8))
+    batch = _batch(settings, processes) or processes * math.ceil(step / (length * processes))
+    scale = 10.0 if config.lora_rank else 1.0
+    rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
+    # Gradients of few tokens are mostly noise.
+    rate *= math.sqrt(min(1.0, batch * length / _CALM))
+    rate = float(f"{min(1e-3, scale * max(2e-5, rate)):.2g}")
+    return batch, length, float(settings.get("learning_rate", rate))
+
+
+def bought_recipe(
+    config: HealConfig,
+    text: TokenSet,
+    tokens: float | None,
+    seconds: float | None,
+    pace: tuple[float, float],
+    *,
+    width: int,
+    processes: int = 1,
+) -> HealingRecipe:
+    """Choose the recipe for a budget.
+
+    Args:
+        text: the training text.
+        tokens, seconds: the budget; one of them.
+        pace: seconds per step, and additional seconds per token.
+        width, processes: as for `sizes`.
+    """
+    mask = text.mask
+    longest = int(mask.sum(1).max())
+    each, token = pace
+    epochs = trainer_settings(config).get("num_train_epochs", EPOCHS)
+    most = epochs * int(mask.sum())
+    wanted = most if tokens is None else tokens
+    # The step size determines how many tokens fit the time, and these determine the step size.
+    for _ in range(1 if seconds is None else 8):
+        wanted = min(most, wanted)
+        batch, length, rate = sizes(
+            config, wanted, width=width, longest=longest, processes=processes
+        )
+        cut = pieces(text, length)
+        step = batch * float(cut.mask.sum()) / cut.samples
+        if seconds is not None:
+            wanted = max(0.0, seconds) / (token + each / step)
+    steps = min(max(1, int(min(most, wanted) / step)), _steps(cut, batch, epochs))
+    return HealingRecipe(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=rate,
+        tokens=int(steps * step),
+        seconds=None if seconds is None else steps * (each + token * step),
+        epochs=steps * batch / cut.samples,
+    )
+
+
+def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
+    """Return the sequences per step in TrainingArguments; None if not set."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if not any(name in settings for name in names):
+        return None
+    each, parts = (int(settings.get(n, d)) for n, d in zip(names, (8, 1), strict=True))
+    return processes * each * parts
+
+
+def _steps(text: TokenSet, batch: int, epochs: float) -> int:
+    return max(1, math.ceil(math.ceil(text.samples / batch) * epochs))
+
+
+def check_last(config: HealConfig, blocks: int) -> None:
+    """Check that the cut model has enough blocks to train.
+
+    Raises:
+        InputError: with the number of blocks.
+    """
+    if config.last is not None and config.last > blocks:
+        raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
+
+
+def stored_dtype(folder: Path) -> str:
+    """Return the dtype of most of a checkpoint's weights, by its name in a file.
+
+    Raises:
+        InputError: quantised weights, which cannot be trained.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in read_checkpoint(folder).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
+    name = max(sizes, key=lambda k: sizes[k])
+    if name not in PLAIN:
+        raise InputError(
+            f"{folder} has {name} weights, which cannot be trained; cut and heal the unquantised "
+            "model (the teacher may be quantised)"
+        )
+    return name

@@ -8,6 +8,7 @@ are bitwise equal.
 
 from __future__ import annotations
 
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from isingcut.errors import InputError
 from isingcut.files.documents import CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
+from isingcut.healing.job import check_last
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.recipe import check_last
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.architectures.cuts import depth, mtp_layers, written_out
-from isingcut.models.fit import by_block, check_fit
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
+from isingcut.models.fit import check_fit, group_by_block
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
@@ -93,10 +94,18 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
     for folder in (student, teacher):
         check_fit(folder)
     if removal is not None:
-        if not config.other_teacher:
-            _check_original(student, removal, config.teacher, teacher)
+        # Old records have no original.
+        if (wanted := original_of(removal)) and not config.other_teacher:
+            found, names = model_identity(teacher), ("sha256", "gguf_sha256")
+            if not any(wanted.get(k) == found.get(k) is not None for k in names):
+                raise InputError(
+                    f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), "
+                    f"but the teacher {config.teacher} is another model (sha256 "
+                    f"{found['sha256'][:12]}); give the original as --teacher, or add "
+                    "--other-teacher if it replaces it (a quantised copy, for example)"
+                )
         _check_cut(student, removal, config.teacher, teacher)
-    ours, theirs = (written_out(read_config(folder)) for folder in (student, teacher))
+    ours, theirs = (read_decoder(read_config(folder)) for folder in (student, teacher))
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
         if ours.get(name) != theirs.get(name):
             raise InputError(
@@ -110,43 +119,16 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
             f"lora:{width} or less, or full"
         )
     check_last(config, depth(ours))
-    _check_tokenizers(config, student, teacher)
-
-
-def _check_tokenizers(config: HealConfig, student: Path, teacher: Path) -> None:
     trust = config.trust_remote_code
-    ours, theirs = (
+    first, second = (
         Encoder(load_tokenizer(folder, trust_remote_code=trust))(_PROBE)
         for folder in (student, teacher)
     )
-    if ours != theirs:
+    if first != second:
         raise InputError(
             f"{student} and the teacher {config.teacher} have different tokenizers; copy the "
             "original's tokenizer files into the cut model's folder"
         )
-
-
-def _check_original(student: Path, removal: Removal, name: str, teacher: Path) -> None:
-    """Check that the teacher is the model in the record; old records have none.
-
-    Args:
-        name: the teacher as given.
-        teacher: its folder.
-
-    Raises:
-        InputError: it is another model; the message has both.
-    """
-    wanted = original_of(removal)
-    if not wanted:
-        return
-    found = model_identity(teacher)
-    if any(wanted.get(k) == found.get(k) is not None for k in ("sha256", "gguf_sha256")):
-        return
-    raise InputError(
-        f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), but the "
-        f"teacher {name} is another model (sha256 {found['sha256'][:12]}); give the original as "
-        "--teacher, or add --other-teacher if it replaces it (a quantised copy, for example)"
-    )
 
 
 def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
@@ -159,13 +141,12 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
     """
-    theirs = _block_tensors(teacher)
+    ours, theirs = map(_block_tensors, (student, teacher))
     if removal.of != len(theirs):
         raise InputError(
             f"{student} was cut from a model of {removal.of} blocks, but the teacher {name} has "
             f"{len(theirs)}; give the original of the cut model"
         )
-    ours = _block_tensors(student)
     kept = [i for i in range(removal.of) if i not in set(removal.removed)]
     if len(ours) != len(kept):
         raise InputError(
@@ -184,7 +165,13 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
     edges = [_edges(block) for block in theirs]
     for place, block in enumerate(kept):
         own = _edges(ours[place])
-        distances = [_distance(own, other) for other in edges]
+        # Infinite without a common tensor.
+        distances = [
+            sum(float((own[k] - other[k]).square().mean()) for k in own.keys() & other.keys())
+            if own.keys() & other.keys()
+            else math.inf
+            for other in edges
+        ]
         nearest = min(range(len(edges)), key=distances.__getitem__)
         if distances[nearest] < distances[block] / 2:
             raise InputError(
@@ -195,8 +182,8 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
 
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
-    text = written_out(read_config(folder))
-    return by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
+    text = read_decoder(read_config(folder))
+    return group_by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
@@ -204,25 +191,13 @@ def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
     found = {}
     for rest in sorted(block)[:_TENSORS]:
         tensor = block[rest]
-        dtype = DTYPES[tensor.dtype] if tensor.dtype in PLAIN else torch.uint8
+        plain = tensor.dtype in PLAIN
+        dtype = DTYPES[tensor.dtype] if plain else torch.uint8
         size = min(tensor.size, _EDGE * dtype.itemsize)
-        if size == 0:
-            continue
-        ends = [
-            torch.frombuffer(tensor.data(first, size), dtype=dtype).double()
-            for first in (0, tensor.size - size)
-        ]
-        kind = "plain" if tensor.dtype in PLAIN else tensor.dtype
-        found[f"{rest} {kind} {tensor.shape}"] = torch.cat(ends)
+        if ends := tensor.data(0, size) + tensor.data(tensor.size - size, size):
+            name = f"{rest} {'plain' if plain else tensor.dtype} {tensor.shape}"
+            found[name] = torch.frombuffer(ends, dtype=dtype).double()
     return found
-
-
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Return the squared distance of the common tensors of two blocks; infinite without any."""
-    alike = one.keys() & other.keys()
-    if not alike:
-        return float("inf")
-    return sum(float((one[k] - other[k]).square().mean()) for k in alike)
 
 
 def removal_by_weights(

@@ -15,16 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from isingcut.data.mixture import places_in
 from isingcut.errors import IsingcutError, ModelError, StageFileError
 from isingcut.files.documents import Document, HealingCurve, HealingWork
-from isingcut.files.inputs import user_path
 from isingcut.files.writing import (
     MARKER,
     check_output,
@@ -37,14 +34,13 @@ from isingcut.files.writing import (
     refuse_source,
     write_document,
 )
-from isingcut.healing.recipe import trainer_settings
+from isingcut.healing.job import Job, trainer_settings
 from isingcut.memory import convert_memory_errors
 from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
 if TYPE_CHECKING:
     from isingcut.data.healing_text import HealingText
-    from isingcut.healing.job import Job
 
 D = TypeVar("D", bound=Document)
 
@@ -53,7 +49,6 @@ _FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
 _FOLDERS = ("patched", "trial", "trainer", "done")
 CURVE = "healing-curve.json"
 """The loss curve in a state of a training."""
-_CANDIDATE = re.compile(r"\d+(-\d+)*")
 
 
 def work_of(out: Path) -> Path:
@@ -100,12 +95,6 @@ def complete_states(trainer: Path) -> list[Path]:
                 read_document(path / CURVE, HealingCurve)
                 found[int(step)] = path
     return [found[step] for step in sorted(found)]
-
-
-def sources_of(config: HealConfig) -> list[Path]:
-    """List the files and folders in the options of a healing that it reads."""
-    names = (config.student, config.teacher, *places_in(config.text), config.trainer)
-    return [user_path(name) for name in names if name]
 
 
 def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
@@ -169,9 +158,8 @@ def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
 
 def release(work: Path) -> None:
     """Delete the files of a healing; other files stay, and the folder with them."""
-    for path in work.iterdir():
-        if path.name in _FOLDERS or _CANDIDATE.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for name in _FOLDERS:
+        shutil.rmtree(work / name, ignore_errors=True)
     for name in (*_FILES, _IDENTITY):
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -192,5 +180,4 @@ def _owner(work: Path) -> str | None:
 
 
 def _is_worth_keeping(work: Path) -> bool:
-    made = (work / "patched.json").exists() or any(work.glob("*/healed"))
-    return made or bool(complete_states(work / "trainer"))
+    return (work / "patched.json").exists() or bool(complete_states(work / "trainer"))

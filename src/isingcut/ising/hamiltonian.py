@@ -163,20 +163,6 @@ class Hamiltonian:
             float(self.c + self.h.sum() / 2 + rows.sum() / 8),
         )
 
-    @classmethod
-    def from_ising(
-        cls, h: ArrayLike, J: ArrayLike, offset: float = 0.0, **rest: Any
-    ) -> Hamiltonian:
-        """Make the binary form of an Ising model; the inverse of `to_ising`."""
-        spin = cls(np.asarray(h), np.asarray(J), offset)
-        rows = spin.J.sum(axis=1)
-        return cls(
-            2 * spin.h - 2 * rows,
-            4 * spin.J,
-            float(spin.c - spin.h.sum() + rows.sum() / 2),
-            **rest,
-        )
-
     # dimod ----------------------------------------------------------------------------
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
@@ -184,22 +170,6 @@ class Hamiltonian:
         import dimod
 
         return dimod.BinaryQuadraticModel(self.h, np.triu(self.J), self.c, "BINARY")
-
-    @classmethod
-    def from_bqm(cls, bqm: dimod.BinaryQuadraticModel, **rest: Any) -> Hamiltonian:
-        """Make the Hamiltonian of a dimod BQM; block i is its i-th variable, labels go to meta."""
-        import dimod
-
-        binary = bqm.change_vartype(dimod.BINARY, inplace=False)
-        labels = list(binary.variables)
-        vectors: Any = binary.to_numpy_vectors(labels)
-        h, (rows, columns, biases), offset = vectors
-        coupling = np.zeros((len(labels), len(labels)))
-        coupling[rows, columns] = coupling[columns, rows] = biases
-        rest.setdefault("unit", "arbitrary")
-        meta = {"variables": [v if isinstance(v, int) else str(v) for v in labels]}
-        rest["meta"] = {**meta, **rest.get("meta", {})}
-        return cls(h, coupling, float(offset), **rest)
 
     # files ----------------------------------------------------------------------------
 

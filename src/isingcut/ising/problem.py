@@ -146,34 +146,6 @@ class Problem:
             cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
         return cqm
 
-    @classmethod
-    def from_cqm(cls, cqm: dimod.ConstrainedQuadraticModel, **rest: Any) -> Problem:
-        """Make the problem of a dimod CQM over binaries with linear constraints.
-
-        Raises:
-            InputError: a variable is not binary or a constraint is quadratic.
-        """
-        import dimod
-
-        labels = list(cqm.variables)
-        place = {label: i for i, label in enumerate(labels)}
-        if any(cqm.vartype(v) is not dimod.BINARY for v in labels):
-            raise InputError("all variables of the CQM must be binary")
-        form = cqm.objective
-        linear = dict.fromkeys(labels, 0.0) | dict(form.linear)
-        bqm = dimod.BinaryQuadraticModel(linear, {}, form.offset, "BINARY")
-        bqm.add_quadratic_from(form.quadratic)
-        rows = []
-        for label, comparison in cqm.constraints.items():
-            if comparison.lhs.num_interactions:
-                raise InputError(f"constraint {label!r} of the CQM must be linear")
-            coefficients = np.zeros(len(labels))
-            for v in comparison.lhs.variables:
-                coefficients[place[v]] = comparison.lhs.get_linear(v)
-            rhs = float(comparison.rhs) - float(comparison.lhs.offset)
-            rows.append(LinearConstraint(str(label), coefficients, comparison.sense.value, rhs))
-        return cls(Hamiltonian.from_bqm(bqm, **rest), rows)
-
     def to_bqm(self, penalty: float | None = None, slack_bits: int = 8) -> Penalised:
         """Return the penalty form: the energy plus squared violations, with slack variables.
 

@@ -32,7 +32,7 @@ from isingcut.console.progress import Bar
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.ising.states import Floats
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import measure_batches
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import PLAIN, Work
@@ -166,7 +166,7 @@ def _through_blocks(
     hidden = recording.entered
     for i, alpha in enumerate(alphas):
         # Not `ones`: that shortcut omits the gates from the graph of the backward pass.
-        hidden = gated_block(recording, i, hidden, alpha, gate, ones=False)
+        hidden = run_gated(recording, i, hidden, alpha, gate, ones=False)
     stream = hidden.detach()
     toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
     first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.models.compute.divergence import bits, compiled_for, fill_row_dots
+from isingcut.models.compute.divergence import bits, can_compile, fill_row_dots
 from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
@@ -70,7 +70,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Compute (B,) float32 scalar products of the samples of ``a`` and ``b`` (B, ...)."""
     a, b = a.flatten(1), b.flatten(1)
     # A backward pass that is itself differentiated needs operations that can be.
-    if compiled_for(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+    if can_compile(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
         fill_row_dots(bits(a), bits(b), out.numpy())
         return out
@@ -118,7 +118,7 @@ class _ResidualGate(TorchFunctionMode):
         return out
 
 
-def gated_block(
+def run_gated(
     recording: Recording, i: int, hidden: Tensor, alpha: Tensor, gate: str, *, ones: bool
 ) -> Tensor:
     """Return the hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.

@@ -11,11 +11,7 @@ graphs are kept, and this is a plain backward pass; for a streamed model none ar
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from io import BufferedRandom
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +21,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import CheckpointError
-from isingcut.files.writing import clear_os_errors
+from isingcut.errors import MemoryExhaustedError
 from isingcut.ising.states import Bools, Floats
-from isingcut.measure.gates import gated_block, row_dots
+from isingcut.measure.gates import row_dots, run_gated
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
@@ -39,83 +34,9 @@ from isingcut.models.replay import (
     HEAD,
     Recording,
     Replay,
-    chosen_attention,
     reuse_freed_memory,
+    use_attention,
 )
-
-
-class Boundaries:
-    """Tensors by key, stored once and taken once; those that do not fit go to a file.
-
-    The file is not memory-mapped, because mapped pages count as the process's memory. It has no
-    name, so that a killed run leaves nothing behind.
-
-    Args:
-        room: bytes to keep in memory.
-        folder: the folder of the file; None takes the system's folder for temporary files.
-    """
-
-    def __init__(self, room: int, folder: Path | None = None) -> None:
-        self._room, self._folder = room, folder
-        self._memory: dict[object, Tensor] = {}
-        self._where: dict[object, tuple[int, Tensor]] = {}
-        self._file: BufferedRandom | None = None
-        self._end = 0
-        self.spilled = 0
-
-    def put(self, key: object, value: Tensor) -> None:
-        """Store a tensor.
-
-        Raises:
-            InputError: the disk of the scratch file is full.
-        """
-        size = value.numel() * value.element_size()
-        if size <= self._room:
-            self._room -= size
-            self._memory[key] = value
-            return
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        plain = value.detach().contiguous().cpu()
-        with clear_os_errors(self._folder or Path(tempfile.gettempdir())):
-            self._file.seek(self._end)
-            self._file.write(_bytes_of(plain))
-        self._where[key] = (self._end, torch.empty_like(value, device="meta"))
-        self._end += size
-        self.spilled += size
-
-    def get(self, key: object, device: torch.device) -> Tensor:
-        """Return a stored tensor and keep it."""
-        if key in self._memory:
-            return self._memory[key]
-        start, like = self._where[key]
-        value = torch.empty(like.shape, dtype=like.dtype)
-        assert self._file is not None
-        self._file.seek(start)
-        view = _bytes_of(value)
-        if self._file.readinto(view) != len(view):
-            raise CheckpointError("the scratch file of hidden states ended early")
-        return value.to(device)
-
-    def take(self, key: object, device: torch.device) -> Tensor:
-        """Return a stored tensor and drop it."""
-        value = self.get(key, device)
-        if self._memory.pop(key, None) is not None:
-            self._room += value.numel() * value.element_size()
-        else:
-            del self._where[key]
-        return value
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-def _bytes_of(value: Tensor) -> memoryview:
-    plain: Any = value.view(-1).view(torch.uint8).numpy()
-    return memoryview(plain)
-
 
 Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps the gradient in the stream after a block to those in its gates (B,) and its input stream."""
@@ -131,7 +52,7 @@ def _run_gated(
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
-    after = gated_block(recording, block, before, alpha, gate, ones=True)
+    after = run_gated(recording, block, before, alpha, gate, ones=True)
     end = get_gradient_edge(after)
 
     def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +74,6 @@ def gate_rows(
     toward: Toward,
     *,
     removed: Bools | None = None,
-    folder: Path | None = None,
     advance: Callable[[float], object] = lambda share: None,
 ) -> Iterator[Tensor]:
     """Yield the gradients of each sample's loss in all gates, per micro-batch: (B, N) float32.
@@ -164,39 +84,43 @@ def gate_rows(
     Args:
         gate: ``"sublayer"`` or ``"block"``.
         removed: (N,) bool, blocks with a block gate at 0; all other gates are 1.
-        folder: folder for streams that do not fit; None takes the system's for temporary files.
         advance: called after each step with its share of a micro-batch's work.
+
+    Raises:
+        MemoryExhaustedError: the streams of one sample do not fit.
 
     Complexity: each block is opened twice. For a model in memory, the graphs of the last blocks are
     kept, as many as fit; the other blocks are computed once more.
     """
-    n, in_place = len(replay), replay.store.in_place
+    n, resident = len(replay), not replay.streamed
     # Streams before and after every block, the input of the blocks (in the recording), the
     # original's before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
     order = [EMBED, *range(n), HEAD, *reversed(range(n))]
-    for chunk, room in chunks(replay, batches, streams, together=not in_place):
+    for chunk, room in chunks(replay, batches, streams, together=not resident):
 
         def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
             each = [replay.stream_bytes(batch) for batch in some]
+            left = room - streams * sum(each)
+            if left < 0:
+                raise MemoryExhaustedError(
+                    f"hidden states may take {room / 1e6:.0f} MB, but gradients of "
+                    f"{some[0].positions} tokens take {streams * sum(each) / 1e6:.0f} MB; raise "
+                    "--memory-limit or lower --length"
+                )
             # A graph cannot keep weights that are unloaded; blocks are recomputed while the next
             # weights load.
-            left = room - streams * sum(each) if in_place else 0
-            graphs = left // (BLOCK_STREAMS * max(each))
-            with closing(Boundaries(room, folder)) as boundaries:
-                ways = [
-                    _Way(replay, batch, (number, len(some)), gate, removed, boundaries, graphs)
-                    for number, batch in enumerate(some)
-                ]
-                for step, part in enumerate(replay.store.sweep(order)):
-                    for way in ways:
-                        if part == EMBED:
-                            way.enter()
-                        elif part == HEAD:
-                            way.turn(toward)
-                        else:
-                            (way.there if step <= n else way.back)(int(part))
-                            advance(1 / (2 * n))
+            graphs = left // (BLOCK_STREAMS * max(each)) if resident else 0
+            ways = [_Way(replay, batch, gate, removed, graphs) for batch in some]
+            for step, part in enumerate(replay.store.sweep(order)):
+                for way in ways:
+                    if part == EMBED:
+                        way.enter()
+                    elif part == HEAD:
+                        way.turn(toward)
+                    else:
+                        (way.there if step <= n else way.back)(int(part))
+                        advance(1 / (2 * n))
             return [way.rows for way in ways]
 
         yield from split_to_fit(
@@ -205,56 +129,48 @@ def gate_rows(
 
 
 class _Way:
-    """The forward and backward pass of one micro-batch; ``place`` is its number and their total.
-
-    ``graphs`` is the number of graphs to keep, of the last blocks.
-    """
+    """The forward and backward pass of one micro-batch; it keeps the graphs of the last blocks."""
 
     def __init__(
         self,
         replay: Replay,
         batch: TokenSet,
-        place: tuple[int, int],
         gate: str,
         removed: Bools | None,
-        boundaries: Boundaries,
         graphs: int,
     ) -> None:
-        self._replay, self._batch, (self._number, self._count) = replay, batch, place
-        self._gate, self._removed = gate, removed
-        self._boundaries, self._graphs = boundaries, graphs
+        self._replay, self._batch = replay, batch
+        self._gate, self._removed, self._graphs = gate, removed, graphs
         self._kept: dict[int, Backward] = {}
+        self._streams: dict[int, Tensor] = {}
         self.rows = torch.zeros(batch.samples, len(replay), device=replay.device)
 
     def enter(self) -> None:
         """Run the embedding."""
         with torch.no_grad():
             self._recording = self._replay.record(self._batch.input_ids)
-        self._original = self._recording.entered
-        self._boundaries.put((0, self._number), self._recording.entered)
+        self._original = self._streams[0] = self._recording.entered
 
     def there(self, block: int) -> None:
         """Run a block; keep its graph if those of all later blocks fit too."""
-        place, device = (block, self._number), self._replay.device
+        before = self._streams[block]
         if self._removed is not None:
             with torch.no_grad():
                 self._original = self._recording.block(block, self._original)
         if self._is_removed(block):
-            after = self._boundaries.get(place, device)
-        elif (len(self._replay) - block) * self._count - self._number <= self._graphs:
-            before = self._boundaries.take(place, device)
+            after = before
+        elif len(self._replay) - block <= self._graphs:
+            del self._streams[block]
             after, self._kept[block] = _run_gated(self._recording, block, before, self._gate)
         else:
-            before = self._boundaries.get(place, device)
-            ones = torch.ones(len(before), device=device)
+            ones = torch.ones(len(before), device=self._replay.device)
             with torch.no_grad():
-                after = gated_block(self._recording, block, before, ones, self._gate, ones=True)
-        self._boundaries.put((block + 1, self._number), after)
+                after = run_gated(self._recording, block, before, ones, self._gate, ones=True)
+        self._streams[block + 1] = after
 
     def turn(self, toward: Toward) -> None:
         """Run the head, and compute the gradient to propagate back."""
-        place, device = (len(self._replay), self._number), self._replay.device
-        stream = self._boundaries.take(place, device).detach()
+        stream = self._streams.pop(len(self._replay)).detach()
         original = stream if self._removed is None else self._original
         self._toward = toward(self._recording, self._batch, stream, original)
 
@@ -262,7 +178,7 @@ class _Way:
         """Propagate the gradient back through a block."""
         backward = self._kept.pop(block, None)
         if backward is None:
-            before = self._boundaries.take((block, self._number), self._replay.device)
+            before = self._streams.pop(block)
             if self._is_removed(block):
                 # A gate at 0 passes the gradient on unchanged.
                 with torch.no_grad():
@@ -344,7 +260,6 @@ def gate_gradients(
 
     Source: arXiv 2602.00161 (its gate gradients; the sign is that of d loss / d alpha).
     """
-    folder = work.journal.parent if work.journal else None
 
     def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
@@ -352,11 +267,11 @@ def gate_gradients(
         def toward(recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor) -> Tensor:
             return loss_gradient(recording, stream, batch, label_seed, head)
 
-        for row in gate_rows(replay, mine, gate, toward, folder=folder, advance=bar.advance):
+        for row in gate_rows(replay, mine, gate, toward, advance=bar.advance):
             yield row.double().cpu().numpy()
 
     words, shape = f"gradients of {tokens.samples} samples", (len(replay),)
-    with chosen_attention(replay):
+    with use_attention(replay):
         return measure_batches(
             replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
         )

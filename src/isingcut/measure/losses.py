@@ -35,7 +35,7 @@ from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
 from isingcut.models.compute.head import Comparison, OutputHead, comparison
-from isingcut.models.replay import Replay, chosen_attention, reuse_freed_memory
+from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ def measure_together(
     with (
         work.progress(description, sum(task.all_blocks for task in tasks)) as bar,
         torch.inference_mode(),
-        chosen_attention(replay),
+        use_attention(replay),
     ):
         head = OutputHead(replay)
         for task in tasks:

@@ -15,7 +15,7 @@ from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
-from isingcut.models.load import not_finite
+from isingcut.models.load import explain_nan
 from isingcut.models.replay import Replay
 
 # Streams of a micro-batch: before all blocks, and before and after one block.
@@ -56,7 +56,7 @@ def _check_stream(
     # Not `i`: a plan replays only some of a model's blocks.
     path = next(name for name, m in replay.model.named_modules() if m is block)
     what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
-    raise not_finite(replay.model, what, row.tolist(), removed)
+    raise explain_nan(replay.model, what, row.tolist(), removed)
 
 
 def check_finite(
@@ -80,7 +80,7 @@ def check_finite(
     with torch.no_grad():
         for _ in boundaries(replay, [batch], removed):
             pass
-    raise not_finite(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
+    raise explain_nan(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
 
 
 def block_means(

@@ -1,20 +1,17 @@
-"""Choose device, dtype, threads and memory limit of a model."""
+"""Choose device, dtype and memory limit of a model."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
+from isingcut.files.provenance import cpu_name
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.spellings import Device, Memory
 
@@ -85,7 +82,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+
+    ``"auto"`` takes bfloat16 where the device computes fast in it: GPUs with compute capability 8
+    or higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16.
+    """
     import torch
 
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,55 +98,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()
-        native = bool(features.get("amx_bf16"))
-        if features.get("avx512_bf16") and not native:
-            native = _bfloat16_is_faster()
+        # An Intel Xeon whose AMX is hidden by a virtual machine is slower in bfloat16.
+        fast = features.get("avx512_bf16") and "Intel" not in cpu_name()
+        native = bool(features.get("amx_bf16") or fast)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
 
 
 def dtype_name(dtype: str, device: str) -> str:
-    """``"float32"`` or ``"bfloat16"``, whatever the options of a model say."""
+    """Return ``"float32"`` or ``"bfloat16"`` for the dtype and device of the options."""
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def few_threads(most: int | None) -> Iterator[None]:
-    """Use at most ``most`` threads within the context; None changes nothing."""
-    import torch
-
-    before = torch.get_num_threads()
-    if most is None or most >= before:
-        yield
-        return
-    torch.set_num_threads(most)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@cache
-def _bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices faster in bfloat16 than in float32, by trying.
-
-    AVX512-BF16 does not say: an Intel Xeon whose AMX is hidden (a virtual machine) has it and takes
-    1.5 to 2 times as long in bfloat16. Takes about 0.1 s; the fastest of many rounds in turns
-    counts, as other work on the machine only ever slows one down. On one thread: several wait for
-    each other, and where others compute as well, one may never be undisturbed.
-    """
-    import torch
-
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    operands = {d: [torch.ones(n, 1024, dtype=d) for n in (64, 1024)] for d in seconds}
-    with few_threads(1):
-        for _ in range(20):
-            for dtype, (a, b) in operands.items():
-                began = time.perf_counter()
-                torch.nn.functional.linear(a, b)
-                seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 # Of the free memory, when no limit is given: the rest is for the system and for estimates' errors.
@@ -166,7 +129,7 @@ class Allowance:
 
     @property
     def left(self) -> int:
-        """The memory left for weights and hidden states."""
+        """Return the memory left for weights and hidden states."""
         return max(0, self.total - self.used)
 
 
@@ -191,7 +154,7 @@ def allowance(limit: str, device: torch.device) -> Allowance:
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
+    """Return the bytes of a checkpoint's weights once loaded in ``dtype``, from its headers."""
     total = 0
     for tensor in read_checkpoint(folder).values():
         if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):
@@ -217,19 +180,15 @@ def _used_and_free(device: torch.device) -> tuple[int, int]:
 
 
 def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes a container's control group still allows; a huge number outside of any."""
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most = (root / limit).read_text(encoding="ascii").strip()
-            now = int((root / usage).read_text(encoding="ascii"))
-            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
-        except (OSError, ValueError):
-            continue
-        if most.isdigit():
-            # Cached file pages count as usage, but are given up when memory is wanted.
-            cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
-            return max(0, int(most) - now + sum(cached))
-    return 1 << 62
+    """Return the bytes that a container's control group still allows; a huge number without one."""
+    try:
+        most = (root / "memory.max").read_text(encoding="ascii").strip()
+        now = int((root / "memory.current").read_text(encoding="ascii"))
+        stat = (root / "memory.stat").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return 1 << 62
+    if not most.isdigit():
+        return 1 << 62
+    # Cached file pages count as usage, but are given up when memory is wanted.
+    cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
+    return max(0, int(most) - now + sum(cached))

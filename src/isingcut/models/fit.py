@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors and its configuration belong together, from headers alone.
+"""Check that a checkpoint's tensors and its configuration belong together, from headers alone.
 
 Checked before a model is built, because a configuration's numbers allocate memory.
 """
@@ -17,12 +17,12 @@ from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.cuts import (
     OTHER_STACKS,
     depth,
+    explain_uncuttable,
     mtp_layers,
+    read_decoder,
     refuse_packing,
-    uncuttable,
-    written_out,
 )
-from isingcut.models.loading import wrong_shape
+from isingcut.models.loading import explain_shape
 from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _FORMS = {
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
 # A model may have more numbers than its file: tied weights, and tensors that a message names.
 _MORE, _SPARE = 4, 2**20
-# How much smaller than something else in its file (an image tokeniser) a stack of blocks may be.
+# A stack of blocks may be this much smaller than the largest stack (of an image tokeniser).
 _SMALLER = 10
 _MOST_IN_BUFFERS = 2**28
 _MOST_WITHOUT_WEIGHTS = 2**44
@@ -50,7 +50,7 @@ _MOST_WITHOUT_WEIGHTS = 2**44
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says of itself.
+    """A checkpoint's configuration and tensors.
 
     Attributes:
         config: its ``config.json``.
@@ -82,7 +82,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
 
     Raises:
         CheckpointError: either is damaged, or a block has no tensors.
-        ModelError: a number in the configuration is larger than any model's, or it says another
+        ModelError: a number in the configuration is larger than any model's, or it has another
             number of blocks than there are tensors of; the message has both.
         ArchitectureError: no valid configuration of its family, or weights that cannot be read.
     """
@@ -97,7 +97,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
     if weights:
         refuse_packing(config)
-    text = written_out(config)
+    text = read_decoder(config)
     count, heads = depth(text), mtp_layers(text)
     numbers = _stack(stored.values(), count, heads)[1]
     if numbers and not config.get("is_encoder_decoder"):
@@ -112,7 +112,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
             )
         if found != count:
             raise ModelError(
-                uncuttable(text)
+                explain_uncuttable(text)
                 or f"config.json says {count} blocks, but the checkpoint has tensors of {found}; "
                 f"write {found} into {folder / 'config.json'}, or get its weights"
             )
@@ -134,15 +134,15 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
         stored = seen.stored.get(name)
         if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
             continue
-        raise ModelError(wrong_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+        raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
 
 
-def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
-    """What the names of all block tensors begin with, up to the block number.
+def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
+    """Find the beginning of the names of all block tensors, up to the block number.
 
     Args:
         tensors: a checkpoint's tensors.
-        count: how many blocks the configuration says there are.
+        count: number of blocks in the configuration.
         heads: as `mtp_layers`.
 
     Raises:
@@ -161,14 +161,14 @@ def block_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) ->
     return prefix
 
 
-def by_block(
+def group_by_block(
     stored: Mapping[str, StoredTensor], count: int, heads: int = 0
 ) -> list[dict[str, StoredTensor]]:
-    """A checkpoint's tensors of each block, by their names inside it.
+    """Group a checkpoint's tensors by block, with their names inside it.
 
-    Args and errors are those of `block_prefix`.
+    Args and errors are those of `find_prefix`.
     """
-    prefix = block_prefix(stored.values(), count, heads)
+    prefix = find_prefix(stored.values(), count, heads)
     found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
     for name, tensor in stored.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
@@ -197,7 +197,7 @@ def _fits(numbers: set[int], count: int, heads: int) -> bool:
 
 
 def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str, set[int]]:
-    """The prefix of the numbered tensors that are the blocks, and their numbers.
+    """Find the prefix of the numbered tensors that are the blocks, and their numbers.
 
     Those with the right numbers win over others, unless they are far too small; then the largest.
     """
@@ -235,7 +235,7 @@ def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
 
 
 @contextlib.contextmanager
-def bounded_structure(most: int, what: str) -> Iterator[None]:
+def limit_structure(most: int, what: str) -> Iterator[None]:
     """Stop a model that is built on the meta device meanwhile once it outgrows its checkpoint.
 
     Args:

@@ -38,7 +38,8 @@ _DROPPED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", 
 
 
 def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """``"fp8"``, ``"compressed-tensors"`` or ``"modelopt"``; None where weights are no FP8.
+    """Return ``"fp8"``, ``"compressed-tensors"`` or ``"modelopt"``; None if the weights are not
+    FP8.
 
     Args:
         folder: the checkpoint, for ModelOpt's ``hf_quant_config.json``.
@@ -63,7 +64,7 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def torch_dtype(stored: StoredTensor) -> torch.dtype:
-    """The dtype of a stored tensor.
+    """Return the dtype of a stored tensor.
 
     Raises:
         CheckpointError: torch cannot hold it.
@@ -74,7 +75,7 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """The values of one stored tensor, in its own dtype.
+    """Read the values of one stored tensor, in its own dtype.
 
     Raises:
         CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
@@ -125,17 +126,17 @@ def dequantise(
 def read_plain(
     name: str, stored: Mapping[str, StoredTensor], block: tuple[int, int] | None
 ) -> torch.Tensor:
-    """The values of one stored tensor, those of float8 times their scale and in float32."""
+    """Read one stored tensor; float8 values are multiplied by their scale, in float32."""
     value = read_tensor(stored[name])
     if not stored[name].dtype.startswith("F8_"):
         return value
     return dequantise(value, read_tensor(scale_of(name, stored)), block)
 
 
-def dequantised(
+def dequantise_checkpoint(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.
+    """Yield names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.
 
     Args:
         folder: the checkpoint.
@@ -153,7 +154,7 @@ def dequantised(
 
 
 def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """A checkpoint's tensors without the scales of FP8 weights, activations and caches."""
+    """Return a checkpoint's tensors without the scales of FP8 weights, activations and caches."""
     return {
         name: tensor
         for name, tensor in stored.items()
@@ -182,10 +183,10 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) that share a scale, where the configuration says so.
+    """Return the (rows, columns) that share a scale, if the configuration has them.
 
     Raises:
-        CheckpointError: it says something else than two sizes.
+        CheckpointError: they are not two sizes.
     """
     quantisation = _object(config.get("quantization_config"))
     sizes = quantisation.get("weight_block_size")

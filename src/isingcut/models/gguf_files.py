@@ -20,15 +20,15 @@ from typing import Any
 from isingcut.errors import CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.writing import atomic_folder, foreign_in, locked
-from isingcut.models.fit import bounded_structure, most_numbers
+from isingcut.models.fit import limit_structure, most_numbers
 from isingcut.models.loading import (
-    loading,
+    catch_errors,
     one_line,
     quiet_transformers,
     refuse_incomplete,
     refuse_infinite,
 )
-from isingcut.models.transformers_private import unpacked
+from isingcut.models.transformers_private import get_unpacking
 
 _BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 
@@ -226,15 +226,15 @@ def _convert(path: Path, folder: Path, numbers: int) -> None:
     loader: Any = AutoModelForCausalLM
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with (
-        loading(f"{path.name} with transformers"),
+        catch_errors(f"{path.name} with transformers"),
         # One of its progress bars has no switch.
         contextlib.redirect_stderr(io.StringIO()),
-        bounded_structure(most_numbers(numbers), path.name),
+        limit_structure(most_numbers(numbers), path.name),
     ):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, found = loader.from_pretrained(
             **source,
-            **unpacked(),
+            **get_unpacking(),
             dtype=torch.bfloat16,
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -1,8 +1,8 @@
 """What `isingcut inspect` shows: blocks, costs and legal states, without loading weights.
 
-Whether the blocks that stay would be built as they were: a table of fields says what is known. What
-it lacks - a scale made of the depth, a layer that only the first block has - shows when the smaller
-model is built on the meta device next to the whole one, and their blocks are compared, module by
+The blocks that stay must be built as they were. The table of fields knows most of what matters. For
+the rest (a scale that depends on the depth, a layer that only the first block has), the smaller
+model is built on the meta device next to the whole one, and their blocks are compared module by
 module.
 """
 
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
-from isingcut.models.fit import bounded_structure, by_block, check_fit, check_sizes
-from isingcut.models.load import auto_class, load_config
-from isingcut.models.loading import loading, quiet_transformers
+from isingcut.models.fit import check_fit, check_sizes, group_by_block
+from isingcut.models.load import build_on_meta, find_auto_class
+from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import StoredTensor
 
 # A block's own number is meant to change.
@@ -70,7 +71,7 @@ def check_same_blocks(
     whole = config_object(config)
     if removed is None or whole is None:
         return  # nothing can go, or code of its own: the proof of the cut is left
-    before, after = _built(whole), _built(config_object(cut_config(config, removed)))
+    before, after = _build(whole), _build(config_object(cut_config(config, removed)))
     place = find_stack(before).path
     old, new = (list(model.get_submodule(place).children()) for model in (before, after))
     kept = [i for i in range(len(old)) if i not in removed]
@@ -94,14 +95,14 @@ def _first_legal(n: int, rows: Sequence[LinearConstraint]) -> list[int] | None:
     return None
 
 
-def _built(config: Any) -> nn.Module:
+def _build(config: Any) -> nn.Module:
     with quiet_transformers(), torch.device("meta"):
-        model: nn.Module = auto_class(config).from_config(copy.deepcopy(config))
+        model: nn.Module = find_auto_class(config).from_config(copy.deepcopy(config))
     return model
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str:
-    """What tells two blocks apart in words; empty where nothing does."""
+    """Explain how two blocks differ; empty if they do not."""
     left, right = dict(old.named_modules()), dict(new.named_modules())
     for name in left.keys() ^ right.keys():
         return f"{name} is in only one of them"
@@ -163,14 +164,14 @@ class Inspection:
     positions: int | None
 
     def rules(self) -> list[str]:
-        """The legality rows in words, rows of one reason together."""
+        """Return the legality rows in words, rows with the same reason together."""
         names: dict[str, list[str]] = {}
         for row in self.rows:
             names.setdefault(row.reason, []).append(row.name)
         return [f"{', '.join(rows)}: {reason}" for reason, rows in names.items()]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Header, one row per run of like neighbours, and the sum, as text.
+        """Return a header, one row per run of equal neighbours, and the sum, as text.
 
         Columns: numbers of the blocks, kind, then for *each* block of the run parameters, active
         parameters, stored bytes, bytes of KV cache per token and of recurrent state.
@@ -184,17 +185,12 @@ class Inspection:
             "KV bytes/token",
             "state bytes",
         )
-        runs: list[list[Block]] = []
-        for block in self.stack.blocks:
-            if runs and runs[-1][0].kind == block.kind and _costs(runs[-1][0]) == _costs(block):
-                runs[-1].append(block)
-            else:
-                runs.append([block])
         rows = [header]
-        for run in runs:
-            first, last = run[0].index, run[-1].index
+        for (kind, costs), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
+            indices = [block.index for block in run]
+            first, last = indices[0], indices[-1]
             numbers = f"{first}" if first == last else f"{first}-{last}"
-            rows.append((numbers, run[0].kind, *(f"{n:,}" for n in _costs(run[0]))))
+            rows.append((numbers, kind, *(f"{n:,}" for n in costs)))
         total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
         rows.append(("all", "", *(f"{n:,}" for n in total)))
         return rows
@@ -215,18 +211,12 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 
     Raises:
         ModelError: transformers cannot build the model, or it has tensors of another number of
-            blocks than its configuration says.
+            blocks than its configuration has.
         CheckpointError: the configuration or a header is damaged.
         ArchitectureError: it has no block stack.
     """
-    folder = Path(folder)
-    seen = check_fit(folder, weights=False)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    # Kernels of the quantisation need a GPU; the structure does not.
-    config.__dict__.pop("quantization_config", None)
-    bounds = bounded_structure(seen.most_numbers, str(folder))
-    with loading(f"the model in {folder}"), bounds, torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    seen = check_fit(Path(folder), weights=False)
+    model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
     refusal, rows = "", []
@@ -250,10 +240,10 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
 
 
 def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:
-    """The stack with the bytes that the checkpoint really stores, and those outside it."""
+    """Return the stack with the bytes that the checkpoint stores, and the bytes outside it."""
     if not stored:
         return stack, 0
-    found = by_block(stored, len(stack), heads=len(stack))
+    found = group_by_block(stored, len(stack), heads=len(stack))
     sizes = [sum(tensor.size for tensor in block.values()) for block in found]
     blocks = tuple(
         dataclasses.replace(block, bytes=size)

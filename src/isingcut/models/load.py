@@ -1,4 +1,4 @@
-"""Load a frozen model from a checkpoint folder: in memory, or a skeleton without weights."""
+"""Load a frozen model from a checkpoint folder, in memory or without weights (a skeleton)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.architectures.blocks import stop_rescaling
 from isingcut.models.device import pick_device, pick_dtype
-from isingcut.models.fit import bounded_structure, check_fit
-from isingcut.models.fp8 import dequantised, fp8_layout
-from isingcut.models.loading import loading, refuse_incomplete, refuse_infinite
+from isingcut.models.fit import Checkpoint, check_fit, limit_structure
+from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
+from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -23,16 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Configuration classes that no auto class of transformers lists, and what builds their models;
-# registered in this process alone.
-_ALONE: dict[type, str] = {}
-
-
-def auto_class(config: Any) -> Any:
+def find_auto_class(config: Any) -> Any:
     """Return the auto class that builds the model in a configuration's ``architectures``.
 
-    Where that says nothing, the causal one if both know ``config``. A multimodal model that the
-    image-text-to-text class builds has a text decoder, and is called with text alone.
+    Without ``architectures`` it is the causal one, if that knows ``config``. A multimodal model
+    that the image-text-to-text class builds has a text decoder, which is run on text alone.
 
     Args:
         config: a loaded configuration.
@@ -47,46 +42,24 @@ def auto_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
     ]
     remote = getattr(config, "auto_map", None) or {}
-    if named := [f for f in factories if f.__name__ in remote]:
-        return named[0]
-    known = [f for f in factories if type(config) in model_classes(f)]
-    # Of a multimodal checkpoint the causal class may be one that only its text part fits.
+    # The causal class of a multimodal checkpoint may fit its text part alone.
     saved = getattr(config, "architectures", None) or []
-    for factory in known:
-        if model_classes(factory)[type(config)].__name__ in saved:
-            return factory
-    if known:
-        return known[0]
-    for name in saved:
-        own: Any = getattr(transformers, name, None)
-        if _loads_alone(own, config):
-            factories[0].register(type(config), own, exist_ok=True)
-            _ALONE[type(config)] = own.__name__
-            return factories[0]
+    known = [f for f in factories if type(config) in model_classes(f)]
+    named = [f for f in factories if f.__name__ in remote]
+    named += [f for f in known if model_classes(f)[type(config)].__name__ in saved]
+    if found := [*named, *known]:
+        return found[0]
     raise ArchitectureError(
         f"transformers has no text-generating decoder of the model type {config.model_type!r}; "
         "isingcut cuts decoders with one stack of residual blocks"
     )
 
 
-def _loads_alone(own: Any, config: Any) -> bool:
-    """Whether a class builds a text-generating model that no auto class lists.
-
-    Such is the decoder of a multimodal model, saved without the rest.
-    """
-    return (
-        getattr(own, "config_class", None) is type(config)
-        and own.can_generate()
-        and own.main_input_name == "input_ids"
-        and not getattr(config, "is_encoder_decoder", False)
-    )
-
-
-def loading_class_of(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """The name of the class that loads a checkpoint in transformers where isingcut is not."""
+def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """Return the name of the class that loads a checkpoint with plain transformers."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    name: str = auto_class(config).__name__
-    return _ALONE.get(type(config), name)
+    name: str = find_auto_class(config).__name__
+    return name
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -101,7 +74,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     configs: Any = AutoConfig
     # First, as transformers would look for a folder that was deleted on the hub.
     read_config(folder)
-    with loading(f"the configuration in {folder}"):
+    with catch_errors(f"the configuration in {folder}"):
         return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -120,7 +93,7 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """The options of `load` for another model on this device, in this dtype."""
+        """Return the options of `load` for another model on this device, in this dtype."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
 
@@ -133,15 +106,12 @@ def load(
     checkpoints are loaded with their weights as plain numbers.
 
     Args:
-        dtype: ``"auto"`` takes bfloat16 where the device computes in it natively (CUDA from
-            compute capability 8, CPUs with AMX; with AVX512-BF16 if a short trial finds it faster),
-            else float32.
-        device: ``"auto"`` takes cuda, then mps, then cpu.
+        dtype, device: as in `pick_dtype` and `pick_device`.
 
     Raises:
         ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
             other shapes (transformers would invent them at random with a mere warning), or hold
-            NaN or infinity; the configuration says another number of blocks.
+            NaN or infinity; the configuration has another number of blocks.
         CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """
@@ -150,12 +120,10 @@ def load(
     seen = check_fit(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with (
-        loading(f"the model in {folder}"),
-        bounded_structure(seen.most_numbers, str(folder)),
+        catch_errors(f"the model in {folder}"),
+        limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = as_transformers_does(
-            folder, number, device=place, trust_remote_code=trust_remote_code
-        )
+        model, found = load_plain(folder, number, device=place, trust_remote_code=trust_remote_code)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
     model.to(place)
@@ -176,21 +144,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             f"{folder} has no tokenizer (tokenizer.json); copy the model's tokenizer into it"
         )
     factory: Any = AutoTokenizer
-    with loading(f"the tokenizer in {folder}"):
+    with catch_errors(f"the tokenizer in {folder}"):
         found: PreTrainedTokenizerBase = factory.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
     return found
 
 
-def as_transformers_does(
+def load_plain(
     folder: Path,
     dtype: torch.dtype,
     *,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model in evaluation mode, FP8 and MXFP4 weights as plain numbers.
+    """Load a checkpoint as transformers does; FP8 and MXFP4 weights become plain numbers.
 
     Args:
         device: tensors are loaded straight to it, so that several processes of one machine need
@@ -202,7 +170,7 @@ def as_transformers_does(
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
-    loader = auto_class(load_config(folder, trust_remote_code=trust_remote_code))
+    loader = find_auto_class(load_config(folder, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {}
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
@@ -226,7 +194,7 @@ def as_transformers_does(
 
 
 def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of an FP8 checkpoint with plain weights, and what transformers says of loading it.
+    """Load an FP8 checkpoint with plain weights; return the model and transformers' loading info.
 
     Whatever transformers raises passes.
     """
@@ -234,8 +202,8 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
 
     config = load_config(folder)
     config.__dict__.pop("quantization_config", None)
-    weights = dict(dequantised(folder, read_config(folder), dtype))
-    kind = model_classes(auto_class(config))[type(config)]
+    weights = dict(dequantise_checkpoint(folder, read_config(folder), dtype))
+    kind = model_classes(find_auto_class(config))[type(config)]
     model, report = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
@@ -244,8 +212,26 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
     return model.eval(), report
 
 
+def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Build a checkpoint's model without memory, within the bounds of its tensors.
+
+    Returns:
+        the model on the meta device, and its configuration.
+
+    Raises:
+        ModelError: transformers cannot build it, or it is larger than its checkpoint.
+    """
+    config = load_config(seen.folder, trust_remote_code=trust_remote_code)
+    # Kernels of the quantisation need a GPU; the structure does not.
+    config.__dict__.pop("quantization_config", None)
+    bounds = limit_structure(seen.most_numbers, str(seen.folder))
+    with catch_errors(f"the model in {seen.folder}"), bounds, torch.device("meta"):
+        model = find_auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return model, config
+
+
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """The model of a checkpoint folder: parameters on the meta device, buffers real.
+    """Build the model of a checkpoint folder: parameters on the meta device, buffers real.
 
     Args:
         dtype: of its floating-point parameters, but for those the family keeps in float32.
@@ -259,18 +245,15 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
 
     seen = check_fit(folder)
     _refuse_packed(folder, seen.config)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    config.__dict__.pop("quantization_config", None)
-    with loading(f"the model in {folder}"), bounded_structure(seen.most_numbers, str(folder)):
-        config.name_or_path = str(folder)
-        factory = auto_class(config)
-        with torch.device("meta"):
-            # First without any memory: what its buffers would take is real below.
-            factory.from_config(config, trust_remote_code=trust_remote_code)
-    with loading(f"the model in {folder}"):
+    # First without any memory, because buffers are real below.
+    config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
+    config.name_or_path = str(folder)
+    with catch_errors(f"the model in {folder}"):
         # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = find_auto_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         model.tie_weights()
         stop_rescaling(model)
         if (folder / "generation_config.json").is_file():
@@ -293,7 +276,7 @@ def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:
 _SHOWN = 12
 
 
-def not_finite(
+def explain_nan(
     model: Any, what: str, ids: Sequence[int], removed: Sequence[int] = ()
 ) -> ModelError:
     """Make the error for a NaN or infinite value of a model.

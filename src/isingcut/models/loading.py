@@ -1,4 +1,4 @@
-"""Third-party loaders, kept quiet: what they raise, or give back unfit, becomes one clear line."""
+"""Silence the loaders of libraries, and convert their errors and unfit results to one line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn all that a library raises meanwhile into one error that says what was read.
+def catch_errors(what: str) -> Iterator[None]:
+    """Convert all errors of a library within the context to one that names what was read.
 
-    A configuration, a tokenizer or a file that others wrote can make a library fail in any way.
+    A configuration, a tokenizer or a file can make a library fail in any way.
 
     Args:
         what: what is read, for example ``"the tokenizer in my-model"``.
@@ -39,23 +39,22 @@ def loading(what: str) -> Iterator[None]:
             yield
     except IsingcutError:
         raise
-    except Exception as e:
-        raise_if_exhausted(e)
-        if "trust_remote_code=True" in str(e):
-            raise ModelError(
-                f"cannot load {what}: it needs its own Python code; read its .py files, and if you "
-                "trust them, pass --trust-remote-code"
-            ) from e
-        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
     except BaseException as e:
         # A panic of a library written in Rust is no `Exception`.
-        if type(e).__name__ != "PanicException":
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise ModelError(f"cannot load {what}: {one_line(e)}") from e
+        raise_if_exhausted(e)
+        words = one_line(e)
+        if "trust_remote_code=True" in str(e):
+            words = (
+                "it needs its own Python code; read its .py files, and if you trust them, pass "
+                "--trust-remote-code"
+            )
+        raise ModelError(f"cannot load {what}: {words}") from e
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length."""
+    """Return the message of an error as one line of bounded length."""
     # Torch adds where in its own sources an error was raised.
     words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
     if not words or not isinstance(error, _SPEAKING):
@@ -80,8 +79,8 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def wrong_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """What is wrong with a tensor of another shape than the model's."""
+def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """Explain that a tensor has another shape than the model's."""
     return (
         f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"
@@ -105,7 +104,7 @@ def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
             f"{missing[0]}; the config and the weights do not belong together"
         )
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ModelError(wrong_shape(name, source, there, wanted))
+        raise ModelError(explain_shape(name, source, there, wanted))
 
 
 def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:

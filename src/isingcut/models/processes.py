@@ -26,7 +26,7 @@ T = TypeVar("T")
 _ANY_TIME = timedelta(days=3650)
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher started this process as one of several."""
     there = all(os.environ.get(key) for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     return there and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -34,7 +34,7 @@ def launched() -> bool:
 
 def launched_rank() -> int:
     """Return the rank of this process; 0 without a launcher."""
-    return int(os.environ["RANK"]) if launched() else 0
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 class Processes:
@@ -53,7 +53,7 @@ class Processes:
     @classmethod
     def join(cls) -> Processes:
         """Join all processes of the launcher, or only this process without one."""
-        if not launched():
+        if not is_launched():
             return ALONE
         import torch
         import torch.distributed as dist
@@ -79,14 +79,14 @@ class Processes:
             return [data]
         import torch
 
-        lengths = [int(n) for n in self._gathered(torch.tensor([len(data)], device="cpu"))]
+        lengths = [int(n) for n in self._gather_tensors(torch.tensor([len(data)], device="cpu"))]
         own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
         if data:
             own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = self._gathered(own)
+        parts = self._gather_tensors(own)
         return [p[:n].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 
-    def _gathered(self, own: Any) -> list[Any]:
+    def _gather_tensors(self, own: Any) -> list[Any]:
         import torch
         import torch.distributed as dist
 
@@ -132,7 +132,7 @@ def last_word() -> RankError | None:
     """Return the message of another process that ended, if any."""
     word: dict[str, Any] = {}
     with contextlib.suppress(RuntimeError):
-        if launched() and (board := _board()).check([_key()]):
+        if is_launched() and (board := _board()).check([_key()]):
             word = json.loads(board.get(_key()))
     if not word:
         return None

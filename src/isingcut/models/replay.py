@@ -1,14 +1,14 @@
 """Run block i of a model on any hidden states, by replaying the recorded call of each block.
 
-transformers blocks take masks, position embeddings and caches that differ by layer. Nothing
-of that is rebuilt here: the model runs once with its blocks stubbed, what each block was
-called with is recorded, and block i is later called with the same arguments and other hidden
-states. So everything below works for any architecture whose blocks pass one residual stream
-on, and a state whose first removed block is i can reuse the hidden states that entered i.
+transformers blocks take masks, position embeddings and caches that differ by layer. None of them
+is rebuilt here. The model runs once with stubs for its blocks, and the arguments of each block are
+recorded. Block i is later called with the same arguments and other hidden states. This works for
+any architecture whose blocks pass on one residual stream. A state whose first removed block is i
+can reuse the hidden states that entered block i.
 
-A *part* is a block, the input embedding or the output head. A model that is read from disk has a
-store that holds two of them at a time (`streaming.store`); here is the store of a model whose
-parts are always open, so that whoever sweeps over a model need not ask which of the two it is.
+A *part* is a block, the input embedding or the output head. The store of a streamed model has two
+parts in memory at a time (`streaming.store`). `Weights` is the store of a model in memory, with the
+same interface.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import on_text_alone, stop_rescaling, text_model
+from isingcut.models.architectures.blocks import catch_text_errors, language_model, stop_rescaling
 from isingcut.models.device import BatchLimit, allowance, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.processes import ALONE, Processes
@@ -43,63 +43,39 @@ EMBED, HEAD = "embed", "head"
 BLOCK_STREAMS = 64
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How often a streamed model was read, in sweeps over all weights.
-
-    Attributes:
-        disk: reads from the checkpoint.
-        memory: reads from host memory.
-    """
-
-    disk: float = 0.0
-    memory: float = 0.0
-
-    @property
-    def sweeps(self) -> float:
-        """From anywhere."""
-        return self.disk + self.memory
-
-    def __sub__(self, before: Reading) -> Reading:
-        return Reading(self.disk - before.disk, self.memory - before.memory)
-
-
 class Weights:
-    """The weights of a model: here in memory, so that opening a part costs nothing."""
-
-    @property
-    def in_place(self) -> bool:
-        """Whether every part is used where it stays: opening costs nothing, graphs may hold it."""
-        return True
+    """The weights of a model in memory, where opening a part costs nothing."""
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
         """Open parts in this order, each for one turn of the loop."""
         return iter(order)
 
-    def reading(self) -> Reading:
-        """How often the weights were read so far."""
-        return Reading()
+    def count_sweeps(self) -> float:
+        """Return how often the weights were read so far."""
+        return 0.0
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
 _HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
 
 
+@dataclass
 class BlockCall:
     """The recorded arguments of a block, with its hidden states separate.
 
     Attributes:
         hidden: the residual stream; None once it is no longer needed.
+        keyword: whether the block was called with ``hidden_states=``.
     """
 
-    def __init__(
-        self, hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], keyword: bool
-    ) -> None:
-        self.hidden, self.args, self.kwargs, self.keyword = hidden, args, kwargs, keyword
+    hidden: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
-        """The call of block ``i``.
+        """Make the call of block ``i``.
 
         Raises:
             ArchitectureError: there are no hidden states where they are expected.
@@ -177,7 +153,7 @@ def learn_outputs(
     handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
     handles += [b.register_forward_hook(after) for b in blocks]
     try:
-        with torch.no_grad(), on_text_alone(model):
+        with torch.no_grad(), catch_text_errors(model):
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -207,7 +183,7 @@ def _reads_another(
 ) -> bool:
     """Whether a block needs a tensor that an earlier one returned with the stream.
 
-    Some are handed one that they leave alone, so the block runs again without.
+    Some blocks receive such a tensor and do not use it, so the block runs again without it.
     """
     extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
     if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
@@ -225,7 +201,7 @@ def _reads_another(
 
 
 class _Shared(UserDict[Any, Any]):
-    """A mapping that all blocks are given, and whether one reads what another wrote there.
+    """A mapping that all blocks receive; records whether one reads what another wrote.
 
     Gemma 4 lets the last block of each type write, whether or not a later one reads.
     """
@@ -259,13 +235,12 @@ class Replay:
         store: its weights; None: they are in memory.
 
     Attributes:
-        text: what of the model is given token ids (`text_model`).
+        text: what of the model is run on token ids (`language_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
-        threads: with how many threads at most; None: with those that torch takes.
         limit: tokens that are computed at a time, as far as the memory is known to hold them.
         processes: that hold the same model and share its measurements.
-        plain_head: what `compute.head` found of the output map, once it has looked.
+        plain_head: whether the logits are the output of the output map; None before the test.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
@@ -287,11 +262,10 @@ class Replay:
         self.device = device or next(model.parameters()).device
         self.store = store or Weights()
         self.attention: str | None = None
-        self.threads: int | None = None
         self.limit = BatchLimit(self.device)
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
-        self.text = text_model(model)
+        self.text = language_model(model)
         self._rest, self.bytes_per_token = learn_outputs(self.text, self.blocks, self.device)
 
     def __len__(self) -> int:
@@ -316,7 +290,7 @@ class Replay:
     def room(self, batch: TokenSet) -> int:
         """Return the bytes allowed for hidden states between blocks, without the work on one batch.
 
-        Of a model in memory on the CPU that is not watched.
+        They are not limited for a model in memory on the CPU.
         """
         if self.device.type == "cpu":
             return sys.maxsize
@@ -351,11 +325,9 @@ class Replay:
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
         """Time each block on one sequence of ``length`` tokens (median seconds).
 
-        Of streamed blocks with the same tensors one is timed.
+        Of blocks whose tensors have the same names and shapes, the first one is timed.
         """
-        kinds: Sequence[Any] = range(len(self))
-        if self.streamed:
-            kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
+        kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
         seconds: dict[Any, float] = {}
@@ -428,7 +400,7 @@ class Recording:
         return out
 
     def logits(self, stream: Tensor, sample: int) -> Tensor:
-        """Logits (T, V) of one sample of the batch, from its stream (T, D) after the blocks.
+        """Compute the logits (T, V) of one sample from its stream (T, D) after the blocks.
 
         One sample at a time, so that the logits of a whole batch never exist at once.
         """
@@ -452,7 +424,7 @@ def reuse_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def chosen_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
+def use_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
     """Use the attention implementation ``name``, or that of the replay, within the context.
 
     Raises:

@@ -20,7 +20,12 @@ from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.gguf_files import converted, gguf_cache
 from isingcut.models.loading import quiet_transformers
-from isingcut.models.safetensors_files import HEADER_LIMIT, no_weights, read_config, weight_files
+from isingcut.models.safetensors_files import (
+    HEADER_LIMIT,
+    explain_no_weights,
+    read_config,
+    weight_files,
+)
 from isingcut.models.transformers_private import has_adapters
 
 if TYPE_CHECKING:
@@ -65,10 +70,10 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     if name == PACKAGED:
         return _resolve_packaged(trust_remote_code, weights)
     if (folder := find_object(name)) is not None:
-        return _checked_folder(folder)
+        return _check_folder(folder)
     path = user_path(name)
     if is_there(path) and path.is_dir():
-        return _checked_folder(path, weights)
+        return _check_folder(path, weights)
     if is_there(path):
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
@@ -145,8 +150,6 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             allow_patterns=[*files, *code],
             ignore_patterns=list(_HUB_IGNORE),
         )
-    except HFValidationError as e:
-        raise ModelError(f"{name!r} names no model; {_EXPECTED}") from e
     except GatedRepoError as e:
         raise ModelError(
             f"the hub model {name} requires you to accept its licence; accept it on "
@@ -158,15 +161,15 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
             "file, or connect and run again"
         ) from e
-    except (OSError, transport_error) as e:
+    except (OSError, HFValidationError, transport_error) as e:
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to resume"
         ) from e
-    return _checked_folder(Path(folder), weights)
+    return _check_folder(Path(folder), weights)
 
 
-def _checked_folder(folder: Path, weights: bool = True) -> Path:
+def _check_folder(folder: Path, weights: bool = True) -> Path:
     """Return ``folder`` after checking that it has a readable checkpoint."""
     if is_there(folder / "adapter_config.json"):
         raise ModelError(
@@ -186,7 +189,7 @@ def _checked_folder(folder: Path, weights: bool = True) -> Path:
         if path.suffix in _LOADED and not path.is_dir():
             regular_file(path, "the model's", ModelError)
     if weights and not weight_files(folder):
-        raise ModelError(no_weights(folder))
+        raise ModelError(explain_no_weights(folder))
     return folder
 
 
@@ -293,7 +296,7 @@ def _check_model(given: Any) -> None:
             "them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
-    # Torch's own quantisation puts modules in place of the layers, and says so nowhere else.
+    # Torch's own quantisation replaces the layers by modules and leaves no other trace.
     packed = any("quantized" in type(module).__module__ for module in given.modules())
     if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
         raise InputError(

@@ -26,12 +26,12 @@ OLDEST, NEWEST = (5, 10), (5, 24)
 
 
 def model_classes(factory: Any) -> Any:
-    """The model classes of an auto class, by those of their configurations."""
+    """Return the model classes of an auto class, by those of their configurations."""
     return factory._model_mapping
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of the attention that a model computes with; None where it does not say."""
+    """Return the name of the attention that a model computes with; None if it has none."""
     found = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return found if isinstance(found, str) else None
 
@@ -41,16 +41,17 @@ def has_adapters(model: Any) -> bool:
     return bool(model._hf_peft_config_loaded)
 
 
-def unpacked() -> dict[str, Any]:
-    """Options of `from_pretrained` that unpack the weights of a GGUF file, as older ones do."""
+def get_unpacking() -> dict[str, Any]:
+    """Return the options of `from_pretrained` that unpack the weights of a GGUF file."""
     import transformers
 
     packing: Any = getattr(transformers, "GgufConfig", None)
     return {} if packing is None else {"quantization_config": packing(dequantize=True)}
 
 
-def checkpointing() -> dict[str, bool]:
-    """Options of `TrainingArguments` that compute activations again in the backward pass."""
+def get_checkpointing() -> dict[str, bool]:
+    """Return the options of `TrainingArguments` that compute activations again in the backward
+    pass."""
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -100,7 +101,7 @@ class Names:
         self._widened = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)]
 
     def target(self, stored: str) -> tuple[str, str | None]:
-        """The model's name of a stored tensor, and the pattern of the converter it belongs to."""
+        """Return the model's name of a stored tensor, and the pattern of its converter."""
         name, pattern = self._rename(
             stored, self._renamings, self._converters, self._prefix, self.tensors
         )
@@ -109,7 +110,7 @@ class Names:
         return str(name), pattern
 
     def dtype_of(self, target: str) -> torch.dtype:
-        """The dtype that the model has a tensor in."""
+        """Return the dtype that the model has a tensor in."""
         import torch
 
         if any(pattern.search(target) for pattern in self._widened):

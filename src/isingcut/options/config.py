@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval as Bounds
@@ -15,7 +14,7 @@ from annotated_types import Interval as Bounds
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options import spellings
-from isingcut.options.declaration import Options, Then, from_yaml, load_yaml, option, options_from
+from isingcut.options.declaration import Options, Section, Then, given_options, option, options_from
 
 
 def _at_home(text: str) -> str:
@@ -131,7 +130,7 @@ class RunConfig(Options):
     )
     batch_tokens: Tokens | None = option(
         None,
-        "Tokens per micro-batch (default: found by a short timing, once per run).",
+        "Tokens per micro-batch (default: 1,024 on a CPU, as many as fit on a GPU).",
         "energy",
     )
     stream: Literal["auto", "on", "off"] = option(
@@ -208,8 +207,8 @@ class RunConfig(Options):
         metavar="BUDGET",
         bare="all",
     )
-    heal_options: Place = option(
-        "", "YAML file with options of `isingcut heal` (text, method, trainer, ...)."
+    healing: Section = option(
+        Section(), "Options of `isingcut heal` (text, method, trainer, ...), a section of --config."
     )
 
     skip_speed: bool = option(
@@ -325,10 +324,10 @@ class HealConfig(Options):
         spellings.Training(),
         "How long to train: a time (30m, 2h) or tokens (10M tokens); default: one epoch.",
     )
-    trainer: Place = option(
-        "",
-        "YAML file of transformers' TrainingArguments (learning_rate, max_steps, optim, fsdp, "
-        "deepspeed).",
+    trainer: Section = option(
+        Section(),
+        "transformers' TrainingArguments (learning_rate, max_steps, optim, fsdp, deepspeed), a "
+        "section of --config.",
     )
     other_teacher: bool = option(
         False, "Allow a --teacher that is not the model named in the checkpoint's isingcut.json."
@@ -359,39 +358,36 @@ class HealConfig(Options):
         """Return these options once they are known to fit together.
 
         Raises:
-            InputError: options that exclude each other, or an unreadable `trainer` file.
+            InputError: options that exclude each other.
         """
         if self.method == "none" and self.patch == "none":
             raise InputError("--method none and --patch none leave nothing to do; change one")
-        settings = load_yaml(Path(self.trainer)) if self.trainer else {}
-        if "max_steps" in settings and (self.effort.tokens or self.effort.seconds):
+        if "max_steps" in self.trainer.values and (self.effort.tokens or self.effort.seconds):
             raise InputError(
-                f"--effort and max_steps in {self.trainer} both set how long to train; remove one"
+                "--effort and max_steps in --trainer both set how long to train; remove one"
             )
         return self
 
 
 def heal_config(config: RunConfig) -> HealConfig:
-    """Return the healing options of a run, from `heal_options` and from the run's own options.
+    """Return the healing options of a run, from `healing` and from the run's own options.
 
     Raises:
         InputError: an option that the run itself sets, or an unknown one.
     """
-    values = from_yaml(HealConfig, user_path(config.heal_options)) if config.heal_options else {}
+    values = given_options(HealConfig, config.healing.values, "--healing")
     set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
     set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
     taken = sorted(set_by_run & values.keys())
     if taken:
-        raise InputError(
-            f"{config.heal_options}: the run itself sets {', '.join(taken)}; remove it here"
-        )
+        raise InputError(f"--healing: the run itself sets {', '.join(taken)}; remove it here")
     base = {
         "text": config.calibration,
         "seed": config.seed,
         "dtype": config.dtype,
         **({"batch_tokens": config.batch_tokens} if config.batch_tokens else {}),
     }
-    found = options_from(HealConfig, {**base, **values}, config.heal_options or "healing")
+    found = options_from(HealConfig, {**base, **values}, "--healing")
     return found.replace(
         patch="none" if config.patch == "none" else None,
         patch_tokens=config.patch_tokens,

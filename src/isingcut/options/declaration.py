@@ -11,24 +11,18 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Self,
-    TypeVar,
-    get_args,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from isingcut.errors import InputError
 from isingcut.files.inputs import read_text
+from isingcut.options.spellings import Spelling
 
 _AS_TEXT = (str, Path, numbers.Real, list, tuple)
 _WRONG = {
@@ -170,6 +164,8 @@ def _plain(value: Any, kind: type, default: Any) -> Any:
 
 
 def _text(value: Any, default: str) -> str:
+    if isinstance(value, dict) and isinstance(default, Section):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
         raise ValueError(f"must be text, got {shown(value)}")
     if isinstance(value, list | tuple):
@@ -310,6 +306,20 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+class Section(Spelling):
+    """Options by name: a section of the `--config` file, or ``"{max_steps: 4}"`` typed.
+
+    Attributes:
+        values: the options by name; they are checked where they are used.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self.values = parse_yaml(text) if text else {}
+        if not isinstance(self.values, dict):
+            words = "must be a section of the --config file, or typed as {name: value}"
+            raise ValueError(f"{words}; got {shown(text)}")
+
+
 @functools.cache
 def _loader() -> Any:
     import yaml
@@ -318,11 +328,6 @@ def _loader() -> Any:
 
     class Loader(safe):  # type: ignore[misc]
         yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-        yaml_constructors = {  # noqa: RUF012
-            tag: make
-            for tag, make in safe.yaml_constructors.items()
-            if tag is None or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
-        }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):

@@ -189,18 +189,16 @@ class Effort(Spelling):
     def __init__(self, text: str = "") -> None:
         self.passes: float | None = None
         self.seconds: float | None = None
-        words = text.strip().lower()
-        if not words:
+        if not text.strip():
             return
-        match = re.fullmatch(rf"{_AMOUNT}(|passes|minutes|min|hours|h)", words)
-        amount = float(match[1]) if match else 0.0
-        if match is None or not 0 < amount <= _LONGEST_EFFORT:
+        amount, unit = _read_limit(text.lower(), "|passes|minutes|min|hours|h")
+        if not 0 < amount <= _LONGEST_EFFORT:
             raise InputError(
                 f"{_cut(text)}: expected passes over the calibration text (150) or a time (20min, "
                 f"2h), of at most {_LONGEST_EFFORT:,.0f}"
             )
-        if match[2] in _TIMES:
-            self.seconds = amount * _TIMES[match[2]]
+        if unit in _TIMES:
+            self.seconds = amount * _TIMES[unit]
         else:
             self.passes = amount
 
@@ -237,26 +235,21 @@ class Training(Spelling):
     def __init__(self, text: str = "") -> None:
         self.tokens: float | None = None
         self.seconds: float | None = None
-        words = text.strip()
-        if words.lower() in ("", "all"):
+        if text.strip().lower() in ("", "all"):
             return
         # "m" is minutes, but "M" is not: 5M may mean tokens.
-        units = r"(?:([kmgKMG]?)\s*(?i:tokens|token|tok)|((?i:minutes|min|hours|h)|m))"
-        match = re.fullmatch(_AMOUNT + units, words)
-        amount = float(match[1]) if match else 0.0
-        if match is not None and match[3]:
-            self.seconds = amount * _TIMES[match[3].lower()]
-        elif match is not None:
-            self.tokens = amount * _PLAIN.get(match[2].lower(), 1.0)
-        if (
-            0 < (self.seconds or 0) <= 60 * _LONGEST_EFFORT
-            or 1 <= (self.tokens or 0) <= _MOST_TOKENS
-        ):
-            return
-        raise InputError(
-            f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, of "
-            f"at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
-        )
+        units = r"(?:[kmgKMG]?\s*(?i:tokens|token|tok))|(?i:minutes|min|hours|h)|m"
+        amount, unit = _read_limit(text, units)
+        if unit.lower() in _TIMES:
+            self.seconds = amount * _TIMES[unit.lower()]
+        else:
+            self.tokens = amount * _PLAIN.get(unit.lower().partition("tok")[0].strip(), 1.0)
+        minutes = (self.seconds or 0) / 60
+        if not (0 < minutes <= _LONGEST_EFFORT or 1 <= (self.tokens or 0) <= _MOST_TOKENS):
+            raise InputError(
+                f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, "
+                f"of at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
+            )
 
 
 class Device(Spelling):
@@ -265,6 +258,12 @@ class Device(Spelling):
     def __init__(self, text: str = "auto") -> None:
         if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
             raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
+
+
+def _read_limit(text: str, units: str) -> tuple[float, str]:
+    """Parse an amount and its unit, one of a pattern; 0 if the text is neither."""
+    match = re.fullmatch(rf"{_AMOUNT}({units})", text.strip())
+    return (float(match[1]), match[2]) if match else (0.0, "")
 
 
 def _measure(

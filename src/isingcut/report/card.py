@@ -14,10 +14,9 @@ from isingcut.files.documents import CardParts, CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import read_document
 from isingcut.models.sources import hub_id
-from isingcut.report.render import render
 from isingcut.report.rows import healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
-from isingcut.report.words import sentence
+from isingcut.report.words import render, sentence
 
 PAPER_ENERGY = "empirical-fisher"
 

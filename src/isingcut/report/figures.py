@@ -1,17 +1,465 @@
-"""The charts of one run: spectrum, energy against measured loss, healing, trade-offs."""
+"""What a report draws of one run: its states, the block axis, and the charts.
+
+The states are numbered once, so that all figures can speak of the same state. The map of
+low-energy states, the fields h and the couplings J are stretched over the same columns of the page,
+so that one block stands in one line. A template draws the charts as SVG, the page's CSS colours
+them.
+
+Why not a plotting library: the page has to stay readable without scripts, to print, to change
+between light and dark without being drawn again, to give every mark a name and a place in the
+keyboard's order, and to share one block axis between a table, bars and a matrix. The bundles
+that fit 3 MB (plotly.js basic, bokeh, vega) draw in the browser, to canvas or to SVG with fixed
+colours, and take 0.8 to 1.3 MB a page; these charts take a few kB and need no dependency.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from isingcut.files.documents import HealingFile, MeasuredState
-from isingcut.ising.states import states_of
-from isingcut.report.rows import CUT_RANKING, Value, kl_of
+import numpy as np
+
+from isingcut.files.documents import BaselineFile, HealingFile, MeasuredState
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.states import Floats, states_of
+from isingcut.report.rows import CUT_RANKING, Value, kl_of, plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book
-from isingcut.report.svg import Figure, Plot, x_span, y_span
 from isingcut.report.words import listed, sentence
+
+# States ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownState:
+    """A state as the page knows it.
+
+    Attributes:
+        number: its place in the book.
+        name: what it is called, for example ``"state 11"``.
+        kind: ``candidate``, ``random``, ``baseline`` or ``named`` (by hand).
+        removed: its removed blocks, ascending.
+        energy: of the main energy, or None before it is measured.
+        measured: its losses, where it has some.
+        chosen: its blocks are the ones that are removed.
+    """
+
+    number: int
+    name: str
+    kind: str
+    removed: tuple[int, ...]
+    energy: float | None
+    measured: MeasuredState | BaselineFile | None
+    chosen: bool
+
+    @property
+    def kl(self) -> Value | None:
+        """Measured KL in nats per token, with its standard error over samples."""
+        return None if self.measured is None else kl_of(self.measured)
+
+    def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
+        """What pointing at it says, where it has this energy, of that label."""
+        lines = [self.name + (", the chosen one" if self.chosen else "")]
+        if energy is not None:
+            lines.append(f"{label} {energy:.4g} {unit}")
+        if self.kl is not None:
+            lines.append(f"measured KL {self.kl.text()} nats/token")
+        if isinstance(self.measured, MeasuredState):
+            parts = self.measured.parts.items()
+            lines += [f"{name}: KL {kl_of(part).text()}" for name, part in parts]
+        lines.append(f"without blocks {listed(self.removed)}")
+        return "\n".join(lines)
+
+
+class Book(list[KnownState]):
+    """The states of one removal: candidates by energy, then random ones, then baselines'."""
+
+    def of(self, kind: str) -> list[KnownState]:
+        """All states of a kind, in order."""
+        return [s for s in self if s.kind == kind]
+
+
+def number_states(files: RunFiles) -> Book:
+    """The states that the files hold."""
+    chosen = None if files.removed is None else tuple(files.removed)
+    main, result = files.hamiltonian, Book()
+
+    def add(
+        name: str, kind: str, removed: Sequence[int], measured: MeasuredState | BaselineFile | None
+    ) -> None:
+        gone = tuple(sorted(removed))
+        energy = None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
+        result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
+
+    ranking = files.candidates
+    rows = {} if ranking is None else {tuple(sorted(r.removed)): r for r in ranking.candidates}
+    low = rows if files.spectrum is None else [s.removed for s in files.spectrum.states]
+    for rank, removed in enumerate(low):
+        add(f"state {rank}", "candidate", removed, rows.get(tuple(sorted(removed))))
+    for k, row in enumerate(() if ranking is None else ranking.random):
+        add(f"random state {k}", "random", row.removed, row)
+    for baseline in files.baselines:
+        add(f"choice of {baseline.baseline}", "baseline", baseline.removed, baseline)
+    if chosen is not None and not any(state.chosen for state in result):
+        add("state named by hand", "named", chosen, None)
+    return result
+
+
+def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
+    """List every method that chose for this removal and the chosen state, lowest KL first.
+
+    Without another method there is none.
+
+    Returns:
+        for each the ``name``, its ``state`` and the ``measured`` losses, its ``passes`` and
+        ``tokens`` (empty where they were not counted), and the ``file`` of a method.
+    """
+    found = [
+        _rival(b.baseline, state, f"{b.passes:.3g}", str(b.tokens_searched), b)
+        for state, b in zip(states.of("baseline"), files.baselines, strict=True)
+    ]
+    ranked = (*states.of("candidate"), *states.of("random"))
+    chosen = next((s for s in ranked if s.chosen and s.measured is not None), None)
+    if found and chosen is not None:
+        meta, passes = files.meta, files.meta.passes
+        if passes is None and meta.blocks_run is not None:
+            passes = meta.blocks_run / len(files.blocks)
+        paid = "" if passes is None else f"{passes:.3g}"
+        tokens = "" if meta.tokens is None else str(meta.tokens)
+        found.append(_rival(files.energy, chosen, paid, tokens))
+    return sorted(found, key=lambda rival: rival["measured"].kl)
+
+
+def _rival(
+    name: str, state: KnownState, passes: str, tokens: str, file: BaselineFile | None = None
+) -> dict[str, Any]:
+    costs = {"passes": passes, "tokens": tokens, "file": file}
+    return {"name": name, "state": state, "measured": state.measured, **costs}
+
+
+# Scales and marks ------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 460.0, 300.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 34.0, 50.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A value's place along an axis, linear or logarithmic.
+
+    Args:
+        low: value at ``start``.
+        high: value at ``end``.
+        start: coordinate of ``low``.
+        end: coordinate of ``high``.
+        log: logarithmic; ``low`` must be above 0.
+    """
+
+    low: float
+    high: float
+    start: float = 0.0
+    end: float = 100.0
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The coordinate of ``value``; values outside stay at the ends."""
+        low, high, value = (
+            (math.log(self.low), math.log(self.high), math.log(max(value, self.low)))
+            if self.log
+            else (self.low, self.high, value)
+        )
+        share = min(1.0, max(0.0, (value - low) / (high - low)))
+        return round(self.start + share * (self.end - self.start), 2)
+
+    def ticks(self, count: int = 5) -> list[float]:
+        """About ``count`` round values inside the axis."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits in ((1, 2, 5), (1, 3), (1,)):
+                found = [
+                    d * 10.0**e
+                    for e in decades
+                    for d in digits
+                    if self.low <= d * 10.0**e <= self.high
+                ]
+                if len(found) <= count + 2:
+                    break
+            if len(found) >= 2:
+                return found
+        step = _round_step((self.high - self.low) / count)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [k * step for k in range(first, last + 1)]
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def span(
+    values: Iterable[float], start: float, end: float, *, zero: bool = False, log: bool = False
+) -> Scale:
+    """A scale that shows all values with a little air.
+
+    Args:
+        values: what is shown; values that are not finite are left out.
+        start: coordinate of the low end.
+        end: coordinate of the high end.
+        zero: include 0 (a linear scale begins or ends there exactly).
+        log: logarithmic where every value is above 0 and they span more than a factor of 12.
+    """
+    shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(shown), max(shown)
+    if log and low > 0 and high / low > 12:
+        return Scale(low / 1.25, high * 1.25, start, end, log=True)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
+        around = abs(high) / 2 or 1.0
+        low, high = low - around, high + around
+    air = 0.06 * (high - low)
+    return Scale(
+        low if zero and low == 0 else low - air,
+        high if zero and high == 0 else high + air,
+        start,
+        end,
+    )
+
+
+def tick_text(ticks: Sequence[float]) -> list[str]:
+    """Axis labels with as many decimals as tell the ticks apart."""
+    if not ticks:
+        return []
+    large = max(abs(t) for t in ticks)
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
+        if large >= least:
+            return [f"{t / unit:.4g}{letter}".replace("-", "−") if t else "0" for t in ticks]
+    gaps = np.diff(ticks)
+    if (large and large < 1e-3) or not np.allclose(gaps, gaps.mean() if len(gaps) else 0.0):
+        return [f"{t:.3g}".replace("-", "−") for t in ticks]
+    for digits in range(6):
+        shown = [f"{t:.{digits}f}" for t in ticks]
+        exact = all(
+            abs(float(s) - t) <= 1e-6 * (abs(t) or large) for s, t in zip(shown, ticks, strict=True)
+        )
+        if exact and len(set(shown)) == len(ticks):
+            break
+    return [s.replace("-", "−") for s in shown]
+
+
+@dataclass
+class Plot:
+    """One chart with two axes, which `macros.html.j2` draws: lines below, marks above.
+
+    Args:
+        x: horizontal scale.
+        y: vertical scale.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        x_ticks: values along the horizontal axis; None for round ones.
+    """
+
+    x: Scale
+    y: Scale
+    x_label: str
+    y_label: str
+    x_ticks: Sequence[float] | None = None
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    marks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ticks(self) -> list[list[tuple[float, str]]]:
+        """Places and labels along both axes."""
+        both = (
+            (self.x, self.x.ticks() if self.x_ticks is None else list(self.x_ticks)),
+            (self.y, self.y.ticks()),
+        )
+        return [list(zip(map(axis, v), tick_text(v), strict=True)) for axis, v in both]
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> None:
+        """Add a line through points in data coordinates."""
+        self.lines.append((kind, " ".join(f"{self.x(a)},{self.y(b)}" for a, b in points)))
+
+    def mark(
+        self,
+        x: float,
+        y: float,
+        tip: str,
+        kind: str,
+        *,
+        shape: str = "dot",
+        error: float | None = None,
+        state: int | None = None,
+    ) -> None:
+        """Add a mark that can be pointed at and reached with the arrow keys.
+
+        Args:
+            x, y: its place, in data coordinates.
+            tip: what it says; lines are separated by newlines.
+            kind: its CSS class.
+            shape: ``dot``, ``ring``, ``diamond`` or ``level``.
+            error: the standard error of ``y``.
+            state: number of the state that a click shows.
+        """
+        ends = None if error is None else (self.y(y - error), self.y(y + error))
+        look = {"tip": tip, "kind": kind, "shape": shape, "ends": ends, "state": state}
+        self.marks.append({"x": self.x(x), "y": self.y(y), **look})
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its name, what it says in words, and its data.
+
+    Attributes:
+        key: its id on the page.
+        title: its heading.
+        words: what it shows, in a sentence or two.
+        plot: the chart, or None where its data are not there; ``words`` then says why.
+        label: of the chart, for screen readers; ``words`` follow it.
+        columns: of the data table.
+        rows: of the data table.
+        legend: pairs of a CSS class of the key and its meaning.
+    """
+
+    key: str
+    title: str
+    words: str
+    plot: Plot | None = None
+    label: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    legend: Sequence[tuple[str, str]] = ()
+
+
+def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:
+    """Where a value and its interval stand on a scale in percent, as properties for the CSS."""
+    a, b = scale(low), scale(high)
+    return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
+
+
+def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
+    """A horizontal scale of a chart."""
+    return span(values, LEFT, WIDTH - RIGHT, zero=zero, log=log)
+
+
+def y_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
+    """A vertical scale of a chart."""
+    return span(values, HEIGHT - BOTTOM, TOP, zero=zero, log=log)
+
+
+# The block axis -----------------------------------------------------------------------
+
+MAP_ROWS = 20
+# A few couplings are many times the rest: colour is full at this quantile of |J|, and grows like
+# a root below it, so that the pattern of the others can be seen.
+SATURATION, ROOT = 0.95, 0.6
+
+
+def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]], Scale]:
+    """The lowest states, the chosen one in any case, with their `dots`; the margin's scale."""
+    candidates = states.of("candidate")
+    shown = [s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen] + states.of("named")
+    scale = margin_scale(files, shown)
+    return [(s, dots(s, scale, energies=files.comparable)) for s in shown], scale
+
+
+def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
+    """The scale, in percent of the margin's width, of measured losses and comparable energies."""
+    losses = [state.kl for state in states if state.kl is not None]
+    values = [end for kl in losses for end in (kl.low, kl.high)]
+    if files.comparable:
+        values += [state.energy for state in states if state.energy is not None]
+    return span(values, 2.0, 98.0)
+
+
+def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
+    """Where the marks of one state are in the margin: custom properties in percent."""
+    style = []
+    if energies and state.energy is not None:
+        style.append(f"--e:{scale(state.energy)}%")
+    if state.kl is not None:
+        style.append(whisker(scale, state.kl.figure, state.kl.low, state.kl.high))
+    return ";".join(style)
+
+
+def block_ticks(n: int) -> list[int]:
+    """Blocks whose numbers stand along the axis, at most nine."""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if n <= 9 * s)
+    return list(range(0, n, step))
+
+
+def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
+    """Draw the own terms h_i as bars: logarithmic where all are positive and differ much.
+
+    Returns:
+        ``bars``, the top and height of each in percent; ``ticks``, the labels of the vertical
+        axis with their place from the top in percent; ``log``, whether it is logarithmic;
+        ``words``; ``rows`` of block, kind and figure with its error.
+    """
+    h = energy.h.tolist()
+    scale = span(h, 96.0, 6.0, log=True)
+    scale = scale if scale.log else span(h, 96.0, 6.0, zero=True)
+    base = 98.0 if scale.log else scale(0.0)
+    ends = [sorted((scale(value), base)) for value in h]
+    bars = [(top, max(foot - top, 0.6)) for top, foot in ends]
+    order = np.argsort(h).tolist()
+    named = [f"block {i} ({h[i]:.3g})" for i in order]
+    words = (
+        f"Costliest alone: {', '.join(named[:-4:-1])}; cheapest: {', '.join(named[:3])} "
+        f"({energy.unit})."
+    )
+    errors = [None] * energy.n if energy.h_error is None else energy.h_error.tolist()
+    rows = [
+        (i, kind, plus_minus(value, error, ".4g"))
+        for i, (kind, value, error) in enumerate(zip(kinds, h, errors, strict=True))
+    ]
+    ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
+    return {"bars": bars, "ticks": ticks, "log": scale.log, "words": words, "rows": rows}
+
+
+def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
+    """Draw the couplings J_ij as a heat map.
+
+    Returns:
+        ``cells``, rows of a class (``p`` above 0, ``n`` below, ``d`` the diagonal) and its
+        opacity; ``full``, the |J| from which on the colour is full; ``beyond``, the number of
+        pairs above it; ``legend``, values along the colour bar with their opacity; ``strongest``
+        pairs (i, j, text); ``words``.
+    """
+    n, coupling, errors = energy.n, energy.J, energy.J_error
+    rows, columns = np.triu_indices(n, 1)
+    values = coupling[rows, columns]
+    full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
+    full = full or float(np.abs(values).max(initial=0.0)) or 1.0
+
+    def opacity(found: Floats) -> Floats:
+        return np.minimum(1.0, (np.abs(found) / full) ** ROOT)
+
+    kinds = np.where(coupling > 0, "p", "n")
+    np.fill_diagonal(kinds, "d")
+    shades = opacity(coupling).tolist()
+    strongest = []
+    for k in np.argsort(-np.abs(values), kind="stable")[:200]:
+        i, j = int(rows[k]), int(columns[k])
+        error = None if errors is None else float(errors[i, j])
+        strongest.append((i, j, plus_minus(float(values[k]), error, ".3g")))
+    words = (
+        f"{int((values < 0).sum())} of {len(values)} pairs cost less together than apart (J below "
+        f"0), {int((values > 0).sum())} cost more."
+    )
+    along = np.linspace(-full, full, 25)
+    return {
+        "cells": [list(zip(*row, strict=True)) for row in zip(kinds.tolist(), shades, strict=True)],
+        "full": full,
+        "beyond": int((np.abs(values) > full).sum()),
+        "legend": list(zip(along.tolist(), opacity(along).tolist(), strict=True)),
+        "strongest": strongest,
+        "words": words,
+    }
+
+
+# Charts -------------------------------------------------------------------------------
 
 MOST_MARKS = 200
 """Of a long training's losses so many are marked; the line goes through all."""

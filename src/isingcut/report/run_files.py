@@ -7,46 +7,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
 from isingcut.files import documents
-from isingcut.files.documents import (
-    BaselineFile,
-    BenchmarksFile,
-    BlockCosts,
-    CalibrationText,
-    CandidatesFile,
-    CutProof,
-    CutRecord,
-    EnergyMeta,
-    EvaluationFile,
-    HealingFile,
-    Judged,
-    MeasuredState,
-    PatchRecord,
-    Ranked,
-    RunFile,
-    SpectrumFile,
-    StageRecord,
-)
 from isingcut.files.writing import check_recorded, read_document
 from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
-from isingcut.report.words import (
-    overlap_warnings,
-    part_warnings,
-    patch_warnings,
-    ranking_warnings,
-    sentence,
-)
 
 T = TypeVar("T")
 D = TypeVar("D", bound=documents.Document)
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
+
+
+def _document(name: str, model: type[D], made_with: str = "") -> cached_property[D | None]:
+    """Declare a file of a removal; for ``made_with`` see `RunFiles.read`."""
+    return cached_property(
+        lambda files: files.read(
+            files.target / name, partial(read_document, model=model), made_with
+        )
+    )
 
 
 class RunFiles:
@@ -57,79 +41,78 @@ class RunFiles:
         target: where the files of one removal are; by default the run folder itself.
         run: `run.json`, where it is read already.
 
+    Attributes:
+        blocks: the model's blocks.
+        energy: the name of the energy that chose.
+        model: the model as it was named.
+        calibration: the text that it was measured on.
+        healed: whether there is a healed checkpoint.
+
     Raises:
         StageFileError: `run.json` is missing, or a file that is there is damaged, was changed
             since the run wrote it, or does not fit the run's model.
     """
 
     def __init__(
-        self, folder: Path, target: Path | None = None, run: RunFile | None = None
+        self, folder: Path, target: Path | None = None, run: documents.RunFile | None = None
     ) -> None:
         self.folder, self.target = folder, target or folder
-        self.run = run or read_document(folder / "run.json", RunFile)
+        self.run = run or read_document(folder / "run.json", documents.RunFile)
+        origin, self.blocks = self.run.provenance, self.run.blocks.blocks
+        self.energy, self.model = self.run.config.energy, origin.model.name
+        self.calibration = origin.calibration
+        # The evaluation is then of that checkpoint.
+        self.healed = (self.target / "healed").is_dir()
 
-    def record(self, path: Path) -> StageRecord | None:
+    def record(self, path: Path) -> documents.StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
 
-    def _read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """What a finished stage wrote; None where it did not.
+    def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
+        """Read what a finished stage wrote; None where it did not.
 
         Args:
             made_with: the folder of this removal that it is in or next to, which has a record.
         """
-        if not os.path.lexists(path):
+        recorded = self.target / made_with if made_with else path
+        begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
+        unfinished = self.record(recorded) is None and (begun or made_with)
+        if unfinished or not os.path.lexists(path):
             return None
-        if made_with:
-            if self.record(self.target / made_with) is None:
-                return None
-        elif (
-            self.record(path) is None
-            and path.relative_to(self.folder).as_posix() in self.run.stages
-        ):
-            return None
-        else:
+        if not made_with:
             check_recorded(self.run.stages, self.folder, path)
         found = read(path)
         documents.check_blocks(path, found, len(self.blocks))
         return found
 
-    def _document(self, name: str, model: type[D], made_with: str = "") -> D | None:
-        return self._read(self.target / name, lambda path: read_document(path, model), made_with)
+    candidates = _document("candidates.json", documents.CandidatesFile)
+    evaluation = _document("evaluation.json", documents.EvaluationFile)
+    benchmarks = _document("benchmarks.json", documents.BenchmarksFile)
+    removal = _document("model/isingcut.json", documents.CutRecord, "model")
+    healing = _document("healing.json", documents.HealingFile, "healed")
 
     @cached_property
-    def spectrum(self) -> SpectrumFile | None:
-        """`spectrum.json`, with what a search found beyond it."""
-        found = self._document("spectrum.json", SpectrumFile)
+    def spectrum(self) -> documents.SpectrumFile | None:
+        """`spectrum.json`, with the states that a search found beyond it."""
+        found = self.read(
+            self.target / "spectrum.json", partial(read_document, model=documents.SpectrumFile)
+        )
         return found and with_searched(found, self.candidates)
 
     @cached_property
-    def candidates(self) -> CandidatesFile | None:
-        """`candidates.json`."""
-        return self._document("candidates.json", CandidatesFile)
-
-    @cached_property
-    def evaluation(self) -> EvaluationFile | None:
-        """`evaluation.json`."""
-        return self._document("evaluation.json", EvaluationFile)
-
-    @cached_property
-    def benchmarks(self) -> BenchmarksFile | None:
-        """`benchmarks.json`."""
-        return self._document("benchmarks.json", BenchmarksFile)
-
-    @cached_property
-    def baselines(self) -> list[BaselineFile]:
+    def baselines(self) -> list[documents.BaselineFile]:
         """All `baseline-NAME.json`, lowest measured KL first."""
-        files = sorted(path.name for path in self.target.glob("baseline-*.json"))
-        found = [self._document(name, BaselineFile) for name in files]
+        files = sorted(self.target.glob("baseline-*.json"))
+        found = [
+            self.read(file, partial(read_document, model=documents.BaselineFile)) for file in files
+        ]
         return sorted((b for b in found if b is not None), key=lambda b: b.kl)
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian | None:
         """The energy that chose."""
-        return self._read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
+        return self.read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
 
     @cached_property
     def energies(self) -> dict[str, Hamiltonian]:
@@ -137,23 +120,13 @@ class RunFiles:
         found = {self.energy: self.hamiltonian}
         for path in sorted(self.folder.glob("hamiltonian.*.safetensors")):
             name = path.name.removeprefix("hamiltonian.").removesuffix(".safetensors")
-            found[name] = self._read(path, Hamiltonian.load)
+            found[name] = self.read(path, Hamiltonian.load)
         return {name: energy for name, energy in found.items() if energy is not None}
 
     @property
     def comparable(self) -> bool:
         """The energy is in the unit of a loss."""
         return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
-
-    @cached_property
-    def removal(self) -> CutRecord | None:
-        """The record inside the checkpoint, `model/isingcut.json`."""
-        return self._document("model/isingcut.json", CutRecord, "model")
-
-    @cached_property
-    def healing(self) -> HealingFile | None:
-        """`healing.json` of a healing that is finished: its curve, and the scores around it."""
-        return self._document("healing.json", HealingFile, "healed")
 
     @cached_property
     def removals(self) -> list[RunFiles]:
@@ -173,7 +146,7 @@ class RunFiles:
         return str(requested or self.target.name.removeprefix("remove-"))
 
     @property
-    def best(self) -> MeasuredState | Ranked | None:
+    def best(self) -> documents.MeasuredState | documents.Ranked | None:
         """What was cut, as the ranking measured it; before a cut, the ranking's choice.
 
         Before a ranking it is the ground state, without a loss. None where blocks were named by
@@ -184,40 +157,15 @@ class RunFiles:
             return next((r for r in rows if sorted(r.removed) == self.removed), None)
         return None if self.spectrum is None else self.spectrum.states[0]
 
-    @property
-    def blocks(self) -> list[BlockCosts]:
-        """The model's blocks."""
-        return self.run.blocks.blocks
-
-    def rests_on(self, key: str) -> bool:
-        """Whether this removal rests on the file of a stage, by its name in the run folder."""
-        shared = key.startswith(("calibration.", "hamiltonian."))
-        return shared or (self.folder / key).parent == self.target
-
     def gone(self, cost: str) -> int:
         """How much of a cost of blocks the removed ones have, once there are some."""
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
 
     @property
-    def energy(self) -> str:
-        """The name of the energy that chose."""
-        return self.run.config.energy
-
-    @property
-    def model(self) -> str:
-        """The model as it was named."""
-        return self.run.provenance.model.name
-
-    @property
-    def calibration(self) -> CalibrationText | None:
-        """The text that it was measured on."""
-        return self.run.provenance.calibration
-
-    @property
-    def meta(self) -> EnergyMeta:
+    def meta(self) -> documents.EnergyMeta:
         """The energy's provenance; empty before it is measured."""
         found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
-        return EnergyMeta.model_validate(found)
+        return documents.EnergyMeta.model_validate(found)
 
     @property
     def removed(self) -> list[int] | None:
@@ -230,12 +178,12 @@ class RunFiles:
     @property
     def summary(self) -> str:
         """What was removed and why, in one paragraph; empty before a choice."""
-        return "" if self.removed is None else sentence("summary", self, self.removed)
+        return "" if self.removed is None else words.sentence("summary", self, self.removed)
 
     @property
     def verdict(self) -> str:
         """What a reader must know to decide; empty before a choice."""
-        return "" if self.removed is None else sentence("verdict", self)
+        return "" if self.removed is None else words.sentence("verdict", self)
 
     @property
     def last(self) -> str:
@@ -245,24 +193,9 @@ class RunFiles:
         return "patched" if self.patch is not None and self.patch.changed else "cut"
 
     @property
-    def patch(self) -> PatchRecord | None:
+    def patch(self) -> documents.PatchRecord | None:
         """What was patched of the checkpoint; None where nothing was to be."""
         return None if self.removal is None else self.removal.patch
-
-    @property
-    def proof(self) -> CutProof | None:
-        """How the exact cut was proven; None where none is there, or an older one."""
-        return None if self.removal is None else self.removal.proof
-
-    @property
-    def healed(self) -> bool:
-        """A healed checkpoint is there; the evaluation is then of it."""
-        return (self.target / "healed").is_dir()
-
-    @property
-    def gguf(self) -> bool:
-        """A cut GGUF file is there."""
-        return (self.target / "model.gguf").is_file()
 
     @cached_property
     def scores(self) -> list[Row]:
@@ -270,7 +203,7 @@ class RunFiles:
         return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
-    def judged(self) -> dict[str, Judged]:
+    def judged(self) -> dict[str, documents.Judged]:
         """How well each energy ranked measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
@@ -281,34 +214,23 @@ class RunFiles:
         """What a reader must know before trusting the energy, the cut, its patch or its figures."""
         said: list[str] = []
         if self.candidates is not None:
-            said += ranking_warnings(self.energy, self.candidates)
-        if self.proof is not None:
-            said += self.proof.remarks
-        patched = [patch_warnings(f) for f in (self.removal, self.evaluation) if f is not None]
-        said += dict.fromkeys(line for lines in patched for line in lines)
+            said += words.ranking_warnings(self.energy, self.candidates)
+        if self.removal is not None and self.removal.proof is not None:
+            said += self.removal.proof.remarks
+        patched = (f for f in (self.removal, self.evaluation) if f is not None)
+        said += dict.fromkeys(line for f in patched for line in words.patch_warnings(f))
         if self.evaluation is not None:
-            said += part_warnings(self.evaluation)
-        return said + overlap_warnings({} if self.calibration is None else self.calibration.overlap)
+            said += words.part_warnings(self.evaluation)
+        text = self.calibration
+        return said + words.overlap_warnings({} if text is None else text.overlap)
 
     @property
-    def winners(self) -> list[BaselineFile]:
+    def winners(self) -> list[documents.BaselineFile]:
         """Baselines that keep all constraints and have a lower measured KL than the choice."""
         if self.candidates is None:
             return []
         mine = self.candidates.chosen.kl
         return [b for b in self.baselines if b.kl < mine and not b.violated]
-
-    @property
-    def not_run(self) -> list[str]:
-        """Stages whose files are not there."""
-        absent = {
-            "energy": self.hamiltonian,
-            "solve": self.spectrum,
-            "rank": self.candidates,
-            "excise": self.removal,
-            "evaluate": self.evaluation,
-        }
-        return [stage for stage, found in absent.items() if found is None]
 
     @property
     def title(self) -> str:
@@ -348,7 +270,9 @@ class RunFiles:
         return (Path(self.folder.resolve().name) / below).as_posix()
 
 
-def with_searched(spectrum: SpectrumFile, candidates: CandidatesFile | None) -> SpectrumFile:
+def with_searched(
+    spectrum: documents.SpectrumFile, candidates: documents.CandidatesFile | None
+) -> documents.SpectrumFile:
     """A spectrum with the candidates that a search found beyond it, ranked by energy.
 
     A spectrum that was solved anew since is left as it is.
@@ -359,5 +283,7 @@ def with_searched(spectrum: SpectrumFile, candidates: CandidatesFile | None) -> 
         return spectrum
     more = [r for r in rows if tuple(r.removed) not in own]
     ordered = sorted([*spectrum.states, *more], key=lambda s: s.energy)
-    ranked = [Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)]
+    ranked = [
+        documents.Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)
+    ]
     return spectrum.model_copy(update={"states": ranked, "searched": len(more)})

@@ -1,24 +1,28 @@
-"""What the files of a run say, in sentences and maps, for reports, cards and the terminal."""
+"""What the files of a run say: sentences and maps, and packaged templates filled with values.
+
+Values are escaped in HTML and in Markdown, where `...` in them stays code; generated text in
+Markdown goes into code fences, and control characters are spelled out in both.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
-from itertools import pairwise
+from importlib.resources import files as resources
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import jinja2
 from jinja2.environment import TemplateModule
+from markupsafe import Markup, escape
 
-from isingcut.files.documents import (
-    CandidatesFile,
-    Correlations,
-    HealingFile,
-    MeasuredState,
-    PatchRecord,
-    SpectrumFile,
-)
+from isingcut.console.printing import printable
+from isingcut.files import documents
+from isingcut.files.provenance import __version__
+from isingcut.report import rows as report_rows
 from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
 
 
@@ -69,21 +73,22 @@ part_warnings = partial(paragraphs, "part_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 
-def healing_warnings(found: HealingFile) -> list[str]:
+def healing_warnings(found: documents.HealingFile) -> list[str]:
     """What a healing did not do."""
     said = paragraphs("healing_warnings", found)
     return [*patch_warnings(found), *overlap_warnings(found.overlap), *said]
 
 
+def _environment(**more: Any) -> jinja2.Environment:
+    loader, undefined = jinja2.PackageLoader("isingcut.report"), jinja2.StrictUndefined
+    return jinja2.Environment(
+        loader=loader, undefined=undefined, trim_blocks=True, lstrip_blocks=True, **more
+    )
+
+
 @cache
 def _sentences() -> TemplateModule:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("isingcut.report"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)),
-    )
+    environment = _environment(finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)))
     environment.filters |= {
         "numbers": numbers,
         "listed": listed,
@@ -98,14 +103,16 @@ def _sentences() -> TemplateModule:
     return environment.get_template("words.j2").module
 
 
-def _known_rows(found: CandidatesFile, removed: Sequence[int]) -> list[tuple[MeasuredState, int]]:
+def _known_rows(
+    found: documents.CandidatesFile, removed: Sequence[int]
+) -> list[tuple[documents.MeasuredState, int]]:
     """The first row of a ranking that measured a state, and on how many tokens; or none."""
     few = found.random_tokens or found.tokens
     rows = [(row, found.tokens) for row in found.candidates] + [(row, few) for row in found.random]
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
-def correlation_text(found: Correlations, name: str) -> str:
+def correlation_text(found: documents.Correlations, name: str) -> str:
     """A rank correlation with its 95 % interval."""
     value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
@@ -113,7 +120,7 @@ def correlation_text(found: Correlations, name: str) -> str:
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")
 
 
-def was_tuned(patch: PatchRecord) -> bool:
+def was_tuned(patch: documents.PatchRecord) -> bool:
     """Whether tuning changed layers next to the cuts."""
     held_out = patch.tuning.held_out_kl if patch.tuning is not None else []
     return bool(held_out) and min(held_out) < held_out[0]
@@ -128,7 +135,9 @@ def state_map(removed: Sequence[int], n: int) -> str:
 
 
 def spectrum_map(
-    spectrum: SpectrumFile, candidates: CandidatesFile | None, removed: Sequence[int] | None
+    spectrum: documents.SpectrumFile,
+    candidates: documents.CandidatesFile | None,
+    removed: Sequence[int] | None,
 ) -> list[str]:
     """The spectrum as monospaced lines: rank, energy, measured KL, one column per block."""
     n = spectrum.n
@@ -143,3 +152,87 @@ def spectrum_map(
         lines.append(row)
     wide = [max(len(line[k]) for line in lines) for k in range(3)]
     return ["  ".join([*map(str.rjust, line[:3], wide), line[3]]) for line in lines]
+
+
+# Pages --------------------------------------------------------------------------------
+
+
+def render(template: str, **values: Any) -> str:
+    """A packaged template with its values filled in."""
+    return printable(_pages().get_template(template).render(**values))
+
+
+def render_page(template: str, **values: Any) -> str:
+    """An HTML template, with styles and the script, the only one that may run."""
+    script = _packaged("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render(
+        template,
+        **values,
+        css=Markup(_packaged("report.css")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        version=__version__,
+    )
+
+
+@cache
+def _packaged(name: str) -> str:
+    return resources("isingcut.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _pages() -> jinja2.Environment:
+    environment = _environment(
+        autoescape=lambda name: name is None or name.endswith(".html.j2"),
+        keep_trailing_newline=True,
+        finalize=_in_markdown,
+    )
+    filters = (code, cell, cells, fenced, listed, numbers)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.globals |= {**vars(report_rows), **globals()}
+    return environment
+
+
+def code(text: str) -> Markup:
+    """Escaped text in which `...` becomes code; elsewhere signs are minuses and units stay put."""
+    parts = str(escape(text)).split("`")
+    plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
+    plain = [re.sub(r"(?<=\d) (?=%)|(?<=\d) (?=±)|(?<=±) ", "\u00a0", p) for p in plain]
+    marked = [f"<code>{p}</code>" for p in parts[1::2]]
+    return Markup("".join(a + b for a, b in zip_longest(plain, marked, fillvalue="")))
+
+
+@jinja2.pass_eval_context
+def _in_markdown(context: Any, value: Any) -> Any:
+    """A value of a Markdown template, escaped; what HTML escapes by itself is left alone."""
+    return value if context.autoescape or isinstance(value, Markup) else markdown(str(value))
+
+
+# Inside a word an underscore means nothing, and a bracket only where an address follows.
+_MEANS = re.compile(r"[\\*~]|(?<!\w)_|_(?!\w)|\](?=\()|&(?=#?\w+;)")
+
+
+def markdown(text: str) -> Markup:
+    """Text in which `...` becomes code and all else stands for itself, on one line."""
+    parts = re.split("`+", re.sub(r"\s*\n\s*", " ", text))
+    parts[::2] = [_MEANS.sub(r"\\\g<0>", p).replace("<", "&lt;") for p in parts[::2]]
+    parts[1::2] = [f"`{p}`" if p else "" for p in parts[1::2]]
+    return Markup("".join(parts))
+
+
+def cell(text: str) -> Markup:
+    """`markdown` for a table, whose cells a bar would part."""
+    return Markup(str(markdown(str(text))).replace("|", r"\|"))
+
+
+def cells(row: Iterable[str]) -> Markup:
+    """The cells of a table's row, with bars between them."""
+    return Markup(" | ".join(map(cell, row)))
+
+
+def fenced(text: str) -> Markup:
+    """``text`` as a code block whose fence no run of backticks in it can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}text\n{text}\n{fence}")

@@ -1,7 +1,9 @@
 """Run folder to `report.md`, `report.json`, `report.html`; several folders to one comparison.
 
 Reads files only, never a model. A file that is not there is said to be not there. Both pages are
-laid out by templates from the same view. The HTML needs nothing but itself: everything is inside
+laid out by templates from the same view. In a comparison, what differs between the runs is said
+first, and a loss is only called comparable where it was measured on the same tokens of the same
+model. The HTML needs nothing but itself: everything is inside
 the file, styles, the script, the figures and their data. A content security policy forbids the
 page to fetch anything, and only the page's own script may run.
 """
@@ -9,36 +11,20 @@ page to fetch anything, and only the page's own script may run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from isingcut.files.documents import ChosenState
 from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats
-from isingcut.report.blocks import (
-    block_ticks,
-    couplings_figure,
-    dots,
-    fields_figure,
-    map_rows,
-    margin_scale,
-)
-from isingcut.report.compare import comparison_page
-from isingcut.report.figures import (
-    AXES,
-    healing_figure,
-    scatter_figure,
-    spectrum_figure,
-    trade_off_figure,
-)
-from isingcut.report.render import render, render_page
-from isingcut.report.rows import Row
+from isingcut.ising.states import Floats, states_of
+from isingcut.report import figures
+from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
-from isingcut.report.states import Book, Rival, number_states, rivals
-from isingcut.report.svg import Scale, whisker
-from isingcut.report.words import fact_rows, table
+from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -54,7 +40,7 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     files = RunFiles(folder, target)
     view, data = report_view(files), _facts(files)
     markdown = render("report.md.j2", **view)
-    page = render_page("report.html.j2", **view, **_drawings(**view))
+    page = render_page("report.html.j2", **view, **_drawings(view))
     texts = check_report(files.target)
     write_json(texts["json"], "report", data, seal=True)
     write_sealed(texts["md"], markdown)
@@ -100,12 +86,12 @@ def write_comparison(
 
 def report_view(files: RunFiles) -> dict[str, Any]:
     """What both pages are laid out from: the files, their states, and the methods that chose."""
-    states = number_states(files)
+    states = figures.number_states(files)
     return {
         "files": files,
         "title": files.title,
         "states": states,
-        "rivals": rivals(files, states),
+        "rivals": figures.list_rivals(files, states),
         "provenance": fact_rows("provenance", files),
         "timings": table("timing_rows", files),
     }
@@ -114,6 +100,8 @@ def report_view(files: RunFiles) -> dict[str, Any]:
 def _facts(files: RunFiles) -> dict[str, Any]:
     """The facts of the page as data."""
     run, energy = files.run.content(), files.hamiltonian
+    made = (energy, files.spectrum, files.candidates, files.removal, files.evaluation)
+    stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
     names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
     return {
@@ -121,7 +109,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
         "blocks": len(files.blocks),
         "removed": files.removed,
         "checkpoint": None if files.removal is None else files.product.name,
-        "not_run": files.not_run,
+        "not_run": [stage for stage, file in stages if file is None],
         "energy": {"name": files.energy, "meta": None if energy is None else dict(energy.meta)},
         "fidelity": {name: found.content() for name, found in files.judged.items()},
         "warnings": files.warnings,
@@ -131,26 +119,30 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     }
 
 
-def _drawings(files: RunFiles, states: Book, rivals: Sequence[Rival], **_: Any) -> dict[str, Any]:
-    """What the HTML page draws of a view."""
-    energy, n = files.hamiltonian, len(files.blocks)
-    rows, scale = map_rows(files, states)
+def _drawings(view: dict[str, Any]) -> dict[str, Any]:
+    """Return what the HTML page draws of a view."""
+    files: RunFiles = view["files"]
+    states: figures.Book = view["states"]
+    energy, n, kinds = files.hamiltonian, len(files.blocks), [b.kind for b in files.blocks]
+    rows, scale = figures.map_rows(files, states)
     return {
         "n": n,
         "meter": _meter,
         "rows": rows,
         "scale": scale,
-        "ticks": block_ticks(n),
-        "fields": None if energy is None else fields_figure(energy, [b.kind for b in files.blocks]),
-        "couplings": None if energy is None else couplings_figure(energy),
-        "spectrum": spectrum_figure(files, states),
+        "ticks": figures.block_ticks(n),
+        "fields": None if energy is None else figures.draw_fields(energy, kinds),
+        "couplings": None if energy is None else figures.draw_couplings(energy),
+        "spectrum": figures.spectrum_figure(files, states),
         "scatters": [
-            scatter_figure(files, name, states) for name in files.judged if name in files.energies
+            figures.scatter_figure(files, name, states)
+            for name in files.judged
+            if name in files.energies
         ],
-        "trade_offs": [trade_off_figure(files, axis) for axis in AXES],
-        "dots": dots,
-        "rival_scale": margin_scale(files, [rival.state for rival in rivals]),
-        "curve": None if files.healing is None else healing_figure(files.healing),
+        "trade_offs": [figures.trade_off_figure(files, axis) for axis in figures.AXES],
+        "dots": figures.dots,
+        "rival_scale": figures.margin_scale(files, [rival["state"] for rival in view["rivals"]]),
+        "curve": None if files.healing is None else figures.healing_figure(files.healing),
         "data": _page_data(files, states),
     }
 
@@ -161,13 +153,13 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
     if value is None or not whole or value.figure < 0:
         return ""
-    scale = Scale(0.0, whole)
+    scale = figures.Scale(0.0, whole)
     if value.error is None:
         return f"--v:{scale(value.figure)}%"
-    return whisker(scale, value.figure, value.low, value.high, "v")
+    return figures.whisker(scale, value.figure, value.low, value.high, "v")
 
 
-def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
+def _page_data(files: RunFiles, states: figures.Book) -> dict[str, Any]:
     """What the page's script knows: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
@@ -200,3 +192,161 @@ def _short(values: Floats | None, digits: int = 4) -> Any:
     if values is None:
         return None
     return np.vectorize(lambda v: float(f"{v:.{digits}g}"), otypes=[float])(values).tolist()
+
+
+# Comparison -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run of a comparison.
+
+    Attributes:
+        files: its files.
+        name: its folder, with the folder above where names are the same.
+        tone: number of its colour.
+    """
+
+    files: RunFiles
+    name: str
+    tone: int
+
+    @property
+    def text(self) -> str | None:
+        """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
+        return None if self.files.calibration is None else self.files.calibration.sha256
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 that identifies its model."""
+        return self.files.run.provenance.model.sha256
+
+    @property
+    def loss(self) -> ChosenState | None:
+        """The chosen state as the ranking measured it."""
+        return None if self.files.candidates is None else self.files.candidates.chosen
+
+
+def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
+    """The page of several runs, in the order given, and the warnings on it."""
+    runs = _sides(found)
+    warnings = paragraphs("comparison_warnings", runs)
+    ranked = [r for r in runs if r.loss is not None]
+    ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
+    html = render_page(
+        "compare.html.j2",
+        title=f"{len(runs)} run{'s' * (len(runs) != 1)} compared",
+        runs=runs,
+        differences=differences(runs),
+        warnings=warnings,
+        ranked=ranked,
+        correlations=figures.Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=figures.span(ends, 0.0, 100.0, zero=True),
+        whisker=figures.whisker,
+        block_ticks=figures.block_ticks,
+        trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
+        scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
+        crossed=_crossed(ranked),
+        data={"n": 0, "kinds": [], "parameters": [], "states": []},
+    )
+    return html, warnings
+
+
+def _sides(found: Sequence[RunFiles]) -> list[Side]:
+    places = [f.target.resolve() for f in found]
+    short = [p.name for p in places]
+    long = [f"{p.parent.name}/{p.name}" for p in places]
+    names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
+    names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
+    return [Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
+
+
+def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """Model, text and every option that is not the same in all runs."""
+    texts = ["" if (c := r.files.calibration) is None else f"{c.source} " for r in runs]
+    texts = [
+        f"{t}(SHA-256 {(r.text or 'not there')[:8]})" for t, r in zip(texts, runs, strict=True)
+    ]
+    rows = [
+        ("model", [r.files.model for r in runs], [r.sha for r in runs]),
+        ("calibration text", texts, [str(r.text) for r in runs]),
+    ]
+    configs = [r.files.run.config.content() for r in runs]
+    for key in dict.fromkeys(k for config in configs for k in config):
+        values = [str(config.get(key, "")) for config in configs]
+        if key not in ("model", "calibration"):
+            rows.append((key.replace("_", " "), values, values))
+    return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
+
+
+def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
+    """All measured removals of each run, joined to its original."""
+    found, flat = [], list[figures.Point]()
+    for run in runs:
+        measured = [p for p in figures.points_of(run.files, axis) if p.measured]
+        found.append((run, sorted(measured, key=lambda p: p.at)))
+        flat += measured
+    if not flat:
+        return figures.Figure(axis.key, axis.title, "No run has measured this.")
+    plot = axis.plot(flat)
+    for run, points in found:
+        ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
+        plot.line(sorted(ends), f"tone-{run.tone}")
+    plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
+    rows = []
+    for run, points in found:
+        for point in points:
+            removal, at, loss = point.removal.name, f"{point.at:.4g}", point.loss
+            tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
+            plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
+            rows.append((run.name, removal, at, loss.text()))
+    words = f"{len(flat)} measured removals of {len(runs)} run{'s' * (len(runs) != 1)}."
+    return figures.Figure(
+        axis.key,
+        axis.title,
+        words,
+        plot,
+        f"{axis.title} against KL.",
+        ("run", "removal", axis.label, f"KL ({CUT_RANKING}), nats/token"),
+        rows,
+        [(f"tone-{run.tone}", run.name) for run, points in found if points],
+    )
+
+
+def _scatter(key: str, run: Side) -> list[figures.Figure]:
+    if run.files.hamiltonian is None:
+        return []
+    states = figures.number_states(run.files)
+    figure = figures.scatter_figure(run.files, run.files.energy, states, link=False)
+    return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
+
+
+def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
+    """Every run's energy judged on the states that every run measured: Spearman with the KL.
+
+    Only where all are of one model; an energy that also ranks the states measured on another
+    text, or chosen by another energy, is no accident of its own.
+    """
+    if len(runs) < 2 or len({(r.sha, len(r.files.blocks)) for r in runs}) > 1:
+        return []
+    rankings = [r.files.candidates for r in runs]
+    measured = [[*f.candidates, *f.random] for f in rankings if f is not None]
+    rows = []
+    for run in runs:
+        energy = run.files.hamiltonian
+        if energy is None:
+            return []
+        cells = []
+        for states in measured:
+            energies = energy.energies(states_of(energy.n, (s.removed for s in states)))
+            cells.append(_spearman(energies, np.array([s.kl for s in states])))
+        rows.append((run, cells))
+    return rows
+
+
+def _spearman(energies: Floats, losses: Floats) -> str:
+    from scipy.stats import spearmanr
+
+    if len(energies) < 3 or np.ptp(energies) == 0 or np.ptp(losses) == 0:
+        return "undefined"
+    return f"{float(spearmanr(energies, losses).statistic):.2f}"

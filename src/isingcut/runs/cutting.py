@@ -22,30 +22,19 @@ from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import only_once
 from isingcut.errors import InputError
 from isingcut.files import documents, writing
-from isingcut.files.documents import (
-    FittedText,
-    PatchRecord,
-)
+from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.files.inputs import regular_file
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
-from isingcut.healing.job import Job
+from isingcut.healing.job import Job, check_training
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
 from isingcut.healing.patch.files import RECORD
-from isingcut.healing.recipe import check_training
+from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
-from isingcut.models.cutting.gguf import (
-    Changed,
-    Repacked,
-    changed_tensors,
-    check_same_model,
-    cut_gguf,
-    repacked,
-)
-from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.cutting.verify import verify
 from isingcut.models.gguf_files import read_gguf
-from isingcut.models.load import loading_class_of
-from isingcut.models.processes import launched
+from isingcut.models.load import find_loading_class
+from isingcut.models.processes import is_launched
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
@@ -136,24 +125,22 @@ def write_checkpoint(
     """
     blocks = list(removed)
     trust = session.config.trust_remote_code
-    loads_with = loading_class_of(session.source, trust_remote_code=trust)
+    loads_with = find_loading_class(session.source, trust_remote_code=trust)
     target = folder.target(session.config.removal)
     parts = card_parts(folder.path, target, blocks, loads_with)
     sources = [session.source, *folder.sources]
     with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(session.source, blocks, temporary)
-        if session.streaming:
-            proof = verify_streamed(session.streamed[1], blocks, temporary, trust_remote_code=trust)
-        else:
-            proof = verify(session.loaded.model, blocks, temporary, trust_remote_code=trust)
+        original = session.streamed[1] if session.streaming else session.loaded.model
+        proof = verify(original, blocks, temporary, trust_remote_code=trust)
         parts = parts.model_copy(update={"proof": proof.inputs})
         record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
             model=folder.run.provenance.model.content(),
             card=parts,
-            proof=documents.CutProof(**proof.record),
+            proof=proof,
         )
         with writing.clear_os_errors(out):
             write_record(temporary, record)
@@ -177,12 +164,12 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header.check_blocks()
     # The run's own source file needs no comparison; another quantisation of it does.
     if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
-        check_same_model(header, session.source)
+        gguf.check_same_model(header, session.source)
 
 
 def excise_gguf(
     session: Session, folder: RunFolder, source: Path, removed: Sequence[int] | None = None
-) -> tuple[Path, list[Repacked]]:
+) -> tuple[Path, list[gguf.Repacked]]:
     """Write `model.gguf`: cut the same blocks out of a GGUF file, and patch the layers that are
     patched in `model/`; all other tensors keep their bytes.
 
@@ -201,19 +188,19 @@ def excise_gguf(
     if patch is not None and patch.tuning is not None:
         cuts += patch.tuning.layers
     options: dict[str, Any] = {"removed": blocks, "source": writing.file_sha256(source)}
-    changed: dict[str, Changed] = {}
+    changed: dict[str, gguf.Changed] = {}
     if cuts:
         options["patch"] = writing.fingerprint([cut.content() for cut in cuts])
         layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
         header = read_gguf(source)
-        changed = changed_tensors(header, session.source, place / "model", blocks, layers)
+        changed = gguf.changed_tensors(header, session.source, place / "model", blocks, layers)
 
     def make(path: Path) -> None:
-        cut_gguf(source, blocks, path, overwrite=True, changed=changed)
+        gguf.cut_gguf(source, blocks, path, overwrite=True, changed=changed)
 
     writing.refuse_source(place / "model.gguf", [source])
     file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
-    return file, repacked(source, file, changed, blocks) if changed else []
+    return file, gguf.repacked(source, file, changed, blocks) if changed else []
 
 
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
@@ -322,11 +309,11 @@ def check_healing_options(config: RunConfig) -> None:
         return
     sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
     if "self" in sources:
-        raise InputError("healing needs real text; give a file with text: SOURCE as --heal-options")
+        raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
     if pipes := [source for source in sources if source in measured and only_once(source)]:
         raise InputError(
             f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
-            "it to a file, or give a file with text: SOURCE as --heal-options"
+            "it to a file, or name another text with --healing '{text: SOURCE}'"
         )
 
 
@@ -341,7 +328,7 @@ def check_healing(session: Session) -> None:
             "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
             "number with --remove"
         )
-    if launched():
+    if is_launched():
         raise InputError(
             "healing inside a run supports one process only; heal the cut model afterwards with: "
             "torchrun ... -m isingcut heal"

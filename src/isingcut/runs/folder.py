@@ -98,14 +98,10 @@ class RunFolder:
                 folder.run.config = documents.Config(**options)
             made = folder.run.provenance.content()
         else:
-            made = versions()
+            made, kept = versions(), documents.Config(**options)
             origin = documents.Provenance(**made, model=model)
             run = documents.RunFile(
-                config=documents.Config(**options),
-                stages={},
-                blocks=blocks,
-                provenance=origin,
-                complete=False,
+                config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
             )
             folder = cls(path, run, overwrite=config.overwrite)
         made |= {"model": model, **model_path(path, config.model)}
@@ -152,8 +148,12 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The options the folder was made with."""
         # Drop options of older versions, and trust, which is never remembered.
-        gone = ("trust_remote_code", "heal_top", "keep_cut")
-        stored = {k: v for k, v in self.run.config.content().items() if k not in gone}
+        gone = ("trust_remote_code", "heal_top", "keep_cut", "heal_options")
+        options = self.run.config.content()
+        stored = {k: v for k, v in options.items() if k not in gone}
+        if options.get("heal_options"):
+            # Of an older version; healing again refuses it, reading does not.
+            stored["healing"] = {"heal_options": options["heal_options"]}
         # Folders older than the patch have none.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
@@ -316,13 +316,13 @@ class RunFolder:
                     )
                 if file.is_dir():
                     writing.check_output(file, overwrite=True)
-            begun: dict[str, Any] = {
-                "stage": name,
-                "fingerprint": wanted,
-                "options": options,
-                "done": False,
-            }
-            self.run.stages[key] = documents.StageRecord.model_validate(begun)
+            begun = documents.StageRecord(
+                stage=name,
+                fingerprint=wanted,
+                options=documents.StageOptions(**options),
+                done=False,
+            )
+            self.run.stages[key] = begun
             self.save()
             began = time.monotonic()
             self.processes.decide(lambda: together)
@@ -333,12 +333,11 @@ class RunFolder:
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
-            begun |= {"done": True, "seconds": round(time.monotonic() - began, 3)}
-            begun |= {
-                "sha256": writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
-            }
-            begun |= self.memory_record()
-            self.run.stages[key] = documents.StageRecord.model_validate(begun)
+            done: dict[str, Any] = {"done": True, "seconds": round(time.monotonic() - began, 3)}
+            done["sha256"] = (
+                writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
+            )
+            self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
             self.save()
             self.share()
             forget()
@@ -413,7 +412,7 @@ def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
 def read_by(config: RunConfig) -> list[Path]:
     """List the files and folders that a run with these options reads."""
     files = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
-    named = [config.model, *places_in(config.calibration), config.heal_options, config.data, *files]
+    named = [config.model, *places_in(config.calibration), config.data, *files]
     return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from isingcut.errors import InputError, StageFileError, first_line
+from isingcut.errors import InputError, first_line
 from isingcut.files.documents import CutRecord
 from isingcut.files.writing import MARKER, read_document
 
-_RECORD = "isingcut.json"
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token with write access)"
 
 
@@ -27,7 +26,7 @@ def push(
 
     Args:
         checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
-        repository: ``"owner/name"``.
+        repository: ``"owner/name"``, or ``"name"`` for a repository of yours.
         private: create the repository as private; an existing one does not change.
         message: the commit message; by default it names the removed blocks.
         endpoint: another hub than the default.
@@ -39,7 +38,7 @@ def push(
         StageFileError: ``checkpoint`` was not written by isingcut.
         InputError: the hub refused the repository's name or the token, or cannot be reached.
     """
-    record = _checked(checkpoint, repository)
+    record = read_document(checkpoint / "isingcut.json", CutRecord)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -59,42 +58,17 @@ def push(
         # Also for a card with invalid YAML or UTF-8.
         status = getattr(getattr(e, "response", None), "status_code", None)
         refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
-        hint = _LOGIN if refused else "run again"
+        hint = _LOGIN if refused else "check the name (owner/name), then run again"
         raise InputError(
             f"uploading {checkpoint} to {repository} failed ({first_line(e)}); {hint}"
         ) from e
     return str(made.url)
 
 
-def listing(checkpoint: Path, repository: str) -> list[dict[str, Any]]:
-    """List name and size of every file that `push` would upload, without network access.
-
-    Raises:
-        StageFileError: ``checkpoint`` was not written by isingcut.
-        InputError: the repository's name is not valid.
-    """
-    _checked(checkpoint, repository)
+def listing(checkpoint: Path) -> list[dict[str, Any]]:
+    """List name and size of every file that `push` would upload, without network access."""
     # The marker has a meaning on this machine only.
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
     return [
         {"name": p.relative_to(checkpoint).as_posix(), "bytes": p.stat().st_size} for p in found
     ]
-
-
-def _checked(checkpoint: Path, repository: str) -> CutRecord:
-    """Check the folder and the repository's name; return the record of the cut."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    if not (checkpoint / "config.json").is_file() or not (checkpoint / _RECORD).is_file():
-        raise StageFileError(
-            f"{checkpoint} is not a checkpoint that isingcut wrote (no {_RECORD} in it); "
-            "cut one first: isingcut excise RUN"
-        )
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as e:
-        raise InputError(f"expected a repository like owner/name: {first_line(e)}") from e
-    if "/" not in repository:
-        raise InputError(f"expected a repository like owner/name, got {repository!r}")
-    return read_document(checkpoint / _RECORD, CutRecord)

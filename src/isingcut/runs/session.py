@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,9 @@ from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_modules, text_config
 from isingcut.models.architectures.cuts import legality
-from isingcut.models.compute.tuning import Tuning, tune
+from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import allowance, pick_device, weight_bytes
-from isingcut.models.inspect import check_same_blocks
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
@@ -61,13 +57,13 @@ class Session:
     def tuning(self) -> Tuning:
         """How measurements are computed: as requested, else the defaults.
 
-        A run tunes these for its machine and records the choice (`tuned`).
+        A run chooses the micro-batch for its device and records it (`tuned`).
         """
-        attention = None if self.config.attention == "auto" else self.config.attention
-        return Tuning(attention, self.config.batch_tokens or BATCH_TOKENS)
+        given = self.config.attention
+        return Tuning(None if given == "auto" else given, self.config.batch_tokens or BATCH_TOKENS)
 
     def tuned(self, folder: RunFolder) -> None:
-        """Use the recorded tuning of a run, or tune for this device."""
+        """Use the recorded tuning of a run, or choose the micro-batch for this device."""
         if self.streaming:
             return
         requested = RequestedCompute(
@@ -78,28 +74,19 @@ class Session:
         def recorded() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
-                found = tune(
-                    self.replay,
-                    self.config.length,
+                room = allowance(self.config.memory_limit, self.replay.device).left // 2
+                record = Computed(
+                    asked=requested,
                     attention=self.tuning.attention,
-                    batch_tokens=self.config.batch_tokens,
-                    memory=allowance(self.config.memory_limit, self.replay.device).left // 2,
+                    batch_tokens=requested.batch_tokens or choose_batch_tokens(self.replay, room),
                 )
-                record = Computed(asked=requested, **dataclasses.asdict(found))
                 made.computed = {**made.computed, device: record}
                 folder.save()
             return record.content()
 
         record = Computed.model_validate(self.processes.decide(recorded))
-        self.tuning = Tuning(record.attention, record.batch_tokens, record.threads)
-        self.replay.attention, self.replay.threads = self.tuning.attention, self.tuning.threads
-
-    @contextlib.contextmanager
-    def computing(self, folder: RunFolder) -> Iterator[None]:
-        """Use the choices of `tuned`, threads included, within the context."""
-        self.tuned(folder)
-        with devices.few_threads(self.tuning.threads):
-            yield
+        self.tuning = Tuning(record.attention, record.batch_tokens)
+        self.replay.attention = self.tuning.attention
 
     @cached_property
     def dtype(self) -> str:
@@ -223,7 +210,6 @@ class Session:
         """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
-        check_same_blocks(model.config.to_dict(), self.stack, legal)
         longest = getattr(text_config(model), "max_position_embeddings", None) or 128
         seconds = self.replay.latency(min(128, int(longest)))
         parameters = list(model.parameters())

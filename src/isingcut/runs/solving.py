@@ -119,18 +119,12 @@ def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
         raise InputError(
             f"--remove is missing; give how many of the {n} blocks to remove, or a --budget"
         )
-    if remove.counts:
-        if remove.counts[0] >= n:
-            raise InputError(
-                f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {remove}"
-            )
-        return [rows.count(n, remove.counts[0])]
-    if (total := sum(remove.kinds.values())) >= n:
+    total = remove.counts[0] if remove.counts else sum(remove.kinds.values())
+    if total >= n:
         raise InputError(
-            f"--remove must remove 1 to {n - 1} blocks in all for this model of {n} blocks, "
-            f"got {total} ({remove})"
+            f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {total}"
         )
-    return rows.kind_counts(kinds, remove.kinds)
+    return [rows.count(n, total)] if remove.counts else rows.kind_counts(kinds, remove.kinds)
 
 
 def describe_blocks(
@@ -201,12 +195,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    record = folder.recorded(folder.path / "hamiltonian.safetensors")
-    if record is None or not record.done:
-        raise StageFileError(
-            f"the energy of {folder.path} is not finished; "
-            f"run: isingcut energy MODEL --out {folder.path}"
-        )
+    record = folder.record(folder.path / "hamiltonian.safetensors")
     keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isingcut.baselines import registry
 from isingcut.console.progress import Part
@@ -21,21 +22,8 @@ from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError
-from isingcut.evaluation import candidates
-from isingcut.evaluation.benchmark import (
-    benchmark,
-    choose_by_questions,
-    contenders,
-    draw_half,
-    forget_scores,
-    journal_of,
-    text_scores,
-)
-from isingcut.evaluation.quality import (
-    before_and_after,
-    perplexity,
-    quality,
-)
+from isingcut.evaluation import benchmark, candidates
+from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
@@ -48,7 +36,7 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import text_model
+from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
 from isingcut.report.words import chosen_by_tasks, listed
@@ -126,15 +114,15 @@ def choose_by_tasks(
     }
     pool = {name: task.pool() for name, task in tasks.items()}
     last = last_blocks(len(session.stack), len(rows[0].removed))
-    best = contenders(rows, last)
-    drawn = draw_half(pool, config.seed)
+    best = benchmark.contenders(rows, last)
+    drawn = benchmark.draw_half(pool, config.seed)
     model = ScoredModel(session.loaded, session.replay)
     # Fewer if one candidate is clearly ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
-            journal = journal_of(kept, tasks[name], model.loaded, [*left, *keys])
+            journal = benchmark.journal_of(kept, tasks[name], model.loaded, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
             work = Work(session.tuning.batch_tokens, part, journal)
             only = frozenset(keys).__contains__
@@ -145,7 +133,7 @@ def choose_by_tasks(
             part.finish(f"without {blocks} {right:.0%} of {name}")
             return found
 
-        position, found = choose_by_questions([rows[i].removed for i in best], drawn, ask)
+        position, found = benchmark.choose_by_questions([rows[i].removed for i in best], drawn, ask)
     return best[position], found
 
 
@@ -186,7 +174,7 @@ def benchmarks(
         options,
         make,
         lambda path: read_document(path, documents.BenchmarksFile),
-        forget=lambda: forget_scores(work, tasks),
+        forget=lambda: benchmark.forget_scores(work, tasks),
     )
 
 
@@ -216,7 +204,7 @@ def score_both(
     if streamed is None:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
-    rows = benchmark(
+    rows = benchmark.benchmark(
         models,
         [t for t in tasks if t != WIKITEXT],
         data=data_of(config),
@@ -228,7 +216,7 @@ def score_both(
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
         both = {name: model.loaded for name, model in models.items()}
-        found["wikitext2"] = text_scores(both, data_of(config), config.questions, **given)
+        found["wikitext2"] = benchmark.text_scores(both, data_of(config), config.questions, **given)
     return documents.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
 
 
@@ -256,19 +244,19 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
-        with session.computing(folder):
-            found = candidates.rank(
-                session.replay,
-                split,
-                problem,
-                considered,
-                remove=config.removal,
-                others=others,
-                random_states=config.random_states,
-                seed=config.seed,
-                choose=config.choose,
-                work=measuring.work_of(session, journal),
-            )
+        session.tuned(folder)
+        found = candidates.rank(
+            session.replay,
+            split,
+            problem,
+            considered,
+            remove=config.removal,
+            others=others,
+            random_states=config.random_states,
+            seed=config.seed,
+            choose=config.choose,
+            work=measuring.work_of(session, journal),
+        )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found = found.model_copy(update={"one_pass": quick})
         if config.choose == "tasks" and not folder.processes.rank:
@@ -284,7 +272,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
     def drop() -> None:
         forget(journal)
         forget(candidates.random_journal(journal))
-        forget_scores(scores, split_names(config.tasks))
+        benchmark.forget_scores(scores, split_names(config.tasks))
 
     return folder.stage(
         "rank", file, options, make, solving.load_candidates, together=True, forget=drop
@@ -407,7 +395,7 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
         report_samples=max(4, tokens.samples // 4),
         length=int(tokens.input_ids.shape[1]),
         seed=session.config.seed,
-        model=text_model(loaded.model),
+        model=language_model(loaded.model),
     )
     found = built.splits["report"]
     # The calibration may hold it, under this name or another; 2 % of n-grams are common by chance.
@@ -426,50 +414,37 @@ def _further_scores(
     found: dict[str, Any] = {"last": last}
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
+    judges: dict[str, Callable[[TokenSet], dict[str, documents.FurtherPart]]] = {}
     if last != "cut":
-        exact = partial(_exact_cut, session, record.removed)
-        found["cut"] = _with_elsewhere(exact, tokens, elsewhere)
+        judges["cut"] = partial(_score_exact_cut, session, record.removed)
     if healed and changed:
-        original = session.streamed[1] if session.streaming else session.loaded.model
         loaded, streamed = session.open_cut(model)
-        size = session.tuning.batch_tokens
-        patched = streamed or loaded.model
-        progress = session.progress
-
-        def judged(text: TokenSet) -> documents.FurtherScores:
-            scores = quality(original, patched, text, size, progress=progress)
-            figures, *parts = (
-                {**dict(one.after), "kl": one.kl, "kl_se": one.kl_se}
-                for one in (scores, *scores.parts.values())
-            )
-            return _by_part(figures, dict(zip(scores.parts, parts, strict=True)))
-
-        found["patched"] = _with_elsewhere(judged, tokens, elsewhere)
+        judges["patched"] = partial(_score_cut, session, streamed or loaded.model)
+    for name, judge in judges.items():
+        parts = judge(tokens)
+        found[name] = documents.FurtherScores(
+            **dict(parts.pop("")),
+            **dict[str, Any]({"parts": parts} if parts else {}),
+            elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+        )
     return found
 
 
-def _with_elsewhere(
-    judge: Callable[[TokenSet], documents.FurtherScores],
-    tokens: TokenSet,
-    elsewhere: Mapping[str, TokenSet],
-) -> documents.FurtherScores:
-    """Run ``judge`` on the report split and on each of the other texts."""
-    figures = set(documents.FurtherPart.model_fields)
-    texts = {name: judge(text).model_dump(include=figures) for name, text in elsewhere.items()}
-    further = {name: documents.FurtherPart(**scores) for name, scores in texts.items()}
-    return judge(tokens).model_copy(update={"elsewhere": further})
+def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, documents.FurtherPart]:
+    """Score a cut on a text (key "") and on each part of a mixture."""
+    original = session.streamed[1] if session.streaming else session.loaded.model
+    size, progress = session.tuning.batch_tokens, session.progress
+    scores = quality(original, cut, tokens, size, progress=progress)
+    return {
+        name: documents.FurtherPart(**dict(one.after), kl=one.kl, kl_se=one.kl_se)
+        for name, one in {"": scores, **scores.parts}.items()
+    }
 
 
-def _by_part(figures: Mapping[str, Any], parts: Mapping[str, Any]) -> documents.FurtherScores:
-    mixed = {name: documents.FurtherPart(**part) for name, part in parts.items()}
-    given: dict[str, Any] = {"parts": mixed} if mixed else {}
-    return documents.FurtherScores(**figures, **given)
-
-
-def _exact_cut(
+def _score_exact_cut(
     session: Session, removed: Sequence[int], tokens: TokenSet
-) -> documents.FurtherScores:
-    """Score the exact cut: the original with its blocks skipped."""
+) -> dict[str, documents.FurtherPart]:
+    """Score the original with its blocks skipped, as `_score_cut`."""
     measured = measure(
         session.replay,
         tokens,
@@ -477,15 +452,12 @@ def _exact_cut(
         Work(session.tuning.batch_tokens, session.progress),
         "perplexity and KL of the exact cut",
     )
-    parts = {
-        name: _with_perplexity(measured.of_samples(rows).losses(0))
-        for name, rows in tokens.rows_by_part.items()
+    losses = {"": measured.losses(0)}
+    losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
+    return {
+        name: documents.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
+        for name, of in losses.items()
     }
-    return _by_part(_with_perplexity(measured.losses(0)), parts)
-
-
-def _with_perplexity(losses: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(perplexity(losses["nll"], losses["nll_se"])), **losses}
 
 
 _LARGEST = 1_000_000
@@ -499,7 +471,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
             million.
     """
     part = registry.get(name)
-    known = {f.name: f.default for f in dataclasses.fields(part)}
+    known, kinds = {f.name: f.default for f in dataclasses.fields(part)}, get_type_hints(part)
     chosen: dict[str, Any] = {}
     for setting in settings:
         option, equals, text = setting.partition("=")
@@ -511,17 +483,14 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
             value = parse_yaml(text)
         except ValueError as e:
             raise InputError(f"--set {shown(setting)}: cannot read the value ({e})") from e
-        if isinstance(value, list):
-            value = tuple(value)
-        # An option without a default takes numbers only.
-        expected = int if known[option] is None else type(known[option])
-        items = value if isinstance(value, tuple) and expected is tuple else ()
-        if type(value) is not expected or any(type(v) is not int for v in items):
-            raise InputError(
-                f"--set {shown(setting)}: expected a value like {known[option]!r}, "
-                f"got {shown(text)}"
-            )
-        if any(isinstance(v, int) and abs(v) > _LARGEST for v in (value, *items)):
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            TypeAdapter(kinds[option], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            expected = f"expected a value like {known[option]!r}, got {shown(text)}"
+            raise InputError(f"--set {shown(setting)}: {expected}") from e
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in items):
             raise InputError(f"--set {shown(setting)}: the largest number is {_LARGEST:,}")
         chosen[option] = value
     return part(**chosen)
@@ -559,16 +528,16 @@ def compare(
     def make(path: Path) -> None:
         splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
-        with session.computing(folder):
-            work = Work(session.tuning.batch_tokens, session.progress, journal)
-            outcome = part.choose(session.replay, searched, count, work, config.seed)
-            found = measure(
-                session.replay,
-                splits["rank"],
-                states_of(len(session.replay), [outcome.removed]),
-                dataclasses.replace(work, journal=None),
-                "measuring the choice",
-            )
+        session.tuned(folder)
+        work = Work(session.tuning.batch_tokens, session.progress, journal)
+        outcome = part.choose(session.replay, searched, count, work, config.seed)
+        found = measure(
+            session.replay,
+            splits["rank"],
+            states_of(len(session.replay), [outcome.removed]),
+            dataclasses.replace(work, journal=None),
+            "measuring the choice",
+        )
         content = documents.BaselineFile(
             baseline=name,
             options=dataclasses.asdict(part),

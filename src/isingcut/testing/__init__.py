@@ -1,1 +1,1 @@
-"""Conformance kits for parts, checks of a GPU, fake cards, and tiny models."""
+"""Conformance kits for parts, checks of a GPU, and tiny models."""

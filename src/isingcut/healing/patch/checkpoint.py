@@ -14,20 +14,17 @@ a map of a wide layer nearly memorises its samples.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.files.documents import (
-    CutProof,
     PatchedCut,
     PatchRecord,
     PatchTuning,
@@ -43,14 +40,14 @@ from isingcut.healing.patch.files import (
     runs,
     write_patched,
 )
-from isingcut.healing.patch.layers import list_linear_layers, list_writers
+from isingcut.healing.patch.layers import list_linear_layers
 from isingcut.healing.patch.linear import Fitted, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.compute.divergence import divergence
-from isingcut.models.cutting.verify import verify, verify_streamed
+from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance
 from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
@@ -78,7 +75,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     model = job.teacher.model
     stack = find_stack(model)
     replay = job.replay or Replay(model, stack_modules(model, stack))
-    tokens = _first(job.tokens, job.config.patch_tokens)
+    tokens = job.tokens.first(job.config.patch_tokens, 2)
     work = Work(job.config.batch_tokens, job.progress)
     layers = StoredLayers(job.start, job.removed)
     held_out, why = None, ""
@@ -115,17 +112,14 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     stored = write_patched(layers, patches, out)
     trust = job.config.trust_remote_code
     with apply_patches(replay.blocks, stored):
-        if job.replay is None:
-            proof = verify(model, job.removed, out, trust_remote_code=trust)
-        else:
-            proof = verify_streamed(job.replay, job.removed, out, trust_remote_code=trust)
+        proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
         maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
         cuts=[p.record for p in fitted.patches],
         tuning=tuning,
         unpatched=fitted.unpatched,
-        proof=CutProof(**proof.record),
+        proof=proof,
     )
 
 
@@ -133,13 +127,6 @@ def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
     """Make the record of a state whose cuts cannot be patched."""
     reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
-
-
-def _first(tokens: TokenSet, most: int) -> TokenSet:
-    """Return the first samples with about ``most`` tokens, at least two."""
-    seen = tokens.mask.sum(1).cumsum(0)
-    rows = max(2, int((seen < most).sum()) + 1)
-    return tokens.select(range(min(rows, tokens.samples)))
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -218,12 +205,15 @@ def tune(
     optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     kl: list[float] = []
     best: dict[tuple[int, str], Tensor] = {}
-    with _in_place(tuned.values()), work.progress("tuning the patch", steps) as bar:
+    used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
+    with apply_patches(replay.blocks, used), work.progress("tuning the patch", steps) as bar:
         kl.append(validation.divergence(suffix))
         for taken in range(steps):
             epoch, at = divmod(taken, parts)
+            # Four warm-up steps, and a cosine.
+            share = min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
             for group in optimiser.param_groups:
-                group["lr"] = rate * group["size"] * _share(taken, steps)
+                group["lr"] = rate * group["size"] * share
             for batch in train.part(epoch, at, parts):
                 train.backward(batch, suffix)
                 for layer in tuned.values():
@@ -272,30 +262,22 @@ class _Layer:
 
     Attributes:
         weight: the weight of the optimiser.
-        used: its copy in the layer's dtype on the layer's device, or itself if these are the same.
+        used: the same in the layer's dtype on the layer's device, perhaps in the same memory.
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
-        self.module, self.fitted = module, fitted
+        self.fitted = fitted
         own: Tensor = module.weight
         start = own if fitted is None else fitted.weight
         self.weight = nn.Parameter(start.detach().float().cpu().clone())
-        self.used: Tensor = self.weight
-        if (own.device, own.dtype) != (self.weight.device, self.weight.dtype):
-            self.used = self.weight.detach().to(own).requires_grad_(True)
+        self.used = nn.Parameter(self.weight.detach().to(own))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
-        self.bias = None if bias is None else bias.detach().to(own.device)
+        self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.used.to(x.dtype)
-        if not isinstance(self.module, nn.Linear):
-            weight = weight.T
-        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def collect(self) -> None:
         """Add the gradient of one micro-batch."""
-        if self.used is self.weight or self.used.grad is None:
+        if self.used.grad is None:
             return
         gradient = self.used.grad.cpu().float()
         self.used.grad = None
@@ -304,13 +286,11 @@ class _Layer:
     @torch.no_grad()
     def place(self) -> None:
         """Copy the current weights to the model."""
-        if self.used is not self.weight:
-            self.used.copy_(self.weight)
+        self.used.copy_(self.weight)
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
-        bias = None if self.bias is None else self.bias.cpu()
         record = PatchedCut(block=key[0], layer=key[1])
-        return Patch(*key, weight, bias, record if self.fitted is None else self.fitted.record)
+        return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
 
 
 class _Text:
@@ -354,9 +334,9 @@ class _Text:
                 if i == adjacent[0] and not any(b < i for b in removed):
                     entered = stream
                 if i in adjacent and batch is self.batches[0]:
-                    writes = {p for p, _, _ in list_writers(call, replay.blocks[i], i, stream)}
-                    layers = list_linear_layers(call, replay.blocks[i], i, stream)
-                    found += [(i, path, m, path in writes) for path, m in layers.items()]
+                    layers, _ = list_linear_layers(call, replay.blocks[i], i, stream)
+                    width = stream.shape[-1]
+                    found += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
                 stream = call.block(i, stream)
             self.calls.append(call)
             self.entered.append(entered)
@@ -395,26 +375,3 @@ class _Text:
                 target = call.logits(self.left[batch][s], s)[:-1][rows]
             total = total + divergence(call.logits(stream[s], s)[:-1][rows], target)
         return total
-
-
-def _share(taken: int, steps: int) -> float:
-    """Return the share of the highest rate: four warm-up steps, then a cosine."""
-    return min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
-
-
-@contextlib.contextmanager
-def _in_place(layers: Iterable[_Layer]) -> Iterator[None]:
-    """Use the tuned weights in the model within the context."""
-    before: list[tuple[dict[str, Any], Callable[..., Any] | None]] = []
-    try:
-        for layer in layers:
-            own = layer.module.__dict__
-            before.append((own, own.get("forward")))
-            own["forward"] = layer.forward
-        yield
-    finally:
-        for own, forward in before:
-            if forward is None:
-                del own["forward"]
-            else:
-                own["forward"] = forward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.documents import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures.cuts import depth, renumbering, written_out
-from isingcut.models.fit import block_prefix
+from isingcut.models.architectures.cuts import depth, read_decoder, renumber_blocks
+from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import (
     INDEX,
     PLAIN,
-    SINGLE,
     NewTensor,
     StoredTensor,
     read_checkpoint,
@@ -42,72 +41,8 @@ _LISTS = {
     "compressed-tensors": "ignore",
     "modelopt": "exclude_modules",
 }
-_BESIDE = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 _MODELOPT = "hf_quant_config.json"
-
-
-def replace_float8(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Replace float8 weights by plain weights.
-
-    Args:
-        folder: a checkpoint that isingcut may change.
-        weights: the new values of stored tensors, by their names ``MODULE.weight``, in their new
-            dtype.
-    """
-    modules = [name.removesuffix(".weight") for name in weights]
-    config = read_config(folder)
-    layout = fp8_layout(folder, config)
-    assert layout is not None
-    stored = read_checkpoint(folder)
-    dropped = {f"{module}.{scale}" for module in modules for scale in _BESIDE} & stored.keys()
-    # A scale may be in another shard than its weight.
-    for file in {stored[name].file for name in (*weights, *dropped)}:
-        own = [t for t in stored.values() if t.file == file and t.name not in dropped]
-        _rewrite(file, own, {t.name: weights[t.name] for t in own if t.name in weights})
-    _note_index(folder, dropped)
-    _list(folder / "config.json", config, "quantization_config", layout, modules)
-    if (folder / _MODELOPT).is_file():
-        content = json.loads((folder / _MODELOPT).read_text(encoding="utf-8"))
-        _list(folder / _MODELOPT, content, "quantization", layout, modules)
-
-
-def _rewrite(file: Path, tensors: Sequence[StoredTensor], weights: Mapping[str, Tensor]) -> None:
-    """Rewrite a safetensors file with new values and dtypes of some tensors."""
-    if not tensors:
-        file.unlink()
-        return
-    values, whole = file.with_suffix(".values"), file.with_suffix(".whole")
-    save_file({name: value.contiguous() for name, value in weights.items()}, values)
-    new = {t.name: t for t in read_header(values)}
-    write_file(whole, [NewTensor(t.name, new.get(t.name, t)) for t in tensors], {"format": "pt"})
-    values.unlink()
-    whole.replace(file)
-
-
-def _note_index(folder: Path, dropped: set[str]) -> None:
-    if (folder / SINGLE).exists():
-        return
-    path = folder / INDEX
-    index = json.loads(path.read_text(encoding="utf-8"))
-    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
-    files = {folder / file for file in index["weight_map"].values()}
-    total = sum(tensor.size for file in files for tensor in read_header(file))
-    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _list(
-    file: Path, whole: dict[str, Any], part: str, layout: str, modules: Sequence[str]
-) -> None:
-    """Add the modules to every list of modules that are not quantised."""
-    content = whole.get(part)
-    if not isinstance(content, dict):
-        return
-    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
-    for name in names:
-        # Without a list, loaders skip the output head by themselves; with a list they do not.
-        content[name] = [*(content.get(name) or ["lm_head"]), *modules]
-    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 RECORD = "isingcut.json"
@@ -124,12 +59,12 @@ class StoredLayers:
 
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
         self.folder = folder
-        self._stored = read_checkpoint(folder)
+        self.tensors = read_checkpoint(folder)
         config = read_config(folder)
-        kept = depth(written_out(config))
-        self._dtypes = (*PLAIN, *_FLOAT8) if fp8_layout(folder, config) else PLAIN
-        self._places = renumbering(kept + len(removed), removed)
-        self._prefix = block_prefix(self._stored.values(), kept)
+        kept = depth(read_decoder(config))
+        self.layout = fp8_layout(folder, config)
+        self._places = renumber_blocks(kept + len(removed), removed)
+        self._prefix = find_prefix(self.tensors.values(), kept)
 
     def layer(
         self, block: int, path: str, shape: Sequence[int], *, bias: bool
@@ -147,14 +82,14 @@ class StoredLayers:
                 as float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
-        weight, offset = self._stored.get(f"{name}.weight"), self._stored.get(f"{name}.bias")
+        weight, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
         if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
             raise ArchitectureError(
                 f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}: it "
                 "names or packs its tensors differently from the model in memory, so a patch "
                 "cannot be written; heal by distillation instead"
             )
-        if weight.dtype not in self._dtypes:
+        if weight.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
                 f"{name}.weight is stored as {weight.dtype}; a patch needs floating-point weights: "
                 "use the unquantised model"
@@ -163,12 +98,12 @@ class StoredLayers:
 
     def float8(self, block: int, path: str) -> bool:
         """Whether a layer is stored as float8, so that new weights would need more bytes."""
-        found = self._stored.get(f"{self._prefix}{self._places[block]}.{path}.weight")
+        found = self.tensors.get(f"{self._prefix}{self._places[block]}.{path}.weight")
         return found is not None and found.dtype in _FLOAT8
 
 
 def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
-    """Write a copy of a cut checkpoint with the patched layers; the others keep their bytes.
+    """Write a copy of a cut checkpoint with the patched layers; other tensors keep their bytes.
 
     Args:
         stored: the cut checkpoint's layers.
@@ -184,40 +119,77 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     layers = [
         stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
     ]
-    float8: dict[str, Tensor] = {}
-    written = []
+    new: dict[str, Tensor] = {}
+    modules, written = [], []
+    for patch, pair in zip(patches, layers, strict=True):
+        own = [
+            values.detach()
+            .cpu()
+            .to(DTYPES[tensor.dtype] if tensor.dtype not in _FLOAT8 else torch.bfloat16)
+            .contiguous()
+            for tensor, values in zip(pair, (patch.weight, patch.bias), strict=True)
+            if tensor is not None and values is not None
+        ]
+        names = [tensor.name for tensor in pair if tensor is not None]
+        new |= dict(zip(names, own, strict=True))
+        if pair[0].dtype in _FLOAT8:
+            modules.append(names[0].removesuffix(".weight"))
+            patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
+        patch.record.changed = any(
+            stored.tensors[name].data() != values.view(torch.uint8).numpy().tobytes()
+            for name, values in zip(names, own, strict=True)
+        )
+        written.append(replace(patch, weight=own[0], bias=own[1] if own[1:] else None))
+    dropped = {f"{m}.{scale}" for m in modules for scale in _SCALES} & stored.tensors.keys()
+    # A scale may be in another shard than its weight.
+    files = {stored.tensors[name].file for name in (*new, *dropped)}
+    skip = shutil.ignore_patterns(*(file.name for file in files))
     with atomic_folder(out) as temporary:
-        shutil.copytree(stored.folder, temporary, dirs_exist_ok=True)
-        for patch, (weight, bias) in zip(patches, layers, strict=True):
-            plain = weight.dtype not in _FLOAT8
-            values = patch.weight.to(DTYPES[weight.dtype] if plain else torch.bfloat16)
-            offset = None
-            if plain:
-                changed = _overwrite(temporary, weight, values)
-            else:
-                float8[weight.name] = values.detach().cpu()
-                patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
-                changed = True
-            if bias is not None and patch.bias is not None:
-                offset = patch.bias.to(DTYPES[bias.dtype])
-                changed = _overwrite(temporary, bias, offset) or changed
-            patch.record.changed = changed
-            written.append(replace(patch, weight=values, bias=offset))
-        if float8:
-            replace_float8(temporary, float8)
+        shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
+        values = temporary / "values"
+        save_file(new, values)
+        fresh = {t.name: t for t in read_header(values)}
+        for file in files:
+            kept = [
+                NewTensor(t.name, fresh.get(t.name, t))
+                for t in stored.tensors.values()
+                if t.file == file and t.name not in dropped
+            ]
+            if kept:
+                write_file(temporary / file.name, kept, {"format": "pt"})
+        values.unlink()
+        if stored.layout and modules:
+            _list_plain(temporary, stored.layout, modules, dropped)
     return written
 
 
-def _overwrite(folder: Path, tensor: StoredTensor, values: Tensor) -> bool:
-    """Write new values to the copy of a stored tensor; return whether any byte changed."""
-    data = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    assert len(data) == tensor.size
-    path = folder / tensor.file.name
-    path.chmod(path.stat().st_mode | 0o200)
-    with path.open("r+b") as f:
-        f.seek(tensor.start)
-        f.write(data)
-    return tensor.data() != data
+def _list_plain(folder: Path, layout: str, modules: Sequence[str], dropped: set[str]) -> None:
+    """List modules of a float8 checkpoint as not quantised, and drop their scales in the index."""
+    _list(folder / "config.json", "quantization_config", layout, modules)
+    if (folder / _MODELOPT).is_file():
+        _list(folder / _MODELOPT, "quantization", layout, modules)
+    path = folder / INDEX
+    if not path.exists():
+        return
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
+    files = {folder / file for file in index["weight_map"].values()}
+    total = sum(tensor.size for file in files for tensor in read_header(file))
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
+    """Add the modules to every list of modules that are not quantised."""
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    content = whole.get(part)
+    if not isinstance(content, dict):
+        return
+    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
+    for name in names:
+        # Without a list, loaders skip the output head by themselves; with a list they do not.
+        content[name] = [*(content.get(name) or ["lm_head"]), *modules]
+    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

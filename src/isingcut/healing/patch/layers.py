@@ -16,12 +16,14 @@ medians over tokens and channels, because half precision rounds huge entries coa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from isingcut.models.replay import Recording
 
@@ -101,13 +103,6 @@ class Write:
         return (weight.T if self.transposed else weight).contiguous(), bias
 
 
-@dataclass
-class _Seen:
-    calls: int = 0
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
-
-
 def find_write(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str
 ) -> Write | None:
@@ -119,8 +114,10 @@ def find_write(
         hidden: the stream (B, T, D) before it.
         kind: the kind of the block.
     """
-    usable, plain = _called_once(recording, block, i, hidden, hidden.shape[-1])
+    usable, plain = list_linear_layers(recording, block, i, hidden)
     for path, module, written in reversed(usable):
+        if written.shape[-1] != hidden.shape[-1]:
+            continue
         # Experts also read the attention output, though the effect is small if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
@@ -130,79 +127,41 @@ def find_write(
     return None
 
 
-def list_writers(
-    recording: Recording, block: nn.Module, i: int, hidden: Tensor
-) -> list[tuple[str, Any, Tensor]]:
-    """List linear layers as wide as the stream that a block calls once, for all tokens.
-
-    Returns:
-        path, module and output (B, T, D) of each, in the order of the calls.
-    """
-    found, _ = _called_once(recording, block, i, hidden, hidden.shape[-1])
-    return [(path, module, written.reshape(hidden.shape)) for path, module, written in found]
-
-
 def list_linear_layers(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor
-) -> dict[str, Any]:
-    """List linear layers of any width that a block calls once, for all tokens; by path.
+) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
+    """List the linear layers that a block calls once, for all tokens, in the order of the calls.
 
     Excludes experts, which are called for some tokens, and layers whose weights a kernel reads.
+
+    Returns:
+        path, module and output of each, and the block's output.
     """
-    found, _ = _called_once(recording, block, i, hidden)
-    return {path: module for path, module, _ in found}
-
-
-def _called_once(
-    recording: Recording, block: nn.Module, i: int, hidden: Tensor, width: int | None = None
-) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
-    """Return path, module and output of each linear layer called once, and the block's output."""
-    candidates = {path: m for path, m in block.named_modules() if path and _is_linear(m, width)}
+    candidates = {
+        path: m for path, m in block.named_modules() if path and isinstance(m, nn.Linear | Conv1D)
+    }
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
     found = [
-        (path, candidates[path], s.outputs)
-        for path, s in seen.items()
-        if s.calls == 1 and s.outputs is not None and s.outputs.shape[:-1].numel() == tokens
+        (path, candidates[path], calls[0][1])
+        for path, calls in seen.items()
+        if len(calls) == 1 and calls[0][1].shape[:-1].numel() == tokens
     ]
     return found, plain
 
 
-def _is_linear(module: nn.Module, width: int | None = None) -> bool:
-    """Whether a module is a linear layer, with ``width`` outputs if given."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return False
-    plain = isinstance(module, nn.Linear)
-    if not plain and type(module).__name__ != "Conv1D":
-        return False
-    return width is None or weight.shape[0 if plain else 1] == width
-
-
-@contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _run(
-    recording: Recording, i: int, hidden: Tensor, modules: dict[str, nn.Module]
-) -> tuple[dict[str, _Seen], Tensor]:
-    """Run a block; return its output, and the call of each module in order."""
-    seen: dict[str, _Seen] = {}
+    recording: Recording, i: int, hidden: Tensor, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Tensor]:
+    """Run a block; return input and output of each call of each module, and the block's output."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def hook(path: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            entry = seen.setdefault(path, _Seen())
-            entry.calls += 1
-            entry.inputs, entry.outputs = args[0], output
+    def keep(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen.setdefault(path, []).append((args[0], output))
 
-        return keep
-
-    with _hooked([m.register_forward_hook(hook(p)) for p, m in modules.items()]):
+    with contextlib.ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, path)))
         return seen, recording.block(i, hidden)
 
 
@@ -215,11 +174,8 @@ def observe(
         output of the block (B, T, D), input of the write (B, T, F), output of the write (B, T, D).
     """
     seen, output = _run(recording, i, hidden, {write.path: write.module})
-    found = seen[write.path]
-    assert found.inputs is not None
-    assert found.outputs is not None
-    tokens = hidden.shape[:2]
-    return output, found.inputs.reshape(*tokens, -1), found.outputs.reshape(*tokens, -1)
+    read, written = (t.reshape(*hidden.shape[:2], -1) for t in seen[write.path][-1])
+    return output, read, written
 
 
 def push_layer(
@@ -230,7 +186,7 @@ def push_layer(
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + change.reshape(output.shape)
 
-    with _hooked([module.register_forward_hook(push)]):
+    with module.register_forward_hook(push):
         return recording.block(i, hidden)
 
 
@@ -290,7 +246,10 @@ def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor
         hidden: the stream (B, T, D) before the block.
     """
     found = []
-    for path, module, written in list_writers(recording, block, i, hidden):
+    for path, module, written in list_linear_layers(recording, block, i, hidden)[0]:
+        if written.shape[-1] != hidden.shape[-1]:
+            continue
+        written = written.reshape(hidden.shape)
         responses = _responses(recording, i, hidden, module, written).flatten(0, 1)
         channels, tokens = _rank_one(responses)
         missed = (responses - tokens[:, None] * channels).square().sum(0)

@@ -34,8 +34,10 @@ they do not fit the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -131,6 +133,7 @@ def _blocks(first: int, last: int) -> str:
 # The cuts of a state ------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class _Fitting:
     """Fits the cuts in order, and keeps the streams between them.
 
@@ -142,23 +145,20 @@ class _Fitting:
         done: counts the blocks run per batch.
     """
 
-    def __init__(
-        self,
-        replay: Replay,
-        kinds: Sequence[str],
-        batches: Sequence[TokenSet],
-        stored: StoredLayers | None,
-        done: Callable[[int], None],
-    ) -> None:
-        self._replay, self._kinds, self._batches = replay, kinds, batches
-        self._stored, self._done = stored, done
-        self._recordings = [replay.record(b.input_ids) for b in batches]
-        self._tokens = sum(int(b.mask.sum()) for b in batches)
+    replay: Replay
+    kinds: Sequence[str]
+    batches: Sequence[TokenSet]
+    stored: StoredLayers | None
+    done: Callable[[int], None]
+    maps: str = "reads"
+
+    def __post_init__(self) -> None:
+        self._recordings = [self.replay.record(b.input_ids) for b in self.batches]
+        self._tokens = sum(int(b.mask.sum()) for b in self.batches)
         # The original's and the patched model's streams, before block `at`.
         self._original = [r.entered for r in self._recordings]
         self._patched = list(self._original)
         self._at = 0
-        self.maps = "reads"
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
         """Return the patch of the cut of blocks ``first`` to ``last``; or why there is none."""
@@ -168,14 +168,17 @@ class _Fitting:
         for i in self._sweep(self._at, last):
             if i == p:
                 entered = self._patched
-                write = self._find_straight(p)
+                block, kind = self.replay.blocks[p], self.kinds[p]
+                write = find_write(self._recordings[0], block, p, self._original[0], kind)
+                if write is not None and self._obstacle(p, write):
+                    write = None
                 if write is not None:
                     self._choose_maps([write])
                     seen = self._observe(p, write)
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
             self._original = self._after(i, self._original)
-            self._done(len(self._batches) * (1 + (i <= p)))
+            self.done(len(self.batches) * (1 + (i <= p)))
         self._at = last + 1
         if p < 0:
             return (
@@ -186,13 +189,8 @@ class _Fitting:
             return self._fit_approximately(p, last, entered)
         return self._fit_exactly(p, last, write, seen)
 
-    def _find_straight(self, p: int) -> Write | None:
-        """Find a layer that writes straight to the stream and can take new weights."""
-        recording, block, kind = self._recordings[0], self._replay.blocks[p], self._kinds[p]
-        write = find_write(recording, block, p, self._original[0], kind)
-        if write is None or find_obstacle(self._replay, self._stored, p, write.path, write.module):
-            return None
-        return write
+    def _obstacle(self, p: int, write: Write) -> str:
+        return find_obstacle(self.replay, self.stored, p, write.path, write.module)
 
     def _observe(self, p: int, write: Write) -> list[tuple[Tensor, Tensor]]:
         """Return for each batch the output (B, T, D) of block p in the patched model, and the
@@ -228,13 +226,12 @@ class _Fitting:
         Args:
             entered: for each batch the patched model's stream before block p.
         """
-        block, reasons, usable = self._replay.blocks[p], [], []
+        block, reasons, usable = self.replay.blocks[p], [], []
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self._sweep(p, p):
             for gained in gained_writes(self._recordings[0], block, p, entered[0]):
-                path, module = gained.write.path, gained.write.module
-                if reason := find_obstacle(self._replay, self._stored, p, path, module):
+                if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
                 else:
                     usable.append(gained)
@@ -247,7 +244,7 @@ class _Fitting:
             if best is not None:
                 found, write = best
                 patch = self._patch(p, last, write, found, exact=False)
-                with apply_patches(self._replay.blocks, [patch]):
+                with apply_patches(self.replay.blocks, [patch]):
                     self._patched = self._after(p, entered)
         if patch is not None:
             return patch
@@ -255,7 +252,7 @@ class _Fitting:
             return _no_better(p, [gained.write.path for gained in tried])
         why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
-            f"block {p} ({self._kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
+            f"block {p} ({self.kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
             "distillation instead"
         )
 
@@ -284,7 +281,7 @@ class _Fitting:
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Return the weighted squared error on the validation rows, with block p patched."""
         total = 0.0
-        with apply_patches(self._replay.blocks, [patch] if patch else []):
+        with apply_patches(self.replay.blocks, [patch] if patch else []):
             for b, recording in enumerate(self._recordings):
                 rows = self._sides(b)[1]
                 if not bool(rows.any()):
@@ -322,11 +319,11 @@ class _Fitting:
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
         """Return which real tokens (B, T) of batch ``b`` are for fitting, which for validation."""
-        batch, device = self._batches[b], self._original[b].device
+        batch, device = self.batches[b], self._original[b].device
         mask = batch.mask.to(device)
         validation = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
         # There are too few samples to take one in four.
-        if sum(each.samples for each in self._batches) < _HELD_OUT_EVERY:
+        if sum(each.samples for each in self.batches) < _HELD_OUT_EVERY:
             validation = (batch.index == 0).to(device)
         return mask & ~validation[:, None], mask & validation[:, None]
 
@@ -334,7 +331,7 @@ class _Fitting:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
 
     def _sweep(self, first: int, last: int) -> Iterator[int]:
-        for i in self._replay.store.sweep(range(first, last + 1)):
+        for i in self.replay.store.sweep(range(first, last + 1)):
             assert isinstance(i, int)
             yield i
 
@@ -357,10 +354,10 @@ class _Fitting:
                     f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are "
                     "free"
                 )
-            stream = sum(self._replay.stream_bytes(batch) for batch in self._batches)
+            stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
             # Both models' streams, a block's output and what its layer reads.
             needed = stream * (3 + size / width)
-            room = self._replay.room(self._batches[0])
+            room = self.replay.room(self.batches[0])
             if needed > room:
                 raise FitError(
                     f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB in "
@@ -395,7 +392,6 @@ class Moments:
         self.xx = torch.zeros((features, features), **options)  # type: ignore[call-overload]
         self.tx = torch.zeros((targets, features), **options)  # type: ignore[call-overload]
         self.tt = torch.zeros((), **options)  # type: ignore[call-overload]
-        self.rows = 0
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
@@ -405,14 +401,6 @@ class Moments:
         self.xx.addmm_((x * weights[:, None]).T, x)
         self.tx.addmm_(weighted.T, x)
         self.tt += (weighted * t).sum()
-        self.rows += len(x)
-
-    def absorb(self, other: Moments) -> None:
-        """Add all rows of ``other``."""
-        self.xx += other.xx
-        self.tx += other.tx
-        self.tt += other.tt
-        self.rows += other.rows
 
 
 def bytes_of(features: int) -> int:
@@ -460,7 +448,8 @@ def fit_ridge(
     # NaN is no improvement either.
     if not error < 1:
         return None
-    fit.absorb(held_out)
+    fit.xx += held_out.xx
+    fit.tx += held_out.tx
     return RidgeFit(ridge_map(fit, strength), strength, error)
 
 
@@ -473,14 +462,10 @@ def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
     Returns:
         the strength and its error.
     """
-    known: dict[int, float] = {}
 
+    @cache
     def error(k: int) -> float:
-        if not 0 <= k < len(STRENGTHS):
-            return float("inf")
-        if k not in known:
-            known[k] = left(STRENGTHS[k])
-        return known[k]
+        return left(STRENGTHS[k]) if 0 <= k < len(STRENGTHS) else math.inf
 
     at = len(STRENGTHS) // 2
     while error(next_to := min((at - 1, at + 1), key=error)) < error(at):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,12 @@ from torch.utils.data import Sampler
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.documents import HealingMemory
-from isingcut.healing.job import Job
-from isingcut.healing.recipe import is_sharded, trainer_settings
+from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
-from isingcut.models.compute.tuning import kept_bytes
+from isingcut.models.compute.tuning import count_graph_bytes
 from isingcut.models.device import BatchLimit, allowance
 from isingcut.options.config import BATCH_TOKENS
 
@@ -101,25 +101,6 @@ class Steps(Sampler[list[int]]):
         return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
-SMALL = 3
-"""Timed steps of one sample."""
-
-
-def timed_steps(samples: int, several: int, rank: int, size: int) -> list[list[int]]:
-    """Return the steps to time, each one micro-batch: three of one sample, two of several.
-
-    Args:
-        samples: number of samples.
-        several: samples per micro-batch and process.
-        rank, size: rank of this process, and number of processes.
-    """
-    found = []
-    for step, count in enumerate([1] * SMALL + [several] * 2):
-        first = (step * size + rank) * several
-        found.append([i % samples for i in range(first, first + count)])
-    return found
-
-
 def _needed(lengths: Sequence[int], most: int) -> int:
     """Return the fewest parts of at most ``most`` tokens."""
     found, start = 0, 0
@@ -155,16 +136,10 @@ def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[f
             total = best[:-1, None] + cost[1:]
             cuts.append(total.argmin(0) + 1)
             best = total.min(0)
-        yield float(best[-1]), _slices(cuts, size)
-
-
-def _slices(cuts: Sequence[np.ndarray], size: int) -> list[slice]:
-    found, end = [], size
-    for cut in reversed(cuts):
-        start = int(cut[end - 1])
-        found.append(slice(start, end))
-        end = start
-    return [slice(0, end), *reversed(found)]
+        ends = [size]
+        for cut in reversed(cuts):
+            ends.append(int(cut[ends[-1] - 1]))
+        yield float(best[-1]), [slice(*ends) for ends in pairwise([0, *reversed(ends)])]
 
 
 def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -190,7 +165,7 @@ _GRADIENT, _MOMENTS = 4, 8
 
 
 def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
-    """Plan the training for this machine's memory, unless the `--trainer` file sets it.
+    """Plan the training for this machine's memory, unless `--trainer` sets it.
 
     Args:
         student: the model to train, with its loss installed and its attention chosen.
@@ -245,13 +220,13 @@ def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[st
     ranks = job.processes.size if is_sharded(settings) else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / ranks
     # Other optimisers of transformers use less.
-    optimiser = str(settings.get("optim", "adamw_torch"))
+    moments = str(settings.get("optim", "adamw_torch")).startswith("adamw_torch")
     teacher = _storages(job.teacher.model)
     own = [size for place, size in _storages(student).items() if place not in teacher]
     return {
         "weights": sum(own) / ranks,
         "gradients": _GRADIENT * trained,
-        "moments": _MOMENTS * trained if optimiser.startswith("adamw_torch") else 0,
+        "moments": _MOMENTS * trained * moments,
         "teacher": sum(teacher.values()),
     }
 
@@ -278,9 +253,14 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     entering = 4 * blocks * int(text.hidden_size)
     half = job.teacher.dtype == torch.bfloat16
 
+    def kept(tokens: int) -> int:
+        given = {k: v[:, :tokens].to(device) for k, v in row.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return count_graph_bytes(student, lambda: student(**given, alone=True)["loss"])
+
     def counted(length: int) -> tuple[float, float]:
         few = max(1, length // 2)
-        less, more = (_kept(student, row, n, half=half) for n in (few, length))
+        less, more = map(kept, (few, length))
         each = max(1.0, (more - less) / max(1, length - few))
         return each, max(0.0, less - each * few)
 
@@ -295,10 +275,3 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     # The gradient of the logits is computed with them and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed
-
-
-def _kept(student: Any, row: dict[str, Tensor], tokens: int, *, half: bool) -> int:
-    device = next(student.parameters()).device
-    given = {k: v[:, :tokens].to(device) for k, v in row.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        return kept_bytes(student, lambda: student(**given, alone=True)["loss"])

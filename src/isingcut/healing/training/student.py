@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from isingcut.healing.recipe import check_last
-from isingcut.models.architectures.blocks import find_stack, stack_modules, text_config, text_model
+from isingcut.healing.job import check_last
+from isingcut.models.architectures.blocks import (
+    find_stack,
+    language_model,
+    stack_modules,
+    text_config,
+)
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
-from isingcut.models.compute.head import entering
+from isingcut.models.compute.head import find_head_input
 from isingcut.models.cutting.verify import reload
 from isingcut.options.config import HealConfig
 
@@ -95,34 +100,23 @@ def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
     layers need no gradients, so the backward pass ends before them.
     """
     stack = stack_modules(model, find_stack(model))
-    read = text_model(model)
+    read = language_model(model)
     first = {id(p) for p in read.get_input_embeddings().parameters()}
     within = [p for block in stack[-blocks:] for p in block.parameters()]
-    return within + [p for p in _behind(read, stack[-1]) if id(p) not in first]
+    return within + [p for p in _list_behind(read, stack[-1]) if id(p) not in first]
 
 
-def _behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
-    """Return the weights after a block: those with a gradient if the graph starts there."""
-
-    def begin(_: Any, __: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        new = hidden.detach().requires_grad_()
-        return new if isinstance(output, torch.Tensor) else (new, *output[1:])
-
-    parameters = list(model.parameters())
-    needed = [p.requires_grad for p in parameters]
-    model.requires_grad_(True)
-    handle = block.register_forward_hook(begin)
-    ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
-    try:
-        with torch.enable_grad():
-            total = model(input_ids=ids, use_cache=False).logits.float().sum()
-            found = torch.autograd.grad(total, parameters, allow_unused=True)
-    finally:
-        handle.remove()
-        for parameter, before in zip(parameters, needed, strict=True):
-            parameter.requires_grad_(before)
-    return [p for p, g in zip(parameters, found, strict=True) if g is not None]
+def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of the modules that a model calls after a block."""
+    called: list[nn.Module] = []
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda m, _: called.append(m)))
+        hooks.enter_context(block.register_forward_hook(lambda *_: called.clear()))
+        with torch.no_grad():
+            model(torch.zeros((1, 4), dtype=torch.long, device=model.device), use_cache=False)
+    behind = {id(p) for module in called for p in module.parameters(recurse=False)}
+    return [p for p in model.parameters() if id(p) in behind]
 
 
 def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
@@ -158,7 +152,7 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
     training = model.training
     model.eval()
     try:
-        inputs = entering(output, lambda: model(input_ids=ids, use_cache=False).logits)
+        inputs = find_head_input(output, lambda: model(input_ids=ids, use_cache=False).logits)
         with torch.no_grad():
             stream = stream_of(decoder(input_ids=ids, use_cache=False))
         same = inputs is not None and torch.equal(inputs, stream)
@@ -183,7 +177,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
         plain: the transformers model inside it.
         original: the teacher, frozen, on the student's device.
     """
-    text, teacher = text_model(plain), text_model(original)
+    text, teacher = language_model(plain), language_model(original)
     forward = text.forward
     parts, other = split_head(text), split_head(teacher)
     size = text.get_output_embeddings().weight.shape[0] if parts else 1

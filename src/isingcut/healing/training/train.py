@@ -48,16 +48,16 @@ from isingcut.files.writing import (
     read_document,
     write_document,
 )
-from isingcut.healing.job import Job
-from isingcut.healing.recipe import (
+from isingcut.healing.job import (
     SHORT,
+    Job,
     bought_recipe,
     is_sharded,
     stored_dtype,
     trainer_settings,
     usual_recipe,
 )
-from isingcut.healing.training.batches import SMALL, Steps, batch_of, plan_memory, timed_steps
+from isingcut.healing.training.batches import Steps, batch_of, plan_memory
 from isingcut.healing.training.student import (
     install,
     load_student,
@@ -66,15 +66,17 @@ from isingcut.healing.training.student import (
     trained_weights,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
-from isingcut.models.architectures.blocks import text_config, text_model
+from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import share
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
-from isingcut.models.transformers_private import checkpointing
+from isingcut.models.transformers_private import get_checkpointing
 
+# Timed steps of one sample.
+_SMALL = 3
 # Trained tokens between two checks, at least.
 _EACH_CHECK = 100_000
 
@@ -136,10 +138,11 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, plan):
-        longest = int(job.tokens.mask.sum(1).max())
-        order = timed_steps(
-            job.tokens.samples, max(1, plan.most // longest), job.processes.rank, size
-        )
+        several = max(1, plan.most // int(job.tokens.mask.sum(1).max()))
+        order = []
+        for step, count in enumerate([1] * _SMALL + [several] * 2):
+            first = (step * size + job.processes.rank) * several
+            order.append([i % job.tokens.samples for i in range(first, first + count)])
         _run(job, student, plan, order, watch)
     counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
@@ -235,14 +238,17 @@ def _arguments(
     parts = order.micro_batches if isinstance(order, Steps) else 1
     config, size, steps = job.config, job.processes.size, len(order) // parts
     device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
+    # Two to ten states, each with a check, or one every 50 steps.
+    tokens = steps * batch * (float(job.tokens.mask.sum()) / job.tokens.samples)
+    states = min(10.0, max(2.0, tokens / _EACH_CHECK))
     settings: dict[str, Any] = {
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(100, steps // 10),
         "weight_decay": 0.0,
-        "save_steps": _between_saves(job, steps, batch),
+        "save_steps": min(50, math.ceil(steps / states)),
         "bf16": job.teacher.dtype == torch.bfloat16,
-        **(checkpointing() if plan.recompute else {}),
+        **(get_checkpointing() if plan.recompute else {}),
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **trainer_settings(config),
         "output_dir": str(job.work / "trainer"),
@@ -267,13 +273,6 @@ def _arguments(
         return arguments
     except (TypeError, ValueError, ImportError) as e:
         raise _refused(e) from e
-
-
-def _between_saves(job: Job, steps: int, batch: int) -> int:
-    """Return the steps between two states, each with a check: two to ten, or every 50 steps."""
-    mean = float(job.tokens.mask.sum()) / job.tokens.samples
-    wanted = steps * batch * mean / _EACH_CHECK
-    return min(50, math.ceil(steps / min(10.0, max(2.0, wanted))))
 
 
 def _refused(error: Exception) -> InputError:
@@ -421,7 +420,7 @@ class Watch(TrainerCallback):
 def lower_rate(job: Job) -> str:
     """Return the advice for NaN or infinite losses."""
     rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
-    return f"set a lower learning_rate in the --trainer file{rate}"
+    return f"set a lower learning_rate with --trainer{rate}"
 
 
 # Written by the training or by `save_pretrained`, so not copied from the start.
@@ -488,7 +487,7 @@ def _pace(job: Job) -> tuple[float, float]:
         shutil.rmtree(trial, ignore_errors=True)
     # The first step of a size compiles and allocates; the fastest of the others is undisturbed.
     (n, s), (m, t) = (
-        min(part[1:], key=lambda step: step[1]) for part in (times[:SMALL], times[SMALL:])
+        min(part[1:], key=lambda step: step[1]) for part in (times[:_SMALL], times[_SMALL:])
     )
     token = (t - s) / (m - n) if m > n and t > s else t / m
     return max(0.0, t - token * m), token
@@ -513,10 +512,12 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
                 shutil.copyfile(path, temporary / path.name)
         again = reload(temporary, dtype=dtype, trust_remote_code=trust)
         with torch.no_grad():
-            same = torch.equal(text_model(model)(tokens).logits, text_model(again)(tokens).logits)
+            same = torch.equal(
+                language_model(model)(tokens).logits, language_model(again)(tokens).logits
+            )
         if not same:
             raise ModelError(
                 f"the healed model gives other logits after reloading it from {out}; it was "
                 "deleted there"
             )
-        check_generation(text_model(again), tokens[:1], 8, str(out))
+        check_generation(language_model(again), tokens[:1], 8, str(out))

@@ -73,8 +73,8 @@ def _smallest(values, count, r):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def sift_down(energies, best):  # type: ignore[no-untyped-def]
-    """Restore the max-heap (energies, best) after its first entry was replaced."""
+def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
+    """Restore the max-heap (energies, best, keys) after its first entry was replaced."""
     k = energies.shape[0]
     i = 0
     while True:
@@ -86,6 +86,7 @@ def sift_down(energies, best):  # type: ignore[no-untyped-def]
         if energies[child] <= energies[i]:
             return
         energies[i], energies[child] = energies[child], energies[i]
+        keys[i], keys[child] = keys[child], keys[i]
         for j in range(best.shape[1]):
             best[i, j], best[child, j] = best[child, j], best[i, j]
         i = child
@@ -131,6 +132,8 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     marginal[0] = h
     sums = np.zeros((m + 1, rows))
     values = np.zeros(n)
+    # No state comes twice here: keys would say nothing.
+    keys = np.zeros(energies.shape[0], dtype=np.uint64)
     limit = min(threshold[0], energies[0])
     nodes = 0
     depth = 0
@@ -163,7 +166,7 @@ def enumerate_below(  # type: ignore[no-untyped-def]
                         for d in range(depth):
                             best[0, chosen[d]] = 1
                         best[0, i] = 1
-                        sift_down(energies, best)
+                        sift_down(energies, best, keys)
                         limit = min(threshold[0], energies[0])
                         room = limit - partial[depth]
             depth -= 1

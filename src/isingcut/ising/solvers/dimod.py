@@ -108,6 +108,8 @@ def sampler_class(name: str) -> Any:
         MissingExtraError: it is a class of dwave-samplers, which is not installed.
         InputError: there is no such module or class, the import fails, or it is not a sampler.
     """
+    from dimod.core.sampler import Sampler
+
     module, _, attribute = name.rpartition(".")
     if not module or not all(part.isidentifier() for part in name.split(".")):
         raise InputError(
@@ -128,21 +130,14 @@ def sampler_class(name: str) -> Any:
         raise
     except BaseException as error:
         raise _failed(f"importing {module!r}", error) from error
-    if not is_sampler(found):
+    if not isinstance(found, type) or not (
+        issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
+    ):
         raise InputError(
             f"{name} is not a dimod sampler; expected a subclass of dimod.Sampler, or a class with "
             "the method sample_cqm"
         )
     return found
-
-
-def is_sampler(found: Any) -> bool:
-    """Whether ``found`` is a dimod sampler class; it is not called."""
-    from dimod.core.sampler import Sampler
-
-    if not isinstance(found, type):
-        return False
-    return issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
 
 
 def _states(found: Any, n: int, name: str) -> States:

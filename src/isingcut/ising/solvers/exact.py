@@ -23,10 +23,10 @@ from threadpoolctl import threadpool_limits
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
-from isingcut.ising.solvers import tabu
 from isingcut.ising.solvers._enumeration import enumerate_below
 from isingcut.ising.solvers._relaxation import Dual, Relaxation, Subproblem, spin_matrix
 from isingcut.ising.solvers.base import Reduced, Solution, propagate, reduce
+from isingcut.ising.solvers.tabu import Tabu
 from isingcut.ising.states import Floats
 
 __all__ = ["Exact"]
@@ -168,7 +168,8 @@ class _BranchAndBound:
         r = self.reduced
         restarts = 20 if r.count_states() > 1_000_000 else 2
         # A longer list is filled by the enumeration; tabu search compares with each state of it.
-        states, _ = tabu.search(r, min(self.k, 1000), restarts, 0, seed, None, problem)
+        heuristic = Tabu(restarts=restarts, seed=seed)
+        states, _ = heuristic.search(r, min(self.k, 1000), problem)
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
             self._push(_Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
+from isingcut.ising.solvers._enumeration import sift_down
 from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 
@@ -34,20 +35,8 @@ def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-unt
     pool_energies[0] = energy
     hashes[0] = key
     pool[0, :] = x
-    i = 0
-    while True:
-        child = 2 * i + 1
-        if child >= k:
-            return True
-        if child + 1 < k and pool_energies[child + 1] > pool_energies[child]:
-            child += 1
-        if pool_energies[child] <= pool_energies[i]:
-            return True
-        pool_energies[i], pool_energies[child] = pool_energies[child], pool_energies[i]
-        hashes[i], hashes[child] = hashes[child], hashes[i]
-        for j in range(x.shape[0]):
-            pool[i, j], pool[child, j] = pool[child, j], pool[i, j]
-        i = child
+    sift_down(pool_energies, pool, hashes)
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -88,6 +77,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             energy += local[i]
             m += 1
             key ^= keys[i]
+            # `local += J[i]` binds the name anew, and makes the whole search a tenth slower.
             for j in range(n):
                 local[j] += J[i, j]
             for r in range(rows):
@@ -117,8 +107,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
         if violation == 0.0:
             expand = _insert(x, energy, key, pool_energies, pool, hashes)
             best_seen = min(best_seen, energy)
-        n1 = 0
-        n0 = 0
+        n1 = n0 = 0
         for i in range(n):
             if x[i]:
                 ones[n1] = i
@@ -192,32 +181,23 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             tabu_until[:] = 0
             continue
         tenure = min(n // 4, 8)
-        if best_out >= 0:
-            energy -= local[best_out]
-            x[best_out] = 0
-            neighbour[best_out] = 0
-            key ^= keys[best_out]
-            m -= 1
+        for block, sign, least, most in (
+            (best_out, -1, tenure, n0 // 2),
+            (best_in, 1, tenure // 2, n1 // 2),
+        ):
+            if block < 0:
+                continue
+            energy += sign * local[block]
+            x[block] = neighbour[block] = sign > 0
+            key ^= keys[block]
+            m += sign
             for j in range(n):
-                local[j] -= J[best_out, j]
+                local[j] += sign * J[block, j]
             for r in range(rows):
-                sums[r] -= A[r, best_out]
+                sums[r] += sign * A[r, block]
             random = _next(random)
             extra = np.int64(random >> np.uint64(60)) % 5
-            tabu_until[best_out] = step + min(tenure + extra, n0 // 2)
-        if best_in >= 0:
-            energy += local[best_in]
-            x[best_in] = 1
-            neighbour[best_in] = 1
-            key ^= keys[best_in]
-            m += 1
-            for j in range(n):
-                local[j] += J[best_in, j]
-            for r in range(rows):
-                sums[r] += A[r, best_in]
-            random = _next(random)
-            extra = np.int64(random >> np.uint64(60)) % 5
-            tabu_until[best_in] = step + min(tenure // 2 + extra, n1 // 2)
+            tabu_until[block] = step + min(least + extra, most)
         if rows:
             violation = _violation(sums, low, high)
             weight *= 1.1 if violation > 0.0 else 0.97
@@ -253,67 +233,54 @@ class Tabu:
         if self.restarts < 0 or self.steps < 0:
             raise InputError("tabu needs restarts >= 0 and steps >= 0")
         reduced = reduce(problem)
-        states, done = search(
-            reduced, k, self.restarts, self.steps, self.seed, self.seconds, problem
-        )
+        states, done = self.search(reduced, k, problem)
         return Solution(reduced.expand(states), None, False, {"restarts": done})
 
-
-def search(
-    reduced: Reduced,
-    k: int,
-    restarts: int,
-    steps: int,
-    seed: int,
-    seconds: float | None,
-    problem: Problem,
-) -> tuple[NDArray[np.uint8], int]:
-    """Run tabu searches; return the pool of reduced states (S, V) and the number of restarts."""
-    n = reduced.n
-    pool_energies = np.full(k, np.inf)
-    pool = np.zeros((k, n), dtype=np.uint8)
-    hashes = np.zeros(k, dtype=np.uint64)
-    rng = np.random.default_rng(seed)
-    keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-    start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
-    size = np.abs(reduced.A).max(axis=1, initial=0.0)
-    A = reduced.A / size[:, None]
-    low, high = reduced.low / size, reduced.high / size
-    steps = steps or 20 * n + 500
-    restarts = restarts or 8 + 1600 // max(n, 1)
-    began = time.perf_counter()
-    done = 0
-    for restart in range(restarts):
-        x = np.zeros(n, dtype=np.uint8)
-        best = int(np.argmin(pool_energies))
-        if start is not None and restart == 0:
-            x[:] = start
-        elif restart % 4 and np.isfinite(pool_energies[best]):
-            x[:] = pool[best]
-            _perturb(x, rng)
-        else:
-            m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
-            x[rng.permutation(n)[:m]] = 1
-        tabu_walk(
-            reduced.h,
-            reduced.J,
-            A,
-            low,
-            high,
-            reduced.m_low,
-            reduced.m_high,
-            x,
-            steps,
-            int(rng.integers(2**31)),
-            keys,
-            pool_energies,
-            pool,
-            hashes,
-        )
-        done += 1
-        if seconds is not None and time.perf_counter() - began > seconds:
-            break
-    return pool[np.isfinite(pool_energies)], done
+    def search(self, reduced: Reduced, k: int, problem: Problem) -> tuple[NDArray[np.uint8], int]:
+        """Return the best reduced states (S, V) of several tabu searches, and their number."""
+        n = reduced.n
+        pool_energies = np.full(k, np.inf)
+        pool = np.zeros((k, n), dtype=np.uint8)
+        hashes = np.zeros(k, dtype=np.uint64)
+        rng = np.random.default_rng(self.seed)
+        keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
+        start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
+        size = np.abs(reduced.A).max(axis=1, initial=0.0)
+        A = reduced.A / size[:, None]
+        low, high = reduced.low / size, reduced.high / size
+        steps = self.steps or 20 * n + 500
+        restarts = self.restarts or 8 + 1600 // max(n, 1)
+        began = time.perf_counter()
+        for restart in range(restarts):
+            x = np.zeros(n, dtype=np.uint8)
+            best = int(np.argmin(pool_energies))
+            if start is not None and restart == 0:
+                x[:] = start
+            elif restart % 4 and np.isfinite(pool_energies[best]):
+                x[:] = pool[best]
+                _perturb(x, rng)
+            else:
+                m = int(rng.integers(reduced.m_low, reduced.m_high + 1))
+                x[rng.permutation(n)[:m]] = 1
+            tabu_walk(
+                reduced.h,
+                reduced.J,
+                A,
+                low,
+                high,
+                reduced.m_low,
+                reduced.m_high,
+                x,
+                steps,
+                int(rng.integers(2**31)),
+                keys,
+                pool_energies,
+                pool,
+                hashes,
+            )
+            if self.seconds is not None and time.perf_counter() - began > self.seconds:
+                break
+        return pool[np.isfinite(pool_energies)], restart + 1
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:

@@ -1,12 +1,12 @@
 """The stack of residual blocks of any transformers decoder, found by its structure.
 
 Finding it runs nothing, so a model on the meta device is enough. What a block is and costs is read
-from its modules and its config. `skipped` lets a model run with some blocks passing the stream
+from its modules and its config. `skip_blocks` lets a model run with some blocks passing the stream
 through: the reference for a cut.
 
-Most models are given text whole; BLIP's classes do not run without pixels. The language model
-inside them is a causal one of its own, with embedding, blocks and head, and computes on text what
-the whole model would (`text_model`).
+Some models hold a causal language model of their own, with embedding, blocks and head. It computes
+on text what the whole model would. BLIP's classes do not run without pixels, so text goes to the
+language model inside (`language_model`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ class BlockStack:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of every block, in order."""
+        """Return the kind of every block, in order."""
         return tuple(block.kind for block in self.blocks)
 
 
@@ -83,7 +82,7 @@ _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_exp
 
 
 def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
-    """The block's kind and its costs.
+    """Return a block with its kind and its costs.
 
     Args:
         module: the block.
@@ -121,7 +120,7 @@ def _itemsize(module: nn.Module) -> int:
 
 
 def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
-    """(kind, KV bytes per token, state bytes) of all that mixes tokens, outermost first.
+    """Find all that mixes tokens, outermost first: (kind, KV bytes per token, state bytes).
 
     What a module does decides, and not its name alone: one that is called attention and holds a
     recurrence is that recurrence, and one that holds other mixers only wraps them.
@@ -202,7 +201,7 @@ def _conv_state(convolution: nn.Module) -> int:
 
 
 def _kv_elements(module: nn.Module, config: Any) -> int:
-    """Key and value numbers that transformers caches for one token in one attention."""
+    """Count the key and value numbers that transformers caches for one token in one attention."""
     projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
     widths = [getattr(p, "out_features", None) for p in projections if p is not None]
     if widths and all(isinstance(w, int) for w in widths):
@@ -241,7 +240,7 @@ def _feed_forward(block: nn.Module) -> str | None:
 
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
-    """Parameters of routed experts that one token does not visit."""
+    """Count the parameters of routed experts that one token does not visit."""
     top_k = next((v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None)
     idle = 0
     for name, module in block.named_modules():
@@ -264,7 +263,7 @@ def _expert_count(module: nn.Module, config: Any) -> int | None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the decoder: the model's own, or its text part's.
+    """Return the configuration of the decoder: the model's own, or that of its text part.
 
     Raises:
         ArchitectureError: the model carries no configuration.
@@ -279,7 +278,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_stack(model: nn.Module) -> BlockStack:
-    """The ModuleList whose items carry the residual stream, with every block described.
+    """Find the ModuleList whose items carry the residual stream, and describe every block.
 
     The list has as many items as the decoder's config says; among several, lists inside
     the decoder win over lists outside it, then the one with most parameters wins.
@@ -310,22 +309,13 @@ def find_stack(model: nn.Module) -> BlockStack:
 
 
 def _of_block(config: Any, index: int) -> Any:
-    """The configuration of one block; families like Gemma 4 have one for each."""
+    """Return the configuration of one block; families like Gemma 4 have one for each."""
     return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:
-    """The block modules of ``model``, in order.
-
-    Raises:
-        ArchitectureError: the model has no such stack (it was found on another model).
-    """
-    try:
-        return [model.get_submodule(block.path) for block in stack.blocks]
-    except AttributeError as error:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no blocks at {stack.path!r}: {error}"
-        ) from error
+    """Return the block modules of ``model``, in order."""
+    return [model.get_submodule(block.path) for block in stack.blocks]
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
@@ -348,7 +338,7 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
 
 
 def _decoder_path(model: nn.Module) -> str:
-    """Where transformers says that the decoder is, or the root."""
+    """Return the path of the decoder as transformers knows it, or the root."""
     getter = getattr(model, "get_decoder", None)
     decoder: nn.Module | None = getter() if getter is not None else None
     if decoder is None or decoder is model:
@@ -368,7 +358,7 @@ def stop_rescaling(model: Any) -> None:
 
 
 @contextmanager
-def skipped(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
+def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
     """Skip the removed blocks within the context: each returns its input hidden states.
 
     The blocks still run, and only their output is replaced, so that caches stay consistent and the
@@ -400,20 +390,9 @@ def _pass_through(
     return (hidden, *output[1:])
 
 
-# Why a model that holds a language model of its own does not run on text alone; empty: it does.
-_REASONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def text_model(model: Any) -> Any:
-    """Return the model to run on text: itself, or its inner language model if it needs images.
-
-    A model without an inner language model is not tested here, and fails on use.
-    """
-    return language_model(model) if image_needed(model) else model
-
-
 def language_model(model: Any) -> Any:
-    """Return the causal language model inside a model that owns its blocks, or the model."""
+    """Return what of a model is run on text: the causal language model inside it that owns its
+    blocks, or the model."""
     if not isinstance(model, nn.Module):
         return model
     inner = [
@@ -427,28 +406,8 @@ def language_model(model: Any) -> Any:
     return next((module for path, module in inner if stack.path.startswith(f"{path}.")), model)
 
 
-def image_needed(model: Any) -> str:
-    """Explain why a model needs its inner language model for text; empty if it does not.
-
-    Tested with four tokens, once per model.
-    """
-    inner = language_model(model)
-    if inner is model:
-        return ""
-    if model not in _REASONS:
-        ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
-        reason = ""
-        try:
-            with torch.no_grad(), on_text_alone(model):
-                model(input_ids=ids, use_cache=False)
-        except ArchitectureError as error:
-            reason = one_line(error.__cause__ or error)
-        _REASONS[model] = reason
-    return _REASONS[model]
-
-
 @contextlib.contextmanager
-def on_text_alone(model: Any) -> Iterator[None]:
+def catch_text_errors(model: Any) -> Iterator[None]:
     """Convert errors of a model on text alone to one line, within the context.
 
     Raises:
@@ -457,7 +416,7 @@ def on_text_alone(model: Any) -> Iterator[None]:
     try:
         yield
     except (torch.AcceleratorError, IsingcutError):
-        raise  # the machine's fault, or said already
+        raise  # an error of the device, or one line already
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         raise ArchitectureError(

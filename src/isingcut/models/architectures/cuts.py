@@ -44,7 +44,7 @@ _PERIODISH = re.compile(
     r"layer.*(period|offset|interval|freq|step|every|_index)|(period|interval|every).*layer"
 )
 _PATTERNISH = re.compile(r"pattern|types|layers|blocks")
-# Words in names, outside the decoder's part, of what counts something else.
+# Outside the decoder's part, names with these words count something else.
 _ELSEWHERE = re.compile(
     r"vision|visual(?!_index)|image|video|audio|speech|vit|tower|encoder|projector|connector|"
     r"resampler|adapter|former|merger|mtp|nextn|perceiver"
@@ -52,15 +52,15 @@ _ELSEWHERE = re.compile(
 
 # A part of a configuration that has one of these is another model, and counts blocks of its own.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
-# Their own code renumbers what these hold, or it is about something else.
+# These are renumbered by code of their own, or are about something else.
 _CLOSED = {"quantization_config", "mtp_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 
 def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bool) -> None:
-    """Refuse a field that is not in the table and looks as if it counted or indexed blocks.
+    """Refuse a field that is not in the table and seems to count or index blocks.
 
     Args:
-        part: a part of a configuration that speaks of the decoder's blocks.
+        part: a part of a configuration whose fields describe the decoder's blocks.
         count: blocks of the decoder.
         mtp: as from `mtp_layers`; some lists have entries for these as well.
         decoder: it is the decoder's own part, or inside it; elsewhere only names tell.
@@ -103,11 +103,13 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def speaking_parts(
+def find_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The decoder's part of a configuration, the root, and what lies in these and is no model
-    of its own: where fields speak of the decoder's blocks; each with whether it is the decoder's.
+    """Find the parts of a configuration whose fields describe the decoder's blocks.
+
+    These are the decoder's part, the root, and the parts inside them that are no model of their
+    own.
 
     Args:
         config: the whole configuration.
@@ -133,14 +135,14 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     """Change, in place, the per-layer fields of one part of a configuration.
 
     Args:
-        part: as from `speaking_parts`.
+        part: as from `find_parts`.
         count: blocks before the cut.
         mapping: old block number to new, for those that stay; with the MTP layers that are
             numbered on after the blocks where these stay as well.
 
     Raises:
-        ArchitectureError: a field has another form than the table says, a list is too short, or a
-            period cannot be said of the kept blocks.
+        ArchitectureError: a field has another form than the table has, a list is too short, or a
+            period does not fit the kept blocks.
     """
     model_type = part.get("model_type", "")
     _, often = of_type(COUNTED_BY, model_type) or ("", 1)
@@ -158,25 +160,25 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
 
 
 def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
-    """What a field holds after the cut; whatever is raised for one of another form passes."""
+    """Return the value of a field after the cut. Errors for an unknown form pass."""
     kept = [i for i in mapping if i < count]
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
         return value // count * len(kept)
     if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
-        return _sliced(key, value, mapping, count)
+        return _slice_field(key, value, mapping, count)
     if key in fields.INDICES:
-        return _renumbered(value, mapping, first=0)
+        return _renumber_list(value, mapping, first=0)
     if key in fields.INDICES_FROM_1:
-        return _renumbered(value, mapping, first=1)
+        return _renumber_list(value, mapping, first=1)
     if key in fields.SOURCES:
-        return [mapping[i] for i in _sliced(key, value, mapping, count)]
+        return [mapping[i] for i in _slice_field(key, value, mapping, count)]
     if key in fields.MAPS:
         return {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
     if key in fields.PREFIX:
-        return _each(value, lambda v: v - sum(i < v for i in gone))
+        return _change_each(value, lambda v: v - sum(i < v for i in gone))
     if key in fields.LAST:
-        return _each(value, lambda v: v - sum(i <= v for i in gone))
+        return _change_each(value, lambda v: v - sum(i <= v for i in gone))
     if key in fields.SUFFIX:
         return value - sum(i >= count - value for i in gone)
     if key in fields.DEPTH_POWERS:
@@ -203,7 +205,7 @@ def _drop_generators(part: dict[str, Any]) -> None:
             )
 
 
-def _sliced(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
+def _slice_field(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
     if isinstance(value, (int, float, bool)):
         return value  # e.g. moe_layer_freq = 1: every block the same
     if len(value) < count:
@@ -214,16 +216,16 @@ def _sliced(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
     return "".join(kept) if isinstance(value, str) else kept
 
 
-def _renumbered(value: Any, mapping: dict[int, int], *, first: int) -> Any:
-    """A list of block numbers, or a text of them, after the cut; what it counts from is kept."""
+def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
+    """Renumber a list of block numbers, or a text of them; the first number is kept."""
     if isinstance(value, str):
         numbers = [int(word) for word in value.split(",") if word.strip()]
-        return ",".join(map(str, _renumbered(numbers, mapping, first=first)))
+        return ",".join(map(str, _renumber_list(numbers, mapping, first=first)))
     return [mapping[i - first] + first for i in value if i - first in mapping]
 
 
-def _each(value: Any, change: Callable[[int], int]) -> Any:
-    """A number changed, or each of a list (a modality each)."""
+def _change_each(value: Any, change: Callable[[int], int]) -> Any:
+    """Change a number, or each number of a list (one for each modality)."""
     return [change(v) for v in value] if isinstance(value, list) else change(value)
 
 
@@ -241,7 +243,7 @@ OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 def cut_config(
     config: dict[str, Any], removed: Sequence[int], *, drop_mtp: bool = False
 ) -> dict[str, Any]:
-    """The configuration of the model without the removed blocks.
+    """Return the configuration of the model without the removed blocks.
 
     Args:
         config: a checkpoint's ``config.json`` (or ``PreTrainedConfig.to_dict()``); not changed.
@@ -256,7 +258,7 @@ def cut_config(
     result = copy.deepcopy(config)
     text = materialise(result)
     count = depth(text)
-    mapping = renumbering(count, removed)
+    mapping = renumber_blocks(count, removed)
     _refuse_unclear(result, text, count)
     families.write_out(text, count)
     state = np.array([[i not in mapping for i in range(count)]])
@@ -266,16 +268,16 @@ def cut_config(
                 f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
     families.move_images(result, count, mapping)
-    read, types = _as_read(config)
+    read, types = _read_depth(config)
     numbers = mapping if drop_mtp else number_mtp_layers(mapping, count, mtp_layers(text))
-    for part, _ in speaking_parts(result, text):
+    for part, _ in find_parts(result, text):
         cut_fields(part, count, numbers)
         if drop_mtp:
             part.update({key: 0 for key in fields.MTP if part.get(key)})
     if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
         text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
     kept_types = [types[i] for i in mapping] if types else []
-    new_read, new_types = _as_read(result)
+    new_read, new_types = _read_depth(result)
     if new_types != kept_types:
         raise ArchitectureError(
             f"transformers would read the kept blocks as {new_types!r:.60}, but they are "
@@ -286,7 +288,7 @@ def cut_config(
             f"transformers would read {new_read} blocks from the cut configuration, and "
             f"{len(mapping)} stay"
         )
-    if families.keeps_attention(types) and not families.keeps_attention(kept_types):
+    if families.has_attention(types) and not families.has_attention(kept_types):
         raise ArchitectureError(f"every attention block would be removed; {families.ATTENTION}")
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
@@ -296,7 +298,7 @@ def cut_config(
 
 
 def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
-    """The linear rows that every state of a model has to obey, for the solver.
+    """Return the linear rows that every state of a model must satisfy, for the solver.
 
     Args:
         config: the model's configuration, an object or its dictionary.
@@ -314,7 +316,7 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
 
 
 def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
-    """A quantisation configuration with every module name renumbered, recursively."""
+    """Renumber every module name in a quantisation configuration, recursively."""
 
     def renamed(item: Any) -> list[Any]:
         if isinstance(item, str):
@@ -330,8 +332,8 @@ def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
     return value
 
 
-def renumbering(count: int, removed: Sequence[int]) -> dict[int, int]:
-    """Old block number to new, for the blocks that stay.
+def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
+    """Return the new number of each block that stays, by its old number.
 
     Raises:
         ArchitectureError: a removed block does not exist, is named twice, or none would stay.
@@ -350,10 +352,10 @@ def renumbering(count: int, removed: Sequence[int]) -> dict[int, int]:
 
 
 def number_mtp_layers(mapping: dict[int, int], count: int, layers: int) -> dict[int, int]:
-    """Old number to new, with the MTP layers that some checkpoints number on after the blocks.
+    """Add to a mapping the MTP layers that some checkpoints number on after the blocks.
 
     Args:
-        mapping: as from `renumbering`.
+        mapping: as from `renumber_blocks`.
         count: blocks before the cut.
         layers: as from `mtp_layers`.
     """
@@ -361,11 +363,11 @@ def number_mtp_layers(mapping: dict[int, int], count: int, layers: int) -> dict[
 
 
 def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
-    """The entries that replace one module name or pattern of a quantisation list.
+    """Return the entries that replace one module name or pattern of a quantisation list.
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
-        mapping: as from `renumbering` or `number_mtp_layers`; other numbers are dropped.
+        mapping: as from `renumber_blocks` or `number_mtp_layers`; other numbers are dropped.
 
     Returns:
         the entry itself when it names no block, none when it only named removed blocks.
@@ -413,7 +415,7 @@ def refuse_packing(config: Mapping[str, Any]) -> None:
 
 
 def depth(text: dict[str, Any]) -> int:
-    """Number of blocks in a decoder's configuration dictionary.
+    """Return the number of blocks in a decoder's configuration dictionary.
 
     Raises:
         ArchitectureError: it does not say.
@@ -429,7 +431,7 @@ def depth(text: dict[str, Any]) -> int:
                     f"the configuration says {key}={value}; expected at least 1"
                 )
             return value
-    if reason := uncuttable(text):
+    if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     raise ArchitectureError(
         f"the configuration does not say how many blocks the model has: expected one of "
@@ -437,8 +439,8 @@ def depth(text: dict[str, Any]) -> int:
     )
 
 
-def written_out(config: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's part of a configuration, per-layer fields written out; a copy."""
+def read_decoder(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the decoder's part of a configuration, per-layer fields written out."""
     return materialise(copy.deepcopy(config))
 
 
@@ -472,8 +474,8 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """How many blocks transformers reads from a configuration, and what it calls each of them.
+def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
+    """Return how many blocks transformers reads from a configuration, and their types.
 
     Where it does not say: None, and no types.
     """
@@ -485,14 +487,11 @@ def _as_read(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
-    """Refuse a configuration that cannot be cut exactly, or that says what is not understood."""
-    for key, harmless, reason in fields.DEPTH_DEPENDENT_FIELDS:
-        if text.get(key, harmless) != harmless:
-            raise ArchitectureError(f"{key}={text[key]!r}: {reason}; it cannot be cut exactly")
-    if reason := uncuttable(text):
+    """Refuse a configuration that cannot be cut exactly, or has an unknown per-layer field."""
+    if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     layers = mtp_layers(text)
-    for part, decoder in speaking_parts(config, text):
+    for part, decoder in find_parts(config, text):
         # Cut of nothing: whether each field has a form that is known.
         cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, layers, decoder=decoder)
@@ -503,14 +502,16 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
         refuse_unknown(more, count, layers, decoder=True)
 
 
-def uncuttable(text: Mapping[str, Any]) -> str:
-    """Why a model of this type cannot be cut, whichever the state; empty where it can."""
-    model_type = str(text.get("model_type", ""))
-    reason = of_type(UNCUTTABLE, model_type)
-    return f"{model_type} cannot be cut exactly: {reason}" if reason else ""
+def explain_uncuttable(text: Mapping[str, Any]) -> str:
+    """Return why a model of this type can never be cut; empty if it can."""
+    what = str(text.get("model_type", ""))
+    reason = of_type(UNCUTTABLE, what)
+    if text.get("scale_attn_by_inverse_layer_idx"):
+        what, reason = "this model", "its attention is scaled by 1 / (block number + 1)"
+    return f"{what} cannot be cut exactly: {reason}" if reason else ""
 
 
 def mtp_layers(text: Mapping[str, Any]) -> int:
-    """Number of layers for multi-token prediction (MTP), which draft further tokens."""
+    """Count the layers for multi-token prediction (MTP), which draft further tokens."""
     found = [text.get(key) for key in fields.MTP]
     return max((n for n in found if isinstance(n, int)), default=0)

@@ -3,8 +3,8 @@
 A family may expand a period before the table is applied, or forbid states with linear rows for the
 solver. Families are found by the fields they use, or by model type.
 
-A model whose images enter between its text blocks counts those blocks by their place in the stack,
-in the vision tower's part or at the root of its configuration. Text alone never shows it.
+If images enter a model between its text blocks, its configuration has the numbers of those blocks,
+in the vision tower's part or at the root. Text alone never shows it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
-# Their config class turns the last block into full attention, whatever it was.
+# Their config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
 _LAST_REASON = "the last block has to be full attention in this family"
 
@@ -35,7 +35,7 @@ _ENTERS = "image features join the stream in front of blocks {}, each at a place
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
-    """Replace, in place, periods by the block lists they stand for, where the model has both."""
+    """Replace, in place, periods by the block lists they stand for, if the model has both."""
     step = text.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         listed = set(text.get("mlp_only_layers") or ())
@@ -49,20 +49,20 @@ def _has_periods(text: dict[str, Any]) -> bool:
     return not listed and all(isinstance(text.get(name), int) for name in fields.PERIODS)
 
 
-def kept_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
-    """Blocks that must stay, each with the reason.
+def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
+    """Return the blocks that must stay, each with the reason.
 
     Args:
         config: a whole checkpoint's configuration.
         text: the decoder's part of it, with its per-layer fields written out.
         count: blocks of the decoder.
     """
-    features = max((len(value) for _, value in _found(config, fields.DEEPSTACK)), default=0)
+    features = max((len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0)
     received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
-    return _kept_of_text(text, count) | received
+    return _find_fixed_of_text(text, count) | received
 
 
-def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
+def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
     model_type = str(text.get("model_type", ""))
     if found := of_type(STAY, model_type):
         at, reason = found
@@ -83,7 +83,7 @@ def _kept_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
 
 
 def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
-    """Blocks that stay only where an earlier one does: both numbers, and why.
+    """Return pairs of blocks where the first may stay only if the second stays, and why.
 
     Args:
         text: the decoder's configuration with its per-layer fields written out.
@@ -109,7 +109,8 @@ def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
 
 
 def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
-    """The last unshared block of each attention type: later blocks read its keys and values."""
+    """Find the last unshared block of each attention type: later blocks read its keys and
+    values."""
     last = {kind: i for i, kind in enumerate(types[:first_shared])}
     return {
         i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
@@ -118,7 +119,7 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
 
 
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
-    """A block of another type only stays where a full-attention block after it stays."""
+    """Make the rows that a full-attention block stays after each kept block of another type."""
     n, rows = len(types), []
     for i, kind in enumerate(types):
         if kind != "full_attention":
@@ -131,7 +132,7 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
     return rows
 
 
-def keeps_attention(types: list[str]) -> bool:
+def has_attention(types: list[str]) -> bool:
     """Whether blocks of these transformers layer types fill an attention cache."""
     return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
 
@@ -139,16 +140,16 @@ def keeps_attention(types: list[str]) -> bool:
 def legality(
     config: dict[str, Any], text: dict[str, Any], n: int, attention: Sequence[int] = ()
 ) -> list[LinearConstraint]:
-    """The linear rows that follow from a configuration, which every state has to obey.
+    """Make the linear rows that follow from a configuration. Every state must satisfy them.
 
     Args:
-        config, text: as of `kept_blocks`.
+        config, text: as of `find_fixed_blocks`.
         n: blocks of the decoder.
         attention: those that fill an attention cache, where they are known.
     """
     rows = [
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
-        for i, reason in kept_blocks(config, text, n).items()
+        for i, reason in find_fixed_blocks(config, text, n).items()
     ]
     for i, source, reason in sources(text, n):
         row = _unit(n, [source])
@@ -167,12 +168,13 @@ def legality(
 
 
 def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
-    """The row that one of these blocks stays."""
+    """Make the row that one of these blocks stays."""
     return LinearConstraint(f"keep {name}", _unit(n, blocks), "<=", len(blocks) - 1.0, reason)
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
-    """Aligned groups of ``period`` blocks go together; an incomplete last group from its end."""
+    """Make the rows that aligned groups of ``period`` blocks go together, an incomplete last group
+    from its end."""
     reason = f"block kinds repeat every {period} blocks in the configuration"
     rows = []
     for i in range(n - 1):
@@ -209,7 +211,7 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
             return block  # Never met, before and after.
         return next(mapping[i] for i in range(block, count) if i in mapping)
 
-    for path, value in list(_found(config, fields.IMAGE_ENTRIES)):
+    for path, value in list(_find(config, fields.IMAGE_ENTRIES)):
         part = config
         for key in path[:-1]:
             part = part.setdefault(key, {})
@@ -220,10 +222,11 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
 
 
 def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
-    """Of each place at which features join, the blocks up to the next place; and why one stays."""
+    """Return, for each place where features join, the blocks up to the next place; and the
+    reason."""
     joined = {
         item[-1] if isinstance(item, (list, tuple)) else item
-        for _, value in _found(config, fields.IMAGE_ENTRIES)
+        for _, value in _find(config, fields.IMAGE_ENTRIES)
         for item in value
     }
     blocks = sorted(i for i in joined if 0 <= i < count)
@@ -237,8 +240,8 @@ def _words(place: range) -> str:
     return f"one of blocks {place.start} to {place.stop - 1}"
 
 
-def _found(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Lists of these names, with the keys that lead to them, defaults of the class among them."""
+def _find(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Find the lists of these names, with the keys that lead to them and defaults of the class."""
     derived = config_object(config)
 
     def walk(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

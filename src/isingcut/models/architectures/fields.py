@@ -8,9 +8,7 @@ listed here: it is an error that names it, never a guess. `families` holds what 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from isingcut.errors import ArchitectureError
@@ -18,7 +16,7 @@ from isingcut.models.loading import one_line, quiet_transformers
 
 Entry = TypeVar("Entry")
 
-# The number of blocks: what the first of these says. Only changed where the value is that number.
+# The number of blocks is the first of these. A field is changed only if it holds that number.
 # Decoders of encoder-decoders, used alone (BART), say the encoder's depth as num_hidden_layers.
 COUNT = (
     "decoder_layers",
@@ -198,10 +196,8 @@ WRITTEN_OUT = (
 
 # Looks per-layer but is not.
 NOT_PER_LAYER = {
-    "_name_or_path",
     "altup_active_idx",
     "architectures",
-    "attention_types",  # GPT-Neo: `families` writes it out
     "attribute_map",
     "auto_map",
     "bad_words_ids",
@@ -209,9 +205,7 @@ NOT_PER_LAYER = {
     "block_ffn_dim_multiplier",
     "block_multiple_of",
     "block_size",
-    "bos_token_id",
     "encoder_layers",
-    "eos_token_id",
     "hidden_size_per_layer_input",
     "id2label",
     "index_block_size",
@@ -231,30 +225,17 @@ NOT_PER_LAYER = {
     "num_encoder_layers",
     "num_mem_blocks",  # Zamba: `families` keeps what they stand for
     "num_random_blocks",
-    "pad_token_id",
     "partial_rotary_factor",
     "problem_type",
     "pruned_heads",
     "rope_parameters",
     "rope_scaling",
-    "sep_token_id",
     "short_factor",
     "ssm_multipliers",
     "suppress_tokens",
     "time_step_limit",
     "vocab_size_per_layer_input",
 }
-
-# Configurations under which a block computes with its own number: renumbering would change it.
-# (field, value that is harmless or None, reason)
-DEPTH_DEPENDENT_FIELDS = (
-    (
-        "scale_attn_by_inverse_layer_idx",
-        False,
-        "attention is scaled by 1 / (block number + 1), so a renumbered block computes something "
-        "else",
-    ),
-)
 
 # Model types in which another of `COUNT` is the number of blocks than the first they have,
 # and how often it is in each of the others (a LongCat block holds two attentions, a cache each).
@@ -301,54 +282,34 @@ TWO_STAY = {"rwkv": "transformers divides by one less than the number of blocks 
 
 
 def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
-    """The entry of a model type; where a model is multimodal, also that of its decoder's type."""
+    """Return the entry of a model type; for a multimodal model also that of its decoder's type."""
     name = str(model_type)
     return table.get(name) or table.get(name.removesuffix("_text"))
 
 
 def counted_by(model_type: Any) -> tuple[str, ...]:
-    """The fields that say how many blocks a model of this type has: the first that is there."""
+    """Return the fields that may hold the number of blocks; the first one present counts."""
     return (*(of_type(COUNTED_BY, model_type) or ())[:1], *COUNT)
 
 
-@dataclass(frozen=True)
-class DepthShaped:
-    """A weight with one slice per block outside the blocks.
-
-    Args:
-        pattern: matches the end of the tensor's name.
-        axis: the axis that holds N slices of equal width.
-    """
-
-    pattern: re.Pattern[str]
-    axis: int
-
-
-DEPTH_SHAPED = {
-    "gemma3n_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-    "gemma4_text": (
-        DepthShaped(re.compile(r"(^|\.)embed_tokens_per_layer\.weight$"), 1),
-        DepthShaped(re.compile(r"(^|\.)per_layer_model_projection\.weight$"), 0),
-    ),
-}
-
+# Weights outside the blocks with a slice of equal width for each block: the end of the tensor's
+# name, and the axis of the slices.
+_PER_LAYER_EMBEDDING = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+DEPTH_SHAPED = dict.fromkeys(("gemma3n_text", "gemma4_text"), _PER_LAYER_EMBEDDING)
 
 # What the decoder's part is called where transformers does not know the model type.
 _NAMES = ("text_config", "llm_config", "language_config")
 
 
 def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
-    """The dictionary inside ``config``, or itself, that the decoder's fields are read from.
+    """Find the dictionary in ``config``, or ``config`` itself, that holds the decoder's fields.
 
     Hubs hold multimodal configurations that lack the part their class has for the text: its
     fields are at the root (Qwen2-VL) or in a part of another name. Adding the part would hide them,
     so the place is found by changing a number and checking whether it is read.
 
     Args:
-        config: a checkpoint's ``config.json``; a part that nothing speaks of is added, empty.
+        config: a checkpoint's ``config.json``; a missing part is added, empty.
         derived: what transformers makes of it, as from `config_object`.
     """
     if derived is None:
@@ -372,13 +333,13 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
 
 
 def count_of(config: Any) -> int | None:
-    """How many blocks a decoder's configuration object says there are."""
+    """Return the number of blocks of a decoder's configuration object."""
     said = (getattr(config, name, None) for name in counted_by(config.model_type))
     return next((number for number in said if isinstance(number, int)), None)
 
 
 def config_object(config: dict[str, Any]) -> Any | None:
-    """What transformers makes of a configuration; None for a type that it does not know.
+    """Return transformers' configuration object; None for a model type that it does not know.
 
     Raises:
         ArchitectureError: it is no valid configuration of its type.
@@ -391,7 +352,7 @@ def config_object(config: dict[str, Any]) -> Any | None:
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_decoded(plain))
+            return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
     except Exception as error:
         raise ArchitectureError(
             f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
@@ -415,17 +376,17 @@ def _is_read(config: dict[str, Any], place: tuple[str, ...]) -> bool:
     return bool(getattr(text, "vocab_size", None) == size + 1)
 
 
-def _decoded(value: Any) -> Any:
-    """A copy with the tags resolved that transformers writes for infinite numbers."""
+def _decode_floats(value: Any) -> Any:
+    """Copy a value and resolve the tags that transformers writes for infinite numbers."""
     if isinstance(value, dict):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
-        return {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(v) for v in value] if isinstance(value, list) else value
+        return {k: _decode_floats(v) for k, v in value.items()}
+    return [_decode_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def path_of(config: Any, wanted: Any) -> tuple[str, ...]:
-    """The keys that lead from a configuration object to one inside it."""
+    """Return the keys that lead from a configuration object to one inside it."""
     if config is wanted:
         return ()
     for key, value in vars(config).items():

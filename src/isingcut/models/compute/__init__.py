@@ -1,5 +1,4 @@
 """Inner loops.
 
-`head` the output head with the loss, `divergence` KL and NLL from logits, `tuning` what suits this
-machine.
+`head` the output head with the loss, `divergence` KL and NLL from logits, `tuning` the micro-batch.
 """

@@ -53,7 +53,7 @@ _FINITE = _f(-3.0e38)
 
 
 def _float_of(context: Any, bits: Any) -> Any:
-    """The float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
+    """Return the float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -66,7 +66,7 @@ def _float_of(context: Any, bits: Any) -> Any:
 
 
 def _integer_in_order(context: Any, bits: Any) -> Any:
-    """A float's bits as an integer of the same order; its own inverse.
+    """Return a float's bits as an integer of the same order. The function is its own inverse.
 
     A maximum over integers is vectorised by the compiler, one over floats is not: it would have to
     keep NaN in its place.
@@ -83,7 +83,8 @@ def _integer_in_order(context: Any, bits: Any) -> Any:
 
 
 def _bits_of(context: Any, value: Any, like: Any) -> Any:
-    """A float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to even."""
+    """Return a float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to
+    even."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -105,7 +106,7 @@ in_order: Any = intrinsic(_integer_in_order)
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def exp_of(x):  # type: ignore[no-untyped-def]
-    """exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
+    """Compute exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     n = np.int32(x * _LOG2_E - _HALF)
     f = np.float32(n)
@@ -117,7 +118,7 @@ def exp_of(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
-    """Of one row's piece: sum exp(q - top), and sum p (l - q) where there is a reference."""
+    """Sum exp(q - top) over one row's piece, and p (l - q) if there is a reference."""
     total = np.float32(0)
     difference = np.float32(0)
     if reference.shape[0] == 0:
@@ -159,7 +160,7 @@ def accumulate(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
-    """Put scale (softmax - one-hot) in the place of the logits, rows ``first`` to ``last``."""
+    """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
     for t in range(first, last):
         row, z, s = logits[t], np.float32(log_z[t]), scale[t]
         at_label = (exp_of(value_of(row[labels[t]]) - z) - _ONE) * s
@@ -170,7 +171,7 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
-    """softmax(logits) - softmax(reference) into ``out``, rows ``first`` to ``last``."""
+    """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
     for t in range(first, last):
         q, p, row = logits[t], reference[t], out[t]
         z, y = np.float32(log_z[t]), np.float32(reference_log_z[t])
@@ -188,7 +189,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
-    """The scalar product of each row of ``a`` with that of ``b``, summed in float64."""
+    """Compute the scalar product of each row of ``a`` with that of ``b``, summed in float64."""
     for t in range(a.shape[0]):
         total = 0.0
         for k in range(0, a.shape[1], _BLOCK):
@@ -197,22 +198,20 @@ def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
 
 
 def bits(x: Tensor) -> npt.NDArray[Any]:
-    """The numbers' bits as int16 (bfloat16) or int32 (float32, to which other types are put).
+    """Return the bits of bfloat16 numbers as int16, of float32 numbers as int32.
 
-    Shares the tensor's memory where its type is one of the two and it is contiguous.
+    Shares the memory of a contiguous tensor.
     """
-    x = x.detach().contiguous()
-    if x.dtype == torch.bfloat16:
-        return np.asarray(x.view(torch.int16).numpy())
-    return np.asarray(x.float().view(torch.int32).numpy())
+    kind = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
+    return np.asarray(x.detach().contiguous().view(kind).numpy())
 
 
-def compiled_for(x: Tensor) -> bool:
+def can_compile(x: Tensor) -> bool:
     """Whether the compiled loops are meant for a tensor: others stay on their device."""
-    return x.device.type == "cpu" and x.dtype != torch.float64
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
 
 
-def in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
+def run_in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
     """Call ``part(first, last)`` for all rows, shared among threads where they are worth it."""
     threads = min(torch.get_num_threads(), 1 + elements // _WORTH_A_THREAD)
     if threads == 1:
@@ -236,7 +235,7 @@ _CACHED_ELEMENTS = 1 << 19
 
 
 def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row (R,), nats, from log-probabilities (R, V)."""
+    """Compute KL(p || q) of each row (R,), in nats, from log-probabilities (R, V)."""
     found: Tensor = torch.linalg.vecdot(logp.exp(), logp - logq)
     return found
 
@@ -265,7 +264,7 @@ class RowSums:
             offset: the first column's place in the vocabulary.
             reference: (R, C), the reference's logits in these columns.
         """
-        if compiled_for(logits):
+        if can_compile(logits):
             self._add_compiled(logits, offset, reference)
         else:
             self._add(logits, offset, reference)
@@ -284,7 +283,7 @@ class RowSums:
         def part(first: int, last: int) -> None:
             accumulate(q, same, offset, log_z, labels, top, total, difference, picked, first, last)
 
-        in_threads(part, rows, q.size)
+        run_in_threads(part, rows, q.size)
 
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = _wide(logits)
@@ -335,8 +334,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        if _compiles(student):
-            found, gradient = _compiled(student, teacher)
+        if can_compile(student):
+            found, gradient = _compute_compiled(student, teacher)
             ctx.save_for_backward(gradient)
             return found
         total = torch.zeros((), dtype=torch.float64, device=student.device)
@@ -356,12 +355,8 @@ class _Divergence(torch.autograd.Function):
         return gradient.mul_(grads[0]), None
 
 
-def _compiles(logits: Tensor) -> bool:
-    return compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32)
-
-
-def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the rows' KL and its gradient, on a CPU."""
+def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the sum of the rows' KL and its gradient, on a CPU."""
     gradient = torch.empty(student.shape, dtype=student.dtype)
     total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
     step = max(1, _CACHED_ELEMENTS // student.shape[-1])
@@ -374,12 +369,12 @@ def _compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         mine.add(q, reference=p)
         total += float(mine.kl.sum())
         given = (bits(q), mine.log_z.numpy(), bits(p), theirs.log_z.numpy(), bits(gradient[rows]))
-        in_threads(partial(softmax_difference, *given), len(q), q.numel())
+        run_in_threads(partial(softmax_difference, *given), len(q), q.numel())
     return torch.tensor(total, dtype=torch.float32), gradient
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over rows of KL(teacher || student) of logits (n, V), nats; differentiable in the
+    """Sum KL(teacher || student) of logits (n, V) over the rows, in nats; differentiable in the
     student."""
     summed: Any = _Divergence
     found: Tensor = summed.apply(student, teacher)
@@ -397,7 +392,8 @@ def divergence_from_stream(
     chunk_elements: int = CHUNK_ELEMENTS,
     vocabulary: int = 1,
 ) -> Tensor:
-    """`divergence` from what enters the heads; logits exist one chunk of rows at a time.
+    """Compute `divergence` from the inputs of the heads, with logits of one chunk of rows at a
+    time.
 
     Args:
         student: (n, D), what the student's head reads.
@@ -415,8 +411,6 @@ def divergence_from_stream(
             target = teacher_head(other)
         return divergence(head(hidden), target)
 
-    if len(student) <= rows:
-        return part(student, teacher)
     total = torch.zeros((), device=student.device)
     for a in range(0, len(student), rows):
         total = total + part(student[a : a + rows], teacher[a : a + rows])

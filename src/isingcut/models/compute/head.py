@@ -1,16 +1,15 @@
-"""The output head with the loss in one, forward and back: logits come and go in pieces.
+"""The output head fused with the loss, forward and backward, in pieces of the vocabulary.
 
-A model ends in a norm and a linear map to the vocabulary. Run whole, the map writes logits that
-the loss reads back from memory, and over a vocabulary of 128k they outweigh everything else. Here
-the model runs up to the map's input, and the map goes on in pieces that stay in a CPU's cache.
-Where something follows the map (Gemma 2's soft cap, Granite's scale), or the head is no plain
-linear layer, the model computes its logits itself, one sample at a time.
+A model ends in a norm and a linear map to the vocabulary. If the map runs whole, it writes logits
+that the loss reads back from memory. For a vocabulary of 128k they are larger than everything else.
+Here the model runs up to the map's input, and the map runs in pieces that fit a CPU's cache. If
+something follows the map (Gemma 2's soft cap, Granite's scale), or the head is no plain linear
+layer, the model computes its logits itself, one sample at a time.
 
-A loss of the logits has a gradient in the stream that leaves the blocks that needs no graph:
-softmax less one-hot for the NLL, softmax less the original's softmax for the KL to it. It takes the
-place of the logits in a buffer of a few hundred rows, or in those of one sample, and goes back
-through the map by one matrix product; autograd's own cross-entropy would hold several float32
-copies of them.
+The gradient of a loss in the logits needs no graph. It is softmax - one-hot for the NLL, and
+softmax - the original's softmax for the KL. It replaces the logits in a buffer of a few hundred
+rows, or of one sample, and goes back through the map by one matrix product. Autograd's
+cross-entropy would keep several float32 copies.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from isingcut.ising.states import Floats
 from isingcut.models.compute.divergence import (
     RowSums,
     bits,
-    compiled_for,
-    in_threads,
+    can_compile,
+    run_in_threads,
     softmax_gradient,
 )
 from isingcut.models.replay import Recording, Replay
 
 
 def piece_elements(device: torch.device) -> int:
-    """Logits to work on at a time: what stays in a CPU's cache; a GPU wants more."""
+    """Return how many logits to compute at a time: what fits a CPU's cache; a GPU needs more."""
     return 1 << 19 if device.type == "cpu" else 1 << 26
 
 
@@ -45,11 +44,11 @@ _TRANSPOSED_BYTES = 1 << 28
 
 
 class _HeadReached(Exception):
-    """Raised in the place of the output map: its input is all that was wanted."""
+    """Raised instead of running the output map, because only its input is needed."""
 
 
-def entering(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
-    """What enters a model's output layer, where its logits are what the layer gives and no more.
+def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
+    """Return the input of a model's output layer, if the model's logits are the layer's output.
 
     Args:
         logits: a forward pass of the model.
@@ -94,7 +93,7 @@ class OutputHead:
     def _is_last(self, linear: nn.Linear) -> bool:
         replay = self._replay
         ids = torch.zeros((1, 4), dtype=torch.long, device=replay.device)
-        inputs = entering(linear, lambda: replay.tail(replay.record(ids).entered, ids))
+        inputs = find_head_input(linear, lambda: replay.tail(replay.record(ids).entered, ids))
         return (
             inputs is not None
             and inputs.shape == (1, 4, linear.in_features)
@@ -103,11 +102,11 @@ class OutputHead:
 
     @property
     def width(self) -> int:
-        """Words in the vocabulary."""
+        """Return the number of words in the vocabulary."""
         return int(self._linear.out_features)
 
     def inputs(self, stream: Tensor, input_ids: Tensor) -> Tensor:
-        """What enters the map, (B, T, D), from the stream (B, T, D) that leaves the blocks."""
+        """Compute the input of the map, (B, T, D), from the stream (B, T, D) after the blocks."""
         caught: list[Tensor] = []
 
         def stub(x: Tensor) -> Any:
@@ -124,19 +123,19 @@ class OutputHead:
         return caught[0]
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-        """Logits (R, stop - start) of the words from ``start`` on, written to ``out``."""
+        """Compute logits (R, stop - start) of the words from ``start`` on, in ``out``."""
         weight, bias = self._linear.weight[start:stop].T, self._linear.bias
         if bias is None:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
 
     def back(self, toward: Tensor, out: Tensor) -> Tensor:
-        """Gradient (R, D) in the inputs from that in the logits (R, V), written to ``out``."""
+        """Compute the gradient (R, D) in the inputs from that in the logits (R, V), in ``out``."""
         return torch.mm(toward, self._back_weight, out=out)
 
     @cached_property
     def _back_weight(self) -> Tensor:
-        """The map's weight (V, D), laid out so that the long sum over V is the fast one.
+        """Return the map's weight (V, D), laid out so that the long sum over V is fast.
 
         On a CPU, oneDNN's product with a (V, D) weight as it lies took 1.2 to 1.3 times as long.
         """
@@ -145,6 +144,12 @@ class OutputHead:
         if weight.device.type == "cpu" and small and not self._replay.streamed:
             return weight.T.contiguous().T
         return weight
+
+
+def _predicting_rows(batch: TokenSet) -> Tensor:
+    """Return the rows of (B T) that predict: position t predicts token t + 1, the last one
+    nothing."""
+    return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
 
 
 class _Fused:
@@ -162,9 +167,7 @@ class _Fused:
         predicted = batch.predicted
         self._sample = predicted.nonzero()[:, 0].numpy()
         self._samples = batch.samples
-        # Of each row of (B T): position t predicts token t + 1, the last one nothing.
-        last = torch.zeros((batch.samples, 1), dtype=torch.bool)
-        self._rows = torch.cat([predicted, last], 1).flatten().nonzero()[:, 0].to(device)
+        self._rows = _predicting_rows(batch).to(device)
         self._labels = batch.input_ids[:, 1:][predicted].to(device)
         rows = len(self._rows)
         columns = min(head.width, max(1, piece_elements(device) // max(1, rows)))
@@ -179,17 +182,18 @@ class _Fused:
             own.add(logits, a)
             self._logits.append(logits)
         self._log_z = own.log_z
-        self.nll = self._summed(own.nll)
+        self.nll = self._sum_samples(own.nll)
 
     def _inputs(self, stream: Tensor) -> Tensor:
-        entering = self._head.inputs(stream, self._recording.input_ids)
-        return entering.flatten(0, 1).index_select(0, self._rows)
+        inputs = self._head.inputs(stream, self._recording.input_ids)
+        return inputs.flatten(0, 1).index_select(0, self._rows)
 
-    def _summed(self, values: Floats) -> Floats:
+    def _sum_samples(self, values: Floats) -> Floats:
         return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
 
     def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        """(B,) KL(original || other) and (B,) the other's NLL, summed over a sample's tokens.
+        """Compute (B,) KL(original || other) and (B,) the other's NLL, summed over a sample's
+        tokens.
 
         Args:
             stream: (B, T, D), the other's, as it leaves the blocks.
@@ -199,7 +203,7 @@ class _Fused:
         for (a, b), reference in zip(self._pieces, self._logits, strict=True):
             out = self._buffer[: len(self._rows) * (b - a)].view(-1, b - a)
             sums.add(self._head.piece(inputs, a, b, out), a, reference)
-        return self._summed(sums.kl), self._summed(sums.nll)
+        return self._sum_samples(sums.kl), self._sum_samples(sums.nll)
 
 
 class _BySample:
@@ -219,7 +223,7 @@ class _BySample:
         self.nll = np.array(nll)
 
     def _logits(self, stream: Tensor, s: int) -> Tensor:
-        """Of one sample, where something is predicted."""
+        """Compute the logits of one sample at the positions that predict."""
         logits = self._recording.logits(stream[s], s)[:-1]
         predicted = self._batch.predicted[s].to(logits.device)
         # A full sample is a slice; only padded ones pay for a gather.
@@ -271,7 +275,7 @@ def loss_gradient(
     label_seed: int | None = None,
     head: OutputHead | None = None,
 ) -> Tensor:
-    """Gradient of the samples' mean token NLLs, summed, in the stream that leaves the blocks.
+    """Compute the gradient of the samples' mean token NLLs, summed, in the stream after the blocks.
 
     Args:
         recording: of the batch.
@@ -279,7 +283,7 @@ def loss_gradient(
         batch: the samples; padding does not count.
         label_seed: None takes the text's own next tokens as labels; with a seed the labels are
             drawn from the model.
-        head: the model's output head; without one, or where it is not plain, the model computes
+        head: the model's output head; without one, or if it is not plain, the model computes
             its logits itself, one sample at a time.
 
     Returns:
@@ -291,14 +295,13 @@ def loss_gradient(
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
     device, predicted = hidden.device, batch.predicted
-    where = torch.cat([predicted, torch.zeros((batch.samples, 1), dtype=torch.bool)], 1)
-    rows = where.flatten().nonzero()[:, 0].to(device)
+    rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
     draws = None if label_seed is None else _draws(batch, label_seed)
-    entering = inputs.detach().flatten(0, 1)
-    toward = torch.zeros_like(entering)
-    chosen = entering.index_select(0, rows)
+    flat = inputs.detach().flatten(0, 1)
+    toward = torch.zeros_like(flat)
+    chosen = flat.index_select(0, rows)
     back = torch.empty_like(chosen)
     step = min(len(rows), max(64, _buffer_elements(device) // head.width))
     buffer = chosen.new_empty((step, head.width))
@@ -315,7 +318,8 @@ def loss_gradient(
 def divergence_gradient(
     recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
 ) -> Tensor:
-    """Gradient of KL(original || cut), summed over all tokens, in the cut blocks' stream.
+    """Compute the gradient of KL(original || cut), summed over all tokens, in the cut model's
+    stream.
 
     Args:
         recording: of the batch.
@@ -362,7 +366,8 @@ def _by_sample(
 
 
 def _draws(batch: TokenSet, seed: int) -> Tensor:
-    """(R,) uniform numbers for the predicted positions; a sample's depend on its row alone."""
+    """Draw (R,) uniform numbers for the predicted positions; those of a sample depend on its row
+    alone."""
     numbers = [
         np.random.default_rng([seed, int(i)]).random(int(count))
         for i, count in zip(batch.index, batch.predicted.sum(1), strict=True)
@@ -380,14 +385,14 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
     sums.add(logits)
     log_z = sums.log_z
     if draws is not None:
-        labels = _drawn(logits, log_z, draws.to(logits.device))
-    if compiled_for(logits) and logits.dtype in (torch.bfloat16, torch.float32):
+        labels = _draw_labels(logits, log_z, draws.to(logits.device))
+    if can_compile(logits):
         array, z, label, s = bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy()
 
         def part(first: int, last: int) -> None:
             softmax_gradient(array, z, label, s, first, last)
 
-        in_threads(part, len(labels), logits.numel())
+        run_in_threads(part, len(labels), logits.numel())
         return
     for rows in _row_parts(logits):
         p = _softmax(logits[rows], log_z[rows])
@@ -395,8 +400,9 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
         logits[rows] = (p * scale[rows].to(p)[:, None]).to(logits.dtype)
 
 
-def _drawn(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
-    """(R,) tokens from the distributions of logits (R, V) and uniform draws (R,), by inversion."""
+def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
+    """Draw (R,) tokens from the distributions of logits (R, V) by inversion of uniform draws
+    (R,)."""
     found = []
     for rows in _row_parts(logits):
         # In float64: a float32 running sum over a large vocabulary drifts by more than most tokens.
@@ -412,6 +418,6 @@ def _softmax(logits: Tensor, log_z: Tensor) -> Tensor:
 
 
 def _row_parts(logits: Tensor) -> list[slice]:
-    """Rows to work on at a time in wide types."""
+    """Split the rows into parts to compute in wide types."""
     rows = max(1, piece_elements(logits.device) // logits.shape[1])
     return [slice(a, a + rows) for a in range(0, len(logits), rows)]

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
 from isingcut.files.writing import atomic_file, refuse_source
-from isingcut.models.architectures.cuts import depth, renumbering, written_out
-from isingcut.models.fit import block_prefix
+from isingcut.models.architectures.cuts import depth, read_decoder, renumber_blocks
+from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
 from isingcut.models.gguf_files import GgufHeader, block_of, read_gguf
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
@@ -47,7 +47,7 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         InputError: another number of blocks, another width, or norms of other values.
         CheckpointError: either is damaged.
     """
-    text = written_out(read_config(model))
+    text = read_decoder(read_config(model))
     count = header.check_blocks()
     _same(header, "blocks", count, depth(text))
     width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
@@ -154,7 +154,7 @@ def changed_tensors(
         ArchitectureError: the file has no tensor for one of them.
     """
     sides = [_Side(original), _Side(patched)]
-    mapping = renumbering(sides[0].count, removed)
+    mapping = renumber_blocks(sides[0].count, removed)
     known = names_in_gguf(header, sides[0].count, sides[0].stored)
     theirs = {tensor.name: name for name, tensor in known.items()}
     found = {}
@@ -176,8 +176,8 @@ class _Side:
         config = read_config(folder)
         self._tile = tile_of(config)
         self.stored: Mapping[str, StoredTensor] = read_checkpoint(folder)
-        self.count = depth(written_out(config))
-        self.prefix = block_prefix(self.stored.values(), self.count)
+        self.count = depth(read_decoder(config))
+        self.prefix = find_prefix(self.stored.values(), self.count)
 
     def values(self, name: str) -> NDArray[np.float32]:
         found: NDArray[np.float32] = read_plain(name, self.stored, self._tile).float().numpy()
@@ -241,7 +241,7 @@ def repacked(
         changed: tensors by their names in ``source``.
     """
     before, after = read_gguf(source), read_gguf(out).tensors
-    mapping = renumbering(before.number("block_count"), removed)
+    mapping = renumber_blocks(before.number("block_count"), removed)
     found = []
     for old, values in changed.items():
         was, now = before.tensors[old], after[_new_name(old, mapping) or old]
@@ -360,7 +360,7 @@ def cut_gguf(
         raise OutputExistsError(f"{out} already exists; nothing was written")
     header = read_gguf(source)
     count = header.number("block_count")
-    mapping = renumbering(count, removed)
+    mapping = renumber_blocks(count, removed)
     _refuse(header, count, len(mapping))
     header.check_blocks()
     if changed and header.big_endian:

@@ -25,7 +25,7 @@ _CHUNK_BYTES = 64 * 2**20
 def open_cut(
     original: LoadedModel, removed: Sequence[int], folder: Path, *, trust_remote_code: bool = False
 ) -> tuple[LoadedModel, StreamedReplay | None]:
-    """A cut checkpoint on the device of its resident original, with the original's memory.
+    """Load a cut checkpoint on the device of its resident original; equal tensors share its memory.
 
     Returns:
         the model and None; where what is not equal to the original does not fit the device, the
@@ -118,7 +118,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
-    """From the name of a tensor in the cut to its name in the original."""
+    """Return a function from the name of a tensor in the cut to its name in the original."""
     stack, gone = find_stack(original), set(removed)
     kept = [i for i in range(len(stack)) if i not in gone]
     ours, theirs = f"{find_stack(cut).path}.", f"{stack.path}."

@@ -3,8 +3,8 @@
 The names and conversions (a list of experts that becomes one tensor, say) are transformers'
 own, so that a streamed block has the numbers that `from_pretrained` gives it.
 
-Plain file reads, not memory maps: what was mapped and read would stay in the process's resident
-memory, and a buffer of the reader's own has a known size.
+Files are read, not mapped: pages of a memory map would stay in the process's resident memory, and
+a buffer has a known size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,8 @@ from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models.architectures.blocks import language_model
-from isingcut.models.fp8 import (
-    dequantise,
-    fp8_layout,
-    read_tensor,
-    scale_of,
-    tile_of,
-    torch_dtype,
-    weights_of,
-)
-from isingcut.models.loading import refuse_infinite, wrong_shape
+from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
+from isingcut.models.loading import explain_shape, refuse_incomplete, refuse_infinite
 from isingcut.models.replay import EMBED, HEAD, Part
 from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 from isingcut.models.transformers_private import Names
@@ -45,7 +37,7 @@ _ALIGN = 64
 
 
 @dataclass(frozen=True)
-class Copied:
+class CopyStep:
     """A stored tensor that is a target, or that is one slice of it.
 
     Attributes:
@@ -61,7 +53,7 @@ class Copied:
     first: int = 0
 
     def place(self, target: torch.Tensor) -> torch.Tensor:
-        """The view of the target that the stored tensor fills."""
+        """Return the view of the target that the stored tensor fills."""
         view = target if self.item is None else target[self.item]
         if self.axis is None:
             return view
@@ -69,7 +61,7 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionStep:
     """Stored tensors that become targets through one of transformers' conversions."""
 
     sources: tuple[tuple[str, StoredTensor], ...]
@@ -79,7 +71,7 @@ class Converted:
     model: Any
 
     def run(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The targets' values from those of the sources."""
+        """Compute the values of the targets from those of the sources."""
         converter = deepcopy(self.converter)
         for (pattern, source), value in zip(self.sources, values, strict=True):
             # A callable, because that is what the loader itself hands over without threads.
@@ -93,7 +85,7 @@ class Group:
     """Targets that are filled together, without their numbers, and how."""
 
     targets: Mapping[str, Tensor]
-    steps: tuple[Copied | Converted, ...]
+    steps: tuple[CopyStep | ConversionStep, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ class PartPlan:
         size: bytes of the buffer.
     """
 
-    steps: tuple[Copied | Converted, ...]
+    steps: tuple[CopyStep | ConversionStep, ...]
     targets: Mapping[str, tuple[Tensor, int]]
     names: Mapping[str, str]
     size: int
@@ -120,7 +112,7 @@ def plan_parts(
     blocks: Sequence[str],
     dtype: torch.dtype,
 ) -> tuple[dict[Part, PartPlan], list[str]]:
-    """What fills each block, the embedding, the head and the rest of a model.
+    """Plan what fills each block, the embedding, the head and the rest of a model.
 
     Args:
         folder: the checkpoint, for messages.
@@ -138,7 +130,7 @@ def plan_parts(
     names = Names(model, dtype)
     groups, unexpected = _groups(folder, stored, names)
     group_of = {name: group for group in groups for name in group.targets}
-    kept = _resolved(folder, names, set(group_of))
+    kept = _resolve_names(folder, names, set(group_of))
     paths = _paths(model, blocks)
     members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
     for name, target in kept.items():
@@ -173,8 +165,8 @@ def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan
     return PartPlan(tuple(s for group in groups for s in group.steps), targets, names, size)
 
 
-def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
-    """The target behind each name in the model; names that are tied have one target.
+def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
+    """Return the target of each name in the model; tied names have one target.
 
     Raises:
         ModelError: nothing in the checkpoint fills a parameter.
@@ -190,18 +182,14 @@ def _resolved(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
         if this not in kept and that in kept:
             kept[this] = kept[that]
     missing = sorted(n for n in names.tensors if n not in kept and not names.may_miss(n))
-    if missing:
-        raise ModelError(
-            f"the checkpoint in {folder} lacks {len(missing)} tensors of its architecture, first "
-            f"{missing[0]}; the config and the weights do not belong together"
-        )
+    refuse_incomplete({"missing_keys": missing, "mismatched_keys": ()}, folder)
     return kept
 
 
 def _groups(
     folder: Path, stored: Mapping[str, StoredTensor], names: Names
 ) -> tuple[list[Group], list[str]]:
-    """Every stored tensor that the model has, by what it fills; and those it does not have."""
+    """Group the stored tensors by what they fill; also return the names that the model lacks."""
     unexpected: list[str] = []
     alone: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
@@ -217,18 +205,19 @@ def _groups(
             continue
         _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
         made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
-        alone.append(Group({target: made}, (Copied(tensor, target),)))
-    joined = [_joined(folder, first, members, names) for first, members in together.items()]
+        alone.append(Group({target: made}, (CopyStep(tensor, target),)))
+    joined = [_join_group(folder, first, members, names) for first, members in together.items()]
     return alone + joined, unexpected
 
 
-def _joined(
+def _join_group(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
 ) -> Group:
-    """Tensors of one converter: as slices of its target where it only stacks and joins them."""
+    """Group the tensors of one converter: as slices of its target if it only stacks and joins
+    them."""
     converter = names.converters[members[0][0]]
     dtype = names.dtype_of(first)
-    conversion = Converted(tuple(members), dtype, first, converter, names.model)
+    conversion = ConversionStep(tuple(members), dtype, first, converter, names.model)
     made = conversion.run(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
@@ -241,8 +230,8 @@ def _joined(
 
 def _slices(
     converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
-) -> list[Copied] | None:
-    """Where each tensor goes in the target; None for a conversion that computes more."""
+) -> list[CopyStep] | None:
+    """Return the place of each tensor in the target; None for a conversion that computes more."""
     kinds = [type(op).__name__ for op in converter.operations]
     if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
         return None
@@ -258,16 +247,16 @@ def _slices(
     by_pattern: dict[str, list[StoredTensor]] = {}
     for pattern, source in members:
         by_pattern.setdefault(pattern, []).append(source)
-    out: list[Copied] = []
+    out: list[CopyStep] = []
     first = 0
     for pattern in converter.source_patterns:
         items = by_pattern.get(pattern, [])
         if axis is not None and not stacked:
             for source in items:
-                out.append(Copied(source, target, axis=axis, first=first))
+                out.append(CopyStep(source, target, axis=axis, first=first))
                 first += source.shape[axis]
             continue
-        out += [Copied(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
+        out += [CopyStep(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
         if axis is not None and items:
             first += items[0].shape[axis]
     return out
@@ -275,7 +264,7 @@ def _slices(
 
 def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise ModelError(wrong_shape(name, folder, found, wanted))
+        raise ModelError(explain_shape(name, folder, found, wanted))
 
 
 # Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
@@ -331,7 +320,7 @@ class Reader:
         with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
             self._files.clear()
             for step in plan.steps:
-                if isinstance(step, Copied):
+                if isinstance(step, CopyStep):
                     self._copy(step.source, step.place(views[step.target]))
                     continue
                 values = [self._value(source, step.dtype) for _, source in step.sources]
@@ -344,48 +333,35 @@ class Reader:
         return {name: views[target] for name, target in plan.names.items()}
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
-        """Read and convert a few rows (or experts) at a time: no weight is there in float32."""
+        """Read and convert a few megabytes at a time; a float8 tensor whole, with its scale."""
         if not view.numel():
+            return
+        if source.dtype.startswith("F8_"):
+            self.bytes_read += source.size
+            view.copy_(read_plain(source.name, self._stored, self._tile).to(self._dtype))
             return
         if not view.is_contiguous():
             view.copy_(self._value(source, view.dtype))
             return
-        dtype = torch_dtype(source)
+        dtype, flat = torch_dtype(source), view.view(-1)
         if dtype is view.dtype:
-            plain: Any = view.view(-1).view(torch.uint8).numpy()
+            plain: Any = flat.view(torch.uint8).numpy()
             self._read(source, 0, memoryview(plain))
             return
-        packed = source.dtype.startswith("F8_")
         # The weights of an FP8 checkpoint pass through the model's dtype first.
-        narrowed = packed or (self._fp8 and source.dtype in ("BF16", "F16"))
-        shape = source.shape if packed else (source.size // dtype.itemsize,)
-        width, per = source.size // shape[0], 1
-        if packed:
-            scale = self._tensor(scale_of(source.name, self._stored))
-            per = _rows_per_scale(scale, shape, self._tile)
-        rows = max(1, _STAGE // (width * per)) * per if per else shape[0]
-        view = view.view(shape)
-        for first in range(0, shape[0], rows):
-            last = min(first + rows, shape[0])
-            size = (last - first) * width
-            data = memoryview(self._stage)[:size] if size <= _STAGE else memoryview(bytearray(size))
-            self._read(source, first * width, data)
-            piece = torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
-            if packed:
-                own = scale.ndim and scale.shape[0] > 1 and rows < shape[0]
-                factor = scale[first // per : -(-last // per)] if own else scale
-                piece = dequantise(piece, factor, self._tile)
-            view[first:last].copy_(piece.to(self._dtype) if narrowed else piece)
+        narrowed = self._fp8 and source.dtype in ("BF16", "F16")
+        for first in range(0, source.size, _STAGE):
+            data = memoryview(self._stage)[: min(_STAGE, source.size - first)]
+            self._read(source, first, data)
+            piece = torch.frombuffer(data, dtype=dtype)
+            start = first // dtype.itemsize
+            flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
-        """One stored tensor whole, as plain numbers."""
+        """Read one stored tensor whole, as plain numbers."""
         found = torch.empty(source.shape, dtype=dtype)
         self._copy(source, found)
         return found
-
-    def _tensor(self, source: StoredTensor) -> Tensor:
-        self.bytes_read += source.size
-        return read_tensor(source)
 
     def _read(self, source: StoredTensor, first: int, data: memoryview) -> None:
         """Fill ``data`` with a tensor's bytes from ``first`` on."""
@@ -403,15 +379,8 @@ class Reader:
 
 
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
-    """The targets of a part as views of its buffer."""
+    """Return the targets of a part as views of its buffer."""
     return {
         name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
         for name, (target, start) in plan.targets.items()
     }
-
-
-def _rows_per_scale(scale: Tensor, shape: tuple[int, ...], tile: tuple[int, int] | None) -> int:
-    """Return the rows (items of the first axis) per row of the scale; 0 if not certain."""
-    if scale.numel() == 1 or scale.shape[0] in (1, shape[0]):
-        return 1
-    return tile[0] if tile is not None and len(shape) == 2 else 0

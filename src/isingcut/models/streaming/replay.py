@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ def load_streamed(
     memory_limit: str = "",
     buffers: Buffers | None = None,
 ) -> tuple[LoadedModel, StreamedReplay]:
-    """A resolved folder's model without its weights, and its blocks, each read when it is run.
+    """Load a model without its weights; each block is read from disk when it is run.
 
     Args:
         dtype, device: as in `load`.
@@ -91,30 +90,24 @@ class StreamedReplay(Replay):
 
     @property
     def folder(self) -> Path:
-        """The checkpoint."""
+        """Return the folder of the checkpoint."""
         return self.store.folder
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, cheaply, for the fingerprint of a journal."""
+        """Return a cheap identity of this model, for the fingerprint of a journal."""
         config: Any = self.model.config
-        return {"model": config.to_dict(), "sha256": self._digest, "streamed": True}
-
-    @cached_property
-    def _digest(self) -> str:
-        digest: str = model_identity(self.folder)["sha256"]
-        return digest
+        digest = model_identity(self.folder)["sha256"]
+        return {"model": config.to_dict(), "sha256": digest, "streamed": True}
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) from the residual stream (B, T, D) that leaves the last block."""
+        """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
         width = int(self._embedding.weight.shape[-1])
         stand_in = hidden.new_zeros((*input_ids.shape, width))
         with replace_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
             return super().tail(hidden, input_ids)
 
     def room(self, batch: TokenSet) -> int:
-        """Bytes that hidden states kept between blocks may take.
-
-        On a CPU the parts that stay in memory take up to half of what is left.
+        """Return the bytes allowed for hidden states between blocks.
 
         Raises:
             InputError: parts and one batch's own work leave none.
@@ -136,10 +129,7 @@ class StreamedReplay(Replay):
                 f"{(work + slack) / 1e9:.2f} GB, the process itself {self.memory.used / 1e9:.2f} "
                 "GB; raise --memory-limit or lower --batch-tokens"
             )
-        if self.device.type != "cpu":
-            return room
-        self.store.buffers.keep_at_most(room // 2)
-        return room - self.store.buffers.bound
+        return room
 
 
 def open_model(
@@ -151,7 +141,7 @@ def open_model(
     trust_remote_code: bool = False,
     buffers: Buffers | None = None,
 ) -> tuple[Any, Store, Allowance]:
-    """The skeleton of a checkpoint, the store of its weights, and the memory allowed.
+    """Open a checkpoint: its skeleton, the store of its weights, and the memory allowed.
 
     Args:
         folder: a resolved Hugging Face folder with safetensors.
@@ -167,18 +157,8 @@ def open_model(
     store = Store(folder, model, paths, dtype, device, buffers)
     if store.buffers is buffers:
         # `room` counts them for each of the models that share them.
-        memory = replace(memory, used=memory.used - buffers.allocated())
-    else:
-        store.buffers.bound = _kept(store, memory)
+        memory = replace(memory, used=memory.used - buffers.allocated)
     return model, store, memory
-
-
-def _kept(store: Store, memory: Allowance) -> int:
-    """Bytes of parts that may stay in host memory, before anything is measured."""
-    if store.device.type != "cpu":
-        return allowance("50%", torch.device("cpu")).left
-    left = memory.left - 2 * store.buffers.size - store.resident - _SLACK
-    return max(0, min(store.weights, left // 2))
 
 
 def _slack(memory: Allowance, device: torch.device) -> int:

@@ -1,8 +1,7 @@
 """The parts of one model: installed where its modules look for them, and taken away again.
 
-Two buffers: one in use, the other filled by a thread meanwhile. Parts also stay in host memory, as
-many as a bound allows, as they are after conversion. From there a GPU copies a part straight to its
-buffer (the memory is page-locked); a CPU uses it where it is.
+There are two buffers: one in use, the other filled by a thread meanwhile. Files that are read again
+come from the operating system's page cache, as far as there is memory for it.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,52 +19,33 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module
-from isingcut.models.replay import EMBED, HEAD, Part, Reading, Weights
+from isingcut.models.replay import EMBED, HEAD, Part, Weights
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
 
 
 class _Buffer:
-    """Memory for one part: in host memory, and on a GPU, where it is copied asynchronously."""
+    """Memory for one part: host memory, and on a GPU, where it is copied to, device memory."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._size, self._device, self._module = size, device, device_module(device)
-        self._copied: Any = None
+        self._device, self._module = device, device_module(device)
+        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         if self._module is not None:
             self._stream = self._module.Stream(device)
-            # Of the stream that fills it: freed while a copy is on its way, it cannot become
-            # memory of the main stream before the copy is through.
-            with self._module.stream(self._stream):
-                self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-            # What the main stream was given so far may use the same memory.
+            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+            # Earlier work of the main stream may still use the same memory.
             self.leave()
 
-    @cached_property
-    def _host(self) -> Tensor:
-        return _host_memory(self._size, self._device)
-
-    def load(self, part: StoredPart, kept: Tensor | None) -> Tensor:
-        """The part on its device, from where it is kept, else from its files. In the thread."""
-        host = kept
-        if host is None:
-            if self._copied is not None:
-                # The copy that went out of the host memory last must be through.
-                self._copied.synchronize()
-            host = self._host
-            part.fill(host)
+    def load(self, part: StoredPart) -> Tensor:
+        """Read a part and copy it to its device, in the thread."""
+        part.fill(self._host)
         if self._module is None:
-            return host
+            return self._host
         with self._module.stream(self._stream):
-            # What was computed with the part before this one still reads the memory.
             self._stream.wait_event(self._used)
-            self._memory[: part.size].copy_(host[: part.size], non_blocking=True)
-            self._copied = self._module.Event()
-            self._copied.record(self._stream)
+            self._memory[: part.size].copy_(self._host[: part.size], non_blocking=True)
+            # The host memory is filled again next.
+            self._stream.synchronize()
         return self._memory
-
-    def arrive(self) -> None:
-        """What is computed from now on waits for the copy."""
-        if self._copied is not None:
-            self._module.current_stream(self._device).wait_event(self._copied)
 
     def leave(self) -> None:
         """Mark the end of what was computed with the part."""
@@ -84,40 +62,27 @@ class Buffers:
         device: where parts are used.
 
     Attributes:
-        bound: bytes of the parts that may stay in host memory. The first ones that fit do, and none
-            makes room for another: in sweeps the least recently used part is needed next.
-        kept: parts that stay in host memory.
         reading: seconds that the thread has read.
         stalled: seconds that computing has waited for a part.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.bound = 0
         self.reading = self.stalled = 0.0
         self._buffers: list[_Buffer] = []
-        self.kept: WeakKeyDictionary[StoredPart, Tensor] = WeakKeyDictionary()
         self._installed: list[StoredPart | None] = [None, None]
         self._recent = 1
         self._pending: tuple[StoredPart, int, Future[Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="isingcut-reader")
 
+    @property
+    def allocated(self) -> int:
+        """Return the bytes of the buffers that exist."""
+        return len(self._buffers) * self.size
+
     def holds(self, part: StoredPart) -> bool:
         """Whether a part is installed."""
         return any(installed is part for installed in self._installed)
-
-    def allocated(self) -> int:
-        """Bytes of the device's memory that parts take: on a CPU those that stay."""
-        self._settle()
-        return self._kept_bytes() if self.device.type == "cpu" else len(self._buffers) * self.size
-
-    def keep_at_most(self, bound: int) -> None:
-        """Lower the bound of the parts that stay in host memory; those that came last go."""
-        if bound < self.bound:
-            self._settle()
-            self.bound = bound
-            while self._kept_bytes() > bound:
-                self.kept.popitem()
 
     def take(self, part: StoredPart) -> None:
         """Install a part; the one taken before it stays, an older one goes."""
@@ -134,7 +99,6 @@ class Buffers:
         memory = future.result()
         self.stalled += time.perf_counter() - began
         self._pending = None
-        self._buffers[index].arrive()
         # A gradient may use the part after a measurement in inference mode has read it.
         with torch.inference_mode(False):
             part.install(memory)
@@ -157,17 +121,9 @@ class Buffers:
 
         def load() -> Tensor:
             began = time.perf_counter()
-            kept = self.kept.get(part)
-            if kept is None:
-                part.misses += 1
-                if self._kept_bytes() + _bytes_of(part.size, self.device) <= self.bound:
-                    kept = _host_memory(part.size, self.device)
-                    part.fill(kept)
-                    self.kept[part] = kept
-            else:
-                part.hits += 1
-            memory = buffer.load(part, kept)
+            memory = buffer.load(part)
             self.reading += time.perf_counter() - began
+            part.sweeps += 1
             return memory
 
         self._pending = (part, index, self._thread.submit(load))
@@ -188,18 +144,6 @@ class Buffers:
             self._buffers[index].leave()
             installed.remove()
             self._installed[index] = None
-
-    def _kept_bytes(self) -> int:
-        return sum(_bytes_of(len(kept), self.device) for kept in self.kept.values())
-
-
-def _host_memory(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def _bytes_of(size: int, device: torch.device) -> int:
-    """What that takes: torch rounds page-locked memory up to a power of two."""
-    return 1 << (size - 1).bit_length() if device.type == "cuda" else size
 
 
 class Store(Weights):
@@ -306,21 +250,12 @@ class Store(Weights):
         after = self.order[(self.order.index(part) + 1) % len(self.order)]
         self.buffers.expect(self._parts[after])
 
-    @property
-    def in_place(self) -> bool:
-        """Whether a CPU keeps all parts, which are then used where they are."""
-        kept = all(self._parts[part] in self.buffers.kept for part in self.order)
-        return kept and self.device.type == "cpu"
-
-    def reading(self) -> Reading:
-        """How often the weights were read so far."""
-        parts = [self._parts[part] for part in self.order]
-        disk = sum(part.misses * part.size for part in parts)
-        memory = sum(part.hits * part.size for part in parts)
-        return Reading(disk / self.weights, memory / self.weights)
+    def count_sweeps(self) -> float:
+        """Return how often the weights were read so far."""
+        return sum(self._parts[p].sweeps * self._parts[p].size for p in self.order) / self.weights
 
     def size(self, part: Part) -> int:
-        """Bytes of one part in memory."""
+        """Return the bytes of one part in memory."""
         return self._parts[part].size
 
     def _on_demand(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -332,7 +267,7 @@ class Store(Weights):
         return run
 
     def _settle_rest(self, model: nn.Module) -> None:
-        """What is small stays: norms, position embeddings, and buffers that no checkpoint has."""
+        """Move what is small to the device: norms, position embeddings, and computed buffers."""
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -345,11 +280,10 @@ class StoredPart:
 
     Attributes:
         size: bytes.
-        hits: how often it was found in host memory.
-        misses: how often it was read from its files.
+        sweeps: how often it was read.
     """
 
-    hits = misses = 0
+    sweeps = 0
 
     def __init__(self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module) -> None:
         self.part, self.plan, self._reader = part, plan, reader

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
 from torch.overrides import TorchFunctionMode
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.measure.gates import gated_block
+from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
 from isingcut.models.architectures.blocks import BlockStack, stack_modules
 from isingcut.models.cutting.verify import relative_difference
@@ -29,7 +30,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     """Check the block gates; return whether sublayer gates work too.
 
     Block gates are compared with autograd on the whole model, sublayer gates with finite
-    differences and, at alpha = 0, with a removal; all in float64 (see `_in_float64`).
+    differences and, at alpha = 0, with a removal; all in float64 (see `_InFloat64`).
 
     Args:
         model: the model; it is copied.
@@ -41,13 +42,17 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
         AssertionError: a gradient or a removal is wrong.
     """
     model = copy.deepcopy(model).double().requires_grad_(False)
-    with _in_float64():
+    with _InFloat64():
         # The fused products of experts know no float64.
         model.set_experts_implementation("eager")
         replay = Replay(model, stack_modules(model, stack))
         rows = TokenSet.from_rows(tokens.tolist())
         block = gate_gradients(replay, rows, gate="block")
-        difference = np.abs(block - _autograd(replay, tokens)).max()
+        expected = [
+            jacobian(partial(gated_loss, replay, rows.select([s]), ()), torch.ones(len(stack)))
+            for s in range(rows.samples)
+        ]
+        difference = np.abs(block - np.array([one.numpy() for one in expected])).max()
         error = difference / np.abs(block).max().clip(1e-9)
         assert error <= _ROUNDING, f"block gate gradients differ from autograd by {error:.1e}"
         try:
@@ -71,20 +76,16 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _in_float64() -> Iterator[None]:
+class _InFloat64(TorchFunctionMode):
     """Compute in float64 even where a model asks for float32, as norms and routers do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Widened():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
 
-class _Widened(TorchFunctionMode):
-    """Replaces float32 by float64."""
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = torch.Tensor.double if func is torch.Tensor.float else func
@@ -99,7 +100,7 @@ def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Te
     """Return the stream after a block whose sublayer gates are set to a number."""
     with torch.no_grad():
         value = torch.full((len(stream),), alpha)
-        return gated_block(recording, block, stream, value, "sublayer", ones=False)
+        return run_gated(recording, block, stream, value, "sublayer", ones=False)
 
 
 def _losses(recording: Recording, block: int, entered: list[Tensor], alpha: float) -> Any:
@@ -121,29 +122,45 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:-1], ids[1:])
 
 
-def _autograd(replay: Replay, tokens: Tensor) -> Any:
-    """(B, N) from a gated forward pass of the whole model, one sample at a time, by hooks."""
-    out = []
-    for row in tokens:
-        alphas = [
-            torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(len(replay))
-        ]
+def gated_loss(
+    replay: Replay, tokens: TokenSet, added: Sequence[str], alpha: Tensor, *, kl: bool = False
+) -> Tensor:
+    """Mean token loss of passes of the whole model with gates as hooks, one sample at a time.
 
-        def hook(alpha: Tensor) -> Any:
-            def gate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                before = args[0] if args else kwargs["hidden_states"]
-                after = output if isinstance(output, Tensor) else output[0]
-                mixed = before + alpha * (after - before)
-                return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
+    Args:
+        added: modules whose output a block adds to the stream: gates are on them; with none, on
+            whole blocks.
+        alpha: (N,) the gates.
+        kl: of the KL to the original, else of the NLL.
+    """
 
-            return gate
+    def gate(alpha: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            before = 0 if added else args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, Tensor) else output[0]
+            mixed = before + alpha * (after - before)
+            return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
 
+        return hook
+
+    def predict(ids: Tensor) -> Tensor:
+        return replay.text(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+
+    total: Any = 0.0
+    for row, mask in zip(tokens.input_ids, tokens.mask, strict=True):
+        ids = row[None, : int(mask.sum())]
+        with torch.no_grad():
+            original = predict(ids) if kl else None
         handles = [
-            block.register_forward_hook(hook(alpha), with_kwargs=True)
-            for block, alpha in zip(replay.blocks, alphas, strict=True)
+            module.register_forward_hook(gate(a), with_kwargs=True)
+            for block, a in zip(replay.blocks, alpha, strict=True)
+            for module in ([getattr(block, name) for name in added] or [block])
         ]
-        loss = _nll(replay.text(row[None], use_cache=False).logits[0], row)
+        logp = predict(ids)
         for handle in handles:
             handle.remove()
-        out.append(torch.stack(torch.autograd.grad(loss, alphas)))
-    return torch.stack(out).double().numpy()
+        if original is None:
+            total = total + nn.functional.nll_loss(logp, ids[0, 1:], reduction="sum")
+        else:
+            total = total + (original.exp() * (original - logp)).sum()
+    return total / tokens.tokens

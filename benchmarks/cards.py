@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Card", "MixedDevicesError", "fake_cards"]
@@ -204,7 +203,7 @@ class _Autocast(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self.dtype is not None and func in _HALVED:
-            args, kwargs = tree.tree_map_only(_Tensor, self._cast, (args, kwargs or {}))
+            args, kwargs = _replace((args, kwargs or {}), _Tensor, self._cast)
         return func(*args, **(kwargs or {}))
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -398,8 +397,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check the devices of the operands, compute on the CPU, and put the result on its device."""
-    leaves = tree.tree_leaves((args, kwargs))
-    card = next((x.card for x in leaves if isinstance(x, _Tensor)), None)
+    card = next((x.card for x in _leaves((args, kwargs)) if isinstance(x, _Tensor)), None)
     device = kwargs.get("device")
     if card and (func.overloadpacket in _RESIZING or torch.Tag.inplace_view in func.tags):
         raise NotImplementedError(f"{func} changes the shape of a tensor on a fake card")
@@ -416,7 +414,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = {**kwargs, "device": torch.device("cpu")}
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
-    plain_args, plain_kwargs = tree.tree_map_only(_Tensor, lambda x: x.values, (args, kwargs))
+    plain_args, plain_kwargs = _replace((args, kwargs), _Tensor, lambda x: x.values)
     if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
         # CUDA counts integers, the CPU's kernel does not.
         out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(plain_args[0].dtype)
@@ -427,7 +425,26 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     written = _written(func, args, kwargs)
     if written:
         return written[0] if len(written) == 1 else tuple(written)
-    return tree.tree_map_only(Tensor, lambda x: _Tensor(x, card), out)
+    return _replace(out, Tensor, lambda x: _Tensor(x, card))
+
+
+# torch's own walks through arguments take longer than what is computed.
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _replace(value: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return new(value)
+    if isinstance(value, dict):
+        return {name: _replace(part, kind, new) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_replace(part, kind, new) for part in value)
+    return value
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -454,7 +471,7 @@ def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card)
     for argument, value in _operands(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
         indices = packet in _INDEXED and argument.name == "indices"
-        for x in tree.tree_leaves(value):
+        for x in _leaves(value):
             if not isinstance(x, Tensor) or x.device.type == "meta":
                 continue
             if isinstance(x, _Tensor):
