@@ -1,15 +1,16 @@
-"""How often a model accepts what its layer for multi-token prediction drafts, before and after a cut.
+"""How often a model accepts what its MTP layer drafts, before and after a cut.
 
     python benchmarks/mtp.py TEXT.jsonl WORK [--minutes 6]
 
-Trains a model of 12 blocks and 1.1 million parameters with one such layer (the form of DeepSeek-V3) on
-``TEXT.jsonl``, runs `isingcut run` on it and prints the figures of its evaluation.
+Trains a model of 12 blocks with one layer for multi-token prediction (MTP), in the form of
+DeepSeek-V3, on the first half of ``TEXT.jsonl``, runs `isingcut run` on it and prints the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
 
+from isingcut.evaluation.drafts import open_mtp
+from isingcut.models.load import load
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 _SHAPE = {
@@ -94,11 +97,31 @@ def main() -> None:
     model, run = options.work / "model", options.work / "run"
     if not model.exists():
         train(options.text, model, options.minutes)
-    command = f"run {model} --remove 3 --text {options.text} --samples 32 --length 128 --out {run}"
+    command = f"run {model} --remove 3 --text {options.text} --length 128 --out {run} --skip-speed"
     subprocess.run([sys.executable, "-m", "isingcut", *command.split()], check=True)
     found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    for name in ("before", "cut", "after"):
-        print(name, found[name])
+    for name, key in (("original", "before"), ("cut", "cut"), ("patched", "after")):
+        scores = found[key]
+        print(f"mtp_acceptance_{name}: {scores['draft_acceptance']:.4f}")
+        print(f"mtp_acceptance_{name}_se: {scores['draft_acceptance_se']:.4f}")
+    for name, folder in (("original", model), ("patched", run / "model")):
+        plain, drafting = time_generation(folder)
+        print(f"mtp_speed_{name}: {drafting / plain:.3f}")
+
+
+def time_generation(folder: Path, tokens: int = 96, repeats: int = 5) -> tuple[float, float]:
+    """Measure tokens per second of greedy generation without and with drafts, interleaved."""
+    model = load(folder).model
+    assert open_mtp(model, folder) is not None
+    ids = torch.arange(20, 52)[None]
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(repeats + 1):
+        for use_mtp, spent in seconds.items():
+            began = time.perf_counter()
+            model.generate(ids, use_mtp=use_mtp, max_new_tokens=tokens, do_sample=False)
+            spent.append(time.perf_counter() - began)
+    plain, drafting = (tokens / statistics.median(spent[1:]) for spent in seconds.values())
+    return plain, drafting
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "drop_mtp", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,

@@ -39,7 +39,8 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
         numbers = range(depth(text), depth(text) + mtp_layers(text))
         model._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
     with suppress(AttributeError, RuntimeError, ValueError), quiet_transformers():
-        return MtpModel.from_pretrained(language_model(model), device_map={"": model.device}).eval()
+        found: Any = MtpModel.from_pretrained(language_model(model), device_map={"": model.device})
+        return found.eval()
     return None
 
 

@@ -66,12 +66,18 @@ class MeasuredLoss(Strict):
 
 
 class Perplexity(Strict):
-    """The perplexity of a model on a text."""
+    """The perplexity of a model on a text.
+
+    Attributes:
+        draft_acceptance: share of the tokens drafted by its MTP layers that it predicts itself.
+    """
 
     perplexity: Positive
     perplexity_se: Positive | None
     nll: Number
     nll_se: Positive | None
+    draft_acceptance: Positive | None = None
+    draft_acceptance_se: Positive | None = None
 
 
 class PatchedCut(Strict):
@@ -321,7 +327,12 @@ class PatchRecord(Strict):
 
 
 class CardParts(Strict):
-    """The parts of a cut checkpoint's model card."""
+    """The parts of a cut checkpoint's model card.
+
+    Attributes:
+        mtp: layers for multi-token prediction in the original.
+        drop_mtp: whether the cut left these out.
+    """
 
     base_model: str | None
     name: str
@@ -337,6 +348,8 @@ class CardParts(Strict):
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     proof: str = "text"
     patch: PatchRecord | None = None
+    mtp: Count = 0
+    drop_mtp: bool = False
 
 
 class CutRecord(Document, kind="removal"):

@@ -192,6 +192,13 @@ def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
     return 0 <= int(match[3]) - depth(dict(text)) < mtp_layers(text)
 
 
+def count_mtp_layers(folder: Path) -> int:
+    """Count the layers for multi-token prediction that a checkpoint has tensors of."""
+    text = read_decoder(read_config(folder))
+    stored = any(is_mtp(name, text) for name in read_checkpoint(folder))
+    return max(1, mtp_layers(text)) if stored else 0
+
+
 def _fits(numbers: set[int], count: int, heads: int) -> bool:
     return set(range(count)) <= numbers <= set(range(count + heads))
 

@@ -32,6 +32,7 @@ from isingcut.healing.patch.files import RECORD
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.verify import verify
+from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import find_loading_class
 from isingcut.models.processes import is_launched
@@ -131,10 +132,12 @@ def write_checkpoint(
     sources = [session.source, *folder.sources]
     with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
-        write_cut(session.source, blocks, temporary)
+        write_cut(session.source, blocks, temporary, drop_mtp=session.config.drop_mtp)
         original = session.streamed[1] if session.streaming else session.loaded.model
         proof = verify(original, blocks, temporary, trust_remote_code=trust)
-        parts = parts.model_copy(update={"proof": proof.inputs})
+        mtp = count_mtp_layers(session.source)
+        further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": session.config.drop_mtp}
+        parts = parts.model_copy(update=further)
         record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
@@ -212,6 +215,8 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     stage, options = "excise", dict[str, Any](removed=blocks)
+    if config.drop_mtp:
+        options["drop_mtp"] = True
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}

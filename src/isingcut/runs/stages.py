@@ -23,6 +23,7 @@ from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark, candidates
+from isingcut.evaluation.drafts import draft_acceptance, open_mtp
 from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
@@ -36,7 +37,8 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import language_model
+from isingcut.models.architectures.blocks import language_model, skip_blocks
+from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
 from isingcut.report.words import chosen_by_tasks, listed
@@ -361,6 +363,8 @@ def evaluate(
             skip_speed=skip,
             progress=progress,
         ).model_copy(update=further)
+        if not session.streaming and streamed is None:
+            found = _add_drafts(session, found, cut, checkpoint, tokens)
         if streamed is None and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -381,6 +385,37 @@ def evaluate(
         make,
         lambda path: read_document(path, documents.EvaluationFile),
         completes=None if skip else without_speed,
+    )
+
+
+def _add_drafts(
+    session: Session,
+    found: documents.EvaluationFile,
+    cut: LoadedModel,
+    folder: Path,
+    text: TokenSet,
+) -> documents.EvaluationFile:
+    """Measure the drafts of the MTP layers of the original, the exact cut and the last model."""
+    original, size = session.loaded.model, session.tuning.batch_tokens
+    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
+    if of_original is None or of_last is None:
+        return found
+    with session.progress("drafts of multi-token prediction", 1) as bar:
+        scores = {
+            "before": draft_acceptance(original, of_original, text, size),
+            "after": draft_acceptance(cut.model, of_last, text, size),
+        }
+        if found.cut is not None:
+            removed = read_document(folder / "isingcut.json", documents.CutRecord).removed
+            with skip_blocks(original, session.stack, removed):
+                scores["cut"] = draft_acceptance(original, of_original, text, size)
+        bar.advance(1)
+    keys = ("draft_acceptance", "draft_acceptance_se")
+    return found.model_copy(
+        update={
+            name: getattr(found, name).model_copy(update=dict(zip(keys, values, strict=True)))
+            for name, values in scores.items()
+        }
     )
 
 
