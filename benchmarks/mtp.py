@@ -97,8 +97,12 @@ def main() -> None:
     model, run = options.work / "model", options.work / "run"
     if not model.exists():
         train(options.text, model, options.minutes)
-    command = f"run {model} --remove 3 --text {options.text} --length 128 --out {run} --skip-speed"
-    subprocess.run([sys.executable, "-m", "isingcut", *command.split()], check=True)
+    command = (
+        f"run {model} --remove 3 --calibration {options.text} --length 128 --out {run} --skip-speed"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "isingcut", *command.split(), "--out", str(run)], check=True
+    )
     found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     for name, key in (("original", "before"), ("cut", "cut"), ("patched", "after")):
         scores = found[key]
