@@ -85,9 +85,8 @@ class StoredLayers:
         weight, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
         if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
             raise ArchitectureError(
-                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}: it "
-                "names or packs its tensors differently from the model in memory, so a patch "
-                "cannot be written; heal by distillation instead"
+                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}, as "
+                "the model in memory has, so a patch cannot be written; heal by distillation"
             )
         if weight.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
