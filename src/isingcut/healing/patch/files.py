@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
@@ -146,7 +146,8 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
         values = temporary / "values"
-        save_file(new, values)
+        # Not by the library's own function, which hides errors of the operating system.
+        values.write_bytes(save(new))
         fresh = {t.name: t for t in read_header(values)}
         for file in files:
             kept = [
