@@ -383,17 +383,12 @@ class Watch(TrainerCallback):
         judge = self.job.judge
         if judge is None or self.timing:
             return
-        device = self.job.teacher.device
+        device, sums = self.job.teacher.device, list[float]()
         model.eval()
         with torch.no_grad():
-            sums = [
-                float(
-                    model(**{k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()})[
-                        "loss"
-                    ]
-                )
-                for i in range(judge.tokens.samples)
-            ]
+            for i in range(judge.tokens.samples):
+                batch = {k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()}
+                sums.append(float(model(**batch)["loss"]))
         model.train()
         for value in sums:
             self._refuse_no_number(value, step)
