@@ -66,7 +66,7 @@ def clear_os_errors(target: Path) -> Iterator[None]:
                 "another --out, then run the same command again"
             ) from e
         # A missing file may be an input; memory and pipes have messages of their own.
-        if code not in (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE):
+        if code not in (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE, errno.EMFILE):
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose a writable place"
             ) from e
