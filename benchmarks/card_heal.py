@@ -36,7 +36,8 @@ def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = 
     model.save_pretrained(folder / "original")
     tiny_tokenizer().save_pretrained(folder / "original")
     record = json.dumps({"removed": removed, "of": blocks})
-    excise(folder / "original", removed, folder / "cut", extra_files={"isingcut.json": record})
+    excise(folder / "original", removed, folder / "cut")
+    (folder / "cut" / "isingcut.json").write_text(record)
     lines = [json.dumps({"text": f"{' '.join(_WORDS[i % 10 :])} {i}"}) for i in range(12)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "scipy.stats",
         "torch",
         "torch.distributed.run",
         "transformers",

@@ -30,6 +30,7 @@ from isingcut.measure.work import Work
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from shared import OPTIONS
 from test_baselines import part
 from tiny import random_tokens, replay_of
 
@@ -213,14 +214,7 @@ def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch
             out=str(tmp_path / "run"),
             remove=2,
             energy="fisher",
-            states=3,
-            random_states=30,
-            samples=3,
-            length=16,
-            rank_samples=3,
-            report_samples=3,
-            patch_tokens=100,
-            dtype="float32",
+            **{**OPTIONS, "states": 3, "patch_tokens": 100, "batch_tokens": None},
         )
     assert str(card.device) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 

@@ -1,6 +1,5 @@
 """Several processes: the same bits as one, one report of a failure, and no process left behind."""
 
-import importlib
 import json
 import os
 import signal
@@ -110,20 +109,22 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
 
 
-def _launcher(module, *words):
-    """A launcher's own process, which has torch already: it starts an interpreter per rank."""
+def _launcher(*words):
+    """accelerate's own process, which has torch already: it starts an interpreter per rank."""
+    from accelerate.commands.launch import main
+
     # As here, for the same sums.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    sys.argv = [module, *words]
-    importlib.import_module(module).main()
+    sys.argv = ["accelerate-launch", *words]
+    main()
 
 
 def test_a_launcher_starts_all_processes(place, alone, tmp_path):
     """accelerate's, whose last step is torchrun's."""
     out, said = tmp_path / "run", tmp_path / "said"
     command = [
-        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "isingcut", *_typed(place, out),
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "-m", "isingcut", *_typed(place, out),
     ]  # fmt: skip
     assert join([start(said, _launcher, *map(str, command))]) == [0], said.read_text()
     assert said.read_text().count("2 processes share the measurements") == 1

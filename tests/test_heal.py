@@ -232,7 +232,8 @@ def test_the_patch_is_the_default_once(models, tmp_path):
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     record = json.dumps({"removed": [0], "of": 6})
-    excise(models / "teacher", [0], headless, extra_files={"isingcut.json": record})
+    excise(models / "teacher", [0], headless)
+    (headless / "isingcut.json").write_text(record)
     given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")

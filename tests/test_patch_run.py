@@ -50,8 +50,16 @@ def patch_of(checkpoint):
 
 
 @pytest.fixture(scope="module")
+def text(shared):
+    """Fewer words than elsewhere, for patches are fitted on all of them."""
+    return shared.folder("few", lambda place: write_words(place / "text.txt", 450)) / "text.txt"
+
+
+@pytest.fixture(scope="module")
 def run(shared, llama, text):
-    found: Path = shared.folder("patched", lambda place: job(llama, text, place))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_speed_out(patch.setattr)
+        found: Path = shared.folder("patched", lambda place: job(llama, text, place))
     return found
 
 

@@ -28,13 +28,10 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.report.write import write_report
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
+from shared import OPTIONS as USUAL
 from shared import call, leave_speed_out, write_words
 
-OPTIONS = {
-    "remove": 2, "samples": 4, "length": 16, "rank_samples": 3, "report_samples": 3, "states": 4,
-    "random_states": 30, "dtype": "float32", "batch_tokens": 32, "also": "hessian",
-    "attention": "sdpa", "patch_tokens": 1000,
-}  # fmt: skip
+OPTIONS = {**USUAL, "remove": 2, "also": "hessian", "attention": "sdpa", "batch_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +51,7 @@ def _run(place, out, moment):
     _die_at(moment)
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
+        patch.setattr("isingcut.energies.hessian.Hessian.default_samples", 4)
         isingcut.run(
             model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
         )

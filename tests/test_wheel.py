@@ -83,15 +83,6 @@ def clean(built, tmp_path_factory):
     return python
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a tiny model, a text and a run with a measured energy."""
-    base = tmp_path_factory.mktemp("work")
-    tiny_checkpoint("llama", base / "model")
-    write_words(base / "text.txt")
-    return base
-
-
 def test_the_wheel_holds_the_package_and_its_data(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -160,8 +151,11 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def answers(clean, work):
+def answers(clean, tmp_path_factory):
     """What commands answer in the clean environment: one process, for torch is long to import."""
+    work = tmp_path_factory.mktemp("work")
+    tiny_checkpoint("llama", work / "model")
+    write_words(work / "text.txt")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     typed = json.dumps([ENERGY, INSPECT, SOLVE, *MISSING.values()])
     ended = subprocess.run(

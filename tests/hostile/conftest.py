@@ -5,7 +5,7 @@ from arena import make_arena
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import leave_speed_out, write_words
+from shared import OPTIONS, leave_speed_out, write_words
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +27,7 @@ def _make_world(base):
             calibration="text.txt",
             out="run",
             remove=2,
-            random_states=30,
-            samples=3,
-            length=16,
-            rank_samples=3,
-            report_samples=3,
-            patch_tokens=1000,
-            dtype="float32",
+            **{k: v for k, v in OPTIONS.items() if k not in ("states", "batch_tokens")},
         )
 
 

@@ -24,13 +24,11 @@ class HealingText:
     Attributes:
         train: packed samples of full length, or one conversation per sample.
         report: samples of other documents.
-        kind: kind of the source, as in `corpora.Corpus`, or ``"mixture"``.
         overlap: share of the report text that is in the training text too, see `overlap`.
     """
 
     train: TokenSet
     report: TokenSet
-    kind: str
     overlap: float
 
 
@@ -77,8 +75,7 @@ def build(
             "text, or lower --samples, --report-samples or --length"
         )
     to_report, to_train = (tokens_of(drawn, parts, encode.pad) for drawn in (report, train))
-    kind = texts[0].facts["kind"] if len(parts) == 1 else "mixture"
-    return HealingText(to_train, to_report, kind, overlap(to_report, [to_train]))
+    return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
 
 @dataclass(frozen=True, eq=False)

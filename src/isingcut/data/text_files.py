@@ -163,8 +163,15 @@ def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
     with _decode(file) as lines:
         rows = csv.reader(lines, strict=True)
         try:
-            header = next(rows, [])
-            column = _text_column(header, name)
+            header = [column.strip() for column in next(rows, [])]
+            alone = len(header) == 1 and not any(mark in header[0] for mark in ";\t|")
+            if header.count("text") != 1 and not alone:
+                columns = ", ".join(header)[:200] or "nothing"
+                raise CalibrationError(
+                    f"{name} must have a column 'text', or one column; its first line has "
+                    f"{columns} (columns are separated by commas)"
+                )
+            column = header.index("text") if "text" in header else 0
             for row in filter(None, rows):
                 where = f"{name} line {rows.line_num}"
                 if len(row) != len(header):
@@ -178,19 +185,6 @@ def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
             raise CalibrationError(
                 f"{name} line {rows.line_num} is not valid CSV: {first_line(e)}"
             ) from e
-
-
-def _text_column(header: list[str], name: str) -> int:
-    names = [column.strip() for column in header]
-    if names.count("text") == 1:
-        return names.index("text")
-    if len(names) == 1 and not any(mark in names[0] for mark in ";\t|"):
-        return 0
-    columns = ", ".join(names)[:200] or "nothing"
-    raise CalibrationError(
-        f"{name} must have a column 'text', or one column; its first line has {columns} "
-        "(columns are separated by commas)"
-    )
 
 
 def only_once(source: str) -> bool:

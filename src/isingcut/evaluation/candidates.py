@@ -225,12 +225,10 @@ def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """Compute (P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN if all are tied."""
     counts = np.array([np.bincount(pick, minlength=len(a)) for pick in picks], dtype=np.float64)
     signs_a, signs_b = (np.sign(x[:, None] - x) for x in (a, b))
-
-    def pairs(signs: Floats) -> Floats:
-        found: Floats = ((counts @ signs) * counts).sum(1) / 2
-        return found
-
-    untied = [np.sqrt(pairs(signs * signs)) for signs in (signs_a, signs_b)]
+    both, of_a, of_b = (
+        ((counts @ signs) * counts).sum(1) / 2
+        for signs in (signs_a * signs_b, signs_a * signs_a, signs_b * signs_b)
+    )
     with np.errstate(invalid="ignore"):
-        found: Floats = np.clip(pairs(signs_a * signs_b) / untied[0] / untied[1], -1.0, 1.0)
+        found: Floats = np.clip(both / np.sqrt(of_a) / np.sqrt(of_b), -1.0, 1.0)
     return found

@@ -133,9 +133,8 @@ def _rate(
     middle = statistics.median(seconds)
     if middle <= 0:
         raise ModelError(
-            f"{key} of {model.name_or_path} was measured as {tokens} tokens in "
-            f"{middle:g} s; the clock is too coarse or the machine too busy: run again, or pass "
-            "--skip-speed"
+            f"{key} of {model.name_or_path} was measured as {tokens} tokens in {middle:g} s; the "
+            "clock is too coarse or the machine too busy: run again, or pass --skip-speed"
         )
     error = None
     if len(seconds) > 1:

@@ -65,15 +65,12 @@ def clear_os_errors(target: Path) -> Iterator[None]:
                 f"no space left on the disk, {target} was not written; free some space or choose "
                 "another --out, then run the same command again"
             ) from e
-        if code not in _PASSED:
+        # A missing file may be an input; memory and pipes have messages of their own.
+        if code not in (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE, errno.EMFILE):
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose a writable place"
             ) from e
         raise
-
-
-# What is missing may be an input; what is said of memory and pipes is said elsewhere.
-_PASSED = (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE)
 
 
 def os_error_words(error: OSError) -> str:

@@ -158,9 +158,8 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
             mine, other = (t[rest].shape for t in (ours[place], theirs[block]))
             if mine != other:
                 raise InputError(
-                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but by its "
-                    f"record it is block {block} of the teacher {name}, with {list(other)}; give "
-                    "the original of the cut model"
+                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but block "
+                    f"{block} of the teacher {name} has {list(other)}; give the original"
                 )
     edges = [_edges(block) for block in theirs]
     for place, block in enumerate(kept):
@@ -224,8 +223,7 @@ def removal_by_weights(
             after = f"after its block {kept[-1]}" if kept else "at all"
             raise InputError(
                 f"{folder} has no {RECORD}, and its block {place} is not a block of "
-                f"{teacher.folder.name} {after}; expected a model with whole blocks removed and "
-                "the others unchanged"
+                f"{teacher.folder.name} {after}; expected a model without some blocks"
             )
         kept.append(found)
     removed = tuple(i for i in range(len(theirs)) if i not in kept)

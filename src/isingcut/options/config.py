@@ -383,8 +383,7 @@ def heal_config(config: RunConfig) -> HealConfig:
     values = given_options(HealConfig, config.healing.values, "--healing")
     set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
     set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
-    taken = sorted(set_by_run & values.keys())
-    if taken:
+    if taken := sorted(set_by_run & values.keys()):
         raise InputError(f"--healing: the run itself sets {', '.join(taken)}; remove it here")
     base = {
         "text": config.calibration,

@@ -328,6 +328,11 @@ def _loader() -> Any:
 
     class Loader(safe):  # type: ignore[misc]
         yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+        yaml_constructors = {  # noqa: RUF012
+            tag: make
+            for tag, make in safe.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
+        }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):

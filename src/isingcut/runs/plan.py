@@ -81,11 +81,10 @@ class Prices:
             raise InputError(f"--card must be one of {', '.join(CARDS)}; got {card!r}")
         self.config, trust, session = config, config.trust_remote_code, Session(config)
         # For a card, the configuration alone is read.
-        source = (
-            resolve(config.model, trust_remote_code=trust, weights=False)
-            if card
-            else session.source
-        )
+        if card:
+            source = resolve(config.model, trust_remote_code=trust, weights=False)
+        else:
+            source = session.source
         check_by_config(source, config, needed=False)
         found = inspect_model(source, trust_remote_code=trust)
         text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)

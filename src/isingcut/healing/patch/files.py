@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
@@ -86,9 +86,8 @@ class StoredLayers:
         weight, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
         if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
             raise ArchitectureError(
-                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}: it "
-                "names or packs its tensors differently from the model in memory, so a patch "
-                "cannot be written; heal by distillation instead"
+                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}, as "
+                "the model in memory has, so a patch cannot be written; heal by distillation"
             )
         if weight.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
@@ -148,7 +147,8 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
         values = temporary / "values"
-        save_file(new, values)
+        # Not by the library's own function, which hides errors of the operating system.
+        values.write_bytes(save(new))
         fresh = {t.name: t for t in read_header(values)}
         for file in files:
             kept = [

@@ -350,9 +350,8 @@ class _Fitting:
             width, size = write.weight.shape
             if bytes_of(write.mapped) > host:
                 raise FitError(
-                    f"fitting a patch to a stream of {width} channels needs "
-                    f"{bytes_of(width) / 1e9:.1f} GB of host memory, and {host / 1e9:.1f} GB are "
-                    "free"
+                    f"fitting a patch needs {bytes_of(width) / 1e9:.1f} GB of host memory, and "
+                    f"{host / 1e9:.1f} GB are free"
                 )
             stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
             # Both models' streams, a block's output and what its layer reads.

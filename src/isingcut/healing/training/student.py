@@ -114,7 +114,8 @@ def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
             hooks.enter_context(module.register_forward_pre_hook(lambda m, _: called.append(m)))
         hooks.enter_context(block.register_forward_hook(lambda *_: called.clear()))
         with torch.no_grad():
-            model(torch.zeros((1, 4), dtype=torch.long, device=model.device), use_cache=False)
+            ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
+            model(input_ids=ids, use_cache=False)
     behind = {id(p) for module in called for p in module.parameters(recurse=False)}
     return [p for p in model.parameters() if id(p) in behind]
 

@@ -176,14 +176,13 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         install(student, plain, teacher)
 
-    def make() -> HealingMemory:
-        return plan_memory(job, student, batch, placed=placed)
+    make = partial(plan_memory, job, student, batch, placed=placed)
 
     def plan() -> dict[str, Any]:
         # Keep the recorded plan, but refuse a student that does not fit now.
-        kept = placed or sharded
         file = job.work / "memory.json"
-        return (keep_result(file, HealingMemory, make) if kept else make()).content()
+        found = keep_result(file, HealingMemory, make) if placed or sharded else make()
+        return found.content()
 
     with quiet_transformers():
         yield student, HealingMemory(**job.processes.decide(plan))
@@ -326,7 +325,7 @@ class Watch(TrainerCallback):
     def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
         self.job, self.batch, self.timing = job, batch, timing
         device = job.teacher.device
-        self.bar: Bar | None = None
+        self.bar: Bar
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.curve: list[Step] = []
         self.seconds: list[float] = []
@@ -342,15 +341,14 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.began = time.monotonic()
-        if self.job.leads:
-            longest = int(self.job.tokens.mask.sum(1).max())
-            words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
-            if self.timing:
-                words = f"timing, {state.max_steps} steps"
-            self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
-            if state.global_step:
-                self.bar.advance(state.global_step)
-        if not state.global_step:
+        longest = int(self.job.tokens.mask.sum(1).max())
+        words = f"healing, {state.max_steps} steps of {self.batch} x {longest} tokens"
+        if self.timing:
+            words = f"timing, {state.max_steps} steps"
+        self.bar = self.shown.enter_context(self.job.progress(words, state.max_steps))
+        if state.global_step:
+            self.bar.advance(state.global_step)
+        else:
             self.check(rest["model"], 0)
             self.began = time.monotonic()
 
@@ -367,8 +365,7 @@ class Watch(TrainerCallback):
         self._refuse_no_number(loss, state.global_step)
         before = self.curve[-1].tokens if self.curve else 0
         self.curve.append(Step(step=state.global_step, tokens=before + int(predictions), loss=loss))
-        if self.bar is not None:
-            self.bar.advance(1, f"loss {loss:.4f}")
+        self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         # The other processes have written their random states too.
@@ -389,17 +386,12 @@ class Watch(TrainerCallback):
         judge = self.job.judge
         if judge is None or self.timing:
             return
-        device = self.job.teacher.device
+        device, sums = self.job.teacher.device, list[float]()
         model.eval()
         with torch.no_grad():
-            sums = [
-                float(
-                    model(**{k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()})[
-                        "loss"
-                    ]
-                )
-                for i in range(judge.tokens.samples)
-            ]
+            for i in range(judge.tokens.samples):
+                batch = {k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()}
+                sums.append(float(model(**batch)["loss"]))
         model.train()
         for value in sums:
             self._refuse_no_number(value, step)
@@ -465,17 +457,9 @@ def _spend(job: Job) -> Job:
         pace = _pace(job)
         seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
 
-    def make() -> HealingRecipe:
-        return bought_recipe(
-            job.config,
-            job.tokens,
-            tokens,
-            seconds,
-            pace,
-            width=int(text_config(job.teacher.model).hidden_size),
-            processes=job.processes.size,
-        )
-
+    width = int(text_config(job.teacher.model).hidden_size)
+    size = {"width": width, "processes": job.processes.size}
+    make = partial(bought_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
     kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
     recipe = HealingRecipe(**kept)
     return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
