@@ -232,7 +232,7 @@ def healing_start(healing: documents.HealingFile) -> str:
 def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
     rows = [_row(*quantity, models, first=first) for quantity in _QUALITY]
     # Few models draft tokens.
-    return [row for row in rows if row.key != "draft_acceptance" or row.difference is not None]
+    return [row for row in rows if row.key != "draft_acceptance" or any(row.values.values())]
 
 
 def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:

@@ -471,7 +471,9 @@ def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, docume
     size, progress = session.tuning.batch_tokens, session.progress
     scores = quality(original, cut, tokens, size, progress=progress)
     return {
-        name: documents.FurtherPart(**dict(one.after), kl=one.kl, kl_se=one.kl_se)
+        name: documents.FurtherPart(
+            **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
+        )
         for name, one in {"": scores, **scores.parts}.items()
     }
 
