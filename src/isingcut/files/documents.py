@@ -480,10 +480,17 @@ class FurtherScores(FurtherPart):
     elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
+class PackedScores(FurtherScores):
+    """`FurtherScores` of the cut GGUF file, unpacked to bfloat16."""
+
+    bytes: Some
+
+
 class EvaluationFile(Document, kind="evaluation"):
     """`evaluation.json`; older files do not name the last model.
 
     Attributes:
+        gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
         elsewhere: the models on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were skipped.
         streamed: a model was read from disk block by block, so its speed is unknown.
@@ -493,6 +500,8 @@ class EvaluationFile(Document, kind="evaluation"):
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
     cut: FurtherScores | None = None
     patched: FurtherScores | None = None
+    gguf: PackedScores | None = None
+    gguf_unread: str = ""
     samples: Some
     tokens: Some
     before: ModelScores
