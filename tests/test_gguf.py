@@ -62,14 +62,33 @@ def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
         assert after.get_field(key).contents() == before.get_field(key).contents()
 
 
+def test_mtp_layers_behind_the_blocks_stay(tmp_path):
+    source = make(tmp_path / "in.gguf", "deepseek2", blocks=5, nextn_predict_layers=2)
+    cut_gguf(source, [1], tmp_path / "out.gguf")
+    after = gguf.GGUFReader(tmp_path / "out.gguf")
+    before = {t.name: t.data.tobytes() for t in gguf.GGUFReader(source).tensors}
+    assert after.get_field("deepseek2.block_count").contents() == 4
+    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 2
+    assert after.get_field("deepseek2.attention.head_count_kv").contents() == [1, 3, 4, 5]
+    for new, old in enumerate((0, 2, 3, 4)):
+        name = "ffn_up.weight"
+        tensor = next(t for t in after.tensors if t.name == f"blk.{new}.{name}")
+        assert tensor.data.tobytes() == before[f"blk.{old}.{name}"]
+    cut_gguf(source, [1], tmp_path / "none.gguf", drop_mtp=True)
+    after = gguf.GGUFReader(tmp_path / "none.gguf")
+    assert after.get_field("deepseek2.block_count").contents() == 2
+    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 0
+    assert not any("blk.2." in t.name for t in after.tensors)
+    with pytest.raises(ArchitectureError, match="must be 0 to 2"):
+        cut_gguf(source, [3], tmp_path / "no.gguf")
+
+
 def test_what_is_unknown_or_numbered_is_refused(tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(ArchitectureError, match=r"llama\.mystery' looks per-layer"):
         cut_gguf(make(tmp_path / "a.gguf", mystery=[1, 2, 3, 4]), [0], out)
     with pytest.raises(ArchitectureError, match="may derive the kind of a 'cohere2'"):
         cut_gguf(make(tmp_path / "b.gguf", "cohere2"), [0], out)
-    with pytest.raises(ArchitectureError, match="extra prediction heads"):
-        cut_gguf(make(tmp_path / "c.gguf", nextn_predict_layers=1), [0], out)
     with pytest.raises(ArchitectureError, match="must be 0 to 3"):
         cut_gguf(make(tmp_path / "d.gguf"), [4], out)
     assert not out.exists()

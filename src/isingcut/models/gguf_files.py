@@ -84,8 +84,14 @@ class GgufHeader:
             )
         return value
 
+    @property
+    def mtp_layers(self) -> int:
+        """Number of layers for multi-token prediction, which `block_count` includes."""
+        found = self.value(f"{self.architecture}.nextn_predict_layers")
+        return found if isinstance(found, int) and found < self.number("block_count") else 0
+
     def check_blocks(self) -> int:
-        """The number of blocks.
+        """The number of blocks, without the layers for multi-token prediction behind them.
 
         Raises:
             CheckpointError: the metadata says another one, or a block lacks a tensor that its like
@@ -99,6 +105,8 @@ class GgufHeader:
             raise CheckpointError(
                 f"{self.path} says {count} blocks but has tensors of {len(found)}: damaged or split"
             )
+        for extra in range(count - self.mtp_layers, count):
+            del found[extra]
         # The kinds of a hybrid each have tensors that the others lack, so that a block whose
         # tensors are some of another's is no kind of its own.
         for block, names in sorted(found.items()):
@@ -108,7 +116,7 @@ class GgufHeader:
                         f"{self.path} lacks the tensor blk.{block}.{min(others - names)}, which "
                         f"block {like} has; the file is incomplete: get it again"
                     )
-        return count
+        return count - self.mtp_layers
 
 
 def block_of(name: str) -> tuple[int, str] | None:

@@ -202,7 +202,8 @@ def make_gguf(
     def make(path: Path) -> None:
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        gguf.cut_gguf(found, removed, path, overwrite=True, changed=changed)
+        drop = session.config.drop_mtp
+        gguf.cut_gguf(found, removed, path, overwrite=True, drop_mtp=drop, changed=changed)
 
     writing.refuse_source(out, [found])
     try:

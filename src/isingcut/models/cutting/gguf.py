@@ -26,7 +26,13 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
 from isingcut.files.writing import atomic_file, refuse_source
-from isingcut.models.architectures.cuts import depth, read_decoder, renumber_blocks
+from isingcut.models.architectures.cuts import (
+    depth,
+    mtp_layers,
+    number_mtp_layers,
+    read_decoder,
+    renumber_blocks,
+)
 from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
 from isingcut.models.gguf_files import GgufHeader, block_of, read_gguf
@@ -138,9 +144,10 @@ def changed_tensors(
     old, new = _Side(original), _Side(cut)
     known = names_in_gguf(header, old.count, old.stored)
     theirs = {tensor.name: name for name, tensor in known.items()}
+    mapping = renumber_blocks(old.count, removed)
     places = {
         f"{new.prefix}{place}.": f"{old.prefix}{i}."
-        for i, place in renumber_blocks(old.count, removed).items()
+        for i, place in number_mtp_layers(mapping, old.count, old.mtp).items()
     }
     found = {}
     for name, stored in new.stored.items():
@@ -162,8 +169,9 @@ class _Side:
         config = read_config(folder)
         self._tile = tile_of(config)
         self.stored: Mapping[str, StoredTensor] = read_checkpoint(folder)
-        self.count = depth(read_decoder(config))
-        self.prefix = find_prefix(self.stored.values(), self.count)
+        text = read_decoder(config)
+        self.count, self.mtp = depth(text), mtp_layers(text)
+        self.prefix = find_prefix(self.stored.values(), self.count, self.mtp)
 
     def values(self, name: str) -> NDArray[np.float32]:
         found: NDArray[np.float32] = read_plain(name, self.stored, self._tile).float().numpy()
@@ -289,6 +297,7 @@ def cut_gguf(
     out: Path,
     *,
     overwrite: bool = False,
+    drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
 ) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
@@ -298,6 +307,7 @@ def cut_gguf(
         removed: block numbers, in any order.
         out: the new file; it appears only when it is whole.
         overwrite: allow ``out`` to be replaced.
+        drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
             their type is finer.
 
@@ -312,8 +322,10 @@ def cut_gguf(
     if os.path.lexists(out) and not overwrite:
         raise OutputExistsError(f"{out} already exists; nothing was written")
     header = read_gguf(source)
-    count = header.number("block_count")
-    mapping = renumber_blocks(count, removed)
+    count, mtp = header.number("block_count"), header.mtp_layers
+    mapping = renumber_blocks(count - mtp, removed)
+    if not drop_mtp:
+        mapping = number_mtp_layers(mapping, count - mtp, mtp)
     _refuse(header, count, len(mapping))
     header.check_blocks()
     if changed and header.big_endian:
@@ -331,6 +343,8 @@ def cut_gguf(
     if windows is not None:
         fields.pop(f"{architecture}.{_WINDOWS}", None)
     values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
+    if drop_mtp and mtp:
+        values[f"{architecture}.nextn_predict_layers"] = 0
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture, endianess=reader.endianess)
         if "general.alignment" in values:
@@ -373,11 +387,6 @@ def _refuse(header: GgufHeader, before: int, after: int) -> None:
             f"llama.cpp may derive the kind of a {architecture!r} block from its number, which a "
             "cut changes, also in a converted checkpoint; run the cut checkpoint in transformers "
             "or vLLM"
-        )
-    if header.value(f"{architecture}.nextn_predict_layers"):
-        raise ArchitectureError(
-            f"{header.path} counts extra prediction heads among its blocks; cut the Hugging Face "
-            "checkpoint and convert it instead"
         )
     parts = header.value("split.count")
     if isinstance(parts, int) and parts > 1:
