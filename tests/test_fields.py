@@ -17,7 +17,6 @@ from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
-from sweep.conformance import check_entry, entries
 from tiny import edit_config, forbids, replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
@@ -26,25 +25,6 @@ COMPOSITE = {
     "text_config": LLAMA,
     "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 6},
 }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ernie4_5_vl_moe (image-text)",
-        "glm5_next (image-text)",
-        "longcat_flash",
-        "minicpm3",
-        "mistral_large4 (image-text)",
-        "modernbert-decoder",
-        "qwen4_exp_text",
-    ],
-)
-def test_a_family_with_something_of_its_own_is_cut_exactly(name, tmp_path):
-    (entry,) = (e for e in entries() if e.name == name)
-    report = check_entry(entry, tmp_path, states=1)
-    assert report.outcome == "passed" or "cuts exactly" in report.reason, report.reason
-    assert report.states == 1
 
 
 @pytest.mark.parametrize("family", HUB)
