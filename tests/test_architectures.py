@@ -363,8 +363,3 @@ def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(tmp_path,
     report = check_entry(Entry("diffllama", "AutoModelForCausalLM"), tmp_path / "b")
     assert report.outcome == "refused"
     assert "depends on the block number" in report.reason
-
-
-def test_blocks_that_return_lists_are_measured(tmp_path):
-    report = check_entry(Entry("openai-gpt", "AutoModelForCausalLM"), tmp_path, states=1)
-    assert report.outcome == "passed", report.reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.fit import is_mtp
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import read_checkpoint, read_config
+from isingcut.models.transformers_private import load_mtp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,19 +29,14 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
     Returns:
         None where there are none, and where transformers has no code that runs them.
     """
-    from transformers.modeling_layers import MtpModel
-
     text = read_decoder(read_config(folder))
     names = [name for name in read_checkpoint(folder) if is_mtp(name, text)]
     if not names or getattr(text_config(model), "num_mtp_layers", None) is None:
         return None
-    if not any(is_mtp(name) for name in names):
-        numbers = range(depth(text), depth(text) + mtp_layers(text))
-        model._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
-    with suppress(AttributeError, RuntimeError, ValueError), quiet_transformers():
-        found: Any = MtpModel.from_pretrained(language_model(model), device_map={"": model.device})
-        return found.eval()
-    return None
+    numbered_on = not any(is_mtp(name) for name in names)
+    numbers = range(depth(text), depth(text) + mtp_layers(text)) if numbered_on else []
+    with quiet_transformers():
+        return load_mtp(model, language_model(model), numbers)
 
 
 @torch.inference_mode()

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,28 @@ def get_checkpointing() -> dict[str, bool]:
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     names = ("activation_checkpointing", "gradient_checkpointing")
     return {next(name for name in names if name in known): True}
+
+
+def load_mtp(model: Any, decoder: Any, numbers: Iterable[int]) -> Any | None:
+    """Load a model's layers for multi-token prediction (MTP), as `generate(use_mtp=True)` does.
+
+    Args:
+        model: as loaded from its folder; it learns ``numbers`` for `generate`.
+        decoder: its causal language model.
+        numbers: of MTP layers that are numbered on after the blocks; its class knows those of
+            released models only.
+
+    Returns:
+        None if transformers has no code for them.
+    """
+    for known in {model, decoder} if numbers else ():
+        known._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
+    with suppress(ImportError, AttributeError, RuntimeError, ValueError):
+        from transformers.modeling_layers import MtpModel
+
+        found: Any = MtpModel.from_pretrained(decoder, device_map={"": model.device})
+        return found.eval()
+    return None
 
 
 class Names:
