@@ -37,8 +37,10 @@ def quantise(source: Path, kind: str, out: Path) -> None:
     options = library.llama_model_quantize_default_params()
     options.nthread, options.allow_requantize = 1, True
     options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    if library.llama_model_quantize(bytes(source), bytes(out), options):
+    part = out.with_suffix(".part")
+    if library.llama_model_quantize(bytes(source), bytes(part), options):
         raise ModelError(f"llama.cpp cannot quantise {source}")
+    part.rename(out)
 
 
 def measure(model: Path, samples: Sequence[Row], reference: Path) -> list[tuple[float, float]]:

@@ -12,8 +12,9 @@ files by a key are those that no other file equals in both the key and KL.
 `FOLDER/llama/lib/python3.X/site-packages`. Figures:
 
 frontier_points  files with KL, perplexity, bytes and both rates
-frontier_bits_of_cut  bits a weight of the largest whole file that a cut file beats in bytes and KL
-frontier_order_TYPE  KL of cut, quantise, patch over that of cut, patch, quantise
+frontier_bits_of_cut  size of the largest cut file among the best by bytes, in bits for each weight
+  of the whole model
+frontier_order  KL of cut, quantise, patch over that of cut, patch, quantise; 6 blocks out, Q4_0
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ STATES: Sequence[State] = ((), (16, 17), (14, 16, 17, 18), range(13, 19), (5, *r
 """Removed blocks: the lowest states of the searches on this model."""
 LAST, ROUNDS = "-last", 3
 FILES = [(s, t) for t in TYPES for s in STATES]
-FILES += [(STATES[3], t + LAST) for t in ("Q4_0", "Q4_K_M")]
 WEIGHTS, KV_BYTES = 134_515_008, 2 * 3 * 64 * 2
 """Of the whole model; of a token in a block: keys and values of 3 heads, 64 float16 each."""
 KEYS = {"bytes": 1, "decode": -1, "prefill": -1, "memory_4k": 1, "memory_32k": 1}
@@ -55,19 +55,16 @@ def best_files(points: Sequence[Content], name: str) -> list[Content]:
 
 def show(content: Content) -> dict[str, Any]:
     """Print all files and the best of them by each key."""
-    points = sorted(content["points"], key=lambda p: (-p["blocks"], -p["bytes"]))
-    named = {(p["blocks"], p["type"]): p for p in points}
+    points = sorted(content["points"], key=lambda p: (-p["blocks"], -p["bytes"], p["type"]))
     for p in points:
         print(*(f"{v:.4f}" if isinstance(v, float) else v for v in p.values()), sep=" | ")
+    timed = [p for p in points if "decode" in p]
     for name in KEYS:
-        print(f"{name}:", *(f"{p['blocks']}/{p['type']}" for p in best_files(points, name)))
-    beaten = [p for p in points if p["blocks"] == 30 and p not in best_files(points, "bytes")]
-    bits = 8 * max((p["bytes"] for p in beaten), default=0) / WEIGHTS
-    figures = {"frontier_points": len(points), "frontier_bits_of_cut": bits}
-    for (blocks, name), p in named.items():
-        if last := named.get((blocks, name + LAST)):
-            figures[f"frontier_order_{name}"] = last["kl"] / p["kl"]
-    return figures
+        print(f"{name}:", *(f"{p['blocks']}/{p['type']}" for p in best_files(timed, name)))
+    cut = [p["bytes"] for p in best_files(timed, "bytes") if p["blocks"] < 30]
+    kl = {p["type"]: p["kl"] for p in points if p["blocks"] == 24}
+    figures = {"frontier_points": len(timed), "frontier_bits_of_cut": 8 * max(cut) / WEIGHTS}
+    return figures | {"frontier_order": kl.get(f"Q4_0{LAST}", np.nan) / kl["Q4_0"]}
 
 
 class Frontier(ModelStudy):
@@ -76,7 +73,8 @@ class Frontier(ModelStudy):
     name = "frontier"
 
     def parts(self) -> list[Part]:
-        found = [Part(f"point/{key(s)}/{t}", partial(self._measure, s, t)) for s, t in FILES]
+        files = [*FILES, (STATES[3], f"Q4_0{LAST}")]
+        found = [Part(f"point/{key(s)}/{t}", partial(self._measure, s, t)) for s, t in files]
         return found + [Part(f"speed/{i}", self._time) for i in range(ROUNDS)]
 
     @cached_property
@@ -124,9 +122,9 @@ class Frontier(ModelStudy):
 
     def collect(self) -> Content:
         points, rounds = self.rows("point"), [part["rates"] for part in self.under("speed")]
-        for name, p in points.items():
+        for name in rounds[0]:
             ratios = np.median([np.divide(r[name], r["30/F16"]) for r in rounds], 0)
-            p["prefill"], p["decode"] = ratios.round(4).tolist()
+            points[name] |= zip(("prefill", "decode"), ratios.tolist(), strict=True)
         rates = np.median([r["30/F16"] for r in rounds], 0).tolist()
         return {"provenance": self.provenance(), "rates": rates, "points": [*points.values()]}
 
