@@ -15,7 +15,9 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
+from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
@@ -32,7 +35,7 @@ from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 from isingcut.models.sources import resolve
 
 
-def options(description: str | None, *, samples: int, repeats: int) -> argparse.Namespace:
+def options(description: str | None, *, samples: int) -> argparse.ArgumentParser:
     """What the command line says of the model, its text and how it is computed."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -41,15 +44,14 @@ def options(description: str | None, *, samples: int, repeats: int) -> argparse.
     add("--samples", type=int, default=samples)
     add("--length", type=int, default=256)
     add("--batch-tokens", type=int, default=1024)
-    add("--repeats", type=int, default=repeats)
     add("--dtype", default="auto", help="float32 shows both sides to be equal")
     add("--attention", default="auto", help="auto, sdpa or eager")
-    return parser.parse_args()
+    return parser
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
     """The model and its text."""
-    loaded = models.load(resolve(arguments.model), dtype=arguments.dtype)
+    loaded = models.load(resolve(arguments.model), dtype=arguments.dtype, device="cpu")
     calibration = build(
         arguments.calibration,
         loaded.tokenizer,
@@ -97,41 +99,31 @@ def _one(replay: Replay, single: TokenSet) -> np.ndarray:
     return torch.cat(torch.autograd.grad(loss, alphas)).double().numpy()
 
 
-def _peak(side: str, arguments: argparse.Namespace, answer: multiprocessing.Queue) -> None:
+def peak_of(side: str, arguments: argparse.Namespace) -> tuple[float, float, int]:
+    """Peak MB of this process, what of it came after loading, parameter gradients held."""
     replay, tokens = prepare(arguments)
     # Linux: start the high-water mark anew, or loading would hide what the work itself takes.
     Path("/proc/self/clear_refs").write_text("5")
-    before = high_water()
+    before = resident_peak() / 1e6
     if side == "batched":
         gate_gradients(replay, tokens, work=Work(arguments.batch_tokens))
-    elif side == "forward":
-        reuse_freed_memory()
+    else:
         forward(replay, tokens, arguments.batch_tokens)
-    gradients = sum(p.grad is not None for p in replay.model.parameters())
-    peak = high_water()
-    answer.put((peak, peak - before, gradients))
+    peak = resident_peak() / 1e6
+    return peak, peak - before, sum(p.grad is not None for p in replay.model.parameters())
 
 
-def high_water() -> float:
-    """Peak resident memory of this process since the mark was reset, MB."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = [x for x in status.splitlines() if x.startswith("VmHWM")]
-    return int(line.split()[1]) / 1000
-
-
-def peak_memory(side: str, arguments: argparse.Namespace) -> tuple[float, float, int]:
-    """Peak MB of a fresh process, what of it came after loading, parameter gradients held."""
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a fresh process."""
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_peak, args=(side, arguments, answer))
-    process.start()
-    found: tuple[float, float, int] = answer.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
-    arguments = options(__doc__, samples=16, repeats=5)
+    parser = options(__doc__, samples=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
 
     replay, tokens = prepare(arguments)
     # The processes that measure memory take the same.
@@ -171,8 +163,8 @@ def main() -> None:
         print(f"{name:<10}{1000 * median[name] / tokens.tokens:>10.3f}{ratios[name]:>18.2f}")
     # In bfloat16 this is the rounding of thirty blocks; in float32 the sides agree.
     print(f"largest difference between the two gradient matrices: {difference:.1e} of the largest")
-    peak, added, held = peak_memory("batched", arguments)
-    base, base_added, _ = peak_memory("forward", arguments)
+    peak, added, held = in_process(peak_of, "batched", arguments)
+    base, base_added, _ = in_process(peak_of, "forward", arguments)
     print(
         f"peak memory: batched {peak:.0f} MB ({added:.0f} MB above the loaded model), "
         f"forward {base:.0f} MB ({base_added:.0f} MB above); parameter gradients held: {held}"

@@ -97,16 +97,3 @@ def _read(path: Path) -> Hamiltonian:
     J = np.zeros((len(data["h"]),) * 2)
     J[np.triu_indices(len(data["h"]), 1)] = data["J_upper"]
     return Hamiltonian(np.array(data["h"]), J + J.T, data["c"], data["unit"], data["meta"])
-
-
-def write_json(ham: Hamiltonian, path: Path) -> None:
-    """Keep a measured Hamiltonian as a small JSON file."""
-    upper = ham.J[np.triu_indices(ham.n, 1)]
-    data = {
-        "unit": ham.unit,
-        "c": ham.c,
-        "meta": dict(ham.meta),
-        "h": [float(f"{v:.9g}") for v in ham.h],
-        "J_upper": [float(f"{v:.9g}") for v in upper],
-    }
-    path.write_text(json.dumps(data) + "\n", encoding="utf-8")

@@ -46,7 +46,9 @@ def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, f
 
 
 def main() -> None:
-    arguments = options(__doc__, samples=1, repeats=3)
+    parser = options(__doc__, samples=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
     replay, tokens = prepare(arguments)
     n = len(replay)
     states = states_of(n, [*[(i,) for i in range(n)], *combinations(range(n), 2)])

@@ -60,19 +60,12 @@ def scip(problem: Problem, seconds: float, target: float) -> Times:
     model.setParam("limits/time", seconds)
     x = [model.addVar(vtype="B") for _ in range(n)]
     y = {}
-    for i in range(n):
-        for j in range(i + 1, n):
-            if ham.J[i, j]:
-                y[i, j] = v = model.addVar(lb=0, ub=1, vtype="C")
-                model.addCons(v <= x[i])
-                model.addCons(v <= x[j])
-                model.addCons(v >= x[i] + x[j] - 1)
-    _add_rows(problem, lambda terms: quicksum(a * x[i] for i, a in terms), model.addCons)
-    m = _count(problem)
-    if m is not None and len(y) == n * (n - 1) // 2:
-        for i in range(n):
-            others = quicksum(y[min(i, j), max(i, j)] for j in range(n) if j != i)
-            model.addCons(others == (m - 1) * x[i])
+    for i, j in np.argwhere(np.triu(ham.J, 1)).tolist():
+        y[i, j] = v = model.addVar(lb=0, ub=1, vtype="C")
+        model.addCons(v <= x[i])
+        model.addCons(v <= x[j])
+        model.addCons(v >= x[i] + x[j] - 1)
+    add_rows(problem, x, y, quicksum, model.addCons)
     model.setObjective(
         quicksum(ham.h[i] * x[i] for i in range(n))
         + quicksum(ham.J[i, j] * v for (i, j), v in y.items())
@@ -107,25 +100,15 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
     scale = 1e7 / max(np.abs(ham.h).max(), np.abs(ham.J).max())
     model = cp_model.CpModel()
     x = [model.new_bool_var("") for _ in range(n)]
-    terms, weights = list(x), [round(v * scale) for v in ham.h]
-    y = {}
-    for i in range(n):
-        for j in range(i + 1, n):
-            weight = round(ham.J[i, j] * scale)
-            if weight:
-                y[i, j] = v = model.new_bool_var("")
-                model.add_implication(v, x[i])
-                model.add_implication(v, x[j])
-                model.add_bool_or([x[i].negated(), x[j].negated(), v])
-                terms.append(v)
-                weights.append(weight)
-    _add_rows(problem, lambda t: sum(int(a) * x[i] for i, a in t), model.add)
-    m = _count(problem)
-    if m is not None and len(y) == n * (n - 1) // 2:
-        for i in range(n):
-            others = [y[min(i, j), max(i, j)] for j in range(n) if j != i]
-            model.add(sum(others) == (m - 1) * x[i])
-    model.minimize(cp_model.LinearExpr.weighted_sum(terms, weights))
+    y, weights = {}, [round(v * scale) for v in ham.h]
+    for i, j in np.argwhere(np.triu(ham.J, 1)).tolist():
+        y[i, j] = v = model.new_bool_var("")
+        model.add_implication(v, x[i])
+        model.add_implication(v, x[j])
+        model.add_bool_or([x[i].negated(), x[j].negated(), v])
+        weights.append(round(ham.J[i, j] * scale))
+    add_rows(problem, x, y, sum, model.add)
+    model.minimize(cp_model.LinearExpr.weighted_sum([*x, *y.values()], weights))
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = seconds
     solver.parameters.num_workers = 2
@@ -143,19 +126,20 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
     return (reached[0] if reached else None), (took if status == cp_model.OPTIMAL else None)
 
 
-def _add_rows(problem: Problem, expression: Callable, add: Callable) -> None:  # type: ignore[type-arg]
+def add_rows(problem: Problem, x: list[Any], y: dict[Any, Any], total: Any, add: Any) -> None:
+    """The constraints, and the count times each variable where all products are there."""
     for row in problem.constraints:
-        terms = [(int(i), float(row.coefficients[i])) for i in np.flatnonzero(row.coefficients)]
+        terms = [int(a) * v for a, v in zip(row.coefficients, x, strict=True) if a]
         if terms and row.sense == "==":
-            add(expression(terms) == round(row.rhs))
+            add(total(terms) == round(row.rhs))
         elif terms:
             assert row.sense == "<="
-            add(expression(terms) <= round(row.rhs))
-
-
-def _count(problem: Problem) -> int | None:
-    low, high = problem.cardinality
-    return low if low == high else None
+            add(total(terms) <= round(row.rhs))
+    n, (low, high) = problem.n, problem.cardinality
+    if low == high and len(y) == n * (n - 1) // 2:
+        for i in range(n):
+            others = total(y[min(i, j), max(i, j)] for j in range(n) if j != i)
+            add(others == (low - 1) * x[i])
 
 
 RIVALS: dict[str, Rival] = {

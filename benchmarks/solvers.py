@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
+import multiprocessing
+import re
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +47,10 @@ def warm_up() -> None:
 
 
 def peak_mb(instance: Instance, k: int, seconds: float) -> float:
-    """Peak resident memory of a fresh process that solves the instance and nothing else, in MB."""
-    code = f"""
-import resource
-from instances import generated
-from isingcut.ising.solvers import solve
-instance = next(i for i in generated({instance.size!r}) if i.family == {instance.family!r})
-solve(instance.problem, "exact", k={k}, seconds={seconds})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout)
+    """Peak resident memory of this process once it has solved the instance, in MB (Linux)."""
+    solve(instance.problem, "exact", k=k, seconds=seconds)
+    found = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[0]) / 1024
 
 
 def text(seconds: float | None) -> str:
@@ -114,7 +102,9 @@ def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, 
     if args.no_rivals:
         del figures["best_rival_seconds"], figures["best_rival_found"]
     if heavy:
-        figures["peak_mb"] = peak_mb(instance, args.k, args.seconds)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            peak = pool.submit(peak_mb, instance, args.k, args.seconds)
+            figures["peak_mb"] = peak.result()
         print(f"{label} exact         peak memory {figures['peak_mb']:.0f} MB")
     return figures
 

@@ -12,12 +12,9 @@ streamed from the page cache, and in memory, interleaved, for both jobs. Ends wi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +26,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from isingcut.data.calibration import build
+from gradients import in_process, options, prepare
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.search import Search, Target
@@ -37,15 +34,13 @@ from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models import load as models
-from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import pick_dtype
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint
-from streaming_model import SEVEN, write_model
+from streaming_model import write_model
 
 CPU = torch.device("cpu")
 
@@ -59,8 +54,8 @@ def random_states(n: int, count: int, removed: int) -> np.ndarray:
 # The large model ------------------------------------------------------------------------
 
 
-def large_child(folder: Path, arguments: argparse.Namespace) -> None:
-    """Both jobs on a streamed model; prints what they took as JSON."""
+def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both jobs on a streamed model, and what they took."""
     reuse_freed_memory()
     dtype = pick_dtype("auto", CPU)
     model, store, memory = open_model(
@@ -75,7 +70,7 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     replay = StreamedReplay(model, store, memory)
     seconds["reading once"] = time.perf_counter() - began
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, SEVEN.vocabulary, (arguments.samples, arguments.length))
+    ids = rng.integers(0, 32000, (arguments.samples, arguments.length))
     tokens = TokenSet.from_rows(ids.tolist())
     batch = arguments.samples * arguments.length
     began = time.perf_counter()
@@ -83,48 +78,30 @@ def large_child(folder: Path, arguments: argparse.Namespace) -> None:
     seconds["empirical-fisher"] = time.perf_counter() - began
     states = random_states(len(replay), arguments.states, len(replay) // 4)
     began = time.perf_counter()
-    found = measure(replay, tokens, states, work=Work(batch))
+    losses = measure(replay, tokens, states, work=Work(batch))
     seconds["states"] = time.perf_counter() - began
-    assert np.isfinite(found.kl).all()
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "peak": resident_peak(),
-                "bytes_read": store.reader.bytes_read,
-                "blocks_run": found.blocks_run,
-                "dtype": str(dtype),
-            }
-        )
-    )
+    assert np.isfinite(losses.kl).all()
+    found = {"seconds": seconds, "peak": resident_peak(), "bytes_read": store.reader.bytes_read}
+    return {**found, "blocks_run": losses.blocks_run, "dtype": dtype}
 
 
 def large(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the model, run the child, remove the model."""
+    """Write the model, run the jobs in a process of their own, remove the model."""
     root = arguments.dir or Path(tempfile.gettempdir())
-    free = shutil.disk_usage(root).free
-    if free < 1.1 * SEVEN.bytes:
-        raise SystemExit(
-            f"{root} has {free / 1e9:.1f} GB free; the model takes {SEVEN.bytes / 1e9:.1f} GB: "
-            "give another --dir"
-        )
+    if (free := shutil.disk_usage(root).free) < 15e9:
+        raise SystemExit(f"{root} has {free / 1e9:.1f} GB free, expected 15 GB: give another --dir")
     folder = Path(root) / "isingcut-streaming-7b"
     if not (folder / "config.json").is_file():
-        began = time.perf_counter()
         folder.mkdir(exist_ok=True)
-        write_model(folder, SEVEN)
-        print(f"wrote {SEVEN.bytes / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+        write_model(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
-        command = [sys.executable, __file__, "--child", str(folder), "--states"]
-        command += [str(arguments.states), "--samples", str(arguments.samples)]
-        command += ["--length", str(arguments.length), "--memory-limit", arguments.memory_limit]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found: dict[str, Any] = in_process(run_large, folder, arguments)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"\n{SEVEN.name}: {SEVEN.bytes / 1e9:.2f} GB in bfloat16 on disk, {found['dtype']}, "
+        f"\n7B-shaped Llama: {size / 1e9:.2f} GB in bfloat16 on disk, {found['dtype']}, "
         f"{arguments.samples} samples of {arguments.length} tokens, "
         f"{torch.get_num_threads()} threads, memory limit {arguments.memory_limit}"
     )
@@ -176,21 +153,10 @@ def search(arguments: argparse.Namespace) -> tuple[float, int, bool]:
 
 def small(arguments: argparse.Namespace) -> tuple[float, float]:
     """SmolLM2 both ways, interleaved: the worse of the jobs' time ratios; largest difference."""
-    folder = resolve(arguments.model)
-    loaded = models.load(folder, device="cpu")
-    calibration = build(
-        "wiki",
-        loaded.tokenizer,
-        samples=16,
-        rank_samples=2,
-        report_samples=2,
-        length=256,
-        seed=0,
-    )
-    tokens = calibration.splits["energy"]
-    few = tokens.select(range(4))
-    whole = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
-    parts = StreamedReplay(*open_model(folder, dtype=loaded.dtype, device=CPU))
+    given = options(None, samples=16).parse_args(["--model", arguments.model])
+    whole, tokens = prepare(given)
+    few, dtype = tokens.select(range(4)), whole.model.dtype
+    parts = StreamedReplay(*open_model(resolve(arguments.model), dtype=dtype, device=CPU))
     states = random_states(len(whole), 24, 6)
 
     def losses(replay: Replay) -> np.ndarray:
@@ -201,7 +167,7 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
         "empirical-fisher": lambda replay: gate_gradients(replay, tokens),
         "24 states": losses,
     }
-    print(f"\n{arguments.model}, {loaded.dtype}, 1024 tokens at a time")
+    print(f"\n{arguments.model}, {dtype}, 1024 tokens at a time")
     print(f"{'job':<20}{'in memory, s':>14}{'streamed, s':>14}{'ratio':>8}{'difference':>12}")
     ratios, differences = [], []
     for name, job in jobs.items():
@@ -238,11 +204,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24, help="of the model that is searched")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        large_child(arguments.child, arguments)
-        return
     figures: dict[str, str] = {}
     if arguments.only in (None, "large"):
         found = large(arguments)

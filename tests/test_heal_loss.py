@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import card_heal as on_card
+import card as on_card
 from cards import fake_cards
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet

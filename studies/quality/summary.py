@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import exp
 from typing import Any
 
+import yaml
+
 from studies.quality.tables import OURS
 from studies.runner import Content
 
@@ -22,7 +24,8 @@ def show(content: Content) -> dict[str, float]:
         _table(table, p["tokens_chosen_on"].get(table["chosen_on"]))
     _accuracy(content.get("accuracy", []))
     _estimators(content.get("estimators", []))
-    _large(content.get("large", {}))
+    if large := content.get("large"):
+        print("\n" + yaml.safe_dump(large, default_flow_style=None, sort_keys=False, width=100))
     print("\nminutes: " + ", ".join(f"{k} {v:g}" for k, v in content["minutes"].items()) + "\n")
     return _figures(content)
 
@@ -103,20 +106,6 @@ def _estimators(parts: list[Content]) -> None:
                 f"{name:<32}{a['spearman']:>9.2f}{between:>18}{e['random']['spearman']:>13.2f}"
                 f"{e['ground_kl']:>11.3f}{e['best_of_lowest_kl']:>16.3f}"
             )
-
-
-def _large(found: Content) -> None:
-    for name, run in found.items():
-        more = ""
-        if "generations" in run:
-            more = f", {run['generations']} of {run['published_generations']} generations"
-        print(
-            f"\n{name} on {run['pool_tokens']} tokens, M = {run['remove']}: "
-            f"{run['passes']:.1f} passes{more}"
-        )
-        print(f"{'million token-passes':>22}{'KL on the judged texts':>25}")
-        for step in run["trace"]:
-            print(f"{step['token_passes'] / 1e6:>22.3f}{step['kl']:>25.4f}")
 
 
 def _figures(content: Content) -> dict[str, float]:
