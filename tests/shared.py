@@ -126,7 +126,6 @@ def leave_speed_out(put: Callable[[str, Any], None]) -> None:
 
     put("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)
     put("isingcut.evaluation.quality.speed", unmeasured)
-    put("isingcut.models.compute.tuning._ROUNDS", 1)
     put("isingcut.models.replay.Replay.latency.__defaults__", (128, 1))
     short = {**quality.before_and_after.__kwdefaults__, "new_tokens": 8}
     put("isingcut.evaluation.quality.before_and_after.__kwdefaults__", short)
