@@ -18,6 +18,7 @@ from isingcut.files import documents
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.report import words
 from isingcut.report.rows import (
     RANKING,
     Row,
@@ -29,13 +30,6 @@ from isingcut.report.rows import (
     plus_minus,
 )
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import (
-    correlation_text,
-    join_blocks,
-    one_pass_words,
-    question_rows,
-    state_map,
-)
 from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -97,7 +91,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     rows = []
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
-        cells = (state_map(blocks, spectrum.states.shape[1]), join_blocks(blocks))
+        cells = (words.state_map(blocks, spectrum.states.shape[1]), words.join_blocks(blocks))
         rows.append((str(k), f"{value:.4g}", *cells))
     headings = ("#", f"energy, {spectrum.unit}", "blocks (· removed)", "removed")
     _show_table(f"remove {remove}: {len(spectrum)} states, {status}", headings, rows, headings[2:])
@@ -115,19 +109,19 @@ def show_ranking(found: documents.CandidatesFile) -> None:
             lines.append(f"{name}: rank correlation undefined (n = {figures.n})")
         else:
             lines.append(
-                f"{name}: Spearman {correlation_text(figures, 'spearman')}, Kendall "
+                f"{name}: Spearman {words.correlation_text(figures, 'spearman')}, Kendall "
                 f"{figures.kendall:.2f}, with the measured KL of n = {figures.n} states"
             )
-    if said := one_pass_words(found):
+    if said := words.one_pass_words(found):
         lines.append(said.replace("`", ""))
     if found.by_tasks is not None:
-        for blocks, *cells in question_rows(found.by_tasks):
+        for blocks, *cells in words.question_rows(found.by_tasks):
             names = ("questions", "right", "difference", "log-probability", "p")
             shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
             lines.append(f"without {blocks}: {', '.join(shown)}")
     show_lines(
         *lines,
-        f"chosen: blocks {join_blocks(chosen.removed)} (state {chosen.position} by energy, "
+        f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
         f"{chosen.why}): {label_figure('KL', 'cut', RANKING)} {kl_of(chosen).text()} nats/token",
     )
 
@@ -136,7 +130,7 @@ def show_baseline(found: documents.BaselineFile, file: Path) -> None:
     """Print the choice of a baseline, its loss and its cost."""
     broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
     show_lines(
-        f"{found.baseline}: blocks {join_blocks(found.removed)}: "
+        f"{found.baseline}: blocks {words.join_blocks(found.removed)}: "
         f"{label_figure('KL', 'cut', RANKING)} {kl_of(found).text()} nats/token; found "
         f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
         *([broken] if found.violated else []),
@@ -252,7 +246,7 @@ def show_curve(folder: Path) -> None:
         # Infinite on overflow.
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf
         figures = (plus_minus(row["kl"], row["kl_se"]), f"{perplexity:.2f}")
-        rows.append((str(len(row["removed"])), *figures, join_blocks(row["removed"])))
+        rows.append((str(len(row["removed"])), *figures, words.join_blocks(row["removed"])))
     title = "the best state of each size, on the ranking text"
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(
