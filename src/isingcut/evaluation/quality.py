@@ -65,8 +65,8 @@ def before_and_after(
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
-    Speed uses all threads of torch on this machine, whatever the run uses. For a streamed cut,
-    speed, memory and the generation are skipped, because reading from disk dominates its speed.
+    For a streamed cut, speed, memory and the generation are left out, because reading from disk
+    dominates its speed.
 
     Args:
         original: in memory, or streamed on the same buffers as the cut.
