@@ -173,15 +173,15 @@ _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
 def assert_bytes_follow(source, out, kept):
     """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
     before, after = read_checkpoint(source), read_checkpoint(out)
+    elsewhere = re.compile("visual|mtp")
     old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
     for name, tensor in after.items():
-        was = before[name if "visual" in name else old[name]]
+        was = before[name if elsewhere.search(name) else old[name]]
         assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
     stays = {
         name
         for name in before
-        if "mtp" not in name
-        and ("visual" in name or not (m := _BLOCK.search(name)) or int(m.group()) in kept)
+        if elsewhere.search(name) or not (m := _BLOCK.search(name)) or int(m.group()) in kept
     }
     assert len(after) == len(stays)
     return {tensor.dtype for tensor in after.values()}

@@ -11,7 +11,12 @@ from transformers.models.auto import modeling_auto
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.files.writing import read_json
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, text_config
-from isingcut.models.architectures.cuts import cut_config, rename_pattern, renumber_blocks
+from isingcut.models.architectures.cuts import (
+    cut_config,
+    number_mtp_layers,
+    rename_pattern,
+    renumber_blocks,
+)
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
@@ -177,23 +182,25 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
         ("model.layers.1", []),
         ("model.layers.11.mlp.gate", ["model.layers.10.mlp.gate"]),
         ("model.layers.3.self_attn*", ["model.layers.2.self_attn*"]),
-        ("model.layers.1*", ["model.layers.9.*", "model.layers.10.*"]),
+        ("model.layers.1*", ["model.layers.9.*", "model.layers.10.*", "model.layers.11.*"]),
         ("model.layers.*.mlp.gate", ["model.layers.*.mlp.gate"]),
         ("re:.*layers\\.4\\.mlp.*", ["re:.*layers\\.3\\.mlp.*"]),
         ("re:model\\.layers\\.\\d+\\.mlp", ["re:model\\.layers\\.\\d+\\.mlp"]),
         ("transformer.h.2.attn", ["transformer.h.1.attn"]),
         ("vision_tower.encoder.layers.3.mlp", ["vision_tower.encoder.layers.3.mlp"]),
         ("mtp.layers.0.mlp", ["mtp.layers.0.mlp"]),
-        ("model.layers.12.eh_proj", []),
+        ("model.layers.12.eh_proj", ["model.layers.11.eh_proj"]),
+        ("model.layers.13.eh_proj", []),
     ],
 )
 def test_names_in_quantisation_lists(entry, expected):
-    assert rename_pattern(entry, renumber_blocks(12, [1]), 12) == expected
+    mapping = number_mtp_layers(renumber_blocks(12, [1]), 12, 1)
+    assert rename_pattern(entry, mapping) == expected
 
 
 def test_a_pattern_that_cannot_be_renumbered_is_refused():
     with pytest.raises(ArchitectureError, match="cannot be renumbered exactly"):
-        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumber_blocks(12, [1]), 12)
+        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumber_blocks(12, [1]))
 
 
 def test_inspection_reads_no_weights(tmp_path):

@@ -58,14 +58,15 @@ def test_the_form_that_hubs_hold_is_cut_exactly(family, tmp_path):
     assert prove_cut(model, [0, 3], tmp_path, new_tokens=4).difference <= 1e-6
 
 
-def test_lists_padded_by_prediction_heads_are_cut_to_the_kept_blocks():
+@pytest.mark.parametrize("drop", [False, True])
+def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
     config = HUB["step3p7"]
-    cut = cut_config(config, [0, 3])
+    cut = cut_config(config, [0, 3], drop_mtp=drop)
     text, whole = cut["text_config"], config["text_config"]
     for name in ("rope_theta", "swiglu_limits", "swiglu_limits_shared", "layer_types"):
-        assert text[name] == [whole[name][i] for i in (1, 2, 4, 5)], name
-    assert text["moe_layers_enum"] == "1,2,3"
-    assert text["num_nextn_predict_layers"] == 0
+        assert text[name] == [whole[name][i] for i in (1, 2, 4, 5, 6, 7)[: 4 if drop else 6]], name
+    assert text["moe_layers_enum"] == ("1,2,3" if drop else "1,2,3,4,5")
+    assert text["num_nextn_predict_layers"] == (0 if drop else 2)
     before = config_object(config).get_text_config(decoder=True)
     after = config_object(cut).get_text_config(decoder=True)
     assert after.mlp_layer_types == [before.mlp_layer_types[i] for i in (1, 2, 4, 5)]

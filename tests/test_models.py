@@ -127,15 +127,15 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, mon
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
-    monkeypatch.setattr(gguf_files, "_numbers", lambda path: 0)
-    monkeypatch.setattr(gguf_files, "_convert", fails)
+    monkeypatch.setattr(gguf_files, "_count_numbers", lambda path: 0)
+    monkeypatch.setattr(gguf_files, "unpack_gguf", fails)
     with pytest.raises(ModelError, match="cannot"):
         resolve(str(file))
     assert not (tmp_path / "cache").exists()
     calls = []
     monkeypatch.setattr(
         gguf_files,
-        "_convert",
+        "unpack_gguf",
         lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
     )
     first = resolve(str(file))

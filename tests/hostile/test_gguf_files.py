@@ -147,15 +147,15 @@ def test_a_conversion_clears_what_killed_ones_left(arena):
 def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     file()(arena)
     arrived, found, converted = threading.Event(), [], []
-    numbers, convert = gguf_files._numbers, gguf_files._convert
+    numbers, convert = gguf_files._count_numbers, gguf_files.unpack_gguf
 
     def noted(path):
         if threading.current_thread() is other:
             arrived.set()
         return numbers(path)
 
-    monkeypatch.setattr(gguf_files, "_numbers", noted)
-    monkeypatch.setattr(gguf_files, "_convert", lambda *a: converted.append(a) or convert(*a))
+    monkeypatch.setattr(gguf_files, "_count_numbers", noted)
+    monkeypatch.setattr(gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a))
     other = threading.Thread(
         target=lambda: found.append(gguf_files.converted(arena.here / "m.gguf"))
     )

@@ -46,6 +46,11 @@ def main(names: list[str]) -> int:
     for outcome in OUTCOMES:
         count = sum(r.outcome == outcome for r in reports)
         print(f"architectures_{outcome.replace(' ', '_')}: {count}")
+    with_mtp = [r for r in reports if r.mtp and (r.states or r.outcome == "failed")]
+    kept = [r for r in with_mtp if r.outcome != "failed"]
+    print(f"mtp_heads_found: {sum(r.mtp.count for r in with_mtp)}")
+    print(f"mtp_heads_kept: {sum(r.mtp.count for r in kept)}")
+    print(f"mtp_generate_equal: {int(any(r.drafts for r in kept) and kept == with_mtp)}")
     return int(any(r.outcome == "failed" for r in reports))
 
 
@@ -56,7 +61,10 @@ def _report(name, result):
     except multiprocessing.TimeoutError:
         reason = f"no result within {_SECONDS} s: too slow, or its process died"
         r = Report(name, "failed", reason=reason)
-    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen))).replace("|", "/")
+    mtp = ""
+    if r.mtp:
+        mtp = f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}" + ", drafts" * r.drafts
+    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace("|", "/")
     cells = (r.kinds, r.states, f"{r.difference:.1e}", "yes" if r.sublayer else "block gate only")
     print(f"| {name} | {r.outcome} | {' | '.join(map(str, cells))} | {remarks} |", flush=True)
     return r

@@ -30,6 +30,7 @@ from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 from sweep.gates import check_gates
 from sweep.images import invent_images
+from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
 from sweep.shrink import tiny_configuration
 
 _TOLERANCE = 1e-5
@@ -84,6 +85,8 @@ class Report:
         sublayer: whether the sublayer gate works (else only the block gate does).
         reason: why it was refused, failed or was not built.
         unseen: why it takes images and was proven on text only; empty else.
+        mtp: its layers for multi-token prediction, which every cut kept unless it failed.
+        drafts: whether transformers generates with them, and did the same tokens as without.
     """
 
     name: str
@@ -95,6 +98,8 @@ class Report:
     sublayer: bool = True
     reason: str = ""
     unseen: str = ""
+    mtp: MtpLayers | None = None
+    drafts: bool = False
 
 
 class NotBuilt(Exception):
@@ -161,20 +166,24 @@ def _refuse_large(factory: Any, config: Any) -> None:
 
 
 def _report(name: str, build: Callable[[], Any], folder: Path, states: int) -> Report:
+    mtp = None
     try:
         with quiet_transformers():
-            return replace(_check(build(), folder, states), name=name)
+            model = build()
+            mtp = add_mtp_layers(model, folder / "source")
+            return replace(_check(model, mtp, folder, states), name=name)
     except NotBuilt as error:
         return Report(name, "not built", reason=str(error))
     except IsingcutError as error:
         outcome = "failed" if isinstance(error, VerificationError) else "refused"
-        return Report(name, outcome, reason=str(error).replace(f"{folder}/", ""))
+        reason = str(error)
     except Exception as error:
         # A library's error that the product lets through is a failure of the product.
-        return Report(name, "failed", reason=one_line(error).replace(f"{folder}/", ""))
+        outcome, reason = "failed", one_line(error)
+    return Report(name, outcome, reason=reason.replace(f"{folder}/", ""), mtp=mtp)
 
 
-def _check(model: Any, folder: Path, states: int) -> Report:
+def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Report:
     source = folder / "source"
     stop_rescaling(model)
     shown = inspect_model(source)
@@ -186,7 +195,7 @@ def _check(model: Any, folder: Path, states: int) -> Report:
     rows = legality(model.config, stack)
     tokens = random_tokens(model, 2, 20)
     chosen = legal_states(stack, rows, states)
-    worst, sublayer, reason, unseen = 0.0, True, "", ""
+    worst, sublayer, reason, unseen, drafts = 0.0, True, "", "", False
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
         sublayer = check_gates(model, stack, tokens)
@@ -199,6 +208,8 @@ def _check(model: Any, folder: Path, states: int) -> Report:
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
         proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
+        if mtp is not None:
+            drafts = check_mtp_layers(mtp, model, removed, source, out)
         worst = max(worst, proof.difference)
         unseen = next((r for r in proof.remarks if "on text only" in r), "")
         other = next(i for i in range(len(stack)) if i not in removed)
@@ -215,6 +226,8 @@ def _check(model: Any, folder: Path, states: int) -> Report:
         sublayer=sublayer,
         reason=reason,
         unseen=unseen,
+        mtp=mtp,
+        drafts=drafts,
     )
 
 

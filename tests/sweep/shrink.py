@@ -327,7 +327,8 @@ HANDS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 3,
     },
-    "nemotron_h_omni": {"image_token_id": 3},
+    # Its images pass one norm more where the text model has MTP layers.
+    "nemotron_h_omni": {"image_token_id": 3, "text_config": {"num_nextn_predict_layers": 2}},
     "qwen2_5_omni_vision_encoder": _WINDOWS,
     "qwen2_5_vl_vision": _WINDOWS,
     "vipllava": {"vision_feature_layers": [-2, -4, 1]},

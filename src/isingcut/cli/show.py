@@ -179,6 +179,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     return {
         "folder": str(target),
         "checkpoint": str(files.product),
+        "gguf": files.gguf and str(files.gguf),
         "report": str(target / "report.md"),
         "html": str(target / "report.html"),
         "verdict": files.verdict,
@@ -307,6 +308,8 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     show_evaluation(files.evaluation, last=files.last)
     page, texts = files.target / "report.html", files.evaluation.generation
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
+    if files.gguf:
+        lines.insert(1, f"GGUF:       {files.gguf}")
     if generation and texts is not None:
         lines += [f"prompt:   {texts.prompt}", f"original: {texts.before}"]
         lines.append(f"{files.last + ':':9} {texts.after}")

@@ -82,7 +82,7 @@ _PANELS = {
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "card dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy also linear solver states diverse solve_seconds random_states choose",
-    "Repair": "patch patch_tokens healing",
+    "Repair": "patch patch_tokens healing drop_mtp",
     "Judging": "data questions skip_speed",
 }
 """The options of a run, grouped under the headings of its help."""

@@ -221,7 +221,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "drop_mtp", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -229,7 +229,10 @@ def excise(
     one_based: OneBased = False,
     gguf: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also cut this GGUF of the same model (to model.gguf)."),
+        typer.Option(
+            metavar="FILE",
+            help="Also cut this GGUF of the same model, to model.gguf (default: the run's own).",
+        ),
     ] = None,
     **options: Any,
 ) -> Output:
@@ -244,22 +247,15 @@ def excise(
     if gguf is not None:
         gguf = user_path(gguf)
         cutting.check_gguf(session, folder, gguf)
-    written = [cutting.make_model(session, folder, removed)]
-    packed: list[Any] = []
-    if gguf is not None:
-        file, packed = cutting.excise_gguf(session, folder, gguf, removed)
-        written.append(file)
+    model = cutting.make_model(session, folder, removed)
+    packed = cutting.make_gguf(session, folder, model, gguf)
     data = {
         "removed": removed if removed is not None else solving.chosen_blocks(folder, config),
-        "checkpoint": str(written[0]),
-        "gguf": str(written[1]) if gguf is not None else None,
-        "repacked": [dataclasses.asdict(t) for t in packed],
+        "checkpoint": str(model),
+        "gguf": packed and str(packed),
     }
-    lines = [str(path) for path in written]
-    lines += [
-        f"{t.name}, patched: {t.was} -> {t.kind}, relative error {t.error:.2%}" for t in packed
-    ]
-    record = read_document(written[0] / "isingcut.json", documents.CutRecord)
+    lines = [str(path) for path in (model, packed) if path]
+    record = read_document(model / "isingcut.json", documents.CutRecord)
     remarks = [] if record.proof is None else record.proof.remarks
     warnings = [*remarks, *words.patch_warnings(record)]
     return Output(data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings)
@@ -292,11 +288,13 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
 @verb("skip_speed", "tasks", "data", "questions", *OF_RUN, group=STAGES)
 def evaluate(
-    directory: Folder,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run folder; or a checkpoint or .gguf file.")
+    ],
     progress: Any,
     original: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Compare the checkpoint DIR with this model."),
+        typer.Option(metavar="MODEL", help="Compare the checkpoint or .gguf file with this model."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -308,20 +306,31 @@ def evaluate(
 ) -> Output:
     """Compare the original and the final model on unseen text, speed, memory and benchmarks.
 
-    Example: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500
+    Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
+    isingcut evaluate cut-Q4_K_M.gguf --original my-model
     """
-    from isingcut.runs.folder import MANIFEST
+    from isingcut.runs.folder import MANIFEST, find_run
 
     typed = select_given({name: options.pop(name) for name in ("tasks", "data", "questions")})
     if typed and not typed.get("tasks", "").strip(" ,"):
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
+    gguf = directory.suffix.lower() == ".gguf"
+    if gguf and original is None and blocks is None:
+        directory, blocks = find_run(directory)
     if original is not None:
         if blocks is not None:
             raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
-        if not typed:
+        if not typed and not gguf:
             raise InputError("--original needs benchmarks to compare; name some with --tasks")
         typed |= select_given({k: v for k, v in options.items() if k not in ("remove", "budget")})
         config = RunConfig(**{**typed, "model": original}).validate()
+        if gguf and not config.tasks:
+            found, file = _score_gguf(directory, config, out)
+            return Output(
+                {"file": str(file), **found.content()},
+                lambda: show.show_evaluation(found, last="GGUF"),
+                brief=f"{found.kl:.4f}",
+            )
         scores, file = _score_checkpoint(directory, config, out)
         return Output(
             {"benchmarks": {"file": str(file), **scores.content()}},
@@ -359,15 +368,32 @@ def evaluate(
     return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
 
 
+def _score_gguf(
+    gguf: Path, config: RunConfig, out: Path | None
+) -> tuple[documents.EvaluationFile, Path]:
+    """Compare a GGUF file with its original model."""
+    from isingcut.runs.session import Session
+
+    file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
+    check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
+    with lock_place(file):
+        found = stages.evaluate_gguf(Session(config), gguf)
+        write_document(file, found, seal=True)
+    return found, file
+
+
 def _score_checkpoint(
     folder: Path, config: RunConfig, out: Path | None
 ) -> tuple[documents.BenchmarksFile, Path]:
-    """Compare a checkpoint in any folder with its original model."""
+    """Compare a checkpoint in any folder, or a GGUF file, with its original model."""
+    from isingcut.models.sources import resolve
     from isingcut.runs.session import Session
 
+    file = out or folder.with_name(f"{folder.name.removesuffix('.gguf')}-benchmarks.json")
+    if folder.suffix.lower() == ".gguf":
+        folder = resolve(str(folder))
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    file = out or folder.parent / f"{folder.name}-benchmarks.json"
     sources = [str(folder), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.

@@ -66,12 +66,18 @@ class MeasuredLoss(Strict):
 
 
 class Perplexity(Strict):
-    """The perplexity of a model on a text."""
+    """The perplexity of a model on a text.
+
+    Attributes:
+        draft_acceptance: share of the tokens drafted by its MTP layers that it predicts itself.
+    """
 
     perplexity: Positive
     perplexity_se: Positive | None
     nll: Number
     nll_se: Positive | None
+    draft_acceptance: Positive | None = None
+    draft_acceptance_se: Positive | None = None
 
 
 class PatchedCut(Strict):
@@ -321,7 +327,12 @@ class PatchRecord(Strict):
 
 
 class CardParts(Strict):
-    """The parts of a cut checkpoint's model card."""
+    """The parts of a cut checkpoint's model card.
+
+    Attributes:
+        mtp: layers for multi-token prediction in the original.
+        drop_mtp: whether the cut left these out.
+    """
 
     base_model: str | None
     name: str
@@ -337,6 +348,8 @@ class CardParts(Strict):
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     proof: str = "text"
     patch: PatchRecord | None = None
+    mtp: Count = 0
+    drop_mtp: bool = False
 
 
 class CutRecord(Document, kind="removal"):
@@ -467,10 +480,17 @@ class FurtherScores(FurtherPart):
     elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
 
 
+class PackedScores(FurtherScores):
+    """`FurtherScores` of the cut GGUF file, unpacked to bfloat16."""
+
+    bytes: Some
+
+
 class EvaluationFile(Document, kind="evaluation"):
     """`evaluation.json`; older files do not name the last model.
 
     Attributes:
+        gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
         elsewhere: the models on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were skipped.
         streamed: a model was read from disk block by block, so its speed is unknown.
@@ -480,6 +500,8 @@ class EvaluationFile(Document, kind="evaluation"):
     unpatched: list[UnpatchedCut] = Field(default_factory=list)
     cut: FurtherScores | None = None
     patched: FurtherScores | None = None
+    gguf: PackedScores | None = None
+    gguf_unread: str = ""
     samples: Some
     tokens: Some
     before: ModelScores

@@ -25,7 +25,7 @@ from isingcut.healing import RECORD as HEALED
 from isingcut.healing.job import check_last
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.architectures.cuts import depth, extra_heads, read_decoder
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.fit import check_fit, group_by_block
 from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
@@ -182,7 +182,7 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
     text = read_decoder(read_config(folder))
-    return group_by_block(read_checkpoint(folder), depth(text), extra_heads(text))
+    return group_by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
 
 
 def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from isingcut.models.architectures.cuts import (
     OTHER_STACKS,
     depth,
     explain_uncuttable,
-    extra_heads,
+    mtp_layers,
     read_decoder,
     refuse_packing,
 )
@@ -98,7 +98,7 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     if weights:
         refuse_packing(config)
     text = read_decoder(config)
-    count, heads = depth(text), extra_heads(text)
+    count, heads = depth(text), mtp_layers(text)
     numbers = _stack(stored.values(), count, heads)[1]
     if numbers and not config.get("is_encoder_decoder"):
         found = max(numbers) + 1
@@ -143,7 +143,7 @@ def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> 
     Args:
         tensors: a checkpoint's tensors.
         count: number of blocks in the configuration.
-        heads: as `extra_heads`.
+        heads: as `mtp_layers`.
 
     Raises:
         CheckpointError: no such names, or another number of blocks.
@@ -177,6 +177,28 @@ def group_by_block(
     return found
 
 
+def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
+    """Whether a tensor is of the layers for multi-token prediction.
+
+    Args:
+        name: the tensor's name, or what it begins with.
+        text: the decoder's configuration, for layers that are numbered on after the blocks.
+    """
+    if re.search(r"(^|\.)mtp[._]", name):
+        return True
+    match = _NUMBERED.match(name)
+    if text is None or match is None or any(word in match[0] for word in OTHER_STACKS):
+        return False
+    return 0 <= int(match[3]) - depth(dict(text)) < mtp_layers(text)
+
+
+def count_mtp_layers(folder: Path) -> int:
+    """Count the layers for multi-token prediction that a checkpoint has tensors of."""
+    text = read_decoder(read_config(folder))
+    stored = any(is_mtp(name, text) for name in read_checkpoint(folder))
+    return max(1, mtp_layers(text)) if stored else 0
+
+
 def _fits(numbers: set[int], count: int, heads: int) -> bool:
     return set(range(count)) <= numbers <= set(range(count + heads))
 
@@ -193,7 +215,7 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
         if match is None or len(match.group(3)) > 9:
             continue
         before = match.group(1) or ""
-        if "mtp" in before.split("."):
+        if is_mtp(before):
             continue
         prefix = f"{before}{match.group(2)}."
         numbers.setdefault(prefix, set()).add(int(match.group(3)))

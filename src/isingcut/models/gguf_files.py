@@ -182,7 +182,7 @@ def converted(path: Path) -> Path:
     target = gguf_cache() / digest
     if target.is_dir():
         return _unchanged(target, path)
-    numbers = _numbers(path)
+    _count_numbers(path)
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.
         with lock_place(target.parent, inside=True, wait=True):
@@ -191,7 +191,7 @@ def converted(path: Path) -> Path:
                 return _unchanged(target, path)
             # Overwriting, because a file system may have no locks.
             with atomic_folder(target, overwrite=True) as temporary:
-                _convert(path, temporary, numbers)
+                unpack_gguf(path, temporary)
     except InputError as e:
         why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
@@ -212,14 +212,19 @@ def _unchanged(target: Path, path: Path) -> Path:
     return target
 
 
-def _numbers(path: Path) -> int:
+def _count_numbers(path: Path) -> int:
     """How many numbers the file's tensors hold, once its header and its blocks are whole."""
     header = read_gguf(path)
     header.check_blocks()
     return sum(tensor.n_elements for tensor in header.tensors.values())
 
 
-def _convert(path: Path, folder: Path, numbers: int) -> None:
+def unpack_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
+
+    Raises:
+        ModelError, CheckpointError: as `converted`.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -229,7 +234,7 @@ def _convert(path: Path, folder: Path, numbers: int) -> None:
         catch_errors(f"{path.name} with transformers"),
         # One of its progress bars has no switch.
         contextlib.redirect_stderr(io.StringIO()),
-        limit_structure(most_numbers(numbers), path.name),
+        limit_structure(most_numbers(_count_numbers(path)), path.name),
     ):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, found = loader.from_pretrained(

@@ -112,15 +112,25 @@ def _looks_like_a_path(name: str) -> bool:
     )
 
 
-def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
-    """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
+def find_gguf(name: str) -> Path | None:
+    """Return the GGUF file that a model's name stands for; None for a checkpoint."""
+    if name != PACKAGED:
+        path = user_path(name)
+        return path if path.suffix.lower() == ".gguf" and path.is_file() else None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # The package is only ever read as data: importing it would need llama.cpp bindings.
         distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
         for file in distribution.files or ():
             located = Path(str(distribution.locate_file(file)))
             if located.suffix == ".gguf" and located.is_file():
-                return converted(located)
+                return located
+    return None
+
+
+def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
+    """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
+    if (packaged := find_gguf(PACKAGED)) is not None:
+        return converted(packaged)
     try:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:

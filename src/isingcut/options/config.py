@@ -211,6 +211,11 @@ class RunConfig(Options):
         Section(), "Options of `isingcut heal` (text, method, trainer, ...), a section of --config."
     )
 
+    drop_mtp: bool = option(
+        False,
+        "Leave out the layers for multi-token prediction (MTP); without it they are kept.",
+        "excise",
+    )
     skip_speed: bool = option(
         False,
         "Do not measure speed and memory (slow for a small model); `evaluate` can add them later.",

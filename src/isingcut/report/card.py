@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
@@ -86,9 +87,26 @@ def model_card(parts: CardParts, healing: HealingFile | None = None) -> str:
     Args:
         healing: of the checkpoint, once it is healed.
     """
+    return _card(parts, healing)
+
+
+def gguf_card(files: RunFiles) -> str:
+    """The card of `model.gguf`, with its scores; empty if it was not measured."""
+    found = files.evaluation
+    if files.removal is None or files.removal.card is None or found is None or not found.gguf:
+        return ""
+    healing = files.healing if files.healed else None
+    scores = [row for row in files.scores if not row.part and "gguf" in row.values]
+    return _card(files.removal.card, healing, evaluation=found, scores=scores)
+
+
+def _card(parts: CardParts, healing: HealingFile | None, **measured: Any) -> str:
     healed = "" if healing is None else _healed_section(healing)
-    patch = parts.patch if parts.patch is not None and parts.patch.cuts else None
-    return render("model_card.md.j2", card=parts, patch=patch, healed=healed)
+    patch = parts.patch
+    if patch is not None and not patch.cuts and not (patch.tuning and patch.tuning.layers):
+        patch = None
+    given = {"card": parts, "patch": patch, "healed": healed, "scores": None, **measured}
+    return render("model_card.md.j2", **given)
 
 
 def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str:

@@ -91,7 +91,8 @@ class Row:
         label: what people call it.
         unit: of the figures; empty for none.
         form: how the figures are written.
-        values: by model (``original``, ``cut``, ``patched``, ``healed``), in the order of the
+        values: by model (``original``, ``cut``, ``patched``, ``healed``, and ``gguf`` for the last
+            one as a GGUF file), in the order of the
             columns; None where a model was not measured. A model between the first and the last
             that a quantity leaves out is the last one in it.
         difference: from the model before to the model after, where it says something.
@@ -127,8 +128,8 @@ class Row:
 
     @property
     def last(self) -> str:
-        """The model of the last column."""
-        return list(self.values)[-1]
+        """The final model."""
+        return _final(self.values)
 
     def text(self, model: str) -> str:
         """The figure of a model with its error; empty for a model that is left out."""
@@ -143,11 +144,16 @@ class Row:
         return "not measured" if value is None else f"{value.figure:{self.form}}"
 
 
+def _final(models: Mapping[str, Any]) -> str:
+    return [name for name in models if name != "gguf"][-1]
+
+
 # Key, label, unit, form, and the number that one of the unit is.
 _QUALITY = (
     ("perplexity", "perplexity", "", ".2f", 1.0),
     ("nll", "NLL", "nats/token", ".4f", 1.0),
     ("kl", "KL to the original", "nats/token", ".4f", 1.0),
+    ("draft_acceptance", "MTP drafts accepted", "%", ".1f", 0.01),
 )
 _SIZE_AND_SPEED = (
     ("blocks", "blocks", "", ".0f", 1.0),
@@ -167,18 +173,21 @@ def evaluation_rows(evaluation: documents.EvaluationFile, *, last: str = "cut") 
     Args:
         last: what the last model is where the file does not say so.
     """
-    last = evaluation.last or last
+    last, packed = evaluation.last or last, evaluation.gguf
     between = {
         name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
     }
-    rows = _quality_rows(_compared(evaluation, between, last))
+    rows = _quality_rows(_compared(evaluation, between, last, packed))
     for name, part in evaluation.parts.items():
         ways = {way: found.parts[name] for way, found in between.items() if name in found.parts}
-        rows += _rows_of_part(name, _compared(part, ways, last))
+        rows += _rows_of_part(name, _compared(part, ways, last, packed and packed.parts[name]))
     for name, text in evaluation.elsewhere.items():
         ways = {k: of[name] for k, found in between.items() if name in (of := found.elsewhere)}
-        rows += _rows_of_part(f"{name} (not calibrated on)", _compared(text, ways, last))
-    sizes = {"original": dict(evaluation.before), last: dict(evaluation.after)}
+        models = _compared(text, ways, last, packed and packed.elsewhere[name])
+        rows += _rows_of_part(f"{name} (not calibrated on)", models)
+    sizes: dict[str, Figures] = {"original": dict(evaluation.before), last: dict(evaluation.after)}
+    if packed:
+        sizes["gguf"] = {"bytes": packed.bytes}
     return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
 
@@ -186,6 +195,7 @@ def _compared(
     found: documents.EvaluationFile | documents.PartScores,
     between: Mapping[str, documents.Perplexity],
     last: str,
+    packed: documents.Perplexity | None,
 ) -> dict[str, Figures]:
     return {
         "original": {**dict(found.before), "kl": 0.0},
@@ -196,6 +206,7 @@ def _compared(
             "kl_se": found.kl_se,
             "change_se": found.nll_change_se,
         },
+        **({} if packed is None else {"gguf": dict(packed)}),
     }
 
 
@@ -229,7 +240,9 @@ def healing_start(healing: documents.HealingFile) -> str:
 
 
 def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
-    return [_row(*quantity, models, first=first) for quantity in _QUALITY]
+    rows = [_row(*quantity, models, first=first) for quantity in _QUALITY]
+    # Few models draft tokens.
+    return [row for row in rows if row.key != "draft_acceptance" or any(row.values.values())]
 
 
 def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:
@@ -251,12 +264,17 @@ def _row(
     *,
     first: str = "original",
 ) -> Row:
-    """A row whose difference is from ``first`` to the last model."""
-    values = {name: _value(found, key, scale) for name, found in models.items()}
-    a, b = values[first], list(values.values())[-1]
+    """A row whose difference is from ``first`` to the final model."""
+    final = _final(models)
+    values = {
+        name: _value(found, key, scale)
+        for name, found in models.items()
+        if name != "gguf" or key in found
+    }
+    a, b = values[first], values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    difference, error = None, list(models.values())[-1].get("change_se")
+    difference, error = None, models[final].get("change_se")
     if first != "original":
         # Both were compared with the original, and not with each other sample by sample.
         return Row(key, label, unit, form, values)

@@ -46,6 +46,7 @@ class RunFiles:
         energy: the name of the energy that chose.
         model: the model as it was named.
         calibration: the text that it was measured on.
+        gguf: the cut GGUF file, if there is one.
         healed: whether there is a healed checkpoint.
 
     Raises:
@@ -61,6 +62,8 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
+        packed = self.target / "model.gguf"
+        self.gguf = packed if packed.is_file() else None
         # The evaluation is then of that checkpoint.
         self.healed = (self.target / "healed").is_dir()
 

@@ -22,13 +22,15 @@ from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, states_of
 from isingcut.report import figures
+from isingcut.report.card import gguf_card
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
-    """Write `report.json`, `report.md` and `report.html` from what the run's files say.
+    """Write `report.json`, `report.md` and `report.html` from what the run's files say; and
+    `model.gguf.md`, the card of the cut GGUF file, once that was measured.
 
     Args:
         folder: the run folder, with its `run.json`.
@@ -45,6 +47,8 @@ def write_report(folder: Path, target: Path | None = None) -> None:
     write_json(texts["json"], "report", data, seal=True)
     write_sealed(texts["md"], markdown)
     write_sealed(texts["html"], page)
+    if card := gguf_card(files):
+        write_sealed(texts["card"], card)
 
 
 def check_report(target: Path) -> dict[str, Path]:
@@ -56,6 +60,7 @@ def check_report(target: Path) -> dict[str, Path]:
         OutputExistsError: a file of that name is not ours, or was changed since.
     """
     texts = {form: target / f"report.{form}" for form in ("json", "md", "html")}
+    texts["card"] = target / "model.gguf.md"
     for file in texts.values():
         check_output(file, overwrite=True)
     return texts

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.printing import say
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import describe_source, places_in
 from isingcut.data.text_files import is_read_once
-from isingcut.errors import InputError
+from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import documents, writing
 from isingcut.files.documents import FittedText, PatchRecord
-from isingcut.files.inputs import regular_file
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
@@ -32,9 +32,11 @@ from isingcut.healing.patch.files import RECORD
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.verify import verify
+from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import find_loading_class
 from isingcut.models.processes import is_launched
+from isingcut.models.sources import find_gguf
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
@@ -131,10 +133,12 @@ def write_checkpoint(
     sources = [session.source, *folder.sources]
     with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
-        write_cut(session.source, blocks, temporary)
+        write_cut(session.source, blocks, temporary, drop_mtp=session.config.drop_mtp)
         original = session.streamed[1] if session.streaming else session.loaded.model
         proof = verify(original, blocks, temporary, trust_remote_code=trust)
-        parts = parts.model_copy(update={"proof": proof.inputs})
+        mtp = count_mtp_layers(session.source)
+        further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": session.config.drop_mtp}
+        parts = parts.model_copy(update=further)
         record = documents.CutRecord(
             removed=blocks,
             of=len(session.stack),
@@ -167,40 +171,47 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
         gguf.check_same_model(header, session.source)
 
 
-def excise_gguf(
-    session: Session, folder: RunFolder, source: Path, removed: Sequence[int] | None = None
-) -> tuple[Path, list[gguf.Repacked]]:
-    """Write `model.gguf`: cut the same blocks out of a GGUF file, and patch the layers that are
-    patched in `model/`; all other tensors keep their bytes.
+def make_gguf(
+    session: Session, folder: RunFolder, checkpoint: Path, source: Path | None = None
+) -> Path | None:
+    """Write `model.gguf` beside a checkpoint of the run: the same blocks cut out of a GGUF file.
+
+    Tensors that the checkpoint has changed (patched, healed) get its values; the others keep their
+    bytes.
+
+    Args:
+        source: the GGUF file; None: the run's own model.
 
     Returns:
-        the file, and the errors of the patched tensors relative to those of `model/`.
+        the file; None if the run's model is no GGUF file, or cannot be cut as one, which is said.
 
     Raises:
-        ArchitectureError: the file cannot be cut, or has no tensor for a patched layer.
+        ArchitectureError: ``source`` cannot be cut, or stores a changed tensor differently.
     """
-    regular_file(source, "the GGUF file")
-    config = session.config
-    blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    place = place_of(folder, config, removed)
-    patch = writing.read_document(place / "model" / RECORD, documents.CutRecord).patch
-    cuts: list[documents.PatchedCut | documents.TunedLayer] = [] if patch is None else [*patch.cuts]
-    if patch is not None and patch.tuning is not None:
-        cuts += patch.tuning.layers
-    options: dict[str, Any] = {"removed": blocks, "source": writing.file_sha256(source)}
-    changed: dict[str, gguf.Changed] = {}
-    if cuts:
-        options["patch"] = writing.fingerprint([cut.content() for cut in cuts])
-        layers = list(dict.fromkeys((cut.block, cut.layer) for cut in cuts))
-        header = read_gguf(source)
-        changed = gguf.changed_tensors(header, session.source, place / "model", blocks, layers)
+    found = source or find_gguf(session.config.model)
+    if found is None:
+        return None
+    removed = folder.record(checkpoint.with_name("model")).options.removed or []
+    options: dict[str, Any] = {"removed": removed, "model": folder.record(checkpoint).fingerprint}
+    out = checkpoint.with_name("model.gguf")
+    made = folder.find_finished(out)
+    if source is None and made and made.options.content().get("model") == options["model"]:
+        return out  # also if it was cut out of another file
+    options["source"] = writing.file_sha256(found)
 
     def make(path: Path) -> None:
-        gguf.cut_gguf(source, blocks, path, overwrite=True, changed=changed)
+        header = read_gguf(found)
+        changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+        gguf.cut_gguf(found, removed, path, overwrite=True, changed=changed)
 
-    writing.refuse_source(place / "model.gguf", [source])
-    file = folder.stage("excise", place / "model.gguf", options, make, lambda path: path)
-    return file, gguf.repacked(source, file, changed, blocks) if changed else []
+    writing.refuse_source(out, [found])
+    try:
+        return folder.stage("excise", out, options, make, lambda path: path)
+    except ArchitectureError as e:
+        if source is not None:
+            raise
+        say(f"isingcut: no GGUF file is written beside {checkpoint}: {e}")
+        return None
 
 
 def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
@@ -212,6 +223,8 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
     stage, options = "excise", dict[str, Any](removed=blocks)
+    if config.drop_mtp:
+        options["drop_mtp"] = True
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}

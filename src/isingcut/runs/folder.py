@@ -18,12 +18,18 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
-from isingcut.errors import IsingcutError, ModelError, OutputExistsError, StageFileError
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    ModelError,
+    OutputExistsError,
+    StageFileError,
+)
 from isingcut.files import documents, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
@@ -263,14 +269,15 @@ class RunFolder:
         make: Callable[[Path], None],
         load: Callable[[Path], T],
         *,
-        completes: dict[str, Any] | None = None,
+        completes: Sequence[dict[str, Any]] = (),
         together: bool = False,
         forget: Callable[[], None] = lambda: None,
     ) -> T:
         """Return the result of a stage; run the stage unless a result with these options exists.
 
         Args:
-            completes: options whose results may be replaced, because the new result includes them.
+            completes: other options whose results may be replaced, because the new result
+                includes them.
             together: whether all processes run the stage, or rank 0 only.
             forget: deletes the files for resuming the stage; called once the result is recorded,
                 so that a kill before that loses nothing.
@@ -302,7 +309,7 @@ class RunFolder:
                     raise OutputExistsError(
                         f"{file} was not written by this run and is not replaced; move it away"
                     )
-                fits = [wanted] if completes is None else [wanted, self._fingerprint(completes)]
+                fits = [wanted, *map(self._fingerprint, completes)]
                 if record.fingerprint not in fits and not self.overwrite:
                     raise OutputExistsError(
                         f"{file} was made with other options ({_difference(record, options)}); "
@@ -407,6 +414,21 @@ def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
         if before.get(k) != options.get(k)
     ]
     return "; ".join(changed) or "the model differs"
+
+
+def find_run(gguf: Path) -> tuple[Path, str | None]:
+    """Return the run folder of a `model.gguf`, and its removed blocks, None for the run's own.
+
+    Raises:
+        InputError: no run wrote it.
+    """
+    for place in (gguf.parent, gguf.parent.parent):
+        if (place / MANIFEST).is_file():
+            record = RunFolder.open(place).recorded(gguf)
+            if record is not None and record.done:
+                removed = ",".join(map(str, record.options.removed or []))
+                return place, None if place == gguf.parent else removed
+    raise InputError(f"{gguf} is not of a run folder; give its original with --original MODEL")
 
 
 def read_by(config: RunConfig) -> list[Path]:

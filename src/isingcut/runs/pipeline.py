@@ -56,7 +56,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         progress: shows progress, for example `isingcut.console.progress.terminal`.
 
     Returns:
-        The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch.
+        The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch. If
+        the model is a GGUF file, `model.gguf` is the same for llama.cpp.
         A range of removals has no checkpoint, only `remove-M/` with the ranking of each.
 
     Raises:
@@ -81,7 +82,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         if not processes.rank:
             # For a range, the user chooses one to cut.
             if len(several) == 1:
-                cut_and_heal(session, folder)
+                cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 stages.evaluate(session, folder)
                 if wanted.tasks:
                     stages.benchmarks(session, folder)

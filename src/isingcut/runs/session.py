@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,11 +184,19 @@ class Session:
             buffers=other.store.buffers if other else None,
         )
 
-    def open_cut(self, folder: Path) -> tuple[models.LoadedModel, StreamedReplay | None]:
-        """Open a cut of the session's model that shares its weights, see `sharing.open_cut`."""
+    def open_cut(
+        self, folder: Path, removed: Sequence[int] | None = None
+    ) -> tuple[models.LoadedModel, StreamedReplay | None]:
+        """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
+
+        Args:
+            removed: the blocks that it lacks; None: as its record says, if it has one.
+        """
         if self.streaming:
             return self.open_streamed(folder, self.streamed[1])
-        removed = read_document(folder / "isingcut.json", CutRecord).removed
+        record = folder / "isingcut.json"
+        if removed is None:
+            removed = read_document(record, CutRecord).removed if record.is_file() else []
         trust = self.config.trust_remote_code
         return open_cut(self.loaded, removed, folder, trust_remote_code=trust)
 

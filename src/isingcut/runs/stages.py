@@ -8,12 +8,14 @@ that ranks the candidates, so that both are comparable.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isingcut.baselines import registry
@@ -21,22 +23,31 @@ from isingcut.console.progress import Part
 from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
-from isingcut.errors import InputError
+from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark, candidates
+from isingcut.evaluation.drafts import draft_acceptance, open_mtp
 from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import fingerprint, read_document, write_document
+from isingcut.files.writing import (
+    fingerprint,
+    read_document,
+    temporary_prefix,
+    write_document,
+)
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import blocks_of, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
-from isingcut.models.architectures.blocks import language_model
+from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
+from isingcut.models.cutting.sharing import fits
+from isingcut.models.gguf_files import converted, unpack_gguf
+from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
 from isingcut.report.words import chosen_by_tasks, join_blocks
@@ -339,10 +350,17 @@ def evaluate(
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
-    whole = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
+    plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
+    gguf = checkpoint.with_name("model.gguf")
+    packed = folder.find_record(gguf)
+    # The GGUF file may be of a model that was replaced.
+    if packed and packed.options.content().get("model") != excised.fingerprint:
+        packed = None
+    whole = {**plain, "gguf": packed.fingerprint} if packed else plain
+    # A result without speed or GGUF may be replaced; one with speed has everything requested.
+    skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))
     without_speed = {**whole, "skip_speed": True}
-    # A result without speed may be replaced; a result with speed has everything requested.
-    skip = config.skip_speed and not folder.is_made(file, whole)
+    completes = [{**plain, "skip_speed": True}, *([] if skip else [plain, without_speed])]
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
@@ -350,6 +368,13 @@ def evaluate(
         session.choose_tuning(folder)
         elsewhere = _unlike(session, measuring.splits_of(folder))
         further = _further_scores(session, checkpoint, tokens, elsewhere)
+        if packed:
+            folder.check(gguf)
+            try:
+                blocks = packed.options.removed or []
+                further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
+            except ModelError as e:
+                further["gguf_unread"] = str(e)
         cut, streamed = session.open_cut(checkpoint)
         progress = session.progress
         found = before_and_after(
@@ -361,6 +386,8 @@ def evaluate(
             skip_speed=skip,
             progress=progress,
         ).model_copy(update=further)
+        if not session.streaming and streamed is None:
+            found = _add_drafts(session, found, cut, checkpoint, tokens)
         if streamed is None and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -380,8 +407,67 @@ def evaluate(
         without_speed if skip else whole,
         make,
         lambda path: read_document(path, documents.EvaluationFile),
-        completes=None if skip else without_speed,
+        completes=completes,
     )
+
+
+def _add_drafts(
+    session: Session,
+    found: documents.EvaluationFile,
+    cut: LoadedModel,
+    folder: Path,
+    text: TokenSet,
+) -> documents.EvaluationFile:
+    """Measure the drafts of the MTP layers of the original, the exact cut and the last model."""
+    original, size = session.loaded.model, session.tuning.batch_tokens
+    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
+    if of_original is None or of_last is None:
+        return found
+    with session.progress("drafts of multi-token prediction", 1) as bar:
+        scores = {
+            "before": draft_acceptance(original, of_original, text, size),
+            "after": draft_acceptance(cut.model, of_last, text, size),
+        }
+        if found.cut is not None:
+            removed = read_document(folder / "isingcut.json", documents.CutRecord).removed
+            with skip_blocks(original, session.stack, removed):
+                scores["cut"] = draft_acceptance(original, of_original, text, size)
+        bar.advance(1)
+    keys = ("draft_acceptance", "draft_acceptance_se")
+    return found.model_copy(
+        update={
+            name: getattr(found, name).model_copy(update=dict(zip(keys, values, strict=True)))
+            for name, values in scores.items()
+        }
+    )
+
+
+def evaluate_gguf(session: Session, gguf: Path) -> documents.EvaluationFile:
+    """Measure a GGUF file and its original, the session's model, on text of the session's options.
+
+    Raises:
+        InputError: they have different vocabularies.
+    """
+    cut, streamed = session.open_cut(converted(gguf), [])
+    ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
+    if ours != theirs:
+        raise InputError(
+            f"{gguf} has a vocabulary of {theirs}, {session.config.model} one of {ours}; give its "
+            "original with --original"
+        )
+    found = before_and_after(
+        session.streamed[1] if session.streaming else session.loaded,
+        streamed or cut,
+        measuring.build_calibration(session.at(measuring.concrete(session.config))).splits[
+            "report"
+        ],
+        batch_tokens=session.tuning.batch_tokens,
+        # Its speed is that of llama.cpp.
+        skip_speed=True,
+        progress=session.progress,
+    )
+    after = found.after.model_copy(update={"bytes": gguf.stat().st_size})
+    return found.model_copy(update={"after": after})
 
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
@@ -420,14 +506,42 @@ def _further_scores(
     if healed and changed:
         loaded, streamed = session.open_cut(model)
         judges["patched"] = partial(_score_cut, session, streamed or loaded.model)
-    for name, judge in judges.items():
-        parts = judge(tokens)
-        found[name] = documents.FurtherScores(
-            **dict(parts.pop("")),
-            **dict[str, Any]({"parts": parts} if parts else {}),
-            elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
-        )
-    return found
+    return found | {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+
+
+def score_gguf(
+    session: Session,
+    gguf: Path,
+    removed: Sequence[int],
+    tokens: TokenSet,
+    elsewhere: Mapping[str, TokenSet],
+) -> documents.PackedScores:
+    """Read a cut GGUF file back and score it.
+
+    Raises:
+        ModelError: transformers cannot read it, it does not fit the memory, or it computes NaN.
+    """
+    if not fits(gguf.with_name("model"), torch.float32):
+        raise ModelError("it does not fit the host's memory beside the original")
+    with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
+        unpack_gguf(gguf, Path(aside))
+        loaded, streamed = session.open_cut(Path(aside), removed)
+        judge = partial(_score_cut, session, streamed or loaded.model)
+        scores = dict(_score_texts(judge, tokens, elsewhere))
+    return documents.PackedScores(**scores, bytes=gguf.stat().st_size)
+
+
+def _score_texts(
+    judge: Callable[[TokenSet], dict[str, documents.FurtherPart]],
+    tokens: TokenSet,
+    elsewhere: Mapping[str, TokenSet],
+) -> documents.FurtherScores:
+    parts = judge(tokens)
+    return documents.FurtherScores(
+        **dict(parts.pop("")),
+        **dict[str, Any]({"parts": parts} if parts else {}),
+        elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+    )
 
 
 def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, documents.FurtherPart]:
@@ -436,7 +550,9 @@ def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, docume
     size, progress = session.tuning.batch_tokens, session.progress
     scores = quality(original, cut, tokens, size, progress=progress)
     return {
-        name: documents.FurtherPart(**dict(one.after), kl=one.kl, kl_se=one.kl_se)
+        name: documents.FurtherPart(
+            **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
+        )
         for name, one in {"": scores, **scores.parts}.items()
     }
 

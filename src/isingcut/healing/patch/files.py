@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.documents import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures.cuts import depth, read_decoder, renumber_blocks
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder, renumber_blocks
 from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
@@ -61,10 +61,11 @@ class StoredLayers:
         self.folder = folder
         self.tensors = read_checkpoint(folder)
         config = read_config(folder)
-        kept = depth(read_decoder(config))
+        text = read_decoder(config)
+        kept = depth(text)
         self.layout = fp8_layout(folder, config)
         self._places = renumber_blocks(kept + len(removed), removed)
-        self._prefix = find_prefix(self.tensors.values(), kept)
+        self._prefix = find_prefix(self.tensors.values(), kept, mtp_layers(text))
 
     def layer(
         self, block: int, path: str, shape: Sequence[int], *, bias: bool

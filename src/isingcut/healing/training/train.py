@@ -67,12 +67,15 @@ from isingcut.healing.training.student import (
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.architectures.blocks import language_model, text_config
+from isingcut.models.architectures.cuts import read_decoder
 from isingcut.models.cutting.sharing import share
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
-from isingcut.models.fp8 import DTYPES
+from isingcut.models.fit import is_mtp
+from isingcut.models.fp8 import DTYPES, read_tensor
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.replay import reuse_freed_memory
+from isingcut.models.safetensors_files import read_checkpoint, read_config
 from isingcut.models.transformers_private import get_checkpointing
 
 # Timed steps of one sample.
@@ -489,7 +492,10 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     model.load_state_dict(weights)
     tokens = random_tokens(model, 2, 24)
     with atomic_folder(out) as temporary, quiet_transformers():
-        model.save_pretrained(temporary)
+        # A model is loaded without its layers for multi-token prediction; they stay as they are.
+        text = read_decoder(read_config(job.start))
+        mtp = {n: read_tensor(t) for n, t in read_checkpoint(job.start).items() if is_mtp(n, text)}
+        model.save_pretrained(temporary, state_dict=model.state_dict() | mtp if mtp else None)
         for path in sorted(job.start.iterdir()):
             copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
             if path.is_file() and copied:

@@ -53,16 +53,16 @@ _ELSEWHERE = re.compile(
 # A part of a configuration that has one of these is another model, and counts blocks of its own.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
 # These are renumbered by code of their own, or are about something else.
-_CLOSED = {"quantization_config", *fields.MAPS, *fields.NOT_PER_LAYER}
+_CLOSED = {"quantization_config", "mtp_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 
-def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: bool) -> None:
+def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bool) -> None:
     """Refuse a field that is not in the table and seems to count or index blocks.
 
     Args:
         part: a part of a configuration whose fields describe the decoder's blocks.
         count: blocks of the decoder.
-        heads: its heads for further tokens, which some lists have entries for as well.
+        mtp: as from `mtp_layers`; some lists have entries for these as well.
         decoder: it is the decoder's own part, or inside it; elsewhere only names tell.
 
     Raises:
@@ -75,7 +75,7 @@ def refuse_unknown(part: Mapping[Any, Any], count: int, heads: int, *, decoder: 
             continue
         if not decoder and _ELSEWHERE.search(key):
             continue
-        if _speaks_of_blocks(key, value, count, {count, count + heads} if decoder else set()):
+        if _speaks_of_blocks(key, value, count, {count, count + mtp} if decoder else set()):
             raise ArchitectureError(
                 f"the configuration field {key!r} looks per-layer (value {value!r:.60}), but "
                 "isingcut does not know it; add it to architectures/fields.py"
@@ -137,7 +137,8 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     Args:
         part: as from `find_parts`.
         count: blocks before the cut.
-        mapping: old block number to new, for those that stay.
+        mapping: old block number to new, for those that stay; with the MTP layers that are
+            numbered on after the blocks where these stay as well.
 
     Raises:
         ArchitectureError: a field has another form than the table has, a list is too short, or a
@@ -160,18 +161,18 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
 
 def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
     """Return the value of a field after the cut. Errors for an unknown form pass."""
-    kept = list(mapping)
+    kept = [i for i in mapping if i < count]
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
         return value // count * len(kept)
     if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
-        return _slice_field(key, value, kept, count)
+        return _slice_field(key, value, mapping, count)
     if key in fields.INDICES:
         return _renumber_list(value, mapping, first=0)
     if key in fields.INDICES_FROM_1:
         return _renumber_list(value, mapping, first=1)
     if key in fields.SOURCES:
-        return [mapping[i] for i in _slice_field(key, value, kept, count)]
+        return [mapping[i] for i in _slice_field(key, value, mapping, count)]
     if key in fields.MAPS:
         return {str(mapping[int(k)]): v for k, v in value.items() if int(k) in mapping}
     if key in fields.PREFIX:
@@ -186,7 +187,7 @@ def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often:
         return [value[i % len(value)] for i in kept]
     if key in fields.PERIODS and value < 1:
         raise ValueError("a period of nothing")
-    return 0 if key in fields.MTP else value
+    return value
 
 
 def _drop_generators(part: dict[str, Any]) -> None:
@@ -204,14 +205,15 @@ def _drop_generators(part: dict[str, Any]) -> None:
             )
 
 
-def _slice_field(key: str, value: Any, kept: list[int], count: int) -> Any:
+def _slice_field(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
     if isinstance(value, (int, float, bool)):
         return value  # e.g. moe_layer_freq = 1: every block the same
     if len(value) < count:
         raise ArchitectureError(
             f"{key} has {len(value)} entries for {count} blocks; expected one per block"
         )
-    return "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept]
+    kept = [value[i] for i in mapping if i < len(value)]
+    return "".join(kept) if isinstance(value, str) else kept
 
 
 def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
@@ -238,12 +240,15 @@ OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 """Words in the names of modules that are of another modality."""
 
 
-def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
+def cut_config(
+    config: dict[str, Any], removed: Sequence[int], *, drop_mtp: bool = False
+) -> dict[str, Any]:
     """Return the configuration of the model without the removed blocks.
 
     Args:
         config: a checkpoint's ``config.json`` (or ``PreTrainedConfig.to_dict()``); not changed.
         removed: block numbers, in any order.
+        drop_mtp: without its layers for multi-token prediction too.
 
     Raises:
         ArchitectureError: a number out of range, an illegal state, a block that computes with
@@ -264,8 +269,11 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
             )
     families.move_images(result, count, mapping)
     read, types = _read_depth(config)
+    numbers = mapping if drop_mtp else number_mtp_layers(mapping, count, mtp_layers(text))
     for part, _ in find_parts(result, text):
-        cut_fields(part, count, mapping)
+        cut_fields(part, count, numbers)
+        if drop_mtp:
+            part.update({key: 0 for key in fields.MTP if part.get(key)})
     if text.get("attention_types") and isinstance(text.get("attention_layers"), list):
         text["attention_types"] = [[[kind], 1] for kind in text["attention_layers"]]
     kept_types = [types[i] for i in mapping] if types else []
@@ -285,7 +293,7 @@ def cut_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
-            part["quantization_config"] = cut_quantisation(quantisation, mapping, count)
+            part["quantization_config"] = cut_quantisation(quantisation, numbers)
     return result
 
 
@@ -307,16 +315,16 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     return families.legality(whole, text, len(stack), attention)
 
 
-def cut_quantisation(value: Any, mapping: dict[int, int], count: int) -> Any:
+def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
     """Renumber every module name in a quantisation configuration, recursively."""
 
     def renamed(item: Any) -> list[Any]:
         if isinstance(item, str):
-            return list(rename_pattern(item, mapping, count))
-        return [cut_quantisation(item, mapping, count)]
+            return list(rename_pattern(item, mapping))
+        return [cut_quantisation(item, mapping)]
 
     if isinstance(value, dict):
-        cut = ((key, cut_quantisation(item, mapping, count)) for key, item in value.items())
+        cut = ((key, cut_quantisation(item, mapping)) for key, item in value.items())
         return {name: item for key, item in cut for name in renamed(key)}
     if isinstance(value, list):
         names = [name for item in value for name in renamed(item)]
@@ -343,13 +351,23 @@ def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
     return {old: new for new, old in enumerate(i for i in range(count) if i not in chosen)}
 
 
-def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]:
+def number_mtp_layers(mapping: dict[int, int], count: int, layers: int) -> dict[int, int]:
+    """Add to a mapping the MTP layers that some checkpoints number on after the blocks.
+
+    Args:
+        mapping: as from `renumber_blocks`.
+        count: blocks before the cut.
+        layers: as from `mtp_layers`.
+    """
+    return mapping | {count + i: len(mapping) + i for i in range(layers)}
+
+
+def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     """Return the entries that replace one module name or pattern of a quantisation list.
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
-        mapping: as from `renumber_blocks`.
-        count: blocks before the cut; numbers from ``count`` on (extra heads) are dropped.
+        mapping: as from `renumber_blocks` or `number_mtp_layers`; other numbers are dropped.
 
     Returns:
         the entry itself when it names no block, none when it only named removed blocks.
@@ -376,9 +394,10 @@ def rename_pattern(entry: str, mapping: dict[int, int], count: int) -> list[str]
             f"quantisation entry {entry!r} names blocks by a pattern that cannot be renumbered "
             "exactly; write one entry per block"
         )
-    old_numbers = [i for i in range(count) if fnmatch.fnmatchcase(str(i), number)]
     rest = entry[match.start(3) + len(number) :] or ".*"
-    return [f"{head}{mapping[i]}{rest}" for i in old_numbers if i in mapping]
+    return [
+        f"{head}{new}{rest}" for i, new in mapping.items() if fnmatch.fnmatchcase(str(i), number)
+    ]
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
@@ -471,16 +490,16 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
     """Refuse a configuration that cannot be cut exactly, or has an unknown per-layer field."""
     if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
-    heads = extra_heads(text)
+    layers = mtp_layers(text)
     for part, decoder in find_parts(config, text):
         # Cut of nothing: whether each field has a form that is known.
         cut_fields(dict(part), count, {i: i for i in range(count)})
-        refuse_unknown(part, count, heads, decoder=decoder)
+        refuse_unknown(part, count, layers, decoder=decoder)
     derived = config_object(config)
     if derived is not None:
         values = derived.get_text_config(decoder=True).to_dict()
         more = {key: value for key, value in values.items() if key not in text}
-        refuse_unknown(more, count, heads, decoder=True)
+        refuse_unknown(more, count, layers, decoder=True)
 
 
 def explain_uncuttable(text: Mapping[str, Any]) -> str:
@@ -492,7 +511,7 @@ def explain_uncuttable(text: Mapping[str, Any]) -> str:
     return f"{what} cannot be cut exactly: {reason}" if reason else ""
 
 
-def extra_heads(text: Mapping[str, Any]) -> int:
-    """Count the prediction heads that some checkpoints number on after the blocks."""
+def mtp_layers(text: Mapping[str, Any]) -> int:
+    """Count the layers for multi-token prediction (MTP), which draft further tokens."""
     found = [text.get(key) for key in fields.MTP]
     return max((n for n in found if isinstance(n, int)), default=0)

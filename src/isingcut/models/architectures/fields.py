@@ -156,8 +156,8 @@ GENERATORS = {
     "sliding_window_pattern": "layer_types",
 }
 
-# Extra next-token-prediction heads read the last block's output, which an excision changes;
-# they are dropped on purpose. Their own layer lists stay as they are.
+# Layers for multi-token prediction read the last block's output and draft further tokens. They
+# stay, and so do their own lists.
 MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
 # Where image features join the stream between text blocks; `families` applies these two.

@@ -20,7 +20,7 @@ from isingcut.files.writing import atomic_folder, check_output, clear_os_errors
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
 from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import find_prefix
+from isingcut.models.fit import find_prefix, is_mtp
 from isingcut.models.safetensors_files import (
     NewTensor,
     StoredTensor,
@@ -52,6 +52,7 @@ def excise(
     removed: Sequence[int],
     out: Path,
     *,
+    drop_mtp: bool = False,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write the checkpoint ``source`` without the blocks ``removed`` to the folder ``out``.
@@ -60,6 +61,7 @@ def excise(
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
         removed: block numbers, in any order.
         out: the new folder; it appears only when it is whole.
+        drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
     Raises:
@@ -72,35 +74,43 @@ def excise(
     check_output(out, overwrite=False, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
-    new_config = cuts.cut_config(config, removed)
+    new_config = cuts.cut_config(config, removed, drop_mtp=drop_mtp)
     text = cuts.read_decoder(config)
     count = cuts.depth(text)
     mapping = cuts.renumber_blocks(count, removed)
-    tensors = plan(stored, text, mapping)
+    if not drop_mtp:
+        mapping = cuts.number_mtp_layers(mapping, count, cuts.mtp_layers(text))
+    tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
     with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
-        _copy_companions(source, folder, mapping, count)
+        _copy_companions(source, folder, mapping)
         # Last, so that a folder without it was never finished.
         text_of_config = json.dumps(new_config, indent=2) + "\n"
         (folder / "config.json").write_text(text_of_config, encoding="utf-8")
 
 
 def plan(
-    stored: Mapping[str, StoredTensor], text: Mapping[str, Any], mapping: Mapping[int, int]
+    stored: Mapping[str, StoredTensor],
+    text: Mapping[str, Any],
+    mapping: Mapping[int, int],
+    *,
+    drop_mtp: bool = False,
 ) -> list[NewTensor]:
     """Return the tensors of the new checkpoint, in the source's order.
 
     Args:
         stored: the source's tensors.
         text: the decoder's configuration before the cut, per-layer fields written out.
-        mapping: old block number to new.
+        mapping: old block number to new, as from `cuts.number_mtp_layers`.
+        drop_mtp: leave out the layers for multi-token prediction.
 
     Raises:
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
     count = cuts.depth(dict(text))
-    prefix = find_prefix(stored.values(), count, cuts.extra_heads(text))
+    prefix = find_prefix(stored.values(), count, cuts.mtp_layers(text))
     axes = DEPTH_SHAPED.get(str(text.get("model_type")), {})
+    kept = tuple(i for i in mapping if i < count)
     tensors = []
     for name, tensor in stored.items():
         if name.startswith(prefix):
@@ -108,8 +118,8 @@ def plan(
             if number.isdigit() and int(number) in mapping:
                 tensors.append(NewTensor(f"{prefix}{mapping[int(number)]}.{rest}", tensor))
             continue
-        if "mtp" in name.split("."):
-            continue  # heads that predict further tokens from the uncut model's last block
+        if drop_mtp and is_mtp(name):
+            continue
         axis = next((a for end, a in axes.items() if f".{name}".endswith(f".{end}")), None)
         if axis is None:
             tensors.append(NewTensor(name, tensor))
@@ -118,11 +128,11 @@ def plan(
             raise CheckpointError(
                 f"tensor {name!r} of shape {list(tensor.shape)} does not divide into {count} blocks"
             )
-        tensors.append(NewTensor(name, tensor, axis, count, tuple(mapping)))
+        tensors.append(NewTensor(name, tensor, axis, count, kept))
     return tensors
 
 
-def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count: int) -> None:
+def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> None:
     for path in sorted(source.iterdir()):
         name = path.name
         if path.is_dir():
@@ -135,7 +145,7 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int], count:
         real = find_contained(source, name)
         if name in _QUANTISATION_FILES:
             content = cuts.cut_quantisation(
-                load_json(real, "the quantisation file", CheckpointError), mapping, count
+                load_json(real, "the quantisation file", CheckpointError), mapping
             )
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         elif real.stat().st_size <= _COPY_LIMIT:

@@ -4,14 +4,15 @@ The checkpoint route (`excise`) unpacks a GGUF file to bfloat16; this one keeps 
 tensor as it is, for llama.cpp, but those that a patch has changed.
 
 Whether a GGUF file and a checkpoint are of one model: weights may be packed, permuted, split or
-joined there; norms are stored as they are, in plain numbers. The layers of a patched checkpoint are
-packed again as they were, and the error measured. The package gguf packs plain numbers, Q8_0, Q4_0,
-Q5_0 and the like. What it only unpacks (the K and the I types) becomes Q8_0, which is finer than
-any of them.
+joined there; norms are stored as they are, in plain numbers. The layers that a patch or a healing
+changed are packed as Q8_0, because a change of 1 % is less than half a step of a 4-bit type, which
+would round it away (docs/experiments/packing.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,75 +100,60 @@ def _alike(tensor: Any, stored: StoredTensor) -> bool:
 
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+_EXACT = ("F32", "F16", "BF16")
+_FINE = (*_EXACT, "Q8_0")
+"""The types that a changed tensor keeps."""
 _SAME = 0.35
 """Relative difference of a tensor and its packing, at most: of two bits a weight it is 0.3."""
 
 
 @dataclass(frozen=True, eq=False)
 class Changed:
-    """A tensor whose values a patch has changed.
+    """A tensor whose values a patch or a healing has changed.
 
     Attributes:
         name: in the original, for messages.
-        before: what the original holds, float32, to find how the GGUF file lays it out.
-        after: what the patched checkpoint holds.
+        before: reads what the original holds, to find how the GGUF file lays it out.
+        after: reads what the final checkpoint holds.
     """
 
     name: str
-    before: NDArray[np.float32]
-    after: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Repacked:
-    """A tensor of the cut GGUF file that was packed again.
-
-    Attributes:
-        name: in the cut file.
-        was: its type in the original file.
-        kind: its type now.
-        error: relative difference to the patched checkpoint's values.
-    """
-
-    name: str
-    was: str
-    kind: str
-    error: float
+    before: Callable[[], NDArray[np.float32]]
+    after: Callable[[], NDArray[np.float32]]
 
 
 def changed_tensors(
-    header: GgufHeader,
-    original: Path,
-    patched: Path,
-    removed: Sequence[int],
-    layers: Sequence[tuple[int, str]],
+    header: GgufHeader, original: Path, cut: Path, removed: Sequence[int]
 ) -> dict[str, Changed]:
-    """What a patch has changed, by the names of the original's GGUF file.
+    """What a checkpoint has changed of its original, by the names of the original's GGUF file.
 
     Args:
         header: of that file.
         original: the checkpoint that was cut.
-        patched: the cut and patched checkpoint.
-        layers: the patched ones, each a block of the original and a path inside it.
+        cut: the cut checkpoint, patched or healed.
 
     Raises:
         ArchitectureError: the file has no tensor for one of them.
     """
-    sides = [_Side(original), _Side(patched)]
-    mapping = renumber_blocks(sides[0].count, removed)
-    known = names_in_gguf(header, sides[0].count, sides[0].stored)
+    old, new = _Side(original), _Side(cut)
+    known = names_in_gguf(header, old.count, old.stored)
     theirs = {tensor.name: name for name, tensor in known.items()}
+    places = {
+        f"{new.prefix}{place}.": f"{old.prefix}{i}."
+        for i, place in renumber_blocks(old.count, removed).items()
+    }
     found = {}
-    for block, path in layers:
-        for leaf in ("weight", "bias"):
-            old = f"{sides[0].prefix}{block}.{path}.{leaf}"
-            new = f"{sides[1].prefix}{mapping[block]}.{path}.{leaf}"
-            if new not in sides[1].stored:
-                continue
-            name = theirs.get(old)
-            if name is None or name not in header.tensors:
-                raise ArchitectureError(_cannot(header.path, old))
-            found[name] = Changed(old, sides[0].values(old), sides[1].values(new))
+    for name, stored in new.stored.items():
+        start = next((start for start in places if name.startswith(start)), "")
+        before = places.get(start, "") + name.removeprefix(start)
+        was = old.stored.get(before)
+        if was is not None and was.dtype == stored.dtype and was.data() == stored.data():
+            continue
+        if was is None or theirs.get(before) not in header.tensors:
+            raise ArchitectureError(_cannot(header.path, before))
+        found[theirs[before]] = Changed(
+            before, partial(old.values, before), partial(new.values, name)
+        )
     return found
 
 
@@ -184,9 +170,9 @@ class _Side:
         return found
 
 
-def laid_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
-    """The changed values as a GGUF file lays them out: as they are, turned, or, as llama.cpp has
-    queries and keys of Llama, with the two halves of each head's rows interleaved.
+def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
+    """Order the changed values as a GGUF file does: as they are, turned, plus one (norms of Gemma),
+    or, as llama.cpp has queries and keys of Llama, with the halves of each head's rows interleaved.
 
     Args:
         path: the file, for messages.
@@ -195,15 +181,19 @@ def laid_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
     Raises:
         ArchitectureError: the file holds other numbers, or the same in another order.
     """
+    import gguf
+
     try:
-        there = _unpacked(tensor)
+        there = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ArchitectureError(_cannot(path, changed.name)) from error
-    turns: list[_Turn] = [lambda x: x, np.transpose, *_interleaved(changed.before)]
+    most = 0.02 if tensor.tensor_type.name in _EXACT else _SAME
+    values = changed.before()
+    turns: list[_Turn] = [lambda x: x, np.transpose, lambda x: x + 1, *_interleaved(values)]
     for turn in turns:
-        before, after = turn(changed.before), turn(changed.after)
-        if before.shape == there.shape and _difference(there, before) <= _SAME:
-            return np.ascontiguousarray(after)
+        before = turn(values)
+        if before.shape == there.shape and _difference(there, before) <= most:
+            return np.ascontiguousarray(turn(changed.after()))
     raise ArchitectureError(_cannot(path, changed.name))
 
 
@@ -220,44 +210,6 @@ def _interleave(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def pack(values: NDArray[np.float32], kind: Any) -> tuple[Any, Any]:
-    """Values as a GGUF type, or as Q8_0 where the package gguf does not pack that; and the type."""
-    import gguf
-
-    try:
-        return gguf.quants.quantize(values, kind), kind
-    except NotImplementedError:
-        kind = gguf.GGMLQuantizationType.Q8_0
-        return gguf.quants.quantize(values, kind), kind
-
-
-def repacked(
-    source: Path, out: Path, changed: Mapping[str, Changed], removed: Sequence[int]
-) -> list[Repacked]:
-    """How near the tensors of a cut file are to the patched checkpoint.
-
-    Args:
-        source, out: the GGUF file before and after.
-        changed: tensors by their names in ``source``.
-    """
-    before, after = read_gguf(source), read_gguf(out).tensors
-    mapping = renumber_blocks(before.number("block_count"), removed)
-    found = []
-    for old, values in changed.items():
-        was, now = before.tensors[old], after[_new_name(old, mapping) or old]
-        wanted = laid_out(source, was, values)
-        error = _difference(_unpacked(now), wanted)
-        found.append(Repacked(now.name, was.tensor_type.name, now.tensor_type.name, error))
-    return found
-
-
-def _unpacked(tensor: Any) -> NDArray[np.float32]:
-    import gguf
-
-    found: NDArray[np.float32] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return found
-
-
 def _difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     size = float(np.linalg.norm(wanted.astype(np.float64)))
     return float(np.linalg.norm(found.astype(np.float64) - wanted)) / (size or 1.0)
@@ -265,8 +217,8 @@ def _difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> floa
 
 def _cannot(path: Path, name: str) -> str:
     return (
-        f"{path} stores {name} differently from the checkpoint, so the patch cannot be written to "
-        "it; convert the patched checkpoint instead, or cut without a patch (--patch none)"
+        f"{path} stores {name} differently from the checkpoint, so its new values cannot be "
+        "written to it; convert the cut checkpoint instead, or cut without a patch (--patch none)"
     )
 
 
@@ -346,7 +298,8 @@ def cut_gguf(
         removed: block numbers, in any order.
         out: the new file; it appears only when it is whole.
         overwrite: allow ``out`` to be replaced.
-        changed: tensors that a patch has changed, by their names in ``source``.
+        changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
+            their type is finer.
 
     Raises:
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
@@ -365,8 +318,8 @@ def cut_gguf(
     header.check_blocks()
     if changed and header.big_endian:
         raise ArchitectureError(
-            f"{source} is big-endian, but only little-endian files can be patched; cut it without "
-            "a patch (--patch none)"
+            f"{source} is big-endian, but only little-endian files can get new values; cut it "
+            "without a patch (--patch none)"
         )
     import gguf
 
@@ -395,17 +348,22 @@ def cut_gguf(
             name = _new_name(tensor.name, mapping)
             if name is None:
                 continue
-            data, kind = tensor.data, tensor.tensor_type
-            if changed and tensor.name in changed:
-                data, kind = pack(laid_out(source, tensor, changed[tensor.name]), kind)
-            kept.append(data)
-            writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for data in kept:  # memory-mapped: one tensor at a time
-            writer.write_tensor_data(data, tensor_endianess=reader.endianess)
-        writer.close()
+            new, kind = (changed or {}).get(tensor.name), tensor.tensor_type
+            shape, dtype = tensor.data.shape, tensor.data.dtype
+            if new is not None and kind.name not in _FINE:
+                kind, numbers = gguf.GGMLQuantizationType.Q8_0, tensor.shape[::-1].tolist()
+                shape = gguf.quants.quant_shape_to_byte_shape(numbers, kind)
+            kept.append((tensor, new, kind))
+            writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
+        with contextlib.closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor, new, kind in kept:  # memory-mapped: one tensor at a time
+                data = tensor.data
+                if new is not None:
+                    data = gguf.quants.quantize(lay_out(source, tensor, new), kind)
+                writer.write_tensor_data(data, tensor_endianess=reader.endianess)
 
 
 def _refuse(header: GgufHeader, before: int, after: int) -> None:

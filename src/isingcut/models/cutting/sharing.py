@@ -126,7 +126,7 @@ def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
     def named(name: str) -> str:
         name = name.replace("base_layer.", "")
         number, dot, rest = name.removeprefix(ours).partition(".")
-        if not name.startswith(ours) or not number.isdigit():
+        if not name.startswith(ours) or not number.isdigit() or int(number) >= len(kept):
             return name
         return f"{theirs}{kept[int(number)]}{dot}{rest}"
 

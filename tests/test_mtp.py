@@ -1,0 +1,73 @@
+"""Layers for multi-token prediction through a whole run: kept, judged, healed, dropped."""
+
+import pytest
+
+import isingcut
+from healings import options, write_text
+from isingcut.files.writing import read_json
+from isingcut.healing.heal import heal
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.fit import count_mtp_layers
+from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
+from shared import OPTIONS
+from sweep.mtp import add_mtp_layers
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+OF_MTP = "model.layers.4."
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("mtp") / "teacher")
+    add_mtp_layers(tiny_model("deepseek_v3"), folder)
+    write_text(folder.parent / "text.jsonl", 80)
+    return folder
+
+
+def run(source, text, out, **more):
+    given = {"model": str(source), "calibration": str(text), "out": str(out), "remove": 2}
+    return isingcut.run(**{**OPTIONS, **given, **more})
+
+
+def bytes_of(folder, start):
+    """The tensors of a block; transformers writes experts one by one, and merges them again."""
+    stored = {n: t for n, t in read_checkpoint(folder).items() if "experts" not in n}
+    return {n.removeprefix(start): t.data() for n, t in stored.items() if n.startswith(start)}
+
+
+def test_a_run_keeps_mtp_layers_and_judges_their_drafts(source, text, tmp_path):
+    target = run(source, text, tmp_path / "run", patch="linear")
+    assert count_mtp_layers(target / "model") == 2
+    assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
+    found = read_json(target / "evaluation.json", "evaluation")
+    for model in ("before", "cut", "after"):
+        assert 0 <= found[model]["draft_acceptance"] <= 1
+        assert found[model]["draft_acceptance_se"] >= 0
+    kept = (
+        "Layers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
+    )
+    assert kept in (target / "model" / "README.md").read_text(encoding="utf-8")
+    report = (target / "report.md").read_text(encoding="utf-8")
+    assert kept[1:] in report
+    assert "MTP drafts accepted" in report
+
+
+def test_a_healing_keeps_mtp_layers(source, tmp_path):
+    cut = source.parent / "student"
+    excise(source, [2, 3], cut)
+    (cut / "isingcut.json").write_text('{"removed": [2, 3], "of": 6}')
+    healed = heal(options(source.parent, tmp_path / "healed", {"max_steps": 1}))
+    assert bytes_of(healed, OF_MTP) == bytes_of(source, "model.layers.6.")
+    trained = bytes_of(healed, "model.layers.3.")
+    assert trained != bytes_of(cut, "model.layers.3.")
+
+
+def test_dropped_mtp_layers_are_gone_everywhere_and_it_is_said(source, text, tmp_path):
+    target = run(source, text, tmp_path / "run", patch="none", drop_mtp=True)
+    assert count_mtp_layers(target / "model") == 0
+    found = read_json(target / "evaluation.json", "evaluation")
+    assert "draft_acceptance" not in found["after"]
+    said = "draft further tokens: 2, left out (--drop-mtp)"
+    for file in ("report.md", "model/README.md"):
+        assert said in (target / file).read_text(encoding="utf-8")
