@@ -424,7 +424,7 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
     """
     for place in (gguf.parent, gguf.parent.parent):
         if (place / MANIFEST).is_file():
-            record = RunFolder.open(place).recorded(gguf)
+            record = RunFolder.open(place).find_record(gguf)
             if record is not None and record.done:
                 removed = ",".join(map(str, record.options.removed or []))
                 return place, None if place == gguf.parent else removed
