@@ -21,7 +21,7 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import CalibrationError, ModelError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.writing import read_json
-from isingcut.healing.job import beginnings
+from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -221,7 +221,7 @@ def test_pieces_and_beginnings_hold_something_that_counts(tokenizer):
     cut = pieces(tokens, 100)
     assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == ["a" * 50 + "<pad>" * 50]
     assert cut.parts == ("x", "y", "y", "y")
-    few = beginnings(tokens)
+    few = keep_beginnings(tokens)
     assert few.predicted.sum(1).tolist() == [50, 255]
     assert few.parts == tokens.parts
 

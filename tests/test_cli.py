@@ -475,14 +475,14 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     first = page[page.index('<header class="top">') : page.index('<section id="compared"')]
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
-    verdict = show.finished(finished).verdict
+    verdict = show.open_finished(finished).verdict
     for words in ("fewer parameters", "On unseen text the patched model has perplexity", "Next: "):
         assert words in verdict
     assert 'id="verdict"' in first
-    show.show_run(show.finished(finished))
+    show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    assert show.run_data(show.finished(run))["verdict"].startswith(verdict[:40])
+    assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
 
 
 def test_a_plan_for_a_card_needs_the_configuration_alone(llama, tmp_path, printed):

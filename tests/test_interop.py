@@ -101,7 +101,7 @@ def test_push_uploads_every_file_with_the_card(hub, cut, monkeypatch):
 def test_the_marker_of_this_machine_stays_here(hub, cut, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     mark(cut)
-    named = {f["name"]: f["bytes"] for f in interop_hub.listing(cut)}
+    named = {f["name"]: f["bytes"] for f in interop_hub.list_files(cut)}
     assert hub.seen == []
     assert named == {p.name: p.stat().st_size for p in cut.iterdir() if p.name != MARKER}
     interop_hub.push(cut, "me/cut", endpoint=hub.address)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import isingcut
 from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
@@ -14,11 +15,12 @@ from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile, HealingFile, PartScores
+from isingcut.files.writing import read_document
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
-from shared import write_jsonl
+from shared import OPTIONS, write_jsonl
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -202,6 +204,16 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
     assert keys.index("b.jsonl: kl") < keys.index("blocks")
     last = {row.key: row.plain("cut") for row in rows}
     assert last["a.jsonl: kl"] == f"{alone.kl:.4f}"
+
+
+def test_a_part_of_one_sample_has_no_standard_error(llama, tmp_path, no_speed):
+    texts = [numbered(tmp_path / f"{word}.jsonl", word) for word in ("one", "two")]
+    mixture = f"{texts[0]}=0.75,{texts[1]}=0.25"
+    options = {**OPTIONS, "length": 32, "report_samples": 4, "random_states": 0, "remove": 2}
+    run = isingcut.run(model=str(llama), calibration=mixture, out=str(tmp_path / "r"), **options)
+    part = read_document(run / "evaluation.json", EvaluationFile).cut.parts["two.jsonl"]
+    assert part.perplexity > 1
+    assert part.perplexity_se is part.nll_se is None
 
 
 def test_a_state_that_ruins_one_part_is_warned_of():

@@ -12,7 +12,9 @@ import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
 from isingcut.files.writing import read_json
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
+from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, call
 
@@ -43,6 +45,15 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, t
         b = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
     assert torch.equal(a, b)
     assert len(find_stack(cut)) == len(find_stack(original)) - 2
+
+
+def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path):
+    small = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "remove": "2"}
+    options = {"model": str(llama), "calibration": str(text), "out": str(tmp_path / "run")}
+    folder = isingcut.energy(DEMO.replace(**small, **options))
+    (file,) = folder.glob("hamiltonian*.safetensors")
+    search = Hamiltonian.load(file).meta["search"]
+    assert search["passes"] <= search["budget_passes"] == 10.0
 
 
 def test_every_stage_left_its_file(finished):

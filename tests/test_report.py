@@ -23,7 +23,7 @@ from isingcut.files.documents import (
 from isingcut.files.writing import read_json, write_json
 from isingcut.report import card, words
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import fenced
+from isingcut.report.words import fence_text
 from run_files import (
     baseline,
     card_parts,
@@ -217,7 +217,7 @@ def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning(energy, unit,
 
 
 def test_generated_text_cannot_break_out_of_its_block(folder):
-    assert fenced("a ``` b").startswith("````text\n")
+    assert fence_text("a ``` b").startswith("````text\n")
     assert "````text\nSo ``` so.\n````" in page_of(folder)
 
 

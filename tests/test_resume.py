@@ -20,7 +20,7 @@ from isingcut.files.writing import (
     atomic_folder,
     is_leftover,
     lock_beside,
-    locked,
+    lock_place,
     read_json,
 )
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -145,7 +145,7 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     other = tmp_path / ".other.isingcut-1.part"
     other.touch()
     lock_beside(tmp_path / "other").touch()
-    with locked(tmp_path if inside else tmp_path / "model", inside=inside):
+    with lock_place(tmp_path if inside else tmp_path / "model", inside=inside):
         left = {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"}
     # Neither of ours, nor of an output with a lock of its own.
     kept = {"model", ".model.part", other.name}

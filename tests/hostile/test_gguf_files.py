@@ -11,7 +11,7 @@ from arena import Row
 from damage import linked, pipe, written
 
 from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
-from isingcut.files.writing import locked
+from isingcut.files.writing import lock_place
 from isingcut.models import gguf_files
 from shared import snapshot
 
@@ -159,7 +159,7 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     other = threading.Thread(
         target=lambda: found.append(gguf_files.converted(arena.here / "m.gguf"))
     )
-    with locked(gguf_files.gguf_cache(), inside=True):
+    with lock_place(gguf_files.gguf_cache(), inside=True):
         other.start()
         assert arrived.wait(60)
         mine = gguf_files.converted(arena.here / "m.gguf")

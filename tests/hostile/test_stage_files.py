@@ -122,7 +122,7 @@ no solver :: solver :: null :: solver: expected a valid string
     "candidates.json": r"""
 no choice :: chosen ::  :: chosen: missing
 a choice null :: chosen :: null :: chosen: expected a valid dictionary
-a choice beyond :: chosen removed :: [99] :: names block 99, but the run's model has 6
+a choice beyond :: chosen removed :: [99] :: names block 99; the run's model has 6
 a choice of texts :: chosen removed :: ["4"] :: removed.0: expected a valid integer
 a loss null :: candidates 0 kl :: null :: candidates.0.kl: expected a valid number
 a negative error :: candidates 0 kl_se :: -1.0 :: candidates.0.kl_se: expected

@@ -17,7 +17,7 @@ from arena import Row
 from heal_rows import heal
 
 from isingcut.errors import BusyError
-from isingcut.files.writing import LOCK, lock_beside, locked
+from isingcut.files.writing import LOCK, lock_beside, lock_place
 from ranks import join, launch, run, start, type_in
 from shared import leave_speed_out
 
@@ -132,7 +132,7 @@ def test_the_processes_of_a_run_share_the_lock_of_the_first(arena, tmp_path):
 def test_a_second_run_of_several_processes_is_refused_as_one(arena, tmp_path):
     for command, place in ((f"energy {MEASURE} 2", "new"), (heal(), "healed")):
         said = tmp_path / "said"
-        with locked(arena.here / place, inside=place == "new"):
+        with lock_place(arena.here / place, inside=place == "new"):
             run([2, 2], said, type_in, *typed(arena, command))
         lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
         assert len(lines) == 1
@@ -153,7 +153,7 @@ def test_an_output_is_locked_beside_it(arena):
         except BusyError as e:
             errors.append(str(e))
 
-    with locked(out):
+    with lock_place(out):
         assert lock_beside(out).exists()
         other = threading.Thread(target=save)
         other.start()
@@ -175,7 +175,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):
-        with locked(tmp_path, inside=True) as first, locked(tmp_path, inside=True) as again:
+        with lock_place(tmp_path, inside=True) as first, lock_place(tmp_path, inside=True) as again:
             assert (first, again) == (True, False)
     assert capsys.readouterr().err.count("does not support locks; do not start a second") == said
     assert [p.name for p in tmp_path.iterdir()] == [".run.json.isingcut-1.part"], "it may live"

@@ -18,6 +18,7 @@ from isingcut.files import documents
 from isingcut.files.writing import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.report import words
 from isingcut.report.rows import (
     RANKING,
     Row,
@@ -25,11 +26,10 @@ from isingcut.report.rows import (
     evaluation_rows,
     healing_rows,
     kl_of,
-    labelled,
+    label_figure,
     plus_minus,
 )
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import correlation_text, listed, one_pass_words, question_rows, state_map
 from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     rows = []
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
-        cells = (state_map(blocks, spectrum.states.shape[1]), listed(blocks))
+        cells = (words.state_map(blocks, spectrum.states.shape[1]), words.join_blocks(blocks))
         rows.append((str(k), f"{value:.4g}", *cells))
     headings = ("#", f"energy, {spectrum.unit}", "blocks (· removed)", "removed")
     _show_table(f"remove {remove}: {len(spectrum)} states, {status}", headings, rows, headings[2:])
@@ -109,20 +109,20 @@ def show_ranking(found: documents.CandidatesFile) -> None:
             lines.append(f"{name}: rank correlation undefined (n = {figures.n})")
         else:
             lines.append(
-                f"{name}: Spearman {correlation_text(figures, 'spearman')}, Kendall "
+                f"{name}: Spearman {words.correlation_text(figures, 'spearman')}, Kendall "
                 f"{figures.kendall:.2f}, with the measured KL of n = {figures.n} states"
             )
-    if said := one_pass_words(found):
+    if said := words.one_pass_words(found):
         lines.append(said.replace("`", ""))
     if found.by_tasks is not None:
-        for blocks, *cells in question_rows(found.by_tasks):
+        for blocks, *cells in words.question_rows(found.by_tasks):
             names = ("questions", "right", "difference", "log-probability", "p")
             shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
             lines.append(f"without {blocks}: {', '.join(shown)}")
     show_lines(
         *lines,
-        f"chosen: blocks {listed(chosen.removed)} (state {chosen.position} by energy, "
-        f"{chosen.why}): {labelled('KL', 'cut', RANKING)} {kl_of(chosen).text()} nats/token",
+        f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
+        f"{chosen.why}): {label_figure('KL', 'cut', RANKING)} {kl_of(chosen).text()} nats/token",
     )
 
 
@@ -130,8 +130,8 @@ def show_baseline(found: documents.BaselineFile, file: Path) -> None:
     """Print the choice of a baseline, its loss and its cost."""
     broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
     show_lines(
-        f"{found.baseline}: blocks {listed(found.removed)}: {labelled('KL', 'cut', RANKING)} "
-        f"{kl_of(found).text()} nats/token; found "
+        f"{found.baseline}: blocks {words.join_blocks(found.removed)}: "
+        f"{label_figure('KL', 'cut', RANKING)} {kl_of(found).text()} nats/token; found "
         f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
         *([broken] if found.violated else []),
         f"wrote {file}",
@@ -166,7 +166,7 @@ def show_inspection(found: Inspection) -> None:
     show_lines(*rules or ["any blocks may be removed, as long as one stays"])
 
 
-def finished(target: Path) -> RunFiles:
+def open_finished(target: Path) -> RunFiles:
     """Return the files of a finished run."""
     return RunFiles(target if (target / MANIFEST).is_file() else target.parent, target)
 
@@ -241,13 +241,13 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def show_curve(folder: Path) -> None:
     """Print the quality for each number of blocks, and the command that cuts one of the states."""
-    names = [labelled(name, "cut", RANKING) for name in ("KL, nats/token", "perplexity")]
+    names = [label_figure(name, "cut", RANKING) for name in ("KL, nats/token", "perplexity")]
     found, rows = curve_data(folder), []
     for row in found:
         # Infinite on overflow.
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf
         figures = (plus_minus(row["kl"], row["kl_se"]), f"{perplexity:.2f}")
-        rows.append((str(len(row["removed"])), *figures, listed(row["removed"])))
+        rows.append((str(len(row["removed"])), *figures, words.join_blocks(row["removed"])))
     title = "the best state of each size, on the ranking text"
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(

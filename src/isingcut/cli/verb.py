@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand
 
-from isingcut.console.printing import printable, printing, say
+from isingcut.console.printing import convert_write_errors, printable, say
 from isingcut.console.progress import silent, terminal
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
@@ -260,7 +260,7 @@ _OUTPUT = [
 
 def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) -> None:
     warnings = list(dict.fromkeys(output.warnings))
-    with printing():
+    with convert_write_errors():
         if as_json:
             document = without_infinities({"verb": called, **output.data, "warnings": warnings})
             print(json.dumps(document, indent=1, allow_nan=False))
@@ -273,7 +273,7 @@ def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) ->
         say(f"isingcut: warning: {warning}")
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
+def select_given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were typed."""
     return {k: v for k, v in options.items() if v is not None}
 
@@ -281,7 +281,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
     """Combine a run's options from a config file and the command line, which wins."""
     values = from_yaml(RunConfig, config) if config else {}
-    return RunConfig(**{**values, **given(options)})
+    return RunConfig(**{**values, **select_given(options)})
 
 
 def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
@@ -295,7 +295,7 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
     """
     from isingcut.runs.folder import RunFolder
 
-    typed = given(options)
+    typed = select_given(options)
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
     folder.typed_solver = typed.get("solver")
     if typed.get("budget") and not typed.get("remove"):

@@ -22,15 +22,15 @@ from isingcut.cli.verb import (
     OneBased,
     Output,
     collect,
-    given,
     part_names,
     reopen,
     reopen_at,
+    select_given,
     verb,
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import check_output, locked, read_document, write_document
+from isingcut.files.writing import check_output, lock_place, read_document, write_document
 from isingcut.healing import RECORD
 from isingcut.models.processes import Processes
 from isingcut.options.config import HealConfig, RunConfig
@@ -93,12 +93,12 @@ def demo(progress: Any, **options: Any) -> Output:
 
     Example: isingcut demo
     """
-    return _finished(pipeline.demo(**given(options), progress=progress), generation=True)
+    return _finished(pipeline.demo(**select_given(options), progress=progress), generation=True)
 
 
 def _finished(target: Path, *, generation: bool = False) -> Output:
 
-    files = show.finished(target)
+    files = show.open_finished(target)
     healing = [] if files.healing is None else words.healing_warnings(files.healing)
     return Output(
         show.run_data(files),
@@ -272,7 +272,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.healing.heal import heal as run_heal
 
-    values = {**(from_yaml(HealConfig, config) if config else {}), **given(options)}
+    values = {**(from_yaml(HealConfig, config) if config else {}), **select_given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
     if os.environ.get("RANK", "0") != "0":
         # Only rank 0 prints the result.
@@ -311,7 +311,7 @@ def evaluate(
     """
     from isingcut.runs.folder import MANIFEST, find_run
 
-    typed = given({name: options.pop(name) for name in ("tasks", "data", "questions")})
+    typed = select_given({name: options.pop(name) for name in ("tasks", "data", "questions")})
     if typed and not typed.get("tasks", "").strip(" ,"):
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
     gguf = directory.suffix.lower() == ".gguf"
@@ -322,7 +322,7 @@ def evaluate(
             raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
         if not typed and not gguf:
             raise InputError("--original needs benchmarks to compare; name some with --tasks")
-        typed |= given({k: v for k, v in options.items() if k not in ("remove", "budget")})
+        typed |= select_given({k: v for k, v in options.items() if k not in ("remove", "budget")})
         config = RunConfig(**{**typed, "model": original}).validate()
         if gguf and not config.tasks:
             found, file = _score_gguf(directory, config, out)
@@ -376,7 +376,7 @@ def _score_gguf(
 
     file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
     check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
-    with locked(file):
+    with lock_place(file):
         found = stages.evaluate_gguf(Session(config), gguf)
         write_document(file, found, seal=True)
     return found, file
@@ -398,7 +398,7 @@ def _score_checkpoint(
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.
     stages.check_run_tasks(config)
-    with locked(file):
+    with lock_place(file):
         content = stages.score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file
@@ -488,7 +488,7 @@ def push(
         "repository": repository,
         "private": private,
         "folder": str(checkpoint),
-        "files": interop_hub.listing(checkpoint),
+        "files": interop_hub.list_files(checkpoint),
     }
     if dry_run:
         whole = sum(f["bytes"] for f in data["files"])
@@ -510,7 +510,7 @@ def inspect_blocks(**options: Any) -> Output:
     from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
-    config = RunConfig(**given(options)).validate()
+    config = RunConfig(**select_given(options)).validate()
     trust = config.trust_remote_code
     source = resolve(config.model, trust_remote_code=trust, weights=False)
     found = inspect_model(source, trust_remote_code=trust)
@@ -540,7 +540,7 @@ def plan(
     """
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(RunConfig(**given(options)).validate(), card)
+    found = make_plan(RunConfig(**select_given(options)).validate(), card)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 

@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
+def convert_write_errors() -> Iterator[None]:
     """Convert errors of writing to standard output, within the context.
 
     Raises:

@@ -109,7 +109,7 @@ class Calibration:
             )
         loaded = cls(splits, header["source"], header["meta"])
         if loaded.sha256 != header["sha256"]:
-            raise documents.damaged(path, "its tokens do not match its hash")
+            raise documents.damaged_error(path, "its tokens do not match its hash")
         return loaded
 
 
@@ -124,7 +124,7 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
             return tuple(names[i] for i in found)
     except (LookupError, TypeError):
         pass
-    raise documents.damaged(path, f"some samples of {split} have no source in the mixture")
+    raise documents.damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -128,7 +128,7 @@ def sample_from_model(
             "the source 'self' needs a tokenizer with a BOS or EOS token; choose another "
             "--calibration"
         )
-    Encoder(tokenizer, model).checked([start])
+    Encoder(tokenizer, model).check_ids([start])
     batches = -(-needed // _ROWS)
     found = 0
     prompt = torch.full((_ROWS, 1), start, dtype=torch.int64, device=model.device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import draw_split, open_parts, tokens_of
 from isingcut.data.mixture import parts_of, places_in
-from isingcut.data.text_files import only_once
+from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
 
@@ -113,7 +113,7 @@ def to_fit(
     places = places_in(used.source)
     if missing > 0 and "self" in places:
         short = "the model wrote no more"
-    elif missing > 0 and any(map(only_once, places)):
+    elif missing > 0 and any(map(is_read_once, places)):
         short = "a pipe is read once"
     elif missing > 0:
         try:

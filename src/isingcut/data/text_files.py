@@ -187,7 +187,7 @@ def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
             ) from e
 
 
-def only_once(source: str) -> bool:
+def is_read_once(source: str) -> bool:
     """Whether a source is a pipe, which can be read only once."""
     if source == "-":
         return True

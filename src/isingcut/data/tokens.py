@@ -265,12 +265,12 @@ class Encoder:
         """
         ids: list[int] = []
         for piece in split_text(text):
-            ids += self.checked(_ids(self.tokenizer, piece, special=False))
+            ids += self.check_ids(_ids(self.tokenizer, piece, special=False))
             if most is not None and len(ids) >= most:
                 return ids[:most]
         return ids
 
-    def checked(self, ids: list[int]) -> list[int]:
+    def check_ids(self, ids: list[int]) -> list[int]:
         """Return ``ids`` if the model's embedding has a row for each.
 
         Raises:
@@ -292,7 +292,7 @@ class Encoder:
         """``[BOS]`` if the tokenizer starts every text with it, else empty."""
         bos = self.tokenizer.bos_token_id
         begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [bos]
-        return self.checked([bos]) if begins else []
+        return self.check_ids([bos]) if begins else []
 
     @property
     def pad(self) -> int:

@@ -65,8 +65,8 @@ def before_and_after(
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
-    Speed uses all threads of torch on this machine, whatever the run uses. For a streamed cut,
-    speed, memory and the generation are skipped, because reading from disk dominates its speed.
+    For a streamed cut, speed, memory and the generation are left out, because reading from disk
+    dominates its speed.
 
     Args:
         original: in memory, or streamed on the same buffers as the cut.
@@ -271,9 +271,9 @@ def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
     return found
 
 
-def perplexity(nll: float, error: float) -> Perplexity:
-    """Return a loss in nats per token and its perplexity, each with its standard error."""
-    value = float(np.exp(nll))
+def perplexity(nll: float, error: float | None) -> Perplexity:
+    """Return a loss in nats per token and its perplexity, each with its standard error if known."""
+    value, error = float(np.exp(nll)), np.nan if error is None else error
     return Perplexity(
         perplexity=value,
         perplexity_se=without_infinities(value * error),

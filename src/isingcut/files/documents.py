@@ -904,7 +904,7 @@ def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise damaged(path, f"{place}: {_words(first)}" if place else _words(first)) from None
+        raise damaged_error(path, f"{place}: {_words(first)}" if place else _words(first)) from None
 
 
 def check_blocks(path: Path, found: Any, blocks: int) -> None:
@@ -921,9 +921,9 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
     highest = max(_named(found), default=-1)
     if n != blocks:
-        raise damaged(path, f"it is for {n} blocks, but the run's model has {blocks}")
+        raise damaged_error(path, f"it is for {n} blocks, but the run's model has {blocks}")
     if highest >= blocks:
-        raise damaged(path, f"it names block {highest}, but the run's model has {blocks} blocks")
+        raise damaged_error(path, f"it names block {highest}; the run's model has {blocks} blocks")
 
 
 def _named(value: Any) -> Iterator[int]:
@@ -938,7 +938,7 @@ def _named(value: Any) -> Iterator[int]:
             yield from _named(inner)
 
 
-def damaged(path: Path, what: str) -> StageFileError:
+def damaged_error(path: Path, what: str) -> StageFileError:
     """Return the error for a file with unusable content."""
     return StageFileError(
         f"{path} is damaged: {what}; restore the file, or delete it and run its stage again"

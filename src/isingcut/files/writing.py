@@ -295,7 +295,7 @@ def check_document(path: Path, document: Any, kind: str) -> Document:
         )
     written = document.get("version")
     if type(written) is not int or written < 1:
-        raise documents.damaged(path, f"version: expected 1 or more, got {written!r:.60}")
+        raise documents.damaged_error(path, f"version: expected 1 or more, got {written!r:.60}")
     if written > _VERSION:
         raise StageFileError(
             f"{path} was written by a newer isingcut (file version {written}, "
@@ -452,7 +452,7 @@ def folder_hash(folder: Path) -> str | None:
     return None if files is None else _hash(files)
 
 
-def changed_in(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
+def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
     """Describe the changes in a folder since its hash was recorded; None for no change.
 
     Added files do not count, nor does Markdown: you may edit a model card.
@@ -481,7 +481,7 @@ def refuse_changed(folder: Path) -> None:
     """
     if not (folder / MARKER).is_file():
         return
-    changed = changed_in(folder, folder_hash(folder) or "", gone=False)
+    changed = find_change(folder, folder_hash(folder) or "", gone=False)
     if changed is not None:
         raise InputError(
             f"{folder} was changed after isingcut wrote it: {changed}; write it again, or delete "
@@ -541,7 +541,7 @@ def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) 
         raise StageFileError(f"{file} was not written by this run; move it away")
     if not record.done:
         raise StageFileError(f"{file} is not finished; run its stage again: {record.stage}")
-    changed = changed_since(file, record)
+    changed = find_change_since(file, record)
     if changed is not None:
         raise StageFileError(
             f"{file} was changed or damaged after the run wrote it ({changed}); "
@@ -549,7 +549,7 @@ def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) 
         )
 
 
-def changed_since(file: Path, record: StageRecord) -> str | None:
+def find_change_since(file: Path, record: StageRecord) -> str | None:
     """Describe how a file or folder differs from its record; None if it does not.
 
     An interrupted stage has no hash, and nor have folders in records of older versions.
@@ -557,7 +557,7 @@ def changed_since(file: Path, record: StageRecord) -> str | None:
     if record.sha256 is None:
         return None
     if file.is_dir():
-        return changed_in(file, record.sha256)
+        return find_change(file, record.sha256)
     if not file.is_file():
         return "it is not a regular file"
     return None if file_sha256(file) == record.sha256 else "its hash differs"
@@ -602,7 +602,7 @@ _held: set[tuple[int, int, Path]] = set()
 
 
 @contextlib.contextmanager
-def locked(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator[bool]:
+def lock_place(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator[bool]:
     """Lock ``place``, which need not exist, so that no other process writes to it.
 
     Half-written files of killed processes are deleted first.
@@ -745,16 +745,16 @@ def read_tensors(
             shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
             for key, (dtype, shape) in wanted(shapes).items():
                 if key not in slices:
-                    raise documents.damaged(path, f"the tensor {key} is missing")
+                    raise documents.damaged_error(path, f"the tensor {key} is missing")
                 found = (slices[key].get_dtype(), shapes[key])
                 if found != (dtype, shape):
                     came = f"{found[0]} of shape {found[1]}"[:120]
                     expected = f"expected {dtype} of shape {shape}, got {came}"
-                    raise documents.damaged(path, f"{key}: {expected}")
+                    raise documents.damaged_error(path, f"{key}: {expected}")
                 arrays[key] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as e:
-        raise documents.damaged(path, f"it is not a readable safetensors file ({e})") from e
+        raise documents.damaged_error(path, f"it is not a readable safetensors file ({e})") from e
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise documents.damaged(path, f"the tensor {key} has values that are not finite")
+            raise documents.damaged_error(path, f"the tensor {key} has values that are not finite")
     return header, arrays

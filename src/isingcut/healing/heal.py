@@ -36,14 +36,14 @@ from isingcut.files.inputs import user_path
 from isingcut.files.provenance import versions
 from isingcut.files.writing import (
     atomic_folder,
-    locked,
+    lock_place,
     read_document,
     refuse_changed,
     write_document,
 )
 from isingcut.healing import RECORD
-from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, beginnings, check_training
-from isingcut.healing.patch.checkpoint import CANNOT, EPOCHS, patch_checkpoint, unpatched
+from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
+from isingcut.healing.patch.checkpoint import CANNOT, EPOCHS, patch_checkpoint, record_unpatched
 from isingcut.healing.removed import (
     check_pair,
     original_of,
@@ -125,7 +125,7 @@ def heal(
     check_training(config, student)
     processes = _processes(config)
     trust = config.trust_remote_code
-    with contextlib.nullcontext() if processes.rank else locked(out):
+    with contextlib.nullcontext() if processes.rank else lock_place(out):
         source = resolve(config.teacher, trust_remote_code=trust)
         sources = [*sources, source]
         check_places(config, out, sources)
@@ -254,7 +254,7 @@ def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
                 shutil.rmtree(patched, ignore_errors=True)
                 if config.patch is not None:
                     raise
-                return PatchScores(**unpatched(job.removed, e).content())
+                return PatchScores(**record_unpatched(job.removed, e).content())
             found.scores = _scores(job, patched, text.report)
             return found
 
@@ -306,7 +306,7 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     seconds = job.config.effort.seconds
     if seconds is None or job.config.method == "none":
         return
-    sample = beginnings(report).select([0])
+    sample = keep_beginnings(report).select([0])
     times = []
     for _ in range(2):
         began = time.monotonic()

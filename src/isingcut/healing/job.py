@@ -43,7 +43,7 @@ _ERRORS = 2.0
 """Number of standard errors of a paired difference that counts as more than noise."""
 
 
-def beginnings(tokens: TokenSet) -> TokenSet:
+def keep_beginnings(tokens: TokenSet) -> TokenSet:
     """Return the first tokens of each sample, for cheap checks."""
     rows = []
     for row in tokens.rows:
@@ -75,7 +75,7 @@ class Domains:
     """
 
     def __init__(self, report: TokenSet) -> None:
-        self.tokens = beginnings(report)
+        self.tokens = keep_beginnings(report)
         self._parts = self.tokens.rows_by_part or {"": list(range(report.samples))}
 
     def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:

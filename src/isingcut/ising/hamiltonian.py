@@ -216,7 +216,7 @@ class Hamiltonian:
                 tensors.get("J_error"),
             )
         except InputError as e:
-            raise documents.damaged(source, str(e)) from e
+            raise documents.damaged_error(source, str(e)) from e
 
 
 def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from isingcut.errors import CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
-from isingcut.files.writing import atomic_folder, foreign_in, locked
+from isingcut.files.writing import atomic_folder, foreign_in, lock_place
 from isingcut.models.fit import limit_structure, most_numbers
 from isingcut.models.loading import (
     catch_errors,
@@ -193,7 +193,7 @@ def converted(path: Path) -> Path:
     _count_numbers(path)
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.
-        with locked(target.parent, inside=True, wait=True):
+        with lock_place(target.parent, inside=True, wait=True):
             if target.is_dir():
                 # Another process has made it meanwhile.
                 return _unchanged(target, path)

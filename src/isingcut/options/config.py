@@ -45,7 +45,7 @@ PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"
 """Prose and code, readable without a network. A patch fitted on prose alone makes code worse."""
 BATCH_TOKENS = 1024
-"""Tokens per micro-batch, where neither an option nor a timing sets another number."""
+"""Tokens per micro-batch on a CPU, unless an option sets another number."""
 
 
 QUICK: dict[str, Any] = {

@@ -26,7 +26,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, states_of
 from isingcut.report.rows import CUT_RANKING, Value, kl_of, plus_minus
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import listed, sentence
+from isingcut.report.words import join_blocks, sentence
 
 # States ---------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class KnownState:
         if isinstance(self.measured, MeasuredState):
             parts = self.measured.parts.items()
             lines += [f"{name}: KL {kl_of(part).text()}" for name, part in parts]
-        lines.append(f"without blocks {listed(self.removed)}")
+        lines.append(f"without blocks {join_blocks(self.removed)}")
         return "\n".join(lines)
 
 
@@ -494,7 +494,7 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
             f"{energies[k]:.5g}",
             f"{energies[k] - energies[0]:.3g}",
             "" if s.kl is None else s.kl.text(),
-            listed(s.removed),
+            join_blocks(s.removed),
         )
         for k, s in levels
     ]
@@ -549,7 +549,7 @@ def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = Tru
         f"Energy {name} against measured KL.",
         ("state", f"energy, {energy.unit}", "KL, nats/token", "blocks removed"),
         [
-            (s.name, f"{e:.5g}", kl.text(), listed(s.removed))
+            (s.name, f"{e:.5g}", kl.text(), join_blocks(s.removed))
             for s, kl, e in sorted(shown, key=lambda t: t[2])
         ],
         [
@@ -707,7 +707,7 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
         shape = "dot" if point.measured else "ring"
         plot.mark(point.at, point.loss.figure, tip, kind, shape=shape, error=point.loss.error)
         known = "measured" if point.measured else "energy only"
-        rows.append((name, at, point.loss.text(), known, listed(point.removed)))
+        rows.append((name, at, point.loss.text(), known, join_blocks(point.removed)))
         key = kind if point.measured else "random"
         legend.setdefault(key, {"measured": "other removals", "random": "energy only"}.get(key, ""))
     return Figure(

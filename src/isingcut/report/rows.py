@@ -20,7 +20,7 @@ RANKING, UNSEEN = "ranking text", "unseen text"
 """The texts that figures are measured on: what chose the state, and what nothing was chosen on."""
 
 
-def labelled(quantity: str, model: str, text: str) -> str:
+def label_figure(quantity: str, model: str, text: str) -> str:
     """The name of a figure, with the model and the text that it was measured on."""
     return f"{quantity} ({model}, {text})"
 

@@ -35,7 +35,7 @@ def numbers(blocks: Sequence[int]) -> str:
     return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
-def listed(removed: Sequence[int]) -> str:
+def join_blocks(removed: Sequence[int]) -> str:
     """Blocks as a row of numbers."""
     return " ".join(map(str, removed))
 
@@ -91,7 +91,7 @@ def _sentences() -> TemplateModule:
     environment = _environment(finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)))
     environment.filters |= {
         "numbers": numbers,
-        "listed": listed,
+        "join_blocks": join_blocks,
         "kl": lambda row: kl_of(row).text(),
     }
     environment.globals |= {
@@ -188,7 +188,7 @@ def _pages() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=_in_markdown,
     )
-    filters = (code, cell, cells, fenced, listed, numbers)
+    filters = (code, cell, cells, fence_text, join_blocks, numbers)
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {**vars(report_rows), **globals()}
     return environment
@@ -231,7 +231,7 @@ def cells(row: Iterable[str]) -> Markup:
     return Markup(" | ".join(map(cell, row)))
 
 
-def fenced(text: str) -> Markup:
+def fence_text(text: str) -> Markup:
     """``text`` as a code block whose fence no run of backticks in it can close."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -20,14 +20,14 @@ from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import describe_source, places_in
-from isingcut.data.text_files import only_once
+from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import documents, writing
 from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
-from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, unpatched
+from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
@@ -40,7 +40,7 @@ from isingcut.models.sources import find_gguf
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
-from isingcut.runs.measuring import upstream
+from isingcut.runs.measuring import calibration_options
 from isingcut.runs.session import Session
 from isingcut.runs.solving import chosen_blocks, each_removal, load_candidates
 
@@ -64,7 +64,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
     target = folder.target(config.removal)
     if removed is None or folder.overwrite:
         return target
-    cut = [folder.recorded(target / name) for name in _OF_STATE]
+    cut = [folder.find_record(target / name) for name in _OF_STATE]
     there = [record.options.removed or [] for record in cut if record is not None]
     ranked = target / "candidates.json"
     if not there and ranked.exists():
@@ -93,14 +93,14 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
     # Older versions wrote the patched model there too.
-    healed = config.heal or folder.finished(target / HEALED) is not None
+    healed = config.heal or folder.find_finished(target / HEALED) is not None
     return place / (HEALED if healed and place == target else "model")
 
 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     """Find the checkpoint without these blocks among its possible folders."""
     for place in (folder.target(config.removal), _own_place(folder, config, removed)):
-        made = folder.recorded(place / "model")
+        made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
     named = ",".join(map(str, sorted(removed)))
@@ -194,7 +194,7 @@ def make_gguf(
     removed = folder.record(checkpoint.with_name("model")).options.removed or []
     options: dict[str, Any] = {"removed": removed, "model": folder.record(checkpoint).fingerprint}
     out = checkpoint.with_name("model.gguf")
-    made = folder.finished(out)
+    made = folder.find_finished(out)
     if source is None and made and made.options.content().get("model") == options["model"]:
         return out  # also if it was cut out of another file
     options["source"] = writing.file_sha256(found)
@@ -229,7 +229,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
-        stage, options["patch"] = "patch", {**how, **upstream(folder)}
+        stage, options["patch"] = "patch", {**how, **calibration_options(folder)}
 
     def make(path: Path) -> None:
         write_model(session, folder, blocks, path, overwrite=True)
@@ -267,7 +267,7 @@ def write_model(
             try:
                 patch = _patched(session, folder, removed, cut, temporary)
             except CANNOT as e:
-                patch = unpatched(removed, e)
+                patch = record_unpatched(removed, e)
                 cut.rename(temporary)
             record = writing.read_document(temporary / RECORD, documents.CutRecord)
             assert record.card is not None
@@ -324,7 +324,7 @@ def check_healing_options(config: RunConfig) -> None:
     sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
     if "self" in sources:
         raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
-    if pipes := [source for source in sources if source in measured and only_once(source)]:
+    if pipes := [source for source in sources if source in measured and is_read_once(source)]:
         raise InputError(
             f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
             "it to a file, or name another text with --healing '{text: SOURCE}'"
@@ -367,7 +367,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     plain = dataclasses.asdict(healing)
     for name in ("student", "teacher", "out", "device", "trust_remote_code", "overwrite"):
         del plain[name]
-    options = {**plain, **upstream(folder), "model": made.fingerprint}
+    options = {**plain, **calibration_options(folder), "model": made.fingerprint}
 
     def make(path: Path) -> None:
         if (target / HEALING).exists():

@@ -221,13 +221,13 @@ class RunFolder:
         documents.check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
-    def recorded(self, file: Path) -> documents.StageRecord | None:
+    def find_record(self, file: Path) -> documents.StageRecord | None:
         """Return the record of the stage that writes a file or folder; None if it never began."""
         return self.run.stages.get(str(file.relative_to(self.path)))
 
-    def finished(self, file: Path) -> documents.StageRecord | None:
+    def find_finished(self, file: Path) -> documents.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
-        found = self.recorded(file)
+        found = self.find_record(file)
         return found if found is not None and found.done and os.path.lexists(file) else None
 
     def record(self, file: Path) -> documents.StageRecord:
@@ -236,27 +236,27 @@ class RunFolder:
         Raises:
             StageFileError: there is none.
         """
-        found = self.finished(file)
+        found = self.find_finished(file)
         if found is None:
             raise StageFileError(f"this run has not finished {file}; run its stage first")
         return found
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
         """Whether a stage's file exists, is finished, and was made with these options."""
-        record = self.finished(file)
+        record = self.find_finished(file)
         return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
         return writing.fingerprint({**options, "model": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Lock the folder for writing, and read run.json again.
 
         Raises:
             BusyError: another process writes there.
         """
-        with writing.locked(self.path, inside=True) as first:
+        with writing.lock_place(self.path, inside=True) as first:
             if first:
                 self.run = writing.read_document(self.path / MANIFEST, documents.RunFile)
             yield
@@ -292,7 +292,7 @@ class RunFolder:
             return self._follow(file, make, load)
         writing.refuse_source(file, self.sources)
         made = self.is_made(file, options)
-        with contextlib.nullcontext() if made else self.writing():
+        with contextlib.nullcontext() if made else self.lock():
             # Another process may have finished it meanwhile.
             if made or self.is_made(file, options):
                 if writing.is_locked(self.path):
@@ -303,7 +303,7 @@ class RunFolder:
                 return self.load(file, load)
             key = str(file.relative_to(self.path))
             wanted = self._fingerprint(options)
-            record = self.recorded(file)
+            record = self.find_record(file)
             if os.path.lexists(file):
                 if record is None:
                     raise OutputExistsError(
@@ -315,7 +315,7 @@ class RunFolder:
                         f"{file} was made with other options ({_difference(record, options)}); "
                         "choose another --out, or pass --overwrite to replace it"
                     )
-                changed = writing.changed_since(file, record)
+                changed = writing.find_change_since(file, record)
                 if changed is not None:
                     raise OutputExistsError(
                         f"{file} is not replaced: {changed} after the run wrote it; --overwrite "
@@ -396,7 +396,7 @@ class RunFolder:
     ) -> None:
         """Restore the old record of a failed stage if its file still exists."""
         if before is not None and before.done and os.path.lexists(file):
-            if writing.changed_since(file, before) is not None:
+            if writing.find_change_since(file, before) is not None:
                 return
             self.run.stages[key] = before
         elif before is None and refused:
@@ -424,7 +424,7 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
     """
     for place in (gguf.parent, gguf.parent.parent):
         if (place / MANIFEST).is_file():
-            record = RunFolder.open(place).recorded(gguf)
+            record = RunFolder.open(place).find_record(gguf)
             if record is not None and record.done:
                 removed = ",".join(map(str, record.options.removed or []))
                 return place, None if place == gguf.parent else removed

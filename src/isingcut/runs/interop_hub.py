@@ -65,7 +65,7 @@ def push(
     return str(made.url)
 
 
-def listing(checkpoint: Path) -> list[dict[str, Any]]:
+def list_files(checkpoint: Path) -> list[dict[str, Any]]:
     """List name and size of every file that `push` would upload, without network access."""
     # The marker has a meaning on this machine only.
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)

@@ -134,7 +134,7 @@ def _texts(
     Raises:
         CalibrationError: a file changed since the measurement, and overwriting was not allowed.
     """
-    record = folder.finished(file)
+    record = folder.find_finished(file)
     if built is not None:
         return {"texts": built.meta["texts"]}
     known = record.options.texts if record else {}
@@ -183,7 +183,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     part = energy_part(config, name)
     if hasattr(part, "targets"):
         part = dataclasses.replace(part, targets=_targets(folder, config))
-    options = upstream(folder) | {
+    options = calibration_options(folder) | {
         "energy": name,
         "options": repr(part),
         "samples": samples_of(config, name),
@@ -194,7 +194,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     def make(path: Path) -> None:
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
-        session.tuned(folder)
+        session.choose_tuning(folder)
         work, store = work_of(session, journal), session.replay.store
         before = store.count_sweeps()
         measured = part.measure(session.replay, split.select(own), work)
@@ -225,9 +225,9 @@ def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     )
 
 
-def upstream(folder: RunFolder) -> dict[str, Any]:
+def calibration_options(folder: RunFolder) -> dict[str, Any]:
     """Return the options that tie a stage's file to its calibration."""
-    calibration = folder.recorded(folder.path / "calibration.safetensors")
+    calibration = folder.find_record(folder.path / "calibration.safetensors")
     if calibration is None:
         raise StageFileError(
             f"{folder.path} has no calibration yet; run: isingcut energy MODEL --out {folder.path}"

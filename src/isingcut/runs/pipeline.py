@@ -71,7 +71,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         >>> (folder / "model" / "config.json").is_file()
         True
     """
-    wanted = checked(config, options, "isingcut.run")
+    wanted = check_options(config, options, "isingcut.run")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
         several = solving.each_removal(wanted)
@@ -133,7 +133,7 @@ def energy(
         >>> isingcut.open_run(folder, remove=2).spectrum.unit
         'nats/token'
     """
-    wanted = checked(config, options, "isingcut.energy")
+    wanted = check_options(config, options, "isingcut.energy")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
         measuring.measure_energy(session, folder)
@@ -176,7 +176,7 @@ def demo(out: str | None = None, overwrite: bool = False, progress: Progress = s
     return run(config, progress=progress)
 
 
-def checked(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
+def check_options(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
     """Check the options of a whole job, given as a `RunConfig` or by name.
 
     Args:
@@ -213,7 +213,7 @@ def open_session(
     if not (out / MANIFEST).is_file():
         # Before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
-    with writing.locked(out, inside=True):
+    with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
         if before is not None:
             before.model_places(config.model)
@@ -431,7 +431,7 @@ class Run:
     @convert_memory_errors()
     def _ranked(self) -> CandidatesFile:
         file = self.path / "candidates.json"
-        if self._folder.finished(file) is not None:
+        if self._folder.find_finished(file) is not None:
             # Reading finished results needs no model.
             return self._folder.load(file, solving.load_candidates)
         return solve_and_rank(self._session, self._folder)
@@ -493,7 +493,7 @@ class Run:
         found = search_warnings(self.hamiltonian.meta, [self.config.removal])
         found += ranking_warnings(self.config.energy, self._ranked)
         model = self.path / "model"
-        if self._folder.finished(model) is not None:
+        if self._folder.find_finished(model) is not None:
             self._folder.check(model)
             found += patch_warnings(writing.read_document(model / "isingcut.json", CutRecord))
         return found
@@ -537,7 +537,7 @@ class Run:
         removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
         writing.check_output(target, overwrite=overwrite, sources=sources)
-        with writing.locked(target):
+        with writing.lock_place(target):
             if removed is None and (self.config.patch != "none" or self.config.heal):
                 product = self._product()
                 with writing.atomic_folder(
@@ -658,7 +658,7 @@ def prune(
             out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
         given = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
-        config = checked(None, given, "isingcut.prune")
+        config = check_options(None, given, "isingcut.prune")
         if loaded is not None:
             # Last, because saving a large model takes long.
             config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))

@@ -58,12 +58,12 @@ class Session:
     def tuning(self) -> Tuning:
         """How measurements are computed: as requested, else the defaults.
 
-        A run chooses the micro-batch for its device and records it (`tuned`).
+        A run chooses the micro-batch for its device and records it (`choose_tuning`).
         """
         given = self.config.attention
         return Tuning(None if given == "auto" else given, self.config.batch_tokens or BATCH_TOKENS)
 
-    def tuned(self, folder: RunFolder) -> None:
+    def choose_tuning(self, folder: RunFolder) -> None:
         """Use the recorded tuning of a run, or choose the micro-batch for this device."""
         if self.streaming:
             return

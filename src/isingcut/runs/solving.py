@@ -223,6 +223,6 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
 def report(folder: RunFolder, remove: str) -> Path:
     """Run stage `report`: write `report.html`, `.md` and `.json` from the folder's files."""
     target = folder.target(remove)
-    with folder.writing():
+    with folder.lock():
         write_report(folder.path, target)
     return target / "report.md"

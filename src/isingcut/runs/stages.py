@@ -50,7 +50,7 @@ from isingcut.models.gguf_files import converted, unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
-from isingcut.report.words import chosen_by_tasks, listed
+from isingcut.report.words import chosen_by_tasks, join_blocks
 from isingcut.runs import measuring, solving
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
@@ -139,7 +139,7 @@ def choose_by_tasks(
             only = frozenset(keys).__contains__
             found = score_states(model, tasks[name], left, work, wanted=only)
             right, blocks = max(
-                (float(s.values.mean()), listed(r)) for s, r in zip(found, left, strict=True)
+                (float(s.values.mean()), join_blocks(r)) for s, r in zip(found, left, strict=True)
             )
             part.finish(f"without {blocks} {right:.0%} of {name}")
             return found
@@ -158,11 +158,11 @@ def benchmarks(
     """
     config = session.config
     checkpoint = product(folder, config, removed)
-    made = folder.recorded(checkpoint)
+    made = folder.find_record(checkpoint)
     if made is None or not checkpoint.exists():
         raise InputError(f"{checkpoint} does not exist; run excise (and heal) first")
     ranked = folder.target(config.removal) / "candidates.json"
-    chosen = folder.finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
+    chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
     # Questions that were used for the choice must not judge it.
     but = chosen.asked if chosen else []
     tasks = list(dict.fromkeys(split_names(config.tasks)))
@@ -176,7 +176,7 @@ def benchmarks(
     work = checkpoint.with_name(".benchmarks")
 
     def make(path: Path) -> None:
-        session.tuned(folder)
+        session.choose_tuning(folder)
         write_document(path, score_both(session, checkpoint, but=but, kept=work))
 
     return folder.stage(
@@ -255,7 +255,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
         considered = with_found(spectrum, problem, config)
-        session.tuned(folder)
+        session.choose_tuning(folder)
         found = candidates.rank(
             session.replay,
             split,
@@ -350,9 +350,9 @@ def evaluate(
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
-    plain = {"model": excised.fingerprint, **measuring.upstream(folder)}
+    plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
     gguf = checkpoint.with_name("model.gguf")
-    packed = folder.recorded(gguf)
+    packed = folder.find_record(gguf)
     # The GGUF file may be of a model that was replaced.
     if packed and packed.options.content().get("model") != excised.fingerprint:
         packed = None
@@ -365,7 +365,7 @@ def evaluate(
     def make(path: Path) -> None:
         folder.check(checkpoint)
         tokens = measuring.splits_of(folder)["report"]
-        session.tuned(folder)
+        session.choose_tuning(folder)
         elsewhere = _unlike(session, measuring.splits_of(folder))
         further = _further_scores(session, checkpoint, tokens, elsewhere)
         if packed:
@@ -631,7 +631,7 @@ def compare(
     rows = solving.removal_rows(folder.run.blocks, config)
     samples = measuring.samples_of(config, config.energy)
     target = folder.target(config.removal)
-    options = measuring.upstream(folder) | {
+    options = measuring.calibration_options(folder) | {
         "baseline": name,
         "options": repr(part),
         "remove": count,
@@ -644,7 +644,7 @@ def compare(
     def make(path: Path) -> None:
         splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
-        session.tuned(folder)
+        session.choose_tuning(folder)
         work = Work(session.tuning.batch_tokens, session.progress, journal)
         outcome = part.choose(session.replay, searched, count, work, config.seed)
         found = measure(

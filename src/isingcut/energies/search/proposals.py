@@ -199,7 +199,7 @@ def grown(states: Iterable[Bools], target: Target) -> States:
     return children[target.extendable(children)]
 
 
-def unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
+def select_unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
     """Return the first ``count`` distinct states that were not measured yet."""
     out: dict[str, Bools] = {}
     for state in states:

@@ -262,7 +262,7 @@ class Search:
         picked: dict[str, Bools] = {}
 
         def take(states: States, count: int, origin: str) -> None:
-            fresh = proposals.unseen(
+            fresh = proposals.select_unseen(
                 states,
                 lambda s: self.evaluator.samples(s) >= self.rungs[0] or key_of(s) in picked,
                 count,

@@ -123,7 +123,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     )
 
 
-def unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
+def record_unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
     """Make the record of a state whose cuts cannot be patched."""
     reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
