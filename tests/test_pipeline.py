@@ -28,10 +28,12 @@ def job(model, text, out, **more):
     return isingcut.run(**{**OPTIONS, **options, **more})
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, text):
+@pytest.mark.parametrize(
+    ("family", "remove"), [("gemma3", 2), ("gpt2", 2), ("nemotron_h", "mamba2=1,moe=1")]
+)
+def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, remove, tmp_path, text):
     source = tiny_checkpoint(family, tmp_path / "model")
-    target = job(source, text, tmp_path / "run", remove=2, patch="none")
+    target = job(source, text, tmp_path / "run", remove=remove, patch="none")
     removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()
@@ -45,6 +47,8 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, tmp_path, t
         b = cut.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
     assert torch.equal(a, b)
     assert len(find_stack(cut)) == len(find_stack(original)) - 2
+    kinds = sorted(find_stack(original).kinds[i] for i in removed)
+    assert remove == 2 or kinds == ["mamba2", "moe"]
 
 
 def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path):

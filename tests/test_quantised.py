@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-import isingcut
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.healing.job import Job
@@ -22,7 +21,6 @@ from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
-from shared import OPTIONS
 from tiny import edit_config, edit_tensors, replay_of, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
@@ -162,32 +160,6 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
             expected.append(f"backbone.layers.{kept.index(12)}.*")
         assert names == expected
         assert verify(model, removed, out, length=12, new_tokens=6).difference <= 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_speed")
-def test_counts_per_kind_leave_a_52_block_fp8_model(text, tmp_path):
-    source = nemotron(tmp_path / "source")
-    isingcut.run(
-        model=str(source),
-        remove="attention=2,moe=3",
-        out=str(tmp_path / "run"),
-        calibration=str(text),
-        energy="empirical-fisher",
-        **{**OPTIONS, "patch": "none"},
-    )
-    (out,) = (p.parent for p in (tmp_path / "run").rglob("hf_quant_config.json"))
-    removed = json.loads((out / "isingcut.json").read_text())["removed"]
-    assert sorted(PATTERN[i] for i in removed) == ["*"] * 2 + ["E"] * 3
-    kept = [i for i in range(52) if i not in removed]
-    config = json.loads((out / "config.json").read_text())
-    assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
-    assert_bytes_follow(source, out, kept)
-    model, _ = load_dequantised(out, torch.float32)
-    tokens = torch.arange(10, 20)[None]
-    mask = torch.ones_like(tokens)
-    grown = model.generate(tokens, attention_mask=mask, max_new_tokens=4, min_new_tokens=4)
-    assert grown.shape == (1, 14)
 
 
 # Other layouts than FP8 ----------------------------------------------------------------
