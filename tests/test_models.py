@@ -123,7 +123,7 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, mon
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF and more")
 
-    def fails(path, folder, held):
+    def fails(path, folder):
         (folder / "half").write_text("done")
         raise ModelError("cannot")
 
@@ -136,7 +136,7 @@ def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, mon
     monkeypatch.setattr(
         gguf_files,
         "unpack_gguf",
-        lambda path, folder, held: calls.append(tiny_checkpoint("llama", folder)),
+        lambda path, folder: calls.append(tiny_checkpoint("llama", folder)),
     )
     first = resolve(str(file))
     assert resolve(str(file)) == first
