@@ -50,7 +50,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     """
     patterns = [
         p
-        for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for p in getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
         if re.search(r"mtp|layers\\*\.\d", p)
     ]
     text = model.config.get_text_config(decoder=True)
