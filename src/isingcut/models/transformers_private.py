@@ -15,11 +15,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import ModelError
+from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +75,14 @@ def load_mtp(model: Any, decoder: Any, numbers: Iterable[int]) -> Any | None:
     """
     for known in {model, decoder} if numbers else ():
         known._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
-    with suppress(ImportError, AttributeError, RuntimeError, ValueError):
+    try:
         from transformers.modeling_layers import MtpModel
 
         found: Any = MtpModel.from_pretrained(decoder, device_map={"": model.device})
-        return found.eval()
-    return None
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        raise_if_exhausted(error)
+        return None
+    return found.eval()
 
 
 class Names:
