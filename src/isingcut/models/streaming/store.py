@@ -60,15 +60,10 @@ class Buffers:
     Args:
         size: bytes of the largest part.
         device: where parts are used.
-
-    Attributes:
-        reading: seconds that the thread has read.
-        stalled: seconds that computing has waited for a part.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.reading = self.stalled = 0.0
         self._buffers: list[_Buffer] = []
         self._installed: list[StoredPart | None] = [None, None]
         self._recent = 1
@@ -95,9 +90,7 @@ class Buffers:
             self._submit(part)
         assert self._pending is not None
         _, index, future = self._pending
-        began = time.perf_counter()
         memory = future.result()
-        self.stalled += time.perf_counter() - began
         self._pending = None
         # A gradient may use the part after a measurement in inference mode has read it.
         with torch.inference_mode(False):
@@ -120,9 +113,7 @@ class Buffers:
         buffer = self._buffers[index]
 
         def load() -> Tensor:
-            began = time.perf_counter()
             memory = buffer.load(part)
-            self.reading += time.perf_counter() - began
             part.sweeps += 1
             return memory
 
