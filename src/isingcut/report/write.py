@@ -20,7 +20,7 @@ import numpy as np
 from isingcut.files.documents import ChosenState
 from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats, states_of
+from isingcut.ising.states import Floats
 from isingcut.report import figures
 from isingcut.report.card import gguf_card
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
@@ -251,7 +251,6 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
         scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
-        crossed=_crossed(ranked),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
     return html, warnings
@@ -324,34 +323,3 @@ def _scatter(key: str, run: Side) -> list[figures.Figure]:
     states = figures.number_states(run.files)
     figure = figures.scatter_figure(run.files, run.files.energy, states, link=False)
     return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
-
-
-def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
-    """Every run's energy judged on the states that every run measured: Spearman with the KL.
-
-    Only where all are of one model; an energy that also ranks the states measured on another
-    text, or chosen by another energy, is no accident of its own.
-    """
-    if len(runs) < 2 or len({(r.sha, len(r.files.blocks)) for r in runs}) > 1:
-        return []
-    rankings = [r.files.candidates for r in runs]
-    measured = [[*f.candidates, *f.random] for f in rankings if f is not None]
-    rows = []
-    for run in runs:
-        energy = run.files.hamiltonian
-        if energy is None:
-            return []
-        cells = []
-        for states in measured:
-            energies = energy.energies(states_of(energy.n, (s.removed for s in states)))
-            cells.append(_spearman(energies, np.array([s.kl for s in states])))
-        rows.append((run, cells))
-    return rows
-
-
-def _spearman(energies: Floats, losses: Floats) -> str:
-    from scipy.stats import spearmanr
-
-    if len(energies) < 3 or np.ptp(energies) == 0 or np.ptp(losses) == 0:
-        return "undefined"
-    return f"{float(spearmanr(energies, losses).statistic):.2f}"
