@@ -424,7 +424,7 @@ def _add_drafts(
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
     if of_original is None or of_last is None:
         why = f"transformers cannot run those of {original.config.model_type}"
-        return found.model_copy(update={"no_drafts": why if count_mtp_layers(folder) else ""})
+        return found.model_copy(update={"no_drafts": why} if count_mtp_layers(folder) else {})
     with session.progress("drafts of multi-token prediction", 1) as bar:
         scores = {
             "before": draft_acceptance(original, of_original, text, size),
