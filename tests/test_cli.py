@@ -235,8 +235,8 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
 def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     pushed = []
 
-    def push(upload, repository, **options):
-        pushed.append((upload.card.data.eval_results is None, repository, options["private"]))
+    def push(files, repository, **options):
+        pushed.append((b"model-index" in files["README.md"], repository, options["private"]))
         return f"https://hub/{repository}"
 
     monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
@@ -254,7 +254,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     page = (run / "report.md").read_text(encoding="utf-8")
     assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
     assert f"| {perplexity['value']} |" in page
-    assert pushed == [(False, "me/cut", True), (True, "me/cut", False)]
+    assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
 
 
 # Exit codes and streams --------------------------------------------------------------------

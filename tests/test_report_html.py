@@ -322,7 +322,7 @@ def test_two_energies_on_one_text_differ_in_nothing_else(run, tmp_path):
     page, warnings = compared(run, other, out=tmp_path / "c.html")
     assert warnings == []
     assert "They differ in energy; everything else is the same." in page.text
-    assert len(page.classed("mark")) == 2 * 50 + 3 * 1 + 3 * (2 + 1)
+    assert len(page.classed("mark")) == 3 * 1 + 3 * (2 + 1)
 
 
 def test_what_is_not_comparable_is_said(run, tmp_path):

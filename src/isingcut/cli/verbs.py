@@ -482,24 +482,25 @@ def push(
         folder, config = reopen(directory, options)
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
-    upload = interop_hub.prepare(checkpoint, repository, folder)
+    card, files = interop_hub.prepare(checkpoint, repository, folder)
+    sizes = {k: len(f) if isinstance(f, bytes) else f.stat().st_size for k, f in files.items()}
     data: dict[str, Any] = {
         "url": None,
         "repository": repository,
         "private": private,
         "folder": str(checkpoint),
-        "metadata": upload.card.data.to_dict(),  # type: ignore[no-untyped-call]
-        "files": [{"name": name, "bytes": size} for name, size in upload.sizes.items()],
+        "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
+        "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
     }
     if dry_run:
-        whole = sum(upload.sizes.values())
+        whole = sum(sizes.values())
         shown = [
-            *upload.card.data.to_yaml().splitlines(),
-            *(f"{name}: {decimal(size)}" for name, size in upload.sizes.items()),
+            *card.data.to_yaml().splitlines(),
+            *(f"{name}: {decimal(size)}" for name, size in sizes.items()),
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
-    url = interop_hub.push(upload, repository, private=private, message=message)
+    url = interop_hub.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 

@@ -84,26 +84,13 @@ def kept_parts(checkpoint: Path) -> CardParts | None:
     return read_document(record, CutRecord).card
 
 
-def model_card(parts: CardParts, healing: HealingFile | None = None) -> str:
+def model_card(parts: CardParts, healing: HealingFile | None = None, **measured: Any) -> str:
     """The README.md of a checkpoint: YAML front matter, what was removed, how, from what.
 
     Args:
         healing: of the checkpoint, once it is healed.
+        measured: of `gguf_card`.
     """
-    return _card(parts, healing)
-
-
-def gguf_card(files: RunFiles) -> str:
-    """The card of `model.gguf`, with its scores; empty if it was not measured."""
-    found = files.evaluation
-    if files.removal is None or files.removal.card is None or found is None or not found.gguf:
-        return ""
-    healing = files.healing if files.healed else None
-    scores = [row for row in files.scores if not row.part and "gguf" in row.values]
-    return _card(files.removal.card, healing, evaluation=found, scores=scores)
-
-
-def _card(parts: CardParts, healing: HealingFile | None, **measured: Any) -> str:
     healed = "" if healing is None else _healed_section(healing)
     patch = parts.patch
     if patch is not None and not patch.cuts and not (patch.tuning and patch.tuning.layers):
@@ -119,6 +106,16 @@ def _card(parts: CardParts, healing: HealingFile | None, **measured: Any) -> str
         tags=["isingcut", "block-removal", "depth-pruning"],
     )
     return render("model_card.md.j2", **given, metadata=Markup(metadata.to_yaml()))
+
+
+def gguf_card(files: RunFiles) -> str:
+    """The card of `model.gguf`, with its scores; empty if it was not measured."""
+    found = files.evaluation
+    if files.removal is None or files.removal.card is None or found is None or not found.gguf:
+        return ""
+    healing = files.healing if files.healed else None
+    scores = [row for row in files.scores if not row.part and "gguf" in row.values]
+    return model_card(files.removal.card, healing, evaluation=found, scores=scores)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:

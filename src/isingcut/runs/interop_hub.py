@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -22,32 +21,14 @@ _CARD = "README.md"
 # Versions of the hub library use different HTTP libraries, with different base classes.
 _TransportError = cast(type[Exception], HfHubHTTPError.__mro__[1])
 
-
-@dataclass(frozen=True)
-class Upload:
-    """What `push` uploads.
-
-    Args:
-        files: by their names in the repository: a path, or the content.
-        card: the model card, whose content is among the files.
-        summary: the commit message unless another is given.
-    """
-
-    files: dict[str, Path | bytes]
-    card: ModelCard
-    summary: str
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file by its name in the repository."""
-        return {
-            name: len(file) if isinstance(file, bytes) else file.stat().st_size
-            for name, file in self.files.items()
-        }
+Files = dict[str, Path | bytes]
+"""Files by their names in the repository: a path, or the content."""
 
 
-def prepare(checkpoint: Path, repository: str, folder: RunFolder | None = None) -> Upload:
-    """Collect what `push` uploads, without network access.
+def prepare(
+    checkpoint: Path, repository: str, folder: RunFolder | None = None
+) -> tuple[ModelCard, Files]:
+    """Return the model card and all files, card included, that `push` uploads; without network.
 
     Args:
         checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
@@ -59,10 +40,10 @@ def prepare(checkpoint: Path, repository: str, folder: RunFolder | None = None) 
         StageFileError: ``checkpoint`` was not written by isingcut, or a file was changed since.
         InputError: the model card has no valid metadata.
     """
-    record = read_document(checkpoint / "isingcut.json", CutRecord)
+    read_document(checkpoint / "isingcut.json", CutRecord)
     # The marker has a meaning on this machine only.
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
-    files: dict[str, Path | bytes] = {p.relative_to(checkpoint).as_posix(): p for p in found}
+    files: Files = {p.relative_to(checkpoint).as_posix(): p for p in found}
     try:
         card = ModelCard.load(checkpoint / _CARD)
     except (OSError, ValueError, YAMLError) as e:
@@ -77,11 +58,11 @@ def prepare(checkpoint: Path, repository: str, folder: RunFolder | None = None) 
             beside = (run.gguf, run.gguf.with_suffix(".gguf.md"))
             files |= {p.name: p for p in beside if p.is_file()}
     files[_CARD] = str(card).encode()
-    return Upload(files, card, f"{len(record.removed)} of {record.of} blocks removed by isingcut")
+    return card, files
 
 
 def push(
-    upload: Upload,
+    files: Files,
     repository: str,
     *,
     private: bool = False,
@@ -95,7 +76,7 @@ def push(
     Args:
         repository: ``"owner/name"``, or ``"name"`` for a repository of yours.
         private: create the repository as private; an existing one does not change.
-        message: the commit message; by default it gives the number of removed blocks.
+        message: the commit message.
         endpoint: another hub than the default.
 
     Returns:
@@ -109,8 +90,8 @@ def push(
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(
             made.repo_id,
-            [CommitOperationAdd(name, file) for name, file in upload.files.items()],
-            commit_message=message or upload.summary,
+            [CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message=message or "Blocks removed by isingcut",
         )
     except (OSError, ValueError, _TransportError) as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
