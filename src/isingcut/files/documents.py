@@ -491,6 +491,7 @@ class EvaluationFile(Document, kind="evaluation"):
 
     Attributes:
         gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
+        no_drafts: why the drafts of its MTP layers were not measured.
         elsewhere: the models on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were skipped.
         streamed: a model was read from disk block by block, so its speed is unknown.
@@ -502,6 +503,7 @@ class EvaluationFile(Document, kind="evaluation"):
     patched: FurtherScores | None = None
     gguf: PackedScores | None = None
     gguf_unread: str = ""
+    no_drafts: str = ""
     samples: Some
     tokens: Some
     before: ModelScores

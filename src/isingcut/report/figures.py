@@ -511,12 +511,11 @@ def spectrum_figure(files: RunFiles, states: Book) -> Figure:
     )
 
 
-def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = True) -> Figure:
+def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
     """One energy against the measured KL of candidates and random states.
 
     Args:
         name: of the energy, which is measured and judged.
-        link: a click on a state shows it.
     """
     energy, found = files.energies[name], files.judged[name].kl
     both = [*states.of("random"), *states.of("candidate")]
@@ -539,7 +538,7 @@ def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = Tru
             "chosen" if state.chosen else "random" if random else "measured",
             shape="ring" if random else "dot",
             error=kl.error,
-            state=state.number if link else None,
+            state=state.number,
         )
     return Figure(
         f"scatter-{name}",

@@ -62,18 +62,24 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
-        packed = self.target / "model.gguf"
-        self.gguf = packed if packed.is_file() else None
         # The evaluation is then of that checkpoint.
         self.healed = (self.target / "healed").is_dir()
+        packed = self.target / "model.gguf"
+        self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
     def record(self, path: Path) -> documents.StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
 
+    def is_outdated(self, path: Path) -> bool:
+        """Whether a file was made from an earlier checkpoint than the one that is there now."""
+        made, product = self.record(path), self.record(self.product)
+        model = made and path != self.product and made.options.content().get("model")
+        return bool(model and product and model != product.fingerprint)
+
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """Read what a finished stage wrote; None where it did not.
+        """Read what a finished stage wrote; None where it did not, or of an earlier checkpoint.
 
         Args:
             made_with: the folder of this removal that it is in or next to, which has a record.
@@ -81,7 +87,7 @@ class RunFiles:
         recorded = self.target / made_with if made_with else path
         begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
         unfinished = self.record(recorded) is None and (begun or made_with)
-        if unfinished or not os.path.lexists(path):
+        if unfinished or not os.path.lexists(path) or self.is_outdated(recorded):
             return None
         if not made_with:
             check_recorded(self.run.stages, self.folder, path)

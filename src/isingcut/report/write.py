@@ -11,7 +11,7 @@ page to fetch anything, and only the page's own script may run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,6 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         whisker=figures.whisker,
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
-        scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
     return html, warnings
@@ -315,11 +314,3 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
         rows,
         [(f"tone-{run.tone}", run.name) for run, points in found if points],
     )
-
-
-def _scatter(key: str, run: Side) -> list[figures.Figure]:
-    if run.files.hamiltonian is None:
-        return []
-    states = figures.number_states(run.files)
-    figure = figures.scatter_figure(run.files, run.files.energy, states, link=False)
-    return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
