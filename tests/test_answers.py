@@ -200,8 +200,8 @@ def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     by_part = {name: split.select(rows).tokens for name, rows in split.rows_by_part.items()}
     assert by_part["answers:chat.jsonl"] / split.tokens == pytest.approx(0.5, abs=0.05)
     # Patched and healed on the same words, and on no conversation that was measured on.
-    fitted = to_fit(used, tokenizer, 4000)
-    assert set(counted_text(tokenizer, fitted.tokens)[:60]) == set(counted_text(tokenizer, split))
+    fitted, _ = to_fit(used, tokenizer, 4000)
+    assert set(counted_text(tokenizer, fitted)[:60]) == set(counted_text(tokenizer, split))
     healed = healing_text.build(
         source, tokenizer, samples=40, report_samples=10, length=40, seed=0, used=used
     )

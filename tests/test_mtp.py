@@ -6,7 +6,7 @@ import pytest
 
 import isingcut
 from healings import options, write_text
-from isingcut.evaluation.drafts import draft_acceptance
+from isingcut.evaluation.quality import draft_acceptance
 from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal

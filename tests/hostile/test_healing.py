@@ -117,6 +117,7 @@ WORDS = rows([
     ("no steps", heal(max_steps=0), "max_steps must be above 0"),
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
     ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
+    ("shares of one process", heal(fsdp=True), "fsdp needs several processes; start them with"),
     ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
     ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
     ("many samples", heal("--samples 1000000"), "too short"),

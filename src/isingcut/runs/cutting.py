@@ -19,11 +19,11 @@ from isingcut.console.printing import say
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.data.mixture import describe_source, places_in
+from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import documents, writing
-from isingcut.files.documents import FittedText, PatchRecord
+from isingcut.files.documents import PatchRecord
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
@@ -284,29 +284,21 @@ def _patched(
     Raises:
         ArchitectureError, FitError: nothing can be patched, with the reason.
     """
-    loaded, used = session.loaded, session.config.calibration
+    loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
+    tokens, record = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
     how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
     job = Job(
         loaded,
         tuple(removed),
         cut,
-        text.tokens,
+        tokens,
         out.parent,
         how,
         session.progress,
         session.streamed[1] if session.streaming else None,
     )
-    fitted = FittedText(
-        source=describe_source(used),
-        samples=text.tokens.samples,
-        searched=text.searched,
-        tokens=int(text.tokens.mask.sum()),
-        asked=session.config.patch_tokens,
-        short=text.short,
-    )
-    return patch_checkpoint(job, out).model_copy(update={"text": fitted})
+    return patch_checkpoint(job, out).model_copy(update={"text": record})
 
 
 def check_healing_options(config: RunConfig) -> None:

@@ -25,8 +25,13 @@ from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark, candidates
-from isingcut.evaluation.drafts import draft_acceptance, open_mtp
-from isingcut.evaluation.quality import before_and_after, perplexity, quality
+from isingcut.evaluation.quality import (
+    before_and_after,
+    draft_acceptance,
+    open_mtp,
+    perplexity,
+    quality,
+)
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory

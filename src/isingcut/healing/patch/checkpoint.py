@@ -41,7 +41,7 @@ from isingcut.healing.patch.files import (
     write_patched,
 )
 from isingcut.healing.patch.layers import list_linear_layers
-from isingcut.healing.patch.linear import Fitted, fit_patches
+from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
@@ -87,18 +87,20 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
         except FitError as e:
             why = str(e)
 
-    def fit_with(count: int) -> Fitted:
+    def fit_with(count: int) -> tuple[list[Patch], list[UnpatchedCut]]:
         work = Work(count, job.progress)
         return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
-        given = (job.removed, fitted.patches, work, layers)
+        given = (job.removed, fitted, work, layers)
         assert held_out is not None
         return tune(replay, tokens, held_out, *given, at_a_time=count)
 
     longest = int(tokens.mask.sum(1).max())
-    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
-    patches, tuning = fitted.patches, None
+    fitted, unpatched = fewer_tokens_to_fit(
+        replay.limit, job.config.batch_tokens, longest, fit_with
+    )
+    patches, tuning = fitted, None
     if held_out is not None:
         try:
             with convert_memory_errors():
@@ -114,11 +116,11 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     with apply_patches(replay.blocks, stored):
         proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
-        maps=fitted.maps,
+        maps="reads",
         changed=any(p.record.changed for p in stored),
-        cuts=[p.record for p in fitted.patches],
+        cuts=[p.record for p in fitted],
         tuning=tuning,
-        unpatched=fitted.unpatched,
+        unpatched=unpatched,
         proof=proof,
     )
 
