@@ -41,7 +41,7 @@ from isingcut.healing.patch.files import (
     write_patched,
 )
 from isingcut.healing.patch.layers import list_linear_layers
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.patch.linear import Fitted, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
@@ -87,20 +87,18 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
         except FitError as e:
             why = str(e)
 
-    def fit_with(count: int) -> tuple[list[Patch], list[UnpatchedCut]]:
+    def fit_with(count: int) -> Fitted:
         work = Work(count, job.progress)
         return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
-        given = (job.removed, fitted, work, layers)
+        given = (job.removed, fitted.patches, work, layers)
         assert held_out is not None
         return tune(replay, tokens, held_out, *given, at_a_time=count)
 
     longest = int(tokens.mask.sum(1).max())
-    fitted, unpatched = fewer_tokens_to_fit(
-        replay.limit, job.config.batch_tokens, longest, fit_with
-    )
-    patches, tuning = fitted, None
+    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
+    patches, tuning = fitted.patches, None
     if held_out is not None:
         try:
             with convert_memory_errors():
@@ -116,11 +114,11 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     with apply_patches(replay.blocks, stored):
         proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
-        maps="reads",
+        maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
-        cuts=[p.record for p in fitted],
+        cuts=[p.record for p in fitted.patches],
         tuning=tuning,
-        unpatched=unpatched,
+        unpatched=fitted.unpatched,
         proof=proof,
     )
 
