@@ -109,6 +109,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
     names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
+    documents |= {"packing": files.packing} if files.packing else {}
     return {
         "model": run["provenance"]["model"],
         "blocks": len(files.blocks),
