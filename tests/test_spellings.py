@@ -63,7 +63,7 @@ READ = [
         lambda e: (e.passes, e.seconds),
         {
             "": (None, None),
-            "150": (150.0, None),
+            "1000000": (1e6, None),
             "150 passes": (150.0, None),
             "20min": (None, 1200.0),
             "2h": (None, 7200.0),

@@ -68,7 +68,7 @@ WORDS = [
     ("--also auto", "'auto' lets a run choose; here, name one energy"),
     ("--solver zorp", "unknown solver 'zorp'"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
-    ("--effort 99999999999", "--effort: .* of at most 1,000,000"),
+    ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
     ("--device CUDA", "--device: must be auto, cpu, cuda or cuda:N; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
