@@ -94,14 +94,14 @@ def test_every_figure_holds_its_data(page):
     assert len(page.classed("k")) + len(page.classed("r")) == n * (1 + states + 3)
     assert len(page.classed("d")) == n
     kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
-    # Spectrum: 20 levels, 20 losses. Two scatters: 50 each. Trade-offs: the original thrice,
-    # three removals twice (one is hollow) and two speeds. Healing: 30.
-    assert kinds["mark"] == 40 + 2 * (states + random) + 3 + 3 + 3 + 2 + 30
+    # Two scatters: 50 each. Trade-offs: the original thrice, three removals twice (one is hollow)
+    # and two speeds. Healing: 30.
+    assert kinds["mark"] == 2 * (states + random) + 3 + 3 + 3 + 2 + 30
     assert kinds["healed"] == 30
     assert kinds["original"] == 3
     figures = {a["id"] for tag, a in page.elements if tag == "figure"}
     assert figures == {
-        "map", "fields", "couplings", "spectrum", "scatter-pairwise", "scatter-empirical-fisher",
+        "map", "fields", "couplings", "scatter-pairwise", "scatter-empirical-fisher",
         "models", "correlations", "pareto-parameters",
         "pareto-cache", "pareto-speed", "rivals", "healing",
     }  # fmt: skip
@@ -261,9 +261,9 @@ def test_an_energy_in_arbitrary_units_is_never_drawn_as_a_loss(tmp_path):
     run = write_run(tmp_path / "run", unit="arbitrary")
     page = page_of(run)
     assert all("--e" not in a.get("style", "") for a in page.classed("dots"))
-    # No losses among the levels, no hollow removal placed at an energy.
+    # No hollow removal placed at an energy.
     marks = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
-    assert marks["mark"] == 20 + 2 * 50 + 3 + 2 + 2 + 2 + 30
+    assert marks["mark"] == 2 * 50 + 3 + 2 + 2 + 2 + 30
 
 
 def test_a_large_model_stays_under_three_megabytes(tmp_path):

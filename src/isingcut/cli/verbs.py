@@ -103,7 +103,7 @@ def _finished(target: Path, *, generation: bool = False) -> Output:
     return Output(
         show.run_data(files),
         lambda: show.show_run(files, generation=generation),
-        brief=str(files.product),
+        brief=files.verdict if files.removed is None else str(files.product),
         warnings=[*files.warnings, *healing],
     )
 

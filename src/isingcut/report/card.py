@@ -49,6 +49,9 @@ def card_parts(
     if (text := provenance.calibration) is not None:
         rows.append(["calibration", describe_source(text.source)])
         rows.append(["calibration tokens, SHA-256", text.sha256])
+    if files.packing is not None:
+        command = sentence("packing_command", files, "path/to/this/folder")
+        rows.append(["cut for", f"{files.packing.budget}. {command}"])
     versions = f"{provenance.torch}, {provenance.transformers}"
     energy = f"The energy used here, `{files.energy}`, is not that paper's."
     if files.energy == PAPER_ENERGY:
@@ -115,7 +118,9 @@ def gguf_card(files: RunFiles) -> str:
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
-    return model_card(files.removal.card, healing, evaluation=found, scores=scores)
+    packed = files.run.blocks.packed if files.packing else None
+    parts = files.removal.card
+    return model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:

@@ -100,6 +100,7 @@ class RunFiles:
     benchmarks = _document("benchmarks.json", documents.BenchmarksFile)
     removal = _document("model/isingcut.json", documents.CutRecord, "model")
     healing = _document("healing.json", documents.HealingFile, "healed")
+    packing = _document("packing.json", documents.PackingFile)
 
     @cached_property
     def spectrum(self) -> documents.SpectrumFile | None:
@@ -192,7 +193,9 @@ class RunFiles:
     @property
     def verdict(self) -> str:
         """What a reader must know to decide; empty before a choice."""
-        return "" if self.removed is None else words.sentence("verdict", self)
+        if self.removed is not None:
+            return words.sentence("verdict", self)
+        return "" if self.packing is None else words.sentence("packing_words", self)
 
     @property
     def last(self) -> str:

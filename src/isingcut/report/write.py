@@ -23,7 +23,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures
 from isingcut.report.card import gguf_card
-from isingcut.report.rows import CUT_RANKING, Row, kl_of
+from isingcut.report.rows import Row, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 
@@ -109,6 +109,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
     names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
+    documents |= {"packing": files.packing} if files.packing else {}
     return {
         "model": run["provenance"]["model"],
         "blocks": len(files.blocks),
@@ -138,7 +139,6 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
         "ticks": figures.block_ticks(n),
         "fields": None if energy is None else figures.draw_fields(energy, kinds),
         "couplings": None if energy is None else figures.draw_couplings(energy),
-        "spectrum": figures.spectrum_figure(files, states),
         "scatters": [
             figures.scatter_figure(files, name, states)
             for name in files.judged
