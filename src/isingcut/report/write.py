@@ -23,7 +23,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures
 from isingcut.report.card import gguf_card
-from isingcut.report.rows import Row, kl_of
+from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 

@@ -25,7 +25,7 @@ from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import documents, writing
-from isingcut.files.documents import PatchRecord
+from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
