@@ -73,11 +73,11 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
         # The last of its kind, because the first blocks of many families are special.
         p = max(i for i, k in enumerate(stack.kinds[:-1]) if k == kind)
         try:
-            (patch,), _ = fit_patches(replay, stack.kinds, text, [p + 1], Work(1024), stored)
+            fitted = fit_patches(replay, stack.kinds, text, [p + 1], Work(1024), stored)
         except ArchitectureError as refusal:
             found.append(Absorbs(kind, reason=str(refusal)))
             continue
-        record = patch.record
+        record = fitted.patches[0].record
         assert record.held_out_error_left is not None
         found.append(Absorbs(kind, record.layer, record.exact, record.held_out_error_left))
     return found

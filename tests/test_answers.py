@@ -289,7 +289,7 @@ def test_gradients_are_of_the_answers(tmp_path):
 def test_activations_are_compared_where_answers_are_predicted():
     model = tiny_model("llama").requires_grad_(False)
     replay = replay_of(model)
-    rows = [~1, ~2, 9, ~3, ~4]
+    rows = [~1, ~2, 9, ~0, ~4]
     alone, whole = TokenSet.from_rows([rows]), TokenSet.from_rows([[1, 2]])
     # Position 1 predicts the one that counts; nothing before it depends on what follows.
     last = AngularWindow().choose(replay, whole, 2, Work(), 0).info["distance"]

@@ -7,6 +7,7 @@ vocabulary) is computed another way on a device. What this cannot see is said in
 
 import itertools
 from contextlib import suppress
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.answers import answer_scores
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.curvature import gate_curvature
@@ -124,10 +125,16 @@ def timed(place):
     return [v["prefill_tokens_per_second"] for v in speeds.values()]
 
 
-def patched(place):
-    kinds, removed = ["attention+mlp"] * 4, [1, 3]
-    found, _ = fit_patches(place.replay(), kinds, random_tokens(), removed, Work(32))
-    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found])
+def patched(place, reads):
+    given = (place.replay(), ["attention+mlp"] * 4, random_tokens(), [1, 3], Work(32))
+
+    def chosen(fitting, writes):
+        for write in writes:
+            write.reads = reads
+
+    with mock.patch.object(_Fitting, "_choose_maps", chosen):
+        found = fit_patches(*given)
+    return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
 
 
 def distilled(place, family="llama"):
@@ -179,7 +186,8 @@ STEPS = {
     "quality, streamed": lambda p: figures(p, streamed=True),
     "generation": written,
     "speed and latency": timed,
-    "patch": patched,
+    "patch of what is read": lambda p: patched(p, True),
+    "patch of what is written": lambda p: patched(p, False),
     "distillation": distilled,
     "distillation, head in one": lambda p: distilled(p, "gemma2"),
     "baselines": chosen,

@@ -5,10 +5,12 @@ import copy
 import dataclasses
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import make_patches as patches
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, InputError
@@ -18,7 +20,7 @@ from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint, split_samples, tune
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
-from isingcut.healing.patch.linear import Moments, bytes_of, fit_patches, fit_ridge
+from isingcut.healing.patch.linear import Moments, _Fitting, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -37,8 +39,16 @@ def tokens(samples=12, length=24, seed=0):
     return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
 
 
-def fitted(model, removed, text):
-    return fit_patches(replay_of(model), find_stack(model).kinds, text, removed, Work(96))[0]
+def fitted(model, removed, text, *, reads=True):
+    """Patches of what a layer reads, or of what it writes, as where memory is short."""
+    stack, replay = find_stack(model), replay_of(model)
+
+    def chosen(fitting, writes):
+        for write in writes:
+            write.reads = reads
+
+    with mock.patch.object(_Fitting, "_choose_maps", chosen):
+        return fit_patches(replay, stack.kinds, text, removed, Work(96)).patches
 
 
 @contextmanager
@@ -48,7 +58,7 @@ def watched(model, block, path):
     module = model.model.layers[block]
 
     def inner(m, args, output):
-        found["read"] = args[0].double()
+        found["read"], found["written"] = args[0].double(), output.double()
 
     def outer(m, args, output):
         found["stream"] = (output[0] if isinstance(output, tuple) else output).double()
@@ -108,27 +118,30 @@ def test_useless_features_give_no_map():
     assert fit_ridge(sides[0], sides[1]) is None
 
 
-def test_one_cut_solves_its_least_squares_problem():
+@pytest.mark.parametrize("reads", [True, False])
+def test_one_cut_solves_its_least_squares_problem(reads):
     model, text, removed = tiny_model("llama"), tokens(), [2, 3]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    (patch,) = fitted(model, removed, text)
+    (patch,) = fitted(model, removed, text, reads=reads)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert (patch.block, patch.path, patch.bias) == (1, "mlp.down_proj", None)
     target = streams(model, text, 3)
     with watched(model, 1, patch.path) as seen, torch.no_grad():
         model(text.input_ids, use_cache=False)
-    x, out = (seen[k][text.mask] for k in ("read", "stream"))
+    x, written, out = (seen[k][text.mask] for k in ("read", "written", "stream"))
     weight = model.model.layers[1].mlp.down_proj.weight.double()
     weights = 1 / target.square().mean(-1)
+    features = x if reads else written
     root = weights.sqrt()[:, None]
     strength = patch.record.ridge
     assert patch.record.tokens == int(text.mask.sum())
-    ridge = strength * torch.diagonal((x * weights[:, None]).T @ x).mean()
-    size = x.shape[1]
-    rows = torch.cat([x * root, ridge.sqrt() * torch.eye(size).double()])
+    ridge = strength * torch.diagonal((features * weights[:, None]).T @ features).mean()
+    size = features.shape[1]
+    rows = torch.cat([features * root, ridge.sqrt() * torch.eye(size).double()])
     values = torch.cat([(target - out) * root, torch.zeros(size, 32).double()])
     change = torch.linalg.lstsq(rows, values, driver="gelsd").solution.T
-    torch.testing.assert_close(patch.weight, weight + change, rtol=1e-3, atol=1e-4)
+    expected = weight + (change if reads else change @ weight)
+    torch.testing.assert_close(patch.weight, expected, rtol=1e-3, atol=1e-4)
 
 
 def assert_stationary(model, text, patch, removed, patches=()):
@@ -218,11 +231,11 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
     stack, replay = find_stack(model), replay_of(model)
-    patches, unpatched = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
-    assert [(c.removed, c.reason[:39]) for c in unpatched] == [
+    found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
+    assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
-    (alone,) = patches
+    (alone,) = found.patches
     # As if the first cut could not be patched: fitted on the cut model as it is.
     assert_stationary(model, tokens(), alone, [2])
 
@@ -251,15 +264,34 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     assert a.read_bytes() == b.read_bytes()
 
 
+def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_reads(
+    tmp_path, monkeypatch
+):
+    job = job_of(tmp_path, "llama", (2, 3))
+    name = "model.layers.1.mlp.down_proj.weight"
+    width = job.teacher.model.config.hidden_size
+    before = job.teacher.model.get_parameter(name).detach().double()
+
+    def outside_row_space(folder):
+        weight = load_file(folder / "model.safetensors")[name].double()
+        return float((weight - weight @ torch.linalg.pinv(before) @ before).abs().max())
+
+    assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
+    assert outside_row_space(tmp_path / "reads") > 1e-3
+    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
+    record = patch_checkpoint(job, tmp_path / "writes")
+    assert record.maps == "writes"
+    assert record.cuts[0].held_out_error_left < 1
+    # W' = (1 + T) W.
+    assert outside_row_space(tmp_path / "writes") < 1e-5
+
+
 def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, monkeypatch):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher, replay = load_streamed(source, dtype="float32", device="cpu")
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
     kinds = find_stack(teacher.model).kinds
     with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):
-        fit_patches(replay, kinds, tokens(), [3], Work(96))
-    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(48) - 1, 0))
-    with pytest.raises(InputError, match="GB of host memory, and "):
         fit_patches(replay, kinds, tokens(), [3], Work(96))
 
 
@@ -303,7 +335,7 @@ def tuned(model, text, removed=REMOVED):
     patches = []
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        patches = fit_patches(replay, stack.kinds, rest, removed, Work(96))[0]
+        patches = fit_patches(replay, stack.kinds, rest, removed, Work(96)).patches
     found, record = tune(replay, rest, held_out, removed, patches, Work(96))
     return SimpleNamespace(patches=found, record=record)
 
@@ -486,8 +518,9 @@ ROUTED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 
 
 @pytest.mark.parametrize("family", [*NORMED, *ROUTED, "rwkv"])
+@pytest.mark.parametrize("reads", [True, False])
 def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute(
-    family, monkeypatch
+    family, reads, monkeypatch
 ):
     model, text = tiny_model(family), tokens(64)
 
@@ -498,14 +531,14 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
 
     with monkeypatch.context() as only:
         only.setattr(linear, "fit_ridge", fit_alone)
-        (patch,) = fitted(model, [2], text)
+        (patch,) = fitted(model, [2], text, reads=reads)
     assert patch.record.exact is False
     held = text.select(range(3, 64, 4))
     plain = block_error(model, [], 1, 2, held)
     left = block_error(model, [patch], 1, 2, held) / plain
     assert left == pytest.approx(patch.record.held_out_error_left, rel=1e-4)
     assert left < 1
-    (patch,) = fitted(model, [2], text)
+    (patch,) = fitted(model, [2], text, reads=reads)
     unseen = tokens(32, seed=5)
     assert block_error(model, [patch], 1, 2, unseen) < block_error(model, [], 1, 2, unseen)
 

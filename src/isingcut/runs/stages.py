@@ -51,6 +51,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
+from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import converted, unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
@@ -427,7 +428,8 @@ def _add_drafts(
     original, size = session.loaded.model, session.tuning.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
     if of_original is None or of_last is None:
-        return found
+        why = f"transformers cannot run those of {original.config.model_type}"
+        return found.model_copy(update={"no_drafts": why} if count_mtp_layers(folder) else {})
     with session.progress("drafts of multi-token prediction", 1) as bar:
         scores = {
             "before": draft_acceptance(original, of_original, text, size),

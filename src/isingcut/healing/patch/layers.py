@@ -50,6 +50,7 @@ class Write:
         transposed: the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
         weight: the weight as (D, F).
         bias: the bias (D,); None for a layer without one.
+        reads: whether a patch maps the layer's input; else its output.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Write:
     transposed: bool
     weight: Tensor
     bias: Tensor | None
+    reads: bool = True
 
     @classmethod
     def of(cls, path: str, module: Any, scale: float) -> Write:
@@ -76,10 +78,13 @@ class Write:
     @property
     def mapped(self) -> int:
         """The number of features of a map."""
-        return int(self.weight.shape[1]) + (self.bias is not None)
+        width, size = self.weight.shape
+        return int(size) + (self.bias is not None) if self.reads else int(width)
 
-    def features(self, read: Tensor) -> Tensor:
+    def features(self, read: Tensor, written: Tensor) -> Tensor:
         """Return features (B, T, F') that the change of the layer's output is linear in."""
+        if not self.reads:
+            return written
         if self.bias is None:
             return read
         return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
@@ -88,8 +93,13 @@ class Write:
         """Return the layer's new weight and bias for a change of the stream."""
         change, weight = change.cpu(), self.weight.cpu().double()
         bias = None if self.bias is None else self.bias.cpu().double()
-        weight = weight + change[:, : weight.shape[1]] / self.scale
-        bias = None if bias is None else bias + change[:, -1] / self.scale
+        if not self.reads:
+            # The layer's output v becomes v + map v / s.
+            weight = weight + change @ weight / self.scale
+            bias = None if bias is None else bias + change @ bias / self.scale
+        else:
+            weight = weight + change[:, : weight.shape[1]] / self.scale
+            bias = None if bias is None else bias + change[:, -1] / self.scale
         return (weight.T if self.transposed else weight).contiguous(), bias
 
 

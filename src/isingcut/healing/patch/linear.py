@@ -8,9 +8,10 @@ minimises
     sum_t w_t | y_t - r_t - s W' z_t |^2  +  ridge |change|^2
 
 over the real tokens, w_t = 1 / |y_t|^2 (all later layers normalise the stream first; without the
-weight, a few tokens of huge norm would dominate). W' = W + T with T (D, F). The ridge pulls towards
-the unpatched layer. W' has the shape of W, so no parameter is added. The block's output is linear
-in W', so it need not run again.
+weight, a few tokens of huge norm would dominate). W' = W + T with T (D, F) maps the layer's input;
+if memory does not suffice for its moments, W' = (1 + T) W with T (D, D) maps its output. The ridge
+pulls towards the unpatched layer. W' has the shape of W, so no parameter is added. The block's
+output is linear in W', so it need not run again.
 
 If a norm, a gate or experts follow every such layer, s becomes a gain c_k g_t of channel and token
 (`layers`). With constant gains the block's output is linear in its weights, and least squares
@@ -20,9 +21,9 @@ weights on the validation rows.
 Cuts are fitted from front to back. r and z come from the model with all earlier cuts made and
 patched, y from the original, so that a later patch also corrects the error of earlier ones.
 
-Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, W' = (1 + T) W, its
-least-squares objective). Ours differs in the weight, in mapping the layer's input instead of its
-output, in the held-out ridge and in treating several cuts.
+Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, T of the second kind,
+its least-squares objective). Ours differs in the weight, in the first kind, in the held-out
+ridge and in treating several cuts.
 
 The maps are fitted by ridge regression from normal equations, its strength chosen on validation
 rows. Only second moments are kept, in float64, so memory does not grow with the number of tokens.
@@ -62,6 +63,21 @@ _CANDIDATES = 2
 """Number of layers to fit if none writes straight to the stream."""
 
 
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The patches of one state.
+
+    Attributes:
+        patches: one for each patched cut, in order.
+        unpatched: the other cuts, with reasons.
+        maps: ``"reads"``, or ``"writes"`` if memory did not suffice for the layers' inputs.
+    """
+
+    patches: list[Patch]
+    unpatched: list[UnpatchedCut]
+    maps: str
+
+
 def fit_patches(
     replay: Replay,
     kinds: Sequence[str],
@@ -69,7 +85,7 @@ def fit_patches(
     removed: Sequence[int],
     work: Work,
     stored: StoredLayers | None = None,
-) -> tuple[list[Patch], list[UnpatchedCut]]:
+) -> Fitted:
     """Fit patches for the cuts of a state; takes two forward passes over the tokens, without heads.
 
     A streamed model is read once, up to the last cut; a block that can be patched only
@@ -81,9 +97,6 @@ def fit_patches(
         tokens: every fourth sample is for validation, to choose the ridge.
         removed: the removed blocks.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
-
-    Returns:
-        one patch for each patched cut, in order; and the other cuts, with reasons.
 
     Raises:
         ArchitectureError: no cut can be patched, with the reasons.
@@ -110,7 +123,7 @@ def fit_patches(
         each = [f"{_blocks(*cut.removed)}: {cut.reason}" for cut in unpatched]
         whole = f"no cut can absorb a patch; {'; '.join(each)}"
         raise ArchitectureError(unpatched[0].reason if len(unpatched) == 1 else whole)
-    return patches, unpatched
+    return Fitted(patches, unpatched, fitting.maps)
 
 
 def _blocks(first: int, last: int) -> str:
@@ -137,6 +150,7 @@ class _Fitting:
     batches: Sequence[TokenSet]
     stored: StoredLayers | None
     done: Callable[[int], None]
+    maps: str = "reads"
 
     def __post_init__(self) -> None:
         self._recordings = [self.replay.record(b.input_ids) for b in self.batches]
@@ -159,7 +173,7 @@ class _Fitting:
                 if write is not None and self._obstacle(p, write):
                     write = None
                 if write is not None:
-                    self._check_room([write])
+                    self._choose_maps([write])
                     seen = self._observe(p, write)
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
@@ -183,8 +197,8 @@ class _Fitting:
         features (B, T, F') that a change of it is linear in."""
         found = []
         for recording, stream in zip(self._recordings, self._patched, strict=True):
-            output, read, _ = observe(recording, p, stream, write)
-            found.append((output, write.features(read)))
+            output, read, written = observe(recording, p, stream, write)
+            found.append((output, write.features(read, written)))
         return found
 
     def _fit_exactly(
@@ -222,7 +236,7 @@ class _Fitting:
                 else:
                     usable.append(gained)
             tried = usable[:_CANDIDATES]
-            self._check_room([gained.write for gained in tried])
+            self._choose_maps([gained.write for gained in tried])
             for gained in tried:
                 found = self._solve(p, entered, gained)
                 if found is not None and (best is None or found.held_out < best[0].held_out):
@@ -259,7 +273,7 @@ class _Fitting:
         for b, recording in enumerate(self._recordings):
             output, read, written = observe(recording, p, entered[b], gained.write)
             tokens = token_gains(recording, p, entered[b], gained, written)
-            x = gained.write.features(read).double()
+            x = gained.write.features(read, written).double()
             target = (self._original[b].double() - output.double()) / gains
             self._add(moments, b, x * tokens[..., None], torch.where(alive, target, 0.0))
         return fit_ridge(*moments, left)
@@ -321,19 +335,23 @@ class _Fitting:
             assert isinstance(i, int)
             yield i
 
-    def _check_room(self, writes: Sequence[Write]) -> None:
-        """Check the memory for the fits of some layers.
+    def _choose_maps(self, writes: Sequence[Write]) -> None:
+        """Map the inputs of layers, or their outputs if the moments of the inputs do not fit.
 
         Raises:
-            FitError: the moments do not fit the host, or the streams not next to a streamed model.
+            FitError: neither fits, or the streams do not fit next to a streamed model.
         """
         host = allowance("", torch.device("cpu")).left
+        if any(bytes_of(write.mapped) > host for write in writes):
+            self.maps = "writes"
+            for write in writes:
+                write.reads = False
         for write in writes:
             width, size = write.weight.shape
             if bytes_of(write.mapped) > host:
                 raise FitError(
-                    f"fitting a patch needs {bytes_of(write.mapped) / 1e9:.1f} GB of host memory, "
-                    f"and {host / 1e9:.1f} GB are free"
+                    f"fitting a patch needs {bytes_of(width) / 1e9:.1f} GB of host memory, and "
+                    f"{host / 1e9:.1f} GB are free"
                 )
             stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
             # Both models' streams, a block's output and what its layer reads.
