@@ -130,11 +130,14 @@ def test_two_processes_stop_together(models, tmp_path):
 def _trains(room, dies, *arguments):
     """The command line in one of two processes: with this room, killed once after that step."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Only rank 0's processor is fast in bfloat16.
+    torch.cpu.get_capabilities = lambda: {"amx_bf16": os.environ["RANK"] == "0"}
     batches.allowance = lambda limit, device: Allowance(10**9 if limit else room, 0)
     end = train.Watch.on_step_end
 
     def step(watch, args, state, control, **rest):
         end(watch, args, state, control, **rest)
+        assert "--dtype=auto" not in arguments or watch.job.teacher.dtype == torch.bfloat16
         if state.global_step == dies:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -147,13 +150,14 @@ def _trains(room, dies, *arguments):
     [
         (10**9, {}, {}, 1e-6),
         (10**5, {}, {}, 1e-6),
-        (10**5, {}, {"dtype": "bfloat16"}, 1e-3),
+        (10**5, {}, {"dtype": "auto"}, 1e-3),
         (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
 def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, exact):
     """Half of each batch in each, and of the model where one lacks the room; after a kill too."""
-    one = heal(options(models, tmp_path / "one", **more))
+    half = {"dtype": "bfloat16"} if "dtype" in more else {}
+    one = heal(options(models, tmp_path / "one", **{**more, **half}))
     config = options(
         models, tmp_path / "out", {"per_device_train_batch_size": 1, **trainer}, **more
     )
@@ -181,28 +185,3 @@ def test_two_processes_patch_as_one_does(models, tmp_path):
     config = options(models, tmp_path / "two", method="none", patch="linear")
     run([0, 0], tmp_path / "said", heal, config)
     assert stored(one) == stored(tmp_path / "two")
-
-
-def _two_minds(config, dtypes):
-    """Heal, where only rank 0's processor is fast in bfloat16; which dtype the teacher has."""
-    from isingcut.healing import heal as home
-
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    rank = os.environ["RANK"]
-    torch.cpu.get_capabilities = lambda: {"amx_bf16": rank == "0"}
-
-    def noted(folder, **options):
-        loaded = load(folder, **options)
-        if str(folder).endswith("teacher"):
-            dtypes.with_suffix(f".{rank}").write_text(str(loaded.dtype))
-        return loaded
-
-    home.load = noted
-    home.heal(config)
-
-
-def test_processes_heal_in_the_dtype_that_the_main_one_picks(models, tmp_path):
-    config = options(models, tmp_path / "out", {"max_steps": 1}, dtype="auto")
-    run([0, 0], tmp_path / "said", _two_minds, config, tmp_path / "dtype")
-    picked = {(tmp_path / f"dtype.{rank}").read_text() for rank in (0, 1)}
-    assert picked == {"torch.bfloat16"}

@@ -131,10 +131,8 @@ OTHERS = """
 output_dir: /tmp/elsewhere
 push_to_hub: true
 report_to: [wandb]
-logging_dir: /tmp/elsewhere
 resume_from_checkpoint: /tmp/elsewhere
 save_strategy: 'no'
-eval_strategy: steps
 remove_unused_columns: true
 use_cpu: false
 """
@@ -144,14 +142,10 @@ adam_beta1: 1.5
 learning_rate: .nan
 learning_rate: -1
 num_train_epochs: 0
-weight_decay: .nan
-max_grad_norm: .inf
 optim: 3
-optim: [adamw_torch]
 optim: nonsense
 bf16: 'yes'
 dataloader_num_workers: true
-lr_scheduler_kwargs: 3
 lr_scheduler_kwargs: {nonsense: 1}
 """
 for said, table in (("--trainer cannot set '{}'", OTHERS), ("{}", WRONG)):
