@@ -31,8 +31,9 @@ from isingcut.runs import cutting, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
-FINALISTS = 3
-"""Most states to patch and pack."""
+FINALISTS, LEFT = 3, 0.25
+"""Most states to patch and pack, and the least share of a cut's KL that a patch leaves: the best
+patches measured leave half."""
 
 
 def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[PackedLosses]]:
@@ -131,7 +132,9 @@ def _measure(
     for found in rest:
         _find_cut(session, folder.run.blocks, evaluator, found)
     for found in sorted(rest, key=lambda f: f.predicted or 0.0)[:FINALISTS]:
-        found.measured, found.measured_se = losses(found, found.removed)
+        if (found.kl or 0.0) + LEFT * (found.cut_kl or 0.0) < limit:
+            found.measured, found.measured_se = losses(found, found.removed)
+            limit = min(limit, found.loss)
 
 
 def _find_cut(
