@@ -40,7 +40,7 @@ def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, f
             block += (time.perf_counter() - began) / len(replay)
             original = comparison(output, recording, stream, batch)
             began = time.perf_counter()
-            original.compare(stream)
+            original.sum_samples([original.compare(stream)])
             head += time.perf_counter() - began
     return block, head
 

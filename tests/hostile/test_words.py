@@ -82,7 +82,7 @@ WORDS = [
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 99999999999", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
-    ("--device CUDA", "--device: must be auto, cpu, cuda or cuda:N; got 'CUDA'"),
+    ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ("--stream maybe", "--stream must be one of auto, on, off; got 'maybe'"),
     ("--attention flash", "--attention must be one of auto, sdpa"),

@@ -14,7 +14,8 @@ cross-entropy would keep several float32 copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +32,7 @@ from isingcut.models.compute.divergence import (
     run_in_threads,
     softmax_gradient,
 )
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Recording, Replay, replace_forwards
 
 
 def piece_elements(device: torch.device) -> int:
@@ -113,13 +114,8 @@ class OutputHead:
             caught.append(x)
             raise _HeadReached
 
-        self._linear.__dict__["forward"] = stub
-        try:
+        with replace_forwards([self._linear], [stub]), contextlib.suppress(_HeadReached):
             self._replay.tail(stream, input_ids)
-        except _HeadReached:
-            pass
-        finally:
-            del self._linear.__dict__["forward"]
         return caught[0]
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
@@ -156,24 +152,22 @@ class _Fused:
     """Rows of all samples together; keeps the original's logits (R, V) in the model's dtype.
 
     Attributes:
-        nll: (B,) the original's negative log-likelihood, summed over each sample's tokens, nats.
+        own: (2, R), as `compare` of the original with itself.
     """
 
     def __init__(
         self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
     ) -> None:
         self._head, self._recording = head, recording
-        device = stream.device
         predicted = batch.predicted
         self._sample = predicted.nonzero()[:, 0].numpy()
-        self._samples = batch.samples
-        self._rows = _predicting_rows(batch).to(device)
+        self._samples, self._rows = batch.samples, _predicting_rows(batch)
+        inputs = self._inputs(stream)
+        device, rows = inputs.device, len(inputs)
         self._labels = batch.input_ids[:, 1:][predicted].to(device)
-        rows = len(self._rows)
         columns = min(head.width, max(1, piece_elements(device) // max(1, rows)))
         starts = range(0, head.width, columns)
         self._pieces = [(a, min(a + columns, head.width)) for a in starts]
-        inputs = self._inputs(stream)
         self._buffer = inputs.new_empty(rows * columns)
         own = RowSums(self._labels)
         self._logits = []
@@ -182,18 +176,26 @@ class _Fused:
             own.add(logits, a)
             self._logits.append(logits)
         self._log_z = own.log_z
-        self.nll = self._sum_samples(own.nll)
+        self.own = torch.stack([torch.zeros_like(own.nll), own.nll])
 
     def _inputs(self, stream: Tensor) -> Tensor:
         inputs = self._head.inputs(stream, self._recording.input_ids)
+        self._rows = self._rows.to(inputs.device)
         return inputs.flatten(0, 1).index_select(0, self._rows)
 
-    def _sum_samples(self, values: Floats) -> Floats:
-        return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
+    def sum_samples(self, found: Sequence[Tensor]) -> Floats:
+        """Sum K comparisons over each sample's tokens: (2, K, B)."""
+        values = torch.stack([*found], 1).cpu().numpy()
+        sums = [
+            np.bincount(self._sample, row, self._samples)
+            for row in values.reshape(-1, values.shape[2])
+        ]
+        return np.reshape(sums, (2, len(found), self._samples))
 
-    def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        """Compute (B,) KL(original || other) and (B,) the other's NLL, summed over a sample's
-        tokens.
+    def compare(self, stream: Tensor) -> Tensor:
+        """Compute (2, R) KL(original || other) and the other's NLL at each prediction, nats.
+
+        The result is on the device, so that nothing waits for it before `sum_samples`.
 
         Args:
             stream: (B, T, D), the other's, as it leaves the blocks.
@@ -203,7 +205,7 @@ class _Fused:
         for (a, b), reference in zip(self._pieces, self._logits, strict=True):
             out = self._buffer[: len(self._rows) * (b - a)].view(-1, b - a)
             sums.add(self._head.piece(inputs, a, b, out), a, reference)
-        return self._sum_samples(sums.kl), self._sum_samples(sums.nll)
+        return torch.stack([sums.kl, sums.nll])
 
 
 class _BySample:
@@ -219,13 +221,13 @@ class _BySample:
             logits = self._logits(stream, s)
             own = self._sums(s, logits)
             self._originals.append((logits, own.log_z))
-            nll.append(own.nll.sum())
-        self.nll = np.array(nll)
+            nll.append(own.nll)
+        self.own = torch.stack([torch.zeros_like(joined := torch.cat(nll)), joined])
 
     def _logits(self, stream: Tensor, s: int) -> Tensor:
         """Compute the logits of one sample at the positions that predict."""
         logits = self._recording.logits(stream[s], s)[:-1]
-        predicted = self._batch.predicted[s].to(logits.device)
+        predicted = self._batch.predicted[s]
         # A full sample is a slice; only padded ones pay for a gather.
         return logits if bool(predicted.all()) else logits[predicted.nonzero()[:, 0]]
 
@@ -243,12 +245,17 @@ class _BySample:
             sums.add(logits[:, part], a, None if reference is None else reference[:, part])
         return sums
 
-    def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
+    def compare(self, stream: Tensor) -> Tensor:
         found = [
             self._sums(s, self._logits(stream, s), original)
             for s, original in enumerate(self._originals)
         ]
-        return np.array([x.kl.sum() for x in found]), np.array([x.nll.sum() for x in found])
+        return torch.cat([torch.stack([x.kl, x.nll]) for x in found], 1)
+
+    def sum_samples(self, found: Sequence[Tensor]) -> Floats:
+        values = torch.stack([*found], 1).cpu().numpy()
+        ends = self._batch.predicted.sum(1).cumsum(0)[:-1].numpy()
+        return np.stack([part.sum(2) for part in np.split(values, ends, 2)], 2)
 
 
 Comparison = _Fused | _BySample
@@ -294,7 +301,7 @@ def loss_gradient(
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
-    device, predicted = hidden.device, batch.predicted
+    device, predicted = inputs.device, batch.predicted
     rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
