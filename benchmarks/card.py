@@ -112,7 +112,7 @@ def text(folder: Path) -> Path:
     return path
 
 
-def options(place: Path, model: Path, card: Card) -> dict[str, Any]:
+def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
     """Of a run that is a default one but for its few tokens."""
     return {
         "model": str(model),
@@ -126,13 +126,13 @@ def options(place: Path, model: Path, card: Card) -> dict[str, Any]:
         "states": 2,
         "length": 16,
         "patch_tokens": 64,
-        "device": str(card.device),
+        "device": ",".join(str(card.device) for card in cards),
         "dtype": "bfloat16",
     }
 
 
-def run(place: Path, model: Path, budget: float, **more: Any) -> dict[str, Any]:
-    """A run on a card of so many W: what it chose and gave, and its stages' peaks.
+def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) -> dict[str, Any]:
+    """A run on cards of so many W each: what it chose and gave, and its stages' largest peaks.
 
     Raises:
         Exception: it did not complete.
@@ -140,18 +140,20 @@ def run(place: Path, model: Path, budget: float, **more: Any) -> dict[str, Any]:
     weight, found, stage = weights(model), dict[str, float](), RunFolder.stage
     out = place / "run"
     shutil.rmtree(out, ignore_errors=True)
-    with short(), fake_cards(budget=int(budget * weight)) as (card,):
+    with short(), fake_cards(count, int(budget * weight)) as cards:
 
         def measured(self: RunFolder, name: str, *rest: Any, **given: Any) -> Any:
-            card.reset_peak()
+            for card in cards:
+                card.reset_peak()
             try:
                 return stage(self, name, *rest, **given)
             finally:
-                found[name] = max(found.get(name, 0.0), round(card.peak / weight, 3))
+                peak = max(card.peak for card in cards)
+                found[name] = max(found.get(name, 0.0), round(peak / weight, 3))
 
         with mock.patch.object(RunFolder, "stage", measured):
             try:
-                isingcut.run(out=str(out), **options(place, model, card) | more)
+                isingcut.run(out=str(out), **options(place, model, cards) | more)
             finally:
                 gc.collect()
     record = json.loads((out / "model" / "isingcut.json").read_text())
@@ -195,11 +197,14 @@ def smallest(
     return high
 
 
-def resident_budget(place: Path, family: str, quiet: tuple[int, ...]) -> float:
-    """Of a resident run."""
+def resident_budget(
+    place: Path, family: str = "untied", quiet: tuple[int, ...] = NEIGHBOURS, count: int = 1
+) -> float:
+    """Of a run in memory, of each card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
-    job = partial(run, place, model, stream="off")
-    return smallest(job, "resident", "patched", "tuned", "timed")
+    job = partial(run, place, model, count=count, stream="off")
+    low, high = 1 / count, (1 + 0.8 * count**0.5) / count
+    return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
 
 
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
@@ -278,7 +283,8 @@ def full_budget(place: Path) -> float:
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
-    **{f"card_run_{f}": partial(resident_budget, family=f, quiet=NEIGHBOURS) for f in FAMILIES},
+    **{f"card_run_{f}": partial(resident_budget, family=f) for f in FAMILIES},
+    **{f"cards_{n}_run": partial(resident_budget, count=n) for n in (2, 4)},
     **{
         f"card_run_scattered_{f}": partial(resident_budget, family=f, quiet=APART) for f in FAMILIES
     },

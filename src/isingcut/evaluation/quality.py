@@ -31,6 +31,7 @@ from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
 from isingcut.models.load import explain_nan
+from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
@@ -116,7 +117,7 @@ def before_and_after(
         kl=found.kl,
         kl_se=found.kl_se,
         nll_change_se=found.nll_change_se,
-        device=str(original.device),
+        device=name_devices(original),
         dtype=str(original.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         **rest,

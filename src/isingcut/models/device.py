@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,12 @@ class BatchLimit:
             module.empty_cache()
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a device to finish all work."""
-    module = device_module(device)
-    if module is not None:
-        module.synchronize(device)
+def synchronise(*devices: torch.device) -> None:
+    """Wait for devices to finish all work."""
+    for device in devices:
+        module = device_module(device)
+        if module is not None:
+            module.synchronize(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -197,6 +199,11 @@ def allowance(limit: str, device: torch.device) -> Allowance:
     if device.type == "cpu":
         share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)
+
+
+def least_left(devices: Iterable[torch.device], limit: str = "") -> int:
+    """Return the bytes left on the fullest of some devices; see `allowance`."""
+    return min(allowance(limit, device).left for device in devices)
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
-from isingcut.models.placement import connect, devices_of, place
+from isingcut.models.placement import connect, name_devices, place
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -99,8 +99,7 @@ class LoadedModel:
     @property
     def place(self) -> dict[str, str]:
         """Return the options of `load` for another model on these devices, in this dtype."""
-        names = ",".join(map(str, devices_of(self.model)))
-        return {"dtype": str(self.dtype).removeprefix("torch."), "device": names}
+        return {"dtype": str(self.dtype).removeprefix("torch."), "device": name_devices(self)}
 
 
 def load(

@@ -29,6 +29,12 @@ def devices_of(model: Any) -> list[torch.device]:
     return list(dict.fromkeys(places_of(model).values())) or [model.device]
 
 
+def name_devices(loaded: Any) -> str:
+    """Return the devices of a loaded model, or of a replay, as `load` takes them."""
+    several = dict.fromkeys(places_of(loaded.model).values())
+    return ",".join(map(str, several or [loaded.device]))
+
+
 def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
     """Return the device of each part, so that neighbours stay together.
 

@@ -30,7 +30,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import catch_text_errors, language_model, stop_rescaling
-from isingcut.models.device import BatchLimit, allowance, synchronise
+from isingcut.models.device import BatchLimit, least_left, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import move
 from isingcut.models.processes import ALONE, Processes
@@ -310,8 +310,7 @@ class Replay:
         """
         if self.device.type == "cpu":
             return sys.maxsize
-        left = [allowance("", device).left for device in {self.device, *self.places}]
-        return self.devices * min(left)
+        return self.devices * least_left({self.device, *self.places})
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record how each block is called for ``input_ids`` (B, T); no block is run."""

@@ -20,8 +20,8 @@ from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_m
 from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.device import allowance, pick_device, weight_bytes
-from isingcut.models.placement import devices_of
+from isingcut.models.device import allowance, least_left, pick_device, weight_bytes
+from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
@@ -71,13 +71,13 @@ class Session:
         requested = RequestedCompute(
             attention=self.config.attention, batch_tokens=self.config.batch_tokens
         )
-        device, made = self.loaded.place["device"], folder.run.provenance
+        device, made = name_devices(self.replay), folder.run.provenance
 
         def recorded() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
-                limit = self.config.memory_limit
-                room = min(allowance(limit, d).left for d in devices_of(self.loaded.model)) // 2
+                devices = devices_of(self.loaded.model)
+                room = least_left(devices, self.config.memory_limit) // 2
                 record = Computed(
                     asked=requested,
                     attention=self.tuning.attention,
