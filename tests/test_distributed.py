@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import isingcut
 import ranks
+from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
 from isingcut.measure.work import SharedJournal, forget
@@ -132,20 +134,30 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _streams(place, out):
-    for name in ("pairwise", "fisher", "refined"):
-        with pytest.raises(SystemExit) as end:
-            type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
-        assert end.value.code == 0
+def _measure(place, out, given):
+    with fake_cards(4) if "--device" in given else nullcontext():
+        for name in ("pairwise", "fisher", "refined"):
+            with pytest.raises(SystemExit) as end:
+                type_in(*_typed(place, out / name, name, also=False), *given)
+            assert end.value.code == 0
 
 
-def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
-    for name in ("pairwise", "fisher", "refined"):
-        _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
-    ranks.run([0, 0], tmp_path / "said", _streams, place, tmp_path / "two")
+@pytest.mark.parametrize(
+    ("single", "given", "said"),
+    [
+        ({"stream": "on"}, ["--stream", "on"], '"stream": "on"'),
+        ({"device": "lazy:0"}, ["--device", "lazy", "--cards-per-process", "2"], '"lazy:0,lazy:1"'),
+    ],
+)
+def test_processes_that_stream_or_have_two_cards_agree(single, given, said, place, tmp_path):
+    with fake_cards() if "device" in single else nullcontext():
+        for name in ("pairwise", "fisher", "refined"):
+            _energy(place, tmp_path / "alone" / name, name, also=False, **single)
+    ranks.run([0, 0], tmp_path / "said", _measure, place, tmp_path / "two", given)
     for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
+        assert said in two.with_name("run.json").read_text()
 
 
 def _picks(place, out, found):

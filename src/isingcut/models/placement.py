@@ -7,6 +7,7 @@ receives to its own device, so that a forward pass, `generate` and a backward pa
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -71,7 +72,9 @@ def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[
     inner = [_bytes(model.get_submodule(path)) for path in blocks]
     end = 0 if tied else sum(map(_bytes, last))
     rooms = [allowance(limit, device).left for device in devices]
-    where = split_evenly([_bytes(model) - sum(inner) - end, *inner, end], rooms)
+    # Blocks may share tensors.
+    begin = max(0, _bytes(model) - sum(inner) - end)
+    where = split_evenly([begin, *inner, end], rooms)
     given = {path: devices[i] for path, i in zip(blocks, where[1:-1], strict=True)}
     given |= dict.fromkeys(behind, devices[0 if tied else -1])
     return _complete(model, "", given, devices[0])
@@ -105,13 +108,18 @@ def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device | No
 
 
 def connect(model: Any, places: Mapping[str, torch.device]) -> None:
-    """Move each part of a model to its device, and let it move what it is called with."""
+    """Move each part of a model to its device, and let it move what it is called with.
+
+    A tensor that parts on several devices share is copied to each.
+    """
     if not places:
         return
-    modules = dict(model.named_modules())
+    modules, known = dict(model.named_modules()), dict[Any, Any]()
     for path, device in places.items():
         if path in modules:
-            modules[path].to(device)
+            for inner in modules[path].modules():
+                for home in (inner._parameters, inner._buffers):
+                    home.update(move({**home}, device, known))
             modules[path].__dict__["forward"] = _moving(modules[path].forward, device)
     # transformers' name: its Trainer leaves such a model where it is.
     model.hf_device_map = dict(places)
@@ -125,21 +133,38 @@ def _moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., 
     return moved
 
 
-def move(value: Any, device: torch.device, known: dict[Any, Tensor] | None = None) -> Any:
+def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) -> Any:
     """Return a value with its tensors, within tuples, lists and dictionaries too, on a device.
 
     Args:
-        known: tensors moved before, which are used again; their originals must stay alive.
+        known: what was moved before, to be used again; None: dictionaries are changed in place,
+            because a block may write there for a later one.
     """
     if isinstance(value, Tensor):
         if value.device == device:
             return value
-        key, known = (id(value), device), {} if known is None else known
-        if key not in known:
-            known[key] = value.to(device)
-        return known[key]
-    if type(value) is dict:
-        return {name: move(part, device, known) for name, part in value.items()}
-    if type(value) in (tuple, list):
+        key, seen = (id(value), device), {} if known is None else known
+        if key not in seen:
+            moved = (
+                value.detach().to(device) if isinstance(value, nn.Parameter) else value.to(device)
+            )
+            # The value is kept, so that no other one takes its id.
+            seen[key] = value, as_parameter(moved, value)
+        return seen[key][1]
+    if isinstance(value, UserDict):
+        move(value.data, device, known)
+    elif isinstance(value, dict):
+        found = {name: move(part, device, known) for name, part in value.items()}
+        if known is not None:
+            return found
+        value.update(found)
+    elif type(value) in (tuple, list):
         return type(value)(move(part, device, known) for part in value)
     return value
+
+
+def as_parameter(value: Tensor, like: Tensor) -> Tensor:
+    """Return a value as a parameter if another tensor is one."""
+    if not isinstance(like, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=like.requires_grad)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.placement import connect, place_of, places_of
+from isingcut.models.placement import as_parameter, connect, place_of, places_of
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 
 _CHUNK_BYTES = 64 * 2**20
@@ -76,7 +76,7 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
         if id(mine) in own or id(mine) in equal:
             continue
         if other is not None and not mine.requires_grad and _equal(mine, other):
-            equal[id(mine)] = _as(mine, other.detach())
+            equal[id(mine)] = as_parameter(other.detach(), mine)
         else:
             own[id(mine)], homes[id(mine)] = mine, place_of(name, places) or device
     if device.type != "cpu":
@@ -84,7 +84,7 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
             needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
             if needed > allowance("", home).left:
                 return False
-        own = {key: _as(mine, mine.detach().to(homes[key])) for key, mine in own.items()}
+        own = {key: as_parameter(mine.detach().to(homes[key]), mine) for key, mine in own.items()}
     placed = {**own, **equal}
     for module in cut.modules():
         for home in (module._parameters, module._buffers):
@@ -93,12 +93,6 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
                     home[leaf] = placed[id(mine)]
     connect(cut, places)
     return True
-
-
-def _as(mine: Tensor, value: Tensor) -> Tensor:
-    if not isinstance(mine, nn.Parameter):
-        return value
-    return nn.Parameter(value, requires_grad=mine.requires_grad)
 
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:
