@@ -6,7 +6,6 @@ import signal
 import sys
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,8 +14,6 @@ import ranks
 from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
-from isingcut.measure.work import SharedJournal, forget
-from isingcut.models.processes import Processes
 from ranks import join, start, type_in
 from shared import write_words
 from tiny import count_rows, tiny_checkpoint
@@ -332,38 +329,6 @@ def test_pieces_cover_every_state_once(count):
     assert sorted(covered) == [(b, s) for b in range(3) for s in range(20)]
     assert left([p.key for p in found] + done, 3, 20, count, 0.03) == []
     assert [Piece.read(p.key) for p in found] == found
-
-
-def _shares(units, path, found):
-    """One of several processes that share units out and bring their rows together."""
-    processes = Processes.join()
-    kept = SharedJournal(path, "x", processes=processes)
-    todo = [str(u) for u in range(units) if kept.get(str(u)) is None]
-    own, _bar = kept.share(todo, None)
-    for key in own:
-        kept.put(key, np.full(2, float(key)))
-    kept.gather()
-    rows = {key: kept.get(key).tolist() for key in sorted(kept.keys())}
-    found.with_name(f"{found.name}.{os.environ['RANK']}").write_text(json.dumps([own, rows]))
-
-
-def _shared(size, units, folder):
-    places = (folder / "journal", folder / "found")
-    ranks.run([0] * size, folder / "said", _shares, units, *places)
-    read = [json.loads((folder / f"found.{r}").read_text()) for r in range(size)]
-    assert all(rows == {str(u): [u, u] for u in range(units)} for _, rows in read)
-    return [own for own, _ in read]
-
-
-def test_every_unit_is_measured_once_and_every_process_has_all(tmp_path):
-    assert _shared(3, 7, tmp_path) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
-    # What is kept counts, whoever measured it; more processes than units are left.
-    assert _shared(4, 9, tmp_path) == [["7"], ["8"], [], []]
-    assert _shared(2, 9, tmp_path) == [[], []]
-    kept = SharedJournal(tmp_path / "journal", "x")
-    assert len(kept.keys()) == 9
-    forget(tmp_path / "journal")
-    assert not list(tmp_path.glob("journal*"))
 
 
 def test_few_micro_batches_are_parted_for_many_processes():

@@ -18,7 +18,7 @@ from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import OutputHead, comparison, find_head_input
 from isingcut.models.replay import Replay
-from tiny import count_rows, keep_rows, plain_sums, random_tokens, tiny_replay, without
+from tiny import plain_sums, random_tokens, tiny_replay, without
 
 
 def really_removed(replay, tokens, removed):
@@ -51,16 +51,6 @@ def test_pairwise_is_exact_up_to_two_blocks():
     assert (energy.h_error > 0).all()
 
 
-def test_sharing_prefixes_changes_the_work_and_not_the_result():
-    replay, tokens = tiny_replay("qwen3"), random_tokens()
-    n = len(replay)
-    states = states_of(n, list(combinations(range(n), 2)))
-    shared = measure(replay, tokens, states)
-    apart = [measure(replay, tokens, state[None]).kl_sums[0] for state in states]
-    np.testing.assert_allclose(shared.kl_sums, apart, rtol=1e-6, atol=1e-9)
-    assert shared.blocks_run < shared.blocks_unshared == n + (~states).sum()
-
-
 def test_each_node_of_the_prefix_tree_is_run_once():
     replay, tokens = tiny_replay("llama"), random_tokens()
     n = len(replay)
@@ -90,22 +80,6 @@ def test_micro_batches_and_padding_do_not_change_the_losses():
     small = measure(replay, tokens, states, work=Work(1))
     np.testing.assert_allclose(whole.kl_sums, small.kl_sums, rtol=1e-4, atol=1e-7)
     assert whole.counts.tolist() == [13, 8, 13, 10]
-
-
-def test_an_interrupted_measurement_goes_on_with_the_same_bits(tmp_path):
-    replay, tokens = tiny_replay("llama"), random_tokens()
-    states = states_of(len(replay), [(1,), (0, 3)])
-    journal = tmp_path / "j"
-    first = measure(replay, tokens, states, work=Work(15, journal=journal))
-    whole = count_rows(journal)
-    keep_rows(journal, 1, torn=1)
-    ran = []
-    handle = replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
-    again = measure(replay, tokens, states, work=Work(15, journal=journal))
-    handle.remove()
-    np.testing.assert_array_equal(first.kl_sums, again.kl_sums)
-    # Block 0 is run once a micro-batch: by the original, shared by the state (1,).
-    assert len(ran) == whole - 1, "only lost micro-batches are computed again"
 
 
 def test_a_loss_that_is_not_finite_names_state_block_and_text():
