@@ -34,7 +34,7 @@ from isingcut.ising.states import Floats, States
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
-from isingcut.models.compute.head import Comparison, OutputHead, comparison
+from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 
 T = TypeVar("T")
@@ -477,7 +477,7 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         found, lengths = list[Tensor](), list[int]()
         for _, first, last, end in group:
             if original is None:
-                original = comparison(head, recordings[tree], end, batches[tree])
+                original = Comparison(head, recordings[tree], end, batches[tree])
                 found, lengths = [original.own], [1]
                 first += 1
             if first < last:
