@@ -5,10 +5,11 @@
 Models of 32 narrow blocks in bfloat16, random, with few tokens, so that weights dominate; W is the
 bytes of the weights. Four blocks of each model do little, so that the run removes these: four
 neighbours, or four apart. By halving, the smallest budget at which a job completes: a run,
-resident, with its patch tuned and its speed measured; a streamed run, and the largest part of its
-model; LoRA beside its teacher; training all weights, in bytes that the refusal on a smaller card
-names. Adapters of rank 1 beside a width of 256 are as small a part of the weights as rank 16 beside
-4,096. The cards are fake (`benchmarks/cards.py`), and what they cannot see counts nothing here.
+resident, with its patch tuned and its speed measured; the same over two and four cards, of each; a
+streamed run, and the largest part of its model; LoRA beside its teacher; training all weights, in
+bytes that the refusal on a smaller card names. Adapters of rank 1 beside a width of 256 are as
+small a part of the weights as rank 16 beside 4,096. The cards are fake (`benchmarks/cards.py`), and
+what they cannot see counts nothing here.
 Finished figures are kept in DIR. Ends with one line `name: value` per figure.
 """
 
@@ -46,8 +47,6 @@ from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
 NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
-STEP = 0.05
-"""How exactly a smallest budget is found, in W."""
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {**WIDE, "tie_word_embeddings": False}),
@@ -85,8 +84,7 @@ def checkpoint(folder: Path, family: str, quiet: tuple[int, ...]) -> Path:
         for i, block in enumerate(stack_modules(model, find_stack(model))):
             for module in block.modules():
                 weight = getattr(module, "weight", None)
-                writes = weight is not None and weight.ndim == 2 and len(weight) == 256
-                if writes:
+                if weight is not None and weight.ndim == 2 and len(weight) == 256:
                     weight.mul_(0.004 if i in quiet else 0.3)
     return save(model, folder)
 
@@ -148,8 +146,8 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
             try:
                 return stage(self, name, *rest, **given)
             finally:
-                peak = max(card.peak for card in cards)
-                found[name] = max(found.get(name, 0.0), round(peak / weight, 3))
+                peaks = (round(card.peak / weight, 3) for card in cards)
+                found[name] = max(found.get(name, 0.0), *peaks)
 
         with mock.patch.object(RunFolder, "stage", measured):
             try:
@@ -191,19 +189,20 @@ def smallest(
 
     if not within(high):
         return float("inf")
-    while high - low > STEP:
+    # As exactly as this, in W.
+    while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     return high
 
 
-def resident_budget(
+def run_budget(
     place: Path, family: str = "untied", quiet: tuple[int, ...] = NEIGHBOURS, count: int = 1
 ) -> float:
     """Of a run in memory, of each card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
     job = partial(run, place, model, count=count, stream="off")
-    low, high = 1 / count, (1 + 0.8 * count**0.5) / count
+    low, high = 1 / count, 1.8 / count**0.5
     return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
 
 
@@ -228,11 +227,6 @@ def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = 
         record = json.dumps({"removed": removed, "of": blocks})
         (folder / "cut" / "isingcut.json").write_text(record)
     return folder
-
-
-def original_bytes(folder: Path) -> int:
-    """Of the original's weights."""
-    return weights(folder / "original")
 
 
 def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
@@ -265,7 +259,7 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
 def lora_budget(place: Path) -> float:
     """The smallest card for LoRA beside its teacher, in W of the original."""
     folder = write_models(place / "heal")
-    size = original_bytes(folder)
+    size = weights(folder / "original")
     return smallest(lambda b: heal_on_card(folder, int(b * size), method="lora:1"))
 
 
@@ -273,7 +267,7 @@ def full_budget(place: Path) -> float:
     """The smallest card for all weights, in bytes that the refusal on a smaller one names."""
     folder, said = write_models(place / "heal"), ""
     try:
-        heal_on_card(folder, 4 * original_bytes(folder), method="full")
+        heal_on_card(folder, 4 * weights(folder / "original"), method="full")
     except InputError as refusal:
         said = str(refusal)
     takes = 1e9 * float(re.findall(r"takes (\S+) GB", said)[0])
@@ -283,11 +277,9 @@ def full_budget(place: Path) -> float:
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
-    **{f"card_run_{f}": partial(resident_budget, family=f) for f in FAMILIES},
-    **{f"cards_{n}_run": partial(resident_budget, count=n) for n in (2, 4)},
-    **{
-        f"card_run_scattered_{f}": partial(resident_budget, family=f, quiet=APART) for f in FAMILIES
-    },
+    **{f"card_run_{f}": partial(run_budget, family=f) for f in FAMILIES},
+    **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
+    **{f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART) for f in FAMILIES},
     **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in FAMILIES},
     "card_heal_lora": lora_budget,
     "card_heal_full": full_budget,
