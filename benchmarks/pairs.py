@@ -22,7 +22,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import Replay, use_attention
 
 
@@ -38,9 +38,9 @@ def parts(replay: Replay, tokens: TokenSet, batch_tokens: int) -> tuple[float, f
             for i in range(len(replay)):
                 stream = recording.block(i, stream)
             block += (time.perf_counter() - began) / len(replay)
-            original = comparison(output, recording, stream, batch)
+            original = Comparison(output, recording, stream, batch)
             began = time.perf_counter()
-            original.compare(stream)
+            original.sum_samples([original.compare(stream)])
             head += time.perf_counter() - began
     return block, head
 
