@@ -38,7 +38,7 @@ studies-test: $(VENV)/.dev
 
 # Cut every decoder of transformers as a tiny random model and verify the result.
 architectures: $(VENV)/.dev
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m sweep
+	PYTHONPATH=tests:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m sweep
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

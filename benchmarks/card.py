@@ -5,10 +5,11 @@
 Models of 32 narrow blocks in bfloat16, random, with few tokens, so that weights dominate; W is the
 bytes of the weights. Four blocks of each model do little, so that the run removes these: four
 neighbours, or four apart. By halving, the smallest budget at which a job completes: a run,
-resident, with its patch tuned and its speed measured; a streamed run, and the largest part of its
-model; LoRA beside its teacher; training all weights, in bytes that the refusal on a smaller card
-names. Adapters of rank 1 beside a width of 256 are as small a part of the weights as rank 16 beside
-4,096. The cards are fake (`benchmarks/cards.py`), and what they cannot see counts nothing here.
+resident, with its patch tuned and its speed measured; the same over two and four cards, of each; a
+streamed run, and the largest part of its model; LoRA beside its teacher; training all weights, in
+bytes that the refusal on a smaller card names. Adapters of rank 1 beside a width of 256 are as
+small a part of the weights as rank 16 beside 4,096. The cards are fake (`benchmarks/cards.py`), and
+what they cannot see counts nothing here.
 Finished figures are kept in DIR. Ends with one line `name: value` per figure.
 """
 
@@ -46,8 +47,6 @@ from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
 NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
-STEP = 0.05
-"""How exactly a smallest budget is found, in W."""
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {**WIDE, "tie_word_embeddings": False}),
@@ -85,8 +84,7 @@ def checkpoint(folder: Path, family: str, quiet: tuple[int, ...]) -> Path:
         for i, block in enumerate(stack_modules(model, find_stack(model))):
             for module in block.modules():
                 weight = getattr(module, "weight", None)
-                writes = weight is not None and weight.ndim == 2 and len(weight) == 256
-                if writes:
+                if weight is not None and weight.ndim == 2 and len(weight) == 256:
                     weight.mul_(0.004 if i in quiet else 0.3)
     return save(model, folder)
 
@@ -112,7 +110,7 @@ def text(folder: Path) -> Path:
     return path
 
 
-def options(place: Path, model: Path, card: Card) -> dict[str, Any]:
+def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
     """Of a run that is a default one but for its few tokens."""
     return {
         "model": str(model),
@@ -126,13 +124,13 @@ def options(place: Path, model: Path, card: Card) -> dict[str, Any]:
         "states": 2,
         "length": 16,
         "patch_tokens": 64,
-        "device": str(card.device),
+        "device": ",".join(str(card.device) for card in cards),
         "dtype": "bfloat16",
     }
 
 
-def run(place: Path, model: Path, budget: float, **more: Any) -> dict[str, Any]:
-    """A run on a card of so many W: what it chose and gave, and its stages' peaks.
+def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) -> dict[str, Any]:
+    """A run on cards of so many W each: what it chose and gave, and its stages' largest peaks.
 
     Raises:
         Exception: it did not complete.
@@ -140,18 +138,20 @@ def run(place: Path, model: Path, budget: float, **more: Any) -> dict[str, Any]:
     weight, found, stage = weights(model), dict[str, float](), RunFolder.stage
     out = place / "run"
     shutil.rmtree(out, ignore_errors=True)
-    with short(), fake_cards(budget=int(budget * weight)) as (card,):
+    with short(), fake_cards(count, int(budget * weight)) as cards:
 
         def measured(self: RunFolder, name: str, *rest: Any, **given: Any) -> Any:
-            card.reset_peak()
+            for card in cards:
+                card.reset_peak()
             try:
                 return stage(self, name, *rest, **given)
             finally:
-                found[name] = max(found.get(name, 0.0), round(card.peak / weight, 3))
+                peaks = (round(card.peak / weight, 3) for card in cards)
+                found[name] = max(found.get(name, 0.0), *peaks)
 
         with mock.patch.object(RunFolder, "stage", measured):
             try:
-                isingcut.run(out=str(out), **options(place, model, card) | more)
+                isingcut.run(out=str(out), **options(place, model, cards) | more)
             finally:
                 gc.collect()
     record = json.loads((out / "model" / "isingcut.json").read_text())
@@ -189,17 +189,21 @@ def smallest(
 
     if not within(high):
         return float("inf")
-    while high - low > STEP:
+    # As exactly as this, in W.
+    while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     return high
 
 
-def resident_budget(place: Path, family: str, quiet: tuple[int, ...]) -> float:
-    """Of a resident run."""
+def run_budget(
+    place: Path, family: str = "untied", quiet: tuple[int, ...] = NEIGHBOURS, count: int = 1
+) -> float:
+    """Of a run in memory, of each card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
-    job = partial(run, place, model, stream="off")
-    return smallest(job, "resident", "patched", "tuned", "timed")
+    job = partial(run, place, model, count=count, stream="off")
+    low, high = 1 / count, 1.8 / count**0.5
+    return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
 
 
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
@@ -223,11 +227,6 @@ def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = 
         record = json.dumps({"removed": removed, "of": blocks})
         (folder / "cut" / "isingcut.json").write_text(record)
     return folder
-
-
-def original_bytes(folder: Path) -> int:
-    """Of the original's weights."""
-    return weights(folder / "original")
 
 
 def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
@@ -260,7 +259,7 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
 def lora_budget(place: Path) -> float:
     """The smallest card for LoRA beside its teacher, in W of the original."""
     folder = write_models(place / "heal")
-    size = original_bytes(folder)
+    size = weights(folder / "original")
     return smallest(lambda b: heal_on_card(folder, int(b * size), method="lora:1"))
 
 
@@ -268,7 +267,7 @@ def full_budget(place: Path) -> float:
     """The smallest card for all weights, in bytes that the refusal on a smaller one names."""
     folder, said = write_models(place / "heal"), ""
     try:
-        heal_on_card(folder, 4 * original_bytes(folder), method="full")
+        heal_on_card(folder, 4 * weights(folder / "original"), method="full")
     except InputError as refusal:
         said = str(refusal)
     takes = 1e9 * float(re.findall(r"takes (\S+) GB", said)[0])
@@ -278,10 +277,9 @@ def full_budget(place: Path) -> float:
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
-    **{f"card_run_{f}": partial(resident_budget, family=f, quiet=NEIGHBOURS) for f in FAMILIES},
-    **{
-        f"card_run_scattered_{f}": partial(resident_budget, family=f, quiet=APART) for f in FAMILIES
-    },
+    **{f"card_run_{f}": partial(run_budget, family=f) for f in FAMILIES},
+    **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
+    **{f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART) for f in FAMILIES},
     **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in FAMILIES},
     "card_heal_lora": lora_budget,
     "card_heal_full": full_budget,

@@ -34,8 +34,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Card", "MixedDevicesError", "fake_cards"]
-
 _TYPE = "lazy"
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_, _aten._to_copy}

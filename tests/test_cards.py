@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import isingcut
-from cards import MixedDevicesError, fake_cards
+from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -16,8 +16,9 @@ from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.sharing import open_cut, share
-from isingcut.models.device import BatchLimit, allowance, device_module, pick_device
+from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
 from isingcut.models.load import load
+from isingcut.models.placement import split_evenly
 from isingcut.runs import stages
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
@@ -65,18 +66,6 @@ def test_beyond_the_budget_memory_is_exhausted_in_torchs_words():
         assert card.live == 0
 
 
-def test_two_cards_are_two_devices():
-    def mix(one, two):
-        a = KILO.to(one.device)
-        assert (one.live, two.live) == (1000, 0)
-        b = a.to(two.device)
-        assert (one.live, two.live) == (1000, 1000)
-        a + b
-
-    with pytest.raises(MixedDevicesError), fake_cards(2) as cards:
-        mix(*cards)
-
-
 def test_a_card_answers_what_memory_is_there():
     with fake_cards(2, budget=10_000) as cards:
         assert device_module(cards[0].device).device_count() == 2
@@ -86,8 +75,33 @@ def test_a_card_answers_what_memory_is_there():
         assert (found.used, found.left) == (1000, 9000)
         assert allowance("100%", cards[0].device).left == 10_000
         del kept
-    with pytest.raises(isingcut.errors.InputError, match="not on this machine"):
+    with pytest.raises(InputError, match="not on this machine"):
         pick_device("lazy:1")
+
+
+def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
+    one, two, three, four = (torch.device("lazy", i) for i in range(4))
+    # Of the free memory, 80 % are used.
+    with fake_cards(4, budget=10_000):
+        for size, found in [
+            (8_000, [torch.device("lazy")]),
+            (8_001, [one, two]),
+            (24_000, [one, two, three]),
+            (32_001, [torch.device("lazy")]),
+        ]:
+            assert pick_devices("lazy", size) == found
+        assert pick_devices("lazy:3,lazy:1", 1) == [four, two]
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert pick_devices("lazy", 1, cards=2) == [three, four]
+        for device, cards in [("lazy:1,lazy:1", None), ("lazy", 3), ("cpu", 2)]:
+            with pytest.raises(InputError, match=r"twice|needs"):
+                pick_devices(device, 1, cards=cards)
+
+
+def test_parts_are_divided_in_order_by_bytes_and_by_room():
+    assert split_evenly([1, 4, 4, 4, 4, 1], [1, 1]) == [0, 0, 0, 1, 1, 1]
+    assert split_evenly([1, 4, 4, 4, 4, 1], [3, 1]) == [0, 0, 0, 0, 1, 1]
+    assert split_evenly([90, 1, 1, 1, 1], [1, 1, 1]) == [0, 2, 2, 2, 2]
 
 
 # One set of weights ---------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Every computing step once on a fake device, where nothing of the CPU's may slip in.
+"""Every computing step on one fake device and on several, where nothing of another may slip in.
 
 The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
-vocabulary) is computed another way on a device. What this cannot see is said in
-`benchmarks/cards.py`.
+vocabulary) is computed another way on a device. A model placed over several devices gives the bits
+of one. What this cannot see is said in `benchmarks/cards.py`.
 """
 
 import itertools
@@ -27,7 +27,8 @@ from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.cutting.verify import verify
+from isingcut.models.placement import connect, place
+from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import OPTIONS
@@ -48,14 +49,16 @@ def states():
 
 
 class Place:
-    """Models on one device, for the steps."""
+    """Models on some devices, for the steps."""
 
-    def __init__(self, device, folder):
-        self.device, self.folder = device, folder
+    def __init__(self, folder, *devices):
+        self.device, self.devices, self.folder = devices[0], devices, folder
 
     def model(self, family="llama", seed=0):
-        model = tiny_model(family, seed=seed, num_hidden_layers=4)
-        return model.requires_grad_(False).to(self.device)
+        model = tiny_model(family, seed=seed, num_hidden_layers=4).requires_grad_(False)
+        if len(self.devices) > 1:
+            connect(model, place(model, self.devices))
+        return model.to(self.device) if len(self.devices) == 1 else model
 
     def replay(self, family="llama"):
         return replay_of(self.model(family))
@@ -195,28 +198,44 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_keeps_to_its_device(step, shared, device):
+def test_a_step_keeps_to_its_devices(step, shared):
     folder = shared.checkpoint(num_hidden_layers=4)
-    expected = np.asarray(STEPS[step](Place(CPU, folder)))
-    found = np.asarray(STEPS[step](Place(device, folder)))
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    expected = np.asarray(STEPS[step](Place(folder, CPU)))
+    with fake_cards(4) as cards:
+        devices = [card.device for card in cards]
+        one, *others = (np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4))
+    np.testing.assert_allclose(one, expected, rtol=2e-4, atol=2e-5)
+    for found in others:
+        np.testing.assert_array_equal(found, one)
+
+
+def test_a_stream_that_stays_on_its_card_is_refused():
+    with (
+        pytest.raises(MixedDevicesError),
+        fake_cards(2) as (one, two),
+        mock.patch.object(Recording, "bring", lambda self, i, hidden: hidden),
+    ):
+        gate_rows(Place(None, one.device, two.device))
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_the_device(shared, text, no_speed, tmp_path, monkeypatch):
-    monkeypatch.setitem(verify.__kwdefaults__, "new_tokens", 3)
-    monkeypatch.setitem(evaluate.before_and_after.__kwdefaults__, "new_tokens", 3)
-    with fake_cards() as (card,):
-        isingcut.run(
-            device=str(card.device),
-            model=str(shared.checkpoint(num_hidden_layers=4)),
-            calibration=str(text),
-            out=str(tmp_path / "run"),
-            remove=2,
-            energy="fisher",
-            **{**OPTIONS, "states": 3, "patch_tokens": 100, "batch_tokens": None},
-        )
-    assert str(card.device) in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+def test_a_whole_run_on_two_cards_writes_the_files_of_one(shared, text, no_speed, tmp_path):
+    with fake_cards(2) as cards:
+        first, both = str(cards[0].device), ",".join(str(card.device) for card in cards)
+        for out, device in (("one", first), ("two", both)):
+            isingcut.run(
+                device=device,
+                model=str(shared.checkpoint(num_hidden_layers=4)),
+                calibration=str(text),
+                out=str(tmp_path / out),
+                remove=2,
+                **{**OPTIONS, "states": 3, "patch_tokens": 100},
+            )
+    measured = ("hamiltonian.safetensors", "candidates.json", "evaluation.json", "model/*")
+    for file in [file for name in measured for file in (tmp_path / "one").glob(name)]:
+        same = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        found = same.read_bytes().replace(both.encode(), first.encode())
+        assert file.read_bytes() == found, file.name
 
 
 def mixed(operation):

@@ -4,17 +4,16 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
 import isingcut
 import ranks
+from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
-from isingcut.measure.work import SharedJournal, forget
-from isingcut.models.processes import Processes
 from ranks import join, start, type_in
 from shared import write_words
 from tiny import count_rows, tiny_checkpoint
@@ -132,20 +131,30 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _streams(place, out):
-    for name in ("pairwise", "fisher", "refined"):
-        with pytest.raises(SystemExit) as end:
-            type_in(*_typed(place, out / name, name, also=False), "--stream", "on")
-        assert end.value.code == 0
+def _measure(place, out, given):
+    with fake_cards(4) if "--device" in given else nullcontext():
+        for name in ("pairwise", "fisher", "refined"):
+            with pytest.raises(SystemExit) as end:
+                type_in(*_typed(place, out / name, name, also=False), *given)
+            assert end.value.code == 0
 
 
-def test_streaming_processes_give_the_bits_of_one(place, tmp_path):
-    for name in ("pairwise", "fisher", "refined"):
-        _energy(place, tmp_path / "alone" / name, name, also=False, stream="on")
-    ranks.run([0, 0], tmp_path / "said", _streams, place, tmp_path / "two")
+@pytest.mark.parametrize(
+    ("single", "given", "said"),
+    [
+        ({"stream": "on"}, ["--stream", "on"], '"stream": "on"'),
+        ({"device": "lazy:0"}, ["--device", "lazy", "--cards-per-process", "2"], '"lazy:0,lazy:1"'),
+    ],
+)
+def test_processes_that_stream_or_have_two_cards_agree(single, given, said, place, tmp_path):
+    with fake_cards() if "device" in single else nullcontext():
+        for name in ("pairwise", "fisher", "refined"):
+            _energy(place, tmp_path / "alone" / name, name, also=False, **single)
+    ranks.run([0, 0], tmp_path / "said", _measure, place, tmp_path / "two", given)
     for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
+        assert said in two.with_name("run.json").read_text()
 
 
 def _picks(place, out, found):
@@ -320,38 +329,6 @@ def test_pieces_cover_every_state_once(count):
     assert sorted(covered) == [(b, s) for b in range(3) for s in range(20)]
     assert left([p.key for p in found] + done, 3, 20, count, 0.03) == []
     assert [Piece.read(p.key) for p in found] == found
-
-
-def _shares(units, path, found):
-    """One of several processes that share units out and bring their rows together."""
-    processes = Processes.join()
-    kept = SharedJournal(path, "x", processes=processes)
-    todo = [str(u) for u in range(units) if kept.get(str(u)) is None]
-    own, _bar = kept.share(todo, None)
-    for key in own:
-        kept.put(key, np.full(2, float(key)))
-    kept.gather()
-    rows = {key: kept.get(key).tolist() for key in sorted(kept.keys())}
-    found.with_name(f"{found.name}.{os.environ['RANK']}").write_text(json.dumps([own, rows]))
-
-
-def _shared(size, units, folder):
-    places = (folder / "journal", folder / "found")
-    ranks.run([0] * size, folder / "said", _shares, units, *places)
-    read = [json.loads((folder / f"found.{r}").read_text()) for r in range(size)]
-    assert all(rows == {str(u): [u, u] for u in range(units)} for _, rows in read)
-    return [own for own, _ in read]
-
-
-def test_every_unit_is_measured_once_and_every_process_has_all(tmp_path):
-    assert _shared(3, 7, tmp_path) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
-    # What is kept counts, whoever measured it; more processes than units are left.
-    assert _shared(4, 9, tmp_path) == [["7"], ["8"], [], []]
-    assert _shared(2, 9, tmp_path) == [[], []]
-    kept = SharedJournal(tmp_path / "journal", "x")
-    assert len(kept.keys()) == 9
-    forget(tmp_path / "journal")
-    assert not list(tmp_path.glob("journal*"))
 
 
 def test_few_micro_batches_are_parted_for_many_processes():

@@ -10,7 +10,7 @@ import torch
 from cards import fake_cards
 from isingcut.energies.search import Search, Target
 from isingcut.errors import ArchitectureError, InputError, MemoryExhaustedError
-from isingcut.measure import ledger
+from isingcut.measure import ledger, losses
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure, measure_together
@@ -256,13 +256,13 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
 def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeypatch):
     alive, most = weakref.WeakSet(), []
 
-    class Watched(head._Fused):
+    class Watched(head.Comparison):
         def __init__(self, *args):
             super().__init__(*args)
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr(head, "_Fused", Watched)
+    monkeypatch.setattr(losses, "Comparison", Watched)
     measure(streamed(llama), samples(), some_states(6), work=Work(12))
     assert most == [1, 1, 1]
 

@@ -70,7 +70,7 @@ WORDS = [
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
-    ("--device CUDA", "--device: must be auto, cpu, cuda or cuda:N; got 'CUDA'"),
+    ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ("--attention flash", "--attention must be one of auto, sdpa"),
     ("--choose best", "--choose must be one of measured, ground"),

@@ -1,5 +1,6 @@
 """What every architecture is checked for, on a tiny random model of it."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from cards import fake_cards
 from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
 from isingcut.models.architectures.blocks import (
@@ -26,6 +28,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
+from isingcut.models.placement import connect, place
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 from sweep.gates import check_gates
@@ -199,6 +202,7 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
     try:
         worst = _replay_is_forward(model, stack, tokens, chosen)
         sublayer = check_gates(model, stack, tokens)
+        _two_cards_are_one(model, stack, tokens)
     except ArchitectureError as error:
         reason = f"cuts exactly at given blocks, but is not measured: {error}"
     for number, removed in enumerate(chosen):
@@ -229,6 +233,24 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
         mtp=mtp,
         drafts=drafts,
     )
+
+
+def _two_cards_are_one(model: Any, stack: BlockStack, tokens: torch.Tensor) -> None:
+    """A model placed over two cards gives the logits of one card."""
+    found: list[list[Any]] = []
+    for count in (1, 2):
+        with fake_cards(count) as cards, torch.no_grad():
+            placed = copy.deepcopy(model).requires_grad_(False)
+            connect(placed, place(placed, [card.device for card in cards]))
+            replay = Replay(placed, stack_modules(placed, stack))
+            recording = replay.record(tokens.to(replay.device))
+            stream = recording.entered
+            for i in range(len(stack)):
+                stream = recording.block(i, stream)
+            whole = replay.text(input_ids=recording.input_ids, use_cache=False).logits
+            rows = (recording.logits(stream[s], s) for s in range(len(tokens)))
+            found.append([logits.tolist() for logits in (whole, *rows)])
+    assert found[0] == found[1], "two cards do not give the logits of one"
 
 
 def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[list[int]]:

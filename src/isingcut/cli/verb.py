@@ -67,6 +67,7 @@ OF_RUN = (
     "remove",
     "budget",
     "device",
+    "cards_per_process",
     "stream",
     "memory_limit",
     "trust_remote_code",
@@ -80,7 +81,8 @@ _PANELS = {
     "config overwrite",
     "What to remove": "keep drop",
     "Text": "samples length rank_samples report_samples seed",
-    "Model and machine": "card dtype attention batch_tokens stream trust_remote_code",
+    "Model and machine": "card cards_per_process dtype attention batch_tokens stream "
+    "trust_remote_code",
     "Choosing": "energy also linear solver states diverse solve_seconds random_states choose",
     "Repair": "patch patch_tokens healing drop_mtp",
     "Judging": "data questions skip_speed",

@@ -524,7 +524,8 @@ def inspect_blocks(**options: Any) -> Output:
 _PLAN = (
     "model", "remove", "budget", "quick", "effort", "samples", "length", "rank_samples",
     "report_samples", "states", "random_states", "patch", "patch_tokens", "heal", "healing",
-    "dtype", "device", "attention", "batch_tokens", "stream", "memory_limit", "trust_remote_code",
+    "dtype", "device", "cards_per_process", "attention", "batch_tokens", "stream", "memory_limit",
+    "trust_remote_code",
 )  # fmt: skip
 
 

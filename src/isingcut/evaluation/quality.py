@@ -35,6 +35,7 @@ from isingcut.models.device import BatchLimit
 from isingcut.models.fit import is_mtp
 from isingcut.models.load import explain_nan
 from isingcut.models.loading import quiet_transformers
+from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import read_checkpoint, read_config, weight_files
 from isingcut.models.streaming.replay import StreamedReplay
@@ -121,7 +122,7 @@ def before_and_after(
         kl=found.kl,
         kl_se=found.kl_se,
         nll_change_se=found.nll_change_se,
-        device=str(original.device),
+        device=name_devices(original),
         dtype=str(original.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         **rest,

@@ -26,6 +26,7 @@ from isingcut.files.documents import EvaluationFile
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load
+from isingcut.models.placement import devices_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,10 +100,10 @@ def speed(
     short = ids[:, :_DECODE_PROMPT]
 
     def timed(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
-        synchronise(model.device)
+        synchronise(*devices_of(model))
         began = clock()
         work(*arguments)
-        synchronise(model.device)
+        synchronise(*devices_of(model))
         return clock() - began
 
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -148,7 +149,7 @@ def peak_memory(
     """Measure the peak memory in bytes of loading a checkpoint, one prefill and four tokens.
 
     Measured in a separate process: on a CPU its largest resident set, with Python and torch; on
-    CUDA the largest allocation on the device.
+    CUDA the largest allocation on the device, summed over several.
 
     Returns:
         None if that process failed, for example for lack of memory.
@@ -169,7 +170,8 @@ def main(arguments: list[str]) -> None:
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
     decode_tokens(language_model(loaded.model), prompt, 4)
     module = device_module(loaded.device)
-    peak = resident_peak() if module is None else module.max_memory_allocated(loaded.device)
+    peaks = module and map(module.max_memory_allocated, devices_of(loaded.model))
+    peak = sum(peaks) if peaks else resident_peak()
     print(json.dumps({"peak_memory_bytes": peak}))
 
 

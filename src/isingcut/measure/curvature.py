@@ -19,7 +19,7 @@ gives the errors over samples at no extra cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isingcut.console.progress import Bar
 from isingcut.data.calibration import TokenSet
-from isingcut.errors import ArchitectureError, InputError
+from isingcut.errors import ArchitectureError
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import measure_batches
@@ -79,7 +79,6 @@ def gate_curvature(
 
     Raises:
         ArchitectureError: part of the model cannot be differentiated twice.
-        InputError: unknown kind.
 
     Complexity: N double backwards through the blocks (about 1.7 N forward passes for the Hessian
     and 0.6 N for Gauss-Newton) and N through the head, about 2 to 3 of its forward passes each;
@@ -94,8 +93,6 @@ def gate_curvature(
             "at a time; use 'fisher' or 'pairwise', or pass --stream off on a machine with enough "
             "memory"
         )
-    if kind not in KINDS:
-        raise InputError(f"unknown curvature {kind!r}; known: {', '.join(KINDS)}")
     n = len(replay)
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
@@ -177,10 +174,14 @@ def _through_blocks(
             row.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         tangents.append(tangent)
-        own.append(torch.stack(second, 1) if second else torch.zeros_like(torch.stack(first, 1)))
-    gradient, along = torch.stack(first, 1).detach(), torch.stack(tangents)
+        own.append(_stack(second or map(torch.zeros_like, first), stream))
+    gradient, along = _stack(first, stream).detach(), torch.stack(tangents)
     _check_linear(gradient, along, toward.detach())
     return gradient, torch.stack(own, 1).detach(), along, stream
+
+
+def _stack(columns: Iterable[Tensor], like: Tensor) -> Tensor:
+    return torch.stack([column.to(like.device) for column in columns], 1)
 
 
 def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:

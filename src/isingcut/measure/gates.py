@@ -135,6 +135,8 @@ def run_gated(
         ArchitectureError: a sublayer gate found no residual addition to act on.
         InputError: unknown gate.
     """
+    hidden = recording.bring(i, hidden)
+    alpha = alpha.to(hidden.device)
     if gate == "block":
         out = recording.block(i, hidden)
         change = out - hidden

@@ -46,6 +46,7 @@ def _run_gated(
     recording: Recording, block: int, before: Tensor, gate: str
 ) -> tuple[Tensor, Backward]:
     """Run an open block; return the stream after it, and its backward pass while it is open."""
+    before = recording.bring(block, before)
     alpha = torch.ones(len(before), device=before.device, requires_grad=True)
     # A stream from another block's graph is not detached: a leaf would keep its values until its
     # gradient is computed. No input of the first block requires a gradient.
@@ -56,7 +57,7 @@ def _run_gated(
     end = get_gradient_edge(after)
 
     def backward(toward: Tensor) -> tuple[Tensor, Tensor]:
-        gradients = torch.autograd.grad(end, edges, toward)
+        gradients = torch.autograd.grad(end, edges, toward.to(alpha.device))
         return gradients[0], gradients[-1]
 
     return after, backward
@@ -110,7 +111,7 @@ def gate_rows(
                 )
             # A graph cannot keep weights that are unloaded; blocks are recomputed while the next
             # weights load.
-            graphs = left // (BLOCK_STREAMS * max(each)) if resident else 0
+            graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices if resident else 0
             ways = [_Way(replay, batch, gate, removed, graphs) for batch in some]
             for step, part in enumerate(replay.store.sweep(order)):
                 for way in ways:
@@ -129,7 +130,10 @@ def gate_rows(
 
 
 class _Way:
-    """The forward and backward pass of one micro-batch; it keeps the graphs of the last blocks."""
+    """The forward and backward pass of one micro-batch.
+
+    It keeps the graphs of the last blocks of each device.
+    """
 
     def __init__(
         self,
@@ -152,18 +156,18 @@ class _Way:
         self._original = self._streams[0] = self._recording.entered
 
     def there(self, block: int) -> None:
-        """Run a block; keep its graph if those of all later blocks fit too."""
+        """Run a block; keep its graph if those of all later blocks on its device fit too."""
         before = self._streams[block]
         if self._removed is not None:
             with torch.no_grad():
                 self._original = self._recording.block(block, self._original)
         if self._is_removed(block):
             after = before
-        elif len(self._replay) - block <= self._graphs:
+        elif self._replay.places[block:].count(self._replay.places[block]) <= self._graphs:
             del self._streams[block]
             after, self._kept[block] = _run_gated(self._recording, block, before, self._gate)
         else:
-            ones = torch.ones(len(before), device=self._replay.device)
+            ones = torch.ones(len(before), device=before.device)
             with torch.no_grad():
                 after = run_gated(self._recording, block, before, ones, self._gate, ones=True)
         self._streams[block + 1] = after
@@ -182,7 +186,9 @@ class _Way:
             if self._is_removed(block):
                 # A gate at 0 passes the gradient on unchanged.
                 with torch.no_grad():
+                    before = self._recording.bring(block, before)
                     change = self._recording.block(block, before) - before
+                    self._toward = self._toward.to(change.device)
                     self.rows[:, block] = row_dots(self._toward, change)
                 return
             _, backward = _run_gated(self._recording, block, before, self._gate)

@@ -34,7 +34,7 @@ from isingcut.ising.states import Floats, States
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
-from isingcut.models.compute.head import Comparison, OutputHead, comparison
+from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
 
 T = TypeVar("T")
@@ -473,14 +473,19 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
 
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
-        rows = np.zeros((2, len(trees[tree][0]), batches[tree].samples))
-        originals: list[Comparison] = []
+        original: Comparison | None = None
+        found, lengths = list[Tensor](), list[int]()
         for _, first, last, end in group:
-            if not originals:
-                originals = [comparison(head, recordings[tree], end, batches[tree])]
-            if last > 1:
-                rows[:, first:last] = np.array(originals[0].compare(end))[:, None]
-        rows[0, 0], rows[1, 0] = 0.0, originals[0].nll
+            if original is None:
+                original = Comparison(head, recordings[tree], end, batches[tree])
+                found, lengths = [original.own], [1]
+                first += 1
+            if first < last:
+                found.append(original.compare(end))
+                lengths.append(last - first)
+        assert original is not None
+        # Only now is something read from the device.
+        rows = np.repeat(original.sum_samples(found), lengths, axis=1)
         check_finite(replay, batches[tree], rows, trees[tree][0])
         # The original came first, but goes last in the result.
         yield np.roll(rows, -1, axis=1)

@@ -14,7 +14,7 @@ from isingcut.ising.states import Floats
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_config
-from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import EMBED, HEAD, Replay, use_attention
 
 Change = Callable[[str, Tensor], Tensor | None]
@@ -72,9 +72,9 @@ def changed_losses(
             new = changed(output)
             ends = zip(batches, recordings, streams, others, strict=True)
             for batch, recording, stream, other in ends:
-                original = comparison(head, recording, stream, batch)
+                original = Comparison(head, recording, stream, batch)
                 with _swapped(new):
-                    kl, _ = original.compare(other)
+                    kl, _ = original.sum_samples([original.compare(other)])[:, 0]
                 check_finite(replay, batch, kl)
                 found[batch.index.numpy()] = kl
         bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")

@@ -39,6 +39,7 @@ def boundaries(
         for part in replay.store.sweep(blocks):
             i = int(part)
             for b, recording in enumerate(recordings):
+                streams[b] = recording.bring(i, streams[b])
                 after = recording.block(i, streams[b])
                 _check_stream(replay, batches[chunk][b], i, after, removed)
                 yield chunk.start + b, i, streams[b], after
@@ -49,7 +50,7 @@ def _check_stream(
     replay: Replay, batch: TokenSet, i: int, stream: Tensor, removed: Sequence[int]
 ) -> None:
     """Raise if a stream (B, T, D) after block ``i`` is not finite at a real token."""
-    bad = (batch.mask.to(replay.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
+    bad = (batch.mask.to(stream.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
     if not bad.any():
         return
     block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
@@ -103,7 +104,7 @@ def block_means(
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             sums = np.zeros((len(some), len(replay)))
             for b, i, before, after in boundaries(replay, some, removed):
-                real = some[b].looked_at.to(replay.device)
+                real = some[b].looked_at.to(after.device)
                 values = score(before[real].float(), after[real].float())
                 sums[b, i] = float(values.sum(dtype=torch.float64))
                 bar.advance(1)
@@ -140,13 +141,13 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             """Return angles (N + 1, N + 1), with the influences as last row."""
             found = np.zeros((len(some), n + 2, n + 1))
-            ends = [batch.last_looked_at.to(replay.device) for batch in some]
             streams: list[list[Tensor]] = [[] for _ in some]
             for b, i, before, after in boundaries(replay, some):
-                real, own = some[b].looked_at.to(replay.device), streams[b]
+                real, own = some[b].looked_at.to(after.device), streams[b]
+                end = some[b].last_looked_at.to(after.device)
                 values = influence(before[real].float(), after[real].float())
                 found[b, n + 1, i] = float(values.sum(dtype=torch.float64))
-                own += [before[ends[b]].float()] * (not own) + [after[ends[b]].float()]
+                own += [x[end].float().to(replay.device) for x in [before] * (not own) + [after]]
                 bar.advance(1)
             for b, own in enumerate(streams):
                 for i, j in itertools.combinations(range(n + 1), 2):

@@ -6,12 +6,14 @@ import gc
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError
 from isingcut.files.provenance import cpu_name
+from isingcut.models.processes import is_launched, local_rank
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.spellings import Device, Memory
 
@@ -23,7 +25,7 @@ def pick_device(device: str) -> torch.device:
     """Return the torch device of ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
     ``"auto"`` takes CUDA where there is a GPU, else the CPU. Other names of torch's (``"xpu"``) are
-    taken where torch finds the device.
+    taken where torch finds the device. Of several names, it is the first one.
 
     Raises:
         InputError: it is not on this machine, or has no float64.
@@ -33,7 +35,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        name = Device(device)
+        name = Device(device).partition(",")[0]
     except InputError as e:
         raise InputError(f"--device: {e}") from e
     chosen = torch.device(name)
@@ -42,10 +44,55 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AttributeError):
         present = 0
     if (chosen.index or 0) >= present:
-        raise InputError(f"--device {device} is not on this machine; choose auto or cpu")
+        raise InputError(f"--device {name} is not on this machine; choose auto or cpu")
     if chosen.type == "mps":
         raise InputError("--device mps has no float64, which losses are summed in; choose cpu")
     return chosen
+
+
+def pick_devices(
+    device: str, size: int, limit: str = "", cards: int | None = None
+) -> list[torch.device]:
+    """Return the devices for the weights of a model.
+
+    ``"cuda:0,cuda:1"`` names them. A GPU without a number is one GPU, or the fewest that have room
+    for the weights together; all the same one, where all have too little.
+
+    Args:
+        device: as in `pick_device`.
+        size: bytes of the weights.
+        limit: as in `allowance`, for each device.
+        cards: GPUs of each process; None: one where a launcher started several, else any number.
+
+    Raises:
+        InputError: one is not on this machine, or two are the same.
+    """
+    import torch
+
+    found = [pick_device(name) for name in device.split(",")]
+    if len(set(found)) < len(found):
+        raise InputError(f"--device {device} names a device twice")
+    first, launched = found[0], is_launched()
+    if cards and (first.type == "cpu" or len(found) > 1):
+        raise InputError(f"--cards-per-process needs --device cuda or auto on GPUs; got {device}")
+    if first.type == "cpu" or ":" in device or (launched and not cards):
+        return found
+    present = device_module(first).device_count()
+    begin = local_rank() * (cards or 0)
+    own = [torch.device(first.type, begin + i) for i in range(cards or present)]
+    if begin + len(own) > present:
+        raise InputError(
+            f"--cards-per-process {cards}: this process needs {own[-1]}, but the machine has "
+            f"{present} GPUs; start fewer processes"
+        )
+    if cards:
+        return own
+    room = 0
+    for i, card in enumerate(own):
+        room += allowance(limit, card).left
+        if size <= room:
+            return own[: i + 1] if i else found
+    return found
 
 
 def device_module(device: torch.device) -> Any:
@@ -74,11 +121,12 @@ class BatchLimit:
             module.empty_cache()
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a device to finish all work."""
-    module = device_module(device)
-    if module is not None:
-        module.synchronize(device)
+def synchronise(*devices: torch.device) -> None:
+    """Wait for devices to finish all work."""
+    for device in devices:
+        module = device_module(device)
+        if module is not None:
+            module.synchronize(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -151,6 +199,11 @@ def allowance(limit: str, device: torch.device) -> Allowance:
     if device.type == "cpu":
         share /= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Allowance(used + int(share * free), used)
+
+
+def least_left(devices: Iterable[torch.device], limit: str = "") -> int:
+    """Return the bytes left on the fullest of some devices; see `allowance`."""
+    return min(allowance(limit, device).left for device in devices)
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

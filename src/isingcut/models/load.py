@@ -12,10 +12,11 @@ import torch
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
 from isingcut.models.architectures.blocks import stop_rescaling
-from isingcut.models.device import pick_device, pick_dtype
+from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
+from isingcut.models.placement import connect, name_devices, place
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -83,7 +84,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model in evaluation mode, with its tokenizer and source."""
+    """A frozen model in evaluation mode, with its tokenizer and source.
+
+    Attributes:
+        device: where its input goes; of several, the first one.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -93,8 +98,8 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """Return the options of `load` for another model on this device, in this dtype."""
-        return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        """Return the options of `load` for another model on these devices, in this dtype."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "device": name_devices(self)}
 
 
 def load(
@@ -106,7 +111,7 @@ def load(
     checkpoints are loaded with their weights as plain numbers.
 
     Args:
-        dtype, device: as in `pick_dtype` and `pick_device`.
+        dtype, device: as in `pick_dtype` and `pick_devices`.
 
     Raises:
         ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
@@ -115,20 +120,26 @@ def load(
         CheckpointError: a file is damaged.
         InputError: unknown dtype or a device that is not there.
     """
-    place = pick_device(device)
-    number = pick_dtype(dtype, place)
-    seen = check_fit(folder)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    number = pick_dtype(dtype, pick_device(device))
+    seen, trust = check_fit(folder), trust_remote_code
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    devices = pick_devices(device, weight_bytes(folder, number))
+    places = {"": devices[0]}
+    if len(devices) > 1:
+        places = place(build_on_meta(seen, trust_remote_code=trust)[0], devices)
     with (
         catch_errors(f"the model in {folder}"),
         limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = load_plain(folder, number, device=place, trust_remote_code=trust_remote_code)
+        model, found = load_plain(folder, number, places=places, trust_remote_code=trust)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
-    model.to(place)
+    if len(devices) == 1:
+        model.to(devices[0])
+    else:
+        connect(model, places)
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, Path(folder), number, place)
+    return LoadedModel(model, tokenizer, Path(folder), number, devices[0])
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -155,14 +166,14 @@ def load_plain(
     folder: Path,
     dtype: torch.dtype,
     *,
-    device: torch.device | None = None,
+    places: Mapping[str, torch.device] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a checkpoint as transformers does; FP8 and MXFP4 weights become plain numbers.
 
     Args:
-        device: tensors are loaded straight to it, so that several processes of one machine need
-            no host memory for a copy each; None leaves them on the CPU.
+        places: the device of each part, to which its tensors are loaded straight, so that several
+            processes of one machine need no host memory for a copy each; None: the CPU.
 
     Returns:
         the model, and transformers' account of it: tensors that are missing, unexpected or of
@@ -170,10 +181,12 @@ def load_plain(
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
+    from accelerate.hooks import remove_hook_from_module
+
     loader = find_auto_class(load_config(folder, trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {}
-    if device is not None and device.type != "cpu":
-        options["device_map"] = {"": device}
+    if places and all(device.type != "cpu" for device in places.values()):
+        options["device_map"] = dict(places)
     packed = read_config(folder).get("quantization_config") or {}
     if packed.get("quant_method") == "mxfp4":
         from transformers.utils.quantization_config import Mxfp4Config
@@ -189,6 +202,8 @@ def load_plain(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    # Those of accelerate move every layer's input and bring the logits back to the first device.
+    remove_hook_from_module(model, recurse=True)
     stop_rescaling(model)
     return model.eval(), found
 

@@ -37,6 +37,11 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
+def local_rank() -> int:
+    """Return the number of this process on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
 class Processes:
     """Processes that load the same model and measure it together.
 
@@ -48,7 +53,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size, self._group = rank, size, group
-        self.local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        self.local_rank = local_rank()
 
     @classmethod
     def join(cls) -> Processes:

@@ -30,8 +30,9 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import catch_text_errors, language_model, stop_rescaling
-from isingcut.models.device import BatchLimit, allowance, synchronise
+from isingcut.models.device import BatchLimit, least_left, synchronise
 from isingcut.models.loading import quiet_transformers
+from isingcut.models.placement import move
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.transformers_private import attention_of
 
@@ -89,6 +90,11 @@ class BlockCall:
             f"block {i} was called without hidden states as its first argument or as "
             "'hidden_states'; such a block cannot be replayed"
         )
+
+    def bring(self, device: torch.device, known: dict[Any, Tensor]) -> None:
+        """Move the arguments to a device; see `move`."""
+        self.hidden = None
+        self.args, self.kwargs = move((self.args, self.kwargs), device, known)
 
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with other hidden states."""
@@ -231,10 +237,11 @@ class Replay:
     Args:
         model: a causal language model; it is put in evaluation mode.
         blocks: its removable blocks, in order.
-        device: where it computes; None takes that of its parameters.
+        device: where its input goes; None takes that of its parameters.
         store: its weights; None: they are in memory.
 
     Attributes:
+        places: the device of each block.
         text: what of the model is run on token ids (`language_model`).
         bytes_per_token: of the residual stream, at its widest.
         attention: how measurements compute attention; None keeps what was loaded.
@@ -260,6 +267,9 @@ class Replay:
         stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
+        # A streamed block has no device; neither has one without weights.
+        homes = [next((p.device for p in b.parameters()), self.device) for b in self.blocks]
+        self.places = [self.device if home.type == "meta" else home for home in homes]
         self.store = store or Weights()
         self.attention: str | None = None
         self.limit = BatchLimit(self.device)
@@ -270,6 +280,11 @@ class Replay:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def devices(self) -> int:
+        """Return the number of devices that the blocks are on."""
+        return len(set(self.places))
 
     def identity(self) -> dict[str, Any]:
         """Return a cheap identity of this model, for the fingerprint of a journal."""
@@ -290,11 +305,12 @@ class Replay:
     def room(self, batch: TokenSet) -> int:
         """Return the bytes allowed for hidden states between blocks, without the work on one batch.
 
-        They are not limited for a model in memory on the CPU.
+        They are not limited for a model in memory on the CPU. On several devices, each has as many
+        as the fullest one.
         """
         if self.device.type == "cpu":
             return sys.maxsize
-        return allowance("", self.device).left
+        return self.devices * least_left({self.device, *self.places})
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record how each block is called for ``input_ids`` (B, T); no block is run."""
@@ -318,8 +334,9 @@ class Replay:
             self.text(input_ids=ids, use_cache=False)
         entered = calls[0].hidden
         assert entered is not None
-        for call in calls:
-            call.hidden = None
+        known: dict[Any, Tensor] = {}
+        for call, place in zip(calls, self.places, strict=True):
+            call.bring(place, known)
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
@@ -339,7 +356,7 @@ class Replay:
                 for _ in range(repeats + 1):
                     began = time.perf_counter()
                     recording.block(i, recording.entered)
-                    synchronise(self.device)
+                    synchronise(self.places[i])
                     times.append(time.perf_counter() - began)
                 # The first one warms up.
                 seconds[kinds[i]] = statistics.median(times[1:])
@@ -393,8 +410,15 @@ class Recording:
         self._replay, self._calls = replay, calls
         self.input_ids, self.entered = input_ids, entered
 
+    def bring(self, i: int, hidden: Tensor) -> Tensor:
+        """Return hidden states on the device of block ``i``, to combine them with its output."""
+        return hidden.to(self._replay.places[i])
+
     def block(self, i: int, hidden: Tensor) -> Tensor:
-        """Run block ``i``: hidden states (B, T, D) after it from those before it."""
+        """Run block ``i``: hidden states (B, T, D) after it from those before it.
+
+        A block on a device of its own moves those before to it.
+        """
         output = self._calls[i].repeat(self._replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out

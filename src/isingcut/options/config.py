@@ -122,7 +122,16 @@ class RunConfig(Options):
         False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
     )
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
-    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.", "energy")
+    device: spellings.Device = option(
+        "auto",
+        "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
+        "energy",
+    )
+    cards_per_process: Count | None = option(
+        None,
+        "GPUs for each process of torchrun (default: one); without it, as many as hold the model.",
+        "energy",
+    )
     attention: Literal["auto", "sdpa", "eager"] = option(
         "auto",
         "How measurements compute attention: sdpa, eager, or auto (as transformers chooses).",
@@ -346,7 +355,10 @@ class HealConfig(Options):
 
     batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens per micro-batch when measuring.")
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.")
-    device: spellings.Device = option("auto", "Device: auto, cpu, cuda or cuda:N.")
+    device: spellings.Device = option(
+        "auto",
+        "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
+    )
     trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
     overwrite: bool = option(False, "Replace an existing output.")
 

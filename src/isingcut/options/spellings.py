@@ -275,11 +275,11 @@ class Training(Spelling):
 
 
 class Device(Spelling):
-    """The name of a device, as torch writes it."""
+    """The name of a device, as torch writes it, or of several, separated by commas."""
 
     def __init__(self, text: str = "auto") -> None:
-        if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}})?", text):
-            raise InputError(f"must be auto, cpu, cuda or cuda:N; got {_cut(text)}")
+        if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}}(,\1:\d{{1,3}})*)?", text):
+            raise InputError(f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}")
 
 
 def _read_limit(text: str, units: str) -> tuple[float, str]:

@@ -25,7 +25,7 @@ from isingcut.energies.search import Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.losses import tree_nodes
-from isingcut.models.compute.head import OutputHead, comparison
+from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.load import load_config
@@ -154,10 +154,10 @@ class Prices:
         self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
         with torch.inference_mode():
             recording, seconds = replay.record(batch.input_ids), []
-            original = comparison(OutputHead(replay), recording, recording.entered, batch)
+            original = Comparison(OutputHead(replay), recording, recording.entered, batch)
             for _ in range(3):
                 began = time.perf_counter()
-                original.compare(recording.entered)
+                original.sum_samples([original.compare(recording.entered)])
                 seconds.append(time.perf_counter() - began)
         self.once = min(seconds) / batch.positions
         self.stream = replay.bytes_per_token

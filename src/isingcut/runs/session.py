@@ -20,7 +20,8 @@ from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_m
 from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.device import allowance, pick_device, weight_bytes
+from isingcut.models.device import allowance, least_left, pick_device, weight_bytes
+from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
@@ -70,12 +71,13 @@ class Session:
         requested = RequestedCompute(
             attention=self.config.attention, batch_tokens=self.config.batch_tokens
         )
-        device, made = str(self.replay.device), folder.run.provenance
+        device, made = name_devices(self.replay), folder.run.provenance
 
         def recorded() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
-                room = allowance(self.config.memory_limit, self.replay.device).left // 2
+                devices = devices_of(self.loaded.model)
+                room = least_left(devices, self.config.memory_limit) // 2
                 record = Computed(
                     asked=requested,
                     attention=self.tuning.attention,
@@ -109,17 +111,29 @@ class Session:
         return ModelIdentity(**{**model_identity(self.source), "name": self.config.model})
 
     @cached_property
+    def _placing(self) -> tuple[str, bool]:
+        """The devices, as `load` takes them, and whether they have too little memory."""
+        config = self.config
+        dtype = devices.pick_dtype(self.dtype, devices.pick_device(config.device))
+        size, limit = weight_bytes(self.source, dtype), config.memory_limit
+        found = devices.pick_devices(config.device, size, limit, config.cards_per_process)
+        names = ",".join(map(str, found))
+        return names, size > sum(allowance(limit, device).left for device in found)
+
+    @property
+    def device(self) -> str:
+        """The device, or several, separated by commas; a streamed model uses the first."""
+        return self._placing[0]
+
+    @cached_property
     def streaming(self) -> bool:
         """Whether the blocks are streamed from disk.
 
         Raises:
-            InputError: the memory limit cannot be parsed.
+            InputError: the memory limit cannot be parsed, or a device is not there.
         """
-        device = devices.pick_device(self.config.device)
-        allowed = allowance(self.config.memory_limit, device)
-        if self.config.stream != "auto":
-            return self.config.stream == "on"
-        return weight_bytes(self.source, devices.pick_dtype(self.dtype, device)) > allowed.left
+        too_large = self._placing[1]
+        return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
     @cached_property
     def loaded(self) -> models.LoadedModel:
@@ -129,7 +143,7 @@ class Session:
         return models.load(
             self.source,
             dtype=self.dtype,
-            device=self.config.device,
+            device=self.device,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -160,7 +174,7 @@ class Session:
             return
         for name in ("loaded", "replay"):
             self.__dict__.pop(name, None)
-        devices.BatchLimit(devices.pick_device(self.config.device)).release()
+        devices.BatchLimit(pick_device(self.device)).release()
 
     @cached_property
     def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
@@ -178,7 +192,7 @@ class Session:
         return load_streamed(
             folder,
             dtype=self.dtype,
-            device=self.config.device,
+            device=self.device,
             trust_remote_code=self.config.trust_remote_code,
             memory_limit=self.config.memory_limit,
             buffers=other.store.buffers if other else None,
@@ -236,7 +250,7 @@ def take_up(session: Session, processes: Processes) -> None:
     if processes.size == 1:
         return
     session.processes = processes
-    _check_gpu(session.config.device, processes)
+    _check_gpu(session.config, processes)
     # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
     # The model is resolved first, so that each machine downloads or converts it once.
     chosen = processes.decide(lambda: _choices(session, processes.size))
@@ -274,16 +288,17 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     return found | {"memory_limit": session.config.memory_limit, "stream": stream}
 
 
-def _check_gpu(device: str, processes: Processes) -> None:
+def _check_gpu(config: RunConfig, processes: Processes) -> None:
     import torch
 
+    device = config.device
     if device.startswith("cuda:"):
         raise InputError(
-            f"--device {device} is one GPU for {processes.size} processes; give --device cuda, and "
-            "each process uses its own"
+            f"--device {device} names GPUs for each of {processes.size} processes; give --device "
+            "cuda, and each process uses its own (--cards-per-process)"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device in ("auto", "cuda") and 0 < gpus <= processes.local_rank:
+    if config.cards_per_process is None and 0 < gpus <= processes.local_rank and device != "cpu":
         raise InputError(
             f"this machine has more processes than its {gpus} GPUs; start one per GPU "
             f"(--nproc-per-node {gpus}), or all on the CPU (--device cpu)"

@@ -390,9 +390,9 @@ class _Text:
         tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)
-        total = torch.zeros((), device=stream.device)
-        for s, rows in enumerate(tokens.predicted.to(stream.device)):
+        found = []
+        for s, rows in enumerate(tokens.predicted):
             with torch.no_grad():
                 target = call.logits(self.left[batch][s], s)[:-1][rows]
-            total = total + divergence(call.logits(stream[s], s)[:-1][rows], target)
-        return total
+            found.append(divergence(call.logits(stream[s], s)[:-1][rows], target))
+        return sum(found[1:], found[0])

@@ -167,7 +167,8 @@ class _Fitting:
         entered = self._patched
         for i in self._sweep(self._at, last):
             if i == p:
-                entered = self._patched
+                self._original = self._bring(p, self._original)
+                entered = self._patched = self._bring(p, self._patched)
                 block, kind = self.replay.blocks[p], self.kinds[p]
                 write = find_write(self._recordings[0], block, p, self._original[0], kind)
                 if write is not None and self._obstacle(p, write):
@@ -185,6 +186,8 @@ class _Fitting:
                 "block 0 is removed, so no block before the first cut can absorb a patch; heal by "
                 "distillation instead, or keep block 0 (--keep 0)"
             )
+        # The fit compares them with the output of block p.
+        self._original = self._bring(p, self._original)
         if write is None:
             return self._fit_approximately(p, last, entered)
         return self._fit_exactly(p, last, write, seen)
@@ -329,6 +332,9 @@ class _Fitting:
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
+
+    def _bring(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
+        return [r.bring(i, s) for r, s in zip(self._recordings, streams, strict=True)]
 
     def _sweep(self, first: int, last: int) -> Iterator[int]:
         for i in self.replay.store.sweep(range(first, last + 1)):

@@ -31,7 +31,8 @@ from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import count_graph_bytes
-from isingcut.models.device import BatchLimit, allowance, weight_bytes
+from isingcut.models.device import BatchLimit, allowance, least_left, weight_bytes
+from isingcut.models.placement import devices_of, name_devices
 from isingcut.options.config import BATCH_TOKENS
 
 # The overhead of a micro-batch (casting weights, adding gradients), as a number of tokens.
@@ -201,6 +202,8 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
     Complexity: the forward passes of 768 tokens.
     """
     settings, device = trainer_settings(job.config), job.teacher.device
+    # On several devices, all of it is taken to be spread evenly.
+    devices = devices_of(job.teacher.model)
     lengths = job.tokens.mask.sum(1)
     longest, row = int(lengths.max()), batch_of(job.tokens, [int(lengths.argmax())])
     wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * batch)
@@ -215,20 +218,20 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
 
     here = terms["teacher"] + (terms["weights"] if placed else 0)
     needed = sum(terms.values()) - here
-    room = allowance("", device).left - needed - around(max(wanted, longest))
+    room = len(devices) * least_left(devices) - needed - around(max(wanted, longest))
     names = ("gradient_checkpointing", "activation_checkpointing")
     said = [settings[name] for name in names if settings.get(name) is not None]
     recompute = said[0] if said else room < each * longest
     of_token = again if recompute else each
     terms["activations of one sample"] = around(longest) + longest * of_token
-    total = allowance("100%", device).left + here
+    total = len(devices) * least_left(devices, "100%") + here
     if not is_sharded(settings) and (sum(terms.values()) > total or not placed):
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items())
         lora = "" if job.config.lora_rank else "--method lora, "
         raise InputError(
             f"training with --method {job.config.method} needs {sum(terms.values()) / 1e9:.3g} GB "
-            f"({parts}), but {device} has {total / 1e9:.3g} GB for it; use {lora}a smaller "
-            "--length or a device with more memory"
+            f"({parts}), but {name_devices(job.teacher)} has {total / 1e9:.3g} GB for it; use "
+            f"{lora}a smaller --length or a device with more memory"
         )
     most = max(longest, min(wanted, int(room / of_token)))
     if "gradient_accumulation_steps" in settings:

@@ -190,7 +190,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
         """
         output = (taken[0] if taken else whole)(ids, use_cache=False)
         stream = stream_of(output) if taken else output.logits
-        return stream[:, :-1][rows]
+        return stream[:, :-1][rows.to(stream.device)]
 
     def teacher_head(stream: Tensor) -> Tensor:
         if not other:
@@ -215,9 +215,10 @@ def install(student: Any, plain: Any, original: Any) -> None:
         else:
             with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
                 target = read(teacher, parts and other, input_ids, rows)
-        if not parts:
-            return {"loss": divergence(given, target)}
-        loss = divergence_from_stream(given, parts[1], target, head, vocabulary=size)
-        return {"loss": loss}
+        if parts:
+            loss = divergence_from_stream(given, parts[1], target, head, vocabulary=size)
+        else:
+            loss = divergence(given, target)
+        return {"loss": loss.to(input_ids.device)}
 
     student.forward = distilled

@@ -173,7 +173,7 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     if not sharded:
         if half:
             narrow(plain, torch.bfloat16)
-        placed = share(plain, teacher, job.removed, device)
+        placed = share(plain, teacher, job.removed)
     # Narrowed layers take float32 under autocast alone.
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         install(student, plain, teacher)

@@ -36,8 +36,6 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from isingcut.ising.states import Floats
-
 # Columns whose exponentials are summed in float32, before float64 takes the sum.
 _BLOCK = 2048
 # Rows times columns that are worth a second thread.
@@ -308,16 +306,15 @@ class RowSums:
         return self._total.log() + self._top
 
     @property
-    def nll(self) -> Floats:
-        """(R,) float64 on the CPU, nats."""
-        return np.asarray((self.log_z - self._picked).double().cpu().numpy())
+    def nll(self) -> Tensor:
+        """(R,) float64, nats."""
+        return (self.log_z - self._picked).double()
 
     @property
-    def kl(self) -> Floats:
-        """(R,) float64 on the CPU, nats: KL of the reference to these logits."""
+    def kl(self) -> Tensor:
+        """(R,) float64, nats: KL of the reference to these logits."""
         assert self._reference_log_z is not None
-        kl = self._difference + (self.log_z - self._reference_log_z)
-        return np.asarray(kl.double().cpu().numpy())
+        return (self._difference + (self.log_z - self._reference_log_z)).double()
 
 
 def _wide(x: Tensor) -> Tensor:

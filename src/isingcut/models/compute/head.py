@@ -14,7 +14,8 @@ cross-entropy would keep several float32 copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +32,7 @@ from isingcut.models.compute.divergence import (
     run_in_threads,
     softmax_gradient,
 )
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Recording, Replay, replace_forwards
 
 
 def piece_elements(device: torch.device) -> int:
@@ -113,13 +114,8 @@ class OutputHead:
             caught.append(x)
             raise _HeadReached
 
-        self._linear.__dict__["forward"] = stub
-        try:
+        with replace_forwards([self._linear], [stub]), contextlib.suppress(_HeadReached):
             self._replay.tail(stream, input_ids)
-        except _HeadReached:
-            pass
-        finally:
-            del self._linear.__dict__["forward"]
         return caught[0]
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
@@ -152,115 +148,91 @@ def _predicting_rows(batch: TokenSet) -> Tensor:
     return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
 
 
-class _Fused:
-    """Rows of all samples together; keeps the original's logits (R, V) in the model's dtype.
+class Comparison:
+    """The original model on one micro-batch, to compare cut models with.
+
+    It keeps the original's logits in the model's dtype: all R predictions together, in pieces of
+    the vocabulary, where the head is plain; else those of the model itself, sample after sample.
+
+    Args:
+        stream: (B, T, D), the original's, as it leaves the blocks.
 
     Attributes:
-        nll: (B,) the original's negative log-likelihood, summed over each sample's tokens, nats.
+        own: (2, R), as `compare` of the original with itself.
     """
 
     def __init__(
         self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
     ) -> None:
-        self._head, self._recording = head, recording
-        device = stream.device
-        predicted = batch.predicted
-        self._sample = predicted.nonzero()[:, 0].numpy()
-        self._samples = batch.samples
-        self._rows = _predicting_rows(batch).to(device)
-        self._labels = batch.input_ids[:, 1:][predicted].to(device)
-        rows = len(self._rows)
-        columns = min(head.width, max(1, piece_elements(device) // max(1, rows)))
-        starts = range(0, head.width, columns)
-        self._pieces = [(a, min(a + columns, head.width)) for a in starts]
-        inputs = self._inputs(stream)
-        self._buffer = inputs.new_empty(rows * columns)
-        own = RowSums(self._labels)
-        self._logits = []
-        for a, b in self._pieces:
-            logits = head.piece(inputs, a, b, inputs.new_empty((rows, b - a)))
-            own.add(logits, a)
-            self._logits.append(logits)
-        self._log_z = own.log_z
-        self.nll = self._sum_samples(own.nll)
+        self._head, self._recording, self._batch = head, recording, batch
+        self._rows, predicted = _predicting_rows(batch), batch.predicted
+        self._kept: list[tuple[Tensor, list[Tensor], Tensor]] = []
+        self._buffer: Tensor | None = None
+        own, every = [], batch.input_ids[:, 1:][predicted]
+        parts = [every] if head.plain else torch.split(every, predicted.sum(1).tolist())
+        for labels, pieces in zip(parts, self._logits(stream), strict=True):
+            logits = list(pieces)
+            labels = labels.to(logits[0][1].device)
+            sums = RowSums(labels)
+            for start, piece in logits:
+                sums.add(piece, start)
+            self._kept.append((labels, [piece for _, piece in logits], sums.log_z))
+            own.append(torch.stack([torch.zeros_like(sums.nll), sums.nll]))
+        self.own = torch.cat(own, 1)
 
-    def _inputs(self, stream: Tensor) -> Tensor:
-        inputs = self._head.inputs(stream, self._recording.input_ids)
-        return inputs.flatten(0, 1).index_select(0, self._rows)
+    def _logits(self, stream: Tensor) -> Iterator[Iterator[tuple[int, Tensor]]]:
+        """Yield the logits of some predictions, in pieces, each with its first word."""
+        if self._head.plain:
+            inputs = self._head.inputs(stream, self._recording.input_ids).flatten(0, 1)
+            self._rows = self._rows.to(inputs.device)
+            yield self._run_head(inputs.index_select(0, self._rows))
+            return
+        for s, predicted in enumerate(self._batch.predicted):
+            logits = self._recording.logits(stream[s], s)[:-1]
+            # A full sample is a slice; only padded ones pay for a gather.
+            if not bool(predicted.all()):
+                logits = logits[predicted.nonzero()[:, 0]]
+            rows, step = logits.shape
+            if logits.device.type != "cpu":
+                step = max(1, piece_elements(logits.device) // max(1, rows))
+            yield zip(range(0, logits.shape[1], step), torch.split(logits, step, 1), strict=True)
 
-    def _sum_samples(self, values: Floats) -> Floats:
-        return np.asarray(np.bincount(self._sample, values, self._samples), dtype=np.float64)
+    def _run_head(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield pieces of the logits: the original's to keep, then all in the same memory."""
+        rows, width, new = len(inputs), self._head.width, self._buffer is None
+        step = min(width, max(1, piece_elements(inputs.device) // max(1, rows)))
+        if self._buffer is None:
+            self._buffer = inputs.new_empty(rows * step)
+        for a in range(0, width, step):
+            size = min(step, width - a)
+            out = inputs.new_empty(rows * size) if new else self._buffer[: rows * size]
+            yield a, self._head.piece(inputs, a, a + size, out.view(rows, size))
 
-    def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        """Compute (B,) KL(original || other) and (B,) the other's NLL, summed over a sample's
-        tokens.
+    def compare(self, stream: Tensor) -> Tensor:
+        """Compute (2, R) KL(original || other) and the other's NLL at each prediction, nats.
+
+        The result is on the device, so that nothing waits for it before `sum_samples`.
 
         Args:
             stream: (B, T, D), the other's, as it leaves the blocks.
         """
-        inputs = self._inputs(stream)
-        sums = RowSums(self._labels, self._log_z)
-        for (a, b), reference in zip(self._pieces, self._logits, strict=True):
-            out = self._buffer[: len(self._rows) * (b - a)].view(-1, b - a)
-            sums.add(self._head.piece(inputs, a, b, out), a, reference)
-        return self._sum_samples(sums.kl), self._sum_samples(sums.nll)
+        found = []
+        for pieces, (labels, kept, log_z) in zip(self._logits(stream), self._kept, strict=True):
+            sums = RowSums(labels, log_z)
+            for (start, piece), reference in zip(pieces, kept, strict=True):
+                sums.add(piece, start, reference)
+            found.append(torch.stack([sums.kl, sums.nll]))
+        return torch.cat(found, 1)
 
-
-class _BySample:
-    """The same by the model's own logits, sample after sample; keeps the original's (T, V)."""
-
-    def __init__(
-        self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
-    ) -> None:
-        self._recording, self._batch = recording, batch
-        self._originals: list[tuple[Tensor, Tensor]] = []
-        nll = []
-        for s in range(batch.samples):
-            logits = self._logits(stream, s)
-            own = self._sums(s, logits)
-            self._originals.append((logits, own.log_z))
-            nll.append(own.nll.sum())
-        self.nll = np.array(nll)
-
-    def _logits(self, stream: Tensor, s: int) -> Tensor:
-        """Compute the logits of one sample at the positions that predict."""
-        logits = self._recording.logits(stream[s], s)[:-1]
-        predicted = self._batch.predicted[s].to(logits.device)
-        # A full sample is a slice; only padded ones pay for a gather.
-        return logits if bool(predicted.all()) else logits[predicted.nonzero()[:, 0]]
-
-    def _sums(
-        self, s: int, logits: Tensor, original: tuple[Tensor, Tensor] | None = None
-    ) -> RowSums:
-        labels = self._batch.input_ids[s, 1:][self._batch.predicted[s]].to(logits.device)
-        reference, log_z = original or (None, None)
-        sums = RowSums(labels, log_z)
-        width = columns = logits.shape[1]
-        if logits.device.type != "cpu":
-            columns = max(1, piece_elements(logits.device) // max(1, len(logits)))
-        for a in range(0, width, columns):
-            part = slice(a, a + columns)
-            sums.add(logits[:, part], a, None if reference is None else reference[:, part])
-        return sums
-
-    def compare(self, stream: Tensor) -> tuple[Floats, Floats]:
-        found = [
-            self._sums(s, self._logits(stream, s), original)
-            for s, original in enumerate(self._originals)
-        ]
-        return np.array([x.kl.sum() for x in found]), np.array([x.nll.sum() for x in found])
-
-
-Comparison = _Fused | _BySample
-"""The original model on one micro-batch, to compare cut models with."""
-
-
-def comparison(
-    head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
-) -> Comparison:
-    """Compare with the original model, whose stream (B, T, D) leaves the blocks."""
-    kind = _Fused if head.plain else _BySample
-    return kind(head, recording, stream, batch)
+    def sum_samples(self, found: Sequence[Tensor]) -> Floats:
+        """Sum K comparisons over each sample's tokens: (2, K, B)."""
+        values, counts = torch.stack([*found], 1).cpu().numpy(), self._batch.predicted.sum(1)
+        if not self._head.plain:
+            parts = np.split(values, counts.cumsum(0)[:-1].numpy(), 2)
+            return np.stack([part.sum(2) for part in parts], 2)
+        sample = np.repeat(np.arange(len(counts)), counts)
+        sums = [np.bincount(sample, row, len(counts)) for row in values.reshape(-1, len(sample))]
+        return np.reshape(sums, (2, len(found), len(counts)))
 
 
 def _buffer_elements(device: torch.device) -> int:
@@ -294,7 +266,7 @@ def loss_gradient(
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
-    device, predicted = hidden.device, batch.predicted
+    device, predicted = inputs.device, batch.predicted
     rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)

@@ -37,12 +37,12 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
 
     Args:
         replay: a model in memory.
-        memory: bytes that a micro-batch may take.
+        memory: bytes that a micro-batch may take, on each device.
     """
     if replay.device.type == "cpu":
         return BATCH_TOKENS
     # Gradients keep about half of what running blocks take, losses keep the original's logits.
-    graph = len(replay) * BLOCK_STREAMS // 2 * replay.bytes_per_token
+    graph = len(replay) * BLOCK_STREAMS // 2 * replay.bytes_per_token // replay.devices
     logits = int(text_config(replay.model).vocab_size) * next(replay.model.parameters()).itemsize
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(_MOST_TOKENS, memory // max(graph, logits)):

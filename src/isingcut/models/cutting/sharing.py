@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
+from isingcut.models.placement import as_parameter, connect, place_of, places_of
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 
 _CHUNK_BYTES = 64 * 2**20
@@ -50,53 +51,48 @@ def fits(folder: Path, dtype: torch.dtype) -> bool:
     return weight_bytes(folder, dtype) <= allowance("", torch.device("cpu")).left
 
 
-def share(
-    cut: Any, original: Any, removed: Sequence[int], device: torch.device | None = None
-) -> bool:
-    """Move a cut model to its original's device; frozen tensors of equal bits use its memory.
+def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
+    """Move a cut model to its original's devices; frozen tensors of equal bits use its memory.
 
     Args:
         cut: on the CPU; PEFT may have added adapters to its layers.
-        original: on its device.
+        original: on its device, or placed over several.
         removed: the blocks that the cut lacks, by their numbers in the original.
-        device: where the cut goes; what of the original is elsewhere is not shared.
 
     Returns:
-        False, and the cut as it was, where what is not equal does not fit the device.
+        False, and the cut as it was, where what is not equal does not fit a device.
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
-    device = device or original.device
+    device, places = original.device, _places(cut, original, removed)
     theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
     named = _original_names(cut, original, removed)
     # By the identity of what is replaced, so that tied tensors stay tied.
     equal: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
+    homes: dict[int, torch.device] = {}
     for name, mine in _named_tensors(cut):
         other = theirs.get(named(name))
         if id(mine) in own or id(mine) in equal:
             continue
         if other is not None and not mine.requires_grad and _equal(mine, other):
-            equal[id(mine)] = _as(mine, other.detach())
+            equal[id(mine)] = as_parameter(other.detach(), mine)
         else:
-            own[id(mine)] = mine
+            own[id(mine)], homes[id(mine)] = mine, place_of(name, places) or device
     if device.type != "cpu":
-        if sum(t.nbytes for t in own.values()) > allowance("", device).left:
-            return False
-        own = {key: _as(mine, mine.detach().to(device)) for key, mine in own.items()}
+        for home in set(homes.values()):
+            needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
+            if needed > allowance("", home).left:
+                return False
+        own = {key: as_parameter(mine.detach().to(homes[key]), mine) for key, mine in own.items()}
     placed = {**own, **equal}
     for module in cut.modules():
         for home in (module._parameters, module._buffers):
             for leaf, mine in home.items():
                 if mine is not None:
                     home[leaf] = placed[id(mine)]
+    connect(cut, places)
     return True
-
-
-def _as(mine: Tensor, value: Tensor) -> Tensor:
-    if not isinstance(mine, nn.Parameter):
-        return value
-    return nn.Parameter(value, requires_grad=mine.requires_grad)
 
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:
@@ -115,6 +111,13 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _places(cut: Any, original: Any, removed: Sequence[int]) -> dict[str, torch.device]:
+    """Return the devices of a cut's parts: those of the same parts of the original."""
+    places, named = places_of(original), _original_names(cut, original, removed)
+    names = [*(name for name, _ in cut.named_modules()), *(n for n, _ in _named_tensors(cut))]
+    return {name: places[named(name)] for name in names if named(name) in places}
 
 
 def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:

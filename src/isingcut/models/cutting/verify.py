@@ -314,7 +314,7 @@ def verify(
             expected = logits(model)
         try:
             with torch.no_grad():
-                got = logits(cut)
+                got = logits(cut).to(expected.device)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise_if_exhausted(error)
             raise VerificationError(

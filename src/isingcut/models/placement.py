@@ -1,0 +1,170 @@
+"""Place a model over several devices: a run of blocks on each, in order.
+
+The embedding is on the first device; the norm after the blocks and the output head are on the last
+one, or on the first if the head is tied to the embedding. Each part of the model moves what it
+receives to its own device, so that a forward pass, `generate` and a backward pass need no more.
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isingcut.models.architectures.blocks import find_stack, language_model
+from isingcut.models.device import allowance
+
+
+def places_of(model: Any) -> dict[str, torch.device]:
+    """Return the device of each part of a placed model, by the part's name; empty for others."""
+    return getattr(model, "hf_device_map", None) or {}
+
+
+def devices_of(model: Any) -> list[torch.device]:
+    """Return the devices that a model lies on, the first one first."""
+    return list(dict.fromkeys(places_of(model).values())) or [model.device]
+
+
+def name_devices(loaded: Any) -> str:
+    """Return the devices of a loaded model, or of a replay, as `load` takes them."""
+    several = dict.fromkeys(places_of(loaded.model).values())
+    return ",".join(map(str, several or [loaded.device]))
+
+
+def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
+    """Return the device of each part, so that neighbours stay together.
+
+    Args:
+        sizes: bytes of the parts, in order; the first is on the first device, the last on the last.
+        rooms: bytes that each device has for them, in proportion to which they are divided.
+    """
+    ends = np.cumsum(rooms, dtype=np.float64) / np.sum(rooms, dtype=np.float64)
+    middles = (np.cumsum(sizes) - np.asarray(sizes) / 2) / np.sum(sizes)
+    found = np.minimum(np.searchsorted(ends, middles), len(rooms) - 1).tolist()
+    return [0, *found[1:-1], len(rooms) - 1]
+
+
+def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[str, torch.device]:
+    """Return the device of each part of a model, by the name of the module or parameter.
+
+    Args:
+        model: on the meta device is enough.
+        devices: those to use.
+        limit: as in `allowance`, for each device.
+    """
+    stack, text = find_stack(model), language_model(model)
+    head = text.get_output_embeddings()
+    tied = head is None or head.weight is text.get_input_embeddings().weight
+    names = {id(module): name for name, module in model.named_modules()}
+    owner = model.get_submodule(stack.path.rpartition(".")[0])
+    siblings = list(owner.children())
+    after = siblings[siblings.index(model.get_submodule(stack.path)) + 1 :]
+    # Norms are the modules after the blocks that have vectors alone.
+    last = [m for m in after if {p.dim() for p in m.parameters()} == {1}]
+    last += [] if head is None else [head]
+    behind = [names[id(module)] for module in last]
+    blocks = [block.path for block in stack.blocks]
+    inner = [_bytes(model.get_submodule(path)) for path in blocks]
+    end = 0 if tied else sum(map(_bytes, last))
+    rooms = [allowance(limit, device).left for device in devices]
+    # Blocks may share tensors.
+    begin = max(0, _bytes(model) - sum(inner) - end)
+    where = split_evenly([begin, *inner, end], rooms)
+    given = {path: devices[i] for path, i in zip(blocks, where[1:-1], strict=True)}
+    given |= dict.fromkeys(behind, devices[0 if tied else -1])
+    return _complete(model, "", given, devices[0])
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _complete(
+    module: nn.Module, path: str, given: Mapping[str, torch.device], first: torch.device
+) -> dict[str, torch.device]:
+    """Add the parts that ``given`` leaves out, as large as possible, on the first device."""
+    dot = f"{path}." if path else ""
+    if path in given:
+        return {path: given[path]}
+    if path and not any(name.startswith(dot) for name in given):
+        return {path: first}
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    found = {dot + name: first for name, _ in own}
+    for name, child in module.named_children():
+        found |= _complete(child, dot + name, given, first)
+    return found
+
+
+def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device | None:
+    """Return the device of a parameter, by the part that it belongs to."""
+    while name and name not in places:
+        name = name.rpartition(".")[0]
+    return places.get(name)
+
+
+def connect(model: Any, places: Mapping[str, torch.device]) -> None:
+    """Move each part of a model to its device, and let it move what it is called with.
+
+    A tensor that parts on several devices share is copied to each.
+    """
+    if not places:
+        return
+    modules, known = dict(model.named_modules()), dict[Any, Any]()
+    for path, device in places.items():
+        if path in modules:
+            for inner in modules[path].modules():
+                for home in (inner._parameters, inner._buffers):
+                    home.update(move({**home}, device, known))
+            modules[path].__dict__["forward"] = _moving(modules[path].forward, device)
+    # transformers' name: its Trainer leaves such a model where it is.
+    model.hf_device_map = dict(places)
+
+
+def _moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @wraps(forward)
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return forward(*move(args, device), **move(kwargs, device))
+
+    return moved
+
+
+def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) -> Any:
+    """Return a value with its tensors, within tuples, lists and dictionaries too, on a device.
+
+    Args:
+        known: what was moved before, to be used again; None: dictionaries are changed in place,
+            because a block may write there for a later one.
+    """
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        key, seen = (id(value), device), {} if known is None else known
+        if key not in seen:
+            moved = (
+                value.detach().to(device) if isinstance(value, nn.Parameter) else value.to(device)
+            )
+            # The value is kept, so that no other one takes its id.
+            seen[key] = value, as_parameter(moved, value)
+        return seen[key][1]
+    if isinstance(value, UserDict):
+        move(value.data, device, known)
+    elif isinstance(value, dict):
+        found = {name: move(part, device, known) for name, part in value.items()}
+        if known is not None:
+            return found
+        value.update(found)
+    elif type(value) in (tuple, list):
+        return type(value)(move(part, device, known) for part in value)
+    return value
+
+
+def as_parameter(value: Tensor, like: Tensor) -> Tensor:
+    """Return a value as a parameter if another tensor is one."""
+    if not isinstance(like, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=like.requires_grad)
