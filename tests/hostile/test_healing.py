@@ -107,7 +107,6 @@ def block_0_missing(arena):
 WORDS = rows([
     ("a patch before nothing", heal("--patch linear --method none", student="{here}/headless"),
      "block 0 is removed, so no block before", block_0_missing),
-    ("rank", heal("--method lora:33"), "--method lora:33 exceeds"),
     ("unknown schedule", heal(lr_scheduler_type="cosin"),
      "the schedule .*cosin is not a valid SchedulerType"),
     ("a schedule that waits", heal(lr_scheduler_type="reduce_lr_on_plateau"),
@@ -192,7 +191,6 @@ ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--o
 HEAL, OTHER = heal(), heal("--other-teacher", teacher="{here}/other")
 DOWN, STUDENT = "model.layers.0.mlp.down_proj.weight", "run/model"
 SAYS = [
-    ("other blocks", "is block .* of the teacher .*, but by its record", removed_are(0, 5)),
     ("fewer blocks", "has 4 blocks, but its record says that 1 of 6", removed_are(1)),
     ("a smaller model", "cut from a model of 5 blocks", removed_are(1, 2, of=5)),
     ("all blocks", UNREADABLE, removed_are(*range(6))),
@@ -411,11 +409,6 @@ def test_a_healed_student_is_replaced_and_healed_again(arena):
     assert found["options"]["seed"] == 1
     again = heal(student="{here}/healed", out="{here}/again")
     types(arena, again, makes=("again*", ".again*"))
-    lying = json.dumps({"removed": [0, 5], "of": 6})
-    (arena.here / "healed" / "isingcut.json").write_text(lying, encoding="utf-8")
-    more = heal(student="{here}/healed", out="{here}/more")
-    line = "is block .* of the teacher .*, but by its record"
-    types(arena, more, code=2, line=line, makes=())
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):

@@ -202,7 +202,8 @@ def _run(
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
-        watch.count(outputs["loss"], predictions)
+        # The sum of the losses, and the number of predictions, since the last step.
+        watch.sums += torch.stack([outputs["loss"].detach().double(), predictions.double()])
         scaled: Tensor = outputs["loss"] / (
             predictions if num_items_in_batch is None else num_items_in_batch
         )
@@ -360,10 +361,6 @@ class Watch(TrainerCallback):
         self.trained = 0
         self.verdict: HealingStop | None = None
         self.shown: Any = contextlib.ExitStack()
-
-    def count(self, loss: Tensor, predictions: Tensor) -> None:
-        """Add a micro-batch's summed loss and its predictions."""
-        self.sums += torch.stack([loss.detach().double(), predictions.double()])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.began = time.monotonic()
