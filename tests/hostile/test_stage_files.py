@@ -88,7 +88,6 @@ no blocks :: blocks ::  :: blocks: missing
 no block :: blocks blocks :: [] :: blocks.blocks: List should have at least 1
 blocks out of order :: blocks blocks 1 index :: 5 :: not numbered 0, 1
 negative costs :: blocks blocks 1 bytes :: -1 :: blocks.1.bytes: expected
-a stage a text :: stages spectrum.json :: "x" :: stages.spectrum.json: expected
 no seconds :: stages spectrum.json seconds :: null :: a finished stage lacks its seconds
 batches of nothing :: provenance computed cpu batch_tokens :: 0 :: expected greater than or equal
 a list of lists :: config keep :: [[1]] :: config.keep
@@ -96,12 +95,10 @@ no provenance :: provenance ::  :: provenance: missing
 """,
     "spectrum.json": r"""
 n of others :: n :: 7 :: for 7 blocks, but the run's model has 6
-n huge :: n :: 1000000000000 :: n: expected less than
 no states :: states :: [] :: states: List should have at least 1
 an index beyond :: states 0 removed :: [6] :: outside 0 to 5
 an index below :: states 0 removed :: [-1] :: removed.0: expected greater
 an index twice :: states 0 removed :: [4, 4] :: a block appears twice
-an energy beyond :: states 0 energy :: 1e+300 :: energy: expected less than
 """,
     "candidates.json": r"""
 no choice :: chosen ::  :: chosen: missing
@@ -112,7 +109,6 @@ tokens none :: tokens :: 0 :: tokens: expected greater
 """,
     "evaluation.json": r"""
 one side :: after ::  :: after: missing
-a speed a text :: after decode_tokens_per_second :: "fast" :: expected a valid num
 a negative perplexity :: before perplexity :: -2.0 :: perplexity: expected greater
 """,
     "model/isingcut.json": r"""
@@ -121,14 +117,11 @@ of others :: of :: 12 :: for 12 blocks|changed
 """,
     "baseline-sleb.json": r"""
 blocks beyond :: removed :: [0, 44] :: names block 44
-passes null :: passes :: null :: passes: expected a valid number
 """,
     "healing.json": r"""
 steps a dict :: steps :: {"loss": 1} :: steps: expected a valid list
-a loss a text :: steps 0 loss :: "high" :: steps.0.loss: expected a valid number
 """,
     "benchmarks.json": r"""
-rows a dict :: rows :: {} :: rows: expected a valid list
 noise a text :: rows 0 more_than_noise :: "no" :: expected a valid boolean
 """,
 }
