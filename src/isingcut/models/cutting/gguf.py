@@ -279,7 +279,7 @@ def cut_gguf(
     mapping = renumber_blocks(count - mtp, removed)
     if not drop_mtp:
         mapping = number_mtp_layers(mapping, count - mtp, mtp)
-    _refuse(header, count, len(mapping))
+    refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
     if (changed or packed) and header.big_endian:
         raise ArchitectureError(
@@ -343,7 +343,12 @@ def cut_gguf(
                 writer.write_tensor_data(data, tensor_endianess=reader.endianess)
 
 
-def _refuse(header: GgufHeader, before: int, after: int) -> None:
+def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
+    """Raise if llama.cpp would compute something else from a file with another number of blocks.
+
+    Raises:
+        ArchitectureError, CheckpointError: as `cut_gguf`.
+    """
     architecture = header.architecture
     if architecture not in _TABLE["cuttable"]:
         raise ArchitectureError(
