@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
 
-from isingcut.evaluation.drafts import open_mtp
+from isingcut.evaluation.quality import open_mtp
 from isingcut.models.load import load
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 

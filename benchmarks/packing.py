@@ -27,7 +27,7 @@ from isingcut.models.processes import ALONE
 from isingcut.models.sources import find_gguf
 from isingcut.runs import cutting
 from isingcut.runs.measuring import splits_of
-from isingcut.runs.pipeline import DEMO, checked, open_session
+from isingcut.runs.pipeline import DEMO, check_options, open_session
 from isingcut.runs.stages import score_gguf
 
 REMOVED = [5, 13, 14, 15, 16, 17, 18, 26]
@@ -87,7 +87,7 @@ def write_q4_k(source: Path, out: Path) -> Path:
 
 def measure(name: str, file: Path, place: Path, samples: int) -> None:
     """Cut and patch a GGUF file, and print what its packings lose."""
-    config = checked(DEMO.replace(model=str(file), out=str(place / name)), {}, "packing")
+    config = check_options(DEMO.replace(model=str(file), out=str(place / name)), {}, "packing")
     with open_session(config, silent, ALONE, need_removal=False) as (session, folder):
         model = cutting.make_model(session, folder, REMOVED)
         packed = cutting.make_gguf(session, folder, model)

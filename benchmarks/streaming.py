@@ -1,12 +1,12 @@
 """Streaming: a model of 14 GB within 4 GB of memory, and what streaming costs where none is needed.
 
-    python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|search|small]
+    python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|small]
 
 Large: a 7B-shaped Llama with random weights, written to DIR (removed afterwards, unless kept),
 goes through `empirical-fisher` and 200 measured states in a process of its own, whose largest
-resident set counts. Search: how often the default search reads a tiny Llama. Small: SmolLM2
-streamed from the page cache, and in memory, interleaved, for both jobs. Ends with one line
-`name: value` per figure.
+resident set counts. Small: SmolLM2 streamed from the page cache, and in memory, interleaved, for
+both jobs. `projection.py` counts how often a search reads a model. Ends with one line `name: value`
+per figure.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,7 +27,6 @@ import torch
 from gradients import in_process, options, prepare
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.energies.search import Search, Target
 from isingcut.evaluation.speed import resident_peak
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -37,9 +34,7 @@ from isingcut.measure.work import Work
 from isingcut.models.device import pick_dtype
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.sources import resolve
-from isingcut.models.streaming import reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.tiny import tiny_checkpoint
 from streaming_model import write_model
 
 CPU = torch.device("cpu")
@@ -114,40 +109,6 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-# The search -----------------------------------------------------------------------------
-
-
-def search(arguments: argparse.Namespace) -> tuple[float, int, bool]:
-    """A default search: sweeps over the weights, rounds, and whether all was checked once."""
-    checked: Counter[str] = Counter()
-    check = reader.refuse_infinite
-
-    def count(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-        found = list(tensors)
-        checked.update(name for name, _ in found)
-        check(found, folder)
-
-    n = arguments.blocks
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(reader, "refuse_infinite", count),
-    ):
-        tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
-        opened = open_model(Path(folder), dtype=torch.float32, device=CPU)
-        replay = StreamedReplay(*opened)
-        ids = np.random.default_rng(0).integers(8, 256, (16, 256))
-        began, before = time.perf_counter(), replay.store.count_sweeps()
-        target = Target.count(n, n // 4)
-        found = Search(replay, TokenSet.from_rows(ids.tolist()), Work(), [target]).run()
-        seconds, sweeps = time.perf_counter() - began, replay.store.count_sweeps() - before
-    rounds, passes = found.goals[0].rounds, found.evaluator.ledger.passes
-    print(
-        f"\ntiny Llama of {n} blocks, default search for {n // 4}: {rounds} rounds, {passes:.1f} "
-        f"passes, {seconds:.0f} s; read {sweeps:.1f} times"
-    )
-    return sweeps, rounds, set(checked.values()) == {1}
-
-
 # The small model ------------------------------------------------------------------------
 
 
@@ -196,12 +157,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where the large model is written (14 GB)")
     parser.add_argument("--keep", action="store_true", help="leave the large model there")
-    parser.add_argument("--only", choices=("large", "search", "small"))
+    parser.add_argument("--only", choices=("large", "small"))
     parser.add_argument("--states", type=int, default=200)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--memory-limit", default="4GB")
-    parser.add_argument("--blocks", type=int, default=24, help="of the model that is searched")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -209,11 +169,6 @@ def main() -> None:
     if arguments.only in (None, "large"):
         found = large(arguments)
         figures["stream_peak_mb"] = f"{found['peak'] / 1e6:.0f}"
-    if arguments.only in (None, "search"):
-        sweeps, rounds, once = search(arguments)
-        figures["stream_sweeps"] = f"{sweeps:.1f}"
-        figures["stream_search_rounds"] = str(rounds)
-        figures["stream_checked_once"] = str(int(once))
     if arguments.only in (None, "small"):
         ratio, difference = small(arguments)
         figures["stream_time_ratio"] = f"{ratio:.3f}"

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.load import find_auto_class
-from isingcut.testing.tiny import _DEEPSEEK, BASE, random_model, tiny_tokenizer
+from isingcut.testing.tiny import BASE, FAMILIES, random_model, tiny_tokenizer
 from sweep.shrink import tiny_configuration
 
 LINEAR: dict[str, Any] = {"linear_head_dim": 8, "linear_num_heads": 4}
@@ -26,7 +26,7 @@ FULL, SLIDING, LINEAR_TYPE = "full_attention", "sliding_attention", "linear_atte
 MOE_ODD = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 ODD: dict[str, dict[str, Any]] = {
     "kimi_linear": {
-        **_DEEPSEEK,
+        **FAMILIES["deepseek_v3"],
         **LINEAR,
         "q_lora_rank": None,
         "n_group": 1,

@@ -235,8 +235,8 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
 def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     pushed = []
 
-    def push(checkpoint, repository, **options):
-        pushed.append((checkpoint, repository, options["private"]))
+    def push(files, repository, **options):
+        pushed.append((b"model-index" in files["README.md"], repository, options["private"]))
         return f"https://hub/{repository}"
 
     monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
@@ -246,10 +246,15 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     capsys.readouterr()
     listed = answer(capsys, "push", run, "me/cut", "--dry-run")
     assert listed["url"] is None
-    assert {f["name"]: f["bytes"] for f in listed["files"]} == {
-        p.name: p.stat().st_size for p in (run / "model").iterdir() if p.name != MARKER
+    assert {f["name"] for f in listed["files"]} == {
+        p.name for p in (run / "model").iterdir() if p.name != MARKER
     }
-    assert pushed == [(run / "model", "me/cut", True), (run / "model", "me/cut", False)]
+    index = listed["metadata"]["model-index"][0]
+    perplexity = index["results"][0]["metrics"][0]
+    page = (run / "report.md").read_text(encoding="utf-8")
+    assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
+    assert f"| {perplexity['value']} |" in page
+    assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
 
 
 # Exit codes and streams --------------------------------------------------------------------

@@ -185,8 +185,6 @@ def patched(source, out):
     ("kind", "then", "most"),
     [
         (Kind.F32, Kind.F32, 0.0),
-        (Kind.F16, Kind.F16, 1e-3),
-        (Kind.BF16, Kind.BF16, 4e-3),
         (Kind.Q8_0, Kind.Q8_0, 1e-2),
         (Kind.Q4_0, Kind.Q8_0, 1e-2),
         (Kind.Q6_K, Kind.Q8_0, 1e-2),

@@ -147,10 +147,6 @@ SPOILT = {
         lambda m: m.model.layers[2].mlp.register_forward_hook(hook),
         rf"model.layers.2.mlp .LlamaMLP. {HOOKED}",
     ),
-    "a hook before": (
-        lambda m: m.model.layers[2].register_forward_pre_hook(hook),
-        rf"model.layers.2 .LlamaDecoderLayer. {HOOKED}",
-    ),
     "another forward": (
         lambda m: setattr(m.model.layers[3].mlp, "forward", lambda x: 0 * x),
         rf"model.layers.3.mlp .LlamaMLP. {HOOKED}",

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.writing import MARKER, mark
+from isingcut.files.writing import mark
 from isingcut.runs import interop_hub
 
 # The hub ---------------------------------------------------------------------------------
@@ -38,12 +38,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             answer = {"commitUrl": f"{self.server.address}/me/cut/commit/abc", "commitOid": "abc"}
         self.reply(status, answer)
-
-    def do_GET(self):
-        self.server.seen.append((self.path, self.headers.get("Authorization"), b""))
-        known = self.headers.get("Authorization") == "Bearer hf_right"
-        answer = {"sha": "0", "siblings": [], "id": "me/cut", "name": "me"}
-        self.reply(200 if known else 401, answer if known else {"error": "Invalid credentials"})
 
     def reply(self, status, answer):
         content = json.dumps(answer).encode()
@@ -84,42 +78,35 @@ def cut(tmp_path):
     return folder
 
 
-def test_push_uploads_every_file_with_the_card(hub, cut, monkeypatch):
+def upload(cut, repository, hub, **options):
+    _, files = interop_hub.prepare(cut, repository)
+    return interop_hub.push(files, repository, endpoint=hub, **options)
+
+
+def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    url = interop_hub.push(cut, "me/cut", private=True, endpoint=hub.address)
+    sent = {p.name: p.read_bytes() for p in cut.iterdir()}
+    mark(cut)
+    assert set(interop_hub.prepare(cut, "me/cut")[1]) == set(sent)
+    assert hub.seen == []
+    url = upload(cut, "me/cut", hub.address, private=True)
     assert url == f"{hub.address}/me/cut"
     created = next(json.loads(b) for p, _, b in hub.seen if p == "/api/repos/create")
     assert (created["organization"], created["name"]) == ("me", "cut")
     assert created.get("private", created.get("visibility") == "private")
     lines = next(b for p, _, b in hub.seen if "/commit/" in p).splitlines()
     header, *files = [json.loads(line) for line in lines]
-    assert header["value"]["summary"] == "2 of 6 blocks removed by isingcut"
-    sent = {f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files}
-    assert sent == {p.name: p.read_bytes() for p in cut.iterdir()}
+    assert header["value"]["summary"] == "Blocks removed by isingcut"
+    assert sent == {f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files}
 
 
-def test_the_marker_of_this_machine_stays_here(hub, cut, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    mark(cut)
-    named = {f["name"]: f["bytes"] for f in interop_hub.list_files(cut)}
-    assert hub.seen == []
-    assert named == {p.name: p.stat().st_size for p in cut.iterdir() if p.name != MARKER}
-    interop_hub.push(cut, "me/cut", endpoint=hub.address)
-    lines = next(b for p, _, b in hub.seen if "/commit/" in p).splitlines()[1:]
-    assert {json.loads(line)["value"]["path"] for line in lines} == set(named)
-
-
-def test_a_refused_token_says_how_to_log_in(hub, cut, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(InputError, match="hf auth login") as caught:
-        interop_hub.push(cut, "me/cut", endpoint=hub.address)
-    assert "hf_wrong" not in str(caught.value)
-
-
-def test_without_a_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path):
+@pytest.mark.parametrize("token", ["hf_wrong", ""])
+def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, token):
+    monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(InputError, match="hf auth login"):
-        interop_hub.push(cut, "me/cut", endpoint=hub.address)
+    with pytest.raises(InputError, match="hf auth login") as caught:
+        upload(cut, "me/cut", hub.address)
+    assert "hf_wrong" not in str(caught.value)
     assert not [p for p, *_ in hub.seen if "/commit/" in p]
 
 
@@ -127,16 +114,22 @@ def test_without_a_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path):
 def test_a_bad_repository_name_is_refused(hub, cut, monkeypatch, name):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(InputError, match="owner/name"):
-        interop_hub.push(cut, name, endpoint=hub.address)
+        upload(cut, name, hub.address)
     assert hub.seen == []
 
 
 def test_a_hub_out_of_reach_is_one_line(cut, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(InputError, match="run again"):
-        interop_hub.push(cut, "me/cut", endpoint="http://127.0.0.1:9")
+        upload(cut, "me/cut", "http://127.0.0.1:9")
+
+
+def test_a_card_without_valid_metadata_is_refused(cut):
+    (cut / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(InputError, match="no model card"):
+        interop_hub.prepare(cut, "me/cut")
 
 
 def test_only_a_checkpoint_of_ours_is_pushed(tmp_path):
     with pytest.raises(StageFileError, match="does not exist"):
-        interop_hub.push(tmp_path, "me/cut")
+        interop_hub.prepare(tmp_path, "me/cut")

@@ -300,9 +300,9 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
     documents, few = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[", 60)
     used = build(f"{documents}=1,{few}=1", tokenizer, **SIZES)
     own = used.splits["energy"].samples
-    found = to_fit(used, tokenizer, 100_000)
-    assert (found.searched, found.short) == (own, "the source has no more")
-    rows = found.tokens.input_ids[own:]
+    found, record = to_fit(used, tokenizer, 100_000)
+    assert (record.searched, record.short) == (own, "the source has no more")
+    rows = found.input_ids[own:]
     assert rows.shape[1] == 16
     text = " ".join(map(tokenizer.decode, rows))
     measured = " ".join(" ".join(decoded(tokenizer, t)) for t in used.splits.values())

@@ -6,12 +6,15 @@ import pytest
 
 import isingcut
 from healings import options, write_text
-from isingcut.evaluation.drafts import draft_acceptance
+from isingcut.evaluation.quality import draft_acceptance
+from isingcut.files.documents import EvaluationFile
 from isingcut.files.writing import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.fit import count_mtp_layers, is_mtp
 from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.report.words import patch_warnings
+from isingcut.runs.stages import _add_drafts
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS
 from sweep.mtp import add_mtp_layers
@@ -56,6 +59,14 @@ def test_a_draft_is_accepted_where_the_model_predicts_it():
     own = model(tokens.batches(1024)[0].input_ids).logits[:, 1:]
     mtp = SimpleNamespace(forward_layer=lambda *_, **__: own, _project_to_logits=lambda x: x)
     assert draft_acceptance(model, mtp, tokens, 1024)[0] == 1
+
+
+def test_drafts_that_transformers_cannot_make_are_said_to_be_missing(source):
+    llama = SimpleNamespace(model=tiny_model("llama"))
+    session = SimpleNamespace(loaded=llama, source=source, tuning=SimpleNamespace(batch_tokens=9))
+    found = _add_drafts(session, EvaluationFile.model_construct(), llama, source, None)
+    why = "the drafts of the MTP layers were not measured: transformers cannot run those of llama"
+    assert patch_warnings(found) == [why]
 
 
 def test_a_healing_keeps_mtp_layers(source, tmp_path):

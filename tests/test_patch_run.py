@@ -14,7 +14,7 @@ import isingcut
 from healings import write_text
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import FittingText, to_fit
+from isingcut.data.healing_text import to_fit
 from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile
@@ -218,8 +218,8 @@ def test_too_little_text_for_the_fit_is_said(llama, text, tmp_path, monkeypatch)
 
 
 def _one_sample(*given):
-    found = to_fit(*given)
-    return FittingText(found.tokens.select([0]), 1, "")
+    tokens, record = to_fit(*given)
+    return tokens.select([0]), record
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")

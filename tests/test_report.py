@@ -32,6 +32,7 @@ from run_files import (
     healing,
     model_card,
     patch,
+    record,
     run_content,
     write_report,
     write_run,
@@ -305,7 +306,8 @@ def test_the_card_says_what_how_and_from_whom(folder):
     chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
     card = model_card(folder, chosen["removed"])
     head = front_matter(card)
-    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base = ("HuggingFaceTB/SmolLM2-135M-Instruct", "finetune")
+    assert (head["base_model"], head["base_model_relation"]) == base
     assert head["library_name"] == "transformers"
     assert "isingcut" in head["tags"]
     assert f"3 of 12 blocks removed: {', '.join(map(str, chosen['removed']))}" in card
@@ -368,6 +370,18 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     other = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed)
     assert other.startswith("# mine\n\nBe careful.\n\n## Healed\n")
     assert "from 0.9000 to 0.5000" in other
+
+
+def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
+    (folder / "model.gguf").touch()
+    record(folder)
+    stages = read_json(folder / "run.json", "run")["stages"]
+    for model, there in (("0", True), ("1", False)):
+        for key in ("evaluation.json", "model.gguf"):
+            stages[key] = {**stages["evaluation.json"], "options": {"model": model}}
+        change(folder / "run.json", "run", stages=stages)
+        found = RunFiles(folder)
+        assert [found.evaluation is not None, found.gguf is not None] == [there, there]
 
 
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):

@@ -164,7 +164,6 @@ def test_a_click_on_a_state_shows_its_blocks_in_every_figure(show, run):
     assert drawer.locator(".r").count() == 3
     assert page.locator("#map button[aria-pressed=true]").count() == 1
     assert page.locator("#scatter-pairwise .mark.on").count() == 1
-    assert page.locator("#spectrum .mark.on").count() == 2
     outlined = page.eval_on_selector_all(".pick", "all => all.map(e => +e.getAttribute('y'))")
     assert sorted(set(outlined)) == state["removed"]
     page.locator("#drawer-close").click()
@@ -218,7 +217,7 @@ def violations(page, **options):
 def test_axe_finds_no_serious_violation(show):
     page = show("run", color_scheme="light")
     # All data tables are made alike; axe takes long over many rows.
-    for one in ("#compared", "#spectrum", "#provenance"):
+    for one in ("#compared", "#scatter-pairwise", "#provenance"):
         page.evaluate(f"document.querySelector('{one} details').open = true")
     page.locator("#map tbody tr").nth(1).click()
     assert violations(page) == []

@@ -18,7 +18,7 @@ from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
-from isingcut.files.documents import CandidatesFile, OnePass, OnePassLoss
+from isingcut.files.documents import CandidatesFile
 from isingcut.files.writing import read_document, read_json
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -427,31 +427,6 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     said = sentence("one_pass_words", found)
     assert said in (out / "report.md").read_text(encoding="utf-8")
     assert said in (out / "model" / "README.md").read_text(encoding="utf-8")
-
-
-def test_words_about_one_pass():
-    def words(chosen, searched_for=1):
-        prices = {"passes": 1.0, "search_passes": 128.0, "searched_for": searched_for}
-        quick = OnePass.model_construct(states=[other, row], **prices)
-        return sentence(
-            "one_pass_words", CandidatesFile.model_construct(one_pass=quick, chosen=chosen)
-        )
-
-    measured = {"kl": 0.5, "kl_se": 0.01, "method": "angular-window", "removed": [4, 5]}
-    measured["above_lowest_se"] = 0.08
-    row = OnePassLoss.model_construct(**measured)
-    other = row.model_copy(update={"kl": 0.8, "method": "block-influence", "removed": [1, 2]})
-    chosen = row.model_copy(update={"removed": [2, 5], "kl": 0.4})
-    said = words(chosen)
-    assert "1 pass of the original (`angular-window`, without 4 5) has KL 0.5" in said
-    assert "won 0.1000 ± 0.0800 of that, 20 %; this text does not separate the two." in said
-    assert said.endswith("The search read its text 128 times.")
-    same = words(row, 3)
-    assert same.startswith("The search found no better state than `angular-window` gives after 1")
-    assert same.endswith("read its text 128 times, for 3 removals.")
-    worse = words(chosen.model_copy(update={"kl": 0.6}))
-    assert worse.endswith("The choice was not made by KL.")
-    assert sentence("one_pass_words", CandidatesFile.model_construct(chosen=chosen)) == ""
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):

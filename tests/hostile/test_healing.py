@@ -107,20 +107,18 @@ def block_0_missing(arena):
 WORDS = rows([
     ("a patch before nothing", heal("--patch linear --method none", student="{here}/headless"),
      "block 0 is removed, so no block before", block_0_missing),
-    ("rank", heal("--method lora:33"), "--method lora:33 exceeds"),
     ("unknown schedule", heal(lr_scheduler_type="cosin"),
      "the schedule .*cosin is not a valid SchedulerType"),
     ("a schedule that waits", heal(lr_scheduler_type="reduce_lr_on_plateau"),
      "lr_scheduler_type reduce_lr_on_plateau needs evaluations"),
     ("a schedule without its settings", heal(lr_scheduler_type="cosine_with_min_lr"),
      "transformers rejects .*lr_scheduler_kwargs"),
-    ("no steps", heal(max_steps=0), "max_steps must be above 0"),
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
     ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
+    ("shares of one process", heal(fsdp=True), "fsdp needs several processes; start them with"),
     ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
     ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
     ("many samples", heal("--samples 1000000"), "too short"),
-    ("no file", WITH_FILE, "t.yaml"),
     ("a pipe", WITH_FILE, "t.yaml", pipe("t.yaml")),
     ("a list", WITH_FILE, "trainer must be a section", trainer("- 1\n")),
     ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
@@ -130,10 +128,8 @@ OTHERS = """
 output_dir: /tmp/elsewhere
 push_to_hub: true
 report_to: [wandb]
-logging_dir: /tmp/elsewhere
 resume_from_checkpoint: /tmp/elsewhere
 save_strategy: 'no'
-eval_strategy: steps
 remove_unused_columns: true
 use_cpu: false
 """
@@ -143,14 +139,10 @@ adam_beta1: 1.5
 learning_rate: .nan
 learning_rate: -1
 num_train_epochs: 0
-weight_decay: .nan
-max_grad_norm: .inf
 optim: 3
-optim: [adamw_torch]
 optim: nonsense
 bf16: 'yes'
 dataloader_num_workers: true
-lr_scheduler_kwargs: 3
 lr_scheduler_kwargs: {nonsense: 1}
 """
 for said, table in (("--trainer cannot set '{}'", OTHERS), ("{}", WRONG)):
@@ -197,25 +189,16 @@ ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--o
 HEAL, OTHER = heal(), heal("--other-teacher", teacher="{here}/other")
 DOWN, STUDENT = "model.layers.0.mlp.down_proj.weight", "run/model"
 SAYS = [
-    ("other blocks", "is block .* of the teacher .*, but by its record", removed_are(0, 5)),
     ("fewer blocks", "has 4 blocks, but its record says that 1 of 6", removed_are(1)),
     ("a smaller model", "cut from a model of 5 blocks", removed_are(1, 2, of=5)),
-    ("no blocks", UNREADABLE, removed_are()),
     ("all blocks", UNREADABLE, removed_are(*range(6))),
     ("a block twice", UNREADABLE, removed_are(2, 2)),
-    ("a negative block", UNREADABLE, removed_are(-1, 2)),
     ("a block beyond", UNREADABLE, removed_are(2, 6)),
-    ("truth values", UNREADABLE, removed_are(True, 2)),
-    ("words", UNREADABLE, removed_are("1", "2")),
-    ("fractions", UNREADABLE, removed_are(1.0, 2.5)),
     ("a huge model", UNREADABLE, removed_are(1, 2, of=10**12)),
     ("no list", UNREADABLE, record(lambda r: {**r, "removed": 10**9})),
-    ("a hash of a wrong type", UNREADABLE, record(lambda r: {**r, "model": {"sha256": 1}})),
-    ("a model of a wrong type", UNREADABLE, record(lambda r: {**r, "model": ["x"]})),
     ("a list", UNREADABLE, written(RECORD, b"[1, 2]")),
     ("nested", "nested deeper", written(RECORD, b"[" * 100000)),
     ("cut short", "not readable as JSON", written(RECORD, b'{"removed": [1')),
-    ("not UTF-8", "not readable as JSON", written(RECORD, b"\xff\xfe{}")),
     ("twice", "appears twice", written(RECORD, b'{"removed": [1], "removed": [2], "of": 6}')),
     ("a pipe", "is a pipe; expected a regular file", pipe(RECORD)),
     ("huge", "expected at most", truncated(RECORD, 2**26 + 1)),
@@ -423,11 +406,6 @@ def test_a_healed_student_is_replaced_and_healed_again(arena):
     assert found["options"]["seed"] == 1
     again = heal(student="{here}/healed", out="{here}/again")
     types(arena, again, makes=("again*", ".again*"))
-    lying = json.dumps({"removed": [0, 5], "of": 6})
-    (arena.here / "healed" / "isingcut.json").write_text(lying, encoding="utf-8")
-    more = heal(student="{here}/healed", out="{here}/more")
-    line = "is block .* of the teacher .*, but by its record"
-    types(arena, more, code=2, line=line, makes=())
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):

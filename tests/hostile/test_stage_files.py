@@ -85,84 +85,43 @@ ROWS += [
 FIELDS = {
     "run.json": r"""
 no blocks :: blocks ::  :: blocks: missing
-blocks a list :: blocks :: [] :: blocks: expected a valid dictionary
 no block :: blocks blocks :: [] :: blocks.blocks: List should have at least 1
 blocks out of order :: blocks blocks 1 index :: 5 :: not numbered 0, 1
-a kind that is no text :: blocks blocks 1 kind :: 3 :: blocks.1.kind: expected
 negative costs :: blocks blocks 1 bytes :: -1 :: blocks.1.bytes: expected
-stages a list :: stages :: [] :: stages: expected a valid dictionary
-a stage a text :: stages spectrum.json :: "x" :: stages.spectrum.json: expected
-done a number :: stages spectrum.json done :: 2 :: spectrum.json.done: expected a valid boolean
 no seconds :: stages spectrum.json seconds :: null :: a finished stage lacks its seconds
-tokens a text :: provenance calibration splits rank tokens :: "x" :: rank.tokens: expected a valid
 batches of nothing :: provenance computed cpu batch_tokens :: 0 :: expected greater than or equal
-no config :: config :: null :: config: expected a valid dictionary
-an energy a number :: config energy :: 4 :: config.energy: expected a valid string
-a seed a text :: config seed :: "0" :: config.seed: expected a valid integer
 a list of lists :: config keep :: [[1]] :: config.keep
 no provenance :: provenance ::  :: provenance: missing
-a model without name :: provenance model name :: null :: provenance.model.name
 """,
     "spectrum.json": r"""
 n of others :: n :: 7 :: for 7 blocks, but the run's model has 6
-n huge :: n :: 1000000000000 :: n: expected less than
-n a truth :: n :: true :: n: expected a valid integer, got True
-n zero :: n :: 0 :: n: expected greater
 no states :: states :: [] :: states: List should have at least 1
-states a dict :: states :: {} :: states: expected a valid list
 an index beyond :: states 0 removed :: [6] :: outside 0 to 5
 an index below :: states 0 removed :: [-1] :: removed.0: expected greater
 an index twice :: states 0 removed :: [4, 4] :: a block appears twice
-an index a fraction :: states 0 removed :: [1.5] :: removed.0: expected a valid
-an energy a text :: states 0 energy :: "low" :: energy: expected a valid number
-an energy beyond :: states 0 energy :: 1e+300 :: energy: expected less than
-proven a text :: proven :: "yes" :: proven: expected a valid boolean
-no solver :: solver :: null :: solver: expected a valid string
 """,
     "candidates.json": r"""
 no choice :: chosen ::  :: chosen: missing
-a choice null :: chosen :: null :: chosen: expected a valid dictionary
 a choice beyond :: chosen removed :: [99] :: names block 99; the run's model has 6
-a choice of texts :: chosen removed :: ["4"] :: removed.0: expected a valid integer
 a loss null :: candidates 0 kl :: null :: candidates.0.kl: expected a valid number
 a negative error :: candidates 0 kl_se :: -1.0 :: candidates.0.kl_se: expected
-candidates a dict :: candidates :: {} :: candidates: expected a valid list
-no correlation :: fidelity kl :: [] :: fidelity.kl: expected a valid dictionary
-a correlation of texts :: fidelity kl n :: "9" :: fidelity.kl.n: expected
-others a list :: fidelity_of_others :: [1] :: fidelity_of_others: expected
-a position a text :: chosen position :: "0" :: chosen.position: expected
 tokens none :: tokens :: 0 :: tokens: expected greater
 """,
     "evaluation.json": r"""
 one side :: after ::  :: after: missing
-a side a list :: before :: [] :: before: expected a valid dictionary
-no parameters :: before parameters :: null :: before.parameters: expected
-a speed a text :: after decode_tokens_per_second :: "fast" :: expected a valid num
 a negative perplexity :: before perplexity :: -2.0 :: perplexity: expected greater
-a prompt a number :: generation prompt :: 3 :: prompt: expected a valid string
 """,
     "model/isingcut.json": r"""
 blocks beyond :: removed :: [6] :: outside 0 to 5
 of others :: of :: 12 :: for 12 blocks|changed
-removed a text :: removed :: "4,5" :: removed: expected a valid list
 """,
     "baseline-sleb.json": r"""
 blocks beyond :: removed :: [0, 44] :: names block 44
-a name a list :: baseline :: ["x"] :: baseline: expected a valid string
-passes null :: passes :: null :: passes: expected a valid number
-violated a text :: violated :: "all" :: violated: expected a valid list
 """,
     "healing.json": r"""
 steps a dict :: steps :: {"loss": 1} :: steps: expected a valid list
-a loss a text :: steps 0 loss :: "high" :: steps.0.loss: expected a valid number
-options a list :: options :: [] :: options: expected a valid dictionary
-no scores after :: after :: null :: after: expected a valid dictionary
-tokens a text :: report_tokens :: "9" :: report_tokens: expected a valid integer
 """,
     "benchmarks.json": r"""
-rows a dict :: rows :: {} :: rows: expected a valid list
-a score null :: rows 0 cut :: null :: rows.0.cut: expected a valid number
-a task a number :: rows 0 task :: 5 :: rows.0.task: expected a valid string
 noise a text :: rows 0 more_than_noise :: "no" :: expected a valid boolean
 """,
 }

@@ -174,15 +174,19 @@ def open_finished(target: Path) -> RunFiles:
 def run_data(files: RunFiles) -> dict[str, Any]:
     """Return the `--json` content of `run`: the figures of a finished run, and its files."""
     target, ranking, evaluation = files.target, files.candidates, files.evaluation
-    assert ranking is not None
-    assert evaluation is not None
+    pages = {"report": str(target / "report.md"), "html": str(target / "report.html")}
+    packing = {"packing": files.packing.content()} if files.packing else {}
+    if ranking is None or evaluation is None:
+        # Of a budget that the whole model meets best.
+        whole = {"folder": str(target), "checkpoint": None, "gguf": None}
+        return {**whole, **pages, "verdict": files.verdict, **packing}
     return {
         "folder": str(target),
         "checkpoint": str(files.product),
         "gguf": files.gguf and str(files.gguf),
-        "report": str(target / "report.md"),
-        "html": str(target / "report.html"),
+        **pages,
         "verdict": files.verdict,
+        **packing,
         "chosen": {**ranking.chosen.content(), "split": "rank", "model": "cut"},
         "fidelity": ranking.fidelity.kl.content(),
         "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
@@ -302,11 +306,17 @@ def _show_rows(title: str, rows: Sequence[Row], change: str = "") -> None:
 
 def show_run(files: RunFiles, *, generation: bool = False) -> None:
     """Print the results of a finished run; with ``generation`` also one text before and after."""
-    assert files.candidates is not None
-    assert files.evaluation is not None
+    page = files.target / "report.html"
+    if files.packing is not None:
+        headings = ("type", "whole, MB", "KL", "removed", "MB", "KL predicted", "KL measured")
+        rows = words.table("packing_rows", files)
+        _show_table(f"types for {files.packing.budget}", headings, rows, ("type", "removed"))
+    if files.candidates is None or files.evaluation is None:
+        show_lines(f"report:     {page} (and report.md)", files.verdict.replace("`", ""))
+        return
     show_ranking(files.candidates)
     show_evaluation(files.evaluation, last=files.last)
-    page, texts = files.target / "report.html", files.evaluation.generation
+    texts = files.evaluation.generation
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
     if files.gguf:
         lines.insert(1, f"GGUF:       {files.gguf}")

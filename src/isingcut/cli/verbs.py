@@ -103,7 +103,7 @@ def _finished(target: Path, *, generation: bool = False) -> Output:
     return Output(
         show.run_data(files),
         lambda: show.show_run(files, generation=generation),
-        brief=str(files.product),
+        brief=files.verdict if files.removed is None else str(files.product),
         warnings=[*files.warnings, *healing],
     )
 
@@ -465,7 +465,7 @@ def push(
     ] = False,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files to upload, but upload nothing.")
+        bool, typer.Option("--dry-run", help="Show metadata and files, but upload nothing.")
     ] = False,
     **options: Any,
 ) -> Output:
@@ -477,27 +477,30 @@ def push(
 
     from isingcut.runs import interop_hub
 
-    checkpoint = directory
+    checkpoint, folder = directory, None
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
-        folder.check(checkpoint)
+    card, files = interop_hub.prepare(checkpoint, repository, folder)
+    sizes = {k: len(f) if isinstance(f, bytes) else f.stat().st_size for k, f in files.items()}
     data: dict[str, Any] = {
         "url": None,
         "repository": repository,
         "private": private,
         "folder": str(checkpoint),
-        "files": interop_hub.list_files(checkpoint),
+        "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
+        "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
     }
     if dry_run:
-        whole = sum(f["bytes"] for f in data["files"])
+        whole = sum(sizes.values())
         shown = [
-            *(f"{f['name']}: {decimal(f['bytes'])}" for f in data["files"]),
+            *card.data.to_yaml().splitlines(),
+            *(f"{name}: {decimal(size)}" for name, size in sizes.items()),
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
-    url = interop_hub.push(checkpoint, repository, private=private, message=message)
+    url = interop_hub.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 

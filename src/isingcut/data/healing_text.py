@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import draw_split, open_parts, tokens_of
-from isingcut.data.mixture import parts_of, places_in
+from isingcut.data.mixture import describe_source, parts_of, places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
+from isingcut.files.documents import FittedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,28 +79,15 @@ def build(
     return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
 
-@dataclass(frozen=True, eq=False)
-class FittingText:
-    """The text to fit a patch on.
-
-    Attributes:
-        tokens: samples of the calibration's length.
-        searched: number of samples that the energy was measured on; they come first.
-        short: why there are fewer tokens than requested; empty if there are enough.
-    """
-
-    tokens: TokenSet
-    searched: int
-    short: str
-
-
 def to_fit(
     used: Calibration,
     tokenizer: PreTrainedTokenizerBase,
     most: int,
     model: PreTrainedModel | None = None,
-) -> FittingText:
-    """Return about ``most`` tokens outside the rank and report splits: the energy split, then more.
+) -> tuple[TokenSet, FittedText]:
+    """Return about ``most`` tokens outside the rank and report splits, and a record of them.
+
+    The energy split comes first, then more of the source.
 
     Args:
         used: a run's calibration; its source is read further if its energy split is too short.
@@ -125,4 +113,12 @@ def to_fit(
         except IsingcutError as e:
             # It may not exist any more: a moved file, or texts passed in Python.
             short = f"the source cannot be read further: {e}"
-    return FittingText(TokenSet.from_rows(rows, encode.pad), own.samples, short)
+    found = TokenSet.from_rows(rows, encode.pad)
+    return found, FittedText(
+        source=describe_source(used.source),
+        samples=found.samples,
+        searched=own.samples,
+        tokens=int(found.mask.sum()),
+        asked=most,
+        short=short,
+    )

@@ -203,8 +203,7 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     Args:
         name: one of `task_names`.
         data: the folder with `arc_easy/test.jsonl` and so on.
-        questions: most questions, evenly spaced; from a fixed subset (`test_sub500.jsonl`) if the
-            folder has one of that size or more.
+        questions: most questions, evenly spaced.
 
     Raises:
         UnknownNameError: no such task.
@@ -215,7 +214,7 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
-    records = _questions(data, own, questions, kind)
+    records = _spaced(_read_records(_only(data, own["test"]), kind, own), questions)
     examples = _read_records(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
     groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
     configurations = []
@@ -267,19 +266,6 @@ def _only(data: Path, stem: str) -> Path:
     if len(numbered) != 1:
         raise InputError(f"{exact} does not exist; give the folder with the questions as --data")
     return numbered[0]
-
-
-def _questions(
-    data: Path, own: dict[str, Any], most: int | None, kind: str
-) -> list[dict[str, Any]]:
-    stem = own["test"]
-    subsets = sorted(
-        (int(size), p)
-        for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
-        if (size := p.stem.rpartition("_sub")[2]).isdigit()
-    )
-    large = [file for size, file in subsets if most is not None and size >= most]
-    return _spaced(_read_records(large[0] if large else _only(data, stem), kind, own), most)
 
 
 def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:

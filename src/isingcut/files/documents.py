@@ -491,6 +491,7 @@ class EvaluationFile(Document, kind="evaluation"):
 
     Attributes:
         gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
+        no_drafts: why the drafts of its MTP layers were not measured.
         elsewhere: the models on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were skipped.
         streamed: a model was read from disk block by block, so its speed is unknown.
@@ -502,6 +503,7 @@ class EvaluationFile(Document, kind="evaluation"):
     patched: FurtherScores | None = None
     gguf: PackedScores | None = None
     gguf_unread: str = ""
+    no_drafts: str = ""
     samples: Some
     tokens: Some
     before: ModelScores
@@ -639,10 +641,12 @@ class HealingMemory(Document, kind="healing-memory"):
     Attributes:
         most: most tokens of a micro-batch, padding included; a single sample may have more.
         recompute: whether activations are recomputed in the backward pass.
+        sharded: whether FSDP or DeepSpeed shards the model.
     """
 
     most: Some
     recompute: bool
+    sharded: bool = False
 
 
 class PairedScores(Strict):
@@ -852,6 +856,30 @@ class LegalityRow(Strict):
     reason: str = ""
 
 
+class PackedModel(Strict):
+    """What a whole model takes in a GGUF file.
+
+    Attributes:
+        type: of its weights: "Q5_0", ...; "" if they stay as they are.
+        bytes: of each block, in the file.
+        read: of these, what is read per token.
+        other: bytes outside the blocks.
+        read_other: of these, what is read per token.
+        read_before: bytes of weights that the model as it is reads per token.
+    """
+
+    type: str
+    bytes: list[Count]
+    read: list[Count]
+    other: Count
+    read_other: Count
+    read_before: Count
+
+    def size(self, removed: Blocks) -> int:
+        """Return the bytes of the file without some blocks."""
+        return self.other + sum(size for i, size in enumerate(self.bytes) if i not in removed)
+
+
 class BlockList(Strict):
     """The blocks of the model."""
 
@@ -860,6 +888,7 @@ class BlockList(Strict):
     total_parameters: Count
     total_bytes: Count
     legality: list[LegalityRow]
+    packed: PackedModel | None = None
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -868,6 +897,56 @@ class BlockList(Strict):
         if any(len(row.coefficients) != len(self.blocks) for row in self.legality):
             raise ValueError(f"legality needs a coefficient for each of {len(self.blocks)} blocks")
         return self
+
+
+class PackedLosses(Strict):
+    """A type of a packed model: its KL on the ranking text, whole and without some blocks.
+
+    Attributes:
+        packed: its costs.
+        kl: of the whole model, if it was measured; always if it meets the budget.
+        fits: whether the whole model meets the budget.
+        removed: the best state of one pass of the original that meets it.
+        cut_kl: of that state, not packed.
+        measured: of that state, patched and packed.
+    """
+
+    packed: PackedModel
+    kl: Number | None = None
+    kl_se: Positive | None = None
+    fits: bool = False
+    removed: Blocks = Field(default_factory=list)
+    cut_kl: Number | None = None
+    measured: Number | None = None
+    measured_se: Positive | None = None
+
+    @property
+    def predicted(self) -> float | None:
+        """The KL of the state in this type: the sum of both alone."""
+        return None if self.kl is None or self.cut_kl is None else self.kl + self.cut_kl
+
+    @property
+    def loss(self) -> float:
+        """The measured KL of what meets the budget; infinite without one."""
+        found = self.kl if self.fits else self.measured
+        return float("inf") if found is None else found
+
+
+class PackingFile(Document, kind="packing"):
+    """`packing.json`: the types that a budget was measured for.
+
+    Attributes:
+        chosen: the place of the chosen one.
+    """
+
+    budget: str
+    types: Annotated[list[PackedLosses], Field(min_length=1)]
+    chosen: Count
+
+    @property
+    def best(self) -> PackedLosses:
+        """The chosen type."""
+        return self.types[self.chosen]
 
 
 class RunFile(Document, kind="run"):

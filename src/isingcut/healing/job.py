@@ -181,8 +181,10 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
                 f"--trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut heal` "
                 f"next to it; it may set: {', '.join(names)}"
             )
+        # transformers takes true, too, and prefers it.
+        kind = types[name] | bool if name == "fsdp" else types[name]
         try:
-            TypeAdapter(types[name], config=strict).validate_python(value)
+            TypeAdapter(kind, config=strict).validate_python(value)
         except ValidationError as e:
             why = e.errors(include_url=False)[0]["msg"].lower()
             raise InputError(f"--trainer: {name}: {why}, got {str(value)[:60]!r}") from e
@@ -210,6 +212,8 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
         )
     if config.trainer:
         _check_optimiser(config)
+        if trainer_settings(config).get("fsdp") and not is_launched():
+            raise InputError("--trainer: fsdp needs several processes; start them with torchrun")
     if student is not None:
         stored_dtype(student)
 

@@ -1,21 +1,20 @@
 """Find the blocks that a cut checkpoint lacks, from its record or from its weights.
 
-A record is checked: the original by its hash, and the kept blocks by samples of their tensors. Cut
-and original must always have the same vocabulary, width and tokenizer. The weights alone suffice
-for checkpoints of other tools (mergekit's passthrough, PruneMe, your own loop), because kept blocks
-are bitwise equal.
+A record is checked: the original by its hash, and the kept blocks by their shapes. Cut and original
+must always have the same vocabulary, width and tokenizer. The weights alone suffice for checkpoints
+of other tools (mergekit's passthrough, PruneMe, your own loop), because kept blocks are bitwise
+equal.
 """
 
 from __future__ import annotations
 
-import math
 import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
@@ -27,16 +26,12 @@ from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.fit import check_fit, group_by_block
-from isingcut.models.fp8 import DTYPES
 from isingcut.models.load import LoadedModel, load, load_tokenizer
-from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
-_EDGE, _TENSORS = 512, 32
-"""Elements at either end of a tensor, and tensors of a block, that identify a block."""
-
 
 Removal = CutRecord | HealingFile
 """The record of a cut: the blocks that it lacks, of how many."""
@@ -112,12 +107,6 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
                 f"{student} has a {words} of {ours.get(name)}, but the teacher {config.teacher} "
                 f"has {theirs.get(name)}; give the original of the cut model"
             )
-    width = theirs.get("hidden_size")
-    if isinstance(width, int) and config.lora_rank > width:
-        raise InputError(
-            f"--method lora:{config.lora_rank} exceeds the model's width of {width}; give "
-            f"lora:{width} or less, or full"
-        )
     check_last(config, depth(ours))
     trust = config.trust_remote_code
     first, second = (
@@ -134,9 +123,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
 def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
     """Check a checkpoint against its record, from the files alone.
 
-    Its depth must fit, its blocks must have the shapes of the original's, and no block may be much
-    closer to another block of the original than to its own. Healed and converted weights pass too,
-    because training moves a block less than blocks differ.
+    Its depth must fit, and its blocks must have the shapes of the original's.
 
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
@@ -161,42 +148,11 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
                     f"block {place} of {student} has a {rest} of shape {list(mine)}, but block "
                     f"{block} of the teacher {name} has {list(other)}; give the original"
                 )
-    edges = [_edges(block) for block in theirs]
-    for place, block in enumerate(kept):
-        own = _edges(ours[place])
-        # Infinite without a common tensor.
-        distances = [
-            sum(float((own[k] - other[k]).square().mean()) for k in own.keys() & other.keys())
-            if own.keys() & other.keys()
-            else math.inf
-            for other in edges
-        ]
-        nearest = min(range(len(edges)), key=distances.__getitem__)
-        if distances[nearest] < distances[block] / 2:
-            raise InputError(
-                f"block {place} of {student} is block {nearest} of the teacher {name}, but by its "
-                f"record (removed: {', '.join(map(str, removal.removed))}) it is block {block}; "
-                "delete the record to find the blocks by their weights"
-            )
 
 
 def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
     text = read_decoder(read_config(folder))
     return group_by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
-
-
-def _edges(block: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """Return the first and last elements of a block's first tensors (bytes if packed)."""
-    found = {}
-    for rest in sorted(block)[:_TENSORS]:
-        tensor = block[rest]
-        plain = tensor.dtype in PLAIN
-        dtype = DTYPES[tensor.dtype] if plain else torch.uint8
-        size = min(tensor.size, _EDGE * dtype.itemsize)
-        if ends := tensor.data(0, size) + tensor.data(tensor.size - size, size):
-            name = f"{rest} {'plain' if plain else tensor.dtype} {tensor.shape}"
-            found[name] = torch.frombuffer(ends, dtype=dtype).double()
-    return found
 
 
 def removal_by_weights(

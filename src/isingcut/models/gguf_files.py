@@ -13,11 +13,12 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isingcut.errors import CheckpointError, InputError, ModelError
+from isingcut.errors import ArchitectureError, CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.writing import atomic_folder, foreign_in, lock_place
 from isingcut.models.fit import limit_structure, most_numbers
@@ -123,6 +124,54 @@ def block_of(name: str) -> tuple[int, str] | None:
     """The block that a tensor is in, and its name there; None for one outside all blocks."""
     match = _BLOCK.match(name)
     return None if match is None else (int(match[1]), match[2])
+
+
+PACKED = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""The quantised types that the package `gguf` can pack, the finest first."""
+PLAIN_TYPES = ("F32", "F16", "BF16")
+_STAYS = re.compile(r"norm|bias|conv|router|\bgate\.|gate_inp|wpe|position|A_log|ssm_a")
+
+
+def packed_type(
+    name: str, shape: Sequence[int], own: Any, wanted: str, *, inside: bool, new: bool = False
+) -> Any:
+    """Return the type of a tensor in a file whose blocks are packed as ``wanted``.
+
+    Outside the blocks that is Q8_0 where ``wanted`` is smaller. Norms, biases, routers and
+    convolutions keep their type, and no tensor gets one of more bits than it has.
+
+    Args:
+        name: in a GGUF file or in a checkpoint.
+        shape: rows last.
+        own: its type.
+        wanted: one of `PACKED`; "": its own.
+        inside: whether it is in a block.
+        new: it has new values; a type that cannot be packed then gives way to the next smaller.
+
+    Raises:
+        ArchitectureError: there is no smaller type.
+    """
+    import gguf
+
+    def bits(kind: Any) -> float:
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        return float(8 * size / numbers)
+
+    types = [gguf.GGMLQuantizationType[kind] for kind in PACKED]
+    if len(shape) < 2 or shape[-1] % 32 or _STAYS.search(name):
+        return own
+    target = gguf.GGMLQuantizationType[wanted if inside else PACKED[0]] if wanted else own
+    if bits(target) < bits(own):
+        return target
+    if not new or own in types or own.name in PLAIN_TYPES:
+        return own
+    for kind in types:
+        if bits(kind) <= bits(own):
+            return kind
+    raise ArchitectureError(
+        f"{name} is of type {own.name}, smaller than all that isingcut can pack "
+        f"({', '.join(PACKED)}); use a file of a larger type, or the checkpoint"
+    )
 
 
 def read_gguf(path: Path) -> GgufHeader:

@@ -163,7 +163,10 @@ class RunConfig(Options):
     )
     budget: spellings.Budgets = option(
         spellings.Budgets(),
-        "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%.",
+        "Remove at least this much, comma-separated: params=25%, bytes=1GB, kv=30%, latency=20%. "
+        "Or let `run` choose a GGUF type and how many blocks go with it, none if quantising is "
+        "better: file=90MB (the largest file), memory=2GB@8k (the same with the cache of 8k "
+        "tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
         "solve",
     )
     diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
@@ -273,6 +276,9 @@ class RunConfig(Options):
         """
         if not self.model:
             raise InputError("MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'")
+        if self.budget.packed and (self.remove or self.drop):
+            what = "--remove" if self.remove else "--drop"
+            raise InputError(f"--budget {self.budget} chooses the blocks to remove; omit {what}")
         if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
             raise InputError(
                 "--choose tasks, --data and --questions need benchmarks; name some with --tasks"

@@ -61,6 +61,9 @@ class Quantity:
         units: the units of an amount, in lower case.
         unit: the unit that messages use.
         early: known from the model's configuration, before its weights are read.
+        packed: of the model in a GGUF type, which `isingcut run` chooses by measurement; an amount
+            is then an upper limit.
+        context: whether the keys and values of a context count.
     """
 
     cost: str
@@ -68,6 +71,8 @@ class Quantity:
     units: Mapping[str, float]
     unit: str
     early: bool = False
+    packed: bool = False
+    context: bool = False
 
 
 QUANTITIES = {
@@ -75,21 +80,25 @@ QUANTITIES = {
     "bytes": Quantity("bytes", "total_bytes", _BYTES, "MB"),
     "kv": Quantity("kv_bytes_per_token", "", _BYTES, "kB"),
     "latency": Quantity("latency_seconds", "", _SECONDS, "ms"),
+    "file": Quantity("bytes", "other", _BYTES, "MB", packed=True),
+    "memory": Quantity("bytes", "other", _BYTES, "GB", packed=True, context=True),
+    "decode": Quantity("read", "read_other", {}, "", packed=True, context=True),
 }
 """The quantities of a `--budget`.
 
 Shares of parameters and bytes are of the whole model, embeddings included; shares of the KV cache
-and of latency are of the blocks' sum.
+and of latency are of the blocks' sum, that of decoding of the bytes that the original reads.
 """
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One part of a `--budget`: a quantity with a share or an amount."""
+    """One part of a `--budget`: a quantity with a share or an amount, at a number of tokens."""
 
     name: str
     share: float | None
     amount: float | None
+    context: int = 0
 
     @property
     def quantity(self) -> Quantity:
@@ -135,8 +144,11 @@ class Removal(Spelling):
 class Budgets(Spelling):
     """How much to remove at least: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
 
+    Or the most that a packed model may take: ``"file=90MB"``, ``"memory=2GB@8k"``.
+
     Attributes:
         parts: one `Budget` per quantity.
+        packed: whether they are of a packed model.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -144,7 +156,10 @@ class Budgets(Spelling):
         names = [b.name for b in self.parts]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"{name!r} occurs twice in {_cut(text)}; keep the larger one")
+                raise InputError(f"{name!r} occurs twice in {_cut(text)}; keep one of the two")
+        self.packed = any(b.quantity.packed for b in self.parts)
+        if others := [b.name for b in self.parts if b.quantity.packed != self.packed]:
+            raise InputError(f"{_cut(text)}: a GGUF type is chosen for it; omit {others[0]}")
 
 
 def _read_budget(text: str) -> Budget:
@@ -158,10 +173,17 @@ def _read_budget(text: str) -> Budget:
         raise InputError(
             f"budget {_cut(text)}: unknown quantity {_cut(name)}; known: {', '.join(QUANTITIES)}"
         )
-    found = QUANTITIES[name]
-    return Budget(
-        name, *_measure(value, found.units, f"budget {_cut(text)}", f"{name}=", found.unit)
-    )
+    found, what, tokens = QUANTITIES[name], f"budget {_cut(text)}", 0
+    if found.context:
+        value, at, context = (part.strip() for part in value.partition("@"))
+        match = re.fullmatch(r"(\d{1,9})\s*(k?)", context.lower())
+        tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+        if not tokens and (at or found.units):
+            raise InputError(f"{what}: expected a context in tokens behind @, as {name}={value}@8k")
+    share, amount = _measure(value, found.units, what, f"{name}=", found.unit)
+    if found.packed and found.units and share is not None:
+        raise InputError(f"{what}: expected an amount, as 2{found.unit}, got a share")
+    return Budget(name, share, amount, tokens)
 
 
 class Memory(Spelling):
@@ -275,7 +297,7 @@ def _measure(
         raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
     value, unit = float(match[1]), match[2].lower()
     if value == 0:
-        raise InputError(f"{what}: {_cut(text)} removes nothing; give more than 0")
+        raise InputError(f"{what}: {_cut(text)} is nothing; give more than 0")
     if unit == "%":
         if value > 100:
             raise InputError(f"{what}: a share must be between 0% and 100%")

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
+
 from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
 from isingcut.files.documents import CardParts, CutRecord, HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import read_document
 from isingcut.models.sources import hub_id
-from isingcut.report.rows import healing_rows, healing_start
+from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.words import render, sentence
 
@@ -46,6 +49,9 @@ def card_parts(
     if (text := provenance.calibration) is not None:
         rows.append(["calibration", describe_source(text.source)])
         rows.append(["calibration tokens, SHA-256", text.sha256])
+    if files.packing is not None:
+        command = sentence("packing_command", files, "path/to/this/folder")
+        rows.append(["cut for", f"{files.packing.budget}. {command}"])
     versions = f"{provenance.torch}, {provenance.transformers}"
     energy = f"The energy used here, `{files.energy}`, is not that paper's."
     if files.energy == PAPER_ENERGY:
@@ -81,13 +87,28 @@ def kept_parts(checkpoint: Path) -> CardParts | None:
     return read_document(record, CutRecord).card
 
 
-def model_card(parts: CardParts, healing: HealingFile | None = None) -> str:
+def model_card(parts: CardParts, healing: HealingFile | None = None, **measured: Any) -> str:
     """The README.md of a checkpoint: YAML front matter, what was removed, how, from what.
 
     Args:
         healing: of the checkpoint, once it is healed.
+        measured: of `gguf_card`.
     """
-    return _card(parts, healing)
+    healed = "" if healing is None else _healed_section(healing)
+    patch = parts.patch
+    if patch is not None and not patch.cuts and not (patch.tuning and patch.tuning.layers):
+        patch = None
+    given = {"card": parts, "patch": patch, "healed": healed, "scores": None, **measured}
+    metadata = ModelCardData(
+        base_model=parts.base_model,
+        # The hub knows adapter, merge, quantized and finetune. A cut has all its weights, in a
+        # shape of its own; beside a GGUF file the hub would otherwise infer "quantized".
+        base_model_relation=parts.base_model and "finetune",
+        library_name="gguf" if given["scores"] else "transformers",
+        pipeline_tag="text-generation",
+        tags=["isingcut", "block-removal", "depth-pruning"],
+    )
+    return render("model_card.md.j2", **given, metadata=Markup(metadata.to_yaml()))
 
 
 def gguf_card(files: RunFiles) -> str:
@@ -97,16 +118,34 @@ def gguf_card(files: RunFiles) -> str:
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
-    return _card(files.removal.card, healing, evaluation=found, scores=scores)
+    packed = files.run.blocks.packed if files.packing else None
+    parts = files.removal.card
+    return model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
 
 
-def _card(parts: CardParts, healing: HealingFile | None, **measured: Any) -> str:
-    healed = "" if healing is None else _healed_section(healing)
-    patch = parts.patch
-    if patch is not None and not patch.cuts and not (patch.tuning and patch.tuning.layers):
-        patch = None
-    given = {"card": parts, "patch": patch, "healed": healed, "scores": None, **measured}
-    return render("model_card.md.j2", **given)
+def hub_results(files: RunFiles) -> list[EvalResult]:
+    """The scores of the final model and of its GGUF file, for the `model-index` of a card.
+
+    `.eval_results/` is not for them: the hub has it for registered benchmarks as a whole, and not
+    for samples of them or for other text.
+    """
+    source = "" if files.calibration is None else describe_source(files.calibration.source)
+    rows = [row for row in files.scores if row.key.endswith(("perplexity", "kl"))]
+    if files.benchmarks is not None:
+        rows += benchmark_rows(files.benchmarks, last=files.last)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=(text := row.label if row.notes else row.part or source),
+            dataset_name=text,
+            metric_type=row.notes[0] if row.notes else row.key.rpartition(": ")[2],
+            metric_name=f"{', '.join(row.notes) or row.label} ({model})",
+            metric_value=row.text(model),
+        )
+        for row in rows
+        for model in (files.last, "gguf")
+        if row.values.get(model)
+    ]
 
 
 def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str:

@@ -257,24 +257,19 @@ class Plot:
         y: vertical scale.
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
-        x_ticks: values along the horizontal axis; None for round ones.
     """
 
     x: Scale
     y: Scale
     x_label: str
     y_label: str
-    x_ticks: Sequence[float] | None = None
     lines: list[tuple[str, str]] = field(default_factory=list)
     marks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ticks(self) -> list[list[tuple[float, str]]]:
         """Places and labels along both axes."""
-        both = (
-            (self.x, self.x.ticks() if self.x_ticks is None else list(self.x_ticks)),
-            (self.y, self.y.ticks()),
-        )
+        both = [(axis, axis.ticks()) for axis in (self.x, self.y)]
         return [list(zip(map(axis, v), tick_text(v), strict=True)) for axis, v in both]
 
     def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> None:
@@ -298,7 +293,7 @@ class Plot:
             x, y: its place, in data coordinates.
             tip: what it says; lines are separated by newlines.
             kind: its CSS class.
-            shape: ``dot``, ``ring``, ``diamond`` or ``level``.
+            shape: ``dot``, ``ring`` or ``diamond``.
             error: the standard error of ``y``.
             state: number of the state that a click shows.
         """
@@ -465,58 +460,11 @@ MOST_MARKS = 200
 """Of a long training's losses so many are marked; the line goes through all."""
 
 
-def spectrum_figure(files: RunFiles, states: Book) -> Figure:
-    """Energy levels in their order, with the measured KL where both are in nats per token."""
-    spectrum = files.spectrum
-    if spectrum is None:
-        return Figure("spectrum", "Spectrum", f"Not run. Type `isingcut solve {files.arguments}`.")
-    unit = spectrum.unit
-    levels = list(enumerate(states.of("candidate")))
-    energies = [s.energy for s in spectrum.states]
-    losses = [(k, s, s.kl) for k, s in levels if s.kl is not None] if unit == "nats/token" else []
-    ends = [end for *_, kl in losses for end in (kl.low, kl.high)]
-    plot = Plot(
-        x_span([-0.5, len(levels) - 0.5]),
-        y_span([*energies, *ends]),
-        "state, by energy",
-        f"{'energy and measured KL' if losses else 'energy'}, {unit}",
-        range(0, len(levels), max(1, -(-len(levels) // 8))),
-    )
-    for k, s in levels:
-        kind = "chosen" if s.chosen else "level"
-        plot.mark(k, energies[k], s.tip(s.energy, unit), kind, shape="level", state=s.number)
-    for k, s, kl in losses:
-        kind = "chosen" if s.chosen else "measured"
-        plot.mark(k, kl.figure, s.tip(s.energy, unit), kind, error=kl.error, state=s.number)
-    rows = [
-        (
-            str(k),
-            f"{energies[k]:.5g}",
-            f"{energies[k] - energies[0]:.3g}",
-            "" if s.kl is None else s.kl.text(),
-            join_blocks(s.removed),
-        )
-        for k, s in levels
-    ]
-    legend = [("level", "energy"), ("measured", "measured KL ± 1 SE"), ("chosen", "chosen state")]
-    return Figure(
-        "spectrum",
-        "Spectrum",
-        sentence("levels_words", spectrum),
-        plot,
-        "Energy levels.",
-        ("state", f"energy, {unit}", "above ground state", "measured KL", "blocks removed"),
-        rows,
-        legend if losses else [legend[0], legend[2]],
-    )
-
-
-def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = True) -> Figure:
+def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
     """One energy against the measured KL of candidates and random states.
 
     Args:
         name: of the energy, which is measured and judged.
-        link: a click on a state shows it.
     """
     energy, found = files.energies[name], files.judged[name].kl
     both = [*states.of("random"), *states.of("candidate")]
@@ -539,7 +487,7 @@ def scatter_figure(files: RunFiles, name: str, states: Book, *, link: bool = Tru
             "chosen" if state.chosen else "random" if random else "measured",
             shape="ring" if random else "dot",
             error=kl.error,
-            state=state.number if link else None,
+            state=state.number,
         )
     return Figure(
         f"scatter-{name}",

@@ -62,18 +62,24 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
-        packed = self.target / "model.gguf"
-        self.gguf = packed if packed.is_file() else None
         # The evaluation is then of that checkpoint.
         self.healed = (self.target / "healed").is_dir()
+        packed = self.target / "model.gguf"
+        self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
     def record(self, path: Path) -> documents.StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
 
+    def is_outdated(self, path: Path) -> bool:
+        """Whether a file was made from an earlier checkpoint than the one that is there now."""
+        made, product = self.record(path), self.record(self.product)
+        model = made and path != self.product and made.options.content().get("model")
+        return bool(model and product and model != product.fingerprint)
+
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """Read what a finished stage wrote; None where it did not.
+        """Read what a finished stage wrote; None where it did not, or of an earlier checkpoint.
 
         Args:
             made_with: the folder of this removal that it is in or next to, which has a record.
@@ -81,7 +87,7 @@ class RunFiles:
         recorded = self.target / made_with if made_with else path
         begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
         unfinished = self.record(recorded) is None and (begun or made_with)
-        if unfinished or not os.path.lexists(path):
+        if unfinished or not os.path.lexists(path) or self.is_outdated(recorded):
             return None
         if not made_with:
             check_recorded(self.run.stages, self.folder, path)
@@ -94,6 +100,7 @@ class RunFiles:
     benchmarks = _document("benchmarks.json", documents.BenchmarksFile)
     removal = _document("model/isingcut.json", documents.CutRecord, "model")
     healing = _document("healing.json", documents.HealingFile, "healed")
+    packing = _document("packing.json", documents.PackingFile)
 
     @cached_property
     def spectrum(self) -> documents.SpectrumFile | None:
@@ -186,7 +193,9 @@ class RunFiles:
     @property
     def verdict(self) -> str:
         """What a reader must know to decide; empty before a choice."""
-        return "" if self.removed is None else words.sentence("verdict", self)
+        if self.removed is not None:
+            return words.sentence("verdict", self)
+        return "" if self.packing is None else words.sentence("packing_words", self)
 
     @property
     def last(self) -> str:

@@ -11,7 +11,7 @@ page to fetch anything, and only the page's own script may run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from isingcut.files.documents import ChosenState
 from isingcut.files.writing import check_output, write_json, write_sealed
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats, states_of
+from isingcut.ising.states import Floats
 from isingcut.report import figures
 from isingcut.report.card import gguf_card
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
@@ -109,6 +109,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
     stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
     names = ("spectrum", "candidates", "evaluation", "patch", "healing")
     documents = {name: getattr(files, name) for name in (*names, "benchmarks")}
+    documents |= {"packing": files.packing} if files.packing else {}
     return {
         "model": run["provenance"]["model"],
         "blocks": len(files.blocks),
@@ -138,7 +139,6 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
         "ticks": figures.block_ticks(n),
         "fields": None if energy is None else figures.draw_fields(energy, kinds),
         "couplings": None if energy is None else figures.draw_couplings(energy),
-        "spectrum": figures.spectrum_figure(files, states),
         "scatters": [
             figures.scatter_figure(files, name, states)
             for name in files.judged
@@ -250,8 +250,6 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         whisker=figures.whisker,
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
-        scatters=[f for k, r in enumerate(ranked) for f in _scatter(f"scatter-run-{k}", r)],
-        crossed=_crossed(ranked),
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
     return html, warnings
@@ -316,42 +314,3 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
         rows,
         [(f"tone-{run.tone}", run.name) for run, points in found if points],
     )
-
-
-def _scatter(key: str, run: Side) -> list[figures.Figure]:
-    if run.files.hamiltonian is None:
-        return []
-    states = figures.number_states(run.files)
-    figure = figures.scatter_figure(run.files, run.files.energy, states, link=False)
-    return [replace(figure, key=key, title=f"{run.name}: {figure.title}")]
-
-
-def _crossed(runs: Sequence[Side]) -> list[tuple[Side, list[str]]]:
-    """Every run's energy judged on the states that every run measured: Spearman with the KL.
-
-    Only where all are of one model; an energy that also ranks the states measured on another
-    text, or chosen by another energy, is no accident of its own.
-    """
-    if len(runs) < 2 or len({(r.sha, len(r.files.blocks)) for r in runs}) > 1:
-        return []
-    rankings = [r.files.candidates for r in runs]
-    measured = [[*f.candidates, *f.random] for f in rankings if f is not None]
-    rows = []
-    for run in runs:
-        energy = run.files.hamiltonian
-        if energy is None:
-            return []
-        cells = []
-        for states in measured:
-            energies = energy.energies(states_of(energy.n, (s.removed for s in states)))
-            cells.append(_spearman(energies, np.array([s.kl for s in states])))
-        rows.append((run, cells))
-    return rows
-
-
-def _spearman(energies: Floats, losses: Floats) -> str:
-    from scipy.stats import spearmanr
-
-    if len(energies) < 3 or np.ptp(energies) == 0 or np.ptp(losses) == 0:
-        return "undefined"
-    return f"{float(spearmanr(energies, losses).statistic):.2f}"

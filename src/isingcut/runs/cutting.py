@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from isingcut.console.printing import say
 from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.data.mixture import describe_source, places_in
+from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import documents, writing
@@ -27,7 +29,12 @@ from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
-from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
+from isingcut.healing.patch.checkpoint import (
+    CANNOT,
+    make_patches,
+    patch_checkpoint,
+    record_unpatched,
+)
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
@@ -198,12 +205,16 @@ def make_gguf(
     if source is None and made and made.options.content().get("model") == options["model"]:
         return out  # also if it was cut out of another file
     options["source"] = writing.file_sha256(found)
+    packed = folder.run.blocks.packed if session.config.budget.packed else None
+    if packed is not None:
+        options["type"] = packed.type
 
     def make(path: Path) -> None:
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
+        how: dict[str, Any] = {"changed": changed, "packed": packed and packed.type}
         drop = session.config.drop_mtp
-        gguf.cut_gguf(found, removed, path, overwrite=True, drop_mtp=drop, changed=changed)
+        gguf.cut_gguf(found, removed, path, overwrite=True, drop_mtp=drop, **how)
 
     writing.refuse_source(out, [found])
     try:
@@ -284,29 +295,37 @@ def _patched(
     Raises:
         ArchitectureError, FitError: nothing can be patched, with the reason.
     """
-    loaded, used = session.loaded, session.config.calibration
+    job, text = _patch_job(session, folder, removed, cut, out.parent)
+    return patch_checkpoint(job, out).model_copy(update={"text": text})
+
+
+def _patch_job(
+    session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, work: Path
+) -> tuple[Job, FittedText]:
+    loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
+    tokens, text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
     how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
-    job = Job(
-        loaded,
-        tuple(removed),
-        cut,
-        text.tokens,
-        out.parent,
-        how,
-        session.progress,
-        session.streamed[1] if session.streaming else None,
-    )
-    fitted = FittedText(
-        source=describe_source(used),
-        samples=text.tokens.samples,
-        searched=text.searched,
-        tokens=int(text.tokens.mask.sum()),
-        asked=session.config.patch_tokens,
-        short=text.short,
-    )
-    return patch_checkpoint(job, out).model_copy(update={"text": fitted})
+    replay = session.streamed[1] if session.streaming else None
+    given = (loaded, tuple(removed), cut, tokens, work, how, session.progress, replay)
+    return Job(*given), text
+
+
+def fit_patch(session: Session, folder: RunFolder, removed: Sequence[int]) -> dict[str, Tensor]:
+    """Return the parameters that the patch of a state changes, by name; none if it cannot."""
+    if session.config.patch == "none":
+        return {}
+    job, _ = _patch_job(session, folder, removed, session.source, folder.path)
+    try:
+        _, patches, _ = make_patches(job)
+    except CANNOT:
+        return {}
+    new = dict[str, Tensor]()
+    for p in patches:
+        layer = f"{session.stack.blocks[p.block].path}.{p.path}"
+        values = {f"{layer}.weight": p.weight, f"{layer}.bias": p.bias}
+        new |= {name: value for name, value in values.items() if value is not None}
+    return new
 
 
 def check_healing_options(config: RunConfig) -> None:

@@ -3,17 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from yaml import YAMLError
 
 from isingcut.errors import InputError, first_line
 from isingcut.files.documents import CutRecord
 from isingcut.files.writing import MARKER, read_document
+from isingcut.report.card import hub_results
+from isingcut.report.run_files import RunFiles
+from isingcut.runs.folder import RunFolder
 
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token with write access)"
+_CARD = "README.md"
+# Versions of the hub library use different HTTP libraries, with different base classes.
+_TransportError = cast(type[Exception], HfHubHTTPError.__mro__[1])
+
+Files = dict[str, Path | bytes]
+"""Files by their names in the repository: a path, or the content."""
+
+
+def prepare(
+    checkpoint: Path, repository: str, folder: RunFolder | None = None
+) -> tuple[ModelCard, Files]:
+    """Return the model card and all files, card included, that `push` uploads; without network.
+
+    Args:
+        checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
+        repository: ``"owner/name"``, or ``"name"`` for a repository of yours.
+        folder: the run of the checkpoint. Its results then are in the card's metadata, and its
+            `model.gguf` and that file's card are among the files.
+
+    Raises:
+        StageFileError: ``checkpoint`` was not written by isingcut, or a file was changed since.
+        InputError: the model card has no valid metadata.
+    """
+    read_document(checkpoint / "isingcut.json", CutRecord)
+    # The marker has a meaning on this machine only.
+    found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
+    files: Files = {p.relative_to(checkpoint).as_posix(): p for p in found}
+    try:
+        card = ModelCard.load(checkpoint / _CARD)
+    except (OSError, ValueError, YAMLError) as e:
+        raise InputError(f"{checkpoint / _CARD} is no model card ({first_line(e)})") from e
+    if folder is not None:
+        folder.check(checkpoint)
+        run = RunFiles(folder.path, checkpoint.parent)
+        card.data.model_name = repository.rpartition("/")[2]
+        card.data.eval_results = hub_results(run) or None
+        if run.gguf is not None:
+            folder.check(run.gguf)
+            beside = (run.gguf, run.gguf.with_suffix(".gguf.md"))
+            files |= {p.name: p for p in beside if p.is_file()}
+    files[_CARD] = str(card).encode()
+    return card, files
 
 
 def push(
-    checkpoint: Path,
+    files: Files,
     repository: str,
     *,
     private: bool = False,
@@ -25,50 +74,28 @@ def push(
     Uses the token of `hf auth login` or ``HF_TOKEN``, which is never read or shown here.
 
     Args:
-        checkpoint: a folder that `isingcut excise` or `Run.save` wrote.
         repository: ``"owner/name"``, or ``"name"`` for a repository of yours.
         private: create the repository as private; an existing one does not change.
-        message: the commit message; by default it names the removed blocks.
+        message: the commit message.
         endpoint: another hub than the default.
 
     Returns:
         the URL of the repository.
 
     Raises:
-        StageFileError: ``checkpoint`` was not written by isingcut.
         InputError: the hub refused the repository's name or the token, or cannot be reached.
     """
-    record = read_document(checkpoint / "isingcut.json", CutRecord)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    # Versions of the hub library use different HTTP libraries, with different base classes.
-    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     api = HfApi(endpoint=endpoint, library_name="isingcut")
-    words = message or f"{len(record.removed)} of {record.of} blocks removed by isingcut"
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            folder_path=checkpoint,
-            repo_id=made.repo_id,
-            commit_message=words,
-            ignore_patterns=[MARKER],
+        api.create_commit(
+            made.repo_id,
+            [CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message=message or "Blocks removed by isingcut",
         )
-    except (OSError, ValueError, transport_error) as e:
-        # Also for a card with invalid YAML or UTF-8.
+    except (OSError, ValueError, _TransportError) as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
         refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
         hint = _LOGIN if refused else "check the name (owner/name), then run again"
-        raise InputError(
-            f"uploading {checkpoint} to {repository} failed ({first_line(e)}); {hint}"
-        ) from e
+        raise InputError(f"uploading to {repository} failed ({first_line(e)}); {hint}") from e
     return str(made.url)
-
-
-def list_files(checkpoint: Path) -> list[dict[str, Any]]:
-    """List name and size of every file that `push` would upload, without network access."""
-    # The marker has a meaning on this machine only.
-    found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
-    return [
-        {"name": p.relative_to(checkpoint).as_posix(), "bytes": p.stat().st_size} for p in found
-    ]

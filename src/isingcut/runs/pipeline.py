@@ -42,7 +42,7 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.report.write import check_report
-from isingcut.runs import cutting, measuring, solving, stages
+from isingcut.runs import cutting, measuring, packing, solving, stages
 from isingcut.runs.folder import MANIFEST, RunFolder
 from isingcut.runs.session import Session, part, take_up
 
@@ -58,7 +58,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     Returns:
         The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch. If
         the model is a GGUF file, `model.gguf` is the same for llama.cpp.
-        A range of removals has no checkpoint, only `remove-M/` with the ranking of each.
+        A range of removals has no checkpoint, only `remove-M/` with the ranking of each. Nor has a
+        ``budget`` that the whole model meets best in a smaller type: `packing.json` says so.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -78,10 +79,12 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
-        measure_and_rank(session, folder)
+        whole = bool(wanted.budget.packed and packing.choose_type(session, folder).best.fits)
+        if not whole:
+            measure_and_rank(session, folder)
         if not processes.rank:
             # For a range, the user chooses one to cut.
-            if len(several) == 1:
+            if len(several) == 1 and not whole:
                 cutting.make_gguf(session, folder, cut_and_heal(session, folder))
                 stages.evaluate(session, folder)
                 if wanted.tasks:
@@ -187,6 +190,8 @@ def check_options(config: RunConfig | None, options: Mapping[str, Any], source: 
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out is missing; give a folder for the run")
+    if config.budget.packed and source != "isingcut.run":
+        raise InputError(f"--budget {config.budget} is only for `isingcut run`; give --remove M")
     return measuring.concrete(config)
 
 
@@ -226,7 +231,9 @@ def open_session(
         check_by_config(session.source, config, needed=need_removal)
         take_up(session, processes)
         blocks = session.describe_blocks()
-        if need_removal or config.removal:
+        if config.budget.packed:
+            packing.find_types(session, blocks)
+        elif need_removal or config.removal:
             for one in solving.each_removal(config):
                 solving.removal_rows(blocks, one)
         if need_removal:

@@ -23,6 +23,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import imports, registry
 from isingcut.ising.solvers import solve as find
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import Budget, Removal
 from isingcut.report.write import write_report
@@ -63,21 +64,23 @@ def removal_rows(
     if config.remove or not config.budget:
         counts = count_rows(kinds, config.remove)
     else:
-        most = np.ones(n)
-        counts = [LinearConstraint("some stay", most, "<=", n - 1, "not every block goes")]
+        counts = [LinearConstraint("some stay", np.ones(n), "<=", n - 1, "not every block goes")]
     others = kept_and_dropped(n, config)
     others += [LinearConstraint(**dict(row)) for row in blocks.legality]
     budgets = [b for b in config.budget.parts if b.quantity.early or not early]
     bounds = [budget_row(blocks, b) for b in budgets]
     plain = Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), [*counts, *others])
+    if bounds and config.budget.packed and all(row.rhs <= 0 for row in bounds):
+        raise InputError(f"the whole model meets --budget {config.budget}; nothing has to go")
     try:
         plain.with_constraints(bounds).check()
     except InfeasibleError as e:
         plain.check()
         pairs = zip(bounds, budgets, strict=True)
-        each = [_largest(plain, row, b) for row, b in pairs if row.rhs > 0]
+        each = [_furthest(blocks, plain, row, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
-        raise InfeasibleError(f"{e}; the largest possible {alone}is {', '.join(each)}") from e
+        most = "nearest" if config.budget.packed else "largest"
+        raise InfeasibleError(f"{e}; the {most} possible {alone}is {', '.join(each)}") from e
     return [*counts, *bounds, *others]
 
 
@@ -91,23 +94,56 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
 
 
 def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
-    """Make the row of one `--budget`: at least this much of a quantity is removed."""
+    """Make the row of one `--budget`: at least this much of a quantity is removed.
+
+    For a packed model that is what is above the limit; 0 or less where the whole model meets it.
+    """
     quantity = wanted.quantity
+    if quantity.packed:
+        each, before, now = _packed_costs(blocks, wanted)
+        most = (1 - wanted.share) * before if wanted.share is not None else wanted.amount
+        assert most is not None
+        reason = f"{wanted.name} of at most {most:.6g} bytes"
+        return LinearConstraint(f"budget {wanted.name}", each, ">=", now - most, reason)
     costs = [getattr(b, quantity.cost) for b in blocks.blocks]
     total = float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
     return rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
 
 
-def _largest(problem: Problem, row: LinearConstraint, budget: Budget) -> str:
-    """Return the largest feasible value of one budget, as you can type it."""
+def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
+    """Return the costs of the blocks in the packed model; of the model as it is, and packed."""
+    packed, quantity, cache = blocks.packed, wanted.quantity, np.zeros(len(blocks.blocks))
+    if packed is None:
+        raise InputError(
+            f"--budget {wanted.name} chooses a type by measurement, which only `isingcut run` "
+            "does; give --remove M, or a budget of params, bytes, kv or latency"
+        )
+    if wanted.context:
+        # Keys and values in float16, llama.cpp's default.
+        each = [2 * b.parameters / b.bytes * b.kv_bytes_per_token for b in blocks.blocks]
+        cache = np.array(each) * wanted.context + [b.state_bytes for b in blocks.blocks]
+    costs = getattr(packed, quantity.cost) + cache
+    now = float(costs.sum()) + getattr(packed, quantity.whole)
+    return costs, packed.read_before + float(cache.sum()), now
+
+
+def _furthest(blocks: BlockList, problem: Problem, row: LinearConstraint, budget: Budget) -> str:
+    """Return the feasible value of one budget that asks for most, as you can type it."""
     costs = row.coefficients
     # The energy decreases with the removed amount, so its lowest state removes the most.
     falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))
     most = float(costs @ Problem(falling, problem.constraints).a_state())
+    unit, at = budget.quantity.unit, f"@{budget.context}" if budget.context else ""
+    # Rounded so that the printed value is feasible.
+    if budget.quantity.packed:
+        _, before, now = _packed_costs(blocks, budget)
+        if budget.share is None:
+            amount = math.ceil(1e3 * (now - most) / budget.quantity.units[unit.lower()]) / 1e3
+            return f"{budget.name}={amount:.12g}{unit}{at}"
+        share = (before - now + most) / before
+        return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     if budget.share is not None:
-        # Rounded down, so that the printed value is feasible.
         return f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
-    unit = budget.quantity.unit
     amount = math.floor(1e6 * most / budget.quantity.units[unit.lower()]) / 1e6
     return f"{budget.name}={amount:.12g}{unit}"
 

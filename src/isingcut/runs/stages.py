@@ -25,8 +25,13 @@ from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation import benchmark, candidates
-from isingcut.evaluation.drafts import draft_acceptance, open_mtp
-from isingcut.evaluation.quality import before_and_after, perplexity, quality
+from isingcut.evaluation.quality import (
+    before_and_after,
+    draft_acceptance,
+    open_mtp,
+    perplexity,
+    quality,
+)
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.evaluation.speed import with_memory
@@ -46,6 +51,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
+from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import converted, unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
@@ -422,7 +428,8 @@ def _add_drafts(
     original, size = session.loaded.model, session.tuning.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
     if of_original is None or of_last is None:
-        return found
+        why = f"transformers cannot run those of {original.config.model_type}"
+        return found.model_copy(update={"no_drafts": why} if count_mtp_layers(folder) else {})
     with session.progress("drafts of multi-token prediction", 1) as bar:
         scores = {
             "before": draft_acceptance(original, of_original, text, size),

@@ -72,12 +72,44 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     Raises:
         ArchitectureError, FitError: as `fit_patches`; nothing was written.
     """
+    layers = StoredLayers(job.start, job.removed)
+    fitted, patches, tuning = make_patches(job, layers)
+    stored = write_patched(layers, patches, out)
+    trust, model = job.config.trust_remote_code, job.teacher.model
+    with apply_patches(_replay(job).blocks, stored):
+        proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
+    return PatchRecord(
+        maps=fitted.maps,
+        changed=any(p.record.changed for p in stored),
+        cuts=[p.record for p in fitted.patches],
+        tuning=tuning,
+        unpatched=fitted.unpatched,
+        proof=proof,
+    )
+
+
+def _replay(job: Job) -> Replay:
     model = job.teacher.model
-    stack = find_stack(model)
-    replay = job.replay or Replay(model, stack_modules(model, stack))
+    return job.replay or Replay(model, stack_modules(model, find_stack(model)))
+
+
+def make_patches(
+    job: Job, layers: StoredLayers | None = None
+) -> tuple[Fitted, list[Patch], PatchTuning | None]:
+    """Fit the maps of a patch, and tune them if the job's options say so.
+
+    Args:
+        layers: the checkpoint to write the layers to; None: any layer may be patched.
+
+    Returns:
+        the maps; all layers that differ from the original's; and the record of the tuning.
+
+    Raises:
+        ArchitectureError, FitError: as `fit_patches`.
+    """
+    replay, kinds = _replay(job), find_stack(job.teacher.model).kinds
     tokens = job.tokens.first(job.config.patch_tokens, 2)
     work = Work(job.config.batch_tokens, job.progress)
-    layers = StoredLayers(job.start, job.removed)
     held_out, why = None, ""
     if job.config.tunes:
         try:
@@ -89,7 +121,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
 
     def fit_with(count: int) -> Fitted:
         work = Work(count, job.progress)
-        return fit_patches(replay, stack.kinds, tokens, job.removed, work, layers)
+        return fit_patches(replay, kinds, tokens, job.removed, work, layers)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
         given = (job.removed, fitted.patches, work, layers)
@@ -109,18 +141,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
             why = f"{replay.device} is out of memory for tuning the patch"
     if why:
         tuning = PatchTuning(left_out=why)
-    stored = write_patched(layers, patches, out)
-    trust = job.config.trust_remote_code
-    with apply_patches(replay.blocks, stored):
-        proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
-    return PatchRecord(
-        maps=fitted.maps,
-        changed=any(p.record.changed for p in stored),
-        cuts=[p.record for p in fitted.patches],
-        tuning=tuning,
-        unpatched=fitted.unpatched,
-        proof=proof,
-    )
+    return fitted, patches, tuning
 
 
 def record_unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:

@@ -24,13 +24,14 @@ from torch.utils.data import Sampler
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.documents import HealingMemory
+from isingcut.files.writing import read_document
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import count_graph_bytes
-from isingcut.models.device import BatchLimit, least_left
+from isingcut.models.device import BatchLimit, allowance, least_left, weight_bytes
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.options.config import BATCH_TOKENS
 
@@ -165,6 +166,26 @@ _COUNTED, _COUNTED_APART = 512, 32
 _GRADIENT, _MOMENTS = 4, 8
 
 
+def shard_if_needed(job: Job) -> Job:
+    """Turn FSDP on for a full training by several processes that one device does not hold.
+
+    A training that resumes is sharded as it began.
+    """
+    config, settings, file = job.config, trainer_settings(job.config), job.work / "memory.json"
+
+    def is_needed() -> bool:
+        if file.exists():
+            return read_document(file, HealingMemory).sharded
+        numbers = weight_bytes(job.start, torch.uint8)
+        kept = (torch.float32.itemsize + _GRADIENT + _MOMENTS) * numbers
+        return kept > allowance("", job.teacher.device).left
+
+    possible = config.method == "full" and job.processes.size > 1 and not is_sharded(settings)
+    if not (possible and job.processes.decide(is_needed)):
+        return job
+    return replace(job, config=config.replace(trainer={**settings, "fsdp": True}))
+
+
 def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
     """Plan the training for this machine's memory, unless `--trainer` sets it.
 
@@ -215,7 +236,7 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
     most = max(longest, min(wanted, int(room / of_token)))
     if "gradient_accumulation_steps" in settings:
         most = settings.get("per_device_train_batch_size", 8) * longest
-    return HealingMemory(most=most, recompute=recompute)
+    return HealingMemory(most=most, recompute=recompute, sharded=is_sharded(settings))
 
 
 def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -57,7 +59,7 @@ from isingcut.healing.job import (
     trainer_settings,
     usual_recipe,
 )
-from isingcut.healing.training.batches import Steps, batch_of, plan_memory
+from isingcut.healing.training.batches import Steps, batch_of, plan_memory, shard_if_needed
 from isingcut.healing.training.student import (
     install,
     load_student,
@@ -96,7 +98,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         ModelError: the loss is NaN or infinite.
     """
     recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
-    job = dataclasses.replace(job, recipe=recipe)
+    job = shard_if_needed(dataclasses.replace(job, recipe=recipe))
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
@@ -137,7 +139,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 def step_times(job: Job) -> list[tuple[int, float]]:
     """Time steps without keeping their results: of one sample, then of many; tokens and seconds."""
-    size = job.processes.size
+    job, size = shard_if_needed(job), job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, plan):
@@ -200,7 +202,8 @@ def _run(
 
     def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
-        watch.count(outputs["loss"], predictions)
+        # The sum of the losses, and the number of predictions, since the last step.
+        watch.sums += torch.stack([outputs["loss"].detach().double(), predictions.double()])
         scaled: Tensor = outputs["loss"] / (
             predictions if num_items_in_batch is None else num_items_in_batch
         )
@@ -243,6 +246,11 @@ def _arguments(
     # Two to ten states, each with a check, or one every 50 steps.
     tokens = steps * batch * (float(job.tokens.mask.sum()) / job.tokens.samples)
     states = min(10.0, max(2.0, tokens / _EACH_CHECK))
+    given, again = trainer_settings(config), get_checkpointing() if plan.recompute else {}
+    if given.get("fsdp") and not isinstance(more := given.get("fsdp_config"), str):
+        # FSDP's own recomputation gathers the weights of a block once for both.
+        own = {"version": 2, "activation_checkpointing": plan.recompute}
+        given["fsdp_config"], again = {**own, **(more or {})}, {}
     settings: dict[str, Any] = {
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
@@ -250,9 +258,9 @@ def _arguments(
         "weight_decay": 0.0,
         "save_steps": min(50, math.ceil(steps / states)),
         "bf16": job.teacher.dtype == torch.bfloat16,
-        **(get_checkpointing() if plan.recompute else {}),
+        **again,
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
-        **trainer_settings(config),
+        **given,
         "output_dir": str(job.work / "trainer"),
         "per_device_train_batch_size": -(-batch // (size * parts)),
         "gradient_accumulation_steps": parts,
@@ -292,6 +300,25 @@ class OurTrainer(Trainer):
     def __init__(self, tokens: TokenSet, order: Steps | list[list[int]], **rest: Any) -> None:
         super().__init__(**rest)
         self.tokens, self.order = tokens, order
+        self._keep_float32()
+
+    def _keep_float32(self) -> None:
+        """Let FSDP gather weights and sum gradients and losses in float32, under autocast.
+
+        By default it rounds the loss to the compute dtype. On CPUs accelerate ignores FSDP.
+        """
+        state: Any = self.accelerator.state
+        model: Any = self.model
+        given = getattr(self.args, "fsdp_plugin_args", None)
+        if given and not self.is_fsdp_enabled:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**given)
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2:
+            state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+            cast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+            model.forward = cast(model.forward)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the micro-batches unchanged: they belong to this process already."""
@@ -334,10 +361,6 @@ class Watch(TrainerCallback):
         self.trained = 0
         self.verdict: HealingStop | None = None
         self.shown: Any = contextlib.ExitStack()
-
-    def count(self, loss: Tensor, predictions: Tensor) -> None:
-        """Add a micro-batch's summed loss and its predictions."""
-        self.sums += torch.stack([loss.detach().double(), predictions.double()])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.began = time.monotonic()

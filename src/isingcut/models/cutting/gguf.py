@@ -35,7 +35,13 @@ from isingcut.models.architectures.cuts import (
 )
 from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
-from isingcut.models.gguf_files import GgufHeader, block_of, read_gguf
+from isingcut.models.gguf_files import (
+    PLAIN_TYPES,
+    GgufHeader,
+    block_of,
+    packed_type,
+    read_gguf,
+)
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -106,8 +112,7 @@ def _alike(tensor: Any, stored: StoredTensor) -> bool:
 
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-_EXACT = ("F32", "F16", "BF16")
-_FINE = (*_EXACT, "Q8_0")
+_FINE = (*PLAIN_TYPES, "Q8_0")
 """The types that a changed tensor keeps."""
 _SAME = 0.35
 """Relative difference of a tensor and its packing, at most: of two bits a weight it is 0.3."""
@@ -195,7 +200,7 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
         there = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ArchitectureError(_cannot(path, changed.name)) from error
-    most = 0.02 if tensor.tensor_type.name in _EXACT else _SAME
+    most = 0.02 if tensor.tensor_type.name in PLAIN_TYPES else _SAME
     values = changed.before()
     turns: list[_Turn] = [lambda x: x, np.transpose, lambda x: x + 1, *_interleaved(values)]
     for turn in turns:
@@ -299,6 +304,7 @@ def cut_gguf(
     overwrite: bool = False,
     drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
+    packed: str | None = None,
 ) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
@@ -310,6 +316,7 @@ def cut_gguf(
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
             their type is finer.
+        packed: pack all tensors, changed ones too, as `packed_type` says.
 
     Raises:
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
@@ -328,7 +335,7 @@ def cut_gguf(
         mapping = number_mtp_layers(mapping, count - mtp, mtp)
     _refuse(header, count, len(mapping))
     header.check_blocks()
-    if changed and header.big_endian:
+    if (changed or packed) and header.big_endian:
         raise ArchitectureError(
             f"{source} is big-endian, but only little-endian files can get new values; cut it "
             "without a patch (--patch none)"
@@ -364,9 +371,16 @@ def cut_gguf(
                 continue
             new, kind = (changed or {}).get(tensor.name), tensor.tensor_type
             shape, dtype = tensor.data.shape, tensor.data.dtype
-            if new is not None and kind.name not in _FINE:
-                kind, numbers = gguf.GGMLQuantizationType.Q8_0, tensor.shape[::-1].tolist()
+            numbers, place = tensor.shape[::-1].tolist(), block_of(tensor.name)
+            if packed is not None:
+                inside = place is not None and place[0] < count - mtp
+                given = {"inside": inside, "new": new is not None}
+                kind = packed_type(tensor.name, numbers, kind, packed, **given)
+            elif new is not None and kind.name not in _FINE:
+                kind = gguf.GGMLQuantizationType.Q8_0
+            if kind != tensor.tensor_type:
                 shape = gguf.quants.quant_shape_to_byte_shape(numbers, kind)
+                dtype = np.dtype(np.uint8)
             kept.append((tensor, new, kind))
             writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
         with contextlib.closing(writer):
@@ -377,6 +391,9 @@ def cut_gguf(
                 data = tensor.data
                 if new is not None:
                     data = gguf.quants.quantize(lay_out(source, tensor, new), kind)
+                elif kind != tensor.tensor_type:
+                    plain = gguf.quants.dequantize(data, tensor.tensor_type)
+                    data = gguf.quants.quantize(plain, kind)
                 writer.write_tensor_data(data, tensor_endianess=reader.endianess)
 
 

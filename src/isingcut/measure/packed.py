@@ -1,0 +1,93 @@
+"""The KL of a model with other weights, of which one block's exist at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isingcut.data.tokens import TokenSet
+from isingcut.ising.states import Floats
+from isingcut.measure.streams import check_finite
+from isingcut.measure.work import Work
+from isingcut.models.architectures.blocks import text_config
+from isingcut.models.compute.head import Comparison, OutputHead
+from isingcut.models.replay import EMBED, HEAD, Replay, use_attention
+
+Change = Callable[[str, Tensor], Tensor | None]
+"""Maps a parameter's name and values to its other values; None where it stays as it is."""
+
+
+def changed_losses(
+    replay: Replay,
+    tokens: TokenSet,
+    change: Change,
+    work: Work,
+    description: str,
+    removed: Sequence[int] = (),
+) -> Floats:
+    """Measure KL(original || changed) of each sample, (m,), summed over its tokens, nats.
+
+    The weights are changed one block at a time, and restored bit for bit.
+
+    Args:
+        change: the other weights.
+        removed: blocks that the changed model lacks.
+
+    Complexity: two forward passes over the tokens.
+    """
+    batches = tokens.batches(work.batch_tokens)
+    paths = {module: name for name, module in replay.model.named_modules()}
+    embedding, found = replay.text.get_input_embeddings(), np.zeros(tokens.samples)
+    output = replay.text.get_output_embeddings()
+    if text_config(replay.model).tie_word_embeddings:
+        paths[output] = paths[embedding]
+
+    def changed(module: nn.Module | None) -> list[tuple[nn.Parameter, Tensor]]:
+        own = () if module is None else module.named_parameters(prefix=paths[module])
+        return [(p, new) for name, p in own if (new := change(name, p)) is not None]
+
+    with (
+        work.progress(description, len(replay) + 1) as bar,
+        torch.no_grad(),
+        use_attention(replay),
+    ):
+        head = OutputHead(replay)
+        recordings = [replay.record(batch.input_ids) for batch in batches]
+        streams = [recording.entered for recording in recordings]
+        for _ in replay.store.sweep([EMBED]):
+            with _swapped(changed(embedding)):
+                others = [replay.record(batch.input_ids).entered for batch in batches]
+        for part in replay.store.sweep(range(len(replay))):
+            i = int(part)
+            streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
+            if i not in removed:
+                with _swapped(changed(replay.blocks[i])):
+                    others = [r.block(i, s) for r, s in zip(recordings, others, strict=True)]
+            bar.advance(1)
+        for _ in replay.store.sweep([HEAD]):
+            new = changed(output)
+            ends = zip(batches, recordings, streams, others, strict=True)
+            for batch, recording, stream, other in ends:
+                original = Comparison(head, recording, stream, batch)
+                with _swapped(new):
+                    kl, _ = original.sum_samples([original.compare(other)])[:, 0]
+                check_finite(replay, batch, kl)
+                found[batch.index.numpy()] = kl
+        bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")
+    return found
+
+
+@contextlib.contextmanager
+def _swapped(new: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    kept = [parameter.data for parameter, _ in new]
+    try:
+        for parameter, value in new:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), data in zip(new, kept, strict=True):
+            parameter.data = data

@@ -1,0 +1,118 @@
+"""A model in GGUF's types: the bytes that it takes, and its weights packed and read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isingcut.files.documents import BlockCosts, PackedModel
+from isingcut.models.architectures.blocks import find_stack, language_model, text_config
+from isingcut.models.cutting.gguf import names_in_gguf
+from isingcut.models.gguf_files import PLAIN_TYPES, block_of, packed_type, read_gguf
+from isingcut.models.load import LoadedModel
+from isingcut.models.safetensors_files import read_checkpoint
+
+
+class Packer:
+    """The tensors of a model, to be packed in GGUF's types.
+
+    Args:
+        loaded: the model; its weights may be on disk.
+        file: the GGUF file that it was unpacked from. None: a checkpoint. Its matrices then count
+            as bfloat16, and the length of its words stands for that of its metadata.
+    """
+
+    def __init__(self, loaded: LoadedModel, file: Path | None) -> None:
+        import gguf
+
+        self._kinds, self._sizes = gguf.GGMLQuantizationType, gguf.GGML_QUANT_SIZES
+        model, self._align = loaded.model, 32
+        self._places = [f"{block.path}." for block in find_stack(model).blocks]
+        self._types: dict[str, Any] = {}
+        # Shape, rows last, own type, and block, -1 outside of all.
+        self._tensors: dict[str, tuple[list[int], Any, int]] = {}
+        # Of an embedding that is not the head too, a token reads one row.
+        self._looked_up = ""
+        if file is None:
+            embedding = language_model(model).get_input_embeddings().weight
+            for name, p in model.named_parameters():
+                kind = self._kinds.BF16 if p.ndim > 1 else self._kinds.F32
+                self._tensors[name] = [*p.shape], kind, self._block(name)
+                if p is embedding and not text_config(model).tie_word_embeddings:
+                    self._looked_up = name
+            self._rest = sum(21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab())
+            return
+        header = read_gguf(file)
+        count, known = header.check_blocks(), header.tensors
+        for name, stored in names_in_gguf(header, count, read_checkpoint(loaded.folder)).items():
+            if name in known:
+                self._types[stored.name] = known[name].tensor_type
+        self._align = int(header.value("general.alignment") or 32)
+        for name, t in known.items():
+            place = (block_of(name) or (count, ""))[0]
+            block = place if place < count else -1
+            self._tensors[name] = t.shape[::-1].tolist(), t.tensor_type, block
+        self._looked_up = "token_embd.weight" if "output.weight" in known else ""
+        sizes = (self._bytes(shape, kind) for shape, kind, _ in self._tensors.values())
+        self._rest = file.stat().st_size - sum(sizes)
+
+    def _block(self, name: str) -> int:
+        return next((i for i, at in enumerate(self._places) if name.startswith(at)), -1)
+
+    def _bytes(self, shape: Sequence[int], kind: Any) -> int:
+        numbers, size = self._sizes[kind]
+        return -(-math.prod(shape) // numbers * size // self._align) * self._align
+
+    def costs(self, wanted: str, blocks: Sequence[BlockCosts]) -> PackedModel:
+        """Return what the whole model takes, its blocks packed as ``wanted`` ("": as they are).
+
+        Exact but for a cut file's header, which is counted as long as the whole model's.
+
+        Raises:
+            ArchitectureError: a patched layer could not be packed.
+        """
+        size, read, before = np.zeros((3, len(blocks) + 1))
+        active = [b.active_parameters / max(1, b.parameters) for b in blocks] + [1.0]
+        for name, (shape, own, block) in self._tensors.items():
+            packed_type(name, shape, own, wanted, inside=block >= 0, new=block >= 0)
+            kind = packed_type(name, shape, own, wanted, inside=block >= 0)
+            size[block] += self._bytes(shape, kind)
+            if name != self._looked_up:
+                read[block] += self._bytes(shape, kind) * active[block]
+                before[block] += self._bytes(shape, own) * active[block]
+        *each, other = map(int, size)
+        *each_read, other_read = map(int, read)
+        return PackedModel(
+            type=wanted,
+            bytes=each,
+            read=each_read,
+            other=other + self._rest,
+            read_other=other_read,
+            read_before=int(before.sum()),
+        )
+
+    def pack(self, wanted: str, name: str, own: Tensor, new: Tensor | None = None) -> Tensor | None:
+        """Return what is left of a parameter once it is packed; None if it stays as it is.
+
+        Transposed layers, those of GPT-2, are packed along their other axis.
+
+        Args:
+            name: the parameter's.
+            own: its values.
+            new: the values of a patch instead.
+        """
+        from gguf.quants import dequantize, quantize
+
+        value, kind = own if new is None else new, self._types.get(name, self._kinds.BF16)
+        given = {"inside": self._block(name) >= 0, "new": new is not None}
+        found = packed_type(name, value.shape, kind, wanted, **given)
+        if found.name in PLAIN_TYPES or (found == kind and new is None):
+            return None if new is None else new.to(own)
+        rows = value.detach().float().cpu().contiguous().numpy()
+        return torch.from_numpy(dequantize(quantize(rows, found), found)).to(own)

@@ -1,0 +1,148 @@
+"""Stage `pack`: choose a GGUF type and how many blocks go with it, by measurement.
+
+For each type the model either meets the budget whole, or it lacks the blocks that one pass of the
+original finds for the rest. What may be the best of these is measured as it would be shipped:
+patched, packed and read back. The KL of both alone add up, which says what is measured first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from isingcut.energies.search import Target
+from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search.proposals import one_pass_states
+from isingcut.errors import InfeasibleError
+from isingcut.files.documents import BlockList, PackedLosses, PackingFile
+from isingcut.files.writing import read_document, without_infinities, write_document
+from isingcut.ising.states import Floats, blocks_of
+from isingcut.measure.losses import standard_error
+from isingcut.measure.packed import changed_losses
+from isingcut.measure.work import Work, forget
+from isingcut.models.cutting.packing import Packer
+from isingcut.models.gguf_files import PACKED
+from isingcut.models.sources import find_gguf
+from isingcut.runs import cutting, measuring, solving
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+
+FINALISTS, LEFT = 3, 0.25
+"""Most states to patch and pack, and the least share of a cut's KL that a patch leaves: the best
+patches measured leave half."""
+
+
+def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[PackedLosses]]:
+    """Return the types in which the model or a part of it meets the budget, the finest first.
+
+    Raises:
+        InfeasibleError: there is none; the message has the nearest budget that can be met.
+        ArchitectureError: the GGUF file has types that cannot be packed.
+    """
+    packer = Packer(session.loaded, find_gguf(session.config.model))
+    found, why = list[PackedLosses](), None
+    for name in ("", *PACKED):
+        packed = packer.costs(name, blocks.blocks)
+        own = blocks.model_copy(update={"packed": packed})
+        if any(f.packed.bytes == packed.bytes and f.packed.other == packed.other for f in found):
+            continue  # no tensor of the file has more bits
+        rows = [solving.budget_row(own, budget) for budget in session.config.budget.parts]
+        fits = all(row.rhs <= 0 for row in rows)
+        try:
+            if not fits:
+                solving.removal_rows(own, session.config)
+            found.append(PackedLosses(packed=packed, fits=fits))
+        except InfeasibleError as e:
+            why = e
+    if not found:
+        assert why is not None
+        raise why
+    return packer, found
+
+
+def choose_type(session: Session, folder: RunFolder) -> PackingFile:
+    """Run stage `pack`: measure the types that meet the budget, in `packing.json`.
+
+    If blocks go too, the later stages find the costs of the chosen type in `run.json`.
+    """
+    config, file = session.config, folder.target(session.config.removal) / "packing.json"
+    journal = file.with_name("packing.journal")
+    keys = ("budget", "keep", "drop", "patch", "patch_tokens", "seed")
+    options = measuring.calibration_options(folder) | {k: getattr(config, k) for k in keys}
+
+    def make(path: Path) -> None:
+        session.choose_tuning(folder)
+        packer, types = find_types(session, folder.run.blocks)
+        _measure(session, folder, packer, types, journal)
+        best = int(np.argmin([found.loss for found in types]))
+        write_document(path, PackingFile(budget=str(config.budget), types=types, chosen=best))
+
+    read = partial(read_document, model=PackingFile)
+    drop = partial(forget, journal)
+    found = folder.stage("pack", file, options, make, read, together=True, forget=drop)
+    folder.run.blocks = folder.run.blocks.model_copy(update={"packed": found.best.packed})
+    folder.save()
+    return found
+
+
+def _measure(
+    session: Session,
+    folder: RunFolder,
+    packer: Packer,
+    types: Sequence[PackedLosses],
+    journal: Path,
+) -> None:
+    """Measure what may be the best of some types, and note it in them."""
+    config, tokens = session.config, measuring.splits_of(folder)["rank"]
+    work = Work(session.tuning.batch_tokens, session.progress)
+    evaluator = Evaluator(session.replay, tokens, measuring.work_of(session, journal), config.seed)
+    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+
+    def losses(found: PackedLosses, removed: Sequence[int]) -> tuple[float, float | None]:
+        """Measure the model in a type, without some blocks and patched."""
+        kind = found.packed.type
+        named = f"{kind or 'its own type'}, {len(removed)} blocks out"
+
+        def make() -> Floats:
+            new = cutting.fit_patch(session, folder, removed) if removed else {}
+
+            def change(name: str, own: Tensor) -> Tensor | None:
+                return packer.pack(kind, name, own, new.get(name))
+
+            return changed_losses(session.replay, tokens, change, work, named, removed)
+
+        key = f"{kind}:{removed}:{config.patch}:{config.patch_tokens}" if removed else kind
+        row = evaluator.ledger.once(key, len(counts), 0.0, 0.0, make)
+        error = without_infinities(float(standard_error(row, counts)))
+        # Rounding may leave less than nothing.
+        return max(0.0, float(row.sum() / counts.sum())), error
+
+    limit = float("inf")
+    for found in sorted(types, key=lambda f: not f.fits):
+        if limit > 0:
+            # As they are, the weights are the original's.
+            found.kl, found.kl_se = losses(found, []) if found.packed.type else (0.0, 0.0)
+            limit = min(limit, found.loss)
+    # A cut only adds to what its type costs.
+    rest = [f for f in types if not f.fits and f.kl is not None and f.kl < limit]
+    for found in rest:
+        _find_cut(session, folder.run.blocks, evaluator, found)
+    for found in sorted(rest, key=lambda f: f.predicted or 0.0)[:FINALISTS]:
+        if (found.kl or 0.0) + LEFT * (found.cut_kl or 0.0) < limit:
+            found.measured, found.measured_se = losses(found, found.removed)
+            limit = min(limit, found.loss)
+
+
+def _find_cut(
+    session: Session, blocks: BlockList, evaluator: Evaluator, found: PackedLosses
+) -> None:
+    """Note the best state of one pass that meets the budget in a type, and its KL."""
+    config, own = session.config, blocks.model_copy(update={"packed": found.packed})
+    target = Target.of(config.removal, solving.removal_rows(own, config), evaluator.blocks)
+    states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])
+    kl = evaluator.ledger.losses(states)
+    found.removed, found.cut_kl = blocks_of(states[kl.argmin()]), float(kl.min())

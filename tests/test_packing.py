@@ -1,0 +1,188 @@
+"""A budget for a packed model: what each type takes and costs, and which type or cut is chosen."""
+
+import json
+import re
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from gguf_files import named, write
+from isingcut.console.progress import silent
+from isingcut.files.documents import PackingFile
+from isingcut.files.writing import read_document
+from isingcut.measure.packed import changed_losses
+from isingcut.measure.work import PLAIN
+from isingcut.models.cutting.gguf import cut_gguf
+from isingcut.models.cutting.packing import Packer
+from isingcut.models.gguf_files import PACKED
+from isingcut.models.processes import ALONE
+from isingcut.options.config import RunConfig
+from isingcut.runs import packing, pipeline
+from isingcut.runs.session import Session
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model
+from shared import OPTIONS, call
+from tiny import in_memory, plain_sums, random_tokens, streamed, without
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+IDLE = 3
+"""A block that adds nothing to the stream: the only one that costs nothing to remove."""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A GGUF file of a tiny llama in float16, its down-projections in Q5_1."""
+    model, kind = tiny_model("llama", **WIDE), gguf.GGMLQuantizationType.Q5_1
+    with torch.no_grad():
+        for i, block in enumerate(model.model.layers):
+            for last in (block.self_attn.o_proj, block.mlp.down_proj):
+                last.weight *= 0 if i == IDLE else 4
+    held = named({n: t.numpy() for n, t in model.state_dict().items()})
+    for name, values in held.items():
+        packed = (gguf.quantize(values, kind), kind) if "ffn_down" in name else values
+        held[name] = values.astype(np.float16) if values.ndim == 2 and packed is values else packed
+    sizes = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
+    out = tmp_path_factory.mktemp("packing") / "tiny.gguf"
+    write(out, held, **sizes)
+    return out
+
+
+def whole(file, kind, folder):
+    """The size of the file with every block, in a type."""
+    cut_gguf(file, [], folder / "whole.gguf", overwrite=True, packed=kind)
+    return (folder / "whole.gguf").stat().st_size
+
+
+def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
+    session = Session(RunConfig(model=str(file), dtype="float32", device="cpu"))
+    packer, costs = Packer(session.loaded, file), session.describe_blocks().blocks
+    for kind in ("", *PACKED):
+        predicted = packer.costs(kind, costs)
+        assert predicted.size([]) == whole(file, kind, tmp_path)
+        cut_gguf(file, [1, 2], tmp_path / f"{kind}.gguf", packed=kind)
+        # The header of the whole file is longer: two blocks of nine tensors.
+        header = predicted.size([1, 2]) - (tmp_path / f"{kind}.gguf").stat().st_size
+        assert 0 < header < 2 * 9 * 80
+    parameters = dict(session.loaded.model.named_parameters())
+    there = {t.name: t for t in gguf.GGUFReader(tmp_path / "whole.gguf").tensors}
+    for name, theirs in zip(parameters, named(parameters), strict=True):
+        values = parameters[name].detach()
+        found = packer.pack("Q4_0", name, values)
+        if theirs == "token_embd.weight" or "ffn_down" in theirs:
+            tensor = there[theirs]
+            assert tensor.tensor_type.name == ("Q4_0" if "ffn" in theirs else "Q8_0")
+            held = gguf.dequantize(tensor.data, tensor.tensor_type)
+            # The weights in memory were rounded to bfloat16 before.
+            assert np.linalg.norm(found.numpy() - held) <= 0.05 * np.linalg.norm(held)
+        assert (found is None) == ("norm" in name)
+
+
+@pytest.mark.parametrize("read", [in_memory, streamed])
+def test_changed_weights_are_measured_and_restored(read, tmp_path):
+    folder = tiny_checkpoint("gemma3", tmp_path / "model")
+    replay, tokens = read(folder), random_tokens((12, 9, 12))
+    original, other = in_memory(folder).model, in_memory(folder).model
+    before = {name: p.clone() for name, p in original.named_parameters()}
+
+    def change(name, own):
+        return None if "norm" in name else own * 1.02 + 0.01 * own.roll(1, 0)
+
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(p if (new := change(name, p)) is None else new)
+    found = changed_losses(replay, tokens, change, PLAIN, "changed", [1, 4])
+    wanted = plain_sums(original, without(other, [1, 4]), tokens)[2]
+    assert np.allclose(found, wanted, rtol=1e-3)
+    assert changed_losses(replay, tokens, lambda *_: None, PLAIN, "same").max() < 1e-6
+    if read is in_memory:
+        assert all(torch.equal(before[n], p) for n, p in replay.model.named_parameters())
+
+
+def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path):
+    def fitting(budget):
+        session = Session(RunConfig(model=str(file), dtype="float32", budget=budget))
+        _, found = packing.find_types(session, session.describe_blocks())
+        return [f.packed.type for f in found if f.fits]
+
+    # Two heads of keys and of values, of 16 numbers in float16, in 6 blocks.
+    size, cache = whole(file, "Q5_0", tmp_path) / 1e3, 8192 * 2 * 2 * 16 * 2 * 6 / 1e3
+    assert fitting(f"memory={size + cache:.3f}kB@8k") == ["Q5_0", "Q4_1", "Q4_0"]
+    assert fitting(f"memory={size + cache - 0.1:.3f}kB@8192") == ["Q4_1", "Q4_0"]
+    # Q8_0 has 8.5 bits of 16, and the cache stays.
+    assert fitting("decode=40%") == ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+    assert fitting("decode=40%,file=999MB") == fitting("decode=40%")
+    assert fitting("decode=1%@100k") == []
+
+
+def chosen(file, text, out, budget):
+    given = {"model": str(file), "calibration": str(text), "out": str(out), "budget": budget}
+    config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
+    with pipeline.open_session(config, silent, ALONE, need_removal=True) as (session, folder):
+        return packing.choose_type(session, folder)
+
+
+def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_path):
+    size = {kind: whole(file, kind, tmp_path) for kind in ("", *PACKED)}
+    # Without the idle block nothing is lost, while every smaller type loses something.
+    found = chosen(file, text, tmp_path / "idle", f"file={size[''] / 1e3 - 0.1:.3f}kB")
+    assert (found.best.packed.type, found.best.removed) == ("", [IDLE])
+    assert found.best.measured < 1e-6
+    # Several of the others would have to go from the file as it is.
+    found = chosen(file, text, tmp_path / "whole", f"file={size['Q8_0'] / 1e3:.3f}kB")
+    assert (found.best.packed.type, found.best.fits) == ("Q8_0", True)
+    assert 0 < found.best.kl < min(f.loss for f in found.types if f is not found.best)
+
+
+def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, capsys):
+    run, size = tmp_path / "run", whole(file, "Q4_0", tmp_path) / 1e3 - 1
+    line = ["run", file, "--budget", f"file={size:.3f}kB", "--calibration", text, "--out", run]
+    options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
+    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
+    assert call(*line, *words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    best = read_document(run / "packing.json", PackingFile).best
+    assert not best.fits
+    assert said["chosen"]["removed"]
+    assert (run / "model.gguf").stat().st_size <= 1e3 * size
+    assert f"with the rest in {best.packed.type} is best" in said["verdict"]
+    assert "meets it in no type" in said["verdict"]
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(run / "model.gguf").tensors}
+    assert kinds == {"F32", "Q8_0", best.packed.type}
+    card = (run / "model.gguf.md").read_text()
+    assert f"ll matrices are packed as {best.packed.type}, those outside the blocks" in card
+    assert "bit for bit" not in card
+    assert said["verdict"][:40] in (run / "report.html").read_text()
+    # Nothing is measured again, and another limit is one of the same type.
+    assert call(*line, *words, "--quiet") == 0
+    assert call("solve", run, "--budget", f"file={size - 1:.3f}kB") == 0
+    assert call("solve", run, "--budget", "file=1GB") == 2
+    assert "the whole model meets --budget file=1GB" in capsys.readouterr().err
+
+
+def test_what_no_type_meets_is_refused_with_what_can_be_met(llama, text, tmp_path, capsys):
+    line = ["run", llama, "--out", tmp_path / "run", "--calibration", text, "--length", 16]
+    for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
+        assert call(*line, "--budget", budget) == 2
+        said = capsys.readouterr().err
+        nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
+        session = Session(RunConfig(model=str(llama), dtype="float32", budget=nearest))
+        assert packing.find_types(session, session.describe_blocks())
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    line = ["run", llama, "--budget", "decode=40%", "--calibration", text, "--out", run]
+    words = [w for k, v in OPTIONS.items() for w in (f"--{k.replace('_', '-')}", v)]
+    assert call(*line, *words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    kind = read_document(run / "packing.json", PackingFile).best.packed.type
+    assert f"Do not cut: quantise to {kind} for decode=40%, KL 0.0" in said
+    command = f"convert_hf_to_gguf.py {llama} --outtype bf16 --outfile model-bf16.gguf"
+    for text in (said, (run / "report.md").read_text()):
+        assert command in text
+        assert f"--token-embedding-type q8_0 model-bf16.gguf model.gguf {kind}" in text
+    assert not (run / "model").exists()
+    assert json.loads((run / "run.json").read_text())["complete"]
