@@ -22,7 +22,7 @@ from isingcut.models.placement import split_evenly
 from isingcut.runs import stages
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS
+from shared import OPTIONS, call
 from tiny import random_tokens, replay_of
 
 KILO = torch.zeros(250)
@@ -111,6 +111,14 @@ def test_cards_have_equal_shares_of_the_memory(count, shared):
         largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
     peaks = [card.peak for card in cards]
     assert max(peaks) < 1.1 * np.mean(peaks) + largest
+
+
+def test_inspect_and_plan_say_where_blocks_go(shared, capsys):
+    given = (shared.checkpoint(num_hidden_layers=8), "--device", "lazy:0,lazy:1")
+    with fake_cards(2):
+        assert call("inspect", *given) == call("plan", *given, "--length", 16) == 0
+    said = capsys.readouterr().out
+    assert said.count("blocks 0 to 3: lazy:0") == said.count("blocks 4 to 7: lazy:1") == 2
 
 
 def test_parts_are_divided_in_order_by_bytes_and_by_room():
