@@ -415,13 +415,6 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
     assert not list(folder.glob("baseline*.journal"))
 
 
-def test_a_method_that_is_gone_says_where_it_is(capsys, folder):
-    code, shown = call(capsys, "baseline", "sliding-window-merging", folder)
-    assert code == 2
-    assert "there is no baseline 'sliding-window-merging' any more" in shown
-    assert "docs/experiments.md" in shown
-
-
 def test_the_papers_method_leaves_only_its_result(capsys, folder):
     assert call(capsys, "baseline", "cbo", folder, "--set", "top=5")[0] == 0
     found = read_json(folder / "baseline-cbo.json", "baseline")

@@ -26,6 +26,7 @@ from isingcut.healing.training.student import install
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
@@ -72,6 +73,14 @@ def losses(place, family="llama", streamed=False):
     replay = place.streamed() if streamed else place.replay(family)
     found = measure(replay, random_tokens(), states(), work=Work(32))
     return np.stack([found.kl_sums, found.nll_sums])
+
+
+def changed(place, family="llama", streamed=False):
+    def change(name, own):
+        return None if "norm" in name else own + 0.02 * own.roll(1, 0)
+
+    replay = place.streamed() if streamed else place.replay(family)
+    return changed_losses(replay, random_tokens(), change, Work(32), "changed", [2])
 
 
 def gate_rows(place, family="llama", streamed=False, seed=None):
@@ -173,6 +182,9 @@ STEPS = {
     "losses": losses,
     "losses, head in one": lambda p: losses(p, "gemma2"),
     "losses, streamed": lambda p: losses(p, streamed=True),
+    "other weights": changed,
+    "other weights, head in one": lambda p: changed(p, "gemma2"),
+    "other weights, streamed": lambda p: changed(p, streamed=True),
     "gradients": gate_rows,
     "gradients, head in one": lambda p: gate_rows(p, "gemma2"),
     "gradients, drawn labels": lambda p: gate_rows(p, seed=3),

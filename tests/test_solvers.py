@@ -101,14 +101,6 @@ def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"), [("anneal", "AnnealingSampler"), ("exhaustive", "use exact")]
-)
-def test_a_solver_that_is_gone_names_what_replaces_it(name, instead):
-    with pytest.raises(UnknownNameError, match=f"{name}.*{instead}"):
-        solve(WIDE, name)
-
-
 def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
     given, clock = [], iter(range(1000))
     plain = tabu.Tabu.solve

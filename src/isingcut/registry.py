@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import InputError, IsingcutError, UnknownNameError, first_line
@@ -30,21 +29,14 @@ class Registry:
         noun: the word for one part in messages, for example ``"energy"``.
         inside: the parent sub-package of the room, if it has one.
         choices: names, such as ``"auto"``, for which a run chooses the part.
-        gone: names of former parts, each with what to do instead.
     """
 
     def __init__(
-        self,
-        room: str,
-        noun: str,
-        inside: str = "",
-        choices: tuple[str, ...] = (),
-        gone: Mapping[str, str] | None = None,
+        self, room: str, noun: str, inside: str = "", choices: tuple[str, ...] = ()
     ) -> None:
         self.room = room
         self.noun = noun
         self.choices = choices
-        self._gone = gone or {}
         self._package = ".".join(filter(None, ("isingcut", inside, room)))
         self._registered: dict[str, Any] = {}
 
@@ -83,8 +75,7 @@ class Registry:
         """Import and return the part called ``name``.
 
         Raises:
-            UnknownNameError: no such part. The message suggests the nearest name and lists all, or
-                tells what replaces a former part.
+            UnknownNameError: no such part. The message suggests the nearest name and lists all.
             InputError: the part is in a plug-in that cannot be imported.
         """
         if name in self._registered:
@@ -99,8 +90,6 @@ class Registry:
             return self._load(entry_points[name])
         if name in self.choices:
             raise UnknownNameError(f"{name!r} lets a run choose; here, name one {self.noun}")
-        if name in self._gone:
-            raise UnknownNameError(f"there is no {self.noun} {name!r} any more; {self._gone[name]}")
         names = self.names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"

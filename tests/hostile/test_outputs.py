@@ -83,6 +83,7 @@ def begun(arena):
 STAGES = [
     ("a foreign model", EXCISE, r"its \S+ was changed", own_model),
     ("a file beside the weights", EXCISE, STAYS, written("run/model/notes.txt")),
+    ("an edited model card", EXCISE, STAYS, written("run/model/README.md")),
     ("an edited config of the cut", EXCISE, EDITED, written("run/model/config.json")),
     ("a link in the cut", EXCISE, STAYS, linked("run/model/link", "home")),
     ("a spectrum of another hand", "solve {run} --remove 3 --overwrite", FOREIGN_FILE,
@@ -98,8 +99,11 @@ STAGES = [
      linked("run/report.md", "home/diary.txt")),
     ("the user's own report, found before anything is measured", BEGUN, STAYS, begun),
     ("a comparison over the user's page", OVER % "{here}/c.html", STAYS, written("c.html")),
+    ("a comparison over the text", OVER % "{text}", STAYS),
+    ("a comparison over a home folder", OVER % "{home}", STAYS),
     ("a comparison over a link", OVER % "{here}/c.html", STAYS, linked("c.html", "home/diary.txt")),
     ("benchmarks into the original", SCORES % "{model}/config.json", OF_SOURCE),
+    ("benchmarks into the cut", SCORES % "{run}/model/README.md", OF_SOURCE),
     ("benchmarks into a diary", SCORES % "{home}/diary.txt", STAYS),
 ]  # fmt: skip
 # Damage that a recorded hash tells: file, and the verbs that read it.

@@ -34,16 +34,22 @@ RETURNED = r"the sampler bad\.Bad returned "
 CALLS = {
     # what it raises
     "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
+    "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
     "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
+    "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
     "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
     "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
     "endless recursion": ("return self.sample(bqm)", FAILED + "RecursionError"),
     "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
     # what it returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
+    "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
     "no samples": ("return found([], [])", RETURNED),
+    "no rows": ("return found((np.zeros((0, 99)), range(99)), [])", RETURNED + "no samples"),
+    "other variables": ("return found({'a': 1})", RETURNED + "samples without the variables 0, 1"),
     "too few variables": ("return found({0: 1, 1: 0})", RETURNED + "samples without the variab"),
     "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
+    "NaN values": ("return states(bqm, np.nan, 'REAL')", RETURNED + r".*not binary \(nan\)"),
     "NaN energies": (
         "return states(bqm, 1, 'BINARY', np.nan)",
         RETURNED + "energies that are not finite",
@@ -58,6 +64,7 @@ MODULES = {
     "an import that exits": ("raise SystemExit(1)", "importing 'bad' failed: SystemExit: 1"),
     "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
+    "a null byte": ("x = '\0'", "importing 'bad' failed: "),
     "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",

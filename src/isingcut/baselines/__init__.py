@@ -2,12 +2,5 @@
 
 from isingcut.registry import Registry
 
-registry = Registry(
-    "baselines",
-    "baseline",
-    gone={
-        "sliding-window-merging": "isingcut does not merge blocks; docs/experiments.md in the "
-        "repository has results of this method"
-    },
-)
+registry = Registry("baselines", "baseline")
 """All baselines by name; `registry.names()` lists them without an import."""

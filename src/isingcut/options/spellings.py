@@ -7,7 +7,7 @@ characters cannot request a list of a billion entries.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,10 +180,8 @@ def _read_budget(text: str) -> Budget:
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if not tokens and (at or found.units):
             raise InputError(f"{what}: expected a context in tokens behind @, as {name}={value}@8k")
-    share, amount = _measure(value, found.units, what, f"{name}=", found.unit)
-    if found.packed and found.units and share is not None:
-        raise InputError(f"{what}: expected an amount, as 2{found.unit}, got a share")
-    return Budget(name, share, amount, tokens)
+    ways = ["%"] * (not found.packed or not found.units) + [found.unit] * bool(found.units)
+    return Budget(name, *_measure(value, found.units, what, f"{name}=", ways), tokens)
 
 
 class Memory(Spelling):
@@ -198,7 +196,7 @@ class Memory(Spelling):
         self.amount: float | None = None
         if text:
             what = f"memory {_cut(text)}"
-            self.share, self.amount = _measure(text.strip(), _BYTES, what, "", "GB")
+            self.share, self.amount = _measure(text.strip(), _BYTES, what, "", ["%", "GB"])
 
 
 class Effort(Spelling):
@@ -289,23 +287,28 @@ def _read_limit(text: str, units: str) -> tuple[float, str]:
 
 
 def _measure(
-    text: str, units: Mapping[str, float], what: str, name: str, example: str
+    text: str, units: Mapping[str, float], what: str, name: str, ways: Sequence[str]
 ) -> tuple[float | None, float | None]:
-    """Parse a share, or an amount in the smallest unit; exactly one of the two is not None."""
+    """Parse a share, or an amount in the smallest unit; exactly one of the two is not None.
+
+    Args:
+        ways: units for messages; a share is allowed if ``"%"`` is among them.
+    """
     match = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
         raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
     value, unit = float(match[1]), match[2].lower()
     if value == 0:
         raise InputError(f"{what}: {_cut(text)} is nothing; give more than 0")
-    if unit == "%":
+    if unit == "%" and "%" in ways:
         if value > 100:
             raise InputError(f"{what}: a share must be between 0% and 100%")
         return value / 100, None
     if not unit:
-        raise InputError(f"{what}: no unit; write {name}{text}% or {name}{text}{example}")
+        found = " or ".join(f"{name}{text}{way}" for way in ways)
+        raise InputError(f"{what}: no unit; write {found}")
     if unit not in units:
-        known = ", ".join(["%", *units])
+        known = ", ".join([way for way in ways if way == "%"] + [*units])
         raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
     return None, value * units[unit]
 

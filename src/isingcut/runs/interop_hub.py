@@ -17,7 +17,6 @@ from isingcut.report.run_files import RunFiles
 from isingcut.runs.folder import RunFolder
 
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token with write access)"
-_CARD = "README.md"
 # Versions of the hub library use different HTTP libraries, with different base classes.
 _TransportError = cast(type[Exception], HfHubHTTPError.__mro__[1])
 
@@ -45,9 +44,9 @@ def prepare(
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
     files: Files = {p.relative_to(checkpoint).as_posix(): p for p in found}
     try:
-        card = ModelCard.load(checkpoint / _CARD)
+        card = ModelCard.load(checkpoint / "README.md")
     except (OSError, ValueError, YAMLError) as e:
-        raise InputError(f"{checkpoint / _CARD} is no model card ({first_line(e)})") from e
+        raise InputError(f"{checkpoint}/README.md is no model card ({first_line(e)})") from e
     if folder is not None:
         folder.check(checkpoint)
         run = RunFiles(folder.path, checkpoint.parent)
@@ -57,7 +56,7 @@ def prepare(
             folder.check(run.gguf)
             beside = (run.gguf, run.gguf.with_suffix(".gguf.md"))
             files |= {p.name: p for p in beside if p.is_file()}
-    files[_CARD] = str(card).encode()
+    files["README.md"] = str(card).encode()
     return card, files
 
 

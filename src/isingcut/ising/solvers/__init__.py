@@ -57,16 +57,7 @@ def imports(name: str) -> bool:
     return name.startswith("dimod:")
 
 
-registry = Solvers(
-    "solvers",
-    "solver",
-    "ising",
-    gone={
-        "exhaustive": "use exact",
-        "anneal": "use dimod:dwave.samplers.SimulatedAnnealingSampler",
-        "tabu-qubo": "use dimod:dwave.samplers.TabuSampler",
-    },
-)
+registry = Solvers("solvers", "solver", "ising")
 
 
 def make(solver: str, **options: Any) -> Any:
