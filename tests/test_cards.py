@@ -22,7 +22,7 @@ from isingcut.models.placement import split_evenly
 from isingcut.runs import stages
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS
+from shared import OPTIONS, call
 from tiny import random_tokens, replay_of
 
 KILO = torch.zeros(250)
@@ -96,6 +96,29 @@ def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
         for device, cards in [("lazy:1,lazy:1", None), ("lazy", 3), ("cpu", 2)]:
             with pytest.raises(InputError, match=r"twice|needs"):
                 pick_devices(device, 1, cards=cards)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_cards_have_equal_shares_of_the_memory(count, shared):
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+    folder = shared.checkpoint(**sizes, num_hidden_layers=8)
+    with fake_cards(count) as cards:
+        names = ",".join(str(card.device) for card in cards)
+        replay = replay_of(load(folder, dtype="float32", device=names).model)
+        measure(replay, random_tokens(), np.eye(8) > 0, work=Work(32))
+        gate_gradients(replay, random_tokens(), work=Work(32))
+        parts = [replay.model.lm_head, *replay.blocks]
+        largest = max(sum(p.nbytes for p in part.parameters()) for part in parts)
+    peaks = [card.peak for card in cards]
+    assert max(peaks) < 1.1 * np.mean(peaks) + largest
+
+
+def test_inspect_and_plan_say_where_blocks_go(shared, capsys):
+    given = (shared.checkpoint(num_hidden_layers=8), "--device", "lazy:0,lazy:1")
+    with fake_cards(2):
+        assert call("inspect", *given) == call("plan", *given, "--length", 16) == 0
+    said = capsys.readouterr().out
+    assert said.count("blocks 0 to 3: lazy:0") == said.count("blocks 4 to 7: lazy:1") == 2
 
 
 def test_parts_are_divided_in_order_by_bytes_and_by_room():
@@ -300,7 +323,8 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
     assert ("Traceback" in row["traceback"]) == (outcome == "failed")
 
 
-def test_gradients_computed_twice_pass_on_a_fake_card(tmp_path):
-    with fake_cards() as (card,):
-        place = gpu.Place(card.device, tmp_path)
-        assert gpu.twice(place) == "equal bits"
+@pytest.mark.parametrize("check", [gpu.twice, gpu.placed])
+def test_checks_of_one_and_two_gpus_pass_on_fake_cards(check, tmp_path):
+    with fake_cards(2) as cards:
+        found = check(gpu.Place(cards[0].device, tmp_path))
+    assert all(part.endswith("equal bits") for part in found.split("; "))

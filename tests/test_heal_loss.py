@@ -13,6 +13,7 @@ from cards import fake_cards
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
+from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
 from isingcut.healing.training import batches as memory
@@ -276,6 +277,19 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
 def test_lora_heals_beside_its_teacher_on_a_card_of_half_as_much_again(narrow_blocks):
     budget = int(1.5 * on_card.weights(narrow_blocks / "original"))
     assert on_card.heal_on_card(narrow_blocks, budget, method="lora:1") <= budget
+
+
+def test_lora_on_several_cards_learns_the_weights_of_one(models, tmp_path):
+    found = []
+    with fake_cards(4) as cards:
+        names = [str(card.device) for card in cards]
+        for count in (1, 2, 4):
+            devices, out = ",".join(names[:count]), tmp_path / str(count)
+            given = options(models, out, {"max_steps": 2}, method="lora:4", device=devices)
+            healed = heal(given) / "model.safetensors"
+            assert all(card.peak > 0 for card in cards[:count])
+            found.append(healed.read_bytes())
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.fixture

@@ -317,16 +317,3 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
     np.testing.assert_array_equal(work(replay, journal), expected)
     times = 2 if job == "gradients" else 1
     assert len(ran) == times * (whole - 1), "block 0 is run for each lost micro-batch"
-
-
-def test_other_chunks_go_on_from_what_a_journal_has(llama, narrow, tmp_path):
-    states = some_states(6, 9)
-    expected = measure(in_memory(llama), samples(), states, work=Work(24))
-    narrow.allowed = 5
-    journal = tmp_path / "journal"
-    measure(narrow, samples(), states, work=Work(24, journal=journal))
-    keep_rows(journal, 3)
-    narrow.allowed = 8
-    found = measure(narrow, samples(), states, work=Work(24, journal=journal))
-    np.testing.assert_array_equal(found.kl_sums, expected.kl_sums)
-    np.testing.assert_array_equal(found.original_nll_sums, expected.original_nll_sums)

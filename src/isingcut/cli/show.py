@@ -148,7 +148,12 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
         "refusal": found.refusal,
         "quantisation": found.quantisation,
         "other_bytes": found.other_bytes,
+        "placement": found.placement,
     }
+
+
+def _words_of_placement(placement: dict[str, tuple[int, int]]) -> list[str]:
+    return [f"blocks {a} to {b}: {device}" for device, (a, b) in placement.items()]
 
 
 def show_inspection(found: Inspection) -> None:
@@ -163,7 +168,8 @@ def show_inspection(found: Inspection) -> None:
         rules = [f"cannot be cut: {found.refusal}"]
     elif len(found.stack) == 1:
         rules.append("its one block stays: none can be removed")
-    show_lines(*rules or ["any blocks may be removed, as long as one stays"])
+    rules = rules or ["any blocks may be removed, as long as one stays"]
+    show_lines(*rules, *_words_of_placement(found.placement))
 
 
 def open_finished(target: Path) -> RunFiles:
@@ -217,15 +223,17 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
 def show_plan(plan: dict[str, Any]) -> None:
     """Print the estimates of the energies and of the later stages, and the recommended command."""
     where = "read from disk block by block" if plan["streamed"] else "in memory"
+    limit = "limit of each" if plan["placement"] else "limit"
     probe, trust = f"timed in {duration(plan['probe_seconds'])}", "are right within a factor of 2"
     if plan["card"]:
         probe = "from the card's data sheet"
         trust = "assume 40 % of the card's peak FLOP/s; nothing was timed"
     show_lines(
         f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
-        f"{where} (limit: {decimal(plan['allowed'])}) on {plan['device']}",
+        f"{where} ({limit}: {decimal(plan['allowed'])}) on {plan['device']}",
         f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
         f"/s; {probe}; one process",
+        *_words_of_placement(plan["placement"]),
     )
     for key, name, title in (
         ("energies", "energy", "energies, each with its default number of samples"),

@@ -504,7 +504,10 @@ def push(
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 
-@verb("model", "trust_remote_code", name="inspect", group=LOOK)
+_PLACING = ("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code")
+
+
+@verb("model", *_PLACING, name="inspect", group=LOOK)
 def inspect_blocks(**options: Any) -> Output:
     """Show a model's blocks, their costs and which states are legal, without reading its weights.
 
@@ -516,7 +519,7 @@ def inspect_blocks(**options: Any) -> Output:
     config = RunConfig(**select_given(options)).validate()
     trust = config.trust_remote_code
     source = resolve(config.model, trust_remote_code=trust, weights=False)
-    found = inspect_model(source, trust_remote_code=trust)
+    found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
     data, blocks = show.inspection_data(found), str(len(found.stack))
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
 

@@ -21,7 +21,7 @@ from isingcut.files.journal import Journal
 from isingcut.files.writing import fingerprint
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.losses import in_order, walk
-from isingcut.measure.splitting import chunks, halve_to_fit, split_to_fit
+from isingcut.measure.splitting import chunks, fewer_tokens_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
 from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
@@ -223,7 +223,12 @@ def generate_texts(
     with work.progress(description, len(prompts)) as bar:
         bar.advance(len(prompts) - len(left))
         for some in _together(prompts, left, MICRO_BATCHES * work.batch_tokens):
-            texts = halve_to_fit(replay.limit, some, write)
+
+            def write_by(count: int, some: Sequence[int] = some) -> list[str]:
+                parts = (some[a : a + count] for a in range(0, len(some), count))
+                return [text for part in parts for text in write(part)]
+
+            texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
             for i, text in zip(some, texts, strict=True):
                 # A row of the journal has one number per byte.
                 kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))

@@ -56,7 +56,6 @@ def chunks(
 
 
 T = TypeVar("T")
-Item = TypeVar("Item")
 
 
 class Samples(Protocol):
@@ -109,32 +108,13 @@ def split_to_fit(
     ]
 
 
-def halve_to_fit(
-    limit: BatchLimit, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[T]]
-) -> Sequence[T]:
-    """Run ``compute(items)``, one result each; after an out-of-memory error, on half of them.
-
-    Raises:
-        Exception: the error of ``compute`` if a single item does not fit.
-    """
-    found = _attempt(lambda: compute(items), len(items) > 1)
-    if found is not None:
-        return found
-    limit.release()
-    middle = len(items) // 2
-    return [
-        result
-        for part in (items[:middle], items[middle:])
-        for result in halve_to_fit(limit, part, compute)
-    ]
-
-
 def fewer_tokens_to_fit(
     limit: BatchLimit, tokens: int, least: int, compute: Callable[[int], T]
 ) -> T:
     """Run ``compute(tokens)``; after an out-of-memory error, again with half as many tokens.
 
     Args:
+        tokens: tokens, or items, at a time.
         least: tokens of the longest sample.
 
     Raises:

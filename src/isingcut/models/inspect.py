@@ -29,9 +29,11 @@ from isingcut.models.architectures import fields
 from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
+from isingcut.models.device import pick_device, pick_devices, pick_dtype
 from isingcut.models.fit import check_fit, check_sizes, group_by_block
 from isingcut.models.load import build_on_meta, find_auto_class
 from isingcut.models.loading import quiet_transformers
+from isingcut.models.placement import place
 from isingcut.models.safetensors_files import StoredTensor
 
 # A block's own number is meant to change.
@@ -152,6 +154,7 @@ class Inspection:
         other_bytes: stored bytes outside the blocks; 0 without weights.
         parameters: of the whole model, embeddings included.
         positions: the longest sequence, where the model has a limit.
+        placement: the first and the last block on each device, where there are several.
     """
 
     model_type: str
@@ -162,6 +165,7 @@ class Inspection:
     other_bytes: int
     parameters: int
     positions: int | None
+    placement: dict[str, tuple[int, int]]
 
     def rules(self) -> list[str]:
         """Return the legality rows in words, rows with the same reason together."""
@@ -201,13 +205,22 @@ _costs: Callable[[Block], tuple[int, ...]] = attrgetter(
 )
 
 
-def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
+def inspect_model(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    memory_limit: str = "",
+    cards_per_process: int | None = None,
+) -> Inspection:
     """Find a checkpoint's blocks on the meta device and say which states are legal.
 
     Args:
         folder: a Hugging Face folder; only its ``config.json`` is needed, and tensor headers
             are used for the stored bytes where there are weights.
         trust_remote_code: allow the model's own code to run.
+        dtype, device, memory_limit, cards_per_process: those of a run.
 
     Raises:
         ModelError: transformers cannot build the model, or it has tensors of another number of
@@ -226,6 +239,15 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
     except ArchitectureError as error:
         refusal = str(error)
     stack, other = _stored_bytes(seen.stored, stack)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
+    devices = pick_devices(device, size, memory_limit, cards_per_process)
+    placement: dict[str, tuple[int, int]] = {}
+    if len(devices) > 1:
+        places = place(model, devices, memory_limit)
+        for block in stack.blocks:
+            name = str(places[block.path])
+            placement[name] = placement.get(name, (block.index, 0))[0], block.index
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
         model_type=str(text_config(model).model_type),
@@ -234,8 +256,9 @@ def inspect_model(folder: Path, *, trust_remote_code: bool = False) -> Inspectio
         refusal=refusal,
         quantisation=str(quantisation.get("quant_method") or quantisation.get("quant_algo") or ""),
         other_bytes=other,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         positions=getattr(text_config(model), "max_position_embeddings", None),
+        placement=placement,
     )
 
 

@@ -16,7 +16,7 @@ from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
-from isingcut.models.placement import connect, name_devices, place
+from isingcut.models.placement import connect, name_devices, place, place_of
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -124,20 +124,22 @@ def load(
     seen, trust = check_fit(folder), trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     devices = pick_devices(device, weight_bytes(folder, number))
-    places = {"": devices[0]}
+    places, tensors = dict[str, torch.device](), {"": devices[0]}
     if len(devices) > 1:
-        places = place(build_on_meta(seen, trust_remote_code=trust)[0], devices)
+        empty = build_on_meta(seen, trust_remote_code=trust)[0]
+        places = place(empty, devices)
+        names = (*empty.state_dict(), *(name for name, _ in empty.named_buffers()))
+        tensors = {name: place_of(name, places) for name in names}
     with (
         catch_errors(f"the model in {folder}"),
         limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = load_plain(folder, number, places=places, trust_remote_code=trust)
+        model, found = load_plain(folder, number, places=tensors, trust_remote_code=trust)
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
-    if len(devices) == 1:
+    if not places:
         model.to(devices[0])
-    else:
-        connect(model, places)
+    connect(model, places)
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, Path(folder), number, devices[0])
 
@@ -172,8 +174,8 @@ def load_plain(
     """Load a checkpoint as transformers does; FP8 and MXFP4 weights become plain numbers.
 
     Args:
-        places: the device of each part, to which its tensors are loaded straight, so that several
-            processes of one machine need no host memory for a copy each; None: the CPU.
+        places: the device of each tensor, or of all (""); they are loaded straight to it, so that
+            several processes of one machine need no host memory for a copy each; None: the CPU.
 
     Returns:
         the model, and transformers' account of it: tensors that are missing, unexpected or of

@@ -50,7 +50,7 @@ def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
 
 
 def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[str, torch.device]:
-    """Return the device of each part of a model, by the name of the module or parameter.
+    """Return the device of each part of a model: blocks, what is behind them, and "" for the rest.
 
     Args:
         model: on the meta device is enough.
@@ -75,36 +75,23 @@ def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[
     # Blocks may share tensors.
     begin = max(0, _bytes(model) - sum(inner) - end)
     where = split_evenly([begin, *inner, end], rooms)
-    given = {path: devices[i] for path, i in zip(blocks, where[1:-1], strict=True)}
-    given |= dict.fromkeys(behind, devices[0 if tied else -1])
-    return _complete(model, "", given, devices[0])
+    found = dict(zip(["", *blocks], (devices[i] for i in where), strict=False))
+    return found | dict.fromkeys(behind, devices[0 if tied else -1])
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _complete(
-    module: nn.Module, path: str, given: Mapping[str, torch.device], first: torch.device
-) -> dict[str, torch.device]:
-    """Add the parts that ``given`` leaves out, as large as possible, on the first device."""
-    dot = f"{path}." if path else ""
-    if path in given:
-        return {path: given[path]}
-    if path and not any(name.startswith(dot) for name in given):
-        return {path: first}
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    found = {dot + name: first for name, _ in own}
-    for name, child in module.named_children():
-        found |= _complete(child, dot + name, given, first)
-    return found
+def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device:
+    """Return the device of a module or tensor of a placed model."""
+    return places[_part_of(name, places)]
 
 
-def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device | None:
-    """Return the device of a parameter, by the part that it belongs to."""
-    while name and name not in places:
+def _part_of(name: str, places: Mapping[str, torch.device]) -> str:
+    while name not in places:
         name = name.rpartition(".")[0]
-    return places.get(name)
+    return name
 
 
 def connect(model: Any, places: Mapping[str, torch.device]) -> None:
@@ -112,17 +99,17 @@ def connect(model: Any, places: Mapping[str, torch.device]) -> None:
 
     A tensor that parts on several devices share is copied to each.
     """
-    if not places:
-        return
-    modules, known = dict(model.named_modules()), dict[Any, Any]()
-    for path, device in places.items():
-        if path in modules:
-            for inner in modules[path].modules():
-                for home in (inner._parameters, inner._buffers):
-                    home.update(move({**home}, device, known))
-            modules[path].__dict__["forward"] = _moving(modules[path].forward, device)
-    # transformers' name: its Trainer leaves such a model where it is.
-    model.hf_device_map = dict(places)
+    known = dict[Any, Any]()
+    for path, module in model.named_modules() if places else ():
+        part, homes = _part_of(path, places), (module._parameters, module._buffers)
+        for home in homes:
+            home.update(move({**home}, places[part], known))
+        # Of what is in no block, each module that has tensors may be called after the blocks.
+        if part == path != "" or (not part and any(homes)):
+            module.__dict__["forward"] = _moving(module.forward, places[part])
+    if places:
+        # transformers' name: its Trainer leaves such a model where it is.
+        model.hf_device_map = dict(places)
 
 
 def _moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

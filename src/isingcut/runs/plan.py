@@ -86,9 +86,11 @@ class Prices:
         else:
             source = session.source
         check_by_config(source, config, needed=False)
-        found = inspect_model(source, trust_remote_code=trust)
+        names = ("dtype", "device", "memory_limit", "cards_per_process")
+        given = {} if card else {name: getattr(config, name) for name in names}
+        found = inspect_model(source, trust_remote_code=trust, **given)
         text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)
-        self.n = len(found.stack)
+        self.n, self.placement = len(found.stack), found.placement
         if card:
             self._read_card(card, found, text)
         else:
@@ -297,6 +299,7 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
         "blocks": prices.n,
         "remove": prices.remove,
         "device": str(prices.store.device),
+        "placement": {} if prices.streamed else prices.placement,
         "dtype": str(prices.store.dtype).removeprefix("torch."),
         "weights": prices.weights,
         "allowed": prices.memory.total,

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
@@ -111,19 +113,16 @@ class Session:
         return ModelIdentity(**{**model_identity(self.source), "name": self.config.model})
 
     @cached_property
-    def _placing(self) -> tuple[str, bool]:
-        """The devices, as `load` takes them, and whether they have too little memory."""
-        config = self.config
-        dtype = devices.pick_dtype(self.dtype, devices.pick_device(config.device))
-        size, limit = weight_bytes(self.source, dtype), config.memory_limit
-        found = devices.pick_devices(config.device, size, limit, config.cards_per_process)
-        names = ",".join(map(str, found))
-        return names, size > sum(allowance(limit, device).left for device in found)
+    def _bytes(self) -> int:
+        """The bytes of the weights once loaded."""
+        device = devices.pick_device(self.config.device)
+        return weight_bytes(self.source, devices.pick_dtype(self.dtype, device))
 
-    @property
+    @cached_property
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
-        return self._placing[0]
+        given = (self.config.memory_limit, self.config.cards_per_process)
+        return ",".join(map(str, devices.pick_devices(self.config.device, self._bytes, *given)))
 
     @cached_property
     def streaming(self) -> bool:
@@ -132,7 +131,8 @@ class Session:
         Raises:
             InputError: the memory limit cannot be parsed, or a device is not there.
         """
-        too_large = self._placing[1]
+        places, limit = map(torch.device, self.device.split(",")), self.config.memory_limit
+        too_large = self._bytes > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
     @cached_property

@@ -33,6 +33,7 @@ from isingcut.healing.heal import heal as healing
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
+from isingcut.models import placement
 from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import device_module, pick_device, synchronise
 from isingcut.models.load import load
@@ -78,10 +79,10 @@ class Place:
         }
 
 
-def replay_on(device: torch.device, family: str = "llama") -> Replay:
-    """Load the blocks of a tiny model."""
-    model: Any = tiny_model(family, num_hidden_layers=8)
-    model.requires_grad_(False).to(device)
+def replay_on(*devices: torch.device, family: str = "llama") -> Replay:
+    """Make a tiny model on a device, or placed over several, and return its blocks."""
+    model: Any = tiny_model(family, num_hidden_layers=8).requires_grad_(False)
+    placement.connect(model, placement.place(model, devices))
     return Replay(model, stack_modules(model, find_stack(model)))
 
 
@@ -108,12 +109,19 @@ def close(found: Any, expected: Any, most: float = CLOSE) -> str:
     return f"differs by {off:.1e}" if off else "equal bits"
 
 
+def compare(found: Replay, expected: Replay) -> str:
+    """Compare losses, gradients and second derivatives of a model on two devices."""
+    kl = [measure(replay, tokens(), states()).kl for replay in (found, expected)]
+    rows = [gate_gradients(replay, tokens()) for replay in (found, expected)]
+    curved = [gate_curvature(r, tokens(), "hessian").curvature_sums for r in (found, expected)]
+    losses, gradients = close(kl[0], kl[1]), close(rows[0], rows[1])
+    second = close(curved[0], curved[1], 10 * CLOSE)
+    return f"losses: {losses}; gradients: {gradients}; second derivatives: {second}"
+
+
 def agree(place: Place) -> str:
-    """Compare losses and gradients of the GPU with those of the CPU."""
-    cpu, gpu = replay_on(torch.device("cpu")), replay_on(place.device)
-    losses = close(measure(gpu, tokens(), states()).kl, measure(cpu, tokens(), states()).kl)
-    rows = close(gate_gradients(gpu, tokens()), gate_gradients(cpu, tokens()))
-    return f"losses: {losses}; gradients: {rows}"
+    """Compare losses and derivatives of the GPU with those of the CPU."""
+    return compare(replay_on(place.device), replay_on(torch.device("cpu")))
 
 
 def run(place: Place) -> str:
@@ -154,11 +162,40 @@ def twice(place: Place) -> str:
     return close(second, first)
 
 
+def two_cards(place: Place) -> list[torch.device]:
+    """Return the first two GPUs.
+
+    Raises:
+        SkipTest: there are fewer.
+    """
+    count = device_module(place.device).device_count()
+    if count < 2:
+        raise SkipTest(f"needs two GPUs, there is {count}")
+    return [torch.device(place.device.type, i) for i in range(2)]
+
+
+def placed(place: Place) -> str:
+    """Compare losses and derivatives of a model placed over two GPUs with those on one."""
+    cards = two_cards(place)
+    return compare(replay_on(*cards), replay_on(cards[0]))
+
+
+def placed_run(place: Place) -> str:
+    """Check that a run over two GPUs, healed with LoRA, agrees with one on a single GPU."""
+    names, found = list(map(str, two_cards(place))), []
+    healing_options = {"method": "lora", "trainer": {"max_steps": 4}}
+    for device in (",".join(names), names[0]):
+        out = place.folder / f"cards-{device.replace(':', '-').replace(',', '-')}"
+        given = place.options(dtype="float32", device=device, heal="all", healing=healing_options)
+        isingcut.run(out=str(out), remove=2, skip_speed=True, batch_tokens=256, **given)
+        found.append(json.loads((out / "healing.json").read_text(encoding="utf-8")))
+    return f"healed KL: {close(*(record['after']['kl'] for record in found))}"
+
+
 def processes(place: Place) -> str:
     """Check that two processes with a GPU each write the same files as one."""
-    count = device_module(place.device).device_count()
-    if place.device.type != "cuda" or count < 2:
-        raise SkipTest(f"needs two GPUs, there is {count}")
+    if two_cards(place)[0].type != "cuda":
+        raise SkipTest("needs CUDA")
     given = place.options(dtype="float32", device="cuda", batch_tokens=64, attention="sdpa")
     files = []
     for size in (1, 2):
@@ -198,12 +235,9 @@ def heal(place: Place) -> str:
 
 
 def experts(place: Place) -> str:
-    """Compare second derivatives of a mixture of experts with those of the CPU."""
-    cpu, gpu = (
-        gate_curvature(replay_on(device, "qwen3_moe"), tokens(), "hessian").curvature_sums
-        for device in (torch.device("cpu"), place.device)
-    )
-    return close(gpu, cpu, 10 * CLOSE)
+    """Compare a mixture of experts on the GPU with that on the CPU."""
+    devices = (place.device, torch.device("cpu"))
+    return compare(*(replay_on(device, family="qwen3_moe") for device in devices))
 
 
 def crowded(place: Place) -> str:
@@ -224,7 +258,10 @@ def crowded(place: Place) -> str:
 
 CHECKS: dict[str, Callable[[Place], str]] = {
     check.__name__: check
-    for check in (agree, run, half, streamed, twice, processes, heal, experts, crowded)
+    for check in (
+        *(agree, run, half, streamed, twice, placed, placed_run, processes, heal, experts),
+        crowded,
+    )
 }
 
 

@@ -78,7 +78,7 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
         if other is not None and not mine.requires_grad and _equal(mine, other):
             equal[id(mine)] = as_parameter(other.detach(), mine)
         else:
-            own[id(mine)], homes[id(mine)] = mine, place_of(name, places) or device
+            own[id(mine)], homes[id(mine)] = mine, place_of(name, places or {"": device})
     if device.type != "cpu":
         for home in set(homes.values()):
             needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
@@ -116,7 +116,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _places(cut: Any, original: Any, removed: Sequence[int]) -> dict[str, torch.device]:
     """Return the devices of a cut's parts: those of the same parts of the original."""
     places, named = places_of(original), _original_names(cut, original, removed)
-    names = [*(name for name, _ in cut.named_modules()), *(n for n, _ in _named_tensors(cut))]
+    names = (name for name, _ in cut.named_modules())
     return {name: places[named(name)] for name in names if named(name) in places}
 
 
