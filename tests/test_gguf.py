@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import isingcut
 from gguf_files import NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
+from isingcut.models.cutting import gguf as gguf_cuts
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.models.gguf_files import read_gguf
@@ -325,7 +326,7 @@ def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, text, t
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
     packed_model, gguf_run, monkeypatch, capsys
 ):
-    monkeypatch.setattr("isingcut.models.cutting.gguf._CUTTABLE", set())
+    monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
     assert call(*line) == 0
     said = capsys.readouterr()

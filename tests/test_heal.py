@@ -33,7 +33,6 @@ from isingcut.healing.training import train
 from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.transformers_private import get_checkpointing
@@ -140,7 +139,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
 
     planned("a")
     # Nothing to spare, but enough.
-    monkeypatch.setattr(memory, "allowance", lambda limit, _: Allowance(10**9 if limit else 0, 0))
+    monkeypatch.setattr(memory, "least_left", lambda devices, limit="": 10**9 if limit else 0)
     out = planned("b")
     planned("c", max_steps=1, **dict.fromkeys(get_checkpointing(), False))
     assert [(p.recompute, p.most) for p in plans] == [(False, 4 * 32), (True, 32), (False, 32)]

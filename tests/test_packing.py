@@ -10,10 +10,12 @@ import torch
 
 from gguf_files import named, write
 from isingcut.console.progress import silent
+from isingcut.errors import ArchitectureError
 from isingcut.files.documents import PackingFile
 from isingcut.files.writing import read_document
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import PLAIN
+from isingcut.models.cutting import gguf as gguf_cuts
 from isingcut.models.cutting.gguf import cut_gguf
 from isingcut.models.cutting.packing import Packer
 from isingcut.models.gguf_files import PACKED
@@ -100,7 +102,7 @@ def test_changed_weights_are_measured_and_restored(read, tmp_path):
         assert all(torch.equal(before[n], p) for n, p in replay.model.named_parameters())
 
 
-def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path):
+def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path, monkeypatch):
     def fitting(budget):
         session = Session(RunConfig(model=str(file), dtype="float32", budget=budget))
         _, found = packing.find_types(session, session.describe_blocks())
@@ -114,6 +116,10 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path):
     assert fitting("decode=40%") == ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
     assert fitting("decode=40%,file=999MB") == fitting("decode=40%")
     assert fitting("decode=1%@100k") == []
+    # Of what llama.cpp would not run when it is cut, only whole types are left.
+    monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
+    with pytest.raises(ArchitectureError, match="may derive the kind of a 'llama' block"):
+        fitting("file=100kB")
 
 
 def chosen(file, text, out, budget):

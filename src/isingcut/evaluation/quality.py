@@ -167,25 +167,21 @@ def sample_sums(
 ) -> Floats:
     """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
     sums = np.zeros((3, tokens.samples))
-
-    def compute(some: Sequence[TokenSet]) -> list[dict[int, list[float]]]:
-        return _sums_by_sample(original, cut, some)
-
+    compute = partial(_sums_by_sample, original, cut)
     batches, limit = tokens.batches(batch_tokens), BatchLimit(original.device)
     with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
-            found = split_to_fit(limit, batches[chunk], compute, lambda a, b: a | b)
-            for by_sample in found:
-                for position, values in by_sample.items():
-                    sums[:, position] = values
+            found = split_to_fit(
+                limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b])
+            )
+            for batch, values in zip(batches[chunk], found, strict=True):
+                sums[:, batch.index.tolist()] = values.T
                 bar.advance(1)
     return sums
 
 
-def _sums_by_sample(
-    original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
-) -> list[dict[int, list[float]]]:
-    """Yield for each micro-batch the sums of `sum_losses` by sample index."""
+def _sums_by_sample(original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]) -> list[Floats]:
+    """Return for each micro-batch of R samples their sums (R, 3) by `sum_losses`."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
@@ -193,14 +189,14 @@ def _sums_by_sample(
     found = []
     for batch, *logits in zip(batches, *both, strict=True):
         before, after = (of_rows() for of_rows in logits)
-        by_sample = {}
-        for row, position in enumerate(batch.index.tolist()):
+        sums = []
+        for row in range(batch.samples):
             counts = batch.predicted[row]
             at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
             first, second = before(row)[at], after(row)[at]
             labels = batch.input_ids[row, 1:][counts].to(first.device)
-            by_sample[position] = sum_losses(first, second.to(first.device), labels)
-        found.append(by_sample)
+            sums.append(sum_losses(first, second.to(first.device), labels))
+        found.append(np.array(sums))
     return found
 
 

@@ -127,8 +127,6 @@ def heal(
     trust = config.trust_remote_code
     with contextlib.nullcontext() if processes.rank else lock_place(out):
         source = resolve(config.teacher, trust_remote_code=trust)
-        sources = [*sources, source]
-        check_places(config, out, sources)
         check_pair(config, student, known, source)
         refuse_changed(student)
         stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]

@@ -79,7 +79,8 @@ class SharedJournal(Journal):
     ) -> None:
         self._processes = processes
         rank, size = processes.rank, processes.size
-        super().__init__(path and _of_rank(path, rank), fingerprint, fits)
+        own = path.with_name(f"{path.name}.{rank}") if path and rank else path
+        super().__init__(own, fingerprint, fits)
         self._new = dict(self._rows)
         if path is not None and not rank:
             # Journals of a run with more processes.
@@ -127,10 +128,6 @@ class _ForAll:
 
     def advance(self, steps: float = 1, note: str = "") -> None:
         self._bar.advance(steps * self._processes, note)
-
-
-def _of_rank(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.name}.{rank}") if rank else path
 
 
 def _others(path: Path) -> Iterator[tuple[int, Path]]:

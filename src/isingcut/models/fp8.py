@@ -194,15 +194,12 @@ def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
         sizes = sizes or _object(_object(group).get("weights")).get("block_structure")
     if sizes is None:
         return None
-    if isinstance(sizes, list) and len(sizes) == 2 and all(_is_size(n) for n in sizes):
+    whole = isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)
+    if whole and len(sizes) == 2:
         return sizes[0], sizes[1]
     raise CheckpointError(
         f"the config's quantisation has tiles of {sizes!r}; expected two positive whole numbers"
     )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _object(value: Any) -> Mapping[str, Any]:

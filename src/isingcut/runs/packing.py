@@ -17,13 +17,14 @@ from torch import Tensor
 from isingcut.energies.search import Target
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.proposals import one_pass_states
-from isingcut.errors import InfeasibleError
+from isingcut.errors import ArchitectureError, InfeasibleError
 from isingcut.files.documents import BlockList, PackedLosses, PackingFile
 from isingcut.files.writing import read_document, without_infinities, write_document
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work, forget
+from isingcut.models.cutting.gguf import refuse_uncuttable
 from isingcut.models.cutting.packing import Packer
 from isingcut.models.gguf_files import PACKED
 from isingcut.models.sources import find_gguf
@@ -41,10 +42,11 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
 
     Raises:
         InfeasibleError: there is none; the message has the nearest budget that can be met.
-        ArchitectureError: the GGUF file has types that cannot be packed.
+        ArchitectureError: the GGUF file has types that cannot be packed, or has to be cut, which
+            llama.cpp would not run.
     """
     packer = Packer(session.loaded, find_gguf(session.config.model))
-    found, why = list[PackedLosses](), None
+    found, why, n = list[PackedLosses](), None, len(blocks.blocks)
     for name in ("", *PACKED):
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
@@ -55,8 +57,10 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
         try:
             if not fits:
                 solving.removal_rows(own, session.config)
+            if not fits and packer.header is not None:
+                refuse_uncuttable(packer.header, n, n)
             found.append(PackedLosses(packed=packed, fits=fits))
-        except InfeasibleError as e:
+        except (ArchitectureError, InfeasibleError) as e:
             why = e
     if not found:
         assert why is not None

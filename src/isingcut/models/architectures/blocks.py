@@ -301,16 +301,13 @@ def find_stack(model: nn.Module) -> BlockStack:
             "as in its config"
         )
     modules = list(model.get_submodule(path).children())
+    # Families like Gemma 4 have a configuration for each block.
+    several = getattr(config, "is_heterogeneous", False)
     blocks = tuple(
-        describe(module, index, f"{path}.{index}", _of_block(config, index))
-        for index, module in enumerate(modules)
+        describe(module, i, f"{path}.{i}", config.per_layer_config[i] if several else config)
+        for i, module in enumerate(modules)
     )
     return BlockStack(path=path, blocks=blocks)
-
-
-def _of_block(config: Any, index: int) -> Any:
-    """Return the configuration of one block; families like Gemma 4 have one for each."""
-    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:

@@ -235,11 +235,6 @@ class Comparison:
         return np.reshape(sums, (2, len(found), len(counts)))
 
 
-def _buffer_elements(device: torch.device) -> int:
-    """Return the logits per buffer: enough rows for a fast matrix product, for any vocabulary."""
-    return 1 << 24 if device.type == "cpu" else 1 << 27
-
-
 def loss_gradient(
     recording: Recording,
     hidden: Tensor,
@@ -275,7 +270,8 @@ def loss_gradient(
     toward = torch.zeros_like(flat)
     chosen = flat.index_select(0, rows)
     back = torch.empty_like(chosen)
-    step = min(len(rows), max(64, _buffer_elements(device) // head.width))
+    # Enough rows for a fast matrix product, for any vocabulary.
+    step = min(len(rows), max(64, (1 << 24 if device.type == "cpu" else 1 << 27) // head.width))
     buffer = chosen.new_empty((step, head.width))
     for a in range(0, len(rows), max(1, step)):
         part = slice(a, a + step)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
@@ -235,65 +236,10 @@ def _cannot(path: Path, name: str) -> str:
     )
 
 
-# Architectures whose blocks llama.cpp configures from metadata alone. It derives the kind of a
-# block from its number in the others (cohere2, llama4, smollm3, gpt-oss, ...), or from how many
-# there are (baichuan), so that a renumbered block would compute something else there.
-_CUTTABLE = {
-    "arcee",
-    "bloom",
-    "command-r",
-    "deepseek",
-    "deepseek2",
-    "falcon",
-    "falcon-h1",
-    "falcon_h1",
-    "glm4",
-    "gpt2",
-    "gemma2",
-    "gemma3",
-    "gptneox",
-    "granite",
-    "granitehybrid",
-    "granitemoe",
-    "internlm2",
-    "jamba",
-    "lfm2",
-    "llama",
-    "mamba",
-    "mamba2",
-    "mistral3",
-    "nemotron",
-    "nemotron_h",
-    "nemotron_h_moe",
-    "olmo",
-    "olmo2",
-    "olmoe",
-    "phi2",
-    "phi3",
-    "qwen2",
-    "qwen2moe",
-    "qwen3",
-    "qwen3moe",
-    "stablelm",
-    "starcoder2",
-}
-# Every so many blocks one has full attention there, the others windows, unless a list says which.
+_TABLE: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+)
 _WINDOWS = "attention.sliding_window_pattern"
-_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6}
-# Numbers of blocks by which llama.cpp knows a model that it computes otherwise: DeepSeek-V2-Lite
-# and GLM-4.7-Flash (other tensors, another router), Gemma 27B (another scale of attention).
-_KNOWN_BY_DEPTH = {"deepseek2": {26, 27, 47, 48}, "gemma2": {46}, "gemma3": {62}}
-# Keys below the architecture's name that hold one entry per block when they are arrays.
-_SLICED = {
-    "attention.head_count",
-    "attention.head_count_kv",
-    _WINDOWS,
-    "expert_count",
-    "expert_used_count",
-    "feed_forward_length",
-}
-_PREFIX = {"leading_dense_block_count"}
-_NOT_PER_LAYER = {"rope.dimension_sections", "rope.scaling.attn_factors"}
 
 
 def cut_gguf(
@@ -333,7 +279,7 @@ def cut_gguf(
     mapping = renumber_blocks(count - mtp, removed)
     if not drop_mtp:
         mapping = number_mtp_layers(mapping, count - mtp, mtp)
-    _refuse(header, count, len(mapping))
+    refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
     if (changed or packed) and header.big_endian:
         raise ArchitectureError(
@@ -397,9 +343,14 @@ def cut_gguf(
                 writer.write_tensor_data(data, tensor_endianess=reader.endianess)
 
 
-def _refuse(header: GgufHeader, before: int, after: int) -> None:
+def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
+    """Raise if llama.cpp would compute something else from a file with another number of blocks.
+
+    Raises:
+        ArchitectureError, CheckpointError: as `cut_gguf`.
+    """
     architecture = header.architecture
-    if architecture not in _CUTTABLE:
+    if architecture not in _TABLE["cuttable"]:
         raise ArchitectureError(
             f"llama.cpp may derive the kind of a {architecture!r} block from its number, which a "
             "cut changes, also in a converted checkpoint; run the cut checkpoint in transformers "
@@ -408,7 +359,7 @@ def _refuse(header: GgufHeader, before: int, after: int) -> None:
     parts = header.value("split.count")
     if isinstance(parts, int) and parts > 1:
         raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
-    known = _KNOWN_BY_DEPTH.get(architecture, set()) & {before, after}
+    known = {before, after}.intersection(_TABLE["known_by_depth"].get(architecture, ()))
     if known:
         raise ArchitectureError(
             f"llama.cpp computes a {architecture!r} of {min(known)} blocks differently from other "
@@ -420,7 +371,7 @@ def _refuse(header: GgufHeader, before: int, after: int) -> None:
 def _windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
     """Which blocks have a sliding window, where llama.cpp counts that and no list says it."""
     architecture = header.architecture
-    period = _WINDOW_PERIODS.get(architecture)
+    period = _TABLE["window_periods"].get(architecture)
     if period is None:
         return None
     if architecture == "gemma3" and not fields.get("gemma3.attention.sliding_window"):
@@ -443,7 +394,7 @@ def _refuse_unwritable(header: GgufHeader, fields: dict[str, Any]) -> None:
                 f"{header.path} has an empty list as its metadata {key!r}, which the package gguf "
                 "cannot write; remove the key first"
             )
-        prefix = key.removeprefix(f"{header.architecture}.") in _PREFIX
+        prefix = key.removeprefix(f"{header.architecture}.") in _TABLE["prefix"]
         if prefix and not isinstance(value, int):
             raise CheckpointError(
                 f"{header.path}: expected a whole number as its metadata {key!r}, got {value!r:.60}"
@@ -456,10 +407,10 @@ def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dic
         return value
     if short == "block_count":
         return len(mapping)
-    if short in _PREFIX:
+    if short in _TABLE["prefix"]:
         return value - sum(i < value and i not in mapping for i in range(count))
-    if isinstance(value, list) and len(value) == count and short not in _NOT_PER_LAYER:
-        if short not in _SLICED:
+    if isinstance(value, list) and len(value) == count and short not in _TABLE["not_per_layer"]:
+        if short not in _TABLE["sliced"]:
             raise ArchitectureError(
                 f"the metadata {key!r} looks per-layer, but isingcut does not know it"
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from isingcut.files.documents import BlockCosts, PackedModel
 from isingcut.models.architectures.blocks import find_stack, language_model, text_config
 from isingcut.models.cutting.gguf import names_in_gguf
-from isingcut.models.gguf_files import PLAIN_TYPES, block_of, packed_type, read_gguf
+from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.models.safetensors_files import read_checkpoint
 
@@ -26,6 +26,9 @@ class Packer:
         loaded: the model; its weights may be on disk.
         file: the GGUF file that it was unpacked from. None: a checkpoint. Its matrices then count
             as bfloat16, and the length of its words stands for that of its metadata.
+
+    Attributes:
+        header: of that file.
     """
 
     def __init__(self, loaded: LoadedModel, file: Path | None) -> None:
@@ -39,6 +42,7 @@ class Packer:
         self._tensors: dict[str, tuple[list[int], Any, int]] = {}
         # Of an embedding that is not the head too, a token reads one row.
         self._looked_up = ""
+        self.header: GgufHeader | None = None
         if file is None:
             embedding = language_model(model).get_input_embeddings().weight
             for name, p in model.named_parameters():
@@ -48,7 +52,7 @@ class Packer:
                     self._looked_up = name
             self._rest = sum(21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab())
             return
-        header = read_gguf(file)
+        self.header = header = read_gguf(file)
         count, known = header.check_blocks(), header.tensors
         for name, stored in names_in_gguf(header, count, read_checkpoint(loaded.folder)).items():
             if name in known:

@@ -51,11 +51,6 @@ def parameters(function: Any) -> set[str]:
     return set(inspect.signature(inspect.unwrap(function)).parameters)
 
 
-def takes_images(model: Any) -> bool:
-    """Whether a model's forward pass has a place for images."""
-    return any(name in parameters(model.forward) for name in _PIXELS)
-
-
 def process_images(
     model: Any, folder: Path, words: Tensor, *, trust_remote_code: bool = False
 ) -> ImageInputs:
@@ -348,7 +343,8 @@ def verify(
         )
     difference = compare("text", on_text)
     check_generation(language_model(cut), tokens[:prompts], new_tokens, str(out), generate)
-    if takes_images(model):
+    # A model that takes images.
+    if not parameters(model.forward).isdisjoint(_PIXELS):
         try:
             pictures = images(model, out, tokens, trust_remote_code=trust_remote_code)
         except ModelError as error:
