@@ -231,23 +231,24 @@ def test_a_stream_that_stays_on_its_card_is_refused():
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_two_cards_writes_the_files_of_one(shared, text, no_speed, tmp_path):
-    with fake_cards(2) as cards:
-        first, both = str(cards[0].device), ",".join(str(card.device) for card in cards)
-        for out, device in (("one", first), ("two", both)):
+def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_speed, tmp_path):
+    with fake_cards(4) as cards:
+        names = [",".join(str(card.device) for card in cards[:n]) for n in (1, 2, 4)]
+        for device in names:
             isingcut.run(
                 device=device,
                 model=str(shared.checkpoint(num_hidden_layers=4)),
                 calibration=str(text),
-                out=str(tmp_path / out),
+                out=str(tmp_path / device),
                 remove=2,
                 **{**OPTIONS, "states": 3, "patch_tokens": 100},
             )
     measured = ("hamiltonian.safetensors", "candidates.json", "evaluation.json", "model/*")
-    for file in [file for name in measured for file in (tmp_path / "one").glob(name)]:
-        same = tmp_path / "two" / file.relative_to(tmp_path / "one")
-        found = same.read_bytes().replace(both.encode(), first.encode())
-        assert file.read_bytes() == found, file.name
+    one = tmp_path / names[0]
+    for file in [file for name in measured for file in one.glob(name)]:
+        for other in names[1:]:
+            found = (tmp_path / other / file.relative_to(one)).read_bytes()
+            assert file.read_bytes() == found.replace(other.encode(), one.name.encode()), file
 
 
 def mixed(operation):

@@ -84,47 +84,22 @@ def check_finite(
     raise explain_nan(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
 
 
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Maps a block's streams (K, D) before and after it to a number (K,) for each token."""
+
+
 def block_means(
-    replay: Replay,
-    tokens: TokenSet,
-    work: Work,
-    score: Callable[[Tensor, Tensor], Tensor],
-    *,
-    removed: Sequence[int] = (),
+    replay: Replay, tokens: TokenSet, work: Work, score: Score, *, removed: Sequence[int] = ()
 ) -> Floats:
-    """Average over tokens a score (K,) of each block's streams (K, D) before and after it.
+    """Average a score of each block over tokens.
 
     Returns:
         (N,) float64; infinite at removed blocks.
     """
-    batches = tokens.batches(work.batch_tokens)
-    steps = len(batches) * (len(replay) - len(removed))
-    with work.progress("comparing block outputs", steps) as bar:
-
-        def compute(some: Sequence[TokenSet]) -> list[Floats]:
-            sums = np.zeros((len(some), len(replay)))
-            for b, i, before, after in boundaries(replay, some, removed):
-                real = some[b].looked_at.to(after.device)
-                values = score(before[real].float(), after[real].float())
-                sums[b, i] = float(values.sum(dtype=torch.float64))
-                bar.advance(1)
-            return list(sums)
-
-        total = _summed(replay, batches, compute)
-    total[list(removed)] = np.inf
-    return np.asarray(total / int(tokens.looked_at.sum()))
-
-
-def _summed(
-    replay: Replay,
-    batches: Sequence[TokenSet],
-    compute: Callable[[Sequence[TokenSet]], list[Floats]],
-) -> Floats:
-    """Sum over micro-batches; for a model in memory, one after the other."""
-    groups = [batches] if replay.streamed else [[batch] for batch in batches]
-    with torch.inference_mode():
-        found = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
-    return np.asarray(sum(itertools.chain.from_iterable(found)))
+    means = _sum_scores(replay, tokens, work, score, removed)[-1, :-1]
+    means = means / int(tokens.looked_at.sum())
+    means[list(removed)] = np.inf
+    return np.asarray(means)
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
@@ -134,29 +109,49 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
         `angle` between the streams at any two boundaries, at each sample's last token.
     """
-    n = len(replay)
-    batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", n * len(batches)) as bar:
+    total = _sum_scores(replay, tokens, work, influence, angles=True)
+    angles = total[:-1]
+    influences = total[-1, :-1] / int(tokens.looked_at.sum())
+    return influences, (angles + angles.T) / tokens.samples
+
+
+def _sum_scores(
+    replay: Replay,
+    tokens: TokenSet,
+    work: Work,
+    score: Score,
+    removed: Sequence[int] = (),
+    *,
+    angles: bool = False,
+) -> Floats:
+    """Sum over tokens: angles (N + 1, N + 1) of two boundaries, and the scores as last row.
+
+    A model in memory takes one micro-batch after the other.
+    """
+    n, batches = len(replay), tokens.batches(work.batch_tokens)
+    with work.progress("comparing block outputs", len(batches) * (n - len(removed))) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
-            """Return angles (N + 1, N + 1), with the influences as last row."""
             found = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
-            for b, i, before, after in boundaries(replay, some):
+            for b, i, before, after in boundaries(replay, some, removed):
                 real, own = some[b].looked_at.to(after.device), streams[b]
-                end = some[b].last_looked_at.to(after.device)
-                values = influence(before[real].float(), after[real].float())
-                found[b, n + 1, i] = float(values.sum(dtype=torch.float64))
-                own += [x[end].float().to(replay.device) for x in [before] * (not own) + [after]]
+                values = score(before[real].float(), after[real].float())
+                found[b, -1, i] = float(values.sum(dtype=torch.float64))
+                if angles:
+                    end = some[b].last_looked_at.to(after.device)
+                    new = [before] * (not own) + [after]
+                    own += [x[end].float().to(replay.device) for x in new]
                 bar.advance(1)
             for b, own in enumerate(streams):
-                for i, j in itertools.combinations(range(n + 1), 2):
+                for i, j in itertools.combinations(range(len(own)), 2):
                     found[b, i, j] = float(angle(own[i], own[j]).sum())
             return list(found)
 
-        total = _summed(replay, batches, compute)
-    angles = total[: n + 1]
-    return total[n + 1, :n] / int(tokens.looked_at.sum()), (angles + angles.T) / tokens.samples
+        groups = [batches] if replay.streamed else [[batch] for batch in batches]
+        with torch.inference_mode():
+            sums = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
+    return np.asarray(sum(itertools.chain.from_iterable(sums)))
 
 
 def lowest(scores: Floats, count: int) -> tuple[int, ...]:

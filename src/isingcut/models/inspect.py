@@ -245,9 +245,8 @@ def inspect_model(
     placement: dict[str, tuple[int, int]] = {}
     if len(devices) > 1:
         places = place(model, devices, memory_limit)
-        for block in stack.blocks:
-            name = str(places[block.path])
-            placement[name] = placement.get(name, (block.index, 0))[0], block.index
+        runs = [(d, [*run]) for d, run in groupby(stack.blocks, lambda b: places[b.path])]
+        placement = {str(d): (run[0].index, run[-1].index) for d, run in runs}
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
         model_type=str(text_config(model).model_type),

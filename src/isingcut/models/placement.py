@@ -22,7 +22,8 @@ from isingcut.models.device import allowance
 
 def places_of(model: Any) -> dict[str, torch.device]:
     """Return the device of each part of a placed model, by the part's name; empty for others."""
-    return getattr(model, "hf_device_map", None) or {}
+    places = getattr(model, "hf_device_map", None) or {}
+    return places if len(set(places.values())) > 1 else {}
 
 
 def devices_of(model: Any) -> list[torch.device]:
