@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from isingcut.energies.pairwise import removals
+from isingcut.energies.pairwise import list_removals
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
@@ -132,7 +132,7 @@ def test_a_search_costs_its_passes_or_its_minutes():
 
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
-    states = removals(4)
+    states = list_removals(4)
     # One byte of room each.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
     slow = prices(reading=1e6, streamed=True, room=1)

@@ -227,7 +227,7 @@ def test_surrogate_of_many_states_that_cost_nothing():
 def test_exchanges_are_all_neighbours_and_feasible():
     state = states_of(7, [(1, 4, 6)])[0]
     target = Target.of("3", [count(7, 3), *keep(7, [0])], 7)
-    found = {tuple(np.flatnonzero(s)) for s in proposals.exchanges(state, target)}
+    found = {tuple(np.flatnonzero(s)) for s in proposals.list_exchanges(state, target)}
     expected = {c for c in combinations(range(1, 7), 3) if len(set(c) & {1, 4, 6}) == 2}
     assert found == expected
 

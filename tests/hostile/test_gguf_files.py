@@ -157,12 +157,12 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     monkeypatch.setattr(gguf_files, "_count_numbers", noted)
     monkeypatch.setattr(gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a))
     other = threading.Thread(
-        target=lambda: found.append(gguf_files.converted(arena.here / "m.gguf"))
+        target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )
     with lock_place(gguf_files.gguf_cache(), inside=True):
         other.start()
         assert arrived.wait(60)
-        mine = gguf_files.converted(arena.here / "m.gguf")
+        mine = gguf_files.convert_file(arena.here / "m.gguf")
     other.join(60)
     assert found == [mine]
     assert len(converted) == 1

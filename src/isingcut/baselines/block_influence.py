@@ -18,7 +18,7 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.calibration import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import tree_nodes
-from isingcut.measure.streams import block_means, influence, lowest
+from isingcut.measure.streams import block_means, find_lowest, influence
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -44,13 +44,13 @@ class BlockInfluence:
         scores = block_means(replay, tokens, work, influence)
         if not self.iterative:
             info = {"influence": scores.tolist()}
-            return Outcome(lowest(scores, remove), passes=1.0, heads=0.0, info=info)
-        order = [lowest(scores, 1)[0]]
+            return Outcome(find_lowest(scores, remove), passes=1.0, heads=0.0, info=info)
+        order = [find_lowest(scores, 1)[0]]
         runs = n
         while len(order) < remove:
             # Before the first removed block, the scores equal the original's.
             runs += tree_nodes(states_of(n, [order]))
             again = block_means(replay, tokens, work, influence, removed=order)
-            order.append(lowest(again, 1)[0])
+            order.append(find_lowest(again, 1)[0])
         info = {"influence": scores.tolist(), "order": order}
         return Outcome(tuple(sorted(order)), passes=runs / n, heads=0.0, info=info)

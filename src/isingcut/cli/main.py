@@ -58,7 +58,7 @@ importlib.import_module("isingcut.cli.verbs")
 _program: Any = typer.main.get_command(app)
 
 
-def _typed() -> tuple[str, bool]:
+def _read_verb() -> tuple[str, bool]:
     """Return the typed verb, and whether `--debug` precedes it; the rest is not checked here."""
     before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
     return "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
@@ -83,7 +83,7 @@ def _run() -> None:
 
 def _outcome() -> tuple[int, str]:
     """Run the command; return its exit code and the error message."""
-    verb, debug = _typed()
+    verb, debug = _read_verb()
     if launched_rank() and verb not in TOGETHER:
         return 0, ""
     try:
@@ -97,14 +97,14 @@ def _outcome() -> tuple[int, str]:
     except Exception as e:
         if debug:
             traceback.print_exc(file=sys.__stderr__ if launched_rank() else None)
-        code, words = _judged(e)
+        code, words = _describe_error(e)
         if is_launched() and not isinstance(e, RankError):
             leave_word(code, words)
         return code, words
     return 0, ""
 
 
-def _judged(error: Exception) -> tuple[int, str]:
+def _describe_error(error: Exception) -> tuple[int, str]:
     """Return the exit code for an error, and one line about it."""
     if isinstance(error, RankError):
         return error.code, "" if launched_rank() else str(error)
@@ -119,7 +119,7 @@ def _judged(error: Exception) -> tuple[int, str]:
     )
 
 
-def _ended(number: int, frame: object) -> None:
+def _report_signal(number: int, frame: object) -> None:
     """Print why a launcher ends this process, which the launcher's own report leaves out."""
     found = last_word()
     words = "ended by a signal, as launchers do when one process was killed; "
@@ -140,7 +140,7 @@ def main() -> None:
             code, _ = _outcome()
         sys.exit(code)
     if is_launched():
-        signal.signal(signal.SIGTERM, _ended)
+        signal.signal(signal.SIGTERM, _report_signal)
     # Kept because click replaces the stream.
     printed = sys.stdout
     code, words = _outcome()

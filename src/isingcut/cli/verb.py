@@ -169,7 +169,7 @@ def verb(
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
             options = [n.removeprefix("--") for n in names]
-            typed |= _checked(of, {k: typed[k] for k in options if typed[k] is not None}, repeat)
+            typed |= _check(of, {k: typed[k] for k in options if typed[k] is not None}, repeat)
             typed |= {k: _at_home(v) for k, v in typed.items()}
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
@@ -231,7 +231,7 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
     return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
-def _checked(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
+def _check(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
     found = given_options(of, {k: v for k, v in typed.items() if k not in repeat})
     for name in typed.keys() & {*repeat}:

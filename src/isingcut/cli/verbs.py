@@ -80,7 +80,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     wanted = collect(config, options)
     target = pipeline.run(wanted, progress=progress)
     if len(solving.each_removal(wanted)) == 1:
-        return _finished(target)
+        return _make_output(target)
 
     rows = show.curve_data(target)
     data = {"folder": str(target), "curve": rows}
@@ -93,10 +93,10 @@ def demo(progress: Any, **options: Any) -> Output:
 
     Example: isingcut demo
     """
-    return _finished(pipeline.demo(**select_given(options), progress=progress), generation=True)
+    return _make_output(pipeline.demo(**select_given(options), progress=progress), generation=True)
 
 
-def _finished(target: Path, *, generation: bool = False) -> Output:
+def _make_output(target: Path, *, generation: bool = False) -> Output:
 
     files = show.open_finished(target)
     healing = [] if files.healing is None else words.healing_warnings(files.healing)

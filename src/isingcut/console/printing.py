@@ -46,14 +46,14 @@ def _in_ascii(character: str) -> str:
     return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
+def _spell_out(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
 
 
 ASCII = "isingcut.ascii"
 """The encoding error handler that replaces missing characters by ASCII."""
-codecs.register_error(ASCII, _spelled)
+codecs.register_error(ASCII, _spell_out)
 
 
 def say(line: str) -> None:

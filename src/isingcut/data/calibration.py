@@ -95,7 +95,7 @@ class Calibration:
         Raises:
             StageFileError: missing, damaged, not a calibration file, or of a newer version.
         """
-        header, arrays = read_tensors(path, "calibration", _wanted)
+        header, arrays = read_tensors(path, "calibration", _list_arrays)
         splits = {}
         for name in SPLITS:
             ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
@@ -127,7 +127,7 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
     raise documents.damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
-def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the dtypes and shapes in a file: all arrays of a split are (samples, length)."""
     wanted = {}
     for name in SPLITS:
@@ -292,7 +292,7 @@ def open_parts(
                 left = int(_facts(used, part.source).get("documents", 0)) if same_order else 0
                 while left and (document := next(corpus.documents, None)) is not None:
                     is_new(document, seen)
-                    # Counted as in `_tokenised`: documents with tokens.
+                    # Counted as in `_tokenise`: documents with tokens.
                     left -= bool(encode(document, 1))
     opened = []
     for part, text in zip(parts, corpora, strict=True):
@@ -306,7 +306,7 @@ def open_parts(
                 known = int(_facts(used, part.source).get("tokens", 0))
                 rows = pack(map(encode, text.documents), encode, length, known)
             else:
-                documents = _tokenised(text, encode, seen, most, facts)
+                documents = _tokenise(text, encode, seen, most, facts)
                 first = list(itertools.islice(documents, splits))
                 documents = itertools.chain(first, documents)
                 if len(first) == splits:
@@ -372,7 +372,7 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
     return next((part for part in parts if part["source"] == source), {})
 
 
-def _tokenised(
+def _tokenise(
     corpus: Corpus, encode: Encoder, seen: set[int], most: int | None, facts: dict[str, Any]
 ) -> Iterator[list[int]]:
     """Yield the documents that no other source has; ``facts`` counts all documents read."""

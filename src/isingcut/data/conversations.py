@@ -72,7 +72,7 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     for i, message in enumerate(messages):
         blank = isinstance(message["content"], str) and not message["content"].strip()
         if message["role"] == "assistant" and not blank:
-            answers[i], content = _marked(i, message)
+            answers[i], content = _mark_content(i, message)
             marked[i] = {**message, "content": content}
     if not answers:
         return whole
@@ -96,13 +96,13 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     for i, first, last in places:
         content = messages[i]["content"]
         endings = {space + end_of_turn for space in ("", content[len(content.rstrip()) :])}
-        more = max(_alike(whole[last:], ending) for ending in endings)
+        more = max(_count_common(whole[last:], ending) for ending in endings)
         spans.append((first, last + more))
     whole.spans = tuple(spans)
     return whole
 
 
-def _marked(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
+def _mark_content(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
     """Return a message without reasoning and surrounding white space, and the marked content."""
     content = message["content"]
     if not isinstance(content, str) or message.get("tool_calls"):
@@ -141,7 +141,7 @@ def row_of(encode: Encoder, text: str, most: int) -> Row:
 def _tokens_before(encode: Encoder, text: str, ids: Sequence[int], place: int) -> int:
     """Count the tokens that end at or before a position of a text."""
     begin = encode(text[:place])
-    found = _alike(begin, ids)
+    found = _count_common(begin, ids)
     if len(begin) - found > _CHANGED:
         raise CalibrationError(
             "the model's tokenizer splits a truncated conversation differently, so the "
@@ -150,7 +150,7 @@ def _tokens_before(encode: Encoder, text: str, ids: Sequence[int], place: int) -
     return found
 
 
-def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Return the length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -137,7 +137,7 @@ def sample_from_model(
     processors = finite_logits(model)
     with progress("sampling text from the model", batches) as bar:
 
-        def sampled() -> Iterator[list[int]]:
+        def sample_rows() -> Iterator[list[int]]:
             for batch in range(_ATTEMPTS * batches):
                 with torch.random.fork_rng(devices):
                     torch.manual_seed(seed * 1_000_003 + batch)
@@ -147,7 +147,7 @@ def sample_from_model(
                 yield from out.tolist()
                 bar.advance(1)
 
-        for found, row in enumerate(distinct(sampled()), 1):  # noqa: B007
+        for found, row in enumerate(distinct(sample_rows()), 1):  # noqa: B007
             yield row
     raise CalibrationError(
         f"the model repeats itself: sampling gave {found} different samples of {length} tokens, "

@@ -112,7 +112,7 @@ def parts_of(source: str) -> tuple[Part, ...]:
     """
     if "=" not in source or is_object_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
-    named = _weighted(source)
+    named = _parse_weights(source)
     sources = [name for name, _ in named]
     for name in sources:
         if sources.count(name) > 1:
@@ -149,7 +149,7 @@ def describe_source(source: str) -> str:
     return ", ".join(f"{part.share:.0%} {part.name}" for part in parts)
 
 
-def _weighted(source: str) -> list[tuple[str, float]]:
+def _parse_weights(source: str) -> list[tuple[str, float]]:
     found, word = [], ""
     for piece in source.split(","):
         word = f"{word},{piece}" if word else piece

@@ -121,7 +121,7 @@ class TokenSet:
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
         """Return the given rows as a set, trimmed to its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        chosen = self._trimmed(rows)
+        chosen = self._trim(rows)
         return replace(chosen, index=torch.arange(len(rows)))
 
     def first(self, tokens: int, least: int = 1) -> TokenSet:
@@ -148,17 +148,17 @@ class TokenSet:
             rows = order[start : start + max(1, max_tokens // longest)]
             alike = int((8 * lengths[rows] >= 7 * longest).sum())
             rows = rows[: max(alike, -(-_FAST_TOKENS // longest))]
-            found.append(self._trimmed(rows))
+            found.append(self._trim(rows))
             start += len(rows)
         return found
 
     def halves(self) -> tuple[TokenSet, TokenSet]:
         """Return the first and second half of the samples, each trimmed, with their `index`."""
         first, second = torch.arange(self.samples).chunk(2)
-        halved = [replace(self._trimmed(r), index=self.index[r]) for r in (first, second)]
+        halved = [replace(self._trim(r), index=self.index[r]) for r in (first, second)]
         return halved[0], halved[1]
 
-    def _trimmed(self, rows: torch.Tensor) -> TokenSet:
+    def _trim(self, rows: torch.Tensor) -> TokenSet:
         mask = self.mask[rows]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()

@@ -43,7 +43,7 @@ class Pairwise:
         Complexity: about N^3 / 6 block evaluations per sample, plus N (N + 1) / 2 heads.
         """
         n = len(replay)
-        states = removals(n)
+        states = list_removals(n)
         found = measure(replay, tokens, states, work, f"measuring {len(states)} removals")
         own = found.kl_sums[:n]  # (N, m)
         i, j = np.triu_indices(n, 1)
@@ -61,6 +61,6 @@ class Pairwise:
         return Hamiltonian(own.sum(1) / total, J, meta=meta, h_error=h_error, J_error=J_error)
 
 
-def removals(n: int) -> States:
+def list_removals(n: int) -> States:
     """Make (n (n + 1) / 2, n) states: every single removal, then every pair, in ascending order."""
     return states_of(n, [*combinations(range(n), 1), *combinations(range(n), 2)])

@@ -61,10 +61,10 @@ class Refined:
             )
         effort = Effort(self.effort)
 
-        def timed() -> float:
+        def count_passes() -> float:
             return (effort.seconds or 0.0) / seconds_per_pass(replay, tokens, work)
 
-        passes = timed if effort.seconds else effort.passes
+        passes = count_passes if effort.seconds else effort.passes
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
         meta = describe_energy("refined", "KL(original || cut)", tokens)
         return replace(search.energy(), meta=meta | {"search": summary(search)})

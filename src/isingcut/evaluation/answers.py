@@ -95,12 +95,12 @@ def answer_scores(
     tokens, groups = TokenSet.from_rows([list(ids) for ids in alike]), list(alike.values())
     batches = tokens.batches(work.batch_tokens)
 
-    def placed(batch: TokenSet) -> list[tuple[int, int]]:
+    def place_rows(batch: TokenSet) -> list[tuple[int, int]]:
         """Return (sample, row) of each continuation in a micro-batch."""
         return [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        places = [_Places([(i, rows[r]) for i, r in placed(batch)]) for batch in some]
+        places = [_Places([(i, rows[r]) for i, r in place_rows(batch)]) for batch in some]
         return _scores(replay, some, wanted[order], places)
 
     measured = identity(
@@ -130,7 +130,7 @@ def answer_scores(
                 bar.advance(costs[b])
     sums = np.zeros((2, len(wanted), len(rows)))
     for b, batch in enumerate(batches):
-        sums[:, order[:, None], [r for _, r in placed(batch)]] = kept.get(str(b))
+        sums[:, order[:, None], [r for _, r in place_rows(batch)]] = kept.get(str(b))
     return sums[0], sums[1] == 1
 
 

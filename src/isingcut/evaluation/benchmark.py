@@ -188,7 +188,7 @@ def compare_scores(first: Floats, second: Floats, seed: int = 0) -> PairedScores
     questions.
     """
     n, means = len(first), (float(first.mean()), float(second.mean()))
-    resampled = _resampled(second - first, seed)
+    resampled = _resample(second - first, seed)
     low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
     p = p_value(first, second, resampled)
     errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
@@ -217,7 +217,7 @@ def p_value(first: Floats, second: Floats, resampled: Floats | None = None, seed
     if right_or_wrong(first, second):
         return mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
     if resampled is None:
-        resampled = _resampled(difference, seed)
+        resampled = _resample(difference, seed)
     mean = difference.mean()
     return float((1 + (np.abs(resampled - mean) >= abs(mean)).sum()) / (1 + len(resampled)))
 
@@ -243,7 +243,7 @@ def mcnemar(lost: int, won: int) -> float:
     return float(binomtest(won, lost + won, 0.5).pvalue)
 
 
-def _resampled(values: Floats, seed: int) -> Floats:
+def _resample(values: Floats, seed: int) -> Floats:
     """Compute means of resamples with replacement, a few million numbers at a time."""
     rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // len(values))

@@ -92,8 +92,8 @@ def rank(
         random=[row for found in random for row in _rows(found, energy, {})],
         random_tokens=sum(int(found.counts.sum()) for found in random),
         random_distribution=distribution,
-        fidelity=_judged(energy, judged_on),
-        fidelity_of_others={name: _judged(other, judged_on) for name, other in others.items()},
+        fidelity=_correlate(energy, judged_on),
+        fidelity_of_others={name: _correlate(other, judged_on) for name, other in others.items()},
         chosen=ChosenState(**rows[chosen].content(), position=chosen, why=why),
         original={"nll": float(measured.original_nll_sums.sum() / measured.counts.sum())},
         proven=spectrum.proven,
@@ -115,7 +115,7 @@ def _rows(
     return rows
 
 
-def _judged(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
+def _correlate(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
     """Correlate an energy with the losses of candidates and random states, in this order."""
 
     def of(loss: str, some: Sequence[Measurement]) -> Correlations:

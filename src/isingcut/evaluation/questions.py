@@ -191,7 +191,7 @@ def _read_file(path: Path, questions: int | None) -> Prepared:
     Raises:
         InputError: the file is missing or damaged.
     """
-    records = _spaced(_read_records(path, "multiple_choice", {}), questions)
+    records = _spread(_read_records(path, "multiple_choice", {}), questions)
     config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
     config["custom_dataset"] = _dataset(records, [])
     return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
@@ -214,8 +214,8 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
-    records = _spaced(_read_records(_only(data, own["test"]), kind, own), questions)
-    examples = _read_records(_only(data, own["fewshot"]), kind, own) if "fewshot" in own else []
+    records = _spread(_read_records(_find(data, own["test"]), kind, own), questions)
+    examples = _read_records(_find(data, own["fewshot"]), kind, own) if "fewshot" in own else []
     groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
     configurations = []
     for group in groups:
@@ -257,7 +257,7 @@ def _dataset(test: list[dict[str, Any]], fewshot: list[dict[str, Any]]) -> Any:
     return make
 
 
-def _only(data: Path, stem: str) -> Path:
+def _find(data: Path, stem: str) -> Path:
     """Return `stem.jsonl`, or the only file with digits after the stem (`train1000.jsonl`)."""
     exact = data / f"{stem}.jsonl"
     if os.path.lexists(exact):
@@ -268,7 +268,7 @@ def _only(data: Path, stem: str) -> Path:
     return numbered[0]
 
 
-def _spaced(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+def _spread(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
     """Return at most ``most`` records, evenly spaced."""
     if most is None or len(found) <= most:
         return found

@@ -99,7 +99,7 @@ def speed(
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
     short = ids[:, :_DECODE_PROMPT]
 
-    def timed(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
+    def time_call(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
         synchronise(*devices_of(model))
         began = clock()
         work(*arguments)
@@ -111,9 +111,9 @@ def speed(
     for repeat in range(repeats + 1):
         for name, model in models.items():
             text, start = ids.to(model.device), short.to(model.device)
-            reading = timed(model, partial(model, input_ids=text, use_cache=True))
-            first = timed(model, decode_tokens, model, start, 1)
-            all_of = timed(model, decode_tokens, model, start, 1 + new_tokens)
+            reading = time_call(model, partial(model, input_ids=text, use_cache=True))
+            first = time_call(model, decode_tokens, model, start, 1)
+            all_of = time_call(model, decode_tokens, model, start, 1 + new_tokens)
             if repeat:
                 prefill[name].append(reading)
                 decode[name].append(all_of - first)

@@ -998,23 +998,23 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     """
     shape = getattr(getattr(found, "states", None), "shape", None)
     n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
-    highest = max(_named(found), default=-1)
+    highest = max(_list_blocks(found), default=-1)
     if n != blocks:
         raise damaged_error(path, f"it is for {n} blocks, but the run's model has {blocks}")
     if highest >= blocks:
         raise damaged_error(path, f"it names block {highest}; the run's model has {blocks} blocks")
 
 
-def _named(value: Any) -> Iterator[int]:
+def _list_blocks(value: Any) -> Iterator[int]:
     """Yield every block number in a document."""
     if isinstance(value, Strict):
         value = dict(value)
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from (inner or ()) if key == "removed" else _named(inner)
+            yield from (inner or ()) if key == "removed" else _list_blocks(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _named(inner)
+            yield from _list_blocks(inner)
 
 
 def damaged_error(path: Path, what: str) -> StageFileError:

@@ -60,7 +60,7 @@ def regular_file(
     except (OSError, ValueError) as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{what} {path} is {_named(found.st_mode)}; expected a regular file")
+        raise error(f"{what} {path} is {_name_kind(found.st_mode)}; expected a regular file")
     if limit is not None and found.st_size > limit:
         raise error(f"{what} {path} has {found.st_size} bytes; expected at most {limit}")
     return found
@@ -171,7 +171,7 @@ def _refuse_deep(value: Any) -> None:
     raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def _named(mode: int) -> str:
+def _name_kind(mode: int) -> str:
     kinds = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
     return kinds.get(stat.filemode(mode)[0], "not a regular file")
 

@@ -416,7 +416,7 @@ def mark(folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _marked(folder: Path) -> dict[str, str] | None:
+def _read_marker(folder: Path) -> dict[str, str] | None:
     """Read the files and fingerprints in a folder's marker; None if it is missing or damaged."""
     try:
         document = load_json(folder / MARKER, "the marker")
@@ -435,7 +435,7 @@ def foreign_in(folder: Path) -> str | None:
     present = _files_in(folder)
     if not present:
         return None
-    files = _marked(folder)
+    files = _read_marker(folder)
     if files is None:
         if MARKER in present:
             return f"its {MARKER} was changed"
@@ -448,7 +448,7 @@ def foreign_in(folder: Path) -> str | None:
 
 def folder_hash(folder: Path) -> str | None:
     """Return the hash in a folder's marker; None if the marker is missing or damaged."""
-    files = _marked(folder)
+    files = _read_marker(folder)
     return None if files is None else _hash(files)
 
 
@@ -460,7 +460,7 @@ def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None
     Args:
         gone: whether deleted files count.
     """
-    files = _marked(folder)
+    files = _read_marker(folder)
     if files is None or _hash(files) != recorded:
         return f"its {MARKER} was changed"
     changed = {

@@ -206,7 +206,7 @@ def heal_checkpoint(
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():
         processes.wait()
-        done, record = _healed(job, text)
+        done, record = _train(job, text)
         if job.leads:
             for folder, stamp in stamps:
                 check_unchanged(folder, stamp)
@@ -223,7 +223,7 @@ def heal_checkpoint(
     return read_document(out / RECORD, HealingFile)
 
 
-def _healed(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
+def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     """Patch and distil into the work folder.
 
     Returns:

@@ -204,7 +204,7 @@ class Hamiltonian:
             StageFileError: the file is missing, damaged, of a later version, or not of isingcut.
         """
         source = Path(path)
-        header, tensors = read_tensors(source, "hamiltonian", _wanted)
+        header, tensors = read_tensors(source, "hamiltonian", _list_arrays)
         try:
             return cls(
                 tensors["h"],
@@ -219,7 +219,7 @@ class Hamiltonian:
             raise documents.damaged_error(source, str(e)) from e
 
 
-def _wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the dtypes and shapes that a file must have, for the N of its own terms."""
     n = shapes.get("h", (0,))[:1] or (0,)
     needed = {"h": n, "J": 2 * n, "c": (1,)}

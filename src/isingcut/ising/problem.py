@@ -94,7 +94,7 @@ class Problem:
                 self.check()
                 m = round(row.rhs / row.coefficients[0])
                 return m, m
-        least, most = self._lowest(np.ones(self.n)), self._lowest(-np.ones(self.n))
+        least, most = self._find_lowest(np.ones(self.n)), self._find_lowest(-np.ones(self.n))
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
@@ -103,9 +103,9 @@ class Problem:
         Raises:
             InfeasibleError: there is no feasible state.
         """
-        return self._lowest(self.hamiltonian.h)
+        return self._find_lowest(self.hamiltonian.h)
 
-    def _lowest(self, objective: Floats) -> Bools:
+    def _find_lowest(self, objective: Floats) -> Bools:
         state = _extreme(self, objective)
         if state is None:
             self.check()

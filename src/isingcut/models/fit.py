@@ -254,7 +254,7 @@ def limit_structure(most: int, what: str) -> Iterator[None]:
     """
     from torch.nn.modules import module as torch_module
 
-    def counted(sort: str, allowed: int) -> Callable[..., None]:
+    def count_as(sort: str, allowed: int) -> Callable[..., None]:
         built = 0
 
         def count(owner: object, name: str, tensor: torch.Tensor | None) -> None:
@@ -271,9 +271,9 @@ def limit_structure(most: int, what: str) -> Iterator[None]:
 
         return count
 
-    buffers = counted("buffers", max(most, _MOST_IN_BUFFERS))
+    buffers = count_as("buffers", max(most, _MOST_IN_BUFFERS))
     with (
-        torch_module.register_module_parameter_registration_hook(counted("parameters", most)),
+        torch_module.register_module_parameter_registration_hook(count_as("parameters", most)),
         torch_module.register_module_buffer_registration_hook(buffers),
     ):
         yield

@@ -220,7 +220,7 @@ def gguf_cache() -> Path:
     return base / "isingcut" / "gguf-2"
 
 
-def converted(path: Path) -> Path:
+def convert_file(path: Path) -> Path:
     """The folder of the converted file, made on first use; it is named after the content's hash.
 
     Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
@@ -238,14 +238,14 @@ def converted(path: Path) -> Path:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     target = gguf_cache() / digest
     if target.is_dir():
-        return _unchanged(target, path)
+        return _check_unchanged(target, path)
     _count_numbers(path)
     try:
         # One at a time: what a killed one left has the size of a model, and is cleared.
         with lock_place(target.parent, inside=True, wait=True):
             if target.is_dir():
                 # Another process has made it meanwhile.
-                return _unchanged(target, path)
+                return _check_unchanged(target, path)
             # Overwriting, because a file system may have no locks.
             with atomic_folder(target, overwrite=True) as temporary:
                 unpack_gguf(path, temporary)
@@ -258,7 +258,7 @@ def converted(path: Path) -> Path:
     return target
 
 
-def _unchanged(target: Path, path: Path) -> Path:
+def _check_unchanged(target: Path, path: Path) -> Path:
     """The folder of the converted file, once it is known to be as it was made."""
     changed = foreign_in(target)
     if changed is not None:
@@ -280,7 +280,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
 
     Raises:
-        ModelError, CheckpointError: as `converted`.
+        ModelError, CheckpointError: as `convert_file`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

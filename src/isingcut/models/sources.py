@@ -18,7 +18,7 @@ from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.gguf_files import converted, gguf_cache
+from isingcut.models.gguf_files import convert_file, gguf_cache
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.safetensors_files import (
     HEADER_LIMIT,
@@ -78,7 +78,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
-        return converted(path)
+        return convert_file(path)
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
     return _download(name, trust_remote_code, weights)
@@ -130,7 +130,7 @@ def find_gguf(name: str) -> Path | None:
 def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
     """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
     if (packaged := find_gguf(PACKAGED)) is not None:
-        return converted(packaged)
+        return convert_file(packaged)
     try:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:

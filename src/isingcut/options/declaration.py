@@ -103,7 +103,7 @@ class Options:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not f.default:
-                object.__setattr__(self, f.name, _checked(type(self), f, value))
+                object.__setattr__(self, f.name, _check_value(type(self), f, value))
 
 
 Kind = TypeVar("Kind", bound=Options)
@@ -134,7 +134,7 @@ def _validator(kind: Any, name: str) -> Callable[[Any], Any]:
     return TypeAdapter(_types(kind)[name], config=strict).validate_python
 
 
-def _checked(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
+def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     from pydantic import ValidationError
 
     try:

@@ -119,7 +119,7 @@ class Removal(Spelling):
             return
         span = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
         if span is not None:
-            first, last = _bounded(span[1]), _bounded(span[2] or span[1])
+            first, last = _read_bounded(span[1]), _read_bounded(span[2] or span[1])
             if span[2] and first >= last:
                 raise InputError(
                     f"{_cut(text)} is not a range; put the smaller number first, as in 4..15"
@@ -136,7 +136,7 @@ class Removal(Spelling):
                 )
             if match[1] in self.kinds:
                 raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
-            self.kinds[match[1]] = _bounded(match[2])
+            self.kinds[match[1]] = _read_bounded(match[2])
         if self.counts[:1] == range(1) or not (self.counts or any(self.kinds.values())):
             raise InputError(f"{_cut(text)} removes nothing; remove at least 1 block")
 
@@ -235,8 +235,8 @@ class BlockList(Spelling):
         parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
         for part in dict.fromkeys(parts) if text else ():
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-            first = _bounded(match[1]) if match else 0
-            last = _bounded(match[2] or match[1]) if match else -1
+            first = _read_bounded(match[1]) if match else 0
+            last = _read_bounded(match[2] or match[1]) if match else -1
             if first > last:
                 raise InputError(
                     f"cannot read {_cut(text)} as block numbers; write for example 0,1,5-8"
@@ -313,7 +313,7 @@ def _measure(
     return None, value * units[unit]
 
 
-def _bounded(digits: str) -> int:
+def _read_bounded(digits: str) -> int:
     # The length comes first: Python refuses to convert many thousand digits.
     if len(digits.lstrip("0")) > len(str(LAST_BLOCK)):
         raise InputError(f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}")

@@ -177,13 +177,13 @@ def evaluation_rows(evaluation: documents.EvaluationFile, *, last: str = "cut") 
     between = {
         name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
     }
-    rows = _quality_rows(_compared(evaluation, between, last, packed))
+    rows = _quality_rows(_collect(evaluation, between, last, packed))
     for name, part in evaluation.parts.items():
         ways = {way: found.parts[name] for way, found in between.items() if name in found.parts}
-        rows += _rows_of_part(name, _compared(part, ways, last, packed and packed.parts[name]))
+        rows += _rows_of_part(name, _collect(part, ways, last, packed and packed.parts[name]))
     for name, text in evaluation.elsewhere.items():
         ways = {k: of[name] for k, found in between.items() if name in (of := found.elsewhere)}
-        models = _compared(text, ways, last, packed and packed.elsewhere[name])
+        models = _collect(text, ways, last, packed and packed.elsewhere[name])
         rows += _rows_of_part(f"{name} (not calibrated on)", models)
     sizes: dict[str, Figures] = {"original": dict(evaluation.before), last: dict(evaluation.after)}
     if packed:
@@ -191,7 +191,7 @@ def evaluation_rows(evaluation: documents.EvaluationFile, *, last: str = "cut") 
     return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
 
 
-def _compared(
+def _collect(
     found: documents.EvaluationFile | documents.PartScores,
     between: Mapping[str, documents.Perplexity],
     last: str,
@@ -221,14 +221,14 @@ def healing_rows(healing: documents.HealingFile) -> list[Row]:
     if healing.patch is not None and healing.patch.scores is not None and healing.steps:
         models["patched"] = healing.patch.scores
     models["healed"] = healing.after
-    rows = _quality_rows(_healed(models), start)
+    rows = _quality_rows(_collect_healed(models), start)
     for name in healing.after.parts:
         of_part = {key: found.parts[name] for key, found in models.items() if name in found.parts}
-        rows += _rows_of_part(name, _healed(of_part), start)
+        rows += _rows_of_part(name, _collect_healed(of_part), start)
     return rows
 
 
-def _healed(models: Mapping[str, Any]) -> dict[str, Figures]:
+def _collect_healed(models: Mapping[str, Any]) -> dict[str, Figures]:
     perplexity = next(iter(models.values())).original_perplexity
     original = {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0}
     return {"original": original, **{name: dict(found) for name, found in models.items()}}

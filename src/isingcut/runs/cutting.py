@@ -276,7 +276,7 @@ def write_model(
         with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
             temporary.rmdir()
             try:
-                patch = _patched(session, folder, removed, cut, temporary)
+                patch = _patch(session, folder, removed, cut, temporary)
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
@@ -287,7 +287,7 @@ def write_model(
                 write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
 
 
-def _patched(
+def _patch(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
 ) -> PatchRecord:
     """Patch a checkpoint; return the record of the layers, the text and the proof.

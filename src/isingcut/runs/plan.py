@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import removals
+from isingcut.energies.pairwise import list_removals
 from isingcut.energies.search import Target, greedy_price
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
@@ -180,7 +180,7 @@ class Prices:
         if self.streamed and not getattr(energy_part(config, name), "streams", True):
             return _estimate(name, samples, impossible="needs the whole model in memory")
         if name not in PASSES:
-            states = removals(n)
+            states = list_removals(n)
             pairs, effort = self._states(name, states, samples), self.config.effort
             if name == "pairwise":
                 return pairs
@@ -194,7 +194,7 @@ class Prices:
         seconds = samples * config.length * passes * self.forward
         work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
         # Every block is read in the forward and in the backward pass.
-        return self._measured(name, samples, seconds, work, 2 * (n + 1))
+        return self._estimate_measurement(name, samples, seconds, work, 2 * (n + 1))
 
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
@@ -242,13 +242,13 @@ class Prices:
         blocks = (1 + tree_nodes(states) / self.n) * sum(self.latency)
         seconds = tokens * (blocks + (1 + count) * self.once)
         work = self.batch * (self.logits + (BLOCK_STREAMS + self.n + 1) * self.stream)
-        return self._measured(name, samples, seconds, work, count + 1)
+        return self._estimate_measurement(name, samples, seconds, work, count + 1)
 
     def _weights_in_memory(self) -> float:
         """Return the bytes of the process with its weights."""
         return self.memory.used + (2 * self.store.largest if self.streamed else self.weights)
 
-    def _measured(
+    def _estimate_measurement(
         self, name: str, samples: int, seconds: float, work: float, streams: int
     ) -> dict[str, Any]:
         """Estimate a measurement, in memory or streamed.

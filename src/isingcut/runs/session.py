@@ -75,7 +75,7 @@ class Session:
         )
         device, made = name_devices(self.replay), folder.run.provenance
 
-        def recorded() -> dict[str, Any]:
+        def read_record() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
                 devices = devices_of(self.loaded.model)
@@ -89,7 +89,7 @@ class Session:
                 folder.save()
             return record.content()
 
-        record = Computed.model_validate(self.processes.decide(recorded))
+        record = Computed.model_validate(self.processes.decide(read_record))
         self.tuning = Tuning(record.attention, record.batch_tokens)
         self.replay.attention = self.tuning.attention
 

@@ -52,7 +52,7 @@ from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
 from isingcut.models.fit import count_mtp_layers
-from isingcut.models.gguf_files import converted, unpack_gguf
+from isingcut.models.gguf_files import convert_file, unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
@@ -455,7 +455,7 @@ def evaluate_gguf(session: Session, gguf: Path) -> documents.EvaluationFile:
     Raises:
         InputError: they have different vocabularies.
     """
-    cut, streamed = session.open_cut(converted(gguf), [])
+    cut, streamed = session.open_cut(convert_file(gguf), [])
     ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
     if ours != theirs:
         raise InputError(

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from isingcut.energies.pairwise import removals
+from isingcut.energies.pairwise import list_removals
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.surrogate import Surrogate
 from isingcut.errors import InputError
@@ -106,7 +106,7 @@ FEW = 20_000
 """Most states of a target to list one by one."""
 
 
-def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
+def find_lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
     """Return the ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
     problem = target.problem(hamiltonian)
     if hamiltonian.n <= EXACT_UP_TO:
@@ -114,7 +114,7 @@ def lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> State
     return solve(problem, "tabu", k, seed=seed).states
 
 
-def every(target: Target, n: int) -> States | None:
+def list_states(target: Target, n: int) -> States | None:
     """Return all states of a target, or None if there are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
@@ -122,7 +122,7 @@ def every(target: Target, n: int) -> States | None:
     return states[target.feasible(states)]
 
 
-def windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
+def find_windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
     """Return the ``count`` runs of consecutive blocks with the lowest energy."""
     n, size = hamiltonian.n, target.low
     states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
@@ -146,26 +146,26 @@ def angular_window(angles: Floats, target: Target) -> States:
     return states[fits[np.argsort(turns[fits], kind="stable")[:1]]]
 
 
-def thompson(
+def draw_minima(
     surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
 ) -> States:
     """Return ground states of ``count`` Hamiltonians drawn from the posterior."""
     seeds = rng.integers(2**31, size=count)
     return np.concatenate(
-        [lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
+        [find_lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
     )
 
 
-def exchanges(state: Bools, target: Target) -> States:
+def list_exchanges(state: Bools, target: Target) -> States:
     """Return every feasible state one exchange, one removal or one re-insertion away."""
     single = np.eye(len(state), dtype=bool)
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
-    found = np.concatenate([state ^ pairs, flips(state)])
+    found = np.concatenate([state ^ pairs, flip_each(state)])
     return found[target.feasible(found)]
 
 
-def flips(state: Bools) -> States:
+def flip_each(state: Bools) -> States:
     """Return all states (N, N) that differ in one block."""
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
@@ -178,7 +178,7 @@ def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target)
     Args:
         slopes: (N,) slopes of the loss in the gates at ``state``.
     """
-    moves = exchanges(state, target)
+    moves = list_exchanges(state, target)
     removal = surrogate.mean.energies(state | moves)
     gain = ((state & ~moves) * slopes).sum(1)
     return moves[np.argsort(removal + gain, kind="stable")]
@@ -190,9 +190,9 @@ def by_bound(surrogate: Surrogate, states: States) -> States:
     return states[np.argsort(bound, kind="stable")]
 
 
-def grown(states: Iterable[Bools], target: Target) -> States:
+def grow(states: Iterable[Bools], target: Target) -> States:
     """Return all states with one more removed block that exceed no row of the target."""
-    found = [flips(state)[~state] for state in states]
+    found = [flip_each(state)[~state] for state in states]
     if not found:
         return np.zeros((0, 0), dtype=bool)
     children = np.unique(np.concatenate(found), axis=0)
@@ -221,7 +221,7 @@ def pair_energy(
     them.
     """
     n = evaluator.blocks
-    every, pairs = removals(n), list(combinations(range(n), 2))
+    every, pairs = list_removals(n), list(combinations(range(n), 2))
     singles = every[:n]
     affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
     samples = max(affordable, default=1)
@@ -256,7 +256,7 @@ def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[
     fields = Hamiltonian(influence, np.zeros((evaluator.blocks, evaluator.blocks)))
     found = {
         "angular-window": angular_window(angles, target),
-        "block-influence": lowest(fields, target, 1, 0),
+        "block-influence": find_lowest(fields, target, 1, 0),
     }
     return {method: states[0] for method, states in found.items() if len(states)}
 
@@ -278,10 +278,10 @@ def beam_over_sizes(
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):
         unfinished = [s for s in beam if not target.feasible(s[None])[0]]
-        children = grown(unfinished, target)
+        children = grow(unfinished, target)
         if not len(children):
             return
-        predicted = _predicted(evaluator, energy, children, unfinished)
+        predicted = _predict(evaluator, energy, children, unfinished)
         picked = children[np.argsort(predicted, kind="stable")[:CHILDREN]]
         if not afford(picked):
             return
@@ -290,7 +290,7 @@ def beam_over_sizes(
         beam = [picked[i] for i in np.argsort(losses, kind="stable")[:BEAM]]
 
 
-def _predicted(
+def _predict(
     evaluator: Evaluator, energy: Hamiltonian, children: States, beam: Sequence[Bools]
 ) -> Floats:
     """Predict losses: the best parent's measured loss plus the pair energy's cost of the block."""

@@ -25,7 +25,7 @@ from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import (
     Target,
     beam_over_sizes,
-    flips,
+    flip_each,
     one_pass_states,
     pair_energy,
 )
@@ -86,7 +86,7 @@ def greedy_price(n: int, remove: int) -> float:
     state = np.zeros(n, dtype=bool)
     total = 0
     for step in range(remove):
-        total += tree_nodes(flips(state)[~state])
+        total += tree_nodes(flip_each(state)[~state])
         # The cost depends slightly on the removed blocks; assume evenly spread ones.
         state[np.flatnonzero(~state)[(step * 7) % int((~state).sum())]] = True
     return total / n
@@ -215,7 +215,7 @@ class Search:
     def _exhaust(self) -> None:
         """Measure every state of each target that the budget allows this for."""
         for goal in self.goals:
-            states = proposals.every(goal.target, self.evaluator.blocks)
+            states = proposals.list_states(goal.target, self.evaluator.blocks)
             if states is None or not self._afford(states, self.rungs[-1], final=True):
                 continue
             label = f"remove {goal.target.label}: all {len(states)} states"
@@ -274,21 +274,21 @@ class Search:
             wanted = DRAWS + MINIMA + MOVES
             for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
                 take(state[None], 1, origin)
-            take(proposals.windows(self._prior, target, 2), 2, "window")
-            states = proposals.lowest(self._prior, target, 2 * wanted, seed)
+            take(proposals.find_windows(self._prior, target, 2), 2, "window")
+            states = proposals.find_lowest(self._prior, target, 2 * wanted, seed)
             take(states, wanted - len(picked), "pair energy")
             return list(picked.values())
         own, surrogate = self.estimates(target), self._surrogate([target])
         if own is None or surrogate is None:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
-        lowest = proposals.lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
+        lowest = proposals.find_lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
         take(lowest, MINIMA, "minimum of the mean")
         # The longer without a new best state, the wider the draws.
         heat = 1.0 + 0.25 * goal.stale
-        drawn = proposals.thompson(surrogate, target, DRAWS, self._rng, heat)
+        drawn = proposals.draw_minima(surrogate, target, DRAWS, self._rng, heat)
         take(drawn, DRAWS, "minimum of a draw")
-        moves = np.concatenate([proposals.exchanges(s, target) for s in around])
+        moves = np.concatenate([proposals.list_exchanges(s, target) for s in around])
         if len(moves):
             take(proposals.by_bound(surrogate, moves), MOVES, "exchange")
         if goal.best is not None:
@@ -321,7 +321,7 @@ class Search:
         """
         found = self.estimates(goal.target)
         if found is None:
-            states = proposals.lowest(self._prior, goal.target, 1, 0)
+            states = proposals.find_lowest(self._prior, goal.target, 1, 0)
             self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
             found = self.estimates(goal.target)
             assert found is not None

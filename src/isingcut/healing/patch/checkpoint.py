@@ -374,7 +374,7 @@ class _Text:
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
         """Add the gradient of one batch."""
         try:
-            loss = self._summed(batch, suffix) / STEP_TOKENS
+            loss = self._sum_divergence(batch, suffix) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)
@@ -383,10 +383,10 @@ class _Text:
     def divergence(self, suffix: Sequence[int]) -> float:
         """Return KL(original || patched), nats per prediction."""
         with torch.no_grad():
-            total = sum(float(self._summed(b, suffix)) for b in range(len(self.batches)))
+            total = sum(float(self._sum_divergence(b, suffix)) for b in range(len(self.batches)))
         return total / self.predictions
 
-    def _summed(self, batch: int, suffix: Sequence[int]) -> Tensor:
+    def _sum_divergence(self, batch: int, suffix: Sequence[int]) -> Tensor:
         tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)

@@ -94,7 +94,7 @@ class Steps(Sampler[list[int]]):
             for found in map(self._of, range(self.steps))
             for rank in range(self.size)
         ]
-        fewest = max(_needed(lengths, self.most) for lengths in every)
+        fewest = max(_count_parts(lengths, self.most) for lengths in every)
         count = min(fewest + _MORE, self.batch // self.size)
         costs = np.zeros(count)
         for lengths in every[: _LOOKED_AT * self.size]:
@@ -103,7 +103,7 @@ class Steps(Sampler[list[int]]):
         return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
-def _needed(lengths: Sequence[int], most: int) -> int:
+def _count_parts(lengths: Sequence[int], most: int) -> int:
     """Return the fewest parts of at most ``most`` tokens."""
     found, start = 0, 0
     while start < len(lengths):
@@ -282,7 +282,7 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             return count_graph_bytes(student, lambda: student(**given, alone=True)["loss"])
 
-    def counted(length: int) -> tuple[float, float]:
+    def count_saved(length: int) -> tuple[float, float]:
         few = max(1, length // 2)
         less, more = map(kept, (few, length))
         each = max(1.0, (more - less) / max(1, length - few))
@@ -291,7 +291,7 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     length = _COUNTED if device.type == job.teacher.device.type else _COUNTED_APART
     length = min(length, row["input_ids"].shape[1])
     try:
-        each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, counted)
+        each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, count_saved)
     except Exception as e:
         if not is_memory_exhausted(e):
             raise

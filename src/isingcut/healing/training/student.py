@@ -199,7 +199,7 @@ def install(student: Any, plain: Any, original: Any) -> None:
             found: Tensor = other[1](stream)
         return found
 
-    def distilled(
+    def compute_loss(
         input_ids: Tensor,
         attention_mask: Tensor,
         counted: Tensor | None = None,
@@ -221,4 +221,4 @@ def install(student: Any, plain: Any, original: Any) -> None:
             loss = divergence(given, target)
         return {"loss": loss.to(input_ids.device)}
 
-    student.forward = distilled
+    student.forward = compute_loss

@@ -200,7 +200,7 @@ def _run(
 ) -> None:
     """Train, from a state if there is one."""
 
-    def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def sum_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
         # The sum of the losses, and the number of predictions, since the last step.
         watch.sums += torch.stack([outputs["loss"].detach().double(), predictions.double()])
@@ -215,14 +215,14 @@ def _run(
         model=student,
         args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
         train_dataset=range(job.tokens.samples),
-        compute_loss_func=summed,
+        compute_loss_func=sum_losses,
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except ImportError as e:
-        raise _refused(e) from e
+        raise _make_error(e) from e
 
 
 def _last_state(job: Job) -> Path | None:
@@ -282,10 +282,10 @@ def _arguments(
             arguments._n_gpu = 1
         return arguments
     except (TypeError, ValueError, ImportError) as e:
-        raise _refused(e) from e
+        raise _make_error(e) from e
 
 
-def _refused(error: Exception) -> InputError:
+def _make_error(error: Exception) -> InputError:
     return InputError(f"transformers rejects the training arguments: {one_line(error)}")
 
 

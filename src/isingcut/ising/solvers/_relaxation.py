@@ -96,7 +96,7 @@ def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[
 
 
 @njit(cache=True, nogil=True)
-def _violated(X):  # type: ignore[no-untyped-def]
+def _find_violated(X):  # type: ignore[no-untyped-def]
     """Triangles (T, 4) that X violates, as i < j < k and their kind, and by how much (T,)."""
     size = X.shape[0]
     triangles, amount = np.zeros((0, 4), dtype=np.int64), np.zeros(0)
@@ -290,7 +290,7 @@ class Relaxation:
             if turn + 1 == ROUNDS or (turn >= 2 and gain < GIVE_UP * left):
                 splits = _split_bounds(dual_sum, lam, U)
                 break
-            kept, (triangles, amount) = z > 0, _violated(X)
+            kept, (triangles, amount) = z > 0, _find_violated(X)
             cuts, kinds = cuts[kept], kinds[kept]
             known = _names(cuts, kinds, size)
             new = ~np.isin(_names(triangles[:, :3], triangles[:, 3], size), known)

@@ -67,7 +67,7 @@ class Dimod:
         except (KeyboardInterrupt, IsingcutError):
             raise
         except BaseException as error:
-            raise _failed(f"the sampler {name}", error) from error
+            raise _make_error(f"the sampler {name}", error) from error
         feasible = small.feasible(states)
         repaired = [repair(small, state) for state in states[~feasible]]
         mended = [state for state in repaired if state is not None]
@@ -124,12 +124,12 @@ def sampler_class(name: str) -> Any:
         raise InputError(f"cannot import {module!r} for the solver dimod:{name}: {error}") from None
     except AttributeError as error:
         if error.name != attribute:
-            raise _failed(f"importing {module!r}", error) from error
+            raise _make_error(f"importing {module!r}", error) from error
         raise InputError(f"{module!r} has no class {attribute!r}; check the name") from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise _failed(f"importing {module!r}", error) from error
+        raise _make_error(f"importing {module!r}", error) from error
     if not isinstance(found, type) or not (
         issubclass(found, Sampler) or callable(getattr(found, "sample_cqm", None))
     ):
@@ -170,7 +170,7 @@ def _states(found: Any, n: int, name: str) -> States:
     return np.unique(samples > 0, axis=0)
 
 
-def _failed(what: str, error: BaseException) -> InputError:
+def _make_error(what: str, error: BaseException) -> InputError:
     try:
         words = " ".join(str(error).split())[:300]
     except BaseException:

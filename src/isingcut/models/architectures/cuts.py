@@ -318,16 +318,16 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
 def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
     """Renumber every module name in a quantisation configuration, recursively."""
 
-    def renamed(item: Any) -> list[Any]:
+    def rename(item: Any) -> list[Any]:
         if isinstance(item, str):
             return list(rename_pattern(item, mapping))
         return [cut_quantisation(item, mapping)]
 
     if isinstance(value, dict):
         cut = ((key, cut_quantisation(item, mapping)) for key, item in value.items())
-        return {name: item for key, item in cut for name in renamed(key)}
+        return {name: item for key, item in cut for name in rename(key)}
     if isinstance(value, list):
-        names = [name for item in value for name in renamed(item)]
+        names = [name for item in value for name in rename(item)]
         return list(dict.fromkeys(names)) if all(isinstance(n, str) for n in names) else names
     return value
 

@@ -206,7 +206,7 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
         mapping: old block number to new, of those that stay, as `legality` asks for.
     """
 
-    def moved(block: int) -> int:
+    def move(block: int) -> int:
         if not 0 <= block < count:
             return block  # Never met, before and after.
         return next(mapping[i] for i in range(block, count) if i in mapping)
@@ -216,7 +216,7 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
         for key in path[:-1]:
             part = part.setdefault(key, {})
         part[path[-1]] = [
-            [*item[:-1], moved(item[-1])] if isinstance(item, (list, tuple)) else moved(item)
+            [*item[:-1], move(item[-1])] if isinstance(item, (list, tuple)) else move(item)
             for item in value
         ]
 

@@ -69,7 +69,7 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         _same(header, "numbers in its stream", header.number("embedding_length"), width)
     for name, stored in names_in_gguf(header, count, read_checkpoint(model)).items():
         tensor = header.tensors.get(name)
-        if tensor is not None and name.endswith("norm.weight") and not _alike(tensor, stored):
+        if tensor is not None and name.endswith("norm.weight") and not _is_equal(tensor, stored):
             raise InputError(
                 f"{header.path} is of another model: its tensor {name} differs from the run's "
                 "model; give the GGUF file of that model"
@@ -103,7 +103,7 @@ def names_in_gguf(
     return found
 
 
-def _alike(tensor: Any, stored: StoredTensor) -> bool:
+def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
     """Whether plain numbers are equal to bfloat16's rounding; some conversions add one to norms."""
     if stored.dtype not in PLAIN or not np.issubdtype(tensor.data.dtype, np.floating):
         return True
@@ -203,7 +203,7 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
         raise ArchitectureError(_cannot(path, changed.name)) from error
     most = 0.02 if tensor.tensor_type.name in PLAIN_TYPES else _SAME
     values = changed.before()
-    turns: list[_Turn] = [lambda x: x, np.transpose, lambda x: x + 1, *_interleaved(values)]
+    turns: list[_Turn] = [lambda x: x, np.transpose, lambda x: x + 1, *_interleave_heads(values)]
     for turn in turns:
         before = turn(values)
         if before.shape == there.shape and _difference(there, before) <= most:
@@ -211,7 +211,7 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
     raise ArchitectureError(_cannot(path, changed.name))
 
 
-def _interleaved(values: NDArray[np.float32]) -> Iterator[_Turn]:
+def _interleave_heads(values: NDArray[np.float32]) -> Iterator[_Turn]:
     """For every number of heads that the rows can be."""
     rows = len(values)
     for size in range(rows // 2, 0, -1):
@@ -292,7 +292,7 @@ def cut_gguf(
     fields = {k: header.value(k) for k in reader.fields if not k.startswith("GGUF.")}
     architecture = header.architecture
     _refuse_unwritable(header, fields)
-    windows = _windows(header, fields, count)
+    windows = _find_windows(header, fields, count)
     if windows is not None:
         fields.pop(f"{architecture}.{_WINDOWS}", None)
     values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
@@ -368,7 +368,7 @@ def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
         )
 
 
-def _windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
+def _find_windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
     """Which blocks have a sliding window, where llama.cpp counts that and no list says it."""
     architecture = header.architecture
     period = _TABLE["window_periods"].get(architecture)

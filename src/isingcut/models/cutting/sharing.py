@@ -126,11 +126,11 @@ def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
     kept = [i for i in range(len(stack)) if i not in gone]
     ours, theirs = f"{find_stack(cut).path}.", f"{stack.path}."
 
-    def named(name: str) -> str:
+    def name_source(name: str) -> str:
         name = name.replace("base_layer.", "")
         number, dot, rest = name.removeprefix(ours).partition(".")
         if not name.startswith(ours) or not number.isdigit() or int(number) >= len(kept):
             return name
         return f"{theirs}{kept[int(number)]}{dot}{rest}"
 
-    return named
+    return name_source
