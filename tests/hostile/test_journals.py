@@ -66,7 +66,7 @@ def interrupted(arena, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("isingcut.evaluation.candidates._judged", stop)
+            patch.setattr("isingcut.evaluation.candidates._correlate", stop)
             makes = tuple(f"run/{name}" for name in names)
             arena.try_row(Row("rank", "rank {run}", code=130, makes=makes))
         left_behind.update({name: (arena.run / name).read_bytes() for name in names})
