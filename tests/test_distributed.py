@@ -137,6 +137,10 @@ def _measure(place, out, given):
             with pytest.raises(SystemExit) as end:
                 type_in(*_typed(place, out / name, name, also=False), *given)
             assert end.value.code == 0
+        whole = ["run", *_typed(place, out / "whole", "refined")[1:], "--patch-tokens", 256]
+        with pytest.raises(SystemExit) as end:
+            type_in(*whole, "--skip-speed", *given)
+        assert end.value.code == 0
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,13 @@ def test_processes_that_stream_or_have_two_cards_agree(single, given, said, plac
     with fake_cards() if "device" in single else nullcontext():
         for name in ("pairwise", "fisher", "refined"):
             _energy(place, tmp_path / "alone" / name, name, also=False, **single)
+        one = {"model": str(place / "model"), "calibration": str(place / "text.txt"), **OPTIONS}
+        how = {"remove": "2", "energy": "refined", "patch_tokens": 256, "skip_speed": True}
+        isingcut.run(**one, **how, **single, out=str(tmp_path / "alone" / "whole"))
     ranks.run([0, 0], tmp_path / "said", _measure, place, tmp_path / "two", given)
+    for name in ("candidates.json", "model/model.safetensors"):
+        one, two = (tmp_path / k / "whole" / name for k in ("alone", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
     for name in ("pairwise", "fisher", "refined"):
         one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
         assert one.read_bytes() == two.read_bytes(), name
