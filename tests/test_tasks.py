@@ -258,9 +258,10 @@ def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
         row(scores, replace(scores, questions=scores.questions[::-1]))
 
 
-def test_questions_are_evenly_spaced(tmp_path):
-    records = [arc(i)[1] for i in range(11)]
+def test_questions_come_from_the_fixed_subset(tmp_path):
+    records = [arc(i)[1] for i in range(20)]
     write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
@@ -269,7 +270,9 @@ def test_questions_are_evenly_spaced(tmp_path):
 
     texts = [r["context"] for r in records]
     assert chosen(None) == texts
-    assert chosen(3) == texts[::5]
+    assert chosen(10) == texts[5:15]
+    assert chosen(3) == [texts[5], texts[9], texts[14]]
+    assert len(chosen(15)) == 15
 
 
 def test_mmlu_shows_examples_of_its_own_subject(tmp_path):

@@ -108,7 +108,6 @@ CONTENTS = [
     ("a.jsonl.gz", "empty", b"", "a.jsonl.gz has no records"),
     ("a.txt.gz", "packed twice", packed(packed(WORDS.encode())), UTF8.format(0x8B)),
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
-    ("a.txt.gz", "a bomb of marks", packed(b"\xef\xbb\xbf"), "a.txt.gz is too short"),
     ("a.jsonl.gz", "a bomb of one line", packed(b" " * (1 << 24)), "line 1 is longer than 524288"),
     ("a.jsonl.gz", "a bomb of lines", packed(b"\n" * (1 << 24)), "unpacks to more than 2097152"),
     ("a.json.gz", "a bomb", packed(b"[" + b" " * (1 << 24)), "a.json.gz has more than 524288"),

@@ -203,7 +203,8 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     Args:
         name: one of `task_names`.
         data: the folder with `arc_easy/test.jsonl` and so on.
-        questions: most questions, evenly spaced.
+        questions: most questions, evenly spaced; from a fixed subset (`test_sub500.jsonl`) if the
+            folder has one of that size or more.
 
     Raises:
         UnknownNameError: no such task.
@@ -214,7 +215,8 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     config = _configuration(name)
     own = config.pop("isingcut")
     kind, by = str(config["output_type"]), own.get("by")
-    records = _spread(_read_records(_find(data, own["test"]), kind, own), questions)
+    file = _find_subset(data, own["test"], questions) or _find(data, own["test"])
+    records = _spread(_read_records(file, kind, own), questions)
     examples = _read_records(_find(data, own["fewshot"]), kind, own) if "fewshot" in own else []
     groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
     configurations = []
@@ -266,6 +268,13 @@ def _find(data: Path, stem: str) -> Path:
     if len(numbered) != 1:
         raise InputError(f"{exact} does not exist; give the folder with the questions as --data")
     return numbered[0]
+
+
+def _find_subset(data: Path, stem: str, most: int | None) -> Path | None:
+    """Return the smallest file such as `test_sub500.jsonl` with ``most`` questions or more."""
+    sizes = ((p.stem.rpartition("_sub")[2], p) for p in data.glob(f"{stem}_sub[0-9]*.jsonl"))
+    subsets = sorted((int(size), p) for size, p in sizes if size.isdigit())
+    return next((p for size, p in subsets if most is not None and size >= most), None)
 
 
 def _spread(found: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
