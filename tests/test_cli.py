@@ -253,7 +253,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     perplexity = index["results"][0]["metrics"][0]
     page = (run / "report.md").read_text(encoding="utf-8")
     assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
-    assert f"| {perplexity['value']} |" in page
+    assert f"| {perplexity['value']:.2f} ± {perplexity['name'].rpartition(' ± ')[2]} |" in page
     assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
 
 

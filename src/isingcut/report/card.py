@@ -139,12 +139,13 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
             dataset_type=(text := row.label if row.notes else row.part or source),
             dataset_name=text,
             metric_type=row.notes[0] if row.notes else row.key.rpartition(": ")[2],
-            metric_name=f"{', '.join(row.notes) or row.label} ({model})",
-            metric_value=row.text(model),
+            # The hub sorts by the value, which has no place for an error.
+            metric_name=f"{', '.join(row.notes) or row.label} ({model}): {row.text(model)}",
+            metric_value=value.figure,
         )
         for row in rows
         for model in (files.last, "gguf")
-        if row.values.get(model)
+        if (value := row.values.get(model))
     ]
 
 
