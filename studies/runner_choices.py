@@ -51,7 +51,7 @@ class Setting:
         tokens: the text that prices are counted in passes over.
         wide: the text of methods that draw their own parts of it.
         fisher: the text of the paper's energy.
-        budgets: most passes of a search, by the number of blocks; by default a greedy path's.
+        budgets: most passes of EvoPress, by the number of blocks; by default a greedy path's.
     """
 
     replay: Replay
@@ -136,8 +136,7 @@ def _search(s: Setting, removals: Sequence[int]) -> dict[int, Outcome]:
     """The search of the package."""
     targets = [Target.count(len(s.replay), m) for m in sorted(removals)]
     work = s.working("search-" + "-".join(map(str, removals)))
-    passes = s.budget(max(removals)) / s.priced((), 1, 0).passes
-    found = Search(s.replay, s.wide, work, targets, passes, s.seed).run()
+    found = Search(s.replay, s.wide, work, targets, seed=s.seed).run()
     paid = found.evaluator.ledger
     return {m: s.priced(found.best(m), paid.passes, paid.heads) for m in removals}
 

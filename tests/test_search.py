@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
-from isingcut.energies.search import Search, Target, greedy_price, proposals
+from isingcut.energies.search import Search, Target, default_passes, greedy_price, proposals
 from isingcut.energies.search import search as search_module
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
@@ -205,7 +206,7 @@ def test_surrogate_samples_have_the_posterior_moments():
     found = Surrogate(prior, states, losses, np.full(7, 0.02))
     rng = np.random.default_rng(0)
     every = all_states(n, 2)
-    draws = np.array([found.sample(rng, 1.0).energies(every) for _ in range(3000)])
+    draws = np.array([found.sample(rng).energies(every) for _ in range(3000)])
     sd = found.deviation(every)
     assert np.abs((draws.mean(0) - found.mean.energies(every)) / sd).max() < 0.1
     np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
@@ -219,6 +220,23 @@ def test_surrogate_of_many_states_that_cost_nothing():
         Hamiltonian(np.zeros(14), np.zeros((14, 14))), states, costly + 1e-12, 0.0 * costly
     )
     assert np.corrcoef(found.mean.energies(states), costly)[0, 1] > 0.99
+
+
+def test_low_states_cost_at_least_what_was_measured_of_their_removals():
+    # Any two of the last four blocks cost as much as one, which makes all four cost less than zero.
+    pairs = np.zeros((N, N))
+    pairs[4:, 4:] = -0.4 * (1 - np.eye(4))
+    prior = Hamiltonian(np.full(N, 0.4), pairs)
+    states = np.concatenate([all_states(N, 2), all_states(N, 3), all_states(N, 4)])
+    states = states[states[:, 4:].sum(1) <= 2]
+    loss = prior.energies(states)
+    found = SimpleNamespace(states=states, loss=loss, sd=0.01 * loss)
+    last = states_of(N, [range(4, N)])
+    assert Surrogate(prior, states, loss, found.sd).mean.energies(last) < -0.5
+    assert proposals.bound_below(last, found) == pytest.approx([0.4])
+    bounded = proposals.fit_bounded(prior, found, counts(4)).mean
+    assert bounded.energies(last) == pytest.approx([0.4], rel=0.1)
+    assert bounded.energies(all_states(N, 4)).min() > 0.35
 
 
 # proposals and estimates --------------------------------------------------------------------
@@ -250,8 +268,7 @@ def test_estimates_carry_few_samples_over_to_all(replay, tokens):
 # the search ---------------------------------------------------------------------------------
 
 
-def test_search_finds_the_best_state_of_all(replay, tokens, monkeypatch):
-    monkeypatch.setattr(search_module, "PATIENCE", 4)
+def test_search_finds_the_best_state_of_all(replay, tokens):
     found = Search(replay, tokens, WORK, counts(2, 3, 4), 25.0).run()
     for m in (2, 3, 4):
         states = all_states(N, m)
@@ -260,6 +277,31 @@ def test_search_finds_the_best_state_of_all(replay, tokens, monkeypatch):
         mine = kl[(states == state).all(1).argmax()]
         assert (kl < mine - 1e-6).sum() == 0, m
     assert found.evaluator.ledger.passes <= 25.0
+
+
+def test_search_stops_when_a_better_state_is_unlikely(tokens, monkeypatch):
+    replay, spent = tiny_replay(num_hidden_layers=12), []
+    for chance in (1.01, 0.05, 0.01):
+        monkeypatch.setattr(search_module, "CHANCE", chance)
+        found = Search(replay, tokens, WORK, [Target.count(12, 6)], 30.0, seed=2).run()
+        spent.append((found.goals[0].rounds, found.evaluator.ledger.passes))
+    assert spent[0][0] == 2
+    assert spent[0] < spent[1] <= spent[2]
+    assert spent[1][1] < 15
+
+
+def test_gains_are_what_an_exact_minimum_wins():
+    states = all_states(6, 3)
+    energy = random_energy(6, 1)
+    fitted = Surrogate(energy, states, energy.energies(states) + 3, np.full(20, 1e-3))
+    rng = np.random.default_rng(0)
+    lowest, gains = proposals.draw_minima(fitted, Target.count(6, 3), 3, rng, states[4])
+    rng = np.random.default_rng(0)
+    rng.integers(2**31, size=3)
+    for state, gain in zip(lowest, gains, strict=True):
+        drawn = fitted.sample(rng).energies(states)
+        assert state.tolist() == states[drawn.argmin()].tolist()
+        assert gain == pytest.approx(drawn[4] - drawn.min())
 
 
 def test_search_with_enough_budget_measures_every_state(replay, tokens):
@@ -335,6 +377,15 @@ def test_the_one_pass_is_cut_short_for_a_small_budget():
     assert search_module.one_pass_samples(100.0, 16) == 16
     assert search_module.one_pass_samples(10.0, 16) == 8
     assert search_module.one_pass_samples(0.5, 16) == 1
+
+
+def test_a_default_search_costs_a_fifth_of_a_greedy_path():
+    targets = [Target.count(30, m) for m in range(1, 16)]
+    prices = [greedy_price(30, t.size) for t in targets]
+    found = [default_passes(30, [t]) for t in targets]
+    assert found == [max(8, 0.2 * price) for price in prices]
+    assert default_passes(30, targets[-2:]) == pytest.approx(sum(found[-2:]))
+    assert default_passes(30, targets) == prices[-1]
 
 
 def test_greedy_price_counts_a_greedy_path():

@@ -5,9 +5,9 @@ Every method chooses on the same `--pool` samples and pays in the same unit: ful
 prefixes credited to all. The two methods that measure most states on parts of their text,
 `evopress` and `refined`, draw these from `--search-pool` samples, the pool's among them. What
 they pay is counted in passes over the pool too: the budget buys them fewer but wider looks.
-They get at most the passes that SLEB, as published, took to the same number of removals;
-`refined-joint` searches for all numbers at once with SLEB's passes for the largest. KL is to
-the original model, in nats per token.
+`evopress` gets at most the passes that SLEB, as published, took to the same number of removals;
+`refined` takes its own default budget, and `refined-joint` that of one search for all numbers. KL is
+to the original model, in nats per token.
 
 `--model DIR --calibration FILE --judge FILE` compares the methods on any other model and text.
 
@@ -24,8 +24,8 @@ refined_lowest_or_within  share of the combinations of a number of removals, a j
     samples, 2,000 resamples).
 refined_mean_kl_over_best_baseline  the mean over the numbers of removals of the pooled KL of
     `refined`, over the lowest such mean of another method.
-refined_evaluations_over_sleb  passes of `refined` over those of SLEB for the same number of
-    removals, the largest over numbers and seeds; refined_heads_over_sleb, the same for heads.
+refined_price_over_sleb  passes of `refined` over those of SLEB for the same number of removals, or
+    heads over heads where that is more; the largest over numbers and seeds.
 
 The committed file holds besides, of commit 70bd966, accuracies, the rank correlations of energies
 with measured losses (spearman_ENERGY_M) and a long evolution (refined_tokens_over_evopress).
@@ -96,7 +96,7 @@ class Quality(ModelStudy):
 
         def make(journal: Path) -> Content:
             budgets: dict[int, float] = {}
-            if method in ("evopress", "refined", "refined-joint"):
+            if method == "evopress":
                 rows = self.read(f"choose/{text}/sleb-s0")["choices"]["sleb"]
                 budgets = {r["remove"]: r["passes"] for r in rows}
             work = self.working(journal)

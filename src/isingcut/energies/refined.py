@@ -38,7 +38,7 @@ class Refined:
     Attributes:
         targets: the removals to search for; a run takes them from its options.
         effort: the limit: ``"150"`` forward passes over the calibration text, ``"20min"``, or empty
-            for the cost of a greedy path to the largest removal.
+            for `isingcut.energies.search.default_passes`.
         seed: the random seed.
     """
 

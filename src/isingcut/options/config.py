@@ -115,7 +115,7 @@ class RunConfig(Options):
     effort: spellings.Effort = option(
         spellings.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
-        "the cost of a greedy search.",
+        "a fifth of the cost of a greedy search.",
         "energy",
     )
     linear: bool = option(

@@ -21,7 +21,7 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import list_removals
-from isingcut.energies.search import Target, greedy_price
+from isingcut.energies.search import Target, default_passes
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
 from isingcut.measure.losses import tree_nodes
@@ -185,7 +185,7 @@ class Prices:
             if name == "pairwise":
                 return pairs
             # A budget of passes, spent on states that cost about as much as the pairs.
-            passes = effort.passes or greedy_price(n, self.remove)
+            passes = effort.passes or default_passes(n, [Target.count(n, self.remove)])
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1

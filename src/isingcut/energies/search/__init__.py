@@ -6,6 +6,6 @@ its budget.
 """
 
 from isingcut.energies.search.proposals import Target
-from isingcut.energies.search.search import Search, greedy_price
+from isingcut.energies.search.search import Search, default_passes, greedy_price
 
-__all__ = ["Search", "Target", "greedy_price"]
+__all__ = ["Search", "Target", "default_passes", "greedy_price"]

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from isingcut.energies.pairwise import list_removals
-from isingcut.energies.search.evaluator import Evaluator
+from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.surrogate import Surrogate
 from isingcut.errors import InputError
 from isingcut.ising.constraints import LinearConstraint, count
@@ -147,13 +147,56 @@ def angular_window(angles: Floats, target: Target) -> States:
 
 
 def draw_minima(
-    surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, heat: float
-) -> States:
-    """Return ground states of ``count`` Hamiltonians drawn from the posterior."""
-    seeds = rng.integers(2**31, size=count)
-    return np.concatenate(
-        [find_lowest(surrogate.sample(rng, heat), target, 1, int(seed)) for seed in seeds]
-    )
+    surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, best: Bools
+) -> tuple[States, Floats]:
+    """Return ground states of ``count`` Hamiltonians drawn from the posterior, and their gains.
+
+    Returns:
+        the states (count, N), and how much lower than ``best`` each is in its Hamiltonian (count,).
+    """
+    states, gains = [], []
+    for seed in rng.integers(2**31, size=count):
+        drawn = surrogate.sample(rng)
+        states.append(find_lowest(drawn, target, 1, int(seed))[0])
+        gains.append(drawn.energy(best) - drawn.energy(states[-1]))
+    return np.array(states), np.array(gains)
+
+
+LOW, REFITS = 10, 8
+"""States of the mean that are compared with their bound, and how often that is repeated."""
+BOUND_SPREAD = 0.02
+"""Standard deviation of a bound as a measurement, as a share of it."""
+
+
+def fit_bounded(prior: Hamiltonian, found: Estimates, targets: Sequence[Target]) -> Surrogate:
+    """Fit a posterior whose low states cost at least what was measured of their removals.
+
+    Adding a removal hardly ever lowers a KL (docs/experiments/search.md), and a quadratic form can
+    fall below zero where nothing was measured. So an unmeasured low state of the mean that is below
+    the largest loss of a measured state that it contains is added as if it had that loss, and the
+    posterior is fitted again.
+    """
+    states, losses, noise = found.states, found.loss, found.sd
+    measured = {key_of(state) for state in states}
+    for _ in range(REFITS):
+        fitted = Surrogate(prior, states, losses, noise)
+        low = np.concatenate([find_lowest(fitted.mean, t, LOW, 0) for t in targets])
+        bound = bound_below(low, found)
+        below = fitted.mean.energies(low) < bound
+        below &= [key_of(state) not in measured for state in low]
+        if not below.any():
+            return fitted
+        measured |= {key_of(state) for state in low[below]}
+        states = np.concatenate([states, low[below]])
+        losses = np.concatenate([losses, bound[below]])
+        noise = np.concatenate([noise, BOUND_SPREAD * bound[below]])
+    return Surrogate(prior, states, losses, noise)
+
+
+def bound_below(states: States, found: Estimates) -> Floats:
+    """Return (S,) the largest loss of a measured state that each state (S, N) contains, or 0."""
+    outside = found.states.astype(float) @ (~states).T.astype(float)
+    return np.asarray(np.where(outside.T == 0, found.loss, 0.0).max(1))
 
 
 def list_exchanges(state: Bools, target: Target) -> States:

@@ -42,22 +42,30 @@ FIRST_SHARE, FIRST_TOKENS = 0.125, 512
 because sorting takes little text."""
 GROWTH = 3.0
 """Factor between the samples of two rungs; the last rung is all samples."""
-PRIOR_SHARE = 0.4
+EFFORT = 0.2
+"""Default budget of a target, as a share of the cost of a greedy path to it."""
+LEAST_EFFORT = 8.0
+"""Smallest default budget of a target, in passes."""
+PRIOR_SHARE = 0.2
 """Largest share of the budget for the pair energy."""
 ONE_PASS_SHARE = 0.05
 """Largest share of the budget for one pass of the original, which otherwise reads less text."""
-DRAWS, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
+DRAWN, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
 """States proposed per round: ground states of sampled Hamiltonians, lowest states of the mean,
 moves around the best states by the surrogate's bound, and around the best state by its gate
 slopes."""
+DRAWS = 20
+"""Hamiltonians sampled per round."""
+GAIN, CHANCE = 0.01, 0.05
+"""A target is done when the chance that a state is better than the best one by this share of its
+loss is below the second number. The chance is the share of sampled Hamiltonians with such a state.
+"""
 PROMOTED = 3
 """States promoted to the next rung per round."""
 FINALISTS = 4
 """States measured on all samples at the end, or on as many as the budget allows."""
 RESERVED = 1 / 3
 """Largest share of the budget reserved for them."""
-PATIENCE = 8
-"""Rounds without a new best state after which the search of a target ends."""
 
 
 def rungs(samples: int, tokens: int) -> list[int]:
@@ -81,6 +89,16 @@ def one_pass_samples(budget: float, samples: int) -> int:
     return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
 
 
+def default_passes(n: int, targets: Sequence[Target]) -> float:
+    """Return the default budget in passes: a share of a greedy path's cost for each target.
+
+    All targets together get at most one greedy path to the largest, which serves them all.
+    """
+    shares = [max(LEAST_EFFORT, EFFORT * greedy_price(n, target.size)) for target in targets]
+    most = greedy_price(n, max(target.size for target in targets))
+    return min(sum(shares), max(most, LEAST_EFFORT))
+
+
 def greedy_price(n: int, remove: int) -> float:
     """Return the passes of a greedy path to ``remove`` of ``n`` blocks, with shared prefixes."""
     state = np.zeros(n, dtype=bool)
@@ -98,14 +116,12 @@ class Goal:
 
     Attributes:
         best: the best state so far, or None.
-        stale: rounds since it last changed.
         rounds: rounds done.
         exhausted: every state of the target was measured on all samples.
     """
 
     target: Target
     best: Bools | None = None
-    stale: int = 0
     rounds: int = 0
     exhausted: bool = False
 
@@ -117,9 +133,9 @@ class Search:
 
     Args:
         targets: the removals to search for.
-        passes: budget in full forward passes over ``tokens``; None: the cost of a greedy path to
-            the largest target. A function is called once and its value kept in the journal, so
-            that a resumed search has the same budget.
+        passes: budget in full forward passes over ``tokens``; None: see `default_passes`. A
+            function is called once and its value kept in the journal, so that a resumed search has
+            the same budget.
         seed: the random seed.
 
     Attributes:
@@ -151,7 +167,7 @@ class Search:
             timed = passes
             ledger = self.evaluator.ledger
             passes = float(ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0])
-        self.budget = passes or greedy_price(len(replay), max(t.size for t in targets))
+        self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
         self.rungs = rungs(tokens.samples, int(tokens.looked_at.sum()))
@@ -208,7 +224,7 @@ class Search:
         found = self._estimates(lambda states: np.any([t.near(states, 1) for t in targets], axis=0))
         if found is None or len(found.states) < 4:
             return None
-        return Surrogate(self._prior, found.states, found.loss, found.sd)
+        return proposals.fit_bounded(self._prior, found, targets)
 
     # first states -------------------------------------------------------------------------
 
@@ -254,7 +270,7 @@ class Search:
             self.evaluator.measure(states, self.rungs[0], label)
             self._promote(goal)
         self._note(goal)
-        return goal.stale < PATIENCE and (bool(states) or goal.stale == 0)
+        return bool(states)
 
     def _propose(self, goal: Goal) -> list[Bools]:
         target = goal.target
@@ -279,22 +295,21 @@ class Search:
             take(states, wanted - len(picked), "pair energy")
             return list(picked.values())
         own, surrogate = self.estimates(target), self._surrogate([target])
-        if own is None or surrogate is None:
+        if own is None or surrogate is None or goal.best is None:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
+        drawn, gains = proposals.draw_minima(surrogate, target, DRAWS, self._rng, goal.best)
+        if np.mean(gains > GAIN * own.loss[own.best()]) < CHANCE:
+            return []
         lowest = proposals.find_lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
         take(lowest, MINIMA, "minimum of the mean")
-        # The longer without a new best state, the wider the draws.
-        heat = 1.0 + 0.25 * goal.stale
-        drawn = proposals.draw_minima(surrogate, target, DRAWS, self._rng, heat)
-        take(drawn, DRAWS, "minimum of a draw")
+        take(drawn, DRAWN, "minimum of a draw")
         moves = np.concatenate([proposals.list_exchanges(s, target) for s in around])
         if len(moves):
             take(proposals.by_bound(surrogate, moves), MOVES, "exchange")
-        if goal.best is not None:
-            slopes = self.evaluator.slopes(goal.best, self.rungs[0])
-            moves = proposals.by_slope(goal.best, surrogate, slopes, target)
-            take(moves, SLOPES, "exchange by slope")
+        slopes = self.evaluator.slopes(goal.best, self.rungs[0])
+        moves = proposals.by_slope(goal.best, surrogate, slopes, target)
+        take(moves, SLOPES, "exchange by slope")
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
@@ -356,9 +371,7 @@ class Search:
         if found is None:
             return
         best = found.best()
-        state = found.states[best]
-        same = goal.best is not None and bool((state == goal.best).all())
-        goal.stale, goal.best = (goal.stale + 1 if same else 0), state
+        goal.best = state = found.states[best]
         self.trace.append(
             {
                 "passes": self.evaluator.ledger.passes,

@@ -114,12 +114,8 @@ class Surrogate:
             unit="nats/token",
         )
 
-    def sample(self, rng: np.random.Generator, heat: float) -> Hamiltonian:
-        """Draw one Hamiltonian from the posterior (Matheron's rule).
-
-        Args:
-            heat: factor on the distance from the mean; above 1 it explores more.
-        """
+    def sample(self, rng: np.random.Generator) -> Hamiltonian:
+        """Draw one Hamiltonian from the posterior (Matheron's rule)."""
         n = self._x.shape[1]
         s, scale = self.spread, self._scale
         a = scale * float(rng.standard_normal())
@@ -130,15 +126,7 @@ class Surrogate:
         e = self._energy - self._energy.mean()
         at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * e
         noise = self._sd * rng.standard_normal(len(at))
-        drawn = self._hamiltonian(self._y - at - noise, (a, u, v, slope))
-        if heat == 1.0:
-            return drawn
-        return Hamiltonian(
-            self.mean.h + heat * (drawn.h - self.mean.h),
-            self.mean.J + heat * (drawn.J - self.mean.J),
-            self.mean.c + heat * (drawn.c - self.mean.c),
-            unit="nats/token",
-        )
+        return self._hamiltonian(self._y - at - noise, (a, u, v, slope))
 
     def deviation(self, states: States) -> Floats:
         """Return (S,) posterior standard deviations of the energies of ``states``."""
