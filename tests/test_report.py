@@ -198,23 +198,26 @@ def test_a_poor_or_unknown_fidelity_is_a_plain_warning(folder, found, said):
 
 
 @pytest.mark.parametrize(
-    ("energy", "unit", "kl", "said"),
+    ("energy", "unit", "kl", "lowest", "said"),
     [
-        ("pairwise", "nats/token", 1.5, "use --energy auto"),
-        ("refined", "nats/token", 1.5, "--effort"),
-        ("empirical-fisher", "arbitrary", 1.5, ""),
-        ("pairwise", "nats/token", 1.1, ""),
+        ("pairwise", "nats/token", 1.5, 0.6, "use --energy auto"),
+        ("refined", "nats/token", 1.5, 0.6, "--effort"),
+        ("empirical-fisher", "arbitrary", 1.5, -0.6, ""),
+        ("pairwise", "nats/token", 1.1, 0.6, ""),
+        ("pairwise", "nats/token", 1.1, -0.6, "1 of the 2 candidates below zero"),
     ],
 )
-def test_an_energy_that_prices_the_choice_far_too_low_is_a_warning(energy, unit, kl, said):
+def test_an_energy_that_prices_states_far_too_low_is_a_warning(energy, unit, kl, lowest, said):
+    chosen = ChosenState.model_construct(energy=0.6, kl=kl)
     found = CandidatesFile.model_construct(
         fidelity=Judged(kl=Correlations(**fidelity(0.95, 33, 0.9))),
-        chosen=ChosenState.model_construct(energy=0.6, kl=kl),
+        candidates=[ChosenState.model_construct(energy=lowest, kl=1.5), chosen],
+        chosen=chosen,
         energy_unit=unit,
     )
     lines = words.ranking_warnings(energy, found)
     assert len(lines) == bool(said)
-    assert all(said in x and "0.6 nats per token; the measured KL is 1.5" in x for x in lines)
+    assert all(said in x and "measured KL is" in x and "1.5" in x for x in lines)
 
 
 def test_generated_text_cannot_break_out_of_its_block(folder):

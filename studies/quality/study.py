@@ -6,8 +6,8 @@ prefixes credited to all. The two methods that measure most states on parts of t
 `evopress` and `refined`, draw these from `--search-pool` samples, the pool's among them. What
 they pay is counted in passes over the pool too: the budget buys them fewer but wider looks.
 `evopress` gets at most the passes that SLEB, as published, took to the same number of removals;
-`refined` takes its own default budget, and `refined-joint` that of one search for all numbers. KL is
-to the original model, in nats per token.
+`refined` takes its own default budget, and `refined-joint` that of one search for all numbers. KL
+is to the original model, in nats per token.
 
 `--model DIR --calibration FILE --judge FILE` compares the methods on any other model and text.
 
