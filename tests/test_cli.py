@@ -467,7 +467,6 @@ def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):
 def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     quick = RunConfig(model="m", remove="2", quick=True, samples=99)
     assert (quick.samples, quick.length, quick.skip_speed) == (99, 128, True)
-    assert RunConfig(model="m", quick=True, energy="pairwise").effort == ""
     folder = write_run(tmp_path / "r", extras=False)
     config = read_json(folder / "run.json", "run")["config"]
     change(folder / "run.json", "run", config={**config, "quick": True})

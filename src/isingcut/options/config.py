@@ -53,7 +53,6 @@ QUICK: dict[str, Any] = {
     "length": 128,
     "rank_samples": 8,
     "report_samples": 16,
-    "effort": "15",
     "states": 8,
     "random_states": 0,
     "patch_tokens": 8192,
@@ -259,8 +258,7 @@ class RunConfig(Options):
         if isinstance(heal, bool):
             object.__setattr__(self, "heal", "all" if heal else "")
         for name, value in QUICK.items() if self.quick else ():
-            own = name != "effort" or self.energy in ("auto", "refined")
-            if own and getattr(self, name) == self.__dataclass_fields__[name].default:
+            if getattr(self, name) == self.__dataclass_fields__[name].default:
                 object.__setattr__(self, name, value)
         super().__post_init__()
         if both := {*self.keep.numbers} & {*self.drop.numbers}:
