@@ -83,7 +83,7 @@ def fidelity(value: float | None, n: int, low: float | None = None) -> dict[str,
     low = value - 0.1 if low is None and value is not None else low
     high = None if value is None else min(1.0, value + 0.05)
     ends = (("", value), ("_low", low), ("_high", high))
-    return {"n": n, **{f"{k}{end}": v for k in ("spearman", "kendall") for end, v in ends}}
+    return {"n": n, **{f"spearman{end}": v for end, v in ends}}
 
 
 def text_scores(perplexity: float, **more: Any) -> dict[str, Any]:

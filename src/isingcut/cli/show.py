@@ -109,8 +109,8 @@ def show_ranking(found: documents.CandidatesFile) -> None:
             lines.append(f"{name}: rank correlation undefined (n = {figures.n})")
         else:
             lines.append(
-                f"{name}: Spearman {words.correlation_text(figures, 'spearman')}, Kendall "
-                f"{figures.kendall:.2f}, with the measured KL of n = {figures.n} states"
+                f"{name}: Spearman {words.correlation_text(figures)}, with the measured KL of "
+                f"n = {figures.n} states"
             )
     if said := words.one_pass_words(found):
         lines.append(said.replace("`", ""))

@@ -183,7 +183,7 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
 
 
 def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations:
-    """Correlate energies with measured losses: Spearman and Kendall with bootstrap intervals.
+    """Correlate energies with measured losses: Spearman with a bootstrap interval.
 
     Args:
         energies: (S,) energies of the states.
@@ -193,19 +193,14 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations
     Returns:
         figures; None if undefined (fewer than three states, or all values tied).
     """
-    n = len(energies)
-    found: dict[str, float | None] = {}
-    rng = np.random.default_rng([seed, 0xF1DE])
-    picks = rng.integers(0, max(1, n), (1000, n))
-    for name, correlation in (("spearman", _spearman), ("kendall", _kendall)):
-        value, low, high = None, None, None
-        if n >= 3:
-            whole, *drawn = correlation(energies, losses, np.vstack([np.arange(n), picks]))
-            if not np.isnan(whole):
-                value = float(whole)
-                low, high = map(float, np.nanpercentile(drawn, [2.5, 97.5]))
-        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return Correlations(n=n, **found)
+    n, value, low, high = len(energies), None, None, None
+    if n >= 3:
+        picks = np.random.default_rng([seed, 0xF1DE]).integers(0, n, (1000, n))
+        whole, *drawn = _spearman(energies, losses, np.vstack([np.arange(n), picks]))
+        if not np.isnan(whole):
+            value = float(whole)
+            low, high = map(float, np.nanpercentile(drawn, [2.5, 97.5]))
+    return Correlations(n=n, spearman=value, spearman_low=low, spearman_high=high)
 
 
 def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
@@ -218,17 +213,4 @@ def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     deviations = [np.sqrt((r * r).sum(1) * scale) for r in (ranks_a, ranks_b)]
     with np.errstate(invalid="ignore"):
         found: Floats = np.clip(covariance / deviations[0] / deviations[1], -1.0, 1.0)
-    return found
-
-
-def _kendall(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
-    """Compute (P,) Kendall's tau-b of the resamples ``picks`` (P, S); NaN if all are tied."""
-    counts = np.array([np.bincount(pick, minlength=len(a)) for pick in picks], dtype=np.float64)
-    signs_a, signs_b = (np.sign(x[:, None] - x) for x in (a, b))
-    both, of_a, of_b = (
-        ((counts @ signs) * counts).sum(1) / 2
-        for signs in (signs_a * signs_b, signs_a * signs_a, signs_b * signs_b)
-    )
-    with np.errstate(invalid="ignore"):
-        found: Floats = np.clip(both / np.sqrt(of_a) / np.sqrt(of_b), -1.0, 1.0)
     return found

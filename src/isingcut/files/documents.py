@@ -190,9 +190,6 @@ class Correlations(Strict):
     spearman: Number | None
     spearman_low: Number | None
     spearman_high: Number | None
-    kendall: Number | None
-    kendall_low: Number | None
-    kendall_high: Number | None
 
 
 class Judged(Strict):

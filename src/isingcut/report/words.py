@@ -112,9 +112,9 @@ def _known_rows(
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
-def correlation_text(found: documents.Correlations, name: str) -> str:
+def correlation_text(found: documents.Correlations) -> str:
     """A rank correlation with its 95 % interval."""
-    value, low, high = (getattr(found, f"{name}{end}") for end in ("", "_low", "_high"))
+    value, low, high = found.spearman, found.spearman_low, found.spearman_high
     if value is None:
         return "undefined" if found.n else "not measured"
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")

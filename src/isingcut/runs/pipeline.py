@@ -480,8 +480,8 @@ class Run:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """How well the energy ranked measured KL: ``spearman`` and ``kendall`` with their
-        intervals (``_low``, ``_high``), and ``n`` states.
+        """How well the energy ranked measured KL: ``spearman``, the ends of its interval, and ``n``
+        states.
 
         Examples:
             >>> isingcut.open_run("my-run").fidelity["n"]
