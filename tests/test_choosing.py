@@ -29,7 +29,8 @@ from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
-from isingcut.runs import stages
+from isingcut.runs import cutting, pipeline, stages
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.stages import check_run_tasks
 from shared import OPTIONS, write_jsonl
 from tiny import random_tokens, tiny_replay
@@ -324,8 +325,11 @@ def test_what_the_text_does_not_separate_is_chosen_after_a_patch(
     assert found["chosen"]["removed"] == best["removed"]
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
     assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
-    # The checkpoint has the same patch.
-    both = [load(m, dtype="float32", device="cpu").model for m in (llama, target / "model")]
+    # The same patch in a checkpoint.
+    run = RunFolder.open(target)
+    again = run.config.replace(patch_tokens=run.config.patch_tokens // 4)
+    cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
+    both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
     assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
@@ -386,7 +390,6 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     llama, text, questions, tmp_path, monkeypatch
 ):
     from isingcut.evaluation import answers as likelihoods
-    from isingcut.runs import stages
 
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()

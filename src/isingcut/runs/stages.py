@@ -156,8 +156,8 @@ def choose_by_tasks(
     return best[position], found
 
 
-LEVEL, TRIAL_TOKENS = 3, 8192
-"""Most candidates to patch for a choice, and the most tokens to fit these patches on."""
+LEVEL, LESS = 3, 4
+"""Most candidates to patch for a choice, and how many times fewer tokens their patches take."""
 
 
 def choose_by_patch(
@@ -183,7 +183,7 @@ def choose_by_patch(
     level = sorted(level, key=lambda i: rows[i].kl)[:LEVEL]
     if len(level) == 1:
         return level
-    count = min(TRIAL_TOKENS, session.config.patch_tokens)
+    count = max(64, session.config.patch_tokens // LESS)
     trial = session.at(session.config.replace(patch="linear", patch_tokens=count))
     work = measuring.work_of(session, journal)
     ledger = Ledger(session.replay, text, work)
