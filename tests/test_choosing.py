@@ -8,11 +8,13 @@ import pytest
 from scipy import stats
 
 import isingcut
+from isingcut.data.calibration import Calibration
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
+from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score_states
 from isingcut.files.documents import ByTasks
@@ -27,6 +29,8 @@ from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
+from isingcut.runs import cutting, pipeline, stages
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.stages import check_run_tasks
 from shared import OPTIONS, write_jsonl
 from tiny import random_tokens, tiny_replay
@@ -290,6 +294,49 @@ def chosen_by(llama, text):
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 
+def test_what_the_text_does_not_separate_is_chosen_after_a_patch(
+    llama, text, tmp_path, monkeypatch
+):
+    tried, measure_patched = [], stages.changed_losses
+
+    def interrupted(*given):
+        tried.append(given)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return measure_patched(*given)
+
+    monkeypatch.setattr(stages, "changed_losses", interrupted)
+    given = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "linear"}
+    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
+    with pytest.raises(KeyboardInterrupt):
+        isingcut.run(**options)
+    target = isingcut.run(**options)
+    found = read_json(target / "candidates.json", "candidates")
+    rows = sorted(found["candidates"], key=lambda row: row["kl"])
+    level = [r for r in rows if r["kl"] - rows[0]["kl"] <= 2 * r["above_lowest_se"]][:3]
+    assert level == [row for row in rows if "patched_kl" in row]
+    assert len(tried) == 1 + len(level) > 2
+    assert not (target / "patched.journal").exists()
+    best, *others = sorted(level, key=lambda row: row["patched_kl"])
+    assert found["chosen"]["removed"] == best["removed"]
+    assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
+    assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
+    # The same patch in a checkpoint.
+    run = RunFolder.open(target)
+    again = run.config.replace(patch_tokens=run.config.patch_tokens // 4)
+    cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
+    both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
+    split = Calibration.load(target / "calibration.safetensors").splits["rank"]
+    kl = sample_sums(*both, split)[2].sum() / split.tokens
+    assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
+
+
+def test_a_clear_leader_is_not_patched_for_the_choice():
+    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0)
+    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05), row]
+    assert stages.choose_by_patch(None, None, rows, None, None) == [1]
+
+
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
     options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(tmp_path / "run")}
     target = isingcut.run(**options)
@@ -339,7 +386,6 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     llama, text, questions, tmp_path, monkeypatch
 ):
     from isingcut.evaluation import answers as likelihoods
-    from isingcut.runs import stages
 
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()

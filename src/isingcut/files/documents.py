@@ -170,10 +170,12 @@ class MeasuredState(MeasuredLoss, Level):
 
     Attributes:
         above_lowest_se: paired standard error of its KL minus the lowest.
+        patched_kl: its KL after a patch, of candidates that were level with the lowest.
     """
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
     above_lowest_se: Positive | None = None
+    patched_kl: Number | None = None
 
 
 class ChosenState(MeasuredState):

@@ -449,7 +449,7 @@ class Run:
 
         Examples:
             >>> run = isingcut.open_run("my-run")
-            >>> min(run.candidates, key=lambda s: s.kl) == run.chosen
+            >>> run.chosen in run.candidates
             True
         """
         return [_state(row, k) for k, row in enumerate(self._ranked.candidates)]

@@ -46,8 +46,10 @@ from isingcut.files.writing import (
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import blocks_of, states_of
+from isingcut.ising.states import Floats, blocks_of, states_of
+from isingcut.measure.ledger import Ledger
 from isingcut.measure.losses import measure
+from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
@@ -56,9 +58,9 @@ from isingcut.models.gguf_files import convert_file, unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shown
-from isingcut.report.words import chosen_by_tasks, join_blocks
+from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
 from isingcut.runs import measuring, solving
-from isingcut.runs.cutting import product
+from isingcut.runs.cutting import fit_patch, product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names
 from isingcut.runs.session import Session
@@ -152,6 +154,51 @@ def choose_by_tasks(
 
         position, found = benchmark.choose_by_questions([rows[i].removed for i in best], drawn, ask)
     return best[position], found
+
+
+LEVEL, LESS = 3, 4
+"""Most candidates to patch for a choice, and how many times fewer tokens their patches take."""
+
+
+def choose_by_patch(
+    session: Session,
+    folder: RunFolder,
+    rows: Sequence[documents.MeasuredState],
+    text: TokenSet,
+    journal: Path,
+) -> list[int]:
+    """Choose among the candidates that a text does not separate, by their KL after a patch.
+
+    Level with the lowest are those above it by at most two standard errors of the paired
+    difference. Each gets a least-squares patch, and its row the KL with it.
+
+    Args:
+        text: what the candidates were ranked on.
+
+    Returns:
+        the indices of the level candidates, the chosen first; one if none is level with the lowest.
+    """
+    lowest = min(row.kl for row in rows)
+    level = [i for i, r in enumerate(rows) if r.kl - lowest <= 2 * (r.above_lowest_se or 0)]
+    level = sorted(level, key=lambda i: rows[i].kl)[:LEVEL]
+    if len(level) == 1:
+        return level
+    count = max(64, session.config.patch_tokens // LESS)
+    trial = session.at(session.config.replace(patch="linear", patch_tokens=count))
+    work = measuring.work_of(session, journal)
+    ledger = Ledger(session.replay, text, work)
+    for row in (rows[i] for i in level):
+
+        def make(removed: Sequence[int] = row.removed) -> Floats:
+            new = fit_patch(trial, folder, removed)
+            named = f"without {join_blocks(removed)}, patched"
+            return changed_losses(
+                session.replay, text, lambda name, _: new.get(name), work, named, removed
+            )
+
+        sums = ledger.once(f"{row.removed}:{count}", text.samples, 0.0, 0.0, make)
+        row.patched_kl = float(sums.sum() / ledger.counts.sum())
+    return sorted(level, key=lambda i: rows[i].patched_kl or 0.0)
 
 
 def benchmarks(
@@ -256,6 +303,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
     check_run_tasks(config)
     check_whole(session)
     journal, scores = target / "candidates.journal", target / ".asked"
+    patched = target / "patched.journal"
 
     def make(path: Path) -> None:
         split = measuring.splits_of(folder)["rank"]
@@ -282,13 +330,20 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
             why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
             chosen = documents.ChosenState(**rows[position].content(), position=position, why=why)
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
+        elif config.choose == "measured" and config.patch != "none":
+            rows = found.candidates
+            level = choose_by_patch(session, folder, rows, split, patched)
+            if len(level) > 1:
+                why = chosen_by_patch(rows, level, found.samples)
+                best = rows[level[0]].content()
+                found.chosen = documents.ChosenState(**best, position=level[0], why=why)
         write_document(path, found)
 
     file = target / "candidates.json"
 
     def drop() -> None:
-        forget(journal)
-        forget(candidates.random_journal(journal))
+        for file in (journal, candidates.random_journal(journal), patched):
+            forget(file)
         benchmark.forget_scores(scores, split_names(config.tasks))
 
     return folder.stage(
