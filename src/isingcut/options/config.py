@@ -117,9 +117,6 @@ class RunConfig(Options):
         "a fifth of the cost of a greedy search.",
         "energy",
     )
-    linear: bool = option(
-        False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
-    )
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
     device: spellings.Device = option(
         "auto",
@@ -189,8 +186,8 @@ class RunConfig(Options):
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
-        "How the final state is chosen: measured (lowest KL; what the text does not separate, by the "
-        "KL after a patch), ground (lowest energy), or tasks (the best on --tasks among a few "
+        "How the final state is chosen: measured (lowest KL; what the text does not separate, by "
+        "the KL after a patch), ground (lowest energy), or tasks (the best on --tasks among a few "
         "candidates of low KL).",
         "rank",
     )
