@@ -73,7 +73,8 @@ def energy_terms(rows: Floats) -> tuple[Floats, Floats]:
 def energy_errors(rows: Floats) -> tuple[Floats, Floats]:
     """Compute standard errors over samples of `energy_terms`, (N,) and (N, N); needs m > 1.
 
-    Every term is a mean over samples, of a_i^2 and of 2 a_i a_j. Its standard error, the jackknife's exactly, is the root of its sample variance over m.
+    Every term is a mean over samples, of a_i^2 or of 2 a_i a_j. Its standard error, the jackknife's
+    exactly, is the root of its sample variance over m.
 
     Complexity: O(m N^2) time, O(m N + N^2) memory: var(a_i a_j) comes from a product of squares.
     """
