@@ -23,20 +23,24 @@ from isingcut.healing.job import Job
 from isingcut.models import load as models
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
-from studies.runner import Content, Part, read
+from studies.runner import Content, Part, numbers, read
 from studies.runner_models import ModelStudy, State, key, loss_row
+
+RECIPE = ("method", "rate", "steps")
+"""Options of a training."""
 
 
 class RepairStudy(ModelStudy):
     """A study with repaired models."""
 
-    settings = (*ModelStudy.settings, "method", "steps", "batch", "rate", "patch_tokens", "tasks")
+    settings = (*ModelStudy.settings, "samples", "batch", "patch_tokens", "tasks", *RECIPE)
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
         add("--method", default="full", help="of healing: full, lora or last:N")
-        add("--steps", type=int, default=40)
+        add("--steps", type=numbers, default=[40], help="of trainings")
+        add("--samples", type=int, help="of the training text; by default what the steps see")
         add("--batch", type=int, default=8)
         add("--rate", type=float, default=3e-4, help="highest learning rate")
         add("--patch-tokens", type=int, default=32768)
@@ -46,7 +50,7 @@ class RepairStudy(ModelStudy):
     def text(self) -> HealingText:
         """What patches are fitted on and models are healed with, and text held out of it."""
         o = self.options
-        samples = max(o.steps * o.batch, -(-o.patch_tokens // o.length))
+        samples = o.samples or max(max(o.steps) * o.batch, -(-o.patch_tokens // o.length))
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
 
     def _config(self, stage: str, steps: int) -> HealConfig:
@@ -62,21 +66,22 @@ class RepairStudy(ModelStudy):
             patch = "tuned" if stage == "tuned" else "linear"
             return config.replace(patch=patch, method="none")
         settings = {"max_steps": steps, "per_device_train_batch_size": o.batch}
-        settings |= {"learning_rate": o.rate, "save_steps": 10}
+        settings |= {"learning_rate": o.rate, "save_steps": 25}
         return config.replace(patch="none", method=o.method, trainer=settings)
 
-    def repair(self, removed: State, stage: str, steps: int | None = None) -> Part:
+    def repair(self, removed: State, stage: str, steps: int | None = None, name: str = "") -> Part:
         """Bring a state to a stage, from the one before; judge it and ask it.
 
         Args:
             steps: of the training; None: as the options say.
+            name: of the folder of the part; by default the stage's.
         """
         o = self.options
-        steps = o.steps if steps is None else steps
+        steps = max(o.steps) if steps is None else steps
 
         def make(journal: Path) -> Content:
             folder = self.work / "models" / key(removed)
-            cut, out = folder / "cut", folder / stage
+            cut, out = folder / "cut", folder / (name or stage)
             if not cut.exists():
                 excise(self.original.folder, list(removed), cut)
             start = cut if stage in ("patched", "tuned") else folder / "patched"
@@ -91,6 +96,7 @@ class RepairStudy(ModelStudy):
             found = {
                 "removed": list(removed),
                 "tokens_seen": record.get("tokens_seen"),
+                "stopped": record.get("stopped"),
                 "training": [step["loss"] for step in record["steps"]],
                 "patch": record.get("patch", {}).get("cuts"),
                 **self._judged(out, stage, journal),
@@ -104,7 +110,7 @@ class RepairStudy(ModelStudy):
             seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
         asked = self.question_tokens(self.repaired_tasks(stage))
         judged = 2 * o.judged_tokens * len(self.judged)
-        return Part(f"{stage}/{key(removed)}", make, seen + asked + judged)
+        return Part(f"{name or stage}/{key(removed)}", make, seen + asked + judged)
 
     def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
         """Texts that a stage is judged on."""

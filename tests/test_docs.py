@@ -149,8 +149,8 @@ def test_pictures_are_small_and_self_contained():
     make = script(DOCS / "pictures" / "make.py")
     shown = {
         name
-        for page in PAGES
-        for name in re.findall(r"pictures/(\w+)\.svg", (DOCS / page).read_text(encoding="utf-8"))
+        for page in DOCS.rglob("*.md")
+        for name in re.findall(r"pictures/(\w+)\.svg", page.read_text(encoding="utf-8"))
     }
     assert shown == set(make.PICTURES)
     for name in shown:

@@ -1,14 +1,17 @@
-"""Draw the pictures of docs/physics.md: python docs/pictures/make.py [FOLDER]
+"""Draw the pictures of the documentation: python docs/pictures/make.py [FOLDER]
 
-Everything comes from formulas, from benchmarks/data (a measured Hamiltonian) and from data/ beside
-this file. The same versions of matplotlib and numpy give the same bytes.
+Everything comes from formulas, from benchmarks/data (a measured Hamiltonian), from the results of
+the studies and from data/ beside this file. The same versions of matplotlib and numpy give the same
+bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -20,6 +23,7 @@ from isingcut.ising import constraints
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "benchmarks" / "data"
+RESULTS = HERE.parent.parent / "studies" / "healing" / "results"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 mpl.use("Agg")
@@ -177,6 +181,68 @@ def fidelity() -> plt.Figure:
     return figure
 
 
+PATCHED = 32768
+"""Tokens that the patch is fitted on."""
+
+
+def healed_rows(m: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """What every method's state is at each stage, over the results of `studies/healing`.
+
+    Returns:
+        for each method its stages with the tokens that they took, ascending.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in ("healing", "deep"):
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for method, row in content["removals"].get(m, {}).items():
+            rows, cut = found.setdefault(method, {}), row["stages"]["cut"]["pooled"]
+            for stage, state in row["stages"].items():
+                gap = cut["nll"] - state["pooled"]["nll"]
+                won = 100 * gap / (cut["nll"] - cut["original_nll"])
+                if stage in ("cut", "patched"):
+                    rows[PATCHED * (stage == "patched")] = state["pooled"] | {"won": won}
+                elif re.fullmatch(r"healed [\d.]+M", stage):
+                    rows[state["tokens_seen"]] = state["pooled"] | {"won": won}
+    return {method: sorted(rows.items()) for method, rows in found.items()}
+
+
+def healing_curve() -> plt.Figure:
+    """The share of the lost log-perplexity that is back, and the KL, against tokens."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
+    for m, colour in (("6", BLUE), ("9", GREEN), ("12", ORANGE), ("15", GREY)):
+        _, *rows = healed_rows(m)["isingcut"]
+        tokens = [t / 1e6 for t, _ in rows]
+        won, kl, error = ([p[name] for _, p in rows] for name in ("won", "kl", "kl_se"))
+        left.plot(tokens, won, "o-", ms=4, color=colour, label=f"{m} of 30 blocks removed")
+        right.errorbar(tokens, kl, error, fmt="o-", ms=4, color=colour)
+    names = ("lost log-perplexity won back, %", "KL, nats/token")
+    for axes, name in zip((left, right), names, strict=True):
+        axes.set(xscale="log", xlabel="tokens, millions (the first point: the patch)", ylabel=name)
+        axes.minorticks_off()
+        axes.set_xticks(ticks := [0.03, 0.1, 0.2], [f"{t:g}" for t in ticks])
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def deep_cuts() -> plt.Figure:
+    """The KL after the cut, the patch and the healing, for 12 and 15 of 30 blocks."""
+    figure, all_axes = plt.subplots(1, 2, figsize=(7.2, 3.4), sharey=True)
+    colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
+    for axes, m in zip(all_axes, ("12", "15"), strict=True):
+        for method, rows in healed_rows(m).items():
+            if len(rows) > 1:
+                colour, kl = colours.get(method, GREY), [p["kl"] for _, p in rows]
+                style = "o--" if method == "sleb" else "o-"
+                axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=method)
+        axes.set(title=f"{m} of 30 blocks removed", yscale="log")
+        axes.set_xticks(range(3), ["cut", "patched", "healed"])
+        axes.set_yticks(ticks := [1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    all_axes[0].set_ylabel("KL, nats/token")
+    return figure
+
+
 PICTURES = {
     "removal": removal,
     "couplings": couplings,
@@ -184,6 +250,8 @@ PICTURES = {
     "spectrum": spectrum,
     "gate_curve": gate_curve,
     "fidelity": fidelity,
+    "healing_curve": healing_curve,
+    "deep_cuts": deep_cuts,
 }
 
 

@@ -1,27 +1,30 @@
 """What healing wins back: the patch alone, and with distillation, for our state and the peers'.
 
 The states are chosen on `--state-tokens`, ours with the passes of a greedy path; `--states FILE`
-gives them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Each is cut, patched by
-least squares and distilled with the same text, steps and seed: Wikipedia leads, conversations and
-Python code. Of our state there is the tuned patch too, which is the product's default without a
-distillation. What is healed for us is chosen by a trial: our state and the two that
-one pass finds are healed for `--top-steps`, judged on text held out of the training, and the one of
-lowest KL is healed for long. All is judged at every stage on text that nothing was chosen, fitted
-or trained on. `--model coder` is the second model: give it `--results` of its own.
+gives some of them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Method `last` leaves
+the first blocks of the original. Each state is cut, patched by least squares and distilled with the
+same text and seed: Wikipedia leads, conversations and Python code. `--steps` may give several
+lengths: trainings of their own on the beginning of one order of the `--samples`. `--method` and
+`--rate` may change between calls with one work folder.
 
-Figures, for M removed blocks, pooled over all tokens of the judged texts; `coder_` before them for
-the second model:
+Of our state there is the tuned patch too, which is the product's default without a distillation,
+and what is healed for us is chosen by a trial: our state and the two that one pass finds are healed
+for `--top-steps`, judged on text held out of the training, and the one of lowest KL is healed for
+long. Without `--top-steps` there is neither. All is judged at every stage on text that nothing was
+chosen, fitted or trained on. `--model coder` is the second model.
 
-recovered_percent_M  share of the log-perplexity that our cut lost which patch and distillation won
-  back, the healed state being the chosen one
+Figures, for M removed blocks, pooled over all tokens of the judged texts, after the `--prefix` of
+the results file; each `over` has a paired standard error, `_se`:
+
+recovered_percent_M_at_TOKENS  share of the log-perplexity that our cut lost which patch and
+  distillation on so many predictions won back, the healed state being the chosen one
 patch_percent_M  the same for the tuned patch alone
-healed_ppl_over_best_peer_M  healed perplexity over that of the best healed peer; below 1 is a win,
-  1 where the chosen state is that peer's
-cut_ppl_over_best_peer_M  the same before healing
+healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer healed as long;
+  below 1 is a win, 1 where the chosen state is that peer's
+kl_over_best_peer_M, cut_ppl_over_best_peer_M  KL and perplexity before any repair
 
-Of the committed `patches.json` (commit 70bd966), where patches were fitted and tuned on
-conversations and Wikipedia leads alone: linear_percent_M, tuned_percent_M, as patch_percent_M, and
-tuned_kl_over_linear_M, the ratio of their KL.
+`patches.json` is of commit 70bd966, where patches were fitted and tuned on conversations and
+Wikipedia leads alone.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ from isingcut.measure.losses import standard_error
 from isingcut.options.config import TEXT
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
-from studies.runner_choices import Setting, choose, cost
+from studies.runner_choices import TOP, Setting, choose, cost
 from studies.runner_models import key, mean_loss
-from studies.runner_repair import RepairStudy
+from studies.runner_repair import RECIPE, RepairStudy
 
+USUAL_RATE = 3e-4
 TRIED = (OURS, "block-influence", "angular-window")
 """States that are healed for a few steps, the best of them for long: ours, and one-pass ones."""
 
@@ -50,56 +54,74 @@ class Healing(RepairStudy):
 
     name = "healing"
     judged = ("wikitext2", "c4", "instruct", "code")
-    settings = (*RepairStudy.settings, "top_steps", "state_tokens", "states")
+    settings = (*RepairStudy.settings[: -len(RECIPE)], "top_steps", "state_tokens")
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
         add("--remove", type=numbers, default=[9, 6, 12])
-        add("--states", type=Path, help="JSON file with each method's blocks")
+        add("--methods", nargs="*", default=[OURS, *PEERS], help="those of `runner_choices`")
+        add("--states", type=Path, help="JSON file with blocks of methods; others are chosen")
         add("--state-tokens", type=int, default=2048, help="that states are chosen on")
+        add("--prefix", default="", help="of the names of figures")
         add("--top-steps", type=int, default=20, help="for each candidate; 0: heal ours untried")
 
-    def choosing(self, method: str) -> Part:
+    def choosing(self, method: str, m: int) -> Part:
         """What a method removes."""
         o, n = self.options, len(self.replay)
+        given = read(o.states).get(str(m), {}).get(method) if o.states else None
 
         def make(journal: Path) -> Content:
-            if o.states:
-                rows = read(o.states)
-                return {"states": {m: sorted(rows[str(m)][method]) for m in o.remove}}
+            if given:
+                return {"removed": sorted(given)}
             text = self.texts.samples(TEXT, o.state_tokens)
             setting = Setting(self.replay, text, text, text, self.working(journal), o.seed, {})
-            rows = choose(method, setting, o.remove)[method]
-            return {"states": {r["remove"]: r["removed"] for r in rows}}
+            name = method.removesuffix(f"-top{TOP}")
+            return {"removed": choose(name, setting, [m])[method][0]["removed"]}
 
-        price = 0.0 if o.states else cost(method, n, o.remove) * o.state_tokens
-        return Part(f"states/{method}", make, price)
+        price = 0.0 if given else cost(method, n, [m]) * o.state_tokens
+        return Part(f"states/{method}/{m}", make, price)
 
     def chosen(self, m: int) -> dict[str, list[int]]:
-        """Each method's blocks."""
-        return {p: self.read(f"states/{p}")["states"][str(m)] for p in (OURS, *PEERS)}
+        """The blocks of each method that chose some."""
+        known = [p for p in self.options.methods if self.done(f"states/{p}/{m}")]
+        return {p: self.read(f"states/{p}/{m}")["removed"] for p in known}
+
+    def training(self, steps: int) -> str:
+        """The folder of the parts of a training."""
+        return f"healed/{self.options.method}-{self.options.rate:g}-{steps}"
+
+    def trainings(self, removed: list[int]) -> dict[str, Content]:
+        """The finished trainings of a state, by tokens and, of unusual ones, by the recipe."""
+        found = {}
+        for path in (self.work / "parts/healed").glob(f"*/{key(removed)}.json"):
+            usual, recipe = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")[0]
+            tokens = f"{(content := read(path))['tokens_seen'] / 1e6:.2g}M"
+            found[tokens + f" {recipe}" * (recipe != usual)] = content
+        return dict(sorted(found.items()))
 
     def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
         return {"held out": self.text.report} if stage == "tried" else super().repaired_texts(stage)
 
     def parts(self) -> list[Part]:
-        found = [self.choosing(method) for method in (OURS, *PEERS)]
+        o = self.options
+        found = [self.choosing(method, m) for m in o.remove for method in o.methods]
         if not all(self.done(part.name) for part in found):
             return found
-        removals = self.options.remove
-        states = [s for m in removals for s in self.chosen(m).values()]
+        states = [s for m in o.remove for s in self.chosen(m).values()]
         found += [p for text in self.judged for p in self.losses(text, [(), *states])]
-        for m in removals:
+        for m in o.remove:
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
-            found.append(self.repair(rows[OURS], "tuned"))
-            tried = TRIED if self.options.top_steps else ()
-            steps = self.options.top_steps
-            found += [self.repair(rows[p], "tried", steps=steps) for p in tried]
-            ours = self.after_trial(m)
-            healed = [*PEERS, *([ours] if ours else [])]
-            found += [self.repair(rows[p], "healed") for p in healed]
+            found += [self.repair(rows[p], "tuned") for p in rows if p == OURS and o.top_steps]
+            tried = TRIED if o.top_steps else ()
+            found += [self.repair(rows[p], "tried", steps=o.top_steps) for p in tried]
+            healed = dict(rows)
+            if OURS in rows and (ours := self.after_trial(m)):
+                healed[OURS] = rows[ours]
+            for steps in o.steps:
+                name = self.training(steps)
+                found += [self.repair(s, "healed", steps, name) for s in healed.values()]
         return found
 
     def trial(self, removed: list[int]) -> Content | None:
@@ -123,29 +145,26 @@ class Healing(RepairStudy):
             rows = {}
             for method, removed in self.chosen(m).items():
                 after = self.after_trial(m) if method == OURS else method
-                healed = self.chosen(m)[after] if after else []
-                trial, stages = self.trial(removed), {}
-                for stage in STAGES:
-                    name = f"{stage}/{key(healed if stage == 'healed' else removed)}"
-                    if stage == "cut":
-                        cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
-                        stages[stage] = judged_stage(cut, original)
-                    elif self.done(name):
-                        stages[stage] = judged_stage(self.read(name)["losses"], original)
-                name = f"healed/{key(healed)}"
-                training = self.read(name) if self.done(name) else {}
+                trial = self.trial(removed)
+                cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
+                stages = {"cut": judged_stage(cut, original)}
+                for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
+                    found = self.read(f"{stage}/{key(removed)}")
+                    stages[stage] = judged_stage(found["losses"], original)
+                trainings = self.trainings(self.chosen(m)[after]) if after else {}
+                for name, found in trainings.items():
+                    rest = {k: found[k] for k in ("tokens_seen", "stopped", "training")}
+                    stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
                 rows[method] = {
                     "removed": removed,
                     "healed_state_of": after,
                     "trial": judged_text(trial) if trial else None,
-                    "tokens_seen": training.get("tokens_seen"),
-                    "losses": training.get("training", []),
                     "stages": stages,
                 }
             removals[str(m)] = rows
         o = self.options
         where = o.states.name if o.states else f"chosen on {o.state_tokens} tokens of {TEXT}"
-        settings = {k: getattr(o, k) for k in self.settings if k != "states"}
+        settings = {k: getattr(o, k) for k in self.settings} | {"prefix": o.prefix}
         made = {"settings": settings, "states_from": where, "provenance": self.provenance()}
         return {**made, "removals": removals}
 

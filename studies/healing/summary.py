@@ -11,22 +11,20 @@ from studies.runner import Content
 
 OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
-STAGES = ("cut", "patched", "tuned", "healed")
+STAGES = ("cut", "patched", "tuned")
+"""Before the trainings, which are named by their tokens: `healed 0.1M`."""
 
 
 def show(content: Content) -> dict[str, float]:
     """Print the tables; gives the figures."""
-    if "rows" in content:
-        return _show_patches(content)
     settings, figures = content["settings"], {}
     print(f"states: {content['states_from']}; settings: {settings}")
     for m, rows in content["removals"].items():
         _table(m, rows)
         _tuning(rows)
         _trial(rows)
-        figures |= {f"{name}_{m}": value for name, value in _figures(rows).items()}
-    prefix = "coder_" if settings.get("model") == "coder" else ""
-    return {prefix + name: value for name, value in figures.items()}
+        figures |= _figures(m, rows)
+    return {settings["prefix"] + name: value for name, value in figures.items()}
 
 
 def paired(first: Content, second: Content, what: str) -> tuple[float, float, int]:
@@ -44,20 +42,21 @@ def paired(first: Content, second: Content, what: str) -> tuple[float, float, in
 
 def _table(m: str, rows: Content) -> None:
     print(f"\n{m} blocks removed")
-    header = f"{'':<17}{'stage':<9}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
+    header = f"{'':<17}{'stage':<13}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
     print(f"{header}  perplexity/KL by text; blocks; tokens seen")
-    for method in (p for p in (OURS, *PEERS) if p in rows):
-        row = rows[method]
-        for stage in (s for s in STAGES if s in row["stages"]):
-            pooled, texts = row["stages"][stage]["pooled"], row["stages"][stage]["texts"].items()
+    for method, row in rows.items():
+        for stage, found in row["stages"].items():
+            pooled = found["pooled"]
             won = f"{'':>10}" if stage == "cut" else f"{_recovered(row, stage):9.1f}%"
-            tail = ", ".join(f"{k} {exp(t['nll']):.2f}/{t['kl']:.3f}" for k, t in texts)
+            tail = ", ".join(
+                f"{k} {exp(t['nll']):.2f}/{t['kl']:.3f}" for k, t in found["texts"].items()
+            )
             if stage == "cut":
                 tail += "; " + " ".join(map(str, row["removed"]))
-            if stage == "healed":
-                tail += f"; {row['tokens_seen']} tokens"
+            if "tokens_seen" in found:
+                tail += f"; {found['tokens_seen']} tokens" + "; stopped" * bool(found["stopped"])
             print(
-                f"{method:<17}{stage:<9}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
+                f"{method:<17}{stage:<13}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
                 f"{pooled['kl_se']:>7.4f}{won}  {tail}"
             )
 
@@ -98,60 +97,36 @@ def _recovered(row: Content, stage: str) -> float:
     return float(100 * (cut["nll"] - now["nll"]) / (cut["nll"] - cut["original_nll"]))
 
 
-def _figures(rows: Content) -> dict[str, float]:
+def _figures(m: str, rows: Content) -> dict[str, float]:
     ours, found = rows[OURS], dict[str, float]()
-    for name, stage in (("recovered_percent", "healed"), ("patch_percent", "tuned")):
-        if stage in ours["stages"]:
-            found[name] = _recovered(ours, stage)
-    peers = [p for p in PEERS if p in rows and "healed" in rows[p]["stages"]]
-    if "healed" not in ours["stages"] or len(peers) < len(PEERS):
-        return found
+    for stage in ours["stages"]:
+        tokens = stage.removeprefix("healed ").replace(" ", "_")
+        if stage == "tuned":
+            found[f"patch_percent_{m}"] = _recovered(ours, stage)
+        elif stage == "cut":
+            found |= _over_peers(rows, stage, "kl", f"kl_over_best_peer_{m}")
+            found |= _over_peers(rows, stage, "nll", f"cut_ppl_over_best_peer_{m}")
+        elif stage != "patched":
+            found[f"recovered_percent_{m}_at_{tokens}"] = _recovered(ours, stage)
+            name = f"healed_ppl_over_best_peer_{m}_{tokens}"
+            found |= _over_peers(rows, stage, "nll", name)
+    return found
 
-    def nll(method: str, stage: str) -> float:
-        return float(rows[method]["stages"][stage]["pooled"]["nll"])
 
-    best = min(peers, key=lambda p: nll(p, "healed"))
-    ratio = exp(nll(OURS, "healed") - nll(best, "healed"))
-    texts = [rows[p]["stages"]["healed"]["texts"] for p in (best, OURS)]
-    _, error, samples = paired(*texts, "nll")
-    same = rows[ours["healed_state_of"]]["removed"] == rows[best]["removed"]
-    print(
-        f"  healed: perplexity of {OURS} over that of the best peer ({best}): {ratio:.3f} ± "
-        f"{ratio * error:.3f}, paired over {samples} samples" + (" (the same state)" * same)
+def _over_peers(rows: Content, stage: str, what: str, name: str) -> dict[str, float]:
+    """Our loss at a stage over that of the best peer there, and its paired standard error."""
+    judged = {p: r["stages"][stage] for p, r in rows.items() if stage in r["stages"]}
+    peers = [p for p in judged if p != OURS]
+    if not peers:
+        return {}
+    best = min(peers, key=lambda p: judged[p]["pooled"][what])
+    gap, error, samples = paired(judged[best]["texts"], judged[OURS]["texts"], what)
+    level = judged[best]["pooled"]["kl"]
+    ratio, error = (
+        (1 + gap / level, error / level) if what == "kl" else (exp(gap), exp(gap) * error)
     )
-    found["healed_ppl_over_best_peer"] = ratio
-    before = min(nll(p, "cut") for p in peers)
-    return {**found, "cut_ppl_over_best_peer": exp(nll(OURS, "cut") - before)}
-
-
-def _show_patches(content: Content) -> dict[str, float]:
-    """Least-squares and tuned patches of our states, of `patches.json`."""
-    print(f"{'':12} {'M':>3}  perplexity      KL  recovered  (KL by text, minus linear's ± se)")
-    figures = {}
-    for m, row in sorted(content["rows"].items(), key=lambda pair: int(pair[0])):
-        sums, lost, kl = {}, {}, {}
-        for stage, texts in row["stages"].items():
-            counts = np.concatenate([t["tokens"] for t in texts.values()])
-            sums[stage] = {name: np.array(t["sums"]) for name, t in texts.items()}
-            before, after, kl[stage] = (
-                np.concatenate([*sums[stage].values()], axis=1).sum(1) / counts.sum()
-            )
-            lost[stage] = after - before
-            by = []
-            for name, (_, _, each) in sums[stage].items():
-                tokens = np.array(texts[name]["tokens"])
-                words = f"{name} {each.sum() / tokens.sum():.4f}"
-                if stage == "tuned":
-                    gap = each - sums["linear"][name][2]
-                    error = standard_error(gap[None], tokens)[0]
-                    words += f" ({gap.sum() / tokens.sum():+.4f} ± {error:.4f})"
-                by.append(words)
-            share = 1 - lost[stage] / lost["cut"]
-            print(
-                f"{stage:12} {m:>3} {exp(after):11.3f} {kl[stage]:7.4f} {share:9.1%}  "
-                + ", ".join(by)
-            )
-        for stage in ("linear", "tuned"):
-            figures[f"{stage}_percent_{m}"] = float(100 * (1 - lost[stage] / lost["cut"]))
-        figures[f"tuned_kl_over_linear_{m}"] = float(kl["tuned"] / kl["linear"])
-    return figures
+    print(
+        f"  {stage}: {what} of {OURS} over that of the best of {len(peers)} peers ({best}): "
+        f"{ratio:.3f} ± {error:.3f}, paired over {samples} samples"
+    )
+    return {name: ratio, f"{name}_se": error}

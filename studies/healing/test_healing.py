@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -21,8 +22,11 @@ def content(
 ) -> Content:
     work = tmp_path_factory.mktemp("healing")
     words = [*tiny, *healed, "--remove", "2", "--state-tokens", "96", "--top-steps", "1"]
-    words += ["--work", str(work / "work")]
+    words += ["--samples", "40", "--steps", "1,2", "--work", str(work / "work")]
+    words += ["--methods", "isingcut", *PEERS, "last"]
     runner.run(Healing, words)
+    # Two recipes of one text in one folder.
+    runner.run(Healing, [*words, "--method", "lora", "--rate", "0.002", "--steps", "1"])
     runner.run(Healing, [*words, "--collect", "--results", str(work / "healing.json")])
     return runner.read(work / "healing.json")
 
@@ -30,14 +34,24 @@ def content(
 def test_every_stage_is_judged_and_the_best_candidate_healed(content: Content) -> None:
     rows = content["removals"]["2"]
     ours = rows["isingcut"]
-    assert tuple(ours["stages"]) == STAGES
-    assert all({"cut", "patched", "healed"} <= set(rows[p]["stages"]) for p in PEERS)
+    assert rows["last"]["removed"] == [4, 5]
+    trainings = {"healed 4.6e-05M", "healed 9.2e-05M", "healed 4.6e-05M lora-0.002"}
+    assert set(ours["stages"]) == {*STAGES, *trainings}
+    assert all({"cut", "patched", *trainings} <= set(rows[p]["stages"]) for p in PEERS)
     tried = {p: r["trial"]["kl"] for p, r in rows.items() if r["trial"]}
     assert tried[ours["healed_state_of"]] == min(tried.values())
-    assert ours["tokens_seen"] == 2 * 2 * 23
+    short, long = (ours["stages"][f"healed {n}e-05M"] for n in (4.6, 9.2))
+    assert [short["tokens_seen"], long["tokens_seen"]] == [2 * 23, 2 * 2 * 23]
+    # The longer training begins with the same samples.
+    assert long["training"][0] == short["training"][0]
     assert set(ours["stages"]["cut"]["texts"]) == set(Healing.judged)
     figures = Healing.show(content)
-    assert {"recovered_percent_2", "healed_ppl_over_best_peer_2"} <= set(figures)
+    assert {
+        "recovered_percent_2_at_9.2e-05M",
+        "recovered_percent_2_at_4.6e-05M_lora-0.002",
+        "healed_ppl_over_best_peer_2_4.6e-05M_se",
+        "kl_over_best_peer_2",
+    } <= set(figures)
 
 
 def stage(nll: float) -> Content:
@@ -47,13 +61,18 @@ def stage(nll: float) -> Content:
 
 
 def method(cut: float, tuned: float, healed: float) -> Content:
-    stages = {"cut": stage(cut), "tuned": stage(tuned), "healed": stage(healed)}
-    rest = {"tokens_seen": 99, "trial": None, "healed_state_of": "isingcut"}
-    return {"removed": [1, 2], "stages": stages, **rest}
+    training = {**stage(healed), "tokens_seen": 99, "stopped": None}
+    stages = {"cut": stage(cut), "tuned": stage(tuned), "healed 9M": training}
+    return {
+        "removed": [1, 2],
+        "stages": stages,
+        "trial": None,
+        "healed_state_of": "isingcut",
+    }
 
 
-def figures(model: str = "m", **rows: Any) -> dict[str, float]:
-    settings = {"settings": {"model": model}, "states_from": "a test"}
+def figures(prefix: str = "", **rows: Any) -> dict[str, float]:
+    settings = {"settings": {"prefix": prefix}, "states_from": "a test"}
     return Healing.show({**settings, "removals": {"9": rows}})
 
 
@@ -66,23 +85,31 @@ OTHERS = {
 
 def test_figures() -> None:
     found = figures(isingcut=method(4.0, 3.75, 3.4), **OTHERS)
-    assert found == {
-        "recovered_percent_9": pytest.approx(60.0),
+    ratio = math.exp(3.4 - 3.6)
+    assert {k: v for k, v in found.items() if not k.endswith("_se")} == {
+        "recovered_percent_9_at_9M": pytest.approx(60.0),
         "patch_percent_9": pytest.approx(25.0),
         # The best peer after healing is angular-window; before it, sleb.
-        "healed_ppl_over_best_peer_9": pytest.approx(math.exp(3.4 - 3.6)),
+        "healed_ppl_over_best_peer_9_9M": pytest.approx(ratio),
         "cut_ppl_over_best_peer_9": pytest.approx(math.exp(4.0 - 4.1)),
+        "kl_over_best_peer_9": pytest.approx(1.0 / 1.1),
     }
-    found = figures("coder", isingcut=method(4.0, 3.75, 3.4), **OTHERS)
-    assert all(name.startswith("coder_") for name in found)
+    # Of the gaps of -0.4 and 0 on two samples of one token, residuals are -0.2 and 0.2.
+    error = math.sqrt(2 * 0.2**2 * 2) / 2
+    assert found["healed_ppl_over_best_peer_9_9M_se"] == pytest.approx(ratio * error)
+    found = figures("deep_", isingcut=method(4.0, 3.75, 3.4), **OTHERS)
+    assert all(name.startswith("deep_") for name in found)
 
 
 def test_no_figure_is_made_up_for_what_was_not_measured() -> None:
     ours = method(4.0, 3.75, 3.4)
-    two = {k: v for k, v in OTHERS.items() if k != "sleb"}
-    assert set(figures(isingcut=ours, **two)) == {"patch_percent_9", "recovered_percent_9"}
-    del ours["stages"]["healed"]
-    assert set(figures(isingcut=ours, **OTHERS)) == {"patch_percent_9"}
+    for row in (others := copy.deepcopy(OTHERS)).values():
+        del row["stages"]["healed 9M"]
+    found = figures(isingcut=ours, **others)
+    assert "recovered_percent_9_at_9M" in found
+    assert not any(name.startswith("healed_ppl") for name in found)
+    del ours["stages"]["healed 9M"]
+    assert not any("9M" in name for name in figures(isingcut=ours, **OTHERS))
 
 
 def test_differences_are_paired() -> None:
@@ -100,5 +127,5 @@ def test_differences_are_paired() -> None:
 def test_committed_results_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     runner.run(Healing, ["--summary"])
     shown = capsys.readouterr().out
-    assert "tuned_percent_6: 43.68" in shown
-    assert "coder_recovered_percent_7: " in shown
+    assert "patches_patch_percent_6: 43.68" in shown
+    assert "coder_recovered_percent_7_at_0.041M: " in shown
