@@ -294,9 +294,7 @@ def chosen_by(llama, text):
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 
-def test_what_the_text_does_not_separate_is_chosen_after_a_patch(
-    llama, text, tmp_path, monkeypatch
-):
+def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
     tried, measure_patched = [], stages.changed_losses
 
     def interrupted(*given):
@@ -313,11 +311,12 @@ def test_what_the_text_does_not_separate_is_chosen_after_a_patch(
     target = isingcut.run(**options)
     found = read_json(target / "candidates.json", "candidates")
     rows = sorted(found["candidates"], key=lambda row: row["kl"])
-    level = [r for r in rows if r["kl"] - rows[0]["kl"] <= 2 * r["above_lowest_se"]][:3]
-    assert level == [row for row in rows if "patched_kl" in row]
-    assert len(tried) == 1 + len(level) > 2
+    lowest = rows[0]["kl"]
+    near = [r for r in rows if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])][:3]
+    assert near == [row for row in rows if "patched_kl" in row]
+    assert len(tried) == 1 + len(near) > 2
     assert not (target / "patched.journal").exists()
-    best, *others = sorted(level, key=lambda row: row["patched_kl"])
+    best, *others = sorted(near, key=lambda row: row["patched_kl"])
     assert found["chosen"]["removed"] == best["removed"]
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
     assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)

@@ -170,7 +170,7 @@ class MeasuredState(MeasuredLoss, Level):
 
     Attributes:
         above_lowest_se: paired standard error of its KL minus the lowest.
-        patched_kl: its KL after a patch, of candidates that were level with the lowest.
+        patched_kl: its KL after a patch, of candidates near the lowest.
     """
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)

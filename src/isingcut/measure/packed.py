@@ -86,7 +86,7 @@ def _swapped(new: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     kept = [parameter.data for parameter, _ in new]
     try:
         for parameter, value in new:
-            parameter.data = value.to(parameter)
+            parameter.data = torch.empty_like(parameter).copy_(value)
         yield
     finally:
         for (parameter, _), data in zip(new, kept, strict=True):

@@ -186,8 +186,8 @@ class RunConfig(Options):
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
-        "How the final state is chosen: measured (lowest KL; what the text does not separate, by "
-        "the KL after a patch), ground (lowest energy), or tasks (the best on --tasks among a few "
+        "How the final state is chosen: measured (lowest KL; among near candidates, the lowest "
+        "after a patch), ground (lowest energy), or tasks (the best on --tasks among a few "
         "candidates of low KL).",
         "rank",
     )

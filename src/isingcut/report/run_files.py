@@ -241,7 +241,7 @@ class RunFiles:
         """Baselines that keep all constraints and have a lower measured KL than the choice."""
         if self.candidates is None:
             return []
-        # What the choice was level with has not won.
+        # What was patched for the choice has lost to it.
         known = (self.candidates.chosen, *self.candidates.candidates)
         mine = min(row.kl for row in known if row is known[0] or row.patched_kl is not None)
         return [b for b in self.baselines if b.kl < mine and not b.violated]

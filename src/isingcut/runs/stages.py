@@ -156,8 +156,9 @@ def choose_by_tasks(
     return best[position], found
 
 
-LEVEL, LESS = 3, 4
-"""Most candidates to patch for a choice, and how many times fewer tokens their patches take."""
+NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 4
+"""How near the lowest a candidate must be to be patched for the choice, as a share of its KL or in
+paired standard errors; the most candidates, and how many times fewer tokens their patches take."""
 
 
 def choose_by_patch(
@@ -167,27 +168,31 @@ def choose_by_patch(
     text: TokenSet,
     journal: Path,
 ) -> list[int]:
-    """Choose among the candidates that a text does not separate, by their KL after a patch.
+    """Choose among the candidates near the lowest, by their KL after a least-squares patch.
 
-    Level with the lowest are those above it by at most two standard errors of the paired
-    difference. Each gets a least-squares patch, and its row the KL with it.
+    A patch changes the KL of two near candidates by more than they differ. Each patched one gets
+    its KL in its row.
 
     Args:
         text: what the candidates were ranked on.
 
     Returns:
-        the indices of the level candidates, the chosen first; one if none is level with the lowest.
+        the indices of the near candidates, the chosen first; one if none is near the lowest.
     """
     lowest = min(row.kl for row in rows)
-    level = [i for i, r in enumerate(rows) if r.kl - lowest <= 2 * (r.above_lowest_se or 0)]
-    level = sorted(level, key=lambda i: rows[i].kl)[:LEVEL]
-    if len(level) == 1:
-        return level
+
+    def is_near(row: documents.MeasuredState) -> bool:
+        return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
+
+    near = [i for i, row in enumerate(rows) if is_near(row)]
+    near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
+    if len(near) == 1:
+        return near
     count = max(64, session.config.patch_tokens // LESS)
     trial = session.at(session.config.replace(patch="linear", patch_tokens=count))
     work = measuring.work_of(session, journal)
     ledger = Ledger(session.replay, text, work)
-    for row in (rows[i] for i in level):
+    for row in (rows[i] for i in near):
 
         def make(removed: Sequence[int] = row.removed) -> Floats:
             new = fit_patch(trial, folder, removed)
@@ -198,7 +203,7 @@ def choose_by_patch(
 
         sums = ledger.once(f"{row.removed}:{count}", text.samples, 0.0, 0.0, make)
         row.patched_kl = float(sums.sum() / ledger.counts.sum())
-    return sorted(level, key=lambda i: rows[i].patched_kl or 0.0)
+    return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
 
 
 def benchmarks(
@@ -332,11 +337,11 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
         elif config.choose == "measured" and config.patch != "none":
             rows = found.candidates
-            level = choose_by_patch(session, folder, rows, split, patched)
-            if len(level) > 1:
-                why = chosen_by_patch(rows, level, found.samples)
-                best = rows[level[0]].content()
-                found.chosen = documents.ChosenState(**best, position=level[0], why=why)
+            near = choose_by_patch(session, folder, rows, split, patched)
+            if len(near) > 1:
+                why = chosen_by_patch(rows, near, found.samples)
+                best = rows[near[0]].content()
+                found.chosen = documents.ChosenState(**best, position=near[0], why=why)
         write_document(path, found)
 
     file = target / "candidates.json"
