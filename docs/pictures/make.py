@@ -23,7 +23,8 @@ from isingcut.ising import constraints
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "benchmarks" / "data"
-RESULTS = HERE.parent.parent / "studies" / "healing" / "results"
+STUDIES = HERE.parent.parent / "studies"
+RESULTS = STUDIES / "healing" / "results"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 mpl.use("Agg")
@@ -243,6 +244,31 @@ def deep_cuts() -> plt.Figure:
     return figure
 
 
+def price_of_search() -> plt.Figure:
+    """What methods pay for their choice, and how far it is above the lowest, by removed blocks."""
+    text = (STUDIES / "quality" / "results" / "quality.json").read_text(encoding="utf-8")
+    tables = [t for t in json.loads(text)["tables"] if t["chosen_on"] == "wiki"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
+    colours = {"refined": BLUE, "sleb": GREEN, "evopress": ORANGE, "pairwise-top20": GREY}
+    removed = [table["remove"] for table in tables]
+    for name, colour in (colours | {"block-influence": "black"}).items():
+        rows = [next(m for m in t["methods"] if m["method"] == name) for t in tables]
+        found = [t["losses"]["pooled"]["kl"]["methods"] for t in tables]
+        above = [
+            100 * (kl[name]["value"] / min(r["value"] for r in kl.values()) - 1) for kl in found
+        ]
+        left.plot(removed, [row["passes"] for row in rows], "o-", ms=4, color=colour, label=name)
+        right.plot(removed, above, "o-", ms=4, color=colour)
+    left.set(yscale="log", ylabel="forward passes over the text")
+    left.set_yticks(ticks := [1, 3, 10, 30, 100], list(map(str, ticks)))
+    left.minorticks_off()
+    right.set(ylabel="KL above the lowest, %", ylim=(-2, 30))
+    for axes in (left, right):
+        axes.set(xlabel="removed blocks of 30", xticks=removed)
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
 PICTURES = {
     "removal": removal,
     "couplings": couplings,
@@ -252,6 +278,7 @@ PICTURES = {
     "fidelity": fidelity,
     "healing_curve": healing_curve,
     "deep_cuts": deep_cuts,
+    "price_of_search": price_of_search,
 }
 
 
