@@ -227,7 +227,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     words = write_words(tmp_path / "t.txt").read_text().split()
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
-    isingcut.prune(str(llama), 2, calibration=texts, keep="0", **made)
+    isingcut.prune(str(llama), 2, calibration=texts, drop="2,3", **made)
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
     fitted = patch_of(saved)["text"]
     assert fitted["samples"] == fitted["searched"] == 6
