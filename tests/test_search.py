@@ -472,7 +472,6 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert {s.method for s in quick.states} == {"angular-window", "block-influence"}
     for state in quick.states:
         assert state.kl == found.candidates[ranked.index(state.removed)].kl
-        assert state.kl >= found.chosen.kl
     assert quick.passes == pytest.approx(1.0)
     assert quick.search_passes == energy.meta["search"]["passes"]
     said = sentence("one_pass_words", found)
