@@ -193,32 +193,41 @@ def healed_rows(m: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
         for each method its stages with the tokens that they took, ascending.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in ("healing", "deep"):
+    for name in ("healing", "curve", "deep"):
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for method, row in content["removals"].get(m, {}).items():
-            rows, cut = found.setdefault(method, {}), row["stages"]["cut"]["pooled"]
             for stage, state in row["stages"].items():
-                gap = cut["nll"] - state["pooled"]["nll"]
-                won = 100 * gap / (cut["nll"] - cut["original_nll"])
-                if stage in ("cut", "patched"):
-                    rows[PATCHED * (stage == "patched")] = state["pooled"] | {"won": won}
-                elif re.fullmatch(r"healed [\d.]+M", stage):
-                    rows[state["tokens_seen"]] = state["pooled"] | {"won": won}
+                tokens = PATCHED * (stage == "patched")
+                if re.fullmatch(r"healed [\d.]+M", stage):
+                    tokens = state["tokens_seen"]
+                if tokens or stage == "cut":
+                    found.setdefault(method, {})[tokens] = state
     return {method: sorted(rows.items()) for method, rows in found.items()}
 
 
 def healing_curve() -> plt.Figure:
-    """The share of the lost log-perplexity that is back, and the KL, against tokens."""
+    """The share of the lost log-perplexity that is back, and the KL, against tokens.
+
+    On the two texts that all results have in common.
+    """
+
+    def mean(state: dict[str, Any], what: str) -> float:
+        return float(np.mean([state["texts"][name][what] for name in ("wikitext2", "c4")]))
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     for m, colour in (("6", BLUE), ("9", GREEN), ("12", ORANGE), ("15", GREY)):
-        _, *rows = healed_rows(m)["isingcut"]
-        tokens = [t / 1e6 for t, _ in rows]
-        won, kl, error = ([p[name] for _, p in rows] for name in ("won", "kl", "kl_se"))
-        left.plot(tokens, won, "o-", ms=4, color=colour, label=f"{m} of 30 blocks removed")
-        right.errorbar(tokens, kl, error, fmt="o-", ms=4, color=colour)
+        (_, cut), *rows = healed_rows(m)["isingcut"]
+        tokens, states = [t / 1e6 for t, _ in rows], [state for _, state in rows]
+        before = mean(cut, "original_nll")
+        left_over = [(mean(s, "nll") - before) / (mean(cut, "nll") - before) for s in states]
+        won = [100 * (1 - share) for share in left_over]
+        label = f"{m} of 30 blocks removed"
+        for axes, values in ((left, won), (right, [mean(s, "kl") for s in states])):
+            axes.plot(tokens[1:], values[1:], "o-", ms=4, color=colour, label=label)
+            axes.plot(tokens[:2], values[:2], "o:", ms=4, mfc="white", color=colour, zorder=1)
     names = ("lost log-perplexity won back, %", "KL, nats/token")
     for axes, name in zip((left, right), names, strict=True):
-        axes.set(xscale="log", xlabel="tokens, millions (the first point: the patch)", ylabel=name)
+        axes.set(xscale="log", xlabel="tokens, millions (white: the patch alone)", ylabel=name)
         axes.minorticks_off()
         axes.set_xticks(ticks := [0.03, 0.1, 0.2], [f"{t:g}" for t in ticks])
     left.legend(frameon=False, fontsize=8)
@@ -232,7 +241,7 @@ def deep_cuts() -> plt.Figure:
     for axes, m in zip(all_axes, ("12", "15"), strict=True):
         for method, rows in healed_rows(m).items():
             if len(rows) > 1:
-                colour, kl = colours.get(method, GREY), [p["kl"] for _, p in rows]
+                colour, kl = colours.get(method, GREY), [s["pooled"]["kl"] for _, s in rows]
                 style = "o--" if method == "sleb" else "o-"
                 axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=method)
         axes.set(title=f"{m} of 30 blocks removed", yscale="log")

@@ -184,7 +184,8 @@ def judged_text(row: Content) -> Content:
 
 def judged_stage(losses: Content, original: Content) -> Content:
     """Losses on each text, and over all tokens of the texts."""
-    texts = {name: judged_text(row) for name, row in losses.items()}
+    before = {name: {"original_nll": mean_loss([row], "nll")} for name, row in original.items()}
+    texts = {name: judged_text(row) | before[name] for name, row in losses.items()}
     weights = np.array([t["tokens"] for t in texts.values()], dtype=float)
     weights /= weights.sum()
     pooled = {what: mean_loss(losses.values(), what) for what in ("nll", "kl")}

@@ -63,12 +63,7 @@ def stage(nll: float) -> Content:
 def method(cut: float, tuned: float, healed: float) -> Content:
     training = {**stage(healed), "tokens_seen": 99, "stopped": None}
     stages = {"cut": stage(cut), "tuned": stage(tuned), "healed 9M": training}
-    return {
-        "removed": [1, 2],
-        "stages": stages,
-        "trial": None,
-        "healed_state_of": "isingcut",
-    }
+    return {"removed": [1, 2], "stages": stages, "trial": None, "healed_state_of": "isingcut"}
 
 
 def figures(prefix: str = "", **rows: Any) -> dict[str, float]:
