@@ -150,10 +150,9 @@ DEMO = RunConfig(
     length=128,
     states=6,
     random_states=0,
-    effort="10",
     patch_tokens=8192,
 )
-"""The options of the demo: small samples and a short search, not a benchmark."""
+"""The options of the demo: small samples and a small patch, not a benchmark."""
 
 
 def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
