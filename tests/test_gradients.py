@@ -70,10 +70,14 @@ def test_the_paper_energy_is_the_quadratic_form_of_the_gradient_matrix():
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((20, 5))
     fisher = rows.T @ rows / 20
-    h, J = energy_terms(rows)
-    for bits in range(32):
-        x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
-        assert h @ x + x @ J @ x / 2 == pytest.approx(x @ fisher @ x)
+    for linear in (False, True):
+        h, J = energy_terms(rows, linear=linear)
+        for bits in range(32):
+            x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
+            expected = x @ fisher @ x
+            if linear:
+                expected = expected / 2 - rows.mean(0) @ x
+            assert h @ x + x @ J @ x / 2 == pytest.approx(expected)
 
 
 def test_empirical_fisher_is_made_of_these_rows():
@@ -83,6 +87,10 @@ def test_empirical_fisher_is_made_of_these_rows():
     x = np.ones((1, len(replay)))
     assert found.energies(x)[0] == pytest.approx(np.mean(rows.sum(1) ** 2))
     assert found.unit == "arbitrary"
+    assert EmpiricalFisher(linear=True).measure(replay, tokens, Work()).unit == "nats/token"
+
+
+linear_or_not = pytest.mark.parametrize("linear", [False, True])
 
 
 def gradients(m, seed=3):
@@ -91,24 +99,26 @@ def gradients(m, seed=3):
     return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
 
 
+@linear_or_not
 @pytest.mark.parametrize("m", [2, 3, 25])
-def test_errors_are_those_of_the_jackknife(m):
+def test_errors_are_those_of_the_jackknife(linear, m):
     rows = gradients(m)
-    left_out = [energy_terms(np.delete(rows, s, 0)) for s in range(m)]
-    got = energy_errors(rows)
+    left_out = [energy_terms(np.delete(rows, s, 0), linear=linear) for s in range(m)]
+    got = energy_errors(rows, linear=linear)
     for error, values in zip(got, map(np.array, zip(*left_out, strict=True)), strict=True):
         spread = ((values - values.mean(0)) ** 2).sum(0)
         np.testing.assert_allclose(error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12)
 
 
-def test_the_energy_carries_its_errors():
+@linear_or_not
+def test_the_energy_carries_its_errors(linear):
     replay, tokens = tiny_replay(), random_tokens()
-    found = EmpiricalFisher().measure(replay, tokens, Work())
-    h_error, J_error = energy_errors(gate_gradients(replay, tokens))
+    found = EmpiricalFisher(linear=linear).measure(replay, tokens, Work())
+    h_error, J_error = energy_errors(gate_gradients(replay, tokens), linear=linear)
     np.testing.assert_allclose(found.h_error, h_error, rtol=1e-6)
     np.testing.assert_allclose(found.J_error, J_error, rtol=1e-6)
     assert (found.h_error > 0).all()
-    one = EmpiricalFisher().measure(replay, tokens.select([0]), Work())
+    one = EmpiricalFisher(linear=linear).measure(replay, tokens.select([0]), Work())
     assert one.h_error is None
     assert one.J_error is None
 

@@ -117,6 +117,9 @@ class RunConfig(Options):
         "a fifth of the cost of a greedy search.",
         "energy",
     )
+    linear: bool = option(
+        False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
+    )
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
     device: spellings.Device = option(
         "auto",
