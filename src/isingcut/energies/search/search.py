@@ -50,9 +50,11 @@ PRIOR_SHARE = 0.2
 """Largest share of the budget for the pair energy."""
 ONE_PASS_SHARE = 0.05
 """Largest share of the budget for one pass of the original, which otherwise reads less text."""
+FIRST = 30
+"""States proposed in the first round, most of them the lowest of the pair energy."""
 DRAWN, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
-"""States proposed per round: ground states of sampled Hamiltonians, lowest states of the mean,
-moves around the best states by the surrogate's bound, and around the best state by its gate
+"""States proposed per later round: ground states of sampled Hamiltonians, lowest states of the
+mean, moves around the best states by the surrogate's bound, and around the best state by its gate
 slopes."""
 DRAWS = 20
 """Hamiltonians sampled per round."""
@@ -287,12 +289,11 @@ class Search:
             self._origins.update({key_of(s): origin for s in fresh})
 
         if goal.rounds == 1:
-            wanted = DRAWS + MINIMA + MOVES
             for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
                 take(state[None], 1, origin)
             take(proposals.find_windows(self._prior, target, 2), 2, "window")
-            states = proposals.find_lowest(self._prior, target, 2 * wanted, seed)
-            take(states, wanted - len(picked), "pair energy")
+            states = proposals.find_lowest(self._prior, target, 2 * FIRST, seed)
+            take(states, FIRST - len(picked), "pair energy")
             return list(picked.values())
         own, surrogate = self.estimates(target), self._surrogate([target])
         if own is None or surrogate is None or goal.best is None:
