@@ -1,6 +1,6 @@
 """What healing wins back: the patch alone, and with distillation, for our state and the peers'.
 
-The states are chosen on `--state-tokens`, ours with the passes of a greedy path; `--states FILE`
+The states are chosen on `--state-tokens`, ours by the search's default; `--states FILE`
 gives some of them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Method `last` leaves
 the first blocks of the original. Each state is cut, patched by least squares and distilled with the
 same text and seed: Wikipedia leads, conversations and Python code. `--steps` may give several
