@@ -24,7 +24,7 @@ from isingcut.measure.losses import in_order, walk
 from isingcut.measure.splitting import chunks, fewer_tokens_to_fit, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work, identity
-from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
+from isingcut.models.replay import Replay, use_attention
 
 Row = tuple[tuple[int, ...], int]
 """Token ids, two or more, and the number of tokens of the continuation at the end."""
@@ -86,7 +86,6 @@ def answer_scores(
     Complexity: a block evaluation per token and node of the states' prefix tree, and a row of the
     head per state and token of a continuation.
     """
-    reuse_freed_memory()
     wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
     order = in_order(wanted)
     alike: dict[tuple[int, ...], list[int]] = {}

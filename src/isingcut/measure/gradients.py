@@ -34,7 +34,6 @@ from isingcut.models.replay import (
     HEAD,
     Recording,
     Replay,
-    reuse_freed_memory,
     use_attention,
 )
 
@@ -216,7 +215,6 @@ def measure_batches(
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
-    reuse_freed_memory()
     batches = tokens.batches(work.batch_tokens)
 
     def fits(key: str, row: Floats) -> bool:

@@ -35,7 +35,7 @@ from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
 from isingcut.models.compute.head import Comparison, OutputHead
-from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
+from isingcut.models.replay import Replay, use_attention
 
 T = TypeVar("T")
 
@@ -287,7 +287,6 @@ def measure_together(
 
     A journal belongs to one set, so with several sets ``work`` must have none.
     """
-    reuse_freed_memory()
     tasks = [_Task(replay, tokens, states, work) for tokens, states in wanted]
     with (
         work.progress(description, sum(task.all_blocks for task in tasks)) as bar,

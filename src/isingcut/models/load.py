@@ -17,6 +17,7 @@ from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
 from isingcut.models.placement import connect, name_devices, place, place_of
+from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -141,6 +142,7 @@ def load(
         model.to(devices[0])
     connect(model, places)
     model.requires_grad_(False)
+    reuse_freed_memory()
     return LoadedModel(model, tokenizer, Path(folder), number, devices[0])
 
 

@@ -263,6 +263,7 @@ class Replay:
         device: torch.device | None = None,
         store: Weights | None = None,
     ) -> None:
+        reuse_freed_memory()
         self.model = model.eval()
         stop_rescaling(model)
         self.blocks = list(blocks)

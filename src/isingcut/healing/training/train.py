@@ -76,7 +76,6 @@ from isingcut.models.device import BatchLimit
 from isingcut.models.fit import is_mtp
 from isingcut.models.fp8 import DTYPES, read_tensor
 from isingcut.models.loading import one_line, quiet_transformers
-from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.safetensors_files import read_checkpoint, read_config
 from isingcut.models.transformers_private import get_checkpointing
 
@@ -163,7 +162,6 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     sharded.
     """
     config, device, teacher = job.config, job.teacher.device, job.teacher.model
-    reuse_freed_memory()
     # A training before this one, for its speed, is in memory until it is collected.
     BatchLimit(device).release()
     plain = load_student(job.start, config)
