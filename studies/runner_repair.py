@@ -105,7 +105,7 @@ class RepairStudy(ModelStudy):
                 shutil.rmtree(out)
             return found
 
-        seen = o.patch_tokens * (9 if stage == "tuned" else 2.2)
+        seen = o.patch_tokens * (6 if stage == "tuned" else 2.2)
         if stage in ("healed", "tried"):
             seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
         asked = self.question_tokens(self.repaired_tasks(stage))

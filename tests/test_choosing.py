@@ -322,7 +322,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
     # The same patch in a checkpoint.
     run = RunFolder.open(target)
-    again = run.config.replace(patch_tokens=run.config.patch_tokens // 4)
+    again = run.config.replace(patch_tokens=run.config.patch_tokens // stages.LESS)
     cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
     both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]

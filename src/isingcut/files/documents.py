@@ -101,7 +101,7 @@ class TunedLayer(Strict):
 
 
 class PatchTuning(Strict):
-    """The result of tuning a patch: the KL before and after each epoch, or why it was not tuned."""
+    """The result of tuning a patch: the KL before and after, or why it was not tuned."""
 
     left_out: str = ""
     layers: list[TunedLayer] = Field(default_factory=list)

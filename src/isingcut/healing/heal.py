@@ -43,7 +43,7 @@ from isingcut.files.writing import (
 )
 from isingcut.healing import RECORD
 from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
-from isingcut.healing.patch.checkpoint import CANNOT, EPOCHS, patch_checkpoint, record_unpatched
+from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.removed import (
     check_pair,
     original_of,
@@ -313,9 +313,9 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     token = min(times) / (2 * int(sample.mask.sum()))
     # Both models before and after; a step runs student forward and backward, and teacher forward.
     judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
-    # A fit runs the original and the cut model once; each epoch of tuning a model and back.
+    # A fit runs the original and the cut model once, and tuning a model and back.
     read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
-    patching = patches * (read * (2 + 3 * EPOCHS * job.config.tunes) + judging / 2)
+    patching = patches * (read * (2 + 3 * job.config.tunes) + judging / 2)
     if seconds < (total := judging + patching + training):
         enough = math.ceil(total / 60 + 0.5)
         raise InputError(

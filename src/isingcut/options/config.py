@@ -55,7 +55,7 @@ QUICK: dict[str, Any] = {
     "report_samples": 16,
     "states": 8,
     "random_states": 0,
-    "patch_tokens": 8192,
+    "patch_tokens": 16384,
     "skip_speed": True,
 }
 """The values that `quick` sets for options left at their defaults."""
@@ -210,7 +210,7 @@ class RunConfig(Options):
         "trains all layers). none: no patch.",
     )
     patch_tokens: PatchTokens = option(
-        32768, "Tokens to fit the patch on: the samples of --energy first, then further text."
+        65536, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
     heal: spellings.Training = option(
         spellings.Training(),

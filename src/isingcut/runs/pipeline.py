@@ -150,7 +150,7 @@ DEMO = RunConfig(
     length=128,
     states=6,
     random_states=0,
-    patch_tokens=8192,
+    patch_tokens=16384,
 )
 """The options of the demo: small samples and a small patch, not a benchmark."""
 

@@ -60,7 +60,8 @@ EVENING = 8.0
 """Longest run to recommend, in hours."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
 """Forward passes of a derivative energy; per row for a matrix."""
-_PATCH = {"linear": 3, "tuned": 8}
+# Forward passes of a patch, one of them for the trial patches of near candidates.
+_PATCH = {"linear": 3, "tuned": 5}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
 # Bytes per trained number (weight, gradient, two moments).

@@ -156,7 +156,7 @@ def choose_by_tasks(
     return best[position], found
 
 
-NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 4
+NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 """How near the lowest a candidate must be to be patched for the choice, as a share of its KL or in
 paired standard errors; the most candidates, and how many times fewer tokens their patches take."""
 

@@ -6,10 +6,10 @@ of the model. So the linear layers of the blocks before and after each cut are t
 
     the mean over predictions of KL(original || patched), nats,
 
-by AdamW with steps relative to each layer's size. The blocks before the first of them run once;
-gradients end there. One sample in eight is for validation: tuning keeps the weights with the lowest
-divergence on these, possibly the initial ones. The maps must not be fitted on them either, because
-a map of a wide layer nearly memorises its samples.
+by AdamW with steps relative to each layer's size, once over the text: twice as many tokens win more
+than a second epoch. The blocks before the first tuned one run once; gradients end there. One sample
+in eight is for validation: the tuned weights are kept if they lower the divergence on these. The
+maps must not be fitted on them either, because a map of a wide layer nearly memorises its samples.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ CANNOT = (ArchitectureError, FitError)
 """Errors that skip the patch unless an option requires it."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
-EPOCHS = 2
 STEP_TOKENS = 2048
 """Approximate predictions per optimiser step."""
-BYTES = 20
-"""Host memory per tuned number: weight, gradient, two moments, the best weight so far."""
+BYTES = 16
+"""Host memory per tuned number: weight, gradient, two moments."""
 RATE, WIDTH = 0.004, 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
 a stream of this width; smaller for wider models, where more weights change at once."""
@@ -179,8 +178,8 @@ def tune(
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
 
-    Cost: one pass of the original over the tokens, and `EPOCHS` forward and backward passes of the
-    patched model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
+    Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
+    model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
     a copy of the layers, its gradient, the streams of all tokens twice, and the activations of one
     micro-batch. If not all linear layers fit the host, only those that write to the stream are
     tuned.
@@ -219,23 +218,19 @@ def tune(
     layers = _that_fit([one for one in found if not find_obstacle(replay, stored, *one[:3])])
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
-    parts = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
-    steps = EPOCHS * parts
+    steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
     rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
     rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
     optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    kl: list[float] = []
-    best: dict[tuple[int, str], Tensor] = {}
     used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
     with apply_patches(replay.blocks, used), work.progress("tuning the patch", steps) as bar:
-        kl.append(validation.divergence(suffix))
+        kl = [validation.divergence(suffix)]
         for taken in range(steps):
-            epoch, at = divmod(taken, parts)
             # Four warm-up steps, and a cosine.
             share = min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["size"] * share
-            for batch in train.part(epoch, at, parts):
+            for batch in train.part(taken, steps):
                 train.backward(batch, suffix)
                 for layer in tuned.values():
                     layer.collect()
@@ -244,19 +239,18 @@ def tune(
                 layer.place()
             optimiser.zero_grad()
             bar.advance(1)
-            if at == parts - 1:
-                kl.append(validation.divergence(suffix))
-                if kl[-1] == min(kl):
-                    best = {key: layer.weight.detach().clone() for key, layer in tuned.items()}
+        kl.append(validation.divergence(suffix))
+    if not kl[-1] < kl[0]:
+        tuned = {}
     record = PatchTuning(
-        layers=[TunedLayer(block=block, layer=path) for block, path in best],
+        layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
         steps=steps,
-        predictions=EPOCHS * train.predictions,
+        predictions=train.predictions,
         held_out_predictions=validation.predictions,
         held_out_kl=kl,
     )
-    new = [tuned[key].patch(key, weight) for key, weight in best.items()]
-    return [p for p in patches if (p.block, p.path) not in best] + new, record
+    new = [layer.patch(key, layer.weight.detach()) for key, layer in tuned.items()]
+    return [p for p in patches if (p.block, p.path) not in tuned] + new, record
 
 
 def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
@@ -364,10 +358,10 @@ class _Text:
             self.left.append(stream)
         return found
 
-    def part(self, epoch: int, at: int, parts: int) -> list[int]:
-        """Return the batches of step ``at`` of an epoch, in the random order of the epoch."""
+    def part(self, at: int, parts: int) -> list[int]:
+        """Return the batches of one step; the groups are in a random order."""
         order = torch.randperm(
-            len(self.groups), generator=torch.Generator().manual_seed(epoch)
+            len(self.groups), generator=torch.Generator().manual_seed(0)
         ).tolist()
         return [batch for group in order[at::parts] for batch in self.groups[group]]
 
