@@ -114,7 +114,7 @@ class Healing(RepairStudy):
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
             found += [self.repair(rows[p], "tuned") for p in rows if p == OURS and o.top_steps]
-            tried = TRIED if o.top_steps else ()
+            tried = [p for p in TRIED if p in rows and o.top_steps]
             found += [self.repair(rows[p], "tried", steps=o.top_steps) for p in tried]
             healed = dict(rows)
             if OURS in rows and (ours := self.after_trial(m)):
@@ -134,7 +134,7 @@ class Healing(RepairStudy):
         rows = self.chosen(m)
         if not self.options.top_steps:
             return OURS
-        trials = {p: self.trial(rows[p]) for p in TRIED}
+        trials = {p: self.trial(rows[p]) for p in TRIED if p in rows}
         kl = {p: mean_loss([t], "kl") for p, t in trials.items() if t}
         return min(TRIED, key=kl.__getitem__) if len(kl) == len(TRIED) else None
 
