@@ -236,7 +236,7 @@ class RunConfig(Options):
 
     quick: bool = option(
         False,
-        "Take a first look in about a tenth of the time: less text, a shorter search, a smaller "
+        "Take a first look in about a quarter of the time: less text, a shorter search, a smaller "
         "patch, no speed test. The figures are marked as rough.",
         "report",
     )
