@@ -31,7 +31,7 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.replay import Replay, reuse_freed_memory, use_attention
+from isingcut.models.replay import Replay, use_attention
 from isingcut.models.sources import resolve
 
 
@@ -62,7 +62,6 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
         seed=0,
     )
     replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
-    reuse_freed_memory()
     replay.attention = None if arguments.attention == "auto" else arguments.attention
     return replay, calibration.splits["energy"]
 
@@ -135,7 +134,6 @@ def main() -> None:
         f"{torch.get_num_threads()} threads"
     )
     rows: dict[str, np.ndarray] = {}
-    reuse_freed_memory()
     sides: dict[str, Callable[[], None]] = {
         "forward": lambda: forward(replay, tokens, arguments.batch_tokens),
         "batched": lambda: rows.update(

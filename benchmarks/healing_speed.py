@@ -61,7 +61,6 @@ from isingcut.healing.training.train import train
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import reload
 from isingcut.models.load import load
-from isingcut.models.replay import reuse_freed_memory
 from isingcut.models.sources import resolve
 from isingcut.options.config import HealConfig
 from isingcut.options.spellings import BlockList
@@ -102,8 +101,6 @@ class Bench:
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
         self.numbers = itertools.count()
-        # For all sides alike: what allocates afresh pays for cleared pages.
-        reuse_freed_memory()
 
     def take(self, text: str) -> None:
         """Heal with this kind of text from now on."""

@@ -32,7 +32,7 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.device import pick_dtype
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from streaming_model import write_model
@@ -51,7 +51,6 @@ def random_states(n: int, count: int, removed: int) -> np.ndarray:
 
 def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both jobs on a streamed model, and what they took."""
-    reuse_freed_memory()
     dtype = pick_dtype("auto", CPU)
     model, store, memory = open_model(
         folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit

@@ -22,7 +22,7 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models import load as models
-from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.replay import Replay
 from isingcut.models.sources import model_identity, resolve
 from studies.runner import STUDIES, Content, Part, Study
 from studies.runner_coder import coder_file
@@ -95,7 +95,6 @@ class ModelStudy(Study):
     @cached_property
     def seconds(self) -> float:
         """Seconds a token takes through the original, fastest of three batches."""
-        reuse_freed_memory()
         ids, taken = torch.randint(8, 200, (4, self.options.length)), []
         with torch.inference_mode():
             for _ in range(3):
