@@ -379,11 +379,11 @@ def test_the_one_pass_is_cut_short_for_a_small_budget():
     assert search_module.one_pass_samples(0.5, 16) == 1
 
 
-def test_a_default_search_costs_a_fifth_of_a_greedy_path():
+def test_a_default_search_costs_at_most_two_fifths_of_a_greedy_path():
     targets = [Target.count(30, m) for m in range(1, 16)]
     prices = [greedy_price(30, t.size) for t in targets]
     found = [default_passes(30, [t]) for t in targets]
-    assert found == [max(8, 0.2 * price) for price in prices]
+    assert found == [max(8, 0.4 * price) for price in prices]
     assert default_passes(30, targets[-2:]) == pytest.approx(sum(found[-2:]))
     assert default_passes(30, targets) == prices[-1]
 

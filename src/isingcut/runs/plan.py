@@ -185,8 +185,9 @@ class Prices:
             pairs, effort = self._states(name, states, samples), self.config.effort
             if name == "pairwise":
                 return pairs
-            # A budget of passes, spent on states that cost about as much as the pairs.
-            passes = effort.passes or default_passes(n, [Target.count(n, self.remove)])
+            # Passes, spent on states that cost about as much as the pairs. A search ends at half of
+            # its default budget on average.
+            passes = effort.passes or default_passes(n, [Target.count(n, self.remove)]) / 2
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1

@@ -42,11 +42,12 @@ FIRST_SHARE, FIRST_TOKENS = 0.125, 512
 because sorting takes little text."""
 GROWTH = 3.0
 """Factor between the samples of two rungs; the last rung is all samples."""
-EFFORT = 0.2
-"""Default budget of a target, as a share of the cost of a greedy path to it."""
+EFFORT = 0.4
+"""Default budget of a target, as a share of the cost of a greedy path to it. Most searches end at
+half of it."""
 LEAST_EFFORT = 8.0
 """Smallest default budget of a target, in passes."""
-PRIOR_SHARE = 0.2
+PRIOR_SHARE = 0.1
 """Largest share of the budget for the pair energy."""
 ONE_PASS_SHARE = 0.05
 """Largest share of the budget for one pass of the original, which otherwise reads less text."""
@@ -60,8 +61,8 @@ DRAWS = 20
 """Hamiltonians sampled per round."""
 GAIN, CHANCE = 0.01, 0.05
 """A target is done when the chance that a state is better than the best one by this share of its
-loss is below the second number. The chance is the share of sampled Hamiltonians with such a state.
-"""
+loss is at most the second number. The chance is the share of sampled Hamiltonians with such a
+state."""
 PROMOTED = 3
 """States promoted to the next rung per round."""
 FINALISTS = 4
@@ -300,7 +301,7 @@ class Search:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
         drawn, gains = proposals.draw_minima(surrogate, target, DRAWS, self._rng, goal.best)
-        if np.mean(gains > GAIN * own.loss[own.best()]) < CHANCE:
+        if np.mean(gains > GAIN * own.loss[own.best()]) <= CHANCE:
             return []
         lowest = proposals.find_lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
         take(lowest, MINIMA, "minimum of the mean")
