@@ -245,7 +245,8 @@ def deep_cuts() -> plt.Figure:
                 style = "o--" if method == "sleb" else "o-"
                 axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=method)
         axes.set(title=f"{m} of 30 blocks removed", yscale="log")
-        axes.set_xticks(range(3), ["cut", "patched", "healed"])
+        healed = [f"healed,\n{t / 1e6:.1g} M" for t, _ in healed_rows(m)["isingcut"][2:]]
+        axes.set_xticks(range(2 + len(healed)), ["cut", "patched", *healed])
         axes.set_yticks(ticks := [1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
