@@ -73,11 +73,22 @@ class Texts:
         """A file of the conversations that do not judge."""
         return self._write("chosen", self._conversations()[:-JUDGED_CONVERSATIONS])
 
+    def trained_code(self) -> str:
+        """A file of Python files that do not judge."""
+        return self._write("trained-code", self._files(0, TRAINED_FILES))
+
+    def halves(self, file: str) -> tuple[str, str]:
+        """Two files, of the first and the second half of a data file's documents."""
+        records, name = self._records(file), Path(file).name
+        middle = len(records) // 2
+        parts = {f"{name}-first": records[:middle], f"{name}-second": records[middle:]}
+        first, second = (self._write(*item) for item in parts.items())
+        return first, second
+
     def training(self, samples: int, report_samples: int, seed: int) -> healing_text.HealingText:
         """Half Wikipedia leads, three tenths conversations, the rest code."""
-        code = self._write("trained-code", self._files(0, TRAINED_FILES))
         return healing_text.build(
-            f"wiki=0.5,{self.conversations()}=0.3,{code}=0.2",
+            f"wiki=0.5,{self.conversations()}=0.3,{self.trained_code()}=0.2",
             self.tokenizer,
             samples=samples,
             report_samples=report_samples,

@@ -5,8 +5,10 @@ import os
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,13 +27,13 @@ def main(names: list[str]) -> int:
         sys.exit(f"transformers has no causal or image-text model type {unknown[0]!r}")
     with tempfile.TemporaryDirectory() as room:
         tasks = [
-            (f"{f} (family)", partial(check_family, f, Path(room) / "families" / f))
+            (f"{f} (family)", partial(_check, check_family, f, room))
             for f in names or FAMILIES
             if f in FAMILIES
         ]
         tasks += [
-            (e.name, partial(check_entry, e, Path(room) / str(i)))
-            for i, (e, model_type) in enumerate(found.items())
+            (e.name, partial(_check, check_entry, e, room))
+            for e, model_type in found.items()
             if not names or model_type in names
         ]
         # Forked, so that torch and transformers are imported once.
@@ -52,6 +54,12 @@ def main(names: list[str]) -> int:
     print(f"mtp_heads_kept: {sum(r.mtp.count for r in kept)}")
     print(f"mtp_generate_equal: {int(any(r.drafts for r in kept) and kept == with_mtp)}")
     return int(any(r.outcome == "failed" for r in reports))
+
+
+def _check(check: Callable[..., Report], what: Any, room: str) -> Report:
+    """Check one architecture in a folder of its own; its checkpoints go with the folder."""
+    with tempfile.TemporaryDirectory(dir=room) as folder:
+        return check(what, Path(folder))
 
 
 def _report(name, result):

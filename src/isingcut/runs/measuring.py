@@ -182,7 +182,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     config = session.config
     part = energy_part(config, name)
     if hasattr(part, "targets"):
-        part = dataclasses.replace(part, targets=_targets(folder, config))
+        part = dataclasses.replace(part, targets=targets_of(folder, config))
     options = calibration_options(folder) | {
         "energy": name,
         "options": repr(part),
@@ -214,7 +214,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     )
 
 
-def _targets(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
+def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     """Return the targets of a search: every removal in the options."""
     if not config.removal:
         return ()

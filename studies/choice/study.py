@@ -1,0 +1,225 @@
+"""Is the choice a matter of luck? A search and its near candidates on ten calibration texts.
+
+On each text isingcut searches, ranks and chooses as a run does by default. Then two questions:
+
+1. Did the search end too early? The same search goes on, without its rule to end, to `LONGER` times
+   its budget.
+2. Are near candidates told apart? The lowest three of the ranking are all patched, as a run patches
+   near ones. They are judged on unseen text, cut and patched: documents of WikiText-2, C4,
+   conversations and Python files that no calibration text holds.
+
+Gains are in the mean KL on the unseen texts, over the candidate of the lowest mean on the ranking
+text; the standard errors are over calibration texts. Figures, after the `--prefix`:
+
+stop_rule_regret_percent, _worst  how much the KL of the state that the search ends with is above
+    that of the longer search's, on the text that was searched on
+tie_regret_percent_STAGE  gain of the lowest patched KL among the candidates within two paired
+    standard errors of the lowest mean
+near_gain_percent_STAGE  the same within two standard errors or 5 %, which is the rule of a run
+patched_choice_gain_percent_STAGE  the same among all three
+worst_part_gain_percent_STAGE  of the near candidates, that with the lowest KL on the part of the
+    text where it is worst; on mixed texts
+best_gain_percent_STAGE  the best of the three on the unseen text itself, which bounds them all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar
+from unittest import mock
+
+import numpy as np
+
+from isingcut.console.progress import terminal
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search import Search, greedy_price, search
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.packed import changed_losses
+from isingcut.measure.work import Work
+from isingcut.models.processes import ALONE
+from isingcut.options.config import TEXT, RunConfig
+from isingcut.runs import cutting, measuring, pipeline, stages
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+from studies.runner import Content, Part
+from studies.runner_models import ModelStudy, State, mean_loss
+
+LONGER, NEAR = 1.25, stages.NEAR
+STAGES = ("cut", "patched")
+WEB = "calib_text/c4_300"
+Gains = np.ndarray[Any, Any]
+
+
+class Choice(ModelStudy):
+    """Searches and near candidates on many texts."""
+
+    name = "choice"
+    judged = ("wikitext2", "c4", "instruct", "code")
+    defaults: ClassVar[Content] = {"judged_tokens": 2048}
+    settings = (*ModelStudy.settings, "remove", "patch_tokens")
+
+    @classmethod
+    def add_options(cls, add: Callable[..., Any]) -> None:
+        super().add_options(add)
+        add("--remove", type=int, default=6, help="number of blocks")
+        add("--texts", nargs="*", help="names of calibration texts; by default all")
+        add("--patch-tokens", type=int, default=RunConfig().patch_tokens)
+        add("--prefix", default="", help="of the names of figures")
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """The calibration texts by name."""
+        chats, code = self.texts.conversations(), self.texts.trained_code()
+        web, books = self.texts.halves(WEB)[0], self.options.data / "calib_text"
+        return {
+            "default": TEXT,
+            "conversations": chats,
+            "web pages": web,
+            "maths": self.texts.source("maths"),
+            "Python": code,
+            "Wikipedia": "wiki",
+            "four kinds": ",".join(f"{place}=0.25" for place in ("wiki", chats, web, code)),
+            "stories": str(books / "tinystories.jsonl"),
+            "plays": str(books / "tinyshakespeare.jsonl"),
+            "novel": str(books / "book_news_from_nowhere.jsonl"),
+        }
+
+    @cached_property
+    def unseen(self) -> dict[str, TokenSet]:
+        """The texts that judge."""
+        found = {name: self.judged_text(name) for name in self.judged}
+        half = self.texts.samples(self.texts.halves(WEB)[1], self.options.judged_tokens)
+        return {**found, "c4": half}
+
+    def parts(self) -> list[Part]:
+        o = self.options
+        price = 4 * greedy_price(len(self.replay), o.remove) * o.length * 16
+        return [
+            Part(f"chosen/{o.remove}/{text}", lambda _, text=text: self._choose(text), price)
+            for text in o.texts or self.sources
+        ]
+
+    def _choose(self, text: str) -> Content:
+        o = self.options
+        options = {name: getattr(o, name) for name in ("length", "dtype", "patch_tokens", "seed")}
+        config = RunConfig(
+            model=str(self.original.folder),
+            remove=str(o.remove),
+            out=str(self.work / "runs" / f"{o.remove}-{text}"),
+            calibration=self.sources[text],
+            random_states=0,
+            **options,
+        )
+        config = measuring.concrete(config.validate())
+        with (
+            pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
+            # The lowest three are all patched, for the rules to choose among them.
+            mock.patch.object(stages, "NEAR", math.inf),
+        ):
+            longer = self._search_on(run, folder)
+            (ranking,) = pipeline.measure_and_rank(run, folder)
+            made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
+            rows = sorted(ranking.candidates, key=lambda row: row.kl)[: stages.TRIED]
+            near = [
+                row.content() | {"unseen": self._judge(run, folder, row.removed)} for row in rows
+            ]
+        return {"text": text, "ended": made["trace"][-1], "longer": longer, "near": near}
+
+    def _search_on(self, run: Session, folder: RunFolder) -> Content:
+        """The search of a run beyond its end; the run's own takes what it measured."""
+        run.choose_tuning(folder)
+        samples = range(measuring.samples_of(run.config, run.config.energy))
+        tokens = measuring.splits_of(folder)["energy"].select(samples)
+        work = measuring.work_of(run, folder.path / "hamiltonian.safetensors.journal")
+        targets = measuring.targets_of(folder, run.config)
+        longer = Search(run.replay, tokens, work, targets, seed=self.options.seed)
+        longer.budget *= LONGER
+        longer.evaluator.budget = longer.budget
+        with mock.patch.object(search, "CHANCE", -1.0):
+            return dict(longer.run().trace[-1])
+
+    def _judge(self, run: Session, folder: RunFolder, removed: State) -> Content:
+        """KL on the unseen texts, summed by sample, of a state cut and patched."""
+        tokens = self.options.patch_tokens // stages.LESS
+        trial = run.at(run.config.replace(patch="linear", patch_tokens=tokens))
+        new = cutting.fit_patch(trial, folder, removed)
+        state, work = states_of(len(run.replay), [removed]), Work(run.tuning.batch_tokens)
+        found = {}
+        for name, text in self.unseen.items():
+            cut = measure(run.replay, text, state, work).kl_sums[0]
+            patched = changed_losses(
+                run.replay, text, lambda name, _: new.get(name), work, name, removed
+            )
+            sums = zip(STAGES, (cut, patched), strict=True)
+            kl = {stage: sum_.round(5).tolist() for stage, sum_ in sums}
+            found[name] = kl | {"counts": text.predicted.sum(1).tolist()}
+        return found
+
+    def collect(self) -> Content:
+        o = self.options
+        settings = {name: getattr(o, name) for name in self.settings} | {"prefix": o.prefix}
+        rows = self.under(f"chosen/{o.remove}")
+        return {"settings": settings, "provenance": self.provenance(), "texts": rows}
+
+    @staticmethod
+    def show(content: Content) -> dict[str, Any]:
+        rows, o = content["texts"], content["settings"]
+        print(f"\n{content['provenance']['model']} without {o['remove']} blocks")
+        print(f"{'text':<15}{'passes':>8}{'longer':>8}{'above it':>10}   near candidates")
+        regrets, gains = [], dict[str, list[Gains]]()
+        for row in rows:
+            ended, longer = row["ended"], row["longer"]
+            regrets.append(100 * (ended["kl"] / longer["kl"] - 1))
+            print(
+                f"{row['text']:<15}{ended['passes']:>8.1f}{longer['passes']:>8.1f}"
+                f"{regrets[-1]:>8.1f} %"
+            )
+            unseen = [[_unseen(state, stage) for stage in STAGES] for state in row["near"]]
+            rules = _rules(row["near"])
+            for i, (state, judged) in enumerate(zip(row["near"], unseen, strict=True)):
+                by = ", ".join(rule for rule, chosen in rules.items() if chosen == i)
+                print(
+                    f"{'':6}{' '.join(map(str, state['removed'])):<40}{state['kl']:.3f} (+- "
+                    f"{state['above_lowest_se']:.3f}), patched {state['patched_kl']:.3f}; unseen "
+                    f"{judged[0]:.3f}, patched {judged[1]:.3f}  {by}"
+                )
+            lowest = np.array(unseen[0])
+            rules["best"] = int(np.argmin([patched for _, patched in unseen]))
+            for rule, i in rules.items():
+                gains.setdefault(rule, []).append(100 * (1 - np.array(unseen[i]) / lowest))
+        figures = {"stop_rule_regret_percent": float(np.mean(regrets))}
+        figures["stop_rule_regret_percent_worst"] = max(regrets)
+        for rule, found in gains.items():
+            table = np.array(found)
+            for stage, column in zip(STAGES, table.T, strict=True):
+                name = f"{rule}_percent_{stage}"
+                figures[name] = float(column.mean())
+                if len(column) > 1:
+                    figures[f"{name}_se"] = float(column.std(ddof=1) / len(column) ** 0.5)
+        return {o["prefix"] + name: value for name, value in figures.items()}
+
+
+def _unseen(state: Content, stage: str) -> float:
+    """Mean KL of the texts that judge."""
+    return float(np.mean([mean_loss([text], stage) for text in state["unseen"].values()]))
+
+
+def _rules(near: list[Content]) -> dict[str, int]:
+    """What each rule chooses of the three lowest candidates, the lowest first."""
+    above = [row["kl"] - near[0]["kl"] for row in near]
+    errors = [stages.ERRORS * row["above_lowest_se"] for row in near]
+    level = [i for i, gap in enumerate(above) if gap <= errors[i]]
+    close = [i for i, gap in enumerate(above) if gap <= max(errors[i], NEAR * near[0]["kl"])]
+
+    def patched(i: int) -> float:
+        return float(near[i]["patched_kl"])
+
+    found = {"tie_regret": min(level, key=patched), "near_gain": min(close, key=patched)}
+    found["patched_choice_gain"] = min(range(len(near)), key=patched)
+    if near[0].get("parts"):
+        worst = [max(part["kl"] for part in row["parts"].values()) for row in near]
+        found["worst_part_gain"] = min(close, key=worst.__getitem__)
+    return found
