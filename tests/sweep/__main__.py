@@ -5,10 +5,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,21 +22,15 @@ def main(names: list[str]) -> int:
     found = {e: e.model_type for e in entries()}
     if unknown := sorted(set(names) - {*FAMILIES, *found.values()}):
         sys.exit(f"transformers has no causal or image-text model type {unknown[0]!r}")
+    families = [f for f in names or FAMILIES if f in FAMILIES]
+    tasks = [(f"{f} (family)", check_family, f) for f in families]
+    wanted = (e for e, model_type in found.items() if not names or model_type in names)
+    tasks += [(e.name, check_entry, e) for e in wanted]
     with tempfile.TemporaryDirectory() as room:
-        tasks = [
-            (f"{f} (family)", partial(_check, check_family, f, room))
-            for f in names or FAMILIES
-            if f in FAMILIES
-        ]
-        tasks += [
-            (e.name, partial(_check, check_entry, e, room))
-            for e, model_type in found.items()
-            if not names or model_type in names
-        ]
         # Forked, so that torch and transformers are imported once.
         context = multiprocessing.get_context("fork")
         with context.Pool(os.cpu_count(), _limit, maxtasksperchild=1) as pool:
-            pending = [(name, pool.apply_async(check)) for name, check in tasks]
+            pending = [(t[0], pool.apply_async(_check, (*t[1:], room))) for t in tasks]
             print(
                 "| architecture | outcome | blocks | cuts | difference | sublayer gate | remarks |"
             )
@@ -56,7 +47,7 @@ def main(names: list[str]) -> int:
     return int(any(r.outcome == "failed" for r in reports))
 
 
-def _check(check: Callable[..., Report], what: Any, room: str) -> Report:
+def _check(check, what, room):
     """Check one architecture in a folder of its own; its checkpoints go with the folder."""
     with tempfile.TemporaryDirectory(dir=room) as folder:
         return check(what, Path(folder))
