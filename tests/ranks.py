@@ -16,7 +16,7 @@ _context.set_forkserver_preload(
         "transformers",
         "transformers.models.llama.modeling_llama",
         "isingcut.cli.main",
-        "isingcut.runs.stages",
+        "isingcut.runs.pipeline",
         "isingcut.measure.gradients",
         "isingcut.measure.curvature",
         "isingcut.energies.pairwise",

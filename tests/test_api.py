@@ -159,7 +159,7 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     found = read_json(place / "my-run" / "candidates.json", "candidates")
     poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
     found["fidelity"]["kl"] = poor
-    monkeypatch.setattr("isingcut.runs.stages.rank", lambda *a: found)
+    monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
     assert len(caught) == 1

@@ -32,8 +32,8 @@ from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.ranking import baseline_part
 from isingcut.runs.session import Session
-from isingcut.runs.stages import baseline_part
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N, SAMPLES, LENGTH = 6, 3, 12

@@ -19,7 +19,7 @@ from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
 from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
-from isingcut.runs import stages
+from isingcut.runs import evaluating
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS, call
@@ -239,7 +239,7 @@ FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch"
 
 def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
     model, out = shared.checkpoint(), tmp_path / "run"
-    evaluate, failed = stages.evaluate.__globals__["before_and_after"], []
+    evaluate, failed = evaluating.evaluate.__globals__["before_and_after"], []
 
     def exhausted(*args, **kwargs):
         failed.append(1)
@@ -248,7 +248,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
             return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     options = {**OPTIONS, **FEW, "model": str(model), "calibration": str(text), "skip_speed": True}
     isingcut.run(out=str(out), **options)
     assert failed == [1, 1]
@@ -257,11 +257,11 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     assert [name for name, record in records.items() if record.get("streamed")] == [
         "evaluation.json"
     ]
-    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", evaluate)
+    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", evaluate)
     isingcut.run(out=str(tmp_path / "whole"), **options)
     whole = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
-    monkeypatch.setitem(stages.evaluate.__globals__, "before_and_after", exhausted)
+    monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
         isingcut.run(out=str(tmp_path / "off"), stream="off", **options)
 

@@ -10,7 +10,7 @@ from scipy import stats
 import isingcut
 from isingcut.data.calibration import Calibration
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import InputError
+from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
@@ -29,9 +29,9 @@ from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import chosen_by_tasks
-from isingcut.runs import cutting, pipeline, stages
+from isingcut.runs import benchmarking, cutting, pipeline, ranking
+from isingcut.runs.benchmarking import check_run_tasks
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.stages import check_run_tasks
 from shared import OPTIONS, write_jsonl
 from tiny import random_tokens, tiny_replay
 
@@ -295,7 +295,7 @@ def chosen_by(llama, text):
 
 
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
-    tried, measure_patched = [], stages.changed_losses
+    tried, measure_patched = [], ranking.changed_losses
 
     def interrupted(*given):
         tried.append(given)
@@ -303,7 +303,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
             raise KeyboardInterrupt
         return measure_patched(*given)
 
-    monkeypatch.setattr(stages, "changed_losses", interrupted)
+    monkeypatch.setattr(ranking, "changed_losses", interrupted)
     given = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "linear"}
     options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
     with pytest.raises(KeyboardInterrupt):
@@ -320,9 +320,11 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     assert found["chosen"]["removed"] == best["removed"]
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
     assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
+    with pytest.raises(OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"):
+        isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # The same patch in a checkpoint.
     run = RunFolder.open(target)
-    again = run.config.replace(patch_tokens=run.config.patch_tokens // stages.LESS)
+    again = run.config.replace(patch_tokens=ranking.trial_tokens(run.config))
     cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
     both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
@@ -333,7 +335,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
 def test_a_clear_leader_is_not_patched_for_the_choice():
     row = SimpleNamespace(kl=1.0, above_lowest_se=0.0)
     rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05), row]
-    assert stages.choose_by_patch(None, None, rows, None, None) == [1]
+    assert ranking.choose_by_patch(None, None, rows, None, None) == [1]
 
 
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
@@ -394,7 +396,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         "tasks": f"{questions},{more}",
         "out": str(tmp_path / "run"),
     }
-    whole, compute, calls, computed = stages.score_states, likelihoods._scores, [], []
+    whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
 
     def counted(model, task, *given, **rest):
         calls.append(task.name)
@@ -410,7 +412,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
         computed.append(calls[-1])
         return compute(*given)
 
-    monkeypatch.setattr(stages, "score_states", counted)
+    monkeypatch.setattr(benchmarking, "score_states", counted)
     monkeypatch.setattr(likelihoods, "_scores", noted)
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)

@@ -37,14 +37,14 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(place):
     """What one process measures, by the Python door."""
-    from isingcut.runs import pipeline, solving, stages
+    from isingcut.runs import pipeline, ranking, solving
 
     for name in ("pairwise", "fisher", "refined"):
         _energy(place, place / name, name)
     run = isingcut.runs.folder.RunFolder.open(place / "pairwise")
     config = run.config.replace(remove="2", random_states=30, states=5)
     solving.solve(run, config)
-    stages.rank(pipeline.session_of(run, config), run)
+    ranking.rank(pipeline.session_of(run, config), run)
     return place
 
 

@@ -16,7 +16,7 @@ from shared import OPTIONS, leave_speed_out
 from tiny import tiny_checkpoint
 
 # Fifteen states of six blocks: too few to judge an energy, which no test here does.
-pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.pipeline.PoorEnergyWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.api.PoorEnergyWarning")
 
 TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 

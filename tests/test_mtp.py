@@ -14,7 +14,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.fit import count_mtp_layers, is_mtp
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.report.words import patch_warnings
-from isingcut.runs.stages import _add_drafts
+from isingcut.runs.evaluating import _add_drafts
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS
 from sweep.mtp import add_mtp_layers

@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from isingcut.ising.solvers import solve as solve
     from isingcut.ising.spectrum import Spectrum as Spectrum
     from isingcut.options.config import RunConfig as RunConfig
-    from isingcut.runs.pipeline import PoorEnergyWarning as PoorEnergyWarning
-    from isingcut.runs.pipeline import Run as Run
-    from isingcut.runs.pipeline import State as State
+    from isingcut.runs.api import PoorEnergyWarning as PoorEnergyWarning
+    from isingcut.runs.api import Run as Run
+    from isingcut.runs.api import State as State
+    from isingcut.runs.api import open_run as open_run
+    from isingcut.runs.api import prune as prune
     from isingcut.runs.pipeline import energy as energy
-    from isingcut.runs.pipeline import open_run as open_run
-    from isingcut.runs.pipeline import prune as prune
     from isingcut.runs.pipeline import run as run
 
 _HOMES = {
     "Hamiltonian": "ising.hamiltonian",
-    "PoorEnergyWarning": "runs.pipeline",
+    "PoorEnergyWarning": "runs.api",
     "Problem": "ising.problem",
-    "Run": "runs.pipeline",
+    "Run": "runs.api",
     "RunConfig": "options.config",
     "Spectrum": "ising.spectrum",
-    "State": "runs.pipeline",
+    "State": "runs.api",
     "__version__": "files.provenance",
     "energy": "runs.pipeline",
-    "open_run": "runs.pipeline",
-    "prune": "runs.pipeline",
+    "open_run": "runs.api",
+    "prune": "runs.api",
     "run": "runs.pipeline",
     "solve": "ising.solvers",
 }

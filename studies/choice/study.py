@@ -41,13 +41,13 @@ from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
 from isingcut.models.processes import ALONE
 from isingcut.options.config import TEXT, RunConfig
-from isingcut.runs import cutting, measuring, pipeline, stages
+from isingcut.runs import cutting, measuring, pipeline, ranking
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from studies.runner import Content, Part
 from studies.runner_models import ModelStudy, State, mean_loss
 
-LONGER, NEAR = 1.25, stages.NEAR
+LONGER, NEAR = 1.25, ranking.NEAR
 STAGES = ("cut", "patched")
 WEB = "calib_text/c4_300"
 Gains = np.ndarray[Any, Any]
@@ -117,12 +117,12 @@ class Choice(ModelStudy):
         with (
             pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
             # The lowest three are all patched, for the rules to choose among them.
-            mock.patch.object(stages, "NEAR", math.inf),
+            mock.patch.object(ranking, "NEAR", math.inf),
         ):
             longer = self._search_on(run, folder)
-            (ranking,) = pipeline.measure_and_rank(run, folder)
+            (ranked,) = pipeline.measure_and_rank(run, folder)
             made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
-            rows = sorted(ranking.candidates, key=lambda row: row.kl)[: stages.TRIED]
+            rows = sorted(ranked.candidates, key=lambda row: row.kl)[: ranking.TRIED]
             near = [
                 row.content() | {"unseen": self._judge(run, folder, row.removed)} for row in rows
             ]
@@ -143,7 +143,7 @@ class Choice(ModelStudy):
 
     def _judge(self, run: Session, folder: RunFolder, removed: State) -> Content:
         """KL on the unseen texts, summed by sample, of a state cut and patched."""
-        tokens = self.options.patch_tokens // stages.LESS
+        tokens = self.options.patch_tokens // ranking.LESS
         trial = run.at(run.config.replace(patch="linear", patch_tokens=tokens))
         new = cutting.fit_patch(trial, folder, removed)
         state, work = states_of(len(run.replay), [removed]), Work(run.tuning.batch_tokens)
@@ -210,7 +210,7 @@ def _unseen(state: Content, stage: str) -> float:
 def _rules(near: list[Content]) -> dict[str, int]:
     """What each rule chooses of the three lowest candidates, the lowest first."""
     above = [row["kl"] - near[0]["kl"] for row in near]
-    errors = [stages.ERRORS * row["above_lowest_se"] for row in near]
+    errors = [ranking.ERRORS * row["above_lowest_se"] for row in near]
     level = [i for i, gap in enumerate(above) if gap <= errors[i]]
     close = [i for i, gap in enumerate(above) if gap <= max(errors[i], NEAR * near[0]["kl"])]
 

@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     from isingcut.cli import show
     from isingcut.files import documents
     from isingcut.report import words
-    from isingcut.runs import cutting, pipeline, solving, stages
+    from isingcut.runs import (
+        benchmarking,
+        cutting,
+        evaluating,
+        pipeline,
+        ranking,
+        solving,
+    )
 else:
 
     class LazyModule:
@@ -53,8 +60,10 @@ else:
             return getattr(importlib.import_module(self.name), attribute)
 
     show, documents, words = map(LazyModule, ("cli.show", "files.documents", "report.words"))
-    runs = ("runs.cutting", "runs.pipeline", "runs.solving", "runs.stages")
-    cutting, pipeline, solving, stages = map(LazyModule, runs)
+    runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
+    benchmarking, cutting, evaluating, pipeline, ranking, solving = (
+        LazyModule(f"runs.{name}") for name in runs
+    )
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
 """The split that a ranking is measured on."""
@@ -175,7 +184,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
 
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = stages.rank(session, folder)
+    found = ranking.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Output(
         {"file": str(file), **CUT_ON_RANKING, **found.content()},
@@ -209,10 +218,10 @@ def baseline(
     """
 
     # Check the typed options before the run folder.
-    stages.baseline_part(name, settings or [])
+    ranking.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = stages.compare(session, folder, name, settings or [])
+    found = ranking.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **CUT_ON_RANKING, **found.content()},
@@ -345,17 +354,17 @@ def evaluate(
             "compare it with its original"
         )
     asked = RunConfig(**typed)
-    stages.check_run_tasks(asked)
+    benchmarking.check_run_tasks(asked)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if typed:
         config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
     session = pipeline.session_of(folder, config, progress)
-    found = stages.evaluate(session, folder, removed)
+    found = evaluating.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
     rows: documents.BenchmarksFile | None = None
     if typed:
-        rows = stages.benchmarks(session, folder, removed)
+        rows = benchmarking.benchmarks(session, folder, removed)
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show_all() -> None:
@@ -377,7 +386,7 @@ def _score_gguf(
     file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
     check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
     with lock_place(file):
-        found = stages.evaluate_gguf(Session(config), gguf)
+        found = evaluating.evaluate_gguf(Session(config), gguf)
         write_document(file, found, seal=True)
     return found, file
 
@@ -397,9 +406,9 @@ def _score_checkpoint(
     sources = [str(folder), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.
-    stages.check_run_tasks(config)
+    benchmarking.check_run_tasks(config)
     with lock_place(file):
-        content = stages.score_both(Session(config), folder)
+        content = benchmarking.score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file
 

@@ -44,12 +44,7 @@ from isingcut.files.writing import (
 from isingcut.healing import RECORD
 from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
-from isingcut.healing.removed import (
-    check_pair,
-    original_of,
-    recorded_removal,
-    removal_by_weights,
-)
+from isingcut.healing.removed import check_pair, original_of, recorded_removal, removal_by_weights
 from isingcut.healing.work_folder import (
     check_places,
     claim_work,

@@ -28,14 +28,7 @@ from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
 from isingcut.models.compute.head import OutputHead, divergence_gradient, loss_gradient
-from isingcut.models.replay import (
-    BLOCK_STREAMS,
-    EMBED,
-    HEAD,
-    Recording,
-    Replay,
-    use_attention,
-)
+from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Recording, Replay, use_attention
 
 Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps the gradient in the stream after a block to those in its gates (B,) and its input stream."""

@@ -23,13 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
-from isingcut.errors import (
-    InputError,
-    IsingcutError,
-    ModelError,
-    OutputExistsError,
-    StageFileError,
-)
+from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import documents, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions

@@ -36,13 +36,7 @@ from isingcut.models.architectures.cuts import (
 )
 from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
-from isingcut.models.gguf_files import (
-    PLAIN_TYPES,
-    GgufHeader,
-    block_of,
-    packed_type,
-    read_gguf,
-)
+from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")

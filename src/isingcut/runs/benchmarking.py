@@ -1,0 +1,196 @@
+"""Stage `benchmarks`: score models on tasks, check the tasks of a run, and choose by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isingcut.console.progress import Part
+from isingcut.errors import InputError
+from isingcut.evaluation import benchmark
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
+from isingcut.evaluation.scores import ScoredModel, Scores, score_states
+from isingcut.files import documents
+from isingcut.files.inputs import user_path
+from isingcut.files.writing import fingerprint, read_document, write_document
+from isingcut.measure.work import Work
+from isingcut.options.config import RunConfig
+from isingcut.report.words import join_blocks
+from isingcut.runs import solving
+from isingcut.runs.cutting import product
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+
+
+def check_run_tasks(config: RunConfig) -> list[str]:
+    """Check the tasks of a run's options before a model is loaded.
+
+    Returns:
+        their names, without duplicates.
+
+    Raises:
+        InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
+    """
+    if not config.tasks:
+        return []
+    if config.choose != "tasks" and len(solving.each_removal(config)) > 1:
+        raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
+    names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
+    if config.choose == "tasks" and names == [WIKITEXT]:
+        raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
+    return names
+
+
+def check_whole(session: Session) -> None:
+    """Raise if a task needs the whole model in memory, but the model is streamed.
+
+    Raises:
+        InputError: a perplexity task, or a task with generated answers.
+    """
+    config = session.config
+    for name in split_names(config.tasks) if config.tasks and session.streaming else ():
+        if name == WIKITEXT or prepare_task(name, data_of(config), config.questions).generates:
+            raise InputError(
+                f"{name} needs the whole model, which does not fit the memory limit; raise "
+                "--memory-limit, or remove it from --tasks"
+            )
+
+
+def data_of(config: RunConfig) -> Path | None:
+    """Return the folder of the questions in a run's options."""
+    return user_path(config.data) if config.data else None
+
+
+def last_blocks(size: int, count: int) -> list[int]:
+    """Return the last ``count`` blocks of a stack of ``size``."""
+    return list(range(size - count, size))
+
+
+def choose_by_tasks(
+    session: Session, rows: Sequence[documents.MeasuredState], kept: Path
+) -> tuple[int, documents.ByTasks]:
+    """Choose the best of a few candidates by half of the questions of the run's tasks.
+
+    Each candidate is the original with blocks skipped, so no checkpoint is written.
+
+    Args:
+        rows: the rows of `candidates.json`.
+        kept: folder for journals.
+
+    Returns:
+        the index of the chosen row, and the record of the choice.
+    """
+    config = session.config
+    tasks = {
+        task.name: task
+        for name in check_run_tasks(config)
+        if name != WIKITEXT
+        for task in [prepare_task(name, data_of(config), config.questions)]
+    }
+    pool = {name: task.pool() for name, task in tasks.items()}
+    last = last_blocks(len(session.stack), len(rows[0].removed))
+    best = benchmark.contenders(rows, last)
+    drawn = benchmark.draw_half(pool, config.seed)
+    model = ScoredModel(session.loaded, session.replay)
+    # Fewer if one candidate is clearly ahead early.
+    most = len(best) * sum(map(len, drawn.values()))
+    with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
+
+        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
+            journal = benchmark.journal_of(kept, tasks[name], model.loaded, [*left, *keys])
+            part = Part(bar, len(keys) * len(left))
+            work = Work(session.tuning.batch_tokens, part, journal)
+            only = frozenset(keys).__contains__
+            found = score_states(model, tasks[name], left, work, wanted=only)
+            right, blocks = max(
+                (float(s.values.mean()), join_blocks(r)) for s, r in zip(found, left, strict=True)
+            )
+            part.finish(f"without {blocks} {right:.0%} of {name}")
+            return found
+
+        position, found = benchmark.choose_by_questions([rows[i].removed for i in best], drawn, ask)
+    return best[position], found
+
+
+def benchmarks(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> documents.BenchmarksFile:
+    """Run stage `benchmarks`: score both models on the options' tasks, in `benchmarks.json`.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    config = session.config
+    checkpoint = product(folder, config, removed)
+    made = folder.find_record(checkpoint)
+    if made is None or not checkpoint.exists():
+        raise InputError(f"{checkpoint} does not exist; run excise (and heal) first")
+    ranked = folder.target(config.removal) / "candidates.json"
+    chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
+    # Questions that were used for the choice must not judge it.
+    but = chosen.asked if chosen else []
+    tasks = list(dict.fromkeys(split_names(config.tasks)))
+    options = {
+        "model": made.fingerprint,
+        "tasks": tasks,
+        "questions": config.questions,
+        "data": bool(config.data),
+        **({"left_out": fingerprint(but)} if but else {}),
+    }
+    work = checkpoint.with_name(".benchmarks")
+
+    def make(path: Path) -> None:
+        session.choose_tuning(folder)
+        write_document(path, score_both(session, checkpoint, but=but, kept=work))
+
+    return folder.stage(
+        "benchmarks",
+        checkpoint.with_name("benchmarks.json"),
+        options,
+        make,
+        lambda path: read_document(path, documents.BenchmarksFile),
+        forget=lambda: benchmark.forget_scores(work, tasks),
+    )
+
+
+def score_both(
+    session: Session,
+    checkpoint: Path,
+    *,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
+) -> documents.BenchmarksFile:
+    """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
+
+    Args:
+        but: keys of questions to leave out.
+        kept: folder for journals; None keeps nothing.
+    """
+    from importlib.metadata import version
+
+    check_whole(session)
+    config = session.config
+    tasks = list(dict.fromkeys(split_names(config.tasks)))
+    given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
+    given["progress"] = session.progress
+    original = ScoredModel(session.loaded, session.replay)
+    loaded, streamed = session.open_cut(checkpoint)
+    cut = ScoredModel.whole(loaded) if streamed is None else ScoredModel(loaded, streamed)
+    if streamed is None:
+        cut.replay.attention = original.replay.attention
+    models = {"original": original, "cut": cut}
+    rows = benchmark.benchmark(
+        models,
+        [t for t in tasks if t != WIKITEXT],
+        data=data_of(config),
+        questions=config.questions,
+        but=but,
+        kept=kept,
+        **given,
+    )
+    found: dict[str, Any] = {"left_out": len(but)} if but else {}
+    if WIKITEXT in tasks:
+        both = {name: model.loaded for name, model in models.items()}
+        found["wikitext2"] = benchmark.text_scores(both, data_of(config), config.questions, **given)
+    return documents.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

@@ -1,0 +1,279 @@
+"""Stage `evaluate`: the original, the cut and the repaired model on unseen text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isingcut.data.calibration import build
+from isingcut.data.corpora import UNLIKE
+from isingcut.data.tokens import TokenSet, overlap
+from isingcut.errors import InputError, ModelError
+from isingcut.evaluation.quality import (
+    before_and_after,
+    draft_acceptance,
+    open_mtp,
+    perplexity,
+    quality,
+)
+from isingcut.evaluation.speed import with_memory
+from isingcut.files import documents
+from isingcut.files.writing import read_document, temporary_prefix, write_document
+from isingcut.ising.states import states_of
+from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
+from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
+from isingcut.models.cutting.sharing import fits
+from isingcut.models.fit import count_mtp_layers
+from isingcut.models.gguf_files import convert_file, unpack_gguf
+from isingcut.models.load import LoadedModel
+from isingcut.runs import measuring, solving
+from isingcut.runs.cutting import product
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+
+
+def evaluate(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> documents.EvaluationFile:
+    """Run stage `evaluate`: measure the original and the cut model on unseen text.
+
+    Args:
+        removed: the blocks of another state than the chosen one.
+    """
+    config = session.config
+    if removed is None:
+        solving.needs(folder, config, "model", "excise")
+    checkpoint = product(folder, config, removed)
+    excised = folder.record(checkpoint)
+    file = checkpoint.with_name("evaluation.json")
+    plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
+    gguf = checkpoint.with_name("model.gguf")
+    packed = folder.find_record(gguf)
+    # The GGUF file may be of a model that was replaced.
+    if packed and packed.options.content().get("model") != excised.fingerprint:
+        packed = None
+    whole = {**plain, "gguf": packed.fingerprint} if packed else plain
+    # A result without speed or GGUF may be replaced; one with speed has everything requested.
+    skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))
+    without_speed = {**whole, "skip_speed": True}
+    completes = [{**plain, "skip_speed": True}, *([] if skip else [plain, without_speed])]
+
+    def make(path: Path) -> None:
+        folder.check(checkpoint)
+        tokens = measuring.splits_of(folder)["report"]
+        session.choose_tuning(folder)
+        elsewhere = _unlike(session, measuring.splits_of(folder))
+        further = _further_scores(session, checkpoint, tokens, elsewhere)
+        if packed:
+            folder.check(gguf)
+            try:
+                blocks = packed.options.removed or []
+                further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
+            except ModelError as e:
+                further["gguf_unread"] = str(e)
+        cut, streamed = session.open_cut(checkpoint)
+        progress = session.progress
+        found = before_and_after(
+            session.streamed[1] if session.streaming else session.loaded,
+            streamed or cut,
+            tokens,
+            elsewhere=elsewhere,
+            batch_tokens=session.tuning.batch_tokens,
+            skip_speed=skip,
+            progress=progress,
+        ).model_copy(update=further)
+        if not session.streaming and streamed is None:
+            found = _add_drafts(session, found, cut, checkpoint, tokens)
+        if streamed is None and not skip:
+            del cut
+            if session.loaded.device.type != "cpu":
+                session.leave_device()
+            found = with_memory(
+                found,
+                {"before": session.source, "after": checkpoint},
+                length=int(tokens.input_ids.shape[1]),
+                trust_remote_code=config.trust_remote_code,
+                progress=progress,
+            )
+        write_document(path, found)
+
+    return folder.stage(
+        "evaluate",
+        file,
+        without_speed if skip else whole,
+        make,
+        lambda path: read_document(path, documents.EvaluationFile),
+        completes=completes,
+    )
+
+
+def _add_drafts(
+    session: Session,
+    found: documents.EvaluationFile,
+    cut: LoadedModel,
+    folder: Path,
+    text: TokenSet,
+) -> documents.EvaluationFile:
+    """Measure the drafts of the MTP layers of the original, the exact cut and the last model."""
+    original, size = session.loaded.model, session.tuning.batch_tokens
+    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
+    if of_original is None or of_last is None:
+        why = f"transformers cannot run those of {original.config.model_type}"
+        return found.model_copy(update={"no_drafts": why} if count_mtp_layers(folder) else {})
+    with session.progress("drafts of multi-token prediction", 1) as bar:
+        scores = {
+            "before": draft_acceptance(original, of_original, text, size),
+            "after": draft_acceptance(cut.model, of_last, text, size),
+        }
+        if found.cut is not None:
+            removed = read_document(folder / "isingcut.json", documents.CutRecord).removed
+            with skip_blocks(original, session.stack, removed):
+                scores["cut"] = draft_acceptance(original, of_original, text, size)
+        bar.advance(1)
+    keys = ("draft_acceptance", "draft_acceptance_se")
+    return found.model_copy(
+        update={
+            name: getattr(found, name).model_copy(update=dict(zip(keys, values, strict=True)))
+            for name, values in scores.items()
+        }
+    )
+
+
+def evaluate_gguf(session: Session, gguf: Path) -> documents.EvaluationFile:
+    """Measure a GGUF file and its original, the session's model, on text of the session's options.
+
+    Raises:
+        InputError: they have different vocabularies.
+    """
+    cut, streamed = session.open_cut(convert_file(gguf), [])
+    ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
+    if ours != theirs:
+        raise InputError(
+            f"{gguf} has a vocabulary of {theirs}, {session.config.model} one of {ours}; give its "
+            "original with --original"
+        )
+    found = before_and_after(
+        session.streamed[1] if session.streaming else session.loaded,
+        streamed or cut,
+        measuring.build_calibration(session.at(measuring.concrete(session.config))).splits[
+            "report"
+        ],
+        batch_tokens=session.tuning.batch_tokens,
+        # Its speed is that of llama.cpp.
+        skip_speed=True,
+        progress=session.progress,
+    )
+    after = found.after.model_copy(update={"bytes": gguf.stat().st_size})
+    return found.model_copy(update={"after": after})
+
+
+def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
+    """Read a text that is not in the calibration, a quarter as many samples; by its name."""
+    loaded, tokens = session.loaded, splits["report"]
+    built = build(
+        UNLIKE,
+        loaded.tokenizer,
+        samples=1,
+        rank_samples=1,
+        report_samples=max(4, tokens.samples // 4),
+        length=int(tokens.input_ids.shape[1]),
+        seed=session.config.seed,
+        model=language_model(loaded.model),
+    )
+    found = built.splits["report"]
+    # The calibration may hold it, under this name or another; 2 % of n-grams are common by chance.
+    return {} if overlap(found, list(splits.values())) > 0.02 else {UNLIKE: found}
+
+
+def _further_scores(
+    session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
+) -> dict[str, Any]:
+    """Return the name of the last model, and the scores of the models between original and last."""
+    model = checkpoint.with_name("model")
+    record = read_document(model / "isingcut.json", documents.CutRecord)
+    patch, healed = record.patch, checkpoint != model
+    changed = patch is not None and patch.changed
+    last = "healed" if healed else "patched" if changed else "cut"
+    found: dict[str, Any] = {"last": last}
+    if patch is not None and patch.unpatched:
+        found["unpatched"] = patch.unpatched
+    judges: dict[str, Callable[[TokenSet], dict[str, documents.FurtherPart]]] = {}
+    if last != "cut":
+        judges["cut"] = partial(_score_exact_cut, session, record.removed)
+    if healed and changed:
+        loaded, streamed = session.open_cut(model)
+        judges["patched"] = partial(_score_cut, session, streamed or loaded.model)
+    return found | {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+
+
+def score_gguf(
+    session: Session,
+    gguf: Path,
+    removed: Sequence[int],
+    tokens: TokenSet,
+    elsewhere: Mapping[str, TokenSet],
+) -> documents.PackedScores:
+    """Read a cut GGUF file back and score it.
+
+    Raises:
+        ModelError: transformers cannot read it, it does not fit the memory, or it computes NaN.
+    """
+    if not fits(gguf.with_name("model"), torch.float32):
+        raise ModelError("it does not fit the host's memory beside the original")
+    with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
+        unpack_gguf(gguf, Path(aside))
+        loaded, streamed = session.open_cut(Path(aside), removed)
+        judge = partial(_score_cut, session, streamed or loaded.model)
+        scores = dict(_score_texts(judge, tokens, elsewhere))
+    return documents.PackedScores(**scores, bytes=gguf.stat().st_size)
+
+
+def _score_texts(
+    judge: Callable[[TokenSet], dict[str, documents.FurtherPart]],
+    tokens: TokenSet,
+    elsewhere: Mapping[str, TokenSet],
+) -> documents.FurtherScores:
+    parts = judge(tokens)
+    return documents.FurtherScores(
+        **dict(parts.pop("")),
+        **dict[str, Any]({"parts": parts} if parts else {}),
+        elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
+    )
+
+
+def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, documents.FurtherPart]:
+    """Score a cut on a text (key "") and on each part of a mixture."""
+    original = session.streamed[1] if session.streaming else session.loaded.model
+    size, progress = session.tuning.batch_tokens, session.progress
+    scores = quality(original, cut, tokens, size, progress=progress)
+    return {
+        name: documents.FurtherPart(
+            **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
+        )
+        for name, one in {"": scores, **scores.parts}.items()
+    }
+
+
+def _score_exact_cut(
+    session: Session, removed: Sequence[int], tokens: TokenSet
+) -> dict[str, documents.FurtherPart]:
+    """Score the original with its blocks skipped, as `_score_cut`."""
+    measured = measure(
+        session.replay,
+        tokens,
+        states_of(len(session.replay), [removed]),
+        Work(session.tuning.batch_tokens, session.progress),
+        "perplexity and KL of the exact cut",
+    )
+    losses = {"": measured.losses(0)}
+    losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
+    return {
+        name: documents.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
+        for name, of in losses.items()
+    }

@@ -1,0 +1,316 @@
+"""Stages `rank` and `baseline`: measure the candidates, and what other methods choose.
+
+A baseline chooses on the samples of the energy. Its choice is measured on the split that ranks the
+candidates, so that both are comparable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from isingcut.baselines import registry
+from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
+from isingcut.evaluation import benchmark, candidates
+from isingcut.evaluation.questions import split_names
+from isingcut.files import documents
+from isingcut.files.writing import read_document, write_document
+from isingcut.ising.hamiltonian import Hamiltonian
+from isingcut.ising.problem import Problem
+from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import Floats, blocks_of, states_of
+from isingcut.measure.ledger import Ledger
+from isingcut.measure.losses import measure
+from isingcut.measure.packed import changed_losses
+from isingcut.measure.work import Work, forget
+from isingcut.options.config import RunConfig
+from isingcut.options.declaration import parse_yaml, shown
+from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
+from isingcut.runs import measuring, solving
+from isingcut.runs.benchmarking import check_run_tasks, check_whole, choose_by_tasks, last_blocks
+from isingcut.runs.cutting import fit_patch
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.measuring import names
+from isingcut.runs.session import Session
+
+NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
+"""How near the lowest a candidate must be to be patched for the choice, as a share of its KL or in
+paired standard errors; the most candidates, and how many times fewer tokens their patches take."""
+
+
+def trial_tokens(config: RunConfig) -> int:
+    """Return the tokens of the patches that choose among near candidates; 0 for no patches."""
+    patched = config.choose == "measured" and config.patch != "none"
+    return max(64, config.patch_tokens // LESS) if patched else 0
+
+
+def choose_by_patch(
+    session: Session,
+    folder: RunFolder,
+    rows: Sequence[documents.MeasuredState],
+    text: TokenSet,
+    journal: Path,
+) -> list[int]:
+    """Choose among the candidates near the lowest, by their KL after a least-squares patch.
+
+    A patch changes the KL of two near candidates by more than they differ. Each patched one gets
+    its KL in its row.
+
+    Args:
+        text: what the candidates were ranked on.
+
+    Returns:
+        the indices of the near candidates, the chosen first; one if none is near the lowest.
+    """
+    lowest = min(row.kl for row in rows)
+
+    def is_near(row: documents.MeasuredState) -> bool:
+        return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
+
+    near = [i for i, row in enumerate(rows) if is_near(row)]
+    near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
+    if len(near) == 1:
+        return near
+    count = trial_tokens(session.config)
+    trial = session.at(session.config.replace(patch="linear", patch_tokens=count))
+    work = measuring.work_of(session, journal)
+    ledger = Ledger(session.replay, text, work)
+    for row in (rows[i] for i in near):
+
+        def make(removed: Sequence[int] = row.removed) -> Floats:
+            new = fit_patch(trial, folder, removed)
+            named = f"without {join_blocks(removed)}, patched"
+            return changed_losses(
+                session.replay, text, lambda name, _: new.get(name), work, named, removed
+            )
+
+        sums = ledger.once(f"{row.removed}:{count}", text.samples, 0.0, 0.0, make)
+        row.patched_kl = float(sums.sum() / ledger.counts.sum())
+    return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
+
+
+def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
+    """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
+    config = session.config
+    target = folder.target(config.removal)
+    spectrum = folder.load(solving.needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
+    others = {
+        name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
+        for name in names(config.also)
+    }
+    options = solving.solve_options(folder, config) | {
+        "random_states": config.random_states,
+        "choose": config.choose,
+        "also": sorted(others),
+    }
+    if tokens := trial_tokens(config):
+        options["patch_tokens"] = tokens
+    if config.choose == "tasks":
+        options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
+    check_run_tasks(config)
+    check_whole(session)
+    journal, scores = target / "candidates.journal", target / ".asked"
+    patched = target / "patched.journal"
+
+    def make(path: Path) -> None:
+        split = measuring.splits_of(folder)["rank"]
+        problem = solving.problem_of(folder, config)
+        considered = with_found(spectrum, problem, config)
+        session.choose_tuning(folder)
+        found = candidates.rank(
+            session.replay,
+            split,
+            problem,
+            considered,
+            remove=config.removal,
+            others=others,
+            random_states=config.random_states,
+            seed=config.seed,
+            choose=config.choose,
+            work=measuring.work_of(session, journal),
+        )
+        if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
+            found = found.model_copy(update={"one_pass": quick})
+        if config.choose == "tasks" and not folder.processes.rank:
+            rows = found.candidates
+            position, by_tasks = choose_by_tasks(session, rows, scores)
+            why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
+            chosen = documents.ChosenState(**rows[position].content(), position=position, why=why)
+            found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
+        elif tokens:
+            rows = found.candidates
+            near = choose_by_patch(session, folder, rows, split, patched)
+            if len(near) > 1:
+                why = chosen_by_patch(rows, near, found.samples)
+                best = rows[near[0]].content()
+                found.chosen = documents.ChosenState(**best, position=near[0], why=why)
+        write_document(path, found)
+
+    file = target / "candidates.json"
+
+    def drop() -> None:
+        for file in (journal, candidates.random_journal(journal), patched):
+            forget(file)
+        benchmark.forget_scores(scores, split_names(config.tasks))
+
+    return folder.stage(
+        "rank", file, options, make, solving.load_candidates, together=True, forget=drop
+    )
+
+
+def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
+    """Return the candidates to measure: a spectrum, and a search's states for the same removal.
+
+    For a choice by questions, the state without the last blocks is added if it is feasible: a model
+    with the worst loss may score best.
+    """
+    searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
+    mine = searched.get(config.removal, {})
+    found = [row["removed"] for row in (*mine.get("finalists", []), *mine.get("one_pass", []))]
+    solver = f"{spectrum.solver} and search" if found else spectrum.solver
+    if config.choose == "tasks":
+        last = states_of(problem.n, [last_blocks(problem.n, len(spectrum.removed(0)))])
+        found += [blocks_of(state) for state in last[problem.feasible(last)]]
+    if not found:
+        return spectrum
+    return Spectrum.from_states(
+        problem,
+        np.concatenate([spectrum.states, states_of(problem.n, found)]),
+        # Added states do not affect the proof of the lowest.
+        proven=spectrum.proven,
+        solver=solver,
+        seconds=spectrum.seconds,
+        info=spectrum.info,
+    )
+
+
+def one_pass(
+    ranking: documents.CandidatesFile, search: Mapping[str, Any]
+) -> documents.OnePass | None:
+    """Return the measured choices of one-pass methods, with the costs of the pass and the search.
+
+    Args:
+        search: the search's record in the energy's metadata; empty for other energies.
+    """
+    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
+    rows = {tuple(row.removed): row.content() for row in ranking.candidates}
+    if not found:
+        return None
+    return documents.OnePass(
+        states=[documents.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
+        passes=search["one_pass_passes"],
+        search_passes=search["passes"],
+        searched_for=len(search["targets"]),
+    )
+
+
+_LARGEST = 1_000_000
+
+
+def baseline_part(name: str, settings: Sequence[str]) -> Any:
+    """Create the baseline called ``name`` with settings as ``option=value`` texts.
+
+    Raises:
+        InputError: no such option, a value of another type than its default, or a number above a
+            million.
+    """
+    part = registry.get(name)
+    known, kinds = {f.name: f.default for f in dataclasses.fields(part)}, get_type_hints(part)
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        option = option.strip().replace("-", "_")
+        if not equals or option not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"--set {shown(setting)}: expected OPTION=VALUE; {name} has: {listed}")
+        try:
+            value = parse_yaml(text)
+        except ValueError as e:
+            raise InputError(f"--set {shown(setting)}: cannot read the value ({e})") from e
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            TypeAdapter(kinds[option], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            expected = f"expected a value like {known[option]!r}, got {shown(text)}"
+            raise InputError(f"--set {shown(setting)}: {expected}") from e
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in items):
+            raise InputError(f"--set {shown(setting)}: the largest number is {_LARGEST:,}")
+        chosen[option] = value
+    return part(**chosen)
+
+
+def compare(
+    session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
+) -> documents.BaselineFile:
+    """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
+
+    Baselines only support a number of blocks. For a budget or a number per kind, the baseline
+    removes as many blocks as the run's chosen state, and ``violated`` lists broken constraints.
+
+    Returns:
+        The file: the removed blocks, with their losses on the ranking split, the cost in passes and
+        heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
+    """
+    config = session.config
+    part = baseline_part(name, settings)
+    counts = config.remove.counts
+    count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
+    rows = solving.removal_rows(folder.run.blocks, config)
+    samples = measuring.samples_of(config, config.energy)
+    target = folder.target(config.removal)
+    options = measuring.calibration_options(folder) | {
+        "baseline": name,
+        "options": repr(part),
+        "remove": count,
+        "rows": [row.name for row in rows],
+        "samples": samples,
+        "seed": config.seed,
+        "dtype": str(session.loaded.dtype),
+    }
+
+    def make(path: Path) -> None:
+        splits = measuring.splits_of(folder)
+        searched = splits["energy"].select(range(samples))
+        session.choose_tuning(folder)
+        work = Work(session.tuning.batch_tokens, session.progress, journal)
+        outcome = part.choose(session.replay, searched, count, work, config.seed)
+        found = measure(
+            session.replay,
+            splits["rank"],
+            states_of(len(session.replay), [outcome.removed]),
+            dataclasses.replace(work, journal=None),
+            "measuring the choice",
+        )
+        content = documents.BaselineFile(
+            baseline=name,
+            options=dataclasses.asdict(part),
+            settings=list(settings),
+            removed=list(outcome.removed),
+            **found.losses(0),
+            passes=outcome.passes,
+            heads=outcome.heads,
+            tokens_searched=searched.tokens,
+            tokens_judged=int(found.counts.sum()),
+            violated=[row.name for row in rows if not row.satisfied(found.states)[0]],
+            info=outcome.info,
+        )
+        write_document(path, content)
+
+    file = target / f"baseline-{name}.json"
+    journal = file.with_name(file.name + ".journal")
+    return folder.stage(
+        "baseline",
+        file,
+        options,
+        make,
+        lambda path: read_document(path, documents.BaselineFile),
+        together=True,
+        forget=lambda: forget(journal),
+    )
