@@ -97,7 +97,11 @@ class Texts:
         )
 
     def _conversations(self) -> list[dict[str, Any]]:
-        return self._records("calib_instruct/mix1000")
+        """Chats; texts for a model without a chat template."""
+        chats = self._records("calib_instruct/mix1000")
+        if self.tokenizer.chat_template:
+            return chats
+        return [{"text": "\n\n".join(m["content"] for m in c["messages"])} for c in chats]
 
     def _files(self, start: int, stop: int | None) -> Iterable[dict[str, Any]]:
         files = corpora.read("python", self.tokenizer, 0).documents

@@ -114,17 +114,29 @@ class Choice(ModelStudy):
             **options,
         )
         config = measuring.concrete(config.validate())
+        fits: dict[tuple[int, ...], Any] = {}
+
+        def fit_once(run: Session, folder: RunFolder, removed: State) -> Any:
+            key = tuple(removed)
+            fits[key] = fits.get(key) or cutting.fit_patch(run, folder, removed)
+            return fits[key]
+
         with (
             pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
             # The lowest three are all patched, for the rules to choose among them.
             mock.patch.object(ranking, "NEAR", math.inf),
+            mock.patch.object(ranking, "fit_patch", fit_once),
         ):
             longer = self._search_on(run, folder)
             (ranked,) = pipeline.measure_and_rank(run, folder)
+            few = ranking.trial_tokens(config)
+            trial = run.at(config.replace(patch="linear", patch_tokens=few))
             made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
             rows = sorted(ranked.candidates, key=lambda row: row.kl)[: ranking.TRIED]
             near = [
-                row.content() | {"unseen": self._judge(run, folder, row.removed)} for row in rows
+                row.content()
+                | {"unseen": self._judge(run, row.removed, fit_once(trial, folder, row.removed))}
+                for row in rows
             ]
         return {"text": text, "ended": made["trace"][-1], "longer": longer, "near": near}
 
@@ -141,11 +153,8 @@ class Choice(ModelStudy):
         with mock.patch.object(search, "CHANCE", -1.0):
             return dict(longer.run().trace[-1])
 
-    def _judge(self, run: Session, folder: RunFolder, removed: State) -> Content:
-        """KL on the unseen texts, summed by sample, of a state cut and patched."""
-        tokens = self.options.patch_tokens // ranking.LESS
-        trial = run.at(run.config.replace(patch="linear", patch_tokens=tokens))
-        new = cutting.fit_patch(trial, folder, removed)
+    def _judge(self, run: Session, removed: State, new: Any) -> Content:
+        """KL on the unseen texts, summed by sample, of a state cut, and patched with ``new``."""
         state, work = states_of(len(run.replay), [removed]), Work(run.tuning.batch_tokens)
         found = {}
         for name, text in self.unseen.items():
