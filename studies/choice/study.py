@@ -50,7 +50,6 @@ from studies.runner_models import ModelStudy, State, mean_loss
 LONGER, NEAR = 1.25, ranking.NEAR
 STAGES = ("cut", "patched")
 WEB = "calib_text/c4_300"
-Gains = np.ndarray[Any, Any]
 
 
 class Choice(ModelStudy):
@@ -113,13 +112,11 @@ class Choice(ModelStudy):
             random_states=0,
             **options,
         )
-        config = measuring.concrete(config.validate())
-        fits: dict[tuple[int, ...], Any] = {}
+        config, fits = measuring.concrete(config.validate()), dict[tuple[int, ...], Any]()
 
         def fit_once(run: Session, folder: RunFolder, removed: State) -> Any:
-            key = tuple(removed)
-            fits[key] = fits.get(key) or cutting.fit_patch(run, folder, removed)
-            return fits[key]
+            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed)
+            return fits.setdefault(tuple(removed), found)
 
         with (
             pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
@@ -162,30 +159,26 @@ class Choice(ModelStudy):
             patched = changed_losses(
                 run.replay, text, lambda name, _: new.get(name), work, name, removed
             )
-            sums = zip(STAGES, (cut, patched), strict=True)
-            kl = {stage: sum_.round(5).tolist() for stage, sum_ in sums}
-            found[name] = kl | {"counts": text.predicted.sum(1).tolist()}
+            sums = {"counts": text.predicted.sum(1).numpy(), "cut": cut, "patched": patched}
+            found[name] = {stage: np.round(values, 5).tolist() for stage, values in sums.items()}
         return found
 
     def collect(self) -> Content:
         o = self.options
         settings = {name: getattr(o, name) for name in self.settings} | {"prefix": o.prefix}
-        rows = self.under(f"chosen/{o.remove}")
-        return {"settings": settings, "provenance": self.provenance(), "texts": rows}
+        found = {"settings": settings, "provenance": self.provenance()}
+        return {**found, "texts": self.under(f"chosen/{o.remove}")}
 
     @staticmethod
     def show(content: Content) -> dict[str, Any]:
         rows, o = content["texts"], content["settings"]
         print(f"\n{content['provenance']['model']} without {o['remove']} blocks")
-        print(f"{'text':<15}{'passes':>8}{'longer':>8}{'above it':>10}   near candidates")
-        regrets, gains = [], dict[str, list[Gains]]()
+        print("text, passes of the search and of a longer one, KL above it; near candidates")
+        regrets, gains = [], dict[str, list[Any]]()
         for row in rows:
-            ended, longer = row["ended"], row["longer"]
-            regrets.append(100 * (ended["kl"] / longer["kl"] - 1))
-            print(
-                f"{row['text']:<15}{ended['passes']:>8.1f}{longer['passes']:>8.1f}"
-                f"{regrets[-1]:>8.1f} %"
-            )
+            regrets.append(100 * (row["ended"]["kl"] / row["longer"]["kl"] - 1))
+            passes = f"{row['ended']['passes']:.1f}, {row['longer']['passes']:.1f}"
+            print(f"{row['text']:<15}{passes:>12}{regrets[-1]:>8.1f} %")
             unseen = [[_unseen(state, stage) for stage in STAGES] for state in row["near"]]
             rules = _rules(row["near"])
             for i, (state, judged) in enumerate(zip(row["near"], unseen, strict=True)):
@@ -195,10 +188,9 @@ class Choice(ModelStudy):
                     f"{state['above_lowest_se']:.3f}), patched {state['patched_kl']:.3f}; unseen "
                     f"{judged[0]:.3f}, patched {judged[1]:.3f}  {by}"
                 )
-            lowest = np.array(unseen[0])
-            rules["best"] = int(np.argmin([patched for _, patched in unseen]))
+            rules["best_gain"] = int(np.argmin([patched for _, patched in unseen]))
             for rule, i in rules.items():
-                gains.setdefault(rule, []).append(100 * (1 - np.array(unseen[i]) / lowest))
+                gains.setdefault(rule, []).append(100 * (1 - np.divide(unseen[i], unseen[0])))
         figures = {"stop_rule_regret_percent": float(np.mean(regrets))}
         figures["stop_rule_regret_percent_worst"] = max(regrets)
         for rule, found in gains.items():
