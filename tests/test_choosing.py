@@ -333,9 +333,39 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
 
 
 def test_a_clear_leader_is_not_patched_for_the_choice():
-    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0)
-    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05), row]
-    assert ranking.choose_by_patch(None, None, rows, None, None) == [1]
+    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
+    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
+    session = SimpleNamespace(replay=range(6))
+    assert ranking.choose_by_patch(session, None, rows, None, None, rows[:1]) == [1]
+
+
+def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
+    llama, text, tmp_path, monkeypatch
+):
+    kinds, fit, measure_patched = set(), ranking.fit_patch, ranking.changed_losses
+
+    def noted(session, *given):
+        kinds.add((session.config.patch, session.config.heal))
+        return fit(session, *given)
+
+    def later_is_lower(*given):
+        return measure_patched(*given) / 10 ** len(tried.append(given[5]) or tried)
+
+    tried = []
+    monkeypatch.setattr(ranking, "fit_patch", noted)
+    monkeypatch.setattr(ranking, "changed_losses", later_is_lower)
+    monkeypatch.setattr(ranking, "NEAR", 0.0)
+    monkeypatch.setattr(ranking, "ERRORS", 0)
+    given = {"model": str(llama), "calibration": str(text), "remove": 3, "seed": 1}
+    out = tmp_path / "run"
+    isingcut.prune(**{**OPTIONS, **given}, heal="4tokens", out=str(out))
+    found = read_json(out / "candidates.json", "candidates")
+    quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
+    lowest = min(found["candidates"], key=lambda row: row["kl"])
+    assert tried == [lowest["removed"], quick["removed"]]
+    assert kinds == {("tuned", "")}
+    assert found["chosen"]["removed"] == quick["removed"]
+    assert found["chosen"]["why"].startswith("compared in a deep cut with state ")
 
 
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):

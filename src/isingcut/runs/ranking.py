@@ -42,6 +42,8 @@ from isingcut.runs.session import Session
 NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 """How near the lowest a candidate must be to be patched for the choice, as a share of its KL or in
 paired standard errors; the most candidates, and how many times fewer tokens their patches take."""
+DEEP = 0.4
+"""Share of the blocks from which on the best state of one pass is patched for the choice, too."""
 
 
 def trial_tokens(config: RunConfig) -> int:
@@ -56,17 +58,20 @@ def choose_by_patch(
     rows: Sequence[documents.MeasuredState],
     text: TokenSet,
     journal: Path,
+    quick: Sequence[documents.OnePassLoss] = (),
 ) -> list[int]:
-    """Choose among the candidates near the lowest, by their KL after a least-squares patch.
+    """Choose among the candidates near the lowest, by their KL after a patch.
 
-    A patch changes the KL of two near candidates by more than they differ. Each patched one gets
-    its KL in its row.
+    A least-squares patch changes the KL of two near candidates by more than they differ. In a deep
+    cut, where it cannot tell which state training will repair best, the patches are those of the
+    run. Each patched candidate gets its KL in its row.
 
     Args:
         text: what the candidates were ranked on.
+        quick: the states of one-pass methods. In a deep cut the best of them is patched, too.
 
     Returns:
-        the indices of the near candidates, the chosen first; one if none is near the lowest.
+        the indices of the patched candidates, the chosen first; one if it has no rival.
     """
     lowest = min(row.kl for row in rows)
 
@@ -75,10 +80,16 @@ def choose_by_patch(
 
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
+    deep = is_deep(rows[0].removed, len(session.replay))
+    if deep and quick:
+        best = min(quick, key=lambda row: row.kl).removed
+        near += [i for i, row in enumerate(rows) if row.removed == best and i not in near]
     if len(near) == 1:
         return near
-    count = trial_tokens(session.config)
-    trial = session.at(session.config.replace(patch="linear", patch_tokens=count))
+    config, count = session.config, trial_tokens(session.config)
+    kind = config.patch if deep else "linear"
+    # Healing follows a least-squares patch, but a tuned one predicts it.
+    trial = session.at(config.replace(patch=kind, patch_tokens=count, heal=""))
     work = measuring.work_of(session, journal)
     ledger = Ledger(session.replay, text, work)
     for row in (rows[i] for i in near):
@@ -90,9 +101,14 @@ def choose_by_patch(
                 session.replay, text, lambda name, _: new.get(name), work, named, removed
             )
 
-        sums = ledger.once(f"{row.removed}:{count}", text.samples, 0.0, 0.0, make)
+        sums = ledger.once(f"{row.removed}:{kind}:{count}", text.samples, 0.0, 0.0, make)
         row.patched_kl = float(sums.sum() / ledger.counts.sum())
     return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
+
+
+def is_deep(removed: Sequence[int], blocks: int) -> bool:
+    """Whether so many of all blocks go that the lowest KL as cut is no good guide."""
+    return len(removed) >= DEEP * blocks
 
 
 def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
@@ -110,7 +126,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
         "also": sorted(others),
     }
     if tokens := trial_tokens(config):
-        options["patch_tokens"] = tokens
+        options |= {"patch_tokens": tokens, "patch": config.patch}
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
     check_run_tasks(config)
@@ -145,9 +161,11 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
         elif tokens:
             rows = found.candidates
-            near = choose_by_patch(session, folder, rows, split, patched)
+            known = found.one_pass.states if found.one_pass else ()
+            near = choose_by_patch(session, folder, rows, split, patched, known)
             if len(near) > 1:
-                why = chosen_by_patch(rows, near, found.samples)
+                deep = is_deep(rows[0].removed, len(session.replay))
+                why = chosen_by_patch(rows, near, found.samples, deep)
                 best = rows[near[0]].content()
                 found.chosen = documents.ChosenState(**best, position=near[0], why=why)
         write_document(path, found)
