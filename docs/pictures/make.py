@@ -235,10 +235,11 @@ def healing_curve() -> plt.Figure:
 
 
 def deep_cuts() -> plt.Figure:
-    """The KL after the cut, the patch and the healing, for 12 and 15 of 30 blocks."""
-    figure, all_axes = plt.subplots(1, 2, figsize=(7.2, 3.4), sharey=True)
+    """The KL after the cut, the patch and the healing, for 12, 15 and 18 of 30 blocks."""
+    figure, all_axes = plt.subplots(1, 3, figsize=(9.6, 3.4), sharey=True)
     colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
-    for axes, m in zip(all_axes, ("12", "15"), strict=True):
+    colours |= {"cbo": "purple", "random": "brown"}
+    for axes, m in zip(all_axes, ("12", "15", "18"), strict=True):
         for method, rows in healed_rows(m).items():
             if len(rows) > 1:
                 colour, kl = colours.get(method, GREY), [s["pooled"]["kl"] for _, s in rows]

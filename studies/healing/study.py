@@ -114,7 +114,7 @@ class Healing(RepairStudy):
         for m in o.remove:
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
-            found += [self.repair(rows[p], "tuned") for p in rows if p == OURS and o.top_steps]
+            found += [self.repair(rows[p], "tuned") for p in TRIED[:2] if p in rows and o.top_steps]
             tried = [p for p in TRIED if p in rows and o.top_steps]
             found += [self.repair(rows[p], "tried", steps=o.top_steps) for p in tried]
             healed = dict(rows)
