@@ -35,6 +35,7 @@ from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
+from isingcut.runs.ranking import is_deep
 from isingcut.runs.session import Session
 from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
 
@@ -60,7 +61,8 @@ EVENING = 8.0
 """Longest run to recommend, in hours."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
 """Forward passes of a derivative energy; per row for a matrix."""
-# Forward passes of a patch, one of them for the trial patches of near candidates.
+# Forward passes of a patch, one of them for the trial patches of near candidates; a deep cut's take
+# one more.
 _PATCH = {"linear": 3, "tuned": 5}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
@@ -213,6 +215,7 @@ class Prices:
         ]
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
+            passes += c.patch == "tuned" and is_deep(self.remove, self.n)
             seconds = 3 * reading + passes * c.patch_tokens * forward
             memory = weights + 4 * c.patch_tokens * self.stream
             found.append(_estimate("patch", -(-c.patch_tokens // c.length), seconds, memory))

@@ -80,7 +80,7 @@ def choose_by_patch(
 
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
-    deep = is_deep(rows[0].removed, len(session.replay))
+    deep = is_deep(len(rows[0].removed), len(session.replay))
     if deep and quick:
         best = min(quick, key=lambda row: row.kl).removed
         near += [i for i, row in enumerate(rows) if row.removed == best and i not in near]
@@ -106,9 +106,9 @@ def choose_by_patch(
     return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
 
 
-def is_deep(removed: Sequence[int], blocks: int) -> bool:
+def is_deep(removed: int, blocks: int) -> bool:
     """Whether so many of all blocks go that the lowest KL as cut is no good guide."""
-    return len(removed) >= DEEP * blocks
+    return removed >= DEEP * blocks
 
 
 def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
@@ -164,7 +164,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
             known = found.one_pass.states if found.one_pass else ()
             near = choose_by_patch(session, folder, rows, split, patched, known)
             if len(near) > 1:
-                deep = is_deep(rows[0].removed, len(session.replay))
+                deep = is_deep(len(rows[0].removed), len(session.replay))
                 why = chosen_by_patch(rows, near, found.samples, deep)
                 best = rows[near[0]].content()
                 found.chosen = documents.ChosenState(**best, position=near[0], why=why)
