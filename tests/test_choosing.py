@@ -17,8 +17,8 @@ from isingcut.evaluation.candidates import few_samples, fidelity, random_feasibl
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score_states
-from isingcut.files.documents import ByTasks
-from isingcut.files.writing import read_json
+from isingcut.files.documents import ByTasks, CandidatesFile
+from isingcut.files.writing import read_document, read_json
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -28,7 +28,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.report.words import chosen_by_tasks
+from isingcut.report.words import chosen_by_tasks, one_pass_words
 from isingcut.runs import benchmarking, cutting, pipeline, ranking
 from isingcut.runs.benchmarking import check_run_tasks
 from isingcut.runs.folder import RunFolder
@@ -366,6 +366,12 @@ def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
     assert kinds == {("tuned", "")}
     assert found["chosen"]["removed"] == quick["removed"]
     assert found["chosen"]["why"].startswith("compared in a deep cut with state ")
+    ranked = read_document(out / "candidates.json", CandidatesFile)
+    assert "but a patch repairs that state less" in one_pass_words(ranked)
+    ranked.chosen.patched_kl = None
+    said = one_pass_words(ranked)
+    assert "a patch" not in said
+    assert "The choice was not made by this KL" in said
 
 
 def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):

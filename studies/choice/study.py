@@ -19,7 +19,7 @@ near_gain_percent_STAGE  the same within two standard errors or 5 %, which is th
 patched_choice_gain_percent_STAGE  the same among all three
 worst_part_gain_percent_STAGE  of the near candidates, that with the lowest KL on the part of the
     text where it is worst; on mixed texts
-best_gain_percent_STAGE  the best of the three on the unseen text itself, which bounds them all
+best_gain_percent_STAGE  that of the lowest patched KL on the unseen text itself, which bounds them
 """
 
 from __future__ import annotations
