@@ -17,7 +17,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files.provenance import versions
-from isingcut.files.writing import fingerprint
+from isingcut.files.results import fingerprint
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work

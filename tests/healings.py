@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.safetensors_files import read_checkpoint

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.writing import file_sha256, read_json, without_header, write_json
+from isingcut.files.ownership import file_sha256
+from isingcut.files.results import read_json, without_header, write_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card

@@ -20,7 +20,7 @@ from isingcut.data.tokens import Encoder, TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import CalibrationError, ModelError, OutputExistsError
 from isingcut.evaluation.quality import quality
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install

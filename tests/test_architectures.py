@@ -9,7 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.auto import modeling_auto
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, text_config
 from isingcut.models.architectures.cuts import (
     cut_config,

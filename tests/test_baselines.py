@@ -24,7 +24,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError, UnknownNameError
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work

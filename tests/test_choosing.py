@@ -18,7 +18,7 @@ from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score_states
 from isingcut.files.documents import ByTasks, CandidatesFile
-from isingcut.files.writing import read_document, read_json
+from isingcut.files.results import read_document, read_json
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem

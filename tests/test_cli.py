@@ -20,7 +20,8 @@ from isingcut.cli import main as cli
 from isingcut.cli import show
 from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.documents import CandidatesFile, EvaluationFile
-from isingcut.files.writing import MARKER, read_document, read_json
+from isingcut.files.ownership import MARKER
+from isingcut.files.results import read_document, read_json
 from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -149,7 +150,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     found["fidelity"]["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
     file.write_text(json.dumps(found))
     manifest = json.loads((run / "run.json").read_text())
-    manifest["stages"]["candidates.json"]["sha256"] = isingcut.files.writing.file_sha256(file)
+    manifest["stages"]["candidates.json"]["sha256"] = isingcut.files.ownership.file_sha256(file)
     (run / "run.json").write_text(json.dumps(manifest))
     assert call("rank", run) == 0
     captured = capsys.readouterr()
@@ -190,7 +191,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     def removed(place):
         return read_json(place / "model" / "isingcut.json", "removal")["removed"]
 
-    own, chosen = isingcut.files.writing.folder_hash(run / "model"), removed(run)
+    own, chosen = isingcut.files.ownership.folder_hash(run / "model"), removed(run)
     named = [[0, 1], [2, 3]] if chosen not in ([0, 1], [2, 3]) else [[0, 4], [1, 5]]
     for blocks in named:
         typed = ",".join(map(str, blocks))
@@ -199,7 +200,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
             place / "model"
         )
         assert removed(place) == blocks
-    assert isingcut.files.writing.folder_hash(run / "model") == own
+    assert isingcut.files.ownership.folder_hash(run / "model") == own
     # The chosen state by its blocks is the chosen state.
     typed = ",".join(map(str, chosen))
     assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")

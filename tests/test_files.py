@@ -11,16 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files import writing
 from isingcut.files.journal import Journal
-from isingcut.files.writing import (
-    MARKER,
-    atomic_file,
-    atomic_folder,
-    clear_os_errors,
-    edges_sha256,
-    write_json,
-)
+from isingcut.files.ownership import MARKER, edges_sha256
+from isingcut.files.results import write_json
+from isingcut.files.writing import atomic_file, atomic_folder, clear_os_errors
 
 
 def test_not_a_number_is_never_written(tmp_path):
@@ -100,7 +94,7 @@ def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
 
 @pytest.mark.parametrize(("place", "noticed"), [(0, True), (-1, True), (9, False)])
 def test_a_large_file_is_known_by_its_ends(tmp_path, monkeypatch, place, noticed):
-    monkeypatch.setattr(writing, "_EDGE", 4)
+    monkeypatch.setattr("isingcut.files.ownership._EDGE", 4)
     content = bytearray(20)
     (tmp_path / "a").write_bytes(content)
     content[place] = 1

@@ -24,7 +24,7 @@ from isingcut.cli.main import app
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageFileError
 from isingcut.files.documents import HealingFile
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal

@@ -11,7 +11,7 @@ import torch
 from healings import Killed, curve, flags_of, killing, models, options, shapes, stored
 from isingcut.data.tokens import TokenSet
 from isingcut.files.documents import HealingCheck, HealingFile, HealingStop
-from isingcut.files.writing import read_document, read_json
+from isingcut.files.results import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Domains, difference

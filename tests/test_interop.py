@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.writing import mark
+from isingcut.files.ownership import mark
 from isingcut.runs import interop_hub
 
 # The hub ---------------------------------------------------------------------------------

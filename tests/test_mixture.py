@@ -15,7 +15,7 @@ from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile, HealingFile, PartScores
-from isingcut.files.writing import read_document
+from isingcut.files.results import read_document
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, part_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ import isingcut
 from healings import options, write_text
 from isingcut.evaluation.quality import draft_acceptance
 from isingcut.files.documents import EvaluationFile
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.fit import count_mtp_layers, is_mtp

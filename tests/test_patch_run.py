@@ -18,7 +18,7 @@ from isingcut.data.healing_text import to_fit
 from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.documents import EvaluationFile
-from isingcut.files.writing import read_document, read_json
+from isingcut.files.results import read_document, read_json
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig

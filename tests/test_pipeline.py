@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.runs.pipeline import DEMO

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import (

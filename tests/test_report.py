@@ -20,7 +20,7 @@ from isingcut.files.documents import (
     PatchRecord,
     SpectrumFile,
 )
-from isingcut.files.writing import read_json, write_json
+from isingcut.files.results import read_json, write_json
 from isingcut.report import card, words
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text

@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
 

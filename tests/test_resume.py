@@ -14,15 +14,9 @@ from safetensors.numpy import save_file
 
 import isingcut
 from isingcut.files.journal import Journal
-from isingcut.files.writing import (
-    MARKER,
-    atomic_file,
-    atomic_folder,
-    is_leftover,
-    lock_beside,
-    lock_place,
-    read_json,
-)
+from isingcut.files.ownership import MARKER
+from isingcut.files.results import read_json
+from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside, lock_place
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report.write import write_report

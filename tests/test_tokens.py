@@ -16,7 +16,7 @@ from isingcut.data.calibration import build
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.report.words import overlap_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import call, write_jsonl, write_words

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from isingcut.files.writing import write_json
+from isingcut.files.results import write_json
 from run_files import baseline, healing, task
 
 SOLVE = "solve {run} --remove 2 --overwrite"

@@ -24,7 +24,8 @@ from damage import (
 )
 from heal_rows import RECORD, WITH_FILE, heal, parametrised, record, rows, trainer
 
-from isingcut.files.writing import MARKER, mark, write_json
+from isingcut.files.ownership import MARKER, mark
+from isingcut.files.results import write_json
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.testing.tiny import tiny_checkpoint
 

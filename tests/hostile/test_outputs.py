@@ -11,7 +11,7 @@ from damage import changed, config, linked, written
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.writing import check_output
+from isingcut.files.ownership import check_output
 from shared import snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"

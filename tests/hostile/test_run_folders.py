@@ -13,7 +13,7 @@ import isingcut
 from isingcut.energies import registry
 from isingcut.errors import InputError
 from isingcut.files.journal import Journal
-from isingcut.files.writing import read_json
+from isingcut.files.results import read_json
 from isingcut.models.sources import model_identity
 
 OPTIONS = (

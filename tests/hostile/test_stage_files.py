@@ -12,7 +12,7 @@ from arena import Row
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
-from isingcut.files.writing import tensor_header
+from isingcut.files.results import tensor_header
 
 
 def first_key_twice(content):

@@ -15,7 +15,7 @@ from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
 from isingcut.files import documents
-from isingcut.files.writing import read_document
+from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words

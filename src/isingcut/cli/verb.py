@@ -24,7 +24,7 @@ from isingcut.console.printing import convert_write_errors, printable, say
 from isingcut.console.progress import silent, terminal
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import without_infinities
+from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
 from isingcut.options.spellings import BlockList

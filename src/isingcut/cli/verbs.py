@@ -30,7 +30,9 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import check_output, lock_place, read_document, write_document
+from isingcut.files.ownership import check_output
+from isingcut.files.results import read_document, write_document
+from isingcut.files.writing import lock_place
 from isingcut.healing import RECORD
 from isingcut.models.processes import Processes
 from isingcut.options.config import HealConfig, RunConfig

@@ -28,7 +28,8 @@ from isingcut.data.mixture import Part, Turns, name_part, parts_of, place_of
 from isingcut.data.tokens import Encoder, Row, TokenSet, count_tokens, distinct, ids_of, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
-from isingcut.files.writing import atomic_file, read_tensors, tensor_header
+from isingcut.files.results import read_tensors, tensor_header
+from isingcut.files.writing import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

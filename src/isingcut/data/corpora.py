@@ -33,7 +33,7 @@ from isingcut.data.mixture import (
 from isingcut.data.text_files import FORMATS, Record, clear_errors, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import edges_sha256, file_sha256
+from isingcut.files.ownership import edges_sha256, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

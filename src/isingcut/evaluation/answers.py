@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.files.journal import Journal
-from isingcut.files.writing import fingerprint
+from isingcut.files.results import fingerprint
 from isingcut.ising.states import Bools, Floats, States
 from isingcut.measure.losses import in_order, walk
 from isingcut.measure.splitting import chunks, fewer_tokens_to_fit, split_to_fit

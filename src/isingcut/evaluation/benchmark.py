@@ -45,7 +45,7 @@ from isingcut.files.documents import (
     TaskRow,
     TextScores,
 )
-from isingcut.files.writing import fingerprint
+from isingcut.files.results import fingerprint
 from isingcut.ising.states import Floats, swaps
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_config

@@ -20,7 +20,7 @@ from isingcut.files.documents import (
     MeasuredLoss,
     MeasuredState,
 )
-from isingcut.files.writing import without_infinities
+from isingcut.files.results import without_infinities
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum

@@ -24,7 +24,7 @@ from isingcut.files.documents import (
     PartScores,
     Perplexity,
 )
-from isingcut.files.writing import without_infinities
+from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.splitting import chunks, split_to_fit

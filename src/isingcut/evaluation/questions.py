@@ -24,7 +24,8 @@ from isingcut.data.corpora import quiet_logs
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
 from isingcut.files.inputs import read_bytes, user_path
-from isingcut.files.writing import file_sha256, fingerprint
+from isingcut.files.ownership import file_sha256
+from isingcut.files.results import fingerprint
 
 WIKITEXT = "wikitext2"
 """The perplexity task, which has no questions."""

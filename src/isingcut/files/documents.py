@@ -1,9 +1,9 @@
 """The content of each JSON file of a run folder and of a cut checkpoint, as pydantic models.
 
-A stage builds the object, `writing.write_document` writes it and `writing.read_document` reads it
+A stage builds the object, `results.write_document` writes it and `results.read_document` reads it
 back. A model lists the keys that version 1 always has, with types, sizes and ranges, so that code
 that reads a document can rely on them. Unknown keys are allowed, so that older and newer files of
-the same version still open. The headers of safetensors files (`writing.read_tensors`) are
+the same version still open. The headers of safetensors files (`results.read_tensors`) are
 documents too.
 """
 

@@ -33,14 +33,10 @@ from isingcut.files.documents import (
     PatchScores,
 )
 from isingcut.files.inputs import user_path
+from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.writing import (
-    atomic_folder,
-    lock_place,
-    read_document,
-    refuse_changed,
-    write_document,
-)
+from isingcut.files.results import read_document, write_document
+from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
 from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
 from isingcut.files import documents
-from isingcut.files.writing import atomic_file, read_tensors, tensor_header
+from isingcut.files.results import read_tensors, tensor_header
+from isingcut.files.writing import atomic_file
 from isingcut.ising.states import Floats
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
-from isingcut.files.writing import read_json, without_infinities, write_json
+from isingcut.files.results import read_json, without_infinities, write_json
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, states_of
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.files.writing import without_infinities
+from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats, States
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite

@@ -19,7 +19,7 @@ from isingcut.console.progress import Bar, Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.journal import Journal, Row
-from isingcut.files.writing import fingerprint
+from isingcut.files.results import fingerprint
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.options.config import BATCH_TOKENS

@@ -20,7 +20,8 @@ from typing import Any
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
-from isingcut.files.writing import atomic_folder, foreign_in, lock_place
+from isingcut.files.ownership import foreign_in
+from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.models.fit import limit_structure, most_numbers
 from isingcut.models.loading import (
     catch_errors,

@@ -16,7 +16,7 @@ from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
 from isingcut.files.documents import CardParts, CutRecord, HealingFile
 from isingcut.files.inputs import load_json
-from isingcut.files.writing import read_document
+from isingcut.files.results import read_document
 from isingcut.models.sources import hub_id
 from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from isingcut.files import documents
-from isingcut.files.writing import check_recorded, read_document
+from isingcut.files.ownership import check_recorded
+from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows

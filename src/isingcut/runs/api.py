@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress
 from isingcut.data.mixture import register_texts
 from isingcut.errors import InputError
-from isingcut.files import writing
+from isingcut.files import ownership, results, writing
 from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState
 from isingcut.files.inputs import user_path
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -220,7 +220,7 @@ class Run:
         model = self.path / "model"
         if self._folder.find_finished(model) is not None:
             self._folder.check(model)
-            found += patch_warnings(writing.read_document(model / "isingcut.json", CutRecord))
+            found += patch_warnings(results.read_document(model / "isingcut.json", CutRecord))
         return found
 
     def at(self, remove: int | str) -> Run:
@@ -261,7 +261,7 @@ class Run:
         target = user_path(out)
         removed = None if blocks is None else _numbers(blocks)
         sources = [self._session.source, *self._folder.sources, self._folder.path]
-        writing.check_output(target, overwrite=overwrite, sources=sources)
+        ownership.check_output(target, overwrite=overwrite, sources=sources)
         with writing.lock_place(target):
             if removed is None and (self.config.patch != "none" or self.config.heal):
                 product = self._product()

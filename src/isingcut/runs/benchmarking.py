@@ -13,7 +13,7 @@ from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, s
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files import documents
 from isingcut.files.inputs import user_path
-from isingcut.files.writing import fingerprint, read_document, write_document
+from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.words import join_blocks

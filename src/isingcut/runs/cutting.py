@@ -24,7 +24,7 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import documents, writing
+from isingcut.files import documents, ownership, results, writing
 from isingcut.files.documents import FittedText, PatchRecord
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
@@ -84,7 +84,7 @@ def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
 def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
     named = "-".join(map(str, sorted(removed)))
     if len(named) > _LONGEST_NAME:
-        named = writing.fingerprint({"removed": sorted(removed)})[:16]
+        named = results.fingerprint({"removed": sorted(removed)})[:16]
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
@@ -160,7 +160,7 @@ def write_checkpoint(
 def write_record(checkpoint: Path, record: documents.CutRecord) -> None:
     """Write the record of a cut into its folder, and the model card."""
     assert record.card is not None
-    writing.write_document(checkpoint / RECORD, record)
+    results.write_document(checkpoint / RECORD, record)
     (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
 
 
@@ -174,7 +174,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The run's own source file needs no comparison; another quantisation of it does.
-    if folder.run.provenance.model.gguf_sha256 != writing.file_sha256(source):
+    if folder.run.provenance.model.gguf_sha256 != ownership.file_sha256(source):
         gguf.check_same_model(header, session.source)
 
 
@@ -204,7 +204,7 @@ def make_gguf(
     made = folder.find_finished(out)
     if source is None and made and made.options.content().get("model") == options["model"]:
         return out  # also if it was cut out of another file
-    options["source"] = writing.file_sha256(found)
+    options["source"] = ownership.file_sha256(found)
     packed = folder.run.blocks.packed if session.config.budget.packed else None
     if packed is not None:
         options["type"] = packed.type
@@ -216,7 +216,7 @@ def make_gguf(
         drop = session.config.drop_mtp
         gguf.cut_gguf(found, removed, path, overwrite=True, drop_mtp=drop, **how)
 
-    writing.refuse_source(out, [found])
+    ownership.refuse_source(out, [found])
     try:
         return folder.stage("excise", out, options, make, lambda path: path)
     except ArchitectureError as e:
@@ -280,7 +280,7 @@ def write_model(
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
-            record = writing.read_document(temporary / RECORD, documents.CutRecord)
+            record = results.read_document(temporary / RECORD, documents.CutRecord)
             assert record.card is not None
             card = record.card.model_copy(update={"patch": patch})
             with writing.clear_os_errors(out):
@@ -391,7 +391,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     def make(path: Path) -> None:
         if (target / HEALING).exists():
             # It is replaced at the end; refuse now a file that is not a record of a healing.
-            writing.read_document(target / HEALING, documents.HealingFile)
+            results.read_document(target / HEALING, documents.HealingFile)
         # Text outside all splits of the run.
         text = healing_text.build(
             healing.text,

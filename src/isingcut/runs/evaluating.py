@@ -23,7 +23,8 @@ from isingcut.evaluation.quality import (
 )
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import documents
-from isingcut.files.writing import read_document, temporary_prefix, write_document
+from isingcut.files.results import read_document, write_document
+from isingcut.files.writing import temporary_prefix
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files import documents, writing
+from isingcut.files import documents, ownership, results, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.memory import exhausted_error, is_memory_exhausted
@@ -118,7 +118,7 @@ class RunFolder:
             InputError: ``path`` is, contains or lies in the model, the text or a config file.
             OutputExistsError: ``path`` exists and is not a run folder.
         """
-        writing.refuse_source(path, read_by(config))
+        ownership.refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")
         begun = path.is_dir() and all(map(writing.is_leftover, path.iterdir()))
@@ -141,7 +141,7 @@ class RunFolder:
                 "make one with: isingcut energy MODEL --out DIR"
             )
         return cls(
-            path, writing.read_document(path / MANIFEST, documents.RunFile), overwrite=overwrite
+            path, results.read_document(path / MANIFEST, documents.RunFile), overwrite=overwrite
         )
 
     @property
@@ -189,7 +189,7 @@ class RunFolder:
     def save(self) -> None:
         """Write run.json."""
         if not self.processes.rank:
-            writing.write_document(self.path / MANIFEST, self.run)
+            results.write_document(self.path / MANIFEST, self.run)
 
     def target(self, remove: str) -> Path:
         """Return the folder for the files of one removal: the run's own, or a sub-folder."""
@@ -203,7 +203,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed later.
         """
-        writing.check_recorded(self.run.stages, self.path, file)
+        ownership.check_recorded(self.run.stages, self.path, file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """Read the file or folder of a finished stage, after `check`.
@@ -241,7 +241,7 @@ class RunFolder:
         return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        return writing.fingerprint({**options, "model": self.run.provenance.model.sha256})
+        return results.fingerprint({**options, "model": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -252,7 +252,7 @@ class RunFolder:
         """
         with writing.lock_place(self.path, inside=True) as first:
             if first:
-                self.run = writing.read_document(self.path / MANIFEST, documents.RunFile)
+                self.run = results.read_document(self.path / MANIFEST, documents.RunFile)
             yield
 
     def stage(
@@ -284,7 +284,7 @@ class RunFolder:
         """
         if self.processes.rank:
             return self._follow(file, make, load)
-        writing.refuse_source(file, self.sources)
+        ownership.refuse_source(file, self.sources)
         made = self.is_made(file, options)
         with contextlib.nullcontext() if made else self.lock():
             # Another process may have finished it meanwhile.
@@ -309,14 +309,14 @@ class RunFolder:
                         f"{file} was made with other options ({_difference(record, options)}); "
                         "choose another --out, or pass --overwrite to replace it"
                     )
-                changed = writing.find_change_since(file, record)
+                changed = ownership.find_change_since(file, record)
                 if changed is not None:
                     raise OutputExistsError(
                         f"{file} is not replaced: {changed} after the run wrote it; --overwrite "
                         "replaces only files of isingcut; move it away"
                     )
                 if file.is_dir():
-                    writing.check_output(file, overwrite=True)
+                    ownership.check_output(file, overwrite=True)
             begun = documents.StageRecord(
                 stage=name,
                 fingerprint=wanted,
@@ -336,7 +336,7 @@ class RunFolder:
                 raise
             done: dict[str, Any] = {"done": True, "seconds": round(time.monotonic() - began, 3)}
             done["sha256"] = (
-                writing.folder_hash(file) if file.is_dir() else writing.file_sha256(file)
+                ownership.folder_hash(file) if file.is_dir() else ownership.file_sha256(file)
             )
             self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
             self.save()
@@ -390,7 +390,7 @@ class RunFolder:
     ) -> None:
         """Restore the old record of a failed stage if its file still exists."""
         if before is not None and before.done and os.path.lexists(file):
-            if writing.find_change_since(file, before) is not None:
+            if ownership.find_change_since(file, before) is not None:
                 return
             self.run.stages[key] = before
         elif before is None and refused:

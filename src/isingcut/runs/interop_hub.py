@@ -11,7 +11,8 @@ from yaml import YAMLError
 
 from isingcut.errors import InputError, first_line
 from isingcut.files.documents import CutRecord
-from isingcut.files.writing import MARKER, read_document
+from isingcut.files.ownership import MARKER
+from isingcut.files.results import read_document
 from isingcut.report.card import hub_results
 from isingcut.report.run_files import RunFiles
 from isingcut.runs.folder import RunFolder

@@ -16,7 +16,7 @@ from typing import Any
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
-from isingcut.files import writing
+from isingcut.files import ownership, writing
 from isingcut.files.documents import CandidatesFile, RunFile
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
@@ -209,7 +209,7 @@ def open_session(
             for one in solving.each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
         session = Session(config, progress, before.run.provenance.dtype if before else None)
-        writing.refuse_source(out, [session.source])
+        ownership.refuse_source(out, [session.source])
         benchmarking.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
         take_up(session, processes)

@@ -20,7 +20,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
 from isingcut.files import documents
-from isingcut.files.writing import read_document, write_document
+from isingcut.files.results import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum

@@ -15,7 +15,7 @@ from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
 from isingcut.files.documents import BlockList, Computed, CutRecord, ModelIdentity, RequestedCompute
-from isingcut.files.writing import read_document
+from isingcut.files.results import read_document
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_modules, text_config

@@ -15,7 +15,7 @@ import numpy as np
 
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.documents import BlockCosts, BlockList, CandidatesFile, LegalityRow
-from isingcut.files.writing import read_document
+from isingcut.files.results import read_document
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian

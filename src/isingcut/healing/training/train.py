@@ -43,13 +43,9 @@ from isingcut.files.documents import (
     HealingStop,
     Step,
 )
-from isingcut.files.writing import (
-    atomic_folder,
-    clear_os_errors,
-    mark,
-    read_document,
-    write_document,
-)
+from isingcut.files.ownership import mark
+from isingcut.files.results import read_document, write_document
+from isingcut.files.writing import atomic_folder, clear_os_errors
 from isingcut.healing.job import (
     SHORT,
     Job,

@@ -16,7 +16,8 @@ from typing import Any
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
-from isingcut.files.writing import atomic_folder, check_output, clear_os_errors
+from isingcut.files.ownership import check_output
+from isingcut.files.writing import atomic_folder, clear_os_errors
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
 from isingcut.models.cutting.verify import verify

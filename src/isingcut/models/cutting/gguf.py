@@ -26,7 +26,8 @@ import yaml
 from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
-from isingcut.files.writing import atomic_file, refuse_source
+from isingcut.files.ownership import refuse_source
+from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.cuts import (
     depth,
     mtp_layers,

@@ -1,0 +1,285 @@
+"""Tell isingcut's files from yours, so that nothing of yours is replaced.
+
+With `--overwrite`, isingcut replaces only its own files, and never a source. A folder that isingcut
+writes has a marker file with the name and fingerprint of every file in it, and a hash over these. A
+text file ends with a seal, the hash of the text before it. Files without either, or changed later,
+are yours and stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isingcut.errors import InputError, IsingcutError, OutputExistsError, StageFileError
+from isingcut.files.inputs import load_json, parse_json, read_text
+
+if TYPE_CHECKING:
+    from isingcut.files.documents import StageRecord
+
+MARKER = ".isingcut-output.json"
+_EDGE = 1 << 20
+_SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
+
+
+def check_output(
+    path: Path, *, overwrite: bool, sources: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Raise if an output must not be written to ``path``.
+
+    Args:
+        path: a file or folder; it need not exist.
+        overwrite: allow replacing an output of isingcut.
+        sources: the inputs of this command and its run: model, teacher, GGUF, text, config.
+
+    Raises:
+        InputError: ``path`` is, contains or lies in a source, even with ``overwrite``.
+        OutputExistsError: it exists, and ``overwrite`` is false or it has files of yours.
+    """
+    refuse_source(path, sources)
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            f"the output {path} already exists, nothing was written; choose another place, or "
+            "replace it with --overwrite (overwrite=True)"
+        )
+    foreign = foreign_in(path) if path.is_dir() else _foreign_file(path)
+    if foreign is not None:
+        raise OutputExistsError(
+            f"the output {path} is not replaced: {foreign}, and --overwrite replaces only files "
+            "of isingcut; move it away or choose another --out"
+        )
+
+
+def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise if an output is, contains or lies in a source.
+
+    Links are resolved; a hard link to a source file counts as that file.
+
+    Raises:
+        InputError: with both paths.
+    """
+    real = _real(path)
+    for source in map(Path, sources):
+        if not os.path.lexists(source):
+            continue
+        read = _real(source)
+        if real == read or _same_file(path, source):
+            how = "is"
+        elif read.is_relative_to(real):
+            how = "contains"
+        elif real.is_relative_to(read):
+            how = "lies in"
+        else:
+            continue
+        raise InputError(
+            f"the output {path} {how} {source}, an input of this command; nothing was written: "
+            "choose another place for the output"
+        )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"cannot resolve {path}: {e}; give a path without such links") from e
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+# Folders --------------------------------------------------------------------------------
+
+
+def mark(folder: Path) -> None:
+    """Write the marker of a complete folder."""
+    files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
+    files.pop(MARKER, None)
+    content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": hash_of(files)}
+    (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_marker(folder: Path) -> dict[str, str] | None:
+    """Read the files and fingerprints in a folder's marker; None if it is missing or damaged."""
+    try:
+        document = load_json(folder / MARKER, "the marker")
+        files = document["files"]
+        whole = document["format"] == "isingcut-output" and document["sha256"] == hash_of(files)
+    except (IsingcutError, KeyError, TypeError):
+        return None
+    return files if whole and isinstance(files, dict) else None
+
+
+def foreign_in(folder: Path) -> str | None:
+    """Describe the files of a folder that isingcut did not write; None if there are none.
+
+    An empty folder has no such files.
+    """
+    present = _files_in(folder)
+    if not present:
+        return None
+    files = _read_marker(folder)
+    if files is None:
+        if MARKER in present:
+            return f"its {MARKER} was changed"
+        return f"it has {_some(present)} and no marker of isingcut"
+    if more := present - files.keys() - {MARKER}:
+        return f"isingcut did not write {_some(more)} in it"
+    changed = {name for name in present - {MARKER} if files[name] != edges_sha256(folder / name)}
+    return f"{_some(changed)} in it was changed" if changed else None
+
+
+def folder_hash(folder: Path) -> str | None:
+    """Return the hash in a folder's marker; None if the marker is missing or damaged."""
+    files = _read_marker(folder)
+    return None if files is None else hash_of(files)
+
+
+def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
+    """Describe the changes in a folder since its hash was recorded; None for no change.
+
+    Added files do not count, nor does Markdown: you may edit a model card.
+
+    Args:
+        gone: whether deleted files count.
+    """
+    files = _read_marker(folder)
+    if files is None or hash_of(files) != recorded:
+        return f"its {MARKER} was changed"
+    changed = {
+        name
+        for name, found in files.items()
+        if not name.endswith(".md")
+        and (gone or (folder / name).exists())
+        and edges_sha256(folder / name) != found
+    }
+    return f"{_some(changed)} in it was changed" if changed else None
+
+
+def refuse_changed(folder: Path) -> None:
+    """Raise if a file but Markdown was edited in a folder that isingcut wrote.
+
+    Raises:
+        InputError: with the edited file.
+    """
+    if not (folder / MARKER).is_file():
+        return
+    changed = find_change(folder, folder_hash(folder) or "", gone=False)
+    if changed is not None:
+        raise InputError(
+            f"{folder} was changed after isingcut wrote it: {changed}; write it again, or delete "
+            f"its {MARKER} to use it as it is"
+        )
+
+
+def _some(names: set[str]) -> str:
+    first = min(names)
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
+
+
+def _files_in(folder: Path) -> set[str]:
+    """Return the relative names of all files and empty folders below a folder."""
+    found = set()
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*names, *links]:
+            found.add((here / name).relative_to(folder).as_posix())
+        if not folders and not names and here != folder:
+            found.add(here.relative_to(folder).as_posix())
+    return found
+
+
+def edges_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's size and of its first and last MiB, to save time."""
+    if path.is_symlink() or not path.is_file():
+        return "not a regular file"
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as f:
+        digest.update(f.read(_EDGE))
+        f.seek(max(0, size - _EDGE))
+        digest.update(f.read(_EDGE))
+    return digest.hexdigest()
+
+
+def hash_of(content: Mapping[str, object]) -> str:
+    """Return the SHA-256 of a JSON object, independent of key order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# Stages of a run folder ------------------------------------------------------------------
+
+
+def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) -> None:
+    """Raise if a file of a run folder differs from what the run wrote.
+
+    Args:
+        stages: the records in `run.json`.
+
+    Raises:
+        StageFileError: the file has no record, its stage is unfinished, or it was changed.
+    """
+    record = stages.get(str(file.relative_to(folder)))
+    if record is None:
+        raise StageFileError(f"{file} was not written by this run; move it away")
+    if not record.done:
+        raise StageFileError(f"{file} is not finished; run its stage again: {record.stage}")
+    changed = find_change_since(file, record)
+    if changed is not None:
+        raise StageFileError(
+            f"{file} was changed or damaged after the run wrote it ({changed}); "
+            "delete it and run its stage again (other blocks are cut with --blocks)"
+        )
+
+
+def find_change_since(file: Path, record: StageRecord) -> str | None:
+    """Describe how a file or folder differs from its record; None if it does not.
+
+    An interrupted stage has no hash, and nor have folders in records of older versions.
+    """
+    if record.sha256 is None:
+        return None
+    if file.is_dir():
+        return find_change(file, record.sha256)
+    if not file.is_file():
+        return "it is not a regular file"
+    return None if file_sha256(file) == record.sha256 else "its hash differs"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Text files -----------------------------------------------------------------------------
+
+
+def _foreign_file(path: Path) -> str | None:
+    """Explain why a file is not an unchanged file of isingcut; None if it is one.
+
+    The seal of a JSON document is the hash of all its other keys.
+    """
+    try:
+        text = read_text(path, "the output")
+        if path.suffix == ".json":
+            document = parse_json(text)
+            seal, found = document.pop("seal"), hash_of(document)
+        else:
+            body, _, last = text.removesuffix("\n").rpartition("\n")
+            found = hashlib.sha256(f"{body}\n".encode()).hexdigest()
+            seal = _SEAL.findall(last)[0]
+    except (IsingcutError, ValueError, LookupError, AttributeError, TypeError):
+        return "it has no seal of isingcut"
+    return None if seal == found else "it was changed after isingcut wrote it"
