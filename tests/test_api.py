@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.documents import CutRecord
+from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document, read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer

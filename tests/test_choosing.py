@@ -17,8 +17,8 @@ from isingcut.evaluation.candidates import few_samples, fidelity, random_feasibl
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score_states
-from isingcut.files.documents import ByTasks, CandidatesFile
 from isingcut.files.results import read_document, read_json
+from isingcut.files.states import ByTasks, CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem

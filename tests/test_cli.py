@@ -19,9 +19,10 @@ import isingcut
 from isingcut.cli import main as cli
 from isingcut.cli import show
 from isingcut.errors import InputError, OutputExistsError
-from isingcut.files.documents import CandidatesFile, EvaluationFile
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import MARKER
 from isingcut.files.results import read_document, read_json
+from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work

@@ -12,7 +12,7 @@ from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
-from isingcut.files.documents import EvaluationFile
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.models import load as models
 from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
 

@@ -23,7 +23,7 @@ from healings import (
 from isingcut.cli.main import app
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageFileError
-from isingcut.files.documents import HealingFile
+from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_json
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe

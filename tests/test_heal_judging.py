@@ -10,7 +10,7 @@ import torch
 
 from healings import Killed, curve, flags_of, killing, models, options, shapes, stored
 from isingcut.data.tokens import TokenSet
-from isingcut.files.documents import HealingCheck, HealingFile, HealingStop
+from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
 from isingcut.files.results import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal

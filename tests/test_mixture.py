@@ -14,7 +14,8 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents import EvaluationFile, HealingFile, PartScores
+from isingcut.files.evaluations import EvaluationFile, PartScores
+from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_document
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, part_warnings

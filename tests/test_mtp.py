@@ -7,7 +7,7 @@ import pytest
 import isingcut
 from healings import options, write_text
 from isingcut.evaluation.quality import draft_acceptance
-from isingcut.files.documents import EvaluationFile
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_json
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise

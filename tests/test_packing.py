@@ -11,8 +11,8 @@ import torch
 from gguf_files import named, write
 from isingcut.console.progress import silent
 from isingcut.errors import ArchitectureError
-from isingcut.files.documents import PackingFile
 from isingcut.files.results import read_document
+from isingcut.files.runs import PackingFile
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import PLAIN
 from isingcut.models.cutting import gguf as gguf_cuts

@@ -17,7 +17,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents import EvaluationFile
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_document, read_json
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.load import load

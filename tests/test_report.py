@@ -7,20 +7,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 from isingcut.errors import StageFileError
-from isingcut.files.documents import (
-    CandidatesFile,
-    CardParts,
-    ChosenState,
-    Correlations,
-    CutRecord,
-    EvaluationFile,
-    FurtherScores,
-    HealingFile,
-    Judged,
-    PatchRecord,
-    SpectrumFile,
-)
+from isingcut.files.cuts import CardParts, CutRecord, PatchRecord
+from isingcut.files.evaluations import EvaluationFile, FurtherScores
+from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_json, write_json
+from isingcut.files.states import CandidatesFile, ChosenState, Correlations, Judged, SpectrumFile
 from isingcut.report import card, words
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text

@@ -19,8 +19,8 @@ from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
 from isingcut.errors import InputError
-from isingcut.files.documents import CandidatesFile
 from isingcut.files.results import read_document, read_json
+from isingcut.files.states import CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import blocks_of, key_of, states_of

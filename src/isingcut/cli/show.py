@@ -14,7 +14,7 @@ from rich.table import Table
 from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
-from isingcut.files import documents
+from isingcut.files import evaluations, healings, states
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
@@ -98,7 +98,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     show_lines(f"wrote {file}")
 
 
-def show_ranking(found: documents.CandidatesFile) -> None:
+def show_ranking(found: states.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
     chosen, lines = found.chosen, []
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
@@ -126,7 +126,7 @@ def show_ranking(found: documents.CandidatesFile) -> None:
     )
 
 
-def show_baseline(found: documents.BaselineFile, file: Path) -> None:
+def show_baseline(found: states.BaselineFile, file: Path) -> None:
     """Print the choice of a baseline, its loss and its cost."""
     broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
     show_lines(
@@ -204,7 +204,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """Return the chosen state of every ranked removal of a run folder, fewest blocks first."""
     files = folder.glob("remove-*/candidates.json")
-    found = [(f, read_document(f, documents.CandidatesFile)) for f in files]
+    found = [(f, read_document(f, states.CandidatesFile)) for f in files]
     rows = [
         {
             "remove": r.remove,
@@ -269,14 +269,14 @@ def show_curve(folder: Path) -> None:
     )
 
 
-def show_evaluation(found: documents.EvaluationFile, *, last: str = "cut") -> None:
+def show_evaluation(found: evaluations.EvaluationFile, *, last: str = "cut") -> None:
     """Print the before/after table, without the NLL (the report has it)."""
     title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
     rows = evaluation_rows(found, last=last)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
-def show_healing(found: documents.HealingFile, folder: Path) -> None:
+def show_healing(found: healings.HealingFile, folder: Path) -> None:
     """Print the quality before and after healing, on unseen text."""
     title = (
         f"unseen text: {found.report_tokens} tokens; trained on {found.tokens_seen} tokens "
@@ -286,7 +286,7 @@ def show_healing(found: documents.HealingFile, folder: Path) -> None:
     show_lines(f"wrote {folder}")
 
 
-def show_benchmarks(found: documents.BenchmarksFile, file: Path, *, last: str = "cut") -> None:
+def show_benchmarks(found: evaluations.BenchmarksFile, file: Path, *, last: str = "cut") -> None:
     """Print the scores of both models, and whether each difference is more than noise."""
     title = "benchmarks, the same questions for both models"
     if found.left_out:

@@ -40,16 +40,9 @@ from isingcut.options.declaration import from_yaml
 
 if TYPE_CHECKING:
     from isingcut.cli import show
-    from isingcut.files import documents
+    from isingcut.files import cuts, evaluations, healings
     from isingcut.report import words
-    from isingcut.runs import (
-        benchmarking,
-        cutting,
-        evaluating,
-        pipeline,
-        ranking,
-        solving,
-    )
+    from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
 else:
 
     class LazyModule:
@@ -61,7 +54,8 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self.name), attribute)
 
-    show, documents, words = map(LazyModule, ("cli.show", "files.documents", "report.words"))
+    cuts, healings = map(LazyModule, ("files.cuts", "files.healings"))
+    show, words = map(LazyModule, ("cli.show", "report.words"))
     runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
     benchmarking, cutting, evaluating, pipeline, ranking, solving = (
         LazyModule(f"runs.{name}") for name in runs
@@ -266,7 +260,7 @@ def excise(
         "gguf": packed and str(packed),
     }
     lines = [str(path) for path in (model, packed) if path]
-    record = read_document(model / "isingcut.json", documents.CutRecord)
+    record = read_document(model / "isingcut.json", cuts.CutRecord)
     remarks = [] if record.proof is None else record.proof.remarks
     warnings = [*remarks, *words.patch_warnings(record)]
     return Output(data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings)
@@ -288,7 +282,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     if os.environ.get("RANK", "0") != "0":
         # Only rank 0 prints the result.
         raise typer.Exit
-    found = read_document(folder / RECORD, documents.HealingFile)
+    found = read_document(folder / RECORD, healings.HealingFile)
     return Output(
         {"checkpoint": str(folder), **found.content()},
         lambda: show.show_healing(found, folder),
@@ -364,7 +358,7 @@ def evaluate(
     found = evaluating.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
-    rows: documents.BenchmarksFile | None = None
+    rows: evaluations.BenchmarksFile | None = None
     if typed:
         rows = benchmarking.benchmarks(session, folder, removed)
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
@@ -381,7 +375,7 @@ def evaluate(
 
 def _score_gguf(
     gguf: Path, config: RunConfig, out: Path | None
-) -> tuple[documents.EvaluationFile, Path]:
+) -> tuple[evaluations.EvaluationFile, Path]:
     """Compare a GGUF file with its original model."""
     from isingcut.runs.session import Session
 
@@ -395,7 +389,7 @@ def _score_gguf(
 
 def _score_checkpoint(
     folder: Path, config: RunConfig, out: Path | None
-) -> tuple[documents.BenchmarksFile, Path]:
+) -> tuple[evaluations.BenchmarksFile, Path]:
     """Compare a checkpoint in any folder, or a GGUF file, with its original model."""
     from isingcut.models.sources import resolve
     from isingcut.runs.session import Session

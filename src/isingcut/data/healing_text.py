@@ -10,7 +10,7 @@ from isingcut.data.mixture import describe_source, parts_of, places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
-from isingcut.files.documents import FittedText
+from isingcut.files.cuts import FittedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

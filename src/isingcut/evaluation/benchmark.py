@@ -37,15 +37,9 @@ from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
-from isingcut.files.documents import (
-    ByTasks,
-    MeasuredState,
-    PairedScores,
-    ScoredCandidate,
-    TaskRow,
-    TextScores,
-)
+from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint
+from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
 from isingcut.ising.states import Floats, swaps
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_config

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from isingcut.data.calibration import TokenSet
 from isingcut.errors import InfeasibleError
-from isingcut.files.documents import (
+from isingcut.files.results import without_infinities
+from isingcut.files.states import (
     CandidatesFile,
     ChosenState,
     Correlations,
@@ -20,7 +21,6 @@ from isingcut.files.documents import (
     MeasuredLoss,
     MeasuredState,
 )
-from isingcut.files.results import without_infinities
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum

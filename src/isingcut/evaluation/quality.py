@@ -16,7 +16,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
-from isingcut.files.documents import (
+from isingcut.files.evaluations import (
     EvaluationFile,
     Generation,
     MixedScores,

@@ -22,7 +22,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
-from isingcut.files.documents import EvaluationFile
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load

@@ -2,6 +2,8 @@
 
 `inputs`: read your files, within size limits; `writing`: write files and folders atomically, under
 a lock; `ownership`: tell isingcut's files from yours, so that none of yours is replaced; `results`:
-write and read results files; `documents`: the content of each kind of results file; `journal`: rows
-of a measurement, for resuming; `provenance`: what a result was made with.
+write and read results files; `documents`: check their content by its kind; `states`, `cuts`,
+`evaluations`, `healings`, `runs`: the models of that content, by stage; `schema` and `values`: what
+these are made of; `journal`: rows of a measurement, for resuming; `provenance`: what a result was
+made with.
 """

@@ -20,7 +20,7 @@ from isingcut.errors import InputError, IsingcutError, OutputExistsError, StageF
 from isingcut.files.inputs import load_json, parse_json, read_text
 
 if TYPE_CHECKING:
-    from isingcut.files.documents import StageRecord
+    from isingcut.files.runs import StageRecord
 
 MARKER = ".isingcut-output.json"
 _EDGE = 1 << 20

@@ -21,7 +21,7 @@ from isingcut.files.writing import atomic_file
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from isingcut.files.documents import Document
+    from isingcut.files.schema import Document
 
 D = TypeVar("D", bound="Document")
 _VERSION = 1

@@ -24,14 +24,8 @@ from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.documents import (
-    HealedPart,
-    HealedScores,
-    HealingFile,
-    HealOptions,
-    PairScores,
-    PatchScores,
-)
+from isingcut.files.evaluations import PairScores
+from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
-from isingcut.files.documents import HealingCheck, HealingRecipe, HealingStop
+from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.models.device import pick_device

@@ -18,7 +18,8 @@ from torch import nn
 
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
-from isingcut.files.documents import CutRecord, HealingFile
+from isingcut.files.cuts import CutRecord
+from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
 from isingcut.healing.job import check_last

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isingcut.errors import IsingcutError, ModelError, StageFileError
-from isingcut.files.documents import Document, HealingCurve, HealingWork
+from isingcut.files.healings import HealingCurve, HealingWork
 from isingcut.files.ownership import MARKER, check_output, foreign_in, refuse_source
 from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.schema import Document
 from isingcut.files.writing import clear_leftovers, clear_os_errors, is_leftover
 from isingcut.healing.job import Job, trainer_settings
 from isingcut.memory import convert_memory_errors

@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from isingcut.data.mixture import describe_source
 from isingcut.errors import StageFileError
-from isingcut.files.documents import CardParts, CutRecord, HealingFile
+from isingcut.files.cuts import CardParts, CutRecord
+from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json
 from isingcut.files.results import read_document
 from isingcut.models.sources import hub_id

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.documents import BaselineFile, HealingFile, MeasuredState
+from isingcut.files.healings import HealingFile
+from isingcut.files.states import BaselineFile, MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats, states_of
 from isingcut.report.rows import CUT_RANKING, Value, kl_of, plus_minus

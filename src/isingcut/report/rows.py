@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isingcut.files import documents
+from isingcut.files import evaluations, healings, states
 
 Figures = Mapping[str, Any]
 """The figures of one model by their keys, each with its error under ``KEY_se``."""
@@ -165,7 +165,7 @@ _SIZE_AND_SPEED = (
 )
 
 
-def evaluation_rows(evaluation: documents.EvaluationFile, *, last: str = "cut") -> list[Row]:
+def evaluation_rows(evaluation: evaluations.EvaluationFile, *, last: str = "cut") -> list[Row]:
     """The table of the original, the exact cut and what was made of it.
 
     Size and speed are the same of all that have the same blocks, and shown of the last one.
@@ -192,10 +192,10 @@ def evaluation_rows(evaluation: documents.EvaluationFile, *, last: str = "cut") 
 
 
 def _collect(
-    found: documents.EvaluationFile | documents.PartScores,
-    between: Mapping[str, documents.Perplexity],
+    found: evaluations.EvaluationFile | evaluations.PartScores,
+    between: Mapping[str, evaluations.Perplexity],
     last: str,
-    packed: documents.Perplexity | None,
+    packed: evaluations.Perplexity | None,
 ) -> dict[str, Figures]:
     return {
         "original": {**dict(found.before), "kl": 0.0},
@@ -210,7 +210,7 @@ def _collect(
     }
 
 
-def healing_rows(healing: documents.HealingFile) -> list[Row]:
+def healing_rows(healing: healings.HealingFile) -> list[Row]:
     """Quality of the original and of the cut model before and after healing.
 
     The models are ``original``, ``cut`` (``patched`` where it was that before), ``patched`` where
@@ -234,7 +234,7 @@ def _collect_healed(models: Mapping[str, Any]) -> dict[str, Figures]:
     return {"original": original, **{name: dict(found) for name, found in models.items()}}
 
 
-def healing_start(healing: documents.HealingFile) -> str:
+def healing_start(healing: healings.HealingFile) -> str:
     """What a healing was given: ``patched``, or ``cut``."""
     return "patched" if healing.start == "patched" else "cut"
 
@@ -294,12 +294,12 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
     return Value(figure / scale, None if error is None else error / scale)
 
 
-def kl_of(row: documents.MeasuredLoss | documents.BaselineFile) -> Value:
+def kl_of(row: states.MeasuredLoss | states.BaselineFile) -> Value:
     """The measured KL of a state."""
     return Value(row.kl, row.kl_se)
 
 
-def benchmark_rows(found: documents.BenchmarksFile, *, last: str = "cut") -> list[Row]:
+def benchmark_rows(found: evaluations.BenchmarksFile, *, last: str = "cut") -> list[Row]:
     """Benchmark tasks with the scores of both models, and their perplexity on WikiText-2.
 
     Bars of scores reach from 0 to 1. A difference within the noise is called so.

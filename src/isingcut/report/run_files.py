@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from isingcut.files import documents
+from isingcut.files import cuts, documents, evaluations, healings, runs, schema, states
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -19,7 +19,7 @@ from isingcut.report import words
 from isingcut.report.rows import Row, evaluation_rows
 
 T = TypeVar("T")
-D = TypeVar("D", bound=documents.Document)
+D = TypeVar("D", bound=schema.Document)
 
 PLAIN_CLASS = "AutoModelForCausalLM"
 """What loads a checkpoint of which nothing else is known."""
@@ -56,10 +56,10 @@ class RunFiles:
     """
 
     def __init__(
-        self, folder: Path, target: Path | None = None, run: documents.RunFile | None = None
+        self, folder: Path, target: Path | None = None, run: runs.RunFile | None = None
     ) -> None:
         self.folder, self.target = folder, target or folder
-        self.run = run or read_document(folder / "run.json", documents.RunFile)
+        self.run = run or read_document(folder / "run.json", runs.RunFile)
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
@@ -68,7 +68,7 @@ class RunFiles:
         packed = self.target / "model.gguf"
         self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
-    def record(self, path: Path) -> documents.StageRecord | None:
+    def record(self, path: Path) -> runs.StageRecord | None:
         """What `run.json` says of a file or folder that a finished stage wrote."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
@@ -96,27 +96,27 @@ class RunFiles:
         documents.check_blocks(path, found, len(self.blocks))
         return found
 
-    candidates = _document("candidates.json", documents.CandidatesFile)
-    evaluation = _document("evaluation.json", documents.EvaluationFile)
-    benchmarks = _document("benchmarks.json", documents.BenchmarksFile)
-    removal = _document("model/isingcut.json", documents.CutRecord, "model")
-    healing = _document("healing.json", documents.HealingFile, "healed")
-    packing = _document("packing.json", documents.PackingFile)
+    candidates = _document("candidates.json", states.CandidatesFile)
+    evaluation = _document("evaluation.json", evaluations.EvaluationFile)
+    benchmarks = _document("benchmarks.json", evaluations.BenchmarksFile)
+    removal = _document("model/isingcut.json", cuts.CutRecord, "model")
+    healing = _document("healing.json", healings.HealingFile, "healed")
+    packing = _document("packing.json", runs.PackingFile)
 
     @cached_property
-    def spectrum(self) -> documents.SpectrumFile | None:
+    def spectrum(self) -> states.SpectrumFile | None:
         """`spectrum.json`, with the states that a search found beyond it."""
         found = self.read(
-            self.target / "spectrum.json", partial(read_document, model=documents.SpectrumFile)
+            self.target / "spectrum.json", partial(read_document, model=states.SpectrumFile)
         )
         return found and with_searched(found, self.candidates)
 
     @cached_property
-    def baselines(self) -> list[documents.BaselineFile]:
+    def baselines(self) -> list[states.BaselineFile]:
         """All `baseline-NAME.json`, lowest measured KL first."""
         files = sorted(self.target.glob("baseline-*.json"))
         found = [
-            self.read(file, partial(read_document, model=documents.BaselineFile)) for file in files
+            self.read(file, partial(read_document, model=states.BaselineFile)) for file in files
         ]
         return sorted((b for b in found if b is not None), key=lambda b: b.kl)
 
@@ -157,7 +157,7 @@ class RunFiles:
         return str(requested or self.target.name.removeprefix("remove-"))
 
     @property
-    def best(self) -> documents.MeasuredState | documents.Ranked | None:
+    def best(self) -> states.MeasuredState | states.Ranked | None:
         """What was cut, as the ranking measured it; before a cut, the ranking's choice.
 
         Before a ranking it is the ground state, without a loss. None where blocks were named by
@@ -173,10 +173,10 @@ class RunFiles:
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
 
     @property
-    def meta(self) -> documents.EnergyMeta:
+    def meta(self) -> states.EnergyMeta:
         """The energy's provenance; empty before it is measured."""
         found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
-        return documents.EnergyMeta.model_validate(found)
+        return states.EnergyMeta.model_validate(found)
 
     @property
     def removed(self) -> list[int] | None:
@@ -206,7 +206,7 @@ class RunFiles:
         return "patched" if self.patch is not None and self.patch.changed else "cut"
 
     @property
-    def patch(self) -> documents.PatchRecord | None:
+    def patch(self) -> cuts.PatchRecord | None:
         """What was patched of the checkpoint; None where nothing was to be."""
         return None if self.removal is None else self.removal.patch
 
@@ -216,7 +216,7 @@ class RunFiles:
         return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
-    def judged(self) -> dict[str, documents.Judged]:
+    def judged(self) -> dict[str, states.Judged]:
         """How well each energy ranked measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
@@ -238,7 +238,7 @@ class RunFiles:
         return said + words.overlap_warnings({} if text is None else text.overlap)
 
     @property
-    def winners(self) -> list[documents.BaselineFile]:
+    def winners(self) -> list[states.BaselineFile]:
         """Baselines that keep all constraints and have a lower measured KL than the choice."""
         if self.candidates is None:
             return []
@@ -286,8 +286,8 @@ class RunFiles:
 
 
 def with_searched(
-    spectrum: documents.SpectrumFile, candidates: documents.CandidatesFile | None
-) -> documents.SpectrumFile:
+    spectrum: states.SpectrumFile, candidates: states.CandidatesFile | None
+) -> states.SpectrumFile:
     """A spectrum with the candidates that a search found beyond it, ranked by energy.
 
     A spectrum that was solved anew since is left as it is.
@@ -299,6 +299,6 @@ def with_searched(
     more = [r for r in rows if tuple(r.removed) not in own]
     ordered = sorted([*spectrum.states, *more], key=lambda s: s.energy)
     ranked = [
-        documents.Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)
+        states.Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)
     ]
     return spectrum.model_copy(update={"states": ranked, "searched": len(more)})

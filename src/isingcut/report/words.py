@@ -20,7 +20,7 @@ from jinja2.environment import TemplateModule
 from markupsafe import Markup, escape
 
 from isingcut.console.printing import printable
-from isingcut.files import documents
+from isingcut.files import cuts, healings, states
 from isingcut.files.provenance import __version__
 from isingcut.report import rows as report_rows
 from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
@@ -74,7 +74,7 @@ part_warnings = partial(paragraphs, "part_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 
-def healing_warnings(found: documents.HealingFile) -> list[str]:
+def healing_warnings(found: healings.HealingFile) -> list[str]:
     """What a healing did not do."""
     said = paragraphs("healing_warnings", found)
     return [*patch_warnings(found), *overlap_warnings(found.overlap), *said]
@@ -105,15 +105,15 @@ def _sentences() -> TemplateModule:
 
 
 def _known_rows(
-    found: documents.CandidatesFile, removed: Sequence[int]
-) -> list[tuple[documents.MeasuredState, int]]:
+    found: states.CandidatesFile, removed: Sequence[int]
+) -> list[tuple[states.MeasuredState, int]]:
     """The first row of a ranking that measured a state, and on how many tokens; or none."""
     few = found.random_tokens or found.tokens
     rows = [(row, found.tokens) for row in found.candidates] + [(row, few) for row in found.random]
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
-def correlation_text(found: documents.Correlations) -> str:
+def correlation_text(found: states.Correlations) -> str:
     """A rank correlation with its 95 % interval."""
     value, low, high = found.spearman, found.spearman_low, found.spearman_high
     if value is None:
@@ -121,7 +121,7 @@ def correlation_text(found: documents.Correlations) -> str:
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")
 
 
-def was_tuned(patch: documents.PatchRecord) -> bool:
+def was_tuned(patch: cuts.PatchRecord) -> bool:
     """Whether tuning changed layers next to the cuts."""
     held_out = patch.tuning.held_out_kl if patch.tuning is not None else []
     return bool(held_out) and min(held_out) < held_out[0]
@@ -136,8 +136,8 @@ def state_map(removed: Sequence[int], n: int) -> str:
 
 
 def spectrum_map(
-    spectrum: documents.SpectrumFile,
-    candidates: documents.CandidatesFile | None,
+    spectrum: states.SpectrumFile,
+    candidates: states.CandidatesFile | None,
     removed: Sequence[int] | None,
 ) -> list[str]:
     """The spectrum as monospaced lines: rank, energy, measured KL, one column per block."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.files.documents import ChosenState
 from isingcut.files.ownership import check_output
 from isingcut.files.results import write_json, write_sealed
+from isingcut.files.states import ChosenState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures

@@ -25,8 +25,9 @@ from isingcut.console.progress import Progress, as_progress
 from isingcut.data.mixture import register_texts
 from isingcut.errors import InputError
 from isingcut.files import ownership, results, writing
-from isingcut.files.documents import CandidatesFile, CutRecord, MeasuredState
+from isingcut.files.cuts import CutRecord
 from isingcut.files.inputs import user_path
+from isingcut.files.states import CandidatesFile, MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.memory import convert_memory_errors

@@ -11,7 +11,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import benchmark
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
-from isingcut.files import documents
+from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
@@ -68,8 +68,8 @@ def last_blocks(size: int, count: int) -> list[int]:
 
 
 def choose_by_tasks(
-    session: Session, rows: Sequence[documents.MeasuredState], kept: Path
-) -> tuple[int, documents.ByTasks]:
+    session: Session, rows: Sequence[states.MeasuredState], kept: Path
+) -> tuple[int, states.ByTasks]:
     """Choose the best of a few candidates by half of the questions of the run's tasks.
 
     Each candidate is the original with blocks skipped, so no checkpoint is written.
@@ -115,7 +115,7 @@ def choose_by_tasks(
 
 def benchmarks(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> documents.BenchmarksFile:
+) -> evaluations.BenchmarksFile:
     """Run stage `benchmarks`: score both models on the options' tasks, in `benchmarks.json`.
 
     Args:
@@ -149,7 +149,7 @@ def benchmarks(
         checkpoint.with_name("benchmarks.json"),
         options,
         make,
-        lambda path: read_document(path, documents.BenchmarksFile),
+        lambda path: read_document(path, evaluations.BenchmarksFile),
         forget=lambda: benchmark.forget_scores(work, tasks),
     )
 
@@ -160,7 +160,7 @@ def score_both(
     *,
     but: Sequence[str] = (),
     kept: Path | None = None,
-) -> documents.BenchmarksFile:
+) -> evaluations.BenchmarksFile:
     """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
 
     Args:
@@ -193,4 +193,4 @@ def score_both(
     if WIKITEXT in tasks:
         both = {name: model.loaded for name, model in models.items()}
         found["wikitext2"] = benchmark.text_scores(both, data_of(config), config.questions, **given)
-    return documents.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
+    return evaluations.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

@@ -24,8 +24,7 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
-from isingcut.files import documents, ownership, results, writing
-from isingcut.files.documents import FittedText, PatchRecord
+from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
@@ -146,7 +145,7 @@ def write_checkpoint(
         mtp = count_mtp_layers(session.source)
         further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": session.config.drop_mtp}
         parts = parts.model_copy(update=further)
-        record = documents.CutRecord(
+        record = cuts.CutRecord(
             removed=blocks,
             of=len(session.stack),
             model=folder.run.provenance.model.content(),
@@ -157,7 +156,7 @@ def write_checkpoint(
             write_record(temporary, record)
 
 
-def write_record(checkpoint: Path, record: documents.CutRecord) -> None:
+def write_record(checkpoint: Path, record: cuts.CutRecord) -> None:
     """Write the record of a cut into its folder, and the model card."""
     assert record.card is not None
     results.write_document(checkpoint / RECORD, record)
@@ -280,7 +279,7 @@ def write_model(
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
-            record = results.read_document(temporary / RECORD, documents.CutRecord)
+            record = results.read_document(temporary / RECORD, cuts.CutRecord)
             assert record.card is not None
             card = record.card.model_copy(update={"patch": patch})
             with writing.clear_os_errors(out):
@@ -289,7 +288,7 @@ def write_model(
 
 def _patch(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
-) -> PatchRecord:
+) -> cuts.PatchRecord:
     """Patch a checkpoint; return the record of the layers, the text and the proof.
 
     Raises:
@@ -301,7 +300,7 @@ def _patch(
 
 def _patch_job(
     session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, work: Path
-) -> tuple[Job, FittedText]:
+) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     tokens, text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
@@ -391,7 +390,7 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     def make(path: Path) -> None:
         if (target / HEALING).exists():
             # It is replaced at the end; refuse now a file that is not a record of a healing.
-            results.read_document(target / HEALING, documents.HealingFile)
+            results.read_document(target / HEALING, healings.HealingFile)
         # Text outside all splits of the run.
         text = healing_text.build(
             healing.text,

@@ -22,7 +22,7 @@ from isingcut.evaluation.quality import (
     quality,
 )
 from isingcut.evaluation.speed import with_memory
-from isingcut.files import documents
+from isingcut.files import cuts, evaluations
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import temporary_prefix
 from isingcut.ising.states import states_of
@@ -41,7 +41,7 @@ from isingcut.runs.session import Session
 
 def evaluate(
     session: Session, folder: RunFolder, removed: Sequence[int] | None = None
-) -> documents.EvaluationFile:
+) -> evaluations.EvaluationFile:
     """Run stage `evaluate`: measure the original and the cut model on unseen text.
 
     Args:
@@ -109,18 +109,18 @@ def evaluate(
         file,
         without_speed if skip else whole,
         make,
-        lambda path: read_document(path, documents.EvaluationFile),
+        lambda path: read_document(path, evaluations.EvaluationFile),
         completes=completes,
     )
 
 
 def _add_drafts(
     session: Session,
-    found: documents.EvaluationFile,
+    found: evaluations.EvaluationFile,
     cut: LoadedModel,
     folder: Path,
     text: TokenSet,
-) -> documents.EvaluationFile:
+) -> evaluations.EvaluationFile:
     """Measure the drafts of the MTP layers of the original, the exact cut and the last model."""
     original, size = session.loaded.model, session.tuning.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
@@ -133,7 +133,7 @@ def _add_drafts(
             "after": draft_acceptance(cut.model, of_last, text, size),
         }
         if found.cut is not None:
-            removed = read_document(folder / "isingcut.json", documents.CutRecord).removed
+            removed = read_document(folder / "isingcut.json", cuts.CutRecord).removed
             with skip_blocks(original, session.stack, removed):
                 scores["cut"] = draft_acceptance(original, of_original, text, size)
         bar.advance(1)
@@ -146,7 +146,7 @@ def _add_drafts(
     )
 
 
-def evaluate_gguf(session: Session, gguf: Path) -> documents.EvaluationFile:
+def evaluate_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
     """Measure a GGUF file and its original, the session's model, on text of the session's options.
 
     Raises:
@@ -197,14 +197,14 @@ def _further_scores(
 ) -> dict[str, Any]:
     """Return the name of the last model, and the scores of the models between original and last."""
     model = checkpoint.with_name("model")
-    record = read_document(model / "isingcut.json", documents.CutRecord)
+    record = read_document(model / "isingcut.json", cuts.CutRecord)
     patch, healed = record.patch, checkpoint != model
     changed = patch is not None and patch.changed
     last = "healed" if healed else "patched" if changed else "cut"
     found: dict[str, Any] = {"last": last}
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
-    judges: dict[str, Callable[[TokenSet], dict[str, documents.FurtherPart]]] = {}
+    judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
     if last != "cut":
         judges["cut"] = partial(_score_exact_cut, session, record.removed)
     if healed and changed:
@@ -219,7 +219,7 @@ def score_gguf(
     removed: Sequence[int],
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> documents.PackedScores:
+) -> evaluations.PackedScores:
     """Read a cut GGUF file back and score it.
 
     Raises:
@@ -232,29 +232,29 @@ def score_gguf(
         loaded, streamed = session.open_cut(Path(aside), removed)
         judge = partial(_score_cut, session, streamed or loaded.model)
         scores = dict(_score_texts(judge, tokens, elsewhere))
-    return documents.PackedScores(**scores, bytes=gguf.stat().st_size)
+    return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)
 
 
 def _score_texts(
-    judge: Callable[[TokenSet], dict[str, documents.FurtherPart]],
+    judge: Callable[[TokenSet], dict[str, evaluations.FurtherPart]],
     tokens: TokenSet,
     elsewhere: Mapping[str, TokenSet],
-) -> documents.FurtherScores:
+) -> evaluations.FurtherScores:
     parts = judge(tokens)
-    return documents.FurtherScores(
+    return evaluations.FurtherScores(
         **dict(parts.pop("")),
         **dict[str, Any]({"parts": parts} if parts else {}),
         elsewhere={name: judge(text)[""] for name, text in elsewhere.items()},
     )
 
 
-def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, documents.FurtherPart]:
+def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
     """Score a cut on a text (key "") and on each part of a mixture."""
     original = session.streamed[1] if session.streaming else session.loaded.model
     size, progress = session.tuning.batch_tokens, session.progress
     scores = quality(original, cut, tokens, size, progress=progress)
     return {
-        name: documents.FurtherPart(
+        name: evaluations.FurtherPart(
             **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
         )
         for name, one in {"": scores, **scores.parts}.items()
@@ -263,7 +263,7 @@ def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, docume
 
 def _score_exact_cut(
     session: Session, removed: Sequence[int], tokens: TokenSet
-) -> dict[str, documents.FurtherPart]:
+) -> dict[str, evaluations.FurtherPart]:
     """Score the original with its blocks skipped, as `_score_cut`."""
     measured = measure(
         session.replay,
@@ -275,6 +275,6 @@ def _score_exact_cut(
     losses = {"": measured.losses(0)}
     losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
     return {
-        name: documents.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
+        name: evaluations.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
         for name, of in losses.items()
     }

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsError, StageFileError
-from isingcut.files import documents, ownership, results, writing
+from isingcut.files import documents, ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.memory import exhausted_error, is_memory_exhausted
@@ -58,7 +58,7 @@ class RunFolder:
         check_model: raises if the model's weights changed since a session opened it.
     """
 
-    def __init__(self, path: Path, run: documents.RunFile, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, run: runs.RunFile, *, overwrite: bool = False) -> None:
         self.path, self.run, self.overwrite = path, run, overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
@@ -71,8 +71,8 @@ class RunFolder:
         cls,
         path: Path,
         config: RunConfig,
-        model: documents.ModelIdentity,
-        blocks: documents.BlockList,
+        model: runs.ModelIdentity,
+        blocks: runs.BlockList,
     ) -> RunFolder:
         """Create the folder for a run of ``config``, or open an earlier one of the same model.
 
@@ -95,17 +95,17 @@ class RunFolder:
                     record.fingerprint, record.done = "", False
                 folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
-                folder.run.config = documents.Config(**options)
+                folder.run.config = runs.Config(**options)
             made = folder.run.provenance.content()
         else:
-            made, kept = versions(), documents.Config(**options)
-            origin = documents.Provenance(**made, model=model)
-            run = documents.RunFile(
+            made, kept = versions(), runs.Config(**options)
+            origin = runs.Provenance(**made, model=model)
+            run = runs.RunFile(
                 config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
             )
             folder = cls(path, run, overwrite=config.overwrite)
         made |= {"model": model, **model_path(path, config.model)}
-        folder.run.provenance = documents.Provenance(**made)
+        folder.run.provenance = runs.Provenance(**made)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -140,9 +140,7 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "make one with: isingcut energy MODEL --out DIR"
             )
-        return cls(
-            path, results.read_document(path / MANIFEST, documents.RunFile), overwrite=overwrite
-        )
+        return cls(path, results.read_document(path / MANIFEST, runs.RunFile), overwrite=overwrite)
 
     @property
     def config(self) -> RunConfig:
@@ -215,16 +213,16 @@ class RunFolder:
         documents.check_blocks(file, found, len(self.run.blocks.blocks))
         return found
 
-    def find_record(self, file: Path) -> documents.StageRecord | None:
+    def find_record(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that writes a file or folder; None if it never began."""
         return self.run.stages.get(str(file.relative_to(self.path)))
 
-    def find_finished(self, file: Path) -> documents.StageRecord | None:
+    def find_finished(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
         found = self.find_record(file)
         return found if found is not None and found.done and os.path.lexists(file) else None
 
-    def record(self, file: Path) -> documents.StageRecord:
+    def record(self, file: Path) -> runs.StageRecord:
         """Return the record of the finished stage that wrote a file or folder.
 
         Raises:
@@ -252,7 +250,7 @@ class RunFolder:
         """
         with writing.lock_place(self.path, inside=True) as first:
             if first:
-                self.run = results.read_document(self.path / MANIFEST, documents.RunFile)
+                self.run = results.read_document(self.path / MANIFEST, runs.RunFile)
             yield
 
     def stage(
@@ -317,10 +315,10 @@ class RunFolder:
                     )
                 if file.is_dir():
                     ownership.check_output(file, overwrite=True)
-            begun = documents.StageRecord(
+            begun = runs.StageRecord(
                 stage=name,
                 fingerprint=wanted,
-                options=documents.StageOptions(**options),
+                options=runs.StageOptions(**options),
                 done=False,
             )
             self.run.stages[key] = begun
@@ -381,12 +379,10 @@ class RunFolder:
 
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
-        self.run = documents.RunFile.model_validate(
-            self.processes.decide(lambda: self.run.content())
-        )
+        self.run = runs.RunFile.model_validate(self.processes.decide(lambda: self.run.content()))
 
     def _give_up(
-        self, key: str, file: Path, before: documents.StageRecord | None, *, refused: bool
+        self, key: str, file: Path, before: runs.StageRecord | None, *, refused: bool
     ) -> None:
         """Restore the old record of a failed stage if its file still exists."""
         if before is not None and before.done and os.path.lexists(file):
@@ -400,7 +396,7 @@ class RunFolder:
         self.save()
 
 
-def _difference(record: documents.StageRecord, options: dict[str, Any]) -> str:
+def _difference(record: runs.StageRecord, options: dict[str, Any]) -> str:
     before = record.options.content()
     changed = [
         f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"

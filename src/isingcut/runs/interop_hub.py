@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from yaml import YAMLError
 
 from isingcut.errors import InputError, first_line
-from isingcut.files.documents import CutRecord
+from isingcut.files.cuts import CutRecord
 from isingcut.files.ownership import MARKER
 from isingcut.files.results import read_document
 from isingcut.report.card import hub_results

@@ -18,7 +18,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
-from isingcut.files.documents import CalibrationText, SplitSize, WeightsRead
+from isingcut.files.runs import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import Work, forget
 from isingcut.models.architectures.blocks import language_model

@@ -18,8 +18,8 @@ from isingcut.energies.search import Target
 from isingcut.energies.search.evaluator import Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import ArchitectureError, InfeasibleError
-from isingcut.files.documents import BlockList, PackedLosses, PackingFile
 from isingcut.files.results import read_document, without_infinities, write_document
+from isingcut.files.runs import BlockList, PackedLosses, PackingFile
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses

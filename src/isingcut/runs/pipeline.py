@@ -17,7 +17,8 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
-from isingcut.files.documents import CandidatesFile, RunFile
+from isingcut.files.runs import RunFile
+from isingcut.files.states import CandidatesFile
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model

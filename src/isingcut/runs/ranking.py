@@ -19,7 +19,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
-from isingcut.files import documents
+from isingcut.files import states
 from isingcut.files.results import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -55,10 +55,10 @@ def trial_tokens(config: RunConfig) -> int:
 def choose_by_patch(
     session: Session,
     folder: RunFolder,
-    rows: Sequence[documents.MeasuredState],
+    rows: Sequence[states.MeasuredState],
     text: TokenSet,
     journal: Path,
-    quick: Sequence[documents.OnePassLoss] = (),
+    quick: Sequence[states.OnePassLoss] = (),
 ) -> list[int]:
     """Choose among the candidates near the lowest, by their KL after a patch.
 
@@ -75,7 +75,7 @@ def choose_by_patch(
     """
     lowest = min(row.kl for row in rows)
 
-    def is_near(row: documents.MeasuredState) -> bool:
+    def is_near(row: states.MeasuredState) -> bool:
         return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
 
     near = [i for i, row in enumerate(rows) if is_near(row)]
@@ -111,7 +111,7 @@ def is_deep(removed: int, blocks: int) -> bool:
     return removed >= DEEP * blocks
 
 
-def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
+def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
     config = session.config
     target = folder.target(config.removal)
@@ -157,7 +157,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
             rows = found.candidates
             position, by_tasks = choose_by_tasks(session, rows, scores)
             why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
-            chosen = documents.ChosenState(**rows[position].content(), position=position, why=why)
+            chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
         elif tokens:
             rows = found.candidates
@@ -167,7 +167,7 @@ def rank(session: Session, folder: RunFolder) -> documents.CandidatesFile:
                 deep = is_deep(len(rows[0].removed), len(session.replay))
                 why = chosen_by_patch(rows, near, found.samples, deep)
                 best = rows[near[0]].content()
-                found.chosen = documents.ChosenState(**best, position=near[0], why=why)
+                found.chosen = states.ChosenState(**best, position=near[0], why=why)
         write_document(path, found)
 
     file = target / "candidates.json"
@@ -208,9 +208,7 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     )
 
 
-def one_pass(
-    ranking: documents.CandidatesFile, search: Mapping[str, Any]
-) -> documents.OnePass | None:
+def one_pass(ranking: states.CandidatesFile, search: Mapping[str, Any]) -> states.OnePass | None:
     """Return the measured choices of one-pass methods, with the costs of the pass and the search.
 
     Args:
@@ -220,8 +218,8 @@ def one_pass(
     rows = {tuple(row.removed): row.content() for row in ranking.candidates}
     if not found:
         return None
-    return documents.OnePass(
-        states=[documents.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
+    return states.OnePass(
+        states=[states.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
         passes=search["one_pass_passes"],
         search_passes=search["passes"],
         searched_for=len(search["targets"]),
@@ -266,7 +264,7 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
 
 def compare(
     session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
-) -> documents.BaselineFile:
+) -> states.BaselineFile:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
@@ -306,7 +304,7 @@ def compare(
             dataclasses.replace(work, journal=None),
             "measuring the choice",
         )
-        content = documents.BaselineFile(
+        content = states.BaselineFile(
             baseline=name,
             options=dataclasses.asdict(part),
             settings=list(settings),
@@ -328,7 +326,7 @@ def compare(
         file,
         options,
         make,
-        lambda path: read_document(path, documents.BaselineFile),
+        lambda path: read_document(path, states.BaselineFile),
         together=True,
         forget=lambda: forget(journal),
     )

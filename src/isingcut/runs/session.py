@@ -14,8 +14,9 @@ import torch
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents import BlockList, Computed, CutRecord, ModelIdentity, RequestedCompute
+from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
+from isingcut.files.runs import BlockList, Computed, ModelIdentity, RequestedCompute
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_modules, text_config

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InfeasibleError, InputError, StageFileError
-from isingcut.files.documents import BlockCosts, BlockList, CandidatesFile, LegalityRow
 from isingcut.files.results import read_document
+from isingcut.files.runs import BlockCosts, BlockList, LegalityRow
+from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.ising.hamiltonian import Hamiltonian

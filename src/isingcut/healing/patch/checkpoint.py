@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
-from isingcut.files.documents import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
+from isingcut.files.cuts import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.files.documents import PatchedCut
+from isingcut.files.cuts import PatchedCut
 from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder, renumber_blocks
 from isingcut.models.fit import find_prefix

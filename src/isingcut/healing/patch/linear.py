@@ -44,7 +44,7 @@ from torch import Tensor
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.files.documents import PatchedCut, UnpatchedCut
+from isingcut.files.cuts import PatchedCut, UnpatchedCut
 from isingcut.healing.patch.files import Patch, StoredLayers, apply_patches, find_obstacle, runs
 from isingcut.healing.patch.layers import (
     Gained,

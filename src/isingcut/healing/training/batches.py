@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.files.documents import HealingMemory
+from isingcut.files.healings import HealingMemory
 from isingcut.files.results import read_document
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit

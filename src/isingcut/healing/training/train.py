@@ -35,7 +35,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError, ModelError
-from isingcut.files.documents import (
+from isingcut.files.healings import (
     HealingCheck,
     HealingCurve,
     HealingMemory,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.files.documents import BlockCosts, PackedModel
+from isingcut.files.runs import BlockCosts, PackedModel
 from isingcut.models.architectures.blocks import find_stack, language_model, text_config
 from isingcut.models.cutting.gguf import names_in_gguf
 from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import CheckpointError, ModelError, VerificationError
-from isingcut.files.documents import CutProof
+from isingcut.files.cuts import CutProof
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import (
     catch_text_errors,

@@ -1,0 +1,182 @@
+"""A model next to the original, on text and on questions: `evaluation.json`, `benchmarks.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from isingcut.files.cuts import UnpatchedCut
+from isingcut.files.schema import Document, Strict
+from isingcut.files.values import Count, Number, Positive, Some
+
+
+class Perplexity(Strict):
+    """The perplexity of a model on a text.
+
+    Attributes:
+        draft_acceptance: share of the tokens drafted by its MTP layers that it predicts itself.
+    """
+
+    perplexity: Positive
+    perplexity_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+    draft_acceptance: Positive | None = None
+    draft_acceptance_se: Positive | None = None
+
+
+class ModelScores(Perplexity):
+    """The scores of one model of an evaluation; a streamed model has no speed and memory."""
+
+    prefill_tokens_per_second: Positive | None = None
+    prefill_tokens_per_second_se: Positive | None = None
+    decode_tokens_per_second: Positive | None = None
+    decode_tokens_per_second_se: Positive | None = None
+    parameters: Some
+    bytes: Some
+    blocks: Some
+    peak_memory_bytes: Count | None = None
+
+
+class Generation(Strict):
+    """The continuation of one prompt by both models."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class PairScores(Strict):
+    """The original and another model on the same text.
+
+    Attributes:
+        nll_change_se: paired standard error of the difference of the NLLs.
+    """
+
+    before: Perplexity
+    after: Perplexity
+    kl: Number
+    kl_se: Positive | None
+    nll_change_se: Positive | None = None
+
+
+class PartScores(PairScores):
+    """`PairScores` on one source of a mixture."""
+
+    samples: Some
+    tokens: Some
+
+
+class MixedScores(PairScores):
+    """`PairScores` on the whole text, and by source if it is a mixture."""
+
+    parts: dict[str, PartScores] = Field(default_factory=dict)
+
+
+class FurtherPart(Perplexity):
+    """A model between the original and the last one, on one part of a mixture."""
+
+    kl: Number
+    kl_se: Positive | None
+
+
+class FurtherScores(FurtherPart):
+    """`FurtherPart` on the whole text, and by source if it is a mixture."""
+
+    parts: dict[str, FurtherPart] = Field(default_factory=dict)
+    elsewhere: dict[str, FurtherPart] = Field(default_factory=dict)
+
+
+class PackedScores(FurtherScores):
+    """`FurtherScores` of the cut GGUF file, unpacked to bfloat16."""
+
+    bytes: Some
+
+
+class EvaluationFile(Document, kind="evaluation"):
+    """`evaluation.json`; older files do not name the last model.
+
+    Attributes:
+        gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
+        no_drafts: why the drafts of its MTP layers were not measured.
+        elsewhere: the models on unrelated texts, which no choice or fit used.
+        not_measured: keys of speed and memory that were skipped.
+        streamed: a model was read from disk block by block, so its speed is unknown.
+    """
+
+    last: Literal["cut", "patched", "healed"] | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    cut: FurtherScores | None = None
+    patched: FurtherScores | None = None
+    gguf: PackedScores | None = None
+    gguf_unread: str = ""
+    no_drafts: str = ""
+    samples: Some
+    tokens: Some
+    before: ModelScores
+    after: ModelScores
+    kl: Number
+    kl_se: Positive | None
+    nll_change_se: Positive | None = None
+    parts: dict[str, PartScores] = Field(default_factory=dict)
+    elsewhere: dict[str, PartScores] = Field(default_factory=dict)
+    generation: Generation | None
+    device: str
+    dtype: str
+    threads: Some | None = None
+    not_measured: list[str] = Field(default_factory=list)
+    streamed: bool = False
+
+
+class PairedScores(Strict):
+    """Two models on the same questions.
+
+    Attributes:
+        original, cut: mean scores.
+        difference: cut minus original, with the ends of its 95 % interval.
+        n: number of questions.
+        p_value: two-sided p-value of the test ``mcnemar`` or ``bootstrap``.
+        more_than_noise: significant at the 5 % level, for this comparison alone.
+    """
+
+    original: Number
+    original_se: Positive | None
+    cut: Number
+    cut_se: Positive | None
+    difference: Number
+    difference_low: Number
+    difference_high: Number
+    n: Count
+    p_value: Number
+    test: str = ""
+    more_than_noise: bool
+
+
+class TaskRow(PairedScores):
+    """The scores of both models on one benchmark task."""
+
+    task: str
+    metric: str
+    shots: Count
+
+
+class TextScores(Strict):
+    """Both models on WikiText-2."""
+
+    samples: Count = 0
+    tokens: Count
+    original: Perplexity
+    cut: Perplexity
+    kl: Number
+    kl_se: Positive | None = None
+    nll_change_se: Positive | None = None
+
+
+class BenchmarksFile(Document, kind="benchmarks"):
+    """`benchmarks.json`."""
+
+    rows: list[TaskRow]
+    engine: str
+    left_out: Count = 0
+    wikitext2: TextScores | None = None

@@ -1,0 +1,140 @@
+"""The training of a cut model: `healing.json`, and the files of an unfinished healing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from isingcut.files.cuts import PatchedCut, PatchTuning, UnpatchedCut
+from isingcut.files.evaluations import FurtherPart
+from isingcut.files.schema import Document, Strict
+from isingcut.files.values import Blocks, Count, Number, Positive, Scalar, Some
+
+
+class HealedPart(FurtherPart):
+    """The cut model on unseen text, or on one source of it, before or after healing."""
+
+    original_perplexity: Positive
+
+
+class HealedScores(HealedPart, Document, kind="healing-before"):
+    """`HealedPart` on the whole text, and by source if it is a mixture."""
+
+    parts: dict[str, HealedPart] = Field(default_factory=dict)
+
+
+class PatchScores(Document, kind="healing-patched"):
+    """The scores after the linear patch alone; none if nothing could be patched."""
+
+    scores: HealedScores | None = None
+    changed: bool = True
+    cuts: list[PatchedCut] = Field(default_factory=list)
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    tuning: PatchTuning | None = None
+
+
+class Step(Strict):
+    """A point of the training curve."""
+
+    step: Count
+    tokens: Count
+    loss: Number
+
+
+class HealingRecipe(Document, kind="healing-recipe"):
+    """The settings of a training, from its options or from a budget of tokens or time.
+
+    Attributes:
+        steps: optimiser steps, which end the schedule too.
+        batch: sequences per step, over all processes.
+        length: tokens of the longest sequence.
+        learning_rate: the highest learning rate.
+        tokens: approximate tokens of all steps.
+        seconds: their estimated time, from the first steps; None for a budget in tokens.
+        epochs: number of passes over the text.
+    """
+
+    steps: Some
+    batch: Some
+    length: Some
+    learning_rate: Positive
+    tokens: Count
+    seconds: Positive | None
+    epochs: Positive
+
+
+class HealingCheck(Strict):
+    """The KL to the original, summed over each unseen sample, at one step of a training."""
+
+    step: Count
+    kl_sums: list[Number]
+
+
+class HealingStop(Strict):
+    """Why a training ended early, and the step of its weights (None: the last step)."""
+
+    why: str
+    kept: Count | None
+
+
+class HealOptions(Strict):
+    """The options of a healing."""
+
+    __pydantic_extra__: dict[str, Scalar]
+    patch: str
+    method: str
+    effort: str = ""
+    length: Count | None = None
+
+
+class HealingFile(Document, kind="healing"):
+    """`healing.json`."""
+
+    steps: list[Step]
+    before: HealedScores
+    after: HealedScores
+    patch: PatchScores | None = None
+    unpatched: list[UnpatchedCut] = Field(default_factory=list)
+    start: Literal["cut", "patched", "healed"] = "cut"
+    tokens_seen: Count = 0
+    recipe: HealingRecipe | None = None
+    checks: list[HealingCheck] = Field(default_factory=list)
+    stopped: HealingStop | None = None
+    removed: Blocks
+    of: Some
+    length: Some | None = None
+    report_samples: Count = 0
+    report_tokens: Count
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    seconds: Positive = 0.0
+    overlap: dict[str, Positive] = Field(default_factory=dict)
+    options: HealOptions
+
+
+class HealingWork(Document, kind="healing-work"):
+    """`identity.json` of an unfinished healing: everything that its result depends on."""
+
+    work: str
+
+
+class HealingCurve(Document, kind="healing-curve"):
+    """The training curve up to a saved state."""
+
+    steps: list[Step]
+    checks: list[HealingCheck]
+    trained_parameters: Count
+
+
+class HealingMemory(Document, kind="healing-memory"):
+    """How a training fits into the memory.
+
+    Attributes:
+        most: most tokens of a micro-batch, padding included; a single sample may have more.
+        recompute: whether activations are recomputed in the backward pass.
+        sharded: whether FSDP or DeepSpeed shards the model.
+    """
+
+    most: Some
+    recompute: bool
+    sharded: bool = False

@@ -1,0 +1,274 @@
+"""A run's options, provenance, blocks and stages: `run.json`.
+
+Two more files are about a whole run: `packing.json` and `report.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from isingcut.files.schema import Document, Strict
+from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar, Some
+
+_MOST_BLOCKS = 4096
+"""More blocks than any model has. The plots of a run grow with their square."""
+
+
+class ModelIdentity(Strict):
+    """The identity of a run's model."""
+
+    sha256: str
+    weight_bytes: Count = 0
+    gguf_sha256: str | None = None
+    name: str
+
+
+class SplitSize(Strict):
+    """The size of one token split."""
+
+    samples: Count
+    tokens: Count
+    parts: dict[str, SplitSize] = Field(default_factory=dict)
+
+
+class CalibrationText(Strict):
+    """The calibration text of a run."""
+
+    source: str
+    sha256: str
+    splits: dict[str, SplitSize]
+    overlap: dict[str, Positive] = Field(default_factory=dict)
+
+
+class RequestedCompute(Strict):
+    """How the options say that measurements are computed."""
+
+    attention: str
+    batch_tokens: Some | None
+
+
+class Computed(Strict):
+    """How measurements were computed on one device."""
+
+    asked: RequestedCompute
+    # For any other name transformers would download code from the hub.
+    attention: Literal["sdpa", "eager", "causal"] | None
+    batch_tokens: Some
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+
+class Places(Strict):
+    """The path of a local model when it was read."""
+
+    absolute: str
+    relative: str
+
+
+class WeightsRead(Strict):
+    """How often a streamed model was read."""
+
+    sweeps: Positive
+
+
+class Provenance(Strict):
+    """What the figures of a run were made with."""
+
+    isingcut: str
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    cpu: str
+    command_line: str
+    created: str
+    model: ModelIdentity
+    calibration: CalibrationText | None = None
+    computed: dict[str, Computed] = Field(default_factory=dict)
+    reading: dict[str, WeightsRead] = Field(default_factory=dict)
+    model_path: Places | None = None
+    dtype: str | None = None
+
+
+class Config(Strict):
+    """The options of a run; `RunConfig` checks the rest."""
+
+    __pydantic_extra__: dict[str, Scalar]
+    model: str
+    remove: str = ""
+    energy: str
+    seed: int
+    budget: str = ""
+    linear: bool = False
+    quick: bool = False
+
+
+class StageOptions(Strict):
+    """The options of a stage, as far as isingcut reads them."""
+
+    remove: str | int | None = None
+    budget: str = ""
+    removed: Blocks | None = None
+    texts: dict[str, Any] | None = None
+
+
+class StageRecord(Strict):
+    """The record of one stage."""
+
+    stage: str
+    done: bool
+    fingerprint: str
+    options: StageOptions
+    seconds: Positive | None = None
+    sha256: str | None = None
+    # Set if memory was short: blocks were read from disk, with this many tokens per micro-batch.
+    streamed: bool = False
+    most_tokens: Some | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.done and self.seconds is None:
+            raise ValueError("a finished stage lacks its seconds")
+        if self.stage == "excise" and self.options.removed is None:
+            raise ValueError("a cut lacks its removed blocks")
+        return self
+
+
+class BlockCosts(Strict):
+    """One block and its costs."""
+
+    index: Index
+    kind: str
+    parameters: Count
+    bytes: Count
+    active_parameters: Count = 0
+    kv_bytes_per_token: Count = 0
+    state_bytes: Count = 0
+    latency_seconds: Positive | None = None
+
+
+class LegalityRow(Strict):
+    """A constraint of the architecture: the arguments of `constraints.LinearConstraint`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    coefficients: list[Number]
+    sense: Literal["==", "<=", ">="]
+    rhs: Number
+    reason: str = ""
+
+
+class PackedModel(Strict):
+    """What a whole model takes in a GGUF file.
+
+    Attributes:
+        type: of its weights: "Q5_0", ...; "" if they stay as they are.
+        bytes: of each block, in the file.
+        read: of these, what is read per token.
+        other: bytes outside the blocks.
+        read_other: of these, what is read per token.
+        read_before: bytes of weights that the model as it is reads per token.
+    """
+
+    type: str
+    bytes: list[Count]
+    read: list[Count]
+    other: Count
+    read_other: Count
+    read_before: Count
+
+    def size(self, removed: Blocks) -> int:
+        """Return the bytes of the file without some blocks."""
+        return self.other + sum(size for i, size in enumerate(self.bytes) if i not in removed)
+
+
+class BlockList(Strict):
+    """The blocks of the model."""
+
+    path: str
+    blocks: Annotated[list[BlockCosts], Field(min_length=1, max_length=_MOST_BLOCKS)]
+    total_parameters: Count
+    total_bytes: Count
+    legality: list[LegalityRow]
+    packed: PackedModel | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if [b.index for b in self.blocks] != list(range(len(self.blocks))):
+            raise ValueError("the blocks are not numbered 0, 1, 2, ...")
+        if any(len(row.coefficients) != len(self.blocks) for row in self.legality):
+            raise ValueError(f"legality needs a coefficient for each of {len(self.blocks)} blocks")
+        return self
+
+
+class PackedLosses(Strict):
+    """A type of a packed model: its KL on the ranking text, whole and without some blocks.
+
+    Attributes:
+        packed: its costs.
+        kl: of the whole model, if it was measured; always if it meets the budget.
+        fits: whether the whole model meets the budget.
+        removed: the best state of one pass of the original that meets it.
+        cut_kl: of that state, not packed.
+        measured: of that state, patched and packed.
+    """
+
+    packed: PackedModel
+    kl: Number | None = None
+    kl_se: Positive | None = None
+    fits: bool = False
+    removed: Blocks = Field(default_factory=list)
+    cut_kl: Number | None = None
+    measured: Number | None = None
+    measured_se: Positive | None = None
+
+    @property
+    def predicted(self) -> float | None:
+        """The KL of the state in this type: the sum of both alone."""
+        return None if self.kl is None or self.cut_kl is None else self.kl + self.cut_kl
+
+    @property
+    def loss(self) -> float:
+        """The measured KL of what meets the budget; infinite without one."""
+        found = self.kl if self.fits else self.measured
+        return float("inf") if found is None else found
+
+
+class PackingFile(Document, kind="packing"):
+    """`packing.json`: the types that a budget was measured for.
+
+    Attributes:
+        chosen: the place of the chosen one.
+    """
+
+    budget: str
+    types: Annotated[list[PackedLosses], Field(min_length=1)]
+    chosen: Count
+
+    @property
+    def best(self) -> PackedLosses:
+        """The chosen type."""
+        return self.types[self.chosen]
+
+
+class RunFile(Document, kind="run"):
+    """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
+
+    config: Config
+    stages: dict[str, StageRecord]
+    blocks: BlockList
+    provenance: Provenance
+    complete: bool = False
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        n = len(self.blocks.blocks)
+        if any(b >= n for s in self.stages.values() if s.done for b in s.options.removed or ()):
+            raise ValueError(f"a stage removes a block outside 0 to {n - 1}")
+        return self
+
+
+class ReportFile(Document, kind="report"):
+    """`report.json`, which isingcut never reads."""

@@ -1,0 +1,31 @@
+"""The base of all documents, and of the objects in them.
+
+A model lists the keys that version 1 always has, with types, sizes and ranges, so that code that
+reads a document can rely on them. Unknown keys are allowed, so that older and newer files of the
+same version still open.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    """An object inside a document: strict types, finite numbers, unknown keys allowed."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """Return the JSON-able content, without the keys that were not set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Document(Strict):
+    """A whole file, or the header of a file, whose ``format`` is ``isingcut-KIND``."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind

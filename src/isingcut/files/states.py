@@ -1,0 +1,247 @@
+"""States with their energies and losses, and how they were found.
+
+The documents are `spectrum.json`, `candidates.json`, `baseline-NAME.json`, and the headers of
+`hamiltonian.safetensors` and `calibration.safetensors`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from isingcut.files.schema import Document, Strict
+from isingcut.files.values import Blocks, Count, Number, Positive, Some
+
+_MOST_CELLS = 2**28
+
+
+class MeasuredLoss(Strict):
+    """KL and NLL in nats per token, with standard errors over samples."""
+
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+
+
+class Level(Strict):
+    """A state with its energy."""
+
+    removed: Blocks
+    energy: Number
+
+
+class Ranked(Level):
+    """A state of a spectrum."""
+
+    rank: Count
+
+
+class SpectrumFile(Document, kind="spectrum"):
+    """`spectrum.json`.
+
+    Attributes:
+        searched: number of states that a search had measured; these are not in the file.
+    """
+
+    n: Annotated[int, Field(ge=1, le=2**20)]
+    unit: str
+    solver: str
+    seconds: Positive
+    proven: bool
+    lower_bound: Number | None
+    info: dict[str, Any]
+    states: Annotated[list[Ranked], Field(min_length=1)]
+    searched: Count = 0
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if len(self.states) * self.n > _MOST_CELLS:
+            raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
+        if any(b >= self.n for s in self.states for b in s.removed):
+            raise ValueError(f"a state removes a block outside 0 to {self.n - 1}")
+        return self
+
+
+class MeasuredState(MeasuredLoss, Level):
+    """A state with its energy and its measured losses, by source if the text is a mixture.
+
+    Attributes:
+        above_lowest_se: paired standard error of its KL minus the lowest.
+        patched_kl: its KL after a patch, of candidates near the lowest.
+    """
+
+    parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
+    above_lowest_se: Positive | None = None
+    patched_kl: Number | None = None
+
+
+class ChosenState(MeasuredState):
+    """The chosen state."""
+
+    position: Count
+    why: str
+
+
+class Correlations(Strict):
+    """How well an energy ranks losses, with the ends of intervals over states."""
+
+    n: Count
+    spearman: Number | None
+    spearman_low: Number | None
+    spearman_high: Number | None
+
+
+class Judged(Strict):
+    """The correlations of one energy with each loss."""
+
+    kl: Correlations
+    nll: Correlations | None = None
+    kl_random_only: Correlations | None = None
+
+
+class ScoredCandidate(Strict):
+    """A candidate's score on the questions, compared with the chosen candidate's."""
+
+    removed: Blocks
+    questions: Count
+    accuracy: Number | None
+    # Older files chose by accuracy.
+    certainty: Number | None = None
+    dropped: bool
+    difference: Number | None
+    difference_se: Positive | None
+    p_value: Positive | None
+
+
+class ByTasks(Strict):
+    """A choice among candidates by questions.
+
+    Attributes:
+        tasks: names of the tasks.
+        by_task: number of questions used of each task.
+        asked: keys of the questions used.
+        ahead: all other candidates were dropped.
+        alpha: probability of wrongly dropping a candidate.
+        looks: number of comparisons made, of ``looks_planned``.
+    """
+
+    ahead: bool
+    alpha: Positive
+    looks: Count
+    looks_planned: Count
+    by_task: dict[str, Count]
+    asked: list[str]
+    candidates: Annotated[list[ScoredCandidate], Field(min_length=1)]
+    tasks: list[str]
+
+
+class OnePassState(Strict):
+    """The blocks that a method with one pass of the original would remove."""
+
+    method: str
+    removed: Blocks
+
+
+class OnePassLoss(MeasuredState):
+    """A `OnePassState` with its measured losses."""
+
+    method: str
+
+
+class OnePass(Strict):
+    """The choices of one-pass methods, and the cost of the pass and of the search."""
+
+    states: list[OnePassLoss]
+    passes: Positive
+    search_passes: Positive
+    searched_for: Some
+
+
+class CandidatesFile(Document, kind="candidates"):
+    """`candidates.json`."""
+
+    remove: str
+    unit: str
+    energy_unit: str
+    samples: Some
+    tokens: Some
+    candidates: Annotated[list[MeasuredState], Field(min_length=1)]
+    random: list[MeasuredState]
+    # Older files measured them on all tokens and lack this key.
+    random_tokens: Count | None = None
+    random_distribution: str = ""
+    fidelity: Judged
+    fidelity_of_others: dict[str, Judged]
+    chosen: ChosenState
+    original: dict[str, Number] = Field(default_factory=dict)
+    proven: bool
+    solver: str = ""
+    one_pass: OnePass | None = None
+    by_tasks: ByTasks | None = None
+
+
+class BaselineFile(Document, kind="baseline"):
+    """`baseline-NAME.json`."""
+
+    baseline: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    settings: list[str] = Field(default_factory=list)
+    removed: Blocks
+    kl: Number
+    kl_se: Positive | None
+    nll: Number
+    nll_se: Positive | None
+    passes: Positive
+    heads: Positive = 0.0
+    tokens_searched: Count
+    tokens_judged: Count = 0
+    violated: list[str]
+    info: dict[str, Any] = Field(default_factory=dict)
+
+
+class Finalist(Strict):
+    """A state among the best of a search."""
+
+    removed: Blocks
+
+
+class SearchTarget(Strict):
+    """The result of a search for one removal."""
+
+    finalists: list[Finalist]
+    one_pass: list[OnePassState] = Field(default_factory=list)
+
+
+class SearchRecord(Strict):
+    """The cost and the results of a search."""
+
+    targets: dict[str, SearchTarget]
+    passes: Positive | None = None
+    one_pass_passes: Positive | None = None
+
+
+class EnergyMeta(Strict):
+    """The provenance of an energy, as far as isingcut reads it."""
+
+    search: SearchRecord | None = None
+    tokens: Count | None = None
+    loss: str | None = None
+    passes: Positive | None = None
+    blocks_run: Count | None = None
+
+
+class HamiltonianHeader(Document, kind="hamiltonian"):
+    """The header of `hamiltonian.safetensors`."""
+
+    unit: str
+    meta: EnergyMeta
+
+
+class CalibrationHeader(Document, kind="calibration"):
+    """The header of `calibration.safetensors`."""
+
+    source: str
+    sha256: str
+    meta: dict[str, Any]
