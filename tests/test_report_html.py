@@ -10,7 +10,8 @@ import pytest
 
 from isingcut.errors import OutputExistsError
 from isingcut.files.results import read_json, write_json
-from isingcut.report.figures import front, span, tick_text
+from isingcut.report.figures import front
+from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
 from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
 from shared import call

@@ -22,10 +22,11 @@ from isingcut.files.results import write_json, write_sealed
 from isingcut.files.states import ChosenState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
-from isingcut.report import figures
+from isingcut.report import figures, plots
 from isingcut.report.card import gguf_card
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
+from isingcut.report.states import Book, list_rivals, number_states
 from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
 
 
@@ -92,12 +93,12 @@ def write_comparison(
 
 def report_view(files: RunFiles) -> dict[str, Any]:
     """What both pages are laid out from: the files, their states, and the methods that chose."""
-    states = figures.number_states(files)
+    states = number_states(files)
     return {
         "files": files,
         "title": files.title,
         "states": states,
-        "rivals": figures.list_rivals(files, states),
+        "rivals": list_rivals(files, states),
         "provenance": fact_rows("provenance", files),
         "timings": table("timing_rows", files),
     }
@@ -129,7 +130,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
 def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     """Return what the HTML page draws of a view."""
     files: RunFiles = view["files"]
-    states: figures.Book = view["states"]
+    states: Book = view["states"]
     energy, n, kinds = files.hamiltonian, len(files.blocks), [b.kind for b in files.blocks]
     rows, scale = figures.map_rows(files, states)
     return {
@@ -159,13 +160,13 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
     whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
     if value is None or not whole or value.figure < 0:
         return ""
-    scale = figures.Scale(0.0, whole)
+    scale = plots.Scale(0.0, whole)
     if value.error is None:
         return f"--v:{scale(value.figure)}%"
-    return figures.whisker(scale, value.figure, value.low, value.high, "v")
+    return plots.whisker(scale, value.figure, value.low, value.high, "v")
 
 
-def _page_data(files: RunFiles, states: figures.Book) -> dict[str, Any]:
+def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
     """What the page's script knows: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
@@ -246,9 +247,9 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         differences=differences(runs),
         warnings=warnings,
         ranked=ranked,
-        correlations=figures.Scale(-1.0, 1.0, 0.0, 100.0),
-        losses=figures.span(ends, 0.0, 100.0, zero=True),
-        whisker=figures.whisker,
+        correlations=plots.Scale(-1.0, 1.0, 0.0, 100.0),
+        losses=plots.span(ends, 0.0, 100.0, zero=True),
+        whisker=plots.whisker,
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
@@ -283,7 +284,7 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     return [(name, shown) for name, shown, identity in rows if len(set(identity)) > 1]
 
 
-def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
+def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
     """All measured removals of each run, joined to its original."""
     found, flat = [], list[figures.Point]()
     for run in runs:
@@ -291,7 +292,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
         found.append((run, sorted(measured, key=lambda p: p.at)))
         flat += measured
     if not flat:
-        return figures.Figure(axis.key, axis.title, "No run has measured this.")
+        return plots.Figure(axis.key, axis.title, "No run has measured this.")
     plot = axis.plot(flat)
     for run, points in found:
         ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
@@ -305,7 +306,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> figures.Figure:
             plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
             rows.append((run.name, removal, at, loss.text()))
     words = f"{len(flat)} measured removals of {len(runs)} run{'s' * (len(runs) != 1)}."
-    return figures.Figure(
+    return plots.Figure(
         axis.key,
         axis.title,
         words,

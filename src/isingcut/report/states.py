@@ -1,0 +1,120 @@
+"""The states of a report, numbered once, so that all figures speak of the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isingcut.files.states import BaselineFile, MeasuredState
+from isingcut.ising.states import states_of
+from isingcut.report.rows import Value, kl_of
+from isingcut.report.run_files import RunFiles
+from isingcut.report.words import join_blocks
+
+
+@dataclass(frozen=True)
+class KnownState:
+    """A state as the page knows it.
+
+    Attributes:
+        number: its place in the book.
+        name: what it is called, for example ``"state 11"``.
+        kind: ``candidate``, ``random``, ``baseline`` or ``named`` (by hand).
+        removed: its removed blocks, ascending.
+        energy: of the main energy, or None before it is measured.
+        measured: its losses, where it has some.
+        chosen: its blocks are the ones that are removed.
+    """
+
+    number: int
+    name: str
+    kind: str
+    removed: tuple[int, ...]
+    energy: float | None
+    measured: MeasuredState | BaselineFile | None
+    chosen: bool
+
+    @property
+    def kl(self) -> Value | None:
+        """Measured KL in nats per token, with its standard error over samples."""
+        return None if self.measured is None else kl_of(self.measured)
+
+    def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
+        """What pointing at it says, where it has this energy, of that label."""
+        lines = [self.name + (", the chosen one" if self.chosen else "")]
+        if energy is not None:
+            lines.append(f"{label} {energy:.4g} {unit}")
+        if self.kl is not None:
+            lines.append(f"measured KL {self.kl.text()} nats/token")
+        if isinstance(self.measured, MeasuredState):
+            parts = self.measured.parts.items()
+            lines += [f"{name}: KL {kl_of(part).text()}" for name, part in parts]
+        lines.append(f"without blocks {join_blocks(self.removed)}")
+        return "\n".join(lines)
+
+
+class Book(list[KnownState]):
+    """The states of one removal: candidates by energy, then random ones, then baselines'."""
+
+    def of(self, kind: str) -> list[KnownState]:
+        """All states of a kind, in order."""
+        return [s for s in self if s.kind == kind]
+
+
+def number_states(files: RunFiles) -> Book:
+    """The states that the files hold."""
+    chosen = None if files.removed is None else tuple(files.removed)
+    main, result = files.hamiltonian, Book()
+
+    def add(
+        name: str, kind: str, removed: Sequence[int], measured: MeasuredState | BaselineFile | None
+    ) -> None:
+        gone = tuple(sorted(removed))
+        energy = None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
+        result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
+
+    ranking = files.candidates
+    rows = {} if ranking is None else {tuple(sorted(r.removed)): r for r in ranking.candidates}
+    low = rows if files.spectrum is None else [s.removed for s in files.spectrum.states]
+    for rank, removed in enumerate(low):
+        add(f"state {rank}", "candidate", removed, rows.get(tuple(sorted(removed))))
+    for k, row in enumerate(() if ranking is None else ranking.random):
+        add(f"random state {k}", "random", row.removed, row)
+    for baseline in files.baselines:
+        add(f"choice of {baseline.baseline}", "baseline", baseline.removed, baseline)
+    if chosen is not None and not any(state.chosen for state in result):
+        add("state named by hand", "named", chosen, None)
+    return result
+
+
+def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
+    """List every method that chose for this removal and the chosen state, lowest KL first.
+
+    Without another method there is none.
+
+    Returns:
+        for each the ``name``, its ``state`` and the ``measured`` losses, its ``passes`` and
+        ``tokens`` (empty where they were not counted), and the ``file`` of a method.
+    """
+    found = [
+        _rival(b.baseline, state, f"{b.passes:.3g}", str(b.tokens_searched), b)
+        for state, b in zip(states.of("baseline"), files.baselines, strict=True)
+    ]
+    ranked = (*states.of("candidate"), *states.of("random"))
+    chosen = next((s for s in ranked if s.chosen and s.measured is not None), None)
+    if found and chosen is not None:
+        meta, passes = files.meta, files.meta.passes
+        if passes is None and meta.blocks_run is not None:
+            passes = meta.blocks_run / len(files.blocks)
+        paid = "" if passes is None else f"{passes:.3g}"
+        tokens = "" if meta.tokens is None else str(meta.tokens)
+        found.append(_rival(files.energy, chosen, paid, tokens))
+    return sorted(found, key=lambda rival: rival["measured"].kl)
+
+
+def _rival(
+    name: str, state: KnownState, passes: str, tokens: str, file: BaselineFile | None = None
+) -> dict[str, Any]:
+    costs = {"passes": passes, "tokens": tokens, "file": file}
+    return {"name": name, "state": state, "measured": state.measured, **costs}
