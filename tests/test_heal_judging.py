@@ -151,7 +151,8 @@ def _trains(room, dies, *arguments):
     [
         (10**9, {}, {}, 1e-6),
         (10**5, {}, {}, 1e-6),
-        (10**5, {}, {"dtype": "auto"}, 1e-3),
+        # The rounding of bfloat16: 2**-8.
+        (10**5, {}, {"dtype": "auto"}, 4e-3),
         (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
