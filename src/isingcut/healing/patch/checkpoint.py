@@ -50,11 +50,11 @@ CANNOT = (ArchitectureError, FitError)
 """Errors that skip the patch unless an option requires it."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
-STEP_TOKENS = 2048
-"""Approximate predictions per optimiser step."""
+STEP_TOKENS = 512
+"""Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
 """Host memory per tuned number: weight, gradient, two moments."""
-RATE, WIDTH = 0.004, 576
+RATE, WIDTH = 0.003, 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
 a stream of this width; smaller for wider models, where more weights change at once."""
 
