@@ -24,8 +24,8 @@ healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer
 kl_over_best_peer_M, cut_ppl_over_best_peer_M  KL and perplexity before any repair
 
 `patches.json` is of commit 70bd966, where patches were fitted and tuned on conversations and
-Wikipedia leads alone. `patch.json` has the tuned patch of 65,536 tokens, read once; that of
-`healing.json` read 32,768 twice.
+Wikipedia leads alone. `patch.json` has the tuned patch of 65,536 tokens, read once in steps of 512;
+that of `healing.json` read 32,768 twice, in steps of 2,048.
 """
 
 from __future__ import annotations
