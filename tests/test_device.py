@@ -218,8 +218,9 @@ def test_a_step_keeps_to_its_devices(step, shared):
         one, *others = (np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4))
     np.testing.assert_allclose(one, expected, rtol=2e-4, atol=2e-5)
     # A norm of gradients may be summed in another order, depending on where the memory lies.
+    rounding = 1e-6 if step.startswith("distillation") else 0
     for found in others:
-        np.testing.assert_allclose(found, one, rtol=1e-6)
+        np.testing.assert_allclose(found, one, rtol=rounding)
 
 
 def test_a_stream_that_stays_on_its_card_is_refused():

@@ -151,8 +151,8 @@ def _trains(room, dies, *arguments):
     [
         (10**9, {}, {}, 1e-6),
         (10**5, {}, {}, 1e-6),
-        # The rounding of bfloat16: 2**-8.
-        (10**5, {}, {"dtype": "auto"}, 4e-3),
+        # Half of the rounding of bfloat16, 2**-8.
+        (10**5, {}, {"dtype": "auto"}, 2e-3),
         (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
@@ -179,7 +179,7 @@ def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, 
     assert shapes(tmp_path / "out") == shapes(one)
     weights = (load(f, dtype="float32").model.state_dict() for f in (one, tmp_path / "out"))
     for first, second in zip(*(w.values() for w in weights), strict=True):
-        torch.testing.assert_close(second, first, rtol=1e-3, atol=10 * exact)
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=min(10 * exact, 1e-2))
 
 
 def test_two_processes_patch_as_one_does(models, tmp_path):
