@@ -186,7 +186,7 @@ def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
         ({"refined": 1e7, "pairwise": 2e7}, "", "fisher", ""),
     ],
 )
-def test_advice_is_the_best_that_ends_in_an_evening(seconds, remove, energy, effort):
+def test_advice_is_the_best_that_fits_in_the_hours(seconds, remove, energy, effort):
     config = RunConfig(model="a model", remove=remove, length=128, stream="on")
     assert advise(config, seconds, 600)[:2] == (energy, effort)
     start = ["isingcut", "run"] if remove else ["isingcut", "energy"]

@@ -6,7 +6,7 @@
     run.spectrum
     run.save("smaller-model")
 
-Names are loaded on first use, so that the numerical core comes without torch.
+Names are imported on first use, so that the numerical core does not import torch.
 """
 
 from __future__ import annotations

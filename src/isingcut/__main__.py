@@ -1,4 +1,4 @@
-"""`python -m isingcut`, which is what `torchrun -m` and `accelerate launch -m` start."""
+"""Entry point of `python -m isingcut`, `torchrun -m isingcut` and `accelerate launch -m`."""
 
 from isingcut.cli.main import main
 

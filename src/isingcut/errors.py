@@ -24,11 +24,14 @@ NOT_FINITE = (
     "the weights are damaged or too large for this dtype: download the model again, or choose "
     "another --dtype"
 )
-"""What to do about a model that computes NaN or infinity."""
+"""Advice in errors about a model that computes NaN or infinity."""
 
 
 class IsingcutError(Exception):
-    """Base of all errors that you can act on: what was expected, what came, what to do."""
+    """Base of all errors that you can act on.
+
+    The message states what was expected, what was given and what to do.
+    """
 
 
 class InputError(IsingcutError):
@@ -64,7 +67,7 @@ class StageFileError(IsingcutError):
 
 
 class OutputExistsError(IsingcutError):
-    """The output already exists and overwriting was not allowed."""
+    """The output already exists and ``overwrite`` was not given."""
 
 
 class BusyError(IsingcutError):
@@ -76,7 +79,7 @@ class CheckpointError(IsingcutError):
 
 
 class VerificationError(IsingcutError):
-    """A written checkpoint does not compute what the skipped original computes."""
+    """A written checkpoint does not compute the same as the original with skipped blocks."""
 
 
 class MemoryExhaustedError(IsingcutError):
@@ -92,7 +95,7 @@ class MemoryExhaustedError(IsingcutError):
 
 
 class RankError(IsingcutError):
-    """Another process of a distributed run failed or vanished.
+    """Another process of a distributed run failed or lost contact.
 
     Attributes:
         code: exit code of the failed process, used for the whole run.

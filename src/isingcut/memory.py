@@ -1,6 +1,6 @@
-"""Detect out-of-memory errors, of the machine or of a GPU, in the errors of any library.
+"""Detect out-of-memory errors, of the machine or of a GPU, among the errors of any library.
 
-No library is imported for that, so that `isingcut --help` stays fast.
+No library is imported for this, so that `isingcut --help` stays fast.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def is_memory_exhausted(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Torch and safetensors also raise plain errors, which only their text identifies.
+    # Torch and safetensors also raise general errors, which can be identified by their text only.
     return bool(names & {"RuntimeError", "SafetensorError"} and _WORDS.search(str(error)))
 
 
 def raise_if_exhausted(error: BaseException) -> None:
     """Raise a `MemoryExhaustedError` if an error reports that memory is exhausted.
 
-    Call it before you convert all errors of a library to one of ours.
+    Call it before converting all errors of a library to an `IsingcutError`.
 
     Raises:
         MemoryExhaustedError: with the bytes that were requested, if the error has them.
@@ -68,7 +68,7 @@ def convert_memory_errors() -> Iterator[None]:
     """Convert out-of-memory errors to `MemoryExhaustedError` within the context.
 
     Raises:
-        MemoryExhaustedError: as `raise_if_exhausted`; every other error passes.
+        MemoryExhaustedError: as for `raise_if_exhausted`; other errors are raised unchanged.
     """
     try:
         yield

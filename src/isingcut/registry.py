@@ -1,6 +1,6 @@
-"""A lazy registry of parts for each room: a part is one file, found by its file name.
+"""A registry of the parts in a sub-package, its room. A part is a class in a file of its own.
 
-`energies/empirical_fisher.py` is the energy `empirical-fisher`. The file's `__all__` has
+The file `energies/empirical_fisher.py` has the energy `empirical-fisher`. Its `__all__` has
 exactly one name: the part. A part is imported on first use. Packages outside
 isingcut add parts through an entry point in the group `isingcut.<room>`; a program adds one
 at run time with `register`.
@@ -25,9 +25,9 @@ class Registry:
     """The parts of one room, by name.
 
     Args:
-        room: the sub-package with the parts, for example ``"energies"``.
-        noun: the word for one part in messages, for example ``"energy"``.
-        inside: the parent sub-package of the room, if it has one.
+        room: sub-package with the parts, for example ``"energies"``.
+        noun: word for one part in messages, for example ``"energy"``.
+        inside: parent sub-package of the room, if it has one.
         choices: names, such as ``"auto"``, for which a run chooses the part.
     """
 
@@ -55,7 +55,7 @@ class Registry:
         return {e.name: e for e in entry_points(group=f"isingcut.{self.room}")}
 
     def names(self) -> list[str]:
-        """Return all names, sorted; imports no part."""
+        """Return all names, sorted, without importing a part."""
         parts = {*self._files(), *self._entry_points(), *self._registered}
         return sorted({*parts, *self.choices})
 

@@ -1,9 +1,9 @@
-"""`angular-window`: remove the M consecutive blocks that together rotate the stream least.
+"""`angular-window`: remove the M consecutive blocks that together rotate hidden states least.
 
     d(l) = E [ arccos(cos(x_l, x_l+M)) ] / pi
 
-with x_l the stream that enters block l, x_N the one that leaves the last; the window starts at
-the l of lowest d. The mean is over the last token of each sample.
+with x_l the hidden state before block l, and x_N the one after the last block; the window starts
+at the l of lowest d. The mean is over the last token of each sample.
 
 Source: Gromov et al., arXiv 2403.17887, section 3.2 (without its healing).
 """

@@ -1,7 +1,7 @@
 """The interface of baselines: published methods that choose blocks from a model and text.
 
-A part is a frozen dataclass whose fields are its options, and `choose(replay, tokens, remove, work,
-seed)` returns an `Outcome`, deterministic for a seed.
+A baseline is a frozen dataclass whose fields are its options. Its method `choose(replay, tokens,
+remove, work, seed)` returns an `Outcome`, deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Outcome:
     """The choice of a baseline, and its cost.
 
     Attributes:
-        removed: block indices, ascending.
+        removed: removed blocks, ascending.
         passes: cost in full forward passes over the given tokens: block evaluations per token,
             divided by N. Shared work counts once for every method: the original runs once and its
             hidden states at all boundaries are kept, so that a state costs nothing before its
             first removed block; states measured together share their other prefixes too.
         heads: output heads evaluated, in the same unit (one per state over all tokens).
-        info: the figures behind the choice; JSON-able.
+        info: figures that explain the choice, serialisable as JSON.
     """
 
     removed: tuple[int, ...]
@@ -43,7 +43,7 @@ def open_ledger(replay: Replay, tokens: TokenSet, work: Work, loss: str) -> Ledg
     removed block.
 
     Raises:
-        InputError: a loss that is neither ``"kl"`` nor ``"nll"``.
+        InputError: ``loss`` is neither ``"kl"`` nor ``"nll"``.
     """
     ledger = Ledger(replay, tokens, work, loss)
     ledger.pay("original", len(replay), 1.0 if loss == "kl" else 0.0)

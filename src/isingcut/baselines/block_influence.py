@@ -1,13 +1,13 @@
-"""`block-influence`: remove the blocks that rotate the residual stream least (ShortGPT).
+"""`block-influence`: remove the blocks that rotate hidden states least (ShortGPT).
 
     BI_i = 1 - E_t [cos(x_i,t , x_i+1,t)]
 
-with x_i the stream that enters block i and the mean over all tokens. The published method
+with x_i the hidden state before block i and the mean over all tokens. The published method
 scores the intact model once and removes the M lowest; `iterative` removes one block at a time
 and scores the cut model again.
 
-Source: Men et al., arXiv 2403.03853, section 3. Ours differs in the text: it scores on the
-given tokens, ShortGPT on PG19.
+Source: Men et al., arXiv 2403.03853, section 3. The text differs: this code scores on the given
+tokens, ShortGPT on PG19.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ The empirical Fisher matrix of the sublayer gates is the energy (see
 ground state as published; `top=K` measures the K lowest states and takes the best, as the paper
 finds that the best model is often an excited state.
 
-Source: Jansen et al., arXiv 2602.00161. Ours differs: its authors use 2,048 instruction samples
-and choose among excited states by benchmark scores; here the tokens are the caller's, and the
-choice goes by KL to the original on the tokens the energy was measured on.
+Source: Jansen et al., arXiv 2602.00161. Its authors use 2,048 instruction samples and choose among
+excited states by benchmark scores; this code uses the given tokens, and chooses by KL to the
+original on the tokens that the energy was measured on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Cbo"]
 BACKWARD = 2.0
 """Cost of the backward pass in forward passes: the usual figure, parameter gradients included.
 
-isingcut computes gradients of gates only, which is cheaper; the method is charged its cost with
+isingcut computes gradients of gates only, which is cheaper; this figure is the method's cost with
 plain autograd.
 """
 
@@ -65,7 +65,7 @@ class Cbo:
             rows = work.journal.with_name(f"{work.journal.name}-gradients")
         energy = EmpiricalFisher().measure(replay, tokens, replace(work, journal=rows))
         spectrum = solve(Problem(energy, [count(n, remove)]), k=self.top, seed=seed)
-        # The gradient's forward pass is the original's, which the ledger has.
+        # The ledger already counts the gradient's forward pass, which is that of the original.
         ledger = open_ledger(replay, tokens, work, "kl")
         info = {
             "energies": spectrum.energies.tolist(),

@@ -1,4 +1,4 @@
-"""`evopress`: a (1 + lambda) evolution of the set of removed blocks, judged in steps.
+"""`evopress`: a (1 + lambda) evolution of the set of removed blocks, selected in steps.
 
 A generation makes `offspring` children of the parent, each by exchanging one to three removed
 blocks for kept ones (the smaller of two uniform draws). All children are measured on few
@@ -7,11 +7,11 @@ same tokens, and the best of all is the next parent. Every step draws new text.
 
 Source: Sieberling et al., arXiv 2410.14649, algorithm 1 with level-switch mutation, and the
 depth-pruning settings of the script its authors published: the best of 64 random states on 2,048
-tokens starts, M (N - M) / 1.5 generations (whole part), 32 offspring, 2 survivors of 2,048
-tokens, 1 of 32,768, KL to the original, text drawn from 131,072 tokens. Ours differs: whole
-blocks go, where the paper drops attention and MLP apart; children are distinct from each other
-and from the parent; text is drawn in whole samples of the given set, which ends a step's tokens
-where it is smaller.
+tokens starts, M (N - M) / 1.5 generations (rounded down), 32 offspring, 2 survivors on 2,048
+tokens, 1 on 32,768, KL to the original, text drawn from 131,072 tokens. This code differs: whole
+blocks are removed (the paper drops attention and MLP separately); children are distinct from each
+other and from the parent; text is drawn in whole samples of the given set, and a step that needs
+more tokens than the set has uses all of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Evopress:
         offspring: children per generation.
         survivors: number of states that each selection step keeps; the last must be 1.
         step_tokens: tokens of each selection step.
-        initial: random states; the best of them, on the first step's tokens, is the first parent.
+        initial: number of random states; the best one on the first step's tokens is the first
+            parent.
         loss: ``"kl"`` or ``"nll"``.
     """
 
@@ -115,7 +116,7 @@ def _best(ledger: Ledger, states: States, rows: list[int], count: int, words: st
 
 
 def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
-    """Draw samples without replacement until they have ``wanted`` tokens, or all."""
+    """Draw samples without replacement until they have ``wanted`` tokens, or all are drawn."""
     order = rng.permutation(tokens.samples)
     total = np.cumsum(tokens.mask.sum(1).numpy()[order])
     return [int(r) for r in order[: int(np.searchsorted(total, wanted)) + 1]]

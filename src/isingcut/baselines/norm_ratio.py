@@ -1,8 +1,8 @@
-"""`norm-ratio`: remove the blocks that add least to the stream, relative to their output.
+"""`norm-ratio`: remove the blocks that add least to the hidden states, relative to their output.
 
     R_i = E_t [ |f_i(x_t) - x_t| / |f_i(x_t)| ]
 
-with f_i(x) the stream after block i.
+with f_i(x) the hidden state after block i.
 
 Source: the relative magnitude of Samragh et al. (weight subcloning), arXiv 2312.09299, which
 ShortGPT (arXiv 2403.03853) compares its block influence with as a layer metric.
@@ -26,7 +26,7 @@ __all__ = ["NormRatio"]
 
 @dataclass(frozen=True)
 class NormRatio:
-    """The relative size of each block's addition to the stream."""
+    """The relative size of each block's addition to the hidden states."""
 
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
@@ -39,7 +39,7 @@ class NormRatio:
 
 
 def ratio(before: Tensor, after: Tensor) -> Tensor:
-    """Return (K,) the norm of the addition over the norm of the result, of streams (K, D)."""
+    """Return the norm of the difference over that of ``after`` (K,), for hidden states (K, D)."""
     added: Tensor = torch.linalg.vector_norm(after - before, dim=-1)
     whole: Tensor = torch.linalg.vector_norm(after, dim=-1)
     return added.div(whole)

@@ -1,12 +1,12 @@
-"""`sleb`: greedy removal, in each step of the block whose removal costs least.
+"""`sleb`: greedy removal, one block per step.
 
-Each step skips every remaining block of the model as cut so far, measures the loss, and removes the
-block of lowest loss.
+Each step skips each remaining block of the model cut so far, one at a time, measures the loss, and
+removes the block whose removal gives the lowest loss.
 
 Source: Song et al., arXiv 2402.09025, algorithm 1 with the third of its metrics (the loss of
-the already cut model). As published the loss is the NLL and the first and the last block stay;
-`loss="kl"` and `keep_ends=False` are ours. The candidates of a step share their prefixes here,
-which changes the cost and not the choice.
+the already cut model). As published, the loss is the NLL and the first and the last block stay;
+`loss="kl"` and `keep_ends=False` are additions. Here the candidates of a step share their
+prefixes, which changes the cost but not the choice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sleb:
     ) -> Outcome:
         """Choose the blocks of the greedy path; ``seed`` has no effect.
 
-        Complexity: about M (N - M / 2) states, prefixes of a step shared.
+        Complexity: about M (N - M / 2) states, which share their prefixes within a step.
         """
         check_count(replay, remove, kept=2 if self.keep_ends else 0)
         n = len(replay)

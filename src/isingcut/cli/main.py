@@ -120,7 +120,7 @@ def _describe_error(error: Exception) -> tuple[int, str]:
 
 
 def _report_signal(number: int, frame: object) -> None:
-    """Print why a launcher ends this process, which the launcher's own report leaves out."""
+    """Print the reason for a launcher's signal, which the launcher does not report, and exit."""
     found = last_word()
     words = "ended by a signal, as launchers do when one process was killed; "
     say(f"isingcut: {found or words + 'run the same command again to resume'}")
@@ -148,7 +148,7 @@ def main() -> None:
     if lost is not None and not isinstance(lost, BrokenPipeError):
         code, words = 2, f"cannot write to standard output: {lost.strerror}"
     if is_launched():
-        # Its message was printed already.
+        # The message is printed below; the signal handler would print it again.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words:
         say(f"isingcut: {words}")

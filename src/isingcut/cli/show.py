@@ -79,8 +79,8 @@ def energy_data(folder: Path) -> dict[str, Any]:
 
 
 def show_energy(data: dict[str, Any]) -> None:
-    """Print where the Hamiltonian is, and the next command."""
-    # A search was for one removal; other energies serve any.
+    """Print the path of the Hamiltonian, and the next command."""
+    # A searched energy is for the given removals; other energies are for any.
     removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
     show_lines(data["hamiltonian"], f"next: isingcut solve {data['folder']}{removal}")
 
@@ -183,7 +183,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     pages = {"report": str(target / "report.md"), "html": str(target / "report.html")}
     packing = {"packing": files.packing.content()} if files.packing else {}
     if ranking is None or evaluation is None:
-        # Of a budget that the whole model meets best.
+        # No cut: the whole model meets the budget best.
         whole = {"folder": str(target), "checkpoint": None, "gguf": None}
         return {**whole, **pages, "verdict": files.verdict, **packing}
     return {

@@ -121,7 +121,7 @@ class _Command(TyperCommand):
 
 
 def part_names(room: str) -> Callable[[str], list[str]]:
-    """Return a shell completion of the part names of one room; imports no part."""
+    """Return a shell completion for the part names in `isingcut.ROOM`; imports no part."""
 
     def complete(incomplete: str) -> list[str]:
         names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
@@ -173,7 +173,7 @@ def verb(
             typed |= {k: _at_home(v) for k, v in typed.items()}
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
-            # Keep what libraries print out of the JSON.
+            # Libraries may print to stdout, which must contain nothing but the JSON.
             aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
             try:
                 with aside:

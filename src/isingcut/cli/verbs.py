@@ -62,10 +62,10 @@ else:
     )
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
-"""The split that a ranking is measured on."""
+"""Split and model of the losses of a ranking, for `--json`."""
 _FIELDS = dataclasses.fields(RunConfig)
 _ALL = tuple(f.name for f in _FIELDS)
-# A search needs its removal before it measures anything.
+# The energy search needs the removal before it measures anything.
 _NEAR = ("remove", "budget", "keep", "drop")
 _MEASURE = tuple(
     f.name

@@ -1,8 +1,8 @@
 """Print text literally, without control characters, in any encoding.
 
-Names of models, folders and tasks come from other people: they are never read as markup, and their
-control characters never reach a terminal or a page. A terminal or file whose encoding lacks ``±``
-or box characters gets ASCII instead.
+Names of models, folders and tasks come from other people: they are never interpreted as markup, and
+their control characters never reach a terminal or a page. A terminal or file whose encoding lacks
+``±`` or box characters gets ASCII instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN = {"±": "+-", "·": ".", "×": "x", "→": "->", "‖": "||", "−": "-"
 
 
 def printable(text: str) -> str:
-    """Escape every control character of ``text`` but line ends and tabs.
+    """Escape every control character of ``text`` except line ends and tabs.
 
     Lone surrogates and characters that change the writing direction are escaped too.
 
@@ -57,14 +57,14 @@ codecs.register_error(ASCII, _spell_out)
 
 
 def say(line: str) -> None:
-    """Print one line to standard error; errors of writing are ignored."""
+    """Print one line to standard error; write errors are ignored."""
     with contextlib.suppress(OSError):
         print(one_line(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def convert_write_errors() -> Iterator[None]:
-    """Convert errors of writing to standard output, within the context.
+    """Convert write errors of standard output to `InputError`, within the context.
 
     Raises:
         InputError: standard output cannot be written. A `BrokenPipeError` passes.

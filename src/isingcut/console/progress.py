@@ -55,7 +55,7 @@ class Part:
 
     Args:
         bar: the whole bar.
-        worth: the steps of ``bar`` that all of the work counts for.
+        worth: the number of steps of ``bar`` for the whole work.
     """
 
     def __init__(self, bar: Bar, worth: float) -> None:
@@ -80,14 +80,14 @@ class Part:
 
 
 QUIET_SECONDS = 5.0
-"""Least time between two lines about a task in a log."""
+"""Minimum time between two log lines about a task."""
 
 
 class PlainBar:
     """Progress for logs: a line at each tenth and at the end, with the remaining time and the note.
 
-    The first call of `advance` does not count for the pace: resumed work reports its earlier steps
-    in it.
+    The first call of `advance` is not used to estimate the remaining time, because resumed work
+    reports its earlier steps in it.
 
     Args:
         description: the name of the task.

@@ -10,14 +10,14 @@ from rich.text import Text
 
 from isingcut.console.printing import ASCII, printable
 
-_NARROWEST, _UNLIMITED = 40, 160
+_NARROWEST, _PIPE = 40, 160
 
 
 class _Literal(Console):
-    """A console that never reads text as markup."""
+    """A console that never interprets text as markup."""
 
     def render_str(self, text: str, **how: Any) -> Text:
-        # Escaped before the layout, so that columns fit the printed text.
+        # Escape before the layout, so that column widths fit the printed text.
         legible = printable(text).encode(self.encoding, ASCII).decode(self.encoding)
         return super().render_str(legible, **how)
 
@@ -25,9 +25,9 @@ class _Literal(Console):
 def console(*, stderr: bool = False) -> Console:
     """Return the console for tables and lines.
 
-    A pipe is wide, so that no table written to a file or another program is cut off.
+    Without a terminal it is wide, so that no table in a file or pipe is cut off.
     """
     stream = sys.stderr if stderr else sys.stdout
     own = _Literal(file=stream, stderr=stderr, markup=False, emoji=False)
-    width = max(own.width, _NARROWEST) if own.is_terminal else _UNLIMITED
+    width = max(own.width, _NARROWEST) if own.is_terminal else _PIPE
     return _Literal(file=stream, stderr=stderr, markup=False, emoji=False, width=width)

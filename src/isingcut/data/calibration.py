@@ -1,7 +1,7 @@
 """Make the calibration: three disjoint splits of token samples, `energy`, `rank` and `report`.
 
-The energy is measured on `energy`, candidates are ranked on `rank`, and reported figures are of
-`report`. No document (or duplicate) is in two of them. Splits are filled in the order report, rank,
+The energy is measured on `energy`, candidates are ranked on `rank`, and reported results are from
+`report`. No document (or duplicate) is in two splits. Splits are filled in the order report, rank,
 energy, so that the report split does not change if the energy uses more samples.
 
 Healing makes its own splits with the same readers.
@@ -86,7 +86,7 @@ class Calibration:
             "meta": dict(self.meta),
         }
         with atomic_file(path) as temporary:
-            # Not by the library's own function, which hides errors of the operating system.
+            # Not by `save_file` of safetensors, which hides errors of the operating system.
             temporary.write_bytes(save(tensors, tensor_header(header)))
 
     @classmethod
@@ -94,7 +94,7 @@ class Calibration:
         """Read a file that `save` wrote.
 
         Raises:
-            StageFileError: missing, damaged, not a calibration file, or of a newer version.
+            StageFileError: the file is missing, damaged, of another kind, or of a newer version.
         """
         header, arrays = read_tensors(path, "calibration", _list_arrays)
         splits = {}
@@ -129,7 +129,7 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
 
 
 def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtypes and shapes in a file: all arrays of a split are (samples, length)."""
+    """Return the expected dtype and shape of each array: (samples, length) for all of a split."""
     wanted = {}
     for name in SPLITS:
         shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
@@ -156,8 +156,8 @@ def build(
     Plain text is packed into samples of exactly ``length`` tokens without padding, each starting
     with the tokenizer's beginning-of-sequence token if it sets one. Each conversation is one
     sample, truncated to ``length``. No document (or duplicate) is in two splits; a text of one
-    document is divided into consecutive ranges. Every split, and every beginning of one, has the
-    sources of a mixture by their shares of tokens, each at least once.
+    document is divided into consecutive ranges. In every split, and in any first samples of it, the
+    sources of a mixture have their shares of tokens; every source is in every split.
 
     Args:
         source: a file or pipe (`text_files`), ``"-"``, a `datasets` name or folder, the name of a
@@ -166,12 +166,12 @@ def build(
         samples, rank_samples, report_samples: samples in the splits energy, rank and report.
         length: tokens per sample, at least 2.
         seed: seed of the order of the documents, and of ``"self"``.
-        model: its embedding limits the token ids; ``"self"`` samples from it.
-        progress: shows the progress of ``"self"``.
+        model: model whose embedding limits the token ids, and from which ``"self"`` samples.
+        progress: progress display of ``"self"``.
 
     Raises:
         CalibrationError: the text is unreadable, malformed or too short.
-        InputError: a sample count or length that is too small.
+        InputError: a sample count or the length is too small.
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
     parts = parts_of(source)
@@ -183,7 +183,7 @@ def build(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
             )
-    # Hashed before reading, so that later readers notice changes.
+    # Hashed before reading, so that changes are detected when the text is read again.
     hashes = text_hashes(source)
     encode = Encoder(tokenizer, model)
     needed = sum(counts.values())
@@ -231,7 +231,7 @@ def build(
 
 
 Drawn = list[tuple[int, Row]]
-"""Samples, each with its source in the mixture."""
+"""Samples, each with the index of its source in the mixture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,12 +266,12 @@ def open_parts(
     ranges instead.
 
     Args:
-        used: a calibration whose text is left out; its documents only if the seed is the same.
-        most: tokens needed of one document.
-        generate: yields samples of ``"self"``; None if real text is needed.
+        used: calibration whose text is left out (its documents only if the seed is the same).
+        most: maximum tokens of one document; None for no limit.
+        generate: function that yields samples of ``"self"``; None if real text is needed.
 
     Raises:
-        CalibrationError: unreadable text, or a file that changed since the calibration was made.
+        CalibrationError: the text is unreadable, or a file changed after the calibration was made.
     """
     seen: set[int] = set()
     corpora: list[Corpus] = []
@@ -312,7 +312,7 @@ def open_parts(
                 documents = itertools.chain(first, documents)
                 if len(first) == splits:
                     between = encode("\n\n")
-                    # Each begins with a new document, and takes the next one when it needs more.
+                    # Each reader begins with a new document, and takes the next when it needs more.
                     each = [pack(_join(documents, between), encode, length) for _ in range(splits)]
                     opened.append(OpenText(facts, each))
                     continue
@@ -330,17 +330,17 @@ def draw_split(
     count: int | None,
     most: float = math.inf,
 ) -> tuple[Drawn, int | None]:
-    """Draw the samples of one split, all sources in turn.
+    """Draw the samples of one split, from all sources in turn.
 
     Args:
-        split: index of the readers.
+        split: index of the split's readers.
         length: tokens of a full sample.
         seed: seed of the turns.
         count: number of samples; None draws until a source ends.
-        most: stop at this many tokens.
+        most: number of tokens after which to stop.
 
     Returns:
-        the samples, and the source that ended before there were enough, if any.
+        the samples, and the index of the source that ended before there were enough, or None.
     """
     turns, tokens = Turns(parts, length, seed), 0
     drawn: Drawn = []
@@ -376,7 +376,7 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
 def _tokenise(
     corpus: Corpus, encode: Encoder, seen: set[int], most: int | None, facts: dict[str, Any]
 ) -> Iterator[list[int]]:
-    """Yield the documents that no other source has; ``facts`` counts all documents read."""
+    """Yield the tokens of documents not in ``seen``; ``facts`` counts all documents read."""
     facts["documents"] = 0
     for text in corpus.documents:
         if ids := encode(text, most):
@@ -393,7 +393,7 @@ def _join(documents: Iterator[list[int]], between: list[int]) -> Iterator[list[i
 def pack(
     texts: Iterable[list[int]], encode: Encoder, length: int, skipped: int = 0
 ) -> Iterator[Row]:
-    """Cut a running text into full samples, after its first tokens."""
+    """Cut a running text into full samples, after its first ``skipped`` tokens."""
     prefix = encode.start
     body = length - len(prefix)
     tokens = itertools.islice(itertools.chain.from_iterable(texts), skipped, None)
@@ -404,7 +404,7 @@ def pack(
 def _conversations(
     corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
 ) -> Iterator[Row]:
-    """Yield one sample per conversation, without those of a calibration."""
+    """Yield one sample per conversation, except those in the splits of a calibration."""
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():

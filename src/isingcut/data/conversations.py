@@ -2,8 +2,8 @@
 
 A template may rewrite messages (Qwen3 drops the reasoning of earlier turns, Phi ends the last turn
 differently), so a prefix of the messages need not render to a prefix of the text. The assistant's
-messages are found by rendering once more with marks in their place: the text around the marks must
-reproduce the conversation, or it is refused.
+messages are found by rendering the conversation again with marks in their place. If the text around
+the marks does not reproduce the conversation, an error is raised.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 _FROM, _AT = "isingcut-answer-{}-begins.", "isingcut-answer-{}-is-here."
 _END_OF_REASONING = "</think>"
-# Number of tokens before a truncation that may depend on the text after it.
+# Maximum number of tokens before a truncation that may depend on the text after it.
 _CHANGED = 8
 
 
@@ -50,7 +50,7 @@ class MarkedText(str):
     """A conversation as text.
 
     Attributes:
-        spans: (first, last) characters of each assistant message, with its end of turn.
+        spans: character range (first, last) of each assistant message, with its end of turn.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -121,10 +121,10 @@ def _mark_content(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
 def row_of(encode: Encoder, text: str, most: int) -> Row:
     """Return the first tokens of a conversation; in a `MarkedText`, only the spans count.
 
-    A token that is partly inside a span counts at the span's begin, but not at its end.
+    A token that is partly inside a span counts at the start of the span, but not at its end.
 
     Raises:
-        CalibrationError: as `Encoder`; or the tokens depend on text far behind them.
+        CalibrationError: as `Encoder`, or tokens depend on text far after them.
     """
     if not isinstance(text, MarkedText):
         return encode(text, most)

@@ -69,12 +69,13 @@ class Corpus:
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
-    """Open one source (not ``"self"``, and one source of a mixture at a time).
+    """Open a single source of text: not ``"self"``, and not a mixture.
 
     With ``answers:SOURCE``, the documents are `conversations.MarkedText`.
 
     Raises:
-        CalibrationError: missing, unreadable or malformed, or ``answers:`` without conversations.
+        CalibrationError: the source is missing, unreadable or malformed, or has ``answers:`` but no
+            conversations.
     """
     place = place_of(source)
     _check_one(place)
@@ -124,7 +125,7 @@ def check(source: str) -> None:
 def text_hashes(source: str) -> dict[str, str]:
     """Return the SHA-256 of each source that is a regular file, by its path.
 
-    For a folder, it covers the data files' names, sizes and first and last MiB.
+    The hash of a folder is that of its data files' names, sizes and first and last MiB.
     """
     found = {}
     for place in places_in(source):
@@ -147,7 +148,7 @@ def refuse_changed(hashes: Mapping[str, str], source: str) -> None:
         hashes: the earlier `text_hashes`; unknown and missing files pass.
 
     Raises:
-        CalibrationError: with the file.
+        CalibrationError: a file has changed; the message names it.
     """
     for place, found in text_hashes(source).items():
         if hashes.get(place, found) != found:
@@ -201,10 +202,10 @@ def _records_corpus(
     *,
     answers: bool,
 ) -> Corpus:
-    """Make a corpus of documents or conversations; all records must be like the first.
+    """Make a corpus of documents or conversations; all records need the key of the first.
 
     Args:
-        seed: seed of their order; negative keeps the order.
+        seed: seed of the order; negative keeps the order of the records.
     """
     first = next(records, None)
     if first is None:
@@ -268,7 +269,7 @@ def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
 
 
 def is_new(text: str, seen: set[int]) -> bool:
-    """Whether a non-empty text differs from all ``seen`` in more than white space; adds it."""
+    """Return whether a text is not empty and not ``seen``, white space aside; then add it."""
     words = " ".join(text.split())
     if not words or hash(words) in seen:
         return False
@@ -285,7 +286,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
             split is ``train`` if it exists, else the first.
 
     Raises:
-        CalibrationError: no such data set, configuration or split, or the hub cannot be reached.
+        CalibrationError: no such data set, configuration or split, or it cannot be read.
     """
     advice = (
         "expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a local folder, each optionally followed "
@@ -304,7 +305,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     if folder.is_dir():
         path, config = str(folder), None
     try:
-        # Both log a warning for each retry.
+        # Both libraries log a warning for each retry.
         with quiet_logs("datasets", "huggingface_hub"):
             splits = _open(path, config)
             if split is None:
@@ -325,7 +326,7 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
 
 
 def _open(path: str, config: str | None) -> Any:
-    """Open a data set; return its iterable data sets by split."""
+    """Open a data set, and return an iterable data set for each split."""
     import datasets
 
     if Path(path).is_dir() and list(Path(path).rglob("state.json")):
@@ -337,7 +338,7 @@ def _open(path: str, config: str | None) -> Any:
 
 @contextlib.contextmanager
 def quiet_logs(*names: str) -> Iterator[None]:
-    """Silence libraries' logs but for errors."""
+    """Silence the logs of libraries, except errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -373,7 +374,7 @@ def has_wiki() -> bool:
 
 
 def wiki() -> Iterator[str]:
-    """Yield leads of ten thousand articles of the English Wikipedia (CC BY-SA)."""
+    """Yield the lead sections of ten thousand articles of the English Wikipedia (CC BY-SA)."""
     located = _wiki_file()
     if located is None:
         raise CalibrationError(
@@ -387,7 +388,7 @@ def wiki() -> Iterator[str]:
 
 
 def python() -> Iterator[str]:
-    """Yield beginnings of source files of Python's standard library: code without a download."""
+    """Yield the beginnings of Python's standard library files: code without a download."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
     if not files:
@@ -413,7 +414,7 @@ PACKAGED: dict[str, Callable[[], Iterator[str]]] = {
     "manual": manual,
 }
 UNLIKE = "manual"
-"""The unrelated text for evaluations, unless the calibration uses it."""
+"""The name of the unrelated text for evaluations, unless the calibration uses it."""
 
 
 HUB = {

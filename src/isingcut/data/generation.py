@@ -1,4 +1,4 @@
-"""Generate text with explicit settings, not with the checkpoint's generation config."""
+"""Generate text with explicit settings instead of the checkpoint's generation config."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def sample_from_model(
     depends on the model and the seed only. Cost: ``length`` cached decoding steps per 32 samples.
 
     Args:
-        needed: most samples that the caller reads.
+        needed: maximum number of samples that the caller reads.
 
     Raises:
         CalibrationError: the tokenizer has no start token, or the model repeats itself.

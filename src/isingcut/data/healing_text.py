@@ -1,4 +1,4 @@
-"""Text for healing, without the report samples, and text to fit a patch on."""
+"""Text for healing and for its report, and text to fit a patch on."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def build(
 ) -> HealingText:
     """Read a text, or a mixture of several, to its end or until there are enough samples.
 
-    A mixture keeps its shares of tokens: without ``samples``, it ends with its first source that
+    A mixture keeps its shares of tokens: without ``samples``, reading stops when the first source
     ends.
 
     Args:
         source: as for a calibration, but not ``"self"``.
         samples: training samples; None takes all.
-        report_samples: samples for reporting; they come first.
+        report_samples: samples for reporting; they are read first.
         length: tokens per sample; conversations are truncated.
         seed: seed of the order of the documents.
-        used: a calibration whose text is left out; its documents only if the seed is the same.
-        model: its embedding limits the token ids.
+        used: calibration whose text is left out (its documents only if the seed is the same).
+        model: model whose embedding limits the token ids.
 
     Raises:
         CalibrationError: the text is unreadable or too short.
@@ -90,9 +90,9 @@ def to_fit(
     The energy split comes first, then more of the source.
 
     Args:
-        used: a run's calibration; its source is read further if its energy split is too short.
+        used: calibration of a run; its source is read further if its energy split is too short.
         most: number of tokens, including those without a prediction.
-        model: its embedding limits the token ids.
+        model: model whose embedding limits the token ids.
     """
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
     own = split.first(most)
@@ -111,7 +111,7 @@ def to_fit(
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
         except IsingcutError as e:
-            # It may not exist any more: a moved file, or texts passed in Python.
+            # The source may no longer exist: a moved file, or texts passed in Python.
             short = f"the source cannot be read further: {e}"
     found = TokenSet.from_rows(rows, encode.pad)
     return found, FittedText(

@@ -1,7 +1,7 @@
 """Names of texts: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``, and objects.
 
-A model or a list of texts that a Python caller passes gets a name with a hash of its content, which
-replaces a path in the options and in `run.json`. The object is found by that name during the call.
+A model or a list of texts that a Python caller passes gets a name with a hash of its content. This
+name replaces a path in the options and in `run.json`; the object is found by it during the call.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _objects: dict[str, list[Any]] = {}
 
 
 def is_object_name(word: str) -> bool:
-    """Whether a word is the name of an object passed in Python, present or not."""
+    """Whether a word is the name of an object passed in Python, which may no longer exist."""
     return _NAME.fullmatch(word) is not None
 
 
 def find_object(name: str) -> Any:
-    """Return the object of a name: a folder or a list of texts; None for any other word.
+    """Return the object with a name: a folder or a list of texts; None for any other word.
 
     Raises:
-        InputError: a name of this form whose object no longer exists.
+        InputError: the name is that of an object that no longer exists.
     """
     if not is_object_name(name):
         return None
@@ -50,7 +50,7 @@ def register_texts(given: Sequence[str]) -> Iterator[str]:
     """Register a list of texts within the context; yield its name.
 
     Raises:
-        CalibrationError: not a list of strings, or an empty one.
+        CalibrationError: ``given`` is not a list of strings, or is empty.
     """
     if not isinstance(given, list | tuple):
         raise CalibrationError(
@@ -75,7 +75,7 @@ def register_texts(given: Sequence[str]) -> Iterator[str]:
 @contextlib.contextmanager
 def register_object(name: str, thing: Any) -> Iterator[str]:
     """Register an object under a name within the context."""
-    # A list, because two runs may register the same object at a time.
+    # A list, because two runs may register the same object at the same time.
     _objects.setdefault(name, []).append(thing)
     try:
         yield name
@@ -108,7 +108,7 @@ def parts_of(source: str) -> tuple[Part, ...]:
     An existing file or folder is never a mixture, whatever its name.
 
     Raises:
-        CalibrationError: a part without a positive weight or without a name, or a part twice.
+        CalibrationError: a part has no positive weight or no name, or occurs twice.
     """
     if "=" not in source or is_object_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
@@ -139,7 +139,7 @@ def places_in(source: str) -> list[str]:
 
 
 def describe_source(source: str) -> str:
-    """Describe a text for other people: without folders, which may be private."""
+    """Return a description of a text without folder names, which may be private."""
     try:
         parts = parts_of(source)
     except CalibrationError:
@@ -157,7 +157,7 @@ def _parse_weights(source: str) -> list[tuple[str, float]]:
         try:
             weight = float(number)
         except ValueError:
-            # The comma may be part of a file's name, which ends at a weight.
+            # The comma may be part of a file name, so read on up to a weight.
             continue
         odd = ("=" in name or "," in name) and not _exists(place_of(name))
         if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
@@ -183,7 +183,7 @@ def _exists(source: str) -> bool:
 
 @contextlib.contextmanager
 def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
-    """Add the name of the part of a mixture to an error."""
+    """Add the name of the mixture's part to errors within the context."""
     try:
         yield
     except IsingcutError as e:
@@ -193,10 +193,10 @@ def name_part(part: Part, parts: Sequence[Part]) -> Iterator[None]:
 
 
 class Turns:
-    """Chooses the part of the next sample, so that any first samples have the shares of tokens.
+    """Chooses the part of the next sample, so that the parts always have their shares of tokens.
 
-    The next part is the one with the fewest tokens for its share. A random fraction of a sample is
-    added to the tokens of each part, so that the order has no period.
+    The next part is the one with the fewest tokens relative to its share. A random fraction of a
+    sample is added to the tokens of each part, so that the order has no period.
 
     Args:
         parts: the parts with their shares.

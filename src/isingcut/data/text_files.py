@@ -1,7 +1,7 @@
 """Read texts and records from files and pipes: .txt, .jsonl, .json and .csv, each also as .gz.
 
-The size of a record is limited. A pipe has no file name: it is JSON lines if it begins with ``{``,
-else text; gzip is detected by its magic number.
+The size of a record is limited. A pipe has no file name: it is read as JSON lines if it begins with
+``{``, else as text; gzip is detected by its magic number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from isingcut.errors import CalibrationError, IsingcutError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
 Record = tuple[str, dict[str, Any]]
-"""The place of a record, for messages, and its fields."""
+"""The location of a record (file and line), for messages, and its fields."""
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv")
 RECORD = SMALL
@@ -36,13 +36,13 @@ _PIECE = 1 << 16
 def read_text(path: Path, name: str) -> Iterator[Any]:
     """Open a file or a pipe, after `check`; yield its format, then its content lazily.
 
-    The content is `Record`s, or for ``.txt`` pieces of whole lines of a running text.
+    The content is `Record`s, or for ``.txt`` pieces of a running text.
 
     Args:
         name: the name in messages.
 
     Raises:
-        CalibrationError: it cannot be opened.
+        CalibrationError: the file cannot be opened or read, or its content is malformed.
     """
     suffix, packed = _kind(path)
     known = suffix in FORMATS
@@ -75,7 +75,7 @@ class _Unpacked(gzip.GzipFile):
 
 
 def _decode(file: BinaryIO) -> io.TextIOWrapper:
-    # Without universal newlines, because the text is measured unchanged.
+    # Line ends are not translated, because measurements use the text unchanged.
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
@@ -87,7 +87,7 @@ def _refuse_binary(text: str, name: str) -> None:
 
 
 def _pieces(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield a running text in pieces; a line too long to tokenize is split at white space."""
+    """Yield a running text in pieces of whole lines; very long lines are split at white space."""
     piece = ""
     with _decode(file) as lines:
         while line := lines.readline(LONGEST):
@@ -107,11 +107,11 @@ def _pieces(file: BinaryIO, name: str) -> Iterator[str]:
 def json_lines(
     file: BinaryIO, name: str, error: type[IsingcutError] = CalibrationError
 ) -> Iterator[Record]:
-    """Yield the objects in JSON lines, without blank lines.
+    """Yield the objects in JSON lines; skip blank lines.
 
     Args:
         name: the file's name in messages.
-        error: the class of the error to raise.
+        error: class of the error to raise.
     """
     number = 0
     while raw := file.readline(RECORD + 1):
@@ -158,7 +158,7 @@ def _json_items(file: BinaryIO, name: str) -> Iterator[Record]:
 
 
 def _csv_rows(file: BinaryIO, name: str) -> Iterator[Record]:
-    # The module's default limit is 128 KiB.
+    # The default limit of the csv module is 128 KiB.
     csv.field_size_limit(RECORD)
     with _decode(file) as lines:
         rows = csv.reader(lines, strict=True)
@@ -197,7 +197,7 @@ def is_read_once(source: str) -> bool:
 
 @contextmanager
 def clear_errors(name: str) -> Iterator[None]:
-    """Convert errors of reading to one line with the name and the reason."""
+    """Convert reading errors to one-line errors with the name and the reason."""
     try:
         yield
     except UnicodeDecodeError as e:
@@ -218,7 +218,7 @@ def check(path: Path, name: str, advice: str) -> None:
     Args:
         path: an existing path that is not a folder; ``-`` is standard input.
         name: the name in messages.
-        advice: what to give instead.
+        advice: end of the message about an unknown format: what to give instead.
 
     Raises:
         CalibrationError: an unknown format, a device or a terminal.

@@ -38,8 +38,8 @@ class TokenSet:
 
     Args:
         input_ids: (S, T) int64.
-        mask: (S, T) bool, true at real tokens, each row a run of true and then of false.
-        index: (S,) int64, for a batch the rows of its samples in the original set.
+        mask: (S, T) bool, true at real tokens, which come first in each row.
+        index: (S,) int64, for a batch the row of each sample in the original set.
         parts: S names, the source of each sample in a mixture; empty for one text.
         counted: (S, T) bool, true at real tokens whose prediction counts; None if all do.
     """
@@ -68,7 +68,7 @@ class TokenSet:
 
     @property
     def rows(self) -> list[Row]:
-        """Return the samples without padding, in the form of `from_rows`."""
+        """The samples without padding, in the form of `from_rows`."""
         ids = self.input_ids
         if self.counted is not None:
             ids = torch.where(self.counted, ids, ~ids)
@@ -87,14 +87,14 @@ class TokenSet:
 
     @property
     def predicted(self) -> torch.Tensor:
-        """(S, T-1) bool: whether position t has a prediction (of token t+1) that counts."""
+        """(S, T-1) bool: whether the prediction at position t (of token t+1) counts."""
         return (self.mask if self.counted is None else self.counted)[:, 1:]
 
     @property
     def looked_at(self) -> torch.Tensor:
-        """(S, T) bool: the positions to compare activations at.
+        """(S, T) bool: the positions at which activations are compared.
 
-        All real positions; if only some tokens count, the positions that predict them.
+        These are all real positions or, if only some tokens count, those that predict them.
         """
         if self.counted is None:
             return self.mask
@@ -113,19 +113,19 @@ class TokenSet:
 
     @property
     def rows_by_part(self) -> dict[str, list[int]]:
-        """Return the rows of each source of a mixture, sorted by name; empty for one text."""
+        """The rows of each source of a mixture, sorted by name; empty for one text."""
         names = sorted(set(self.parts))
         rows = {name: [i for i, part in enumerate(self.parts) if part == name] for name in names}
         return rows if len(names) > 1 else {}
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
-        """Return the given rows as a set, trimmed to its longest sample."""
+        """Return the given rows as a set, trimmed to the length of its longest sample."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         chosen = self._trim(rows)
         return replace(chosen, index=torch.arange(len(rows)))
 
     def first(self, tokens: int, least: int = 1) -> TokenSet:
-        """Return the first samples with about so many tokens, at least ``least`` samples."""
+        """Return the first samples, about ``tokens`` tokens and at least ``least`` samples."""
         seen = self.mask.sum(1).cumsum(0)
         rows = max(least, int((seen < tokens).sum()) + 1)
         return self.select(range(min(rows, self.samples)))
@@ -181,7 +181,7 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
         start, body = row[:shared], row[shared:]
         found = [start + body[at : at + size] for at in range(0, len(body), size)]
         found = [piece for piece in found if has_prediction(piece)]
-        # A rest of a few tokens teaches little.
+        # Drop short last pieces, which add little to a training.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
         rows += found
         names += [tokens.parts[i]] * len(found) if tokens.parts else []
@@ -204,7 +204,7 @@ def ids_of(row: Sequence[int]) -> tuple[int, ...]:
 
 
 def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
-    """Yield distinct rows with a prediction, lazily."""
+    """Yield distinct rows with a prediction that counts, lazily."""
     seen: set[tuple[int, ...]] = set()
     for row in map(tuple, rows):
         if has_prediction(row) and row not in seen:
@@ -213,14 +213,14 @@ def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
 
 
 LONGEST = 1 << 20
-"""Most characters to tokenize at a time."""
+"""Maximum number of characters to tokenize at a time."""
 
 _NEAR = 1 << 16
 _LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 
 
 def cut(text: str) -> int:
-    """Return where to split an unfinished text: before its last white space, if near the end."""
+    """Return where to split a partial text: at the last white space near its end, or at its end."""
     tail = max(1, len(text) - _NEAR)
     found = _LAST_SPACE.search(text, tail)
     return found.start() if found else len(text)
@@ -241,7 +241,7 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer.
-        model: the rows of its embedding limit the token ids; None sets no limit.
+        model: model whose number of embedding rows limits the token ids; None sets no limit.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class Encoder:
         """Return ``ids`` if the model's embedding has a row for each.
 
         Raises:
-            CalibrationError: with the missing token.
+            CalibrationError: a row is missing; the message names the token.
         """
         largest = max(ids, default=0)
         if self._rows is not None and largest >= self._rows:
@@ -326,9 +326,9 @@ _SIZES = (32, 16, 8)
 
 
 def overlap(tokens: TokenSet, others: Sequence[TokenSet]) -> float:
-    """Return the share of the n-grams of a split that are in another one too; 0 for short samples.
+    """Return the share of a split's n-grams that are in another split too; 0 for short samples.
 
-    A passage in several splits makes figures on the later splits too good. Equal documents are
+    A passage in several splits makes results on the later splits too good. Equal documents are
     never in two splits, but equal passages may be. N-grams that end in a token that does not count
     are left out.
 

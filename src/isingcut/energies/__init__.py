@@ -1,9 +1,9 @@
 """Energies: measure a `Hamiltonian` from a model and text. One file per estimator.
 
-A part is a frozen dataclass whose fields are its options. `measure(replay, tokens, work)` returns
-the Hamiltonian; ``default_samples`` is a class attribute. A part must be deterministic, and return
-a symmetric J with zero diagonal and the right unit. Set the class attribute ``streams`` to False
-if all blocks must be in memory.
+An energy is a frozen dataclass whose fields are its options. `measure(replay, tokens, work)`
+returns the Hamiltonian; ``default_samples`` is a class attribute. The result must be deterministic,
+with a symmetric J that has a zero diagonal, and the right unit. Set the class attribute ``streams``
+to False if all blocks must be in memory.
 """
 
 from isingcut.registry import Registry

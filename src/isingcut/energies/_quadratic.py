@@ -1,4 +1,4 @@
-"""Convert gate derivatives to a Hamiltonian, with its error over samples."""
+"""Convert gate derivatives to a Hamiltonian with standard errors over samples."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def quadratic(
     counts: npt.NDArray[np.int64],
     meta: dict[str, Any],
 ) -> Hamiltonian:
-    """Form E(x) = -g.x + x^T C x / 2, the Taylor expansion of a removal: the gates step by -x.
+    """Form E(x) = -g.x + x^T C x / 2, the Taylor expansion of a removal: the gates change by -x.
 
-    x_i^2 = x_i moves half the diagonal of C into the own terms.
+    Because x_i^2 = x_i, half the diagonal of C is added to the own terms.
 
     Args:
         gradient_sums: (m, N) gradient of each sample's loss, summed over its tokens, nats.
         curvature_sums: (m, N, N) second derivatives of the same sums; symmetrised here.
-        counts: (m,) tokens of each sample; g and C are the sums over all tokens, per token.
-        meta: provenance.
+        counts: (m,) tokens of each sample; g and C are sums over samples divided by all tokens.
+        meta: provenance of the energy.
 
     Returns:
         Hamiltonian in ``"nats/token"``; with standard errors for two samples or more.
@@ -60,9 +60,9 @@ class CurvatureEnergy:
     """The Taylor expansion of a loss from its exact derivatives, see `quadratic`.
 
     Attributes:
-        kind: ``"hessian"`` or ``"gauss-newton"``. The KL, the loss of the latter, has no gradient
-            at the original model.
-        loss: the loss in words, for the provenance.
+        kind: ``"hessian"`` or ``"gauss-newton"``. The loss of the latter, the KL, has a zero
+            gradient at the original model.
+        loss: description of the loss, for the provenance.
         gate: ``"sublayer"`` or ``"block"``.
     """
 

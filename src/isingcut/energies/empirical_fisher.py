@@ -6,9 +6,9 @@ matrix replaces the Hessian, without the linear term and the Taylor factor 1/2.
 `linear=True` is the Taylor expansion itself: E = -g.x + x^T (A^T A / m) x / 2, with g the
 mean gradient (removing a block is the step alpha - 1 = -x).
 
-That the empirical Fisher matrix, with the text's own labels, is in general no Hessian: Kunstner,
-Balles, Hennig, arXiv 1905.12558. The energies `fisher` and `gauss-newton` are the curvature that
-it is often taken for.
+The empirical Fisher matrix, which takes its labels from the text, is in general not a Hessian
+(Kunstner, Balles, Hennig, arXiv 1905.12558). The energies `fisher` and `gauss-newton` are the
+curvature that it is often mistaken for.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class EmpiricalFisher:
     """The paper's energy.
 
     Attributes:
-        linear: add the gradient term and the Taylor factor 1/2.
-        gate: ``"sublayer"`` as the paper has it, or ``"block"``.
+        linear: whether to add the gradient term and the Taylor factor 1/2.
+        gate: ``"sublayer"`` as in the paper, or ``"block"``.
     """
 
     default_samples: ClassVar[int] = 256
@@ -47,9 +47,9 @@ class EmpiricalFisher:
         """Measure the gradient matrix and form the energy.
 
         Returns:
-            Hamiltonian; unit ``"arbitrary"`` for the paper's form (squared nats per token
-            stand in for nats), ``"nats/token"`` with the linear term. With standard errors over
-            samples for two samples or more.
+            Hamiltonian, with standard errors over samples for two samples or more. The unit is
+            ``"arbitrary"`` for the paper's form (which uses squared nats per token instead of
+            nats), and ``"nats/token"`` with the linear term.
         """
         rows = gate_gradients(replay, tokens, work, gate=self.gate)
         h, J = energy_terms(rows, linear=self.linear)
@@ -65,8 +65,8 @@ class EmpiricalFisher:
 def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
     """Compute own terms (N,) and couplings (N, N) from gradient rows (m, N).
 
-    x_i^2 = x_i moves the diagonal of the quadratic form into the own terms; each pair counts
-    once in J and twice in the form.
+    Because x_i^2 = x_i, the diagonal of the quadratic form is added to the own terms. Each pair
+    counts once in J and twice in the form.
     """
     fisher = rows.T @ rows / len(rows)
     diagonal = np.diag(fisher).copy()
@@ -81,7 +81,7 @@ def energy_errors(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
     """Compute standard errors over samples of `energy_terms`, (N,) and (N, N); needs m > 1.
 
     Every term is a mean over samples, of a_i^2 or a_i^2 / 2 - a_i and of 2 a_i a_j or a_i a_j.
-    Its standard error, the jackknife's exactly, is the root of its sample variance over m.
+    Its standard error is the square root of its sample variance over m, exactly as by jackknife.
 
     Complexity: O(m N^2) time, O(m N + N^2) memory: var(a_i a_j) comes from a product of squares.
     """

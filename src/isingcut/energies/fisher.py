@@ -1,18 +1,18 @@
 """`fisher`: the curvature of KL(original || gated), from labels sampled from the model.
 
-The KL to the original and its gradient vanish at the original model; its Hessian in the gates
-is the Fisher matrix
+The KL to the original and its gradient are zero at the original model. Its Hessian with respect
+to the gates is the Fisher matrix
 
     F = mean over tokens of E_{y ~ p} [grad log p(y) grad log p(y)^T]
 
 and E(x) = x^T F x / 2. One label is sampled for every position. Given the text, the gradients of
-different positions are then independent with mean zero, so that with a_s the gradient of
-sample s's mean token NLL over T_s tokens, E[a_s a_s^T] is 1 / T_s of the sample's mean F:
+different positions are then independent with mean zero. So with a_s the gradient of sample s's
+mean token NLL over T_s tokens, E[a_s a_s^T] is the sample's mean F divided by T_s:
 
     F = sum_s T_s^2 a_s a_s^T / sum_s T_s       (unbiased)
 
-Unlike the empirical Fisher matrix, whose labels are the text's, it has no part that comes from
-the model's own error (Kunstner, Balles, Hennig, arXiv 1905.12558).
+Unlike the empirical Fisher matrix, which takes its labels from the text, it has no part that comes
+from the model's prediction error (Kunstner, Balles, Hennig, arXiv 1905.12558).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fisher:
 
     Attributes:
         gate: ``"sublayer"`` or ``"block"``.
-        seed: the seed of the labels.
+        seed: random seed of the sampled labels.
     """
 
     default_samples: ClassVar[int] = 256

@@ -2,8 +2,8 @@
 
     E(x) = x^T F x / 2,   F = mean over tokens of J^T (diag(p) - p p^T) J
 
-with J the derivative of the logits in the gates. `fisher` estimates it from sampled labels. The KL
-has no gradient at the original model, so there is no linear term.
+with J the derivative of the logits with respect to the gates. `fisher` estimates F from sampled
+labels. The gradient of the KL is zero at the original model, so there is no linear term.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["GaussNewton"]
 class GaussNewton(CurvatureEnergy):
     """The exact second-order energy of the KL, in nats per token.
 
-    Complexity: about N forward passes; more where the head is large.
+    Complexity: about N forward passes; more if the head is large.
     """
 
     kind: ClassVar[str] = "gauss-newton"

@@ -3,8 +3,8 @@
     E(x) = -g.x + x^T H x / 2
 
 with g and H the exact gradient and Hessian at the original model, in gates shared by all
-tokens. Removing blocks is the step alpha - 1 = -x, so long that the expansion at alpha = 1 is
-only a guide.
+tokens. Removing blocks is the step alpha - 1 = -x. This step is so large that the expansion at
+alpha = 1 is only a rough approximation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Hessian"]
 class Hessian(CurvatureEnergy):
     """The exact second-order energy of the NLL, in nats per token.
 
-    Complexity: about 2 N forward passes; more where the head is large.
+    Complexity: about 2 N forward passes; more if the head is large.
     """
 
     kind: ClassVar[str] = "hessian"

@@ -4,8 +4,8 @@
     h_i   = D({i})
     J_ij  = D({i, j}) - D({i}) - D({j})
 
-so that the energy is exact for every state of at most two blocks. The N (N + 1) / 2 states
-share their prefixes, which saves about two thirds of the block evaluations.
+so that the energy is exact for every state with at most two removed blocks. The N (N + 1) / 2
+states share their prefixes, which saves about two thirds of the block evaluations.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pairwise:
             Hamiltonian with c = 0, unit ``"nats/token"`` and, for two samples or more,
             ``h_error`` and ``J_error``.
 
-        Complexity: about N^3 / 6 block evaluations per sample, plus N (N + 1) / 2 heads.
+        Complexity: about N^3 / 6 block evaluations per sample, plus N (N + 1) / 2 output heads.
         """
         n = len(replay)
         states = list_removals(n)

@@ -1,7 +1,7 @@
-"""`refined`: a budgeted search near the wanted removals, and its final energy.
+"""`refined`: a search near the requested removals within a budget, and its final energy.
 
 The Hamiltonian is the posterior mean of `isingcut.energies.search`: the pair energy, corrected by
-every state measured near the wanted sizes. The best states of the search are stored in
+every state measured near the requested sizes. The best states of the search are stored in
 ``meta["search"]``, and are ranked together with the low states of the Hamiltonian.
 """
 
@@ -28,18 +28,18 @@ from isingcut.options.spellings import Effort
 __all__ = ["Refined"]
 
 KEPT = 10
-"""Finalists to keep for each removal."""
+"""Number of finalists to store for each removal."""
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The search as an energy.
+    """The energy that results from a search.
 
     Attributes:
-        targets: the removals to search for; a run takes them from its options.
-        effort: the limit: ``"150"`` forward passes over the calibration text, ``"20min"``, or empty
-            for `isingcut.energies.search.default_passes`.
-        seed: the random seed.
+        targets: removals to search for; a run takes them from its options.
+        effort: limit of the search: ``"150"`` forward passes over the calibration text,
+            ``"20min"``, or empty for `isingcut.energies.search.default_passes`.
+        seed: random seed.
     """
 
     default_samples: ClassVar[int] = 16
@@ -49,10 +49,10 @@ class Refined:
     seed: int = 0
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Search, and return the posterior energy with the found states in its metadata.
+        """Search, and return the posterior energy with the best states in its metadata.
 
         Raises:
-            InputError: no removal to search near, or an unreadable effort.
+            InputError: there are no targets, or ``effort`` cannot be parsed.
         """
         if not self.targets:
             raise InputError(
@@ -88,7 +88,7 @@ def summary(search: Search) -> dict[str, Any]:
         known = search.estimates(goal.target)
         assert known is not None
         quick = one_pass_states(search.evaluator, goal.target, search.one_pass)
-        # The states with most samples first, because they are the most certain.
+        # States with the most samples come first, because their losses are the most certain.
         order = np.lexsort((known.loss, -known.rung))[:KEPT]
         targets[goal.target.label] = {
             "finalists": [

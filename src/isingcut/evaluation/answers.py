@@ -3,7 +3,7 @@
 rows of tokens with continuations -> blocks, each node of the states' prefix tree once -> the head,
 only at the positions that predict the continuations
 
-Texts are generated for a few prompts at a time, and each is kept at once.
+Texts are generated for a few prompts at a time, and then stored in the journal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Likelihood = tuple[float, bool]
 
 # Positions per call of the head, whose logits are float32 over the whole vocabulary.
 _HEAD_ROWS = 128
-# Streams of a batch besides those of the states: the input of the blocks, and the current output.
+# Hidden states of a batch in addition to those of the states: input of the blocks, current output.
 _OTHERS = 2
 
 
@@ -43,7 +43,7 @@ class Likelihoods:
     Args:
         replay: the model's blocks.
         states: (S, N) bool.
-        work: how to compute them; its journal keeps finished micro-batches.
+        work: batch size and progress display; its journal keeps finished micro-batches.
         description: the description of the progress bar.
     """
 
@@ -72,7 +72,7 @@ def answer_scores(
     work: Work,
     description: str = "asking",
 ) -> tuple[Floats, Bools]:
-    """Compute the log-likelihood of each row's continuation under each state, and if it is greedy.
+    """Compute each continuation's log-likelihood under each state, and whether it is greedy.
 
     Rows that differ only in their last token, such as the letters of one question, run once.
 
@@ -81,7 +81,7 @@ def answer_scores(
         states: (S, N) bool, True where a block is removed.
 
     Returns:
-        (S, R) nats, and (S, R) bool: every token of the continuation is the most likely one.
+        (S, R) nats, and (S, R) bool: whether every token of the continuation is the most likely.
 
     Complexity: a block evaluation per token and node of the states' prefix tree, and a row of the
     head per state and token of a continuation.
@@ -137,11 +137,11 @@ class _Places:
     """The K positions of a micro-batch that predict the continuations of R rows.
 
     Args:
-        rows: the rows, each with its sample.
+        rows: sample index and row of each.
 
     Attributes:
         sample, position, label: (K,) int64; position t predicts token t + 1, the label.
-        owner: (K,) the row.
+        owner: (K,) index of the row.
     """
 
     def __init__(self, rows: Sequence[tuple[int, Row]]) -> None:
@@ -155,7 +155,7 @@ class _Places:
         self.owner, self.rows = owner.numpy(), len(rows)
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
-        """Return (2, R) log-likelihoods and greedy flags, from the stream (B, T, D).
+        """Return (2, R) log-likelihoods and greedy flags, from the hidden states (B, T, D).
 
         Only these positions pass through the final norm and the head.
         """
@@ -175,7 +175,7 @@ class _Places:
 def _scores(
     replay: Replay, batches: Sequence[TokenSet], states: States, places: Sequence[_Places]
 ) -> list[Floats]:
-    """Yield (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
+    """Return (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
     recordings = [replay.record(batch.input_ids) for batch in batches]
     found = [np.zeros((2, len(states), read.rows)) for read in places]
 
@@ -193,10 +193,10 @@ def _scores(
 Prompt = tuple[tuple[int, ...], dict[str, Any]]
 """Token ids, and the JSON-able generation settings."""
 Writer = Callable[[Sequence[int]], Sequence[str]]
-"""Generates the texts after some prompts, given by their indices, in one batch."""
+"""Function that generates the texts after some prompts, given by index, in one batch."""
 
 MICRO_BATCHES = 4
-"""Factor on the tokens of a batch of prompts, because more texts hardly slow down a step."""
+"""Factor on the tokens of a batch of prompts, because more texts hardly slow down decoding."""
 
 
 def generate_texts(
@@ -207,12 +207,12 @@ def generate_texts(
     work: Work,
     description: str = "writing",
 ) -> list[str]:
-    """Generate one state's texts, but for those in the journal.
+    """Return one state's generated texts; those in the journal are not generated again.
 
     Args:
         replay: the model's blocks.
         state: the removed blocks.
-        write: generates texts with the state.
+        write: function that generates texts with the state.
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
@@ -229,7 +229,7 @@ def generate_texts(
 
             texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
             for i, text in zip(some, texts, strict=True):
-                # A row of the journal has one number per byte.
+                # The journal stores arrays: one number per byte of the text.
                 kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
             bar.advance(len(some))
     rows = map(kept.get, keys)
@@ -237,7 +237,7 @@ def generate_texts(
 
 
 def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Yield batches of prompt indices with equal settings, long ones first, as many as fit."""
+    """Yield batches of prompt indices with equal settings, longest first, up to ``most`` tokens."""
     alike: dict[str, list[int]] = {}
     for i in left:
         alike.setdefault(fingerprint(prompts[i][1]), []).append(i)

@@ -6,15 +6,15 @@ Results are kept in a journal until a task is complete.
 
 To choose, all remaining candidates are scored on the same questions, first on `FIRST` and then on
 `GROWTH` times as many at each look. The score is the log-probability of the right answers, which is
-more precise than accuracy (docs/experiments.md). At every look, a candidate is dropped if it is
-worse than the leader with a paired p-value (by the bootstrap over questions) below
+more precise than accuracy (docs/experiments.md). At each look, a candidate is dropped if it is
+worse than the best one with a paired p-value (by the bootstrap over questions) below
 
     alpha / (L K (K - 1) / 2)
 
 with L looks and K candidates at the start: Bonferroni's correction over all looks and all pairs. So
-the probability of dropping a candidate as good as the leader is at most about alpha. Among the
-remaining candidates within one standard error of the leader, the one of lowest loss is chosen,
-because the best by a few questions is mostly the luckiest.
+the probability of dropping a candidate as good as the best one is at most about alpha. Among the
+remaining candidates within one standard error of the best one, the one of lowest loss is chosen,
+because a lead of a few questions is mostly chance.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ def benchmark(
     kept: Path | None = None,
     progress: Progress = silent,
 ) -> list[TaskRow]:
-    """Make the rows of `benchmarks.json`: the second model against the first, task by task.
+    """Score two models on tasks, and return the rows of `benchmarks.json` that compare them.
 
     Args:
         models: two models by name; rows call them ``original`` and ``cut``.
-        tasks: local task names, or without ``data`` any task of the harness, or files of questions.
+        tasks: files of questions, and names of local tasks, or of harness tasks without ``data``.
         data: folder of the local tasks' questions; None uses the hub.
-        questions: most questions per task.
+        questions: maximum number of questions per task.
         batch_tokens: tokens per micro-batch.
-        but: questions to leave out, by their `question_key`.
+        but: keys (`question_key`) of questions to leave out.
         kept: folder for journals, for resuming.
 
     Raises:
-        InputError: as `questions.check_tasks`, or a task without a score by question.
+        InputError: as `questions.check_tasks`, or a task has no score per question.
     """
     assert len(models) == 2
     prepared = [prepare_task(name, data, questions) for name in tasks]
@@ -99,7 +99,7 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     """Make one row of `benchmarks.json`.
 
     Raises:
-        InputError: the two were not scored on the same questions.
+        InputError: the two models were scored on different questions.
     """
     if original.questions != cut.questions or original.metric != cut.metric:
         raise InputError(f"the two models were scored on different questions of {original.task}")
@@ -109,7 +109,7 @@ def row(original: Scores, cut: Scores) -> TaskRow:
 
 
 def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) -> Path:
-    """Return the journal of one model on one task.
+    """Return the path of the journal of one model on one task.
 
     Args:
         kept: the folder of journals.
@@ -145,10 +145,10 @@ def text_scores(
 
     Args:
         data: folder with `wikitext2/test_raw.jsonl`, one article per line.
-        samples: most windows.
+        samples: maximum number of windows.
 
     Raises:
-        InputError: as `articles`, or shorter than one window.
+        InputError: as `articles`, or the text is shorter than one window.
     """
     assert data is not None
     original, cut = models.values()
@@ -238,7 +238,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def _resample(values: Floats, seed: int) -> Floats:
-    """Compute means of resamples with replacement, a few million numbers at a time."""
+    """Return the means of resamples with replacement, computed a few million numbers at a time."""
     rng = np.random.default_rng(seed)
     rows = max(1, 4_000_000 // len(values))
     parts = []
@@ -255,16 +255,16 @@ ALPHA = 0.05
 CONTENDERS = 5
 """Number of candidates to compare."""
 _APART = 2
-"""Least number of blocks that two of them differ in, if possible: near copies score the same."""
+"""Minimum number of blocks in which two of them differ, if possible: near copies score the same."""
 
 
 Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
-"""Scores each candidate (its removed blocks) on a task's questions, in the same order for all."""
+"""Function that scores candidates (removed blocks) on a task's questions, in one order for all."""
 
 
 @dataclass(eq=False)
 class _Contender:
-    """A candidate; scores and certainties are in the order of the questions, up to its drop."""
+    """A candidate; scores and certainties are in question order and end when it is dropped."""
 
     removed: Sequence[int]
     scores: list[float] = field(default_factory=list)
@@ -304,7 +304,7 @@ def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[
     selected ones; if these are too few, the next by loss.
 
     Args:
-        also: the blocks of a candidate to include in any case.
+        also: removed blocks of a candidate that is always included.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
     found = [i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)]
@@ -329,8 +329,8 @@ def choose_by_questions(
         ask: scores all remaining candidates at once.
 
     Returns:
-        its index in ``candidates``, and the record of the choice; differences are of accuracies,
-        on the questions that both the candidate and the chosen one were scored on.
+        the index in ``candidates``, and the record of the choice. Its differences are of
+        accuracies, on the questions that both the candidate and the chosen one were scored on.
     """
     turns = [
         (task, key)
@@ -362,7 +362,7 @@ def choose_by_questions(
         left = [c for c in left if not c.out]
     best = left[0]
     if done:
-        # The first within one paired standard error of the leader.
+        # The first within one paired standard error of the best.
         merits = _merits(left, tasks)
         behind = merits[int(np.argmax(merits.mean(1)))] - merits
         n = merits.shape[1]
@@ -382,15 +382,15 @@ def choose_by_questions(
 
 
 def _places(tasks: Sequence[str]) -> list[list[int]]:
-    """Return the places of each task in a list of tasks."""
+    """Return the indices of each distinct task in a list of tasks."""
     return [[i for i, t in enumerate(tasks) if t == task] for task in dict.fromkeys(tasks)]
 
 
 def _merits(several: Sequence[_Contender], tasks: Sequence[str]) -> Floats:
     """Return (K, n) certainties on the questions that all candidates were scored on, by task.
 
-    Each task is divided by its spread around the means of its questions, because long answers have
-    more nats than single letters.
+    The values of each task are divided by their spread around the means of its questions, because
+    long answers have more nats than single letters.
     """
     shared = min(len(c.scores) for c in several)
     parts = []

@@ -30,7 +30,7 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 LEAST = 4
-"""Fewest samples to measure random states on, if there are enough."""
+"""Minimum number of samples to measure random states on, if the text has that many."""
 
 
 def rank(
@@ -53,8 +53,8 @@ def rank(
         remove: the name of the removal.
         others: further energies by name, compared on the same states.
         random_states: number of random states to measure (fewer if fewer exist), on `few_samples`
-            of the split, because a rough ranking needs less text than the best choice. 0 skips the
-            rank correlations.
+            of the split, because rank correlations need less text than the choice of the best. 0
+            skips the rank correlations.
         choose: ``"ground"`` takes the ground state, anything else the candidate of lowest KL.
     """
 
@@ -128,22 +128,22 @@ def _correlate(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
 
 
 def random_journal(journal: Path) -> Path:
-    """Return the journal of the random states, next to that of the candidates."""
+    """Return the path of the random states' journal, next to that of the candidates."""
     return journal.with_name("random.journal")
 
 
 def few_samples(samples: int) -> list[int]:
-    """Return the samples for random states: a quarter of all, evenly spaced."""
+    """Return the indices of the samples for random states: a quarter of all, evenly spaced."""
     few = max(samples // 4, min(samples, LEAST))
     found: list[int] = np.linspace(0, samples - 1, few).round().astype(int).tolist()
     return found
 
 
 def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
-    """Draw distinct feasible states outside ``besides``; also return their distribution in words.
+    """Draw distinct feasible states outside ``besides``; return them and their distribution.
 
-    Uniform over the feasible states by rejection. If the constraints reject nearly every draw, the
-    remaining states are ground states of random fields instead, and the second value tells so.
+    They are uniform over the feasible states, by rejection. If the constraints reject nearly every
+    draw, the remaining states are ground states of random fields. The distribution is a text.
     """
     rng = np.random.default_rng([seed, 0x5EED])
     low, high = problem.cardinality
@@ -191,7 +191,7 @@ def fidelity(energies: Floats, losses: Floats, *, seed: int = 0) -> Correlations
         seed: seed of the bootstrap over states (1,000 resamples, 95 % percentile intervals).
 
     Returns:
-        figures; None if undefined (fewer than three states, or all values tied).
+        the correlation and its interval; None if undefined (fewer than three states, or all tied).
     """
     n, value, low, high = len(energies), None, None, None
     if n >= 3:

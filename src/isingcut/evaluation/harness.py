@@ -19,15 +19,16 @@ Writing = Callable[[Sequence[Prompt], Writer], list[str]]
 
 
 class Harness(HFLM):  # type: ignore[misc]
-    """The harness's model with isingcut's log-likelihoods; it generates as the harness does.
+    """The harness's model class with isingcut's log-likelihoods; it generates as the harness does.
 
-    The harness itself computes logits of all positions, and in half precision rounds
-    log-likelihoods, to an eighth from 16 nats on.
+    The harness's own log-likelihoods need the logits of all positions, and are rounded in half
+    precision: to multiples of 1/8 from 16 nats on.
 
     Args:
         loaded: the model.
-        answers: computes log-likelihoods.
-        texts: computes generations, from prompts and a function that generates some of them.
+        answers: function that computes log-likelihoods.
+        texts: function that returns generated texts, given prompts and a function that generates
+            the texts of some of them.
     """
 
     def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
@@ -49,7 +50,7 @@ class Harness(HFLM):  # type: ignore[misc]
         return super()._model_generate(*args, **rest, logits_processor=own)
 
     def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
-        """Generate as the harness does, with the model's state."""
+        """Generate as the harness does, in batches that `texts` chooses."""
         generate = super().generate_until
 
         def write(some: Sequence[int]) -> Sequence[str]:

@@ -49,11 +49,11 @@ if TYPE_CHECKING:
 
     AnyModel = PreTrainedModel | StreamedReplay
 
-# Float32 logits to process at a time; a few copies of this limit the extra memory.
+# Float32 logits to process at a time; the extra memory is a few times their size.
 _CHUNK_ELEMENTS = 1 << 23
-# Streams of both models: after the blocks, before the blocks, and the current one.
+# Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
-# Nats per token; a larger loss has no finite perplexity.
+# Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
 _MOST_NATS = 700
 
 
@@ -71,16 +71,16 @@ def before_and_after(
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
-    For a streamed cut, speed, memory and the generation are left out, because reading from disk
-    dominates its speed.
+    For streamed models, speed, memory and the generation are left out, because reading from disk
+    dominates their speed.
 
     Args:
-        original: in memory, or streamed on the same buffers as the cut.
+        original: the original, in memory or streamed with the same buffers as the cut.
         tokens: the report split.
         elsewhere: further texts by name, measured one by one.
         batch_tokens: tokens per micro-batch.
         prompt: prompt for one greedy generation of at most ``new_tokens`` by each model.
-        skip_speed: skip speed; ``not_measured`` lists the keys.
+        skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
     first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
@@ -290,10 +290,10 @@ def perplexity(nll: float, error: float | None) -> Perplexity:
 def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
     """Load the MTP layers of a checkpoint, as `generate(use_mtp=True)` of transformers does.
 
-    Sets on ``model`` which stored tensors these are: its class knows that of released depths only.
+    Their numbers are set on ``model``, because its class has those of released depths only.
 
     Returns:
-        None where there are none, and where transformers has no code that runs them.
+        the layers; None if there are none, or if transformers has no code that runs them.
     """
     text = read_decoder(read_config(folder))
     names = [name for name in read_checkpoint(folder) if is_mtp(name, text)]
@@ -309,10 +309,10 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
 def draft_acceptance(
     model: PreTrainedModel, mtp: Any, tokens: TokenSet, batch_tokens: int
 ) -> tuple[float, float]:
-    """Measure how often the first drafted token is the one that the model itself predicts.
+    """Measure how often the first drafted token equals the token that the model itself predicts.
 
-    Read in one forward pass: at each position the model has the true text before it, and the MTP
-    layer the true next token.
+    Takes one forward pass: at each position the input of the model is the true text before it, and
+    that of the MTP layer is the true next token too.
 
     Returns:
         the share of accepted drafts, and its standard error over samples.

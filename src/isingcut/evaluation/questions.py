@@ -1,7 +1,7 @@
 """Prepare benchmark tasks by name: isingcut's tasks, files of questions, or harness tasks.
 
-isingcut's task files with a data folder, and files of questions, become tasks of the harness. Every
-question has a key, so that questions used to choose a model can be left out of its evaluation.
+isingcut's task files with a data folder, and files of questions, are converted to harness tasks.
+Every question has a key, so that questions used to choose a model are left out of its evaluation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ WIKITEXT = "wikitext2"
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A task by name.
+    """A benchmark task, ready to be created for a model.
 
     Attributes:
         metric: the metric to report; None for the harness's usual one.
-        source: the source of its questions.
-        limit: most questions per harness object; None if limited already.
+        source: ``hub``, ``local``, or the hash of a file of questions.
+        limit: maximum number of questions per harness object; None if limited already.
         configurations: harness configurations, one or one per subject, with `custom_dataset`; None
             for a task of the harness.
     """
@@ -50,7 +50,7 @@ class Prepared:
     configurations: Sequence[dict[str, Any]] | None = None
 
     def make(self) -> dict[str, Any]:
-        """Create its harness objects, which must be new for each model."""
+        """Create the harness objects of the task, which must be new for each model."""
         if self.configurations is None:
             return _hub(self.name)
         from lm_eval.api.task import ConfigurableTask
@@ -58,7 +58,7 @@ class Prepared:
         return {c["task"]: ConfigurableTask(config=dict(c)) for c in self.configurations}
 
     def keys(self, made: dict[str, Any]) -> dict[str, list[str]]:
-        """Return the keys of the questions of `make`'s result, in order."""
+        """Return the question keys of each harness object that `make` returned, in order."""
         return {t: [*map(question_key, islice(m.eval_docs, self.limit))] for t, m in made.items()}
 
     @property
@@ -69,7 +69,7 @@ class Prepared:
         return "generate_until" in kinds
 
     def pool(self) -> list[str]:
-        """Return the keys of all its questions."""
+        """Return the keys of all questions of the task."""
         with quiet():
             return [key for keys in self.keys(self.make()).values() for key in keys]
 
@@ -166,7 +166,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-# Ours, and files of questions ----------------------------------------------------------------
+# Tasks of isingcut, and files of questions ---------------------------------------------------
 
 _FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28
@@ -184,10 +184,10 @@ def is_file(name: str) -> bool:
 
 
 def _read_file(path: Path, questions: int | None) -> Prepared:
-    """Read a task from your own file: ``context``, ``choices`` and ``answer``, an index from 0.
+    """Read a task from a user's file: ``context``, ``choices`` and ``answer``, an index from 0.
 
     Args:
-        questions: most questions, evenly spaced.
+        questions: maximum number of questions; taken evenly spaced.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -204,12 +204,12 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     Args:
         name: one of `task_names`.
         data: the folder with `arc_easy/test.jsonl` and so on.
-        questions: most questions, evenly spaced; from a fixed subset (`test_sub500.jsonl`) if the
-            folder has one of that size or more.
+        questions: maximum number of questions; taken evenly spaced, from a fixed subset
+            (`test_sub500.jsonl`) if the folder has one of that size or more.
 
     Raises:
         UnknownNameError: no such task.
-        InputError: its file is missing or damaged.
+        InputError: the task's file is missing or damaged, or has too few examples.
     """
     if name not in task_names():
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
@@ -315,7 +315,7 @@ def _read_records(path: Path, kind: str, own: dict[str, Any]) -> list[dict[str, 
 def _find_fault(
     record: dict[str, Any], texts: Sequence[str], own: dict[str, Any], *, choices: bool
 ) -> str:
-    """Return what a record should have, and what it has; empty if it is as a task needs it."""
+    """Return the expected and the actual value of a wrong field; empty if the record is valid."""
     for name in texts:
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
@@ -337,6 +337,6 @@ def _find_fault(
 
 
 def articles(data: Path) -> list[str]:
-    """Read the articles of WikiText-2's test text in a data folder; errors as for questions."""
+    """Read the articles of WikiText-2's test text in a data folder; errors as `_read_records`."""
     path = data / "wikitext2" / "test_raw.jsonl"
     return [r["text"] for r in _read_records(path, "loglikelihood", {})]

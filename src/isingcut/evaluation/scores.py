@@ -38,9 +38,9 @@ class Scores:
         task: its name.
         metric: the name of the metric in the harness.
         values: (n,) values per question, in the order of ``questions``.
-        certainties: (n,) log-probability of the right answer, nats. Among choices, at the
-            temperature that fits the model's answers best, because overconfidence does not affect
-            scores; for a continuation unchanged; equal to ``values`` for generated answers.
+        certainties: (n,) log-probability of the right answer, nats. For choices, it is computed at
+            the temperature that fits the answers best, because overconfidence does not affect
+            scores; for a continuation, it is unchanged; for generated answers, it is ``values``.
         questions: the keys of the questions (task and hash of the record).
         shots: examples in each prompt.
     """
@@ -67,7 +67,7 @@ class ScoredModel:
 
     @classmethod
     def whole(cls, loaded: LoadedModel) -> ScoredModel:
-        """Make one from a model in memory."""
+        """Create a `ScoredModel` from a model in memory."""
         blocks = stack_modules(loaded.model, find_stack(loaded.model))
         return cls(loaded, Replay(loaded.model, blocks))
 
@@ -87,8 +87,8 @@ def score_states(
 
     Args:
         removed: the removed blocks of each state.
-        work: how to compute; its journal belongs to one task.
-        wanted: whether to use a question, by its key; None uses all.
+        work: batch size, progress display and journal; the journal belongs to one task.
+        wanted: function of a question's key, whether to use the question; None uses all.
 
     Raises:
         InputError: no question is left, or none has a score.
@@ -99,7 +99,7 @@ def score_states(
     answers = Likelihoods(replay, states, work, task.name)
     stack, shown = find_stack(loaded.model), sys.stderr
 
-    # Only the harness is silent; these functions show progress.
+    # Stderr is hidden for the harness only; these functions show progress.
     def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
         with contextlib.redirect_stderr(shown):
             return answers.of(state, rows)
@@ -181,7 +181,7 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
 def certainties(
     answered: Sequence[tuple[Any, dict[str, Any]]], scores: Floats, *, by_length: bool
 ) -> Floats:
-    """Return the log-probability of each right answer, in nats, or else the score.
+    """Return the log-probability of each right answer, in nats, or its score.
 
     The score is used for generated answers, and for harness tasks that do not mark the right choice
     in the usual way.
@@ -229,7 +229,7 @@ def temper_margins(margins: Sequence[Floats]) -> Floats:
 def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
     """Return the choices of a question, and the indices of the right ones; empty if not marked."""
     if not hasattr(task, "multiple_input"):
-        # A task in code, which has its own scoring.
+        # A task that is defined in code, with its own scoring.
         return [], []
     choices = list(task.doc_to_choice(question))
     gold = task.doc_to_text(question) if task.multiple_input else task.doc_to_target(question)

@@ -38,7 +38,7 @@ _MEDIAN_ERROR = 1.2533
 
 MEMORY_KEY = "peak_memory_bytes"
 SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KEY)
-"""The keys that an evaluation without speed lacks."""
+"""The keys that are missing in an evaluation without speed."""
 
 
 def with_memory(
@@ -56,7 +56,7 @@ def with_memory(
 
     Args:
         folders: the folders of ``before`` and ``after``.
-        length: tokens that each model reads.
+        length: number of prompt tokens.
     """
     sides = {}
     with progress("peak memory", len(folders)) as bar:
@@ -94,7 +94,7 @@ def speed(
     Args:
         sample: its first row, unpadded, is the text for prefill.
         repeats: timed rounds.
-        clock: returns the time in seconds.
+        clock: function that returns the time in seconds.
     """
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
     short = ids[:, :_DECODE_PROMPT]
@@ -129,8 +129,8 @@ def speed(
 def _rate(
     model: PreTrainedModel, key: str, tokens: int, seconds: list[float]
 ) -> dict[str, float | None]:
-    """Tokens per second of the median repeat, and its standard error (relative: that of the
-    seconds)."""
+    """Return the tokens per second of the median repeat, and their standard error (relatively, that
+    of the seconds)."""
     middle = statistics.median(seconds)
     if middle <= 0:
         raise ModelError(
@@ -146,13 +146,13 @@ def _rate(
 def peak_memory(
     folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
 ) -> int | None:
-    """Measure the peak memory in bytes of loading a checkpoint, one prefill and four tokens.
+    """Measure the peak memory of loading a checkpoint, one prefill and four tokens.
 
-    Measured in a separate process: on a CPU its largest resident set, with Python and torch; on
-    CUDA the largest allocation on the device, summed over several.
+    It is measured in a separate process: on a CPU the largest resident set, with Python and torch;
+    on CUDA the largest allocation on the device, summed over devices.
 
     Returns:
-        None if that process failed, for example for lack of memory.
+        bytes; None if the process failed, for example for lack of memory.
     """
     arguments = [str(folder), dtype, device, str(tokens), "1" if trust_remote_code else "0"]
     # -P: do not import modules from the working folder.

@@ -84,7 +84,7 @@ class CardParts(Strict):
 
     Attributes:
         mtp: layers for multi-token prediction in the original.
-        drop_mtp: whether the cut left these out.
+        drop_mtp: whether the cut checkpoint lacks these layers.
     """
 
     base_model: str | None

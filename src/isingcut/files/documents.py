@@ -1,4 +1,4 @@
-"""The content of each JSON file of a run folder and of a cut checkpoint, checked by its kind.
+"""Check the content of each JSON file of a run folder and of a cut checkpoint, by its kind.
 
 A stage builds a document, `results.write_document` writes it and `results.read_document` reads it
 back. The pydantic models are in the modules of the stages that write them: `states`, `cuts`,
@@ -43,11 +43,11 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     """Check that a file of a run has the run's number of blocks.
 
     Args:
-        found: a document, a `Spectrum` or a `Hamiltonian`; anything else has no blocks.
-        blocks: N of `run.json`.
+        found: a document, a `Spectrum` or a `Hamiltonian`; other objects have no blocks and pass.
+        blocks: number of blocks in `run.json`.
 
     Raises:
-        StageFileError: another N, or a block that the model does not have.
+        StageFileError: another number of blocks, or a block that the model does not have.
     """
     shape = getattr(getattr(found, "states", None), "shape", None)
     n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))

@@ -1,4 +1,5 @@
-"""A model next to the original, on text and on questions: `evaluation.json`, `benchmarks.json`."""
+"""Comparisons of models with the original on text and questions: `evaluation.json`,
+`benchmarks.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ class Perplexity(Strict):
     """The perplexity of a model on a text.
 
     Attributes:
-        draft_acceptance: share of the tokens drafted by its MTP layers that it predicts itself.
+        draft_acceptance: share of the tokens drafted by its MTP layers that equal its predictions.
     """
 
     perplexity: Positive
@@ -48,7 +49,7 @@ class Generation(Strict):
 
 
 class PairScores(Strict):
-    """The original and another model on the same text.
+    """Scores of the original and of another model on the same text.
 
     Attributes:
         nll_change_se: paired standard error of the difference of the NLLs.
@@ -75,7 +76,7 @@ class MixedScores(PairScores):
 
 
 class FurtherPart(Perplexity):
-    """A model between the original and the last one, on one part of a mixture."""
+    """Scores of one more model, such as the exact cut, on a text or one source of a mixture."""
 
     kl: Number
     kl_se: Positive | None
@@ -95,14 +96,16 @@ class PackedScores(FurtherScores):
 
 
 class EvaluationFile(Document, kind="evaluation"):
-    """`evaluation.json`; older files do not name the last model.
+    """`evaluation.json`; older files lack ``last``.
 
     Attributes:
-        gguf_unread: why the cut GGUF file beside the checkpoint was not measured.
-        no_drafts: why the drafts of its MTP layers were not measured.
-        elsewhere: the models on unrelated texts, which no choice or fit used.
-        not_measured: keys of speed and memory that were skipped.
-        streamed: a model was read from disk block by block, so its speed is unknown.
+        last: name of the final model, whose scores are in ``after``.
+        cut, patched: scores of the exact cut and of the patched model, if these are not the last.
+        gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
+        no_drafts: reason why the drafts of the MTP layers were not measured.
+        elsewhere: scores on unrelated texts, which no choice or fit used.
+        not_measured: keys of speed and memory that were not measured.
+        streamed: whether a model was read from disk block by block, so that its speed is unknown.
     """
 
     last: Literal["cut", "patched", "healed"] | None = None
@@ -130,14 +133,15 @@ class EvaluationFile(Document, kind="evaluation"):
 
 
 class PairedScores(Strict):
-    """Two models on the same questions.
+    """Scores of two models on the same questions.
 
     Attributes:
         original, cut: mean scores.
         difference: cut minus original, with the ends of its 95 % interval.
         n: number of questions.
         p_value: two-sided p-value of the test ``mcnemar`` or ``bootstrap``.
-        more_than_noise: significant at the 5 % level, for this comparison alone.
+        more_than_noise: whether the difference is significant at the 5 % level, for this comparison
+            alone.
     """
 
     original: Number
@@ -162,7 +166,7 @@ class TaskRow(PairedScores):
 
 
 class TextScores(Strict):
-    """Both models on WikiText-2."""
+    """Scores of both models on WikiText-2."""
 
     samples: Count = 0
     tokens: Count

@@ -13,7 +13,7 @@ from isingcut.files.values import Blocks, Count, Number, Positive, Scalar, Some
 
 
 class HealedPart(FurtherPart):
-    """The cut model on unseen text, or on one source of it, before or after healing."""
+    """The cut model's scores on unseen text, or one source of it, before or after healing."""
 
     original_perplexity: Positive
 
@@ -46,12 +46,12 @@ class HealingRecipe(Document, kind="healing-recipe"):
     """The settings of a training, from its options or from a budget of tokens or time.
 
     Attributes:
-        steps: optimiser steps, which end the schedule too.
+        steps: number of optimiser steps, also the length of the learning-rate schedule.
         batch: sequences per step, over all processes.
         length: tokens of the longest sequence.
         learning_rate: the highest learning rate.
         tokens: approximate tokens of all steps.
-        seconds: their estimated time, from the first steps; None for a budget in tokens.
+        seconds: estimated time of all steps, from timed ones; None without a budget in time.
         epochs: number of passes over the text.
     """
 
@@ -72,7 +72,7 @@ class HealingCheck(Strict):
 
 
 class HealingStop(Strict):
-    """Why a training ended early, and the step of its weights (None: the last step)."""
+    """The reason why a training ended early, and the step of the kept weights (None: the last)."""
 
     why: str
     kept: Count | None
@@ -113,7 +113,7 @@ class HealingFile(Document, kind="healing"):
 
 
 class HealingWork(Document, kind="healing-work"):
-    """`identity.json` of an unfinished healing: everything that its result depends on."""
+    """`identity.json` of an unfinished healing: fingerprint of all that its work depends on."""
 
     work: str
 
@@ -127,10 +127,10 @@ class HealingCurve(Document, kind="healing-curve"):
 
 
 class HealingMemory(Document, kind="healing-memory"):
-    """How a training fits into the memory.
+    """The memory plan of a training.
 
     Attributes:
-        most: most tokens of a micro-batch, padding included; a single sample may have more.
+        most: maximum tokens of a micro-batch, padding included; a single sample may have more.
         recompute: whether activations are recomputed in the backward pass.
         sharded: whether FSDP or DeepSpeed shards the model.
     """

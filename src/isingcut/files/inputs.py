@@ -1,7 +1,7 @@
-"""Read your files within limits: regular files of a bounded size, in UTF-8.
+"""Read user files within limits: regular files of a bounded size, in UTF-8.
 
-A device, a pipe or a folder instead of a file, a file that never ends, JSON nested too deeply: each
-gives one clear error, of the class that the caller chooses.
+A device, a pipe or a folder instead of a file, a file without an end, and JSON nested too deeply
+each raise one clear error, of the class that the caller chooses.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def regular_file(
     """Return the `stat` result of a regular file (links are followed).
 
     Args:
-        what: the word for the file in messages, for example ``"the config file"``.
-        error: the class of the error to raise.
+        what: description of the file in messages, for example ``"the config file"``.
+        error: class of the error to raise.
         limit: largest size in bytes.
 
     Raises:
@@ -115,7 +115,7 @@ def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
     """Parse a JSON value; NaN and duplicate keys, which Python accepts, are errors.
 
     Args:
-        infinite: accept Infinity, which configurations of published models contain.
+        infinite: whether to accept Infinity, which configurations of published models contain.
 
     Raises:
         ValueError: not JSON or not UTF-8, a key twice in one object, or nested deeper than 200.

@@ -1,4 +1,4 @@
-"""Journals: finished parts of a measurement, one per line; a killed run loses at most one row."""
+"""Journals: finished rows of a measurement, one per line; a killed run loses at most one row."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Journal:
 
     Args:
         path: the file; None keeps the rows in memory only.
-        fingerprint: identifies the measured model, tokens and states.
-        fits: whether a row can belong to this measurement, by its key and its shape.
+        fingerprint: fingerprint of the measured model, tokens and states.
+        fits: function of key and row, whether the row can belong to this measurement.
 
     Raises:
         InputError: the disk is full, or the file cannot be read or written.

@@ -1,9 +1,9 @@
-"""Tell isingcut's files from yours, so that nothing of yours is replaced.
+"""Distinguish isingcut's files from user files, so that no user file is replaced.
 
 With `--overwrite`, isingcut replaces only its own files, and never a source. A folder that isingcut
 writes has a marker file with the name and fingerprint of every file in it, and a hash over these. A
-text file ends with a seal, the hash of the text before it. Files without either, or changed later,
-are yours and stay.
+text file ends with a seal, the hash of the text before it. Files without marker or seal, and files
+that were changed later, are user files and are kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def check_output(
 
     Args:
         path: a file or folder; it need not exist.
-        overwrite: allow replacing an output of isingcut.
+        overwrite: whether an output of isingcut may be replaced.
         sources: the inputs of this command and its run: model, teacher, GGUF, text, config.
 
     Raises:
         InputError: ``path`` is, contains or lies in a source, even with ``overwrite``.
-        OutputExistsError: it exists, and ``overwrite`` is false or it has files of yours.
+        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it has user files.
     """
     refuse_source(path, sources)
     if not os.path.lexists(path):
@@ -63,7 +63,7 @@ def refuse_source(path: Path, sources: Iterable[str | os.PathLike[str]]) -> None
     Links are resolved; a hard link to a source file counts as that file.
 
     Raises:
-        InputError: with both paths.
+        InputError: the output is, contains or lies in a source; the message has both paths.
     """
     real = _real(path)
     for source in map(Path, sources):
@@ -102,7 +102,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Write the marker of a complete folder."""
+    """Write the marker file of a complete folder."""
     files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
     files.pop(MARKER, None)
     content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": hash_of(files)}
@@ -148,10 +148,10 @@ def folder_hash(folder: Path) -> str | None:
 def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None:
     """Describe the changes in a folder since its hash was recorded; None for no change.
 
-    Added files do not count, nor does Markdown: you may edit a model card.
+    Added files and Markdown do not count: users may edit a model card.
 
     Args:
-        gone: whether deleted files count.
+        gone: whether deleted files count as changes.
     """
     files = _read_marker(folder)
     if files is None or hash_of(files) != recorded:
@@ -167,10 +167,10 @@ def find_change(folder: Path, recorded: str, *, gone: bool = True) -> str | None
 
 
 def refuse_changed(folder: Path) -> None:
-    """Raise if a file but Markdown was edited in a folder that isingcut wrote.
+    """Raise if a file other than Markdown was edited in a folder that isingcut wrote.
 
     Raises:
-        InputError: with the edited file.
+        InputError: a file was edited; the message names it.
     """
     if not (folder / MARKER).is_file():
         return
@@ -201,7 +201,7 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def edges_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's size and of its first and last MiB, to save time."""
+    """Return the SHA-256 of a file's size and its first and last MiB, to read large files fast."""
     if path.is_symlink() or not path.is_file():
         return "not a regular file"
     size = path.stat().st_size
@@ -246,7 +246,7 @@ def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) 
 def find_change_since(file: Path, record: StageRecord) -> str | None:
     """Describe how a file or folder differs from its record; None if it does not.
 
-    An interrupted stage has no hash, and nor have folders in records of older versions.
+    Interrupted stages, and folders in records of older versions, have no hash: no change is found.
     """
     if record.sha256 is None:
         return None

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def model_path(folder: Path, name: str) -> dict[str, Any]:
-    """Record the path of a local model, for a run folder that is moved or opened from elsewhere."""
+    """Return the path of a local model, for a run folder that is moved or opened elsewhere."""
     model = user_path(name)
     if not model.exists():
         return {}

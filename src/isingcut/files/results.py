@@ -31,7 +31,7 @@ def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = F
     """Write ``content`` as an isingcut results file of the given kind.
 
     Args:
-        seal: add a seal, for a file that no `run.json` records.
+        seal: whether to add a seal, for a file without a record in a `run.json`.
     """
     document = {"format": f"isingcut-{kind}", "version": _VERSION, **content}
     if seal:
@@ -151,8 +151,8 @@ def read_tensors(
 
     Args:
         kind: the kind of the header's document.
-        wanted: maps the shapes in the file to the dtype (as in safetensors, ``"F64"``) and shape
-            that each array must have; other arrays are not read.
+        wanted: function from the shapes in the file to the dtype (as in safetensors, ``"F64"``) and
+            shape that each array must have; other arrays are not read.
 
     Raises:
         StageFileError: the file is missing, not a safetensors file, of another kind or a newer

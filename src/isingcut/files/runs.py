@@ -1,6 +1,6 @@
 """A run's options, provenance, blocks and stages: `run.json`.
 
-Two more files are about a whole run: `packing.json` and `report.json`.
+Two more documents describe a whole run: `packing.json` and `report.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from isingcut.files.schema import Document, Strict
 from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar, Some
 
 _MOST_BLOCKS = 4096
-"""More blocks than any model has. The plots of a run grow with their square."""
+"""Limit above the blocks of any model. The size of a run's plots grows with their square."""
 
 
 class ModelIdentity(Strict):
@@ -43,14 +43,14 @@ class CalibrationText(Strict):
 
 
 class RequestedCompute(Strict):
-    """How the options say that measurements are computed."""
+    """The requested settings for computing measurements."""
 
     attention: str
     batch_tokens: Some | None
 
 
 class Computed(Strict):
-    """How measurements were computed on one device."""
+    """The settings with which measurements were computed on one device."""
 
     asked: RequestedCompute
     # For any other name transformers would download code from the hub.
@@ -60,20 +60,20 @@ class Computed(Strict):
 
 
 class Places(Strict):
-    """The path of a local model when it was read."""
+    """The absolute and the relative path of a local model when it was read."""
 
     absolute: str
     relative: str
 
 
 class WeightsRead(Strict):
-    """How often a streamed model was read."""
+    """The number of times that a streamed model was read."""
 
     sweeps: Positive
 
 
 class Provenance(Strict):
-    """What the figures of a run were made with."""
+    """The versions, the machine and the inputs that a run's results were made with."""
 
     isingcut: str
     python: str
@@ -161,15 +161,15 @@ class LegalityRow(Strict):
 
 
 class PackedModel(Strict):
-    """What a whole model takes in a GGUF file.
+    """The size of a whole model in a GGUF file.
 
     Attributes:
-        type: of its weights: "Q5_0", ...; "" if they stay as they are.
-        bytes: of each block, in the file.
-        read: of these, what is read per token.
+        type: GGUF type of the packed weights, such as "Q5_0"; "" if they are not packed.
+        bytes: bytes of each block in the file.
+        read: bytes of each block that are read per token.
         other: bytes outside the blocks.
-        read_other: of these, what is read per token.
-        read_before: bytes of weights that the model as it is reads per token.
+        read_other: bytes outside the blocks that are read per token.
+        read_before: bytes of weights that the unpacked model reads per token.
     """
 
     type: str
@@ -180,7 +180,7 @@ class PackedModel(Strict):
     read_before: Count
 
     def size(self, removed: Blocks) -> int:
-        """Return the bytes of the file without some blocks."""
+        """Return the bytes of the file without the removed blocks."""
         return self.other + sum(size for i, size in enumerate(self.bytes) if i not in removed)
 
 
@@ -204,15 +204,15 @@ class BlockList(Strict):
 
 
 class PackedLosses(Strict):
-    """A type of a packed model: its KL on the ranking text, whole and without some blocks.
+    """The KL on the ranking text of a model packed as one type, whole and with removed blocks.
 
     Attributes:
-        packed: its costs.
-        kl: of the whole model, if it was measured; always if it meets the budget.
+        packed: size of the whole model in this type.
+        kl: KL of the whole model, None if it was not measured.
         fits: whether the whole model meets the budget.
-        removed: the best state of one pass of the original that meets it.
-        cut_kl: of that state, not packed.
-        measured: of that state, patched and packed.
+        removed: removed blocks of the best one-pass state that meets the budget.
+        cut_kl: KL of that state, not packed.
+        measured: KL of that state, patched and packed.
     """
 
     packed: PackedModel
@@ -226,21 +226,21 @@ class PackedLosses(Strict):
 
     @property
     def predicted(self) -> float | None:
-        """The KL of the state in this type: the sum of both alone."""
+        """The estimated KL of the state, packed: ``kl`` plus ``cut_kl``, if both are known."""
         return None if self.kl is None or self.cut_kl is None else self.kl + self.cut_kl
 
     @property
     def loss(self) -> float:
-        """The measured KL of what meets the budget; infinite without one."""
+        """The measured KL of the model or state that meets the budget; infinite if unknown."""
         found = self.kl if self.fits else self.measured
         return float("inf") if found is None else found
 
 
 class PackingFile(Document, kind="packing"):
-    """`packing.json`: the types that a budget was measured for.
+    """`packing.json`: the GGUF types that were measured for a budget.
 
     Attributes:
-        chosen: the place of the chosen one.
+        chosen: index of the chosen type.
     """
 
     budget: str

@@ -69,7 +69,7 @@ class MeasuredState(MeasuredLoss, Level):
 
     Attributes:
         above_lowest_se: paired standard error of its KL minus the lowest.
-        patched_kl: its KL after a patch, of candidates near the lowest.
+        patched_kl: its KL after a patch, for candidates whose KL is near the lowest.
     """
 
     parts: dict[str, MeasuredLoss] = Field(default_factory=dict)
@@ -85,7 +85,7 @@ class ChosenState(MeasuredState):
 
 
 class Correlations(Strict):
-    """How well an energy ranks losses, with the ends of intervals over states."""
+    """Rank correlation of an energy with losses, and the ends of its interval over states."""
 
     n: Count
     spearman: Number | None
@@ -107,7 +107,7 @@ class ScoredCandidate(Strict):
     removed: Blocks
     questions: Count
     accuracy: Number | None
-    # Older files chose by accuracy.
+    # Missing in older files, which chose by accuracy.
     certainty: Number | None = None
     dropped: bool
     difference: Number | None
@@ -122,7 +122,7 @@ class ByTasks(Strict):
         tasks: names of the tasks.
         by_task: number of questions used of each task.
         asked: keys of the questions used.
-        ahead: all other candidates were dropped.
+        ahead: whether all other candidates were dropped.
         alpha: probability of wrongly dropping a candidate.
         looks: number of comparisons made, of ``looks_planned``.
     """

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-# Its square and sums are finite too: a report scales, adds and draws these numbers.
+# Limited so that squares and sums are finite too: a report scales, adds and plots these numbers.
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(ge=0, le=1e30)]
 Count = Annotated[int, Field(ge=0, le=10**18)]

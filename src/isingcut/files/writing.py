@@ -1,8 +1,8 @@
 """Write files and folders atomically, under a lock.
 
 Each is written to a temporary sibling, which is renamed when it is complete. One process at a time
-writes to a place, under a lock of the operating system; a killed process leaves only the lock's
-file and temporary siblings, which the next one deletes. Readers take no lock.
+writes to a place, under a lock of the operating system. A killed process leaves only the lock file
+and temporary siblings, which the next process deletes. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOCK = "isingcut.lock"
 
 @contextlib.contextmanager
 def clear_os_errors(target: Path) -> Iterator[None]:
-    """Convert errors of the operating system, while ``target`` is written, to one clear line.
+    """Convert errors of the operating system, while ``target`` is written, to one-line errors.
 
     Raises:
         InputError: the disk is full or failing, or the place is not writable or does not exist.
@@ -44,14 +44,14 @@ def clear_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        # torch's writer reports where it stopped, but not why.
+        # torch's writer reports the position where it stopped, but not the reason: a full disk.
         stopped = any(said in str(e) for said in ("PytorchStreamWriter failed", "unexpected pos"))
         if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "
                 "another --out, then run the same command again"
             ) from e
-        # A missing file may be an input; memory and pipes have messages of their own.
+        # Not converted: a missing file may be an input, and others have their own messages.
         if code not in (0, errno.ENOENT, errno.ENOMEM, errno.EPIPE, errno.EMFILE):
             raise InputError(
                 f"cannot write {target}: {os.strerror(code)}; choose a writable place"
@@ -118,7 +118,7 @@ def atomic_folder(
 
     Raises:
         InputError: ``path`` is, contains or lies in a source.
-        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it has files of yours.
+        OutputExistsError: ``path`` exists, and ``overwrite`` is false or it has user files.
     """
     check_output(path, overwrite=overwrite, sources=sources)
     with clear_os_errors(path):
@@ -133,7 +133,7 @@ def atomic_folder(
                     file.chmod(0o666 & ~_umask())
             mark(temporary)
             if os.path.lexists(path):
-                # It may exist by now.
+                # It may have been created after the first check.
                 check_output(path, overwrite=overwrite, sources=sources)
                 # Move the old folder aside first: a kill between the two renames leaves one whole
                 # folder under a recognisable name, not a mixture.
@@ -148,7 +148,7 @@ def atomic_folder(
 
 
 def delete(path: Path) -> None:
-    """Delete a file or folder; a kill leaves it whole, or no longer in its place."""
+    """Delete a file or folder; after a kill it is unchanged, or no longer at ``path``."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -169,12 +169,12 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def temporary_prefix(path: Path) -> str:
-    """Return the beginning of the name of a temporary sibling."""
+    """Return the prefix of the names of temporary siblings."""
     return f".{path.name}.isingcut-"
 
 
 def lock_beside(path: Path) -> Path:
-    """Return the lock file of an output."""
+    """Return the path of an output's lock file."""
     return path.with_name(f".{path.name}.isingcut.lock")
 
 
@@ -189,8 +189,8 @@ def clear_leftovers(folder: Path, name: str = "") -> None:
     An old folder that was moved aside is restored if the new one did not replace it.
 
     Args:
-        name: delete only siblings of this file or folder; by default, all but those of an output
-            with its own lock.
+        name: name of the file or folder whose siblings are deleted; by default, those of all but
+            outputs with their own lock file.
     """
     for path in sorted(folder.glob(f".{glob.escape(name) or '*'}.isingcut-*")):
         found = _TEMPORARY.fullmatch(path.name)
@@ -227,15 +227,15 @@ def lock_place(place: Path, *, inside: bool = False, wait: bool = False) -> Iter
     Half-written files of killed processes are deleted first.
 
     Args:
-        inside: ``place`` is a work folder with the lock file in it. Otherwise ``place`` is an
-            output, and the lock file is a hidden sibling.
-        wait: wait for another process instead of raising an error.
+        inside: whether ``place`` is a work folder with the lock file in it. Otherwise ``place`` is
+            an output, and the lock file is a hidden sibling.
+        wait: whether to wait for another process instead of raising an error.
 
     Yields:
         False if this thread has the lock already.
 
     Raises:
-        BusyError: another process, or another thread, writes there.
+        BusyError: another process, or another thread, writes to the place.
         InputError: the place is not writable.
     """
     folder = place if inside else place.parent
@@ -302,7 +302,7 @@ def _acquire(lock: FileLock, file: Path, place: Path, *, wait: bool) -> None:
 
 
 def _who(file: Path, place: Path) -> str:
-    """Describe the process that works in a place, from the lock file."""
+    """Return the message of a `BusyError`, with the process that has the lock."""
     found = None
     with contextlib.suppress(InputError):
         found = _HOLDER.fullmatch(read_text(file, "the lock", limit=1000))

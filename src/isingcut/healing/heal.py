@@ -68,15 +68,15 @@ def heal(
 
     Args:
         config: all options; or give them by name (`student` and `out` at least).
-        progress: shows progress.
+        progress: progress display.
         sources: further input files of this call, which the output never replaces.
 
     Returns:
         The healed checkpoint's folder, a plain checkpoint with `healing.json` in it.
 
     Raises:
-        IsingcutError: bad input, in one line.
-        BusyError: another process writes there.
+        IsingcutError: bad input; the message is one line.
+        BusyError: another process writes to the output.
     """
     if config is not None and (options or not isinstance(config, HealConfig)):
         raise InputError("give either a HealConfig or options by name (student=...), not both")
@@ -105,7 +105,7 @@ def heal(
             "give a --method, or give the exact cut (isingcut excise --patch none)"
         )
     if config.method == "none" and config.patch is None:
-        # The patch is the only repair, so it must be possible.
+        # The patch is the only repair, so it is an error if it is impossible.
         config = config.replace(patch="tuned")
     check_training(config, student)
     processes = _processes(config)
@@ -143,14 +143,14 @@ def _processes(config: HealConfig) -> Processes:
         return Processes.join()
     from accelerate import PartialState
 
-    # First, so that the Trainer finds its process group and the state of the option.
+    # Created first, so that the Trainer uses this process group and the device option.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     PartialState(cpu=config.device == "cpu" or not gpu)
     return Processes.join()
 
 
 def sample_length(config: HealConfig, model: Any) -> int:
-    """Return the tokens per sample: as requested, but at most the model's positions."""
+    """Return the tokens per sample: the requested number, but at most the model's positions."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     length = config.length or LENGTH
     return min(length, int(longest or length))
@@ -164,14 +164,14 @@ def heal_checkpoint(
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
 ) -> HealingFile:
-    """Heal one cut checkpoint of any tool, and write ``out`` with its `healing.json`.
+    """Heal a cut checkpoint made by any tool, and write ``out`` with its `healing.json`.
 
     Work in progress is kept in a folder next to ``out``, from which the same call resumes. The
     caller must lock ``out``.
 
     Args:
-        job: the healing; its text and work folder are set here. Without a judge, it stops when a
-            source of the text gets worse.
+        job: the healing; its text and work folder are replaced. Without a judge, `Domains` stops it
+            when a source of the text gets worse.
         sources: inputs that ``out`` must not be, contain or lie in.
         stamps: stamps of folders whose weights must not change before the end (`weights_stamp`).
 
@@ -251,10 +251,10 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if main:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
-        # Imports optional packages.
+        # Imported here because it needs optional packages.
         from isingcut.healing.training.train import distill
 
-        # The same evaluation runs once more after the training.
+        # Include the time of the evaluation after the training, which equals the first one's.
         spent = time.monotonic() - began + judging
         record |= distill(dataclasses.replace(job, spent=spent), done)
     elif main:
@@ -281,10 +281,10 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
 
 
 def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
-    """Raise if the time is too short for a useful training, by the pace of one forward pass.
+    """Raise if the time is too short for a useful training, estimated from timed forward passes.
 
     Raises:
-        InputError: with an approximate time that is enough.
+        InputError: the time is too short; the message has an approximate time that is enough.
     """
     seconds = job.config.effort.seconds
     if seconds is None or job.config.method == "none":
@@ -296,9 +296,9 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
         quality(job.teacher.model, job.teacher.model, sample, job.config.batch_tokens)
         times.append(time.monotonic() - began)
     token = min(times) / (2 * int(sample.mask.sum()))
-    # Both models before and after; a step runs student forward and backward, and teacher forward.
+    # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
     judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
-    # A fit runs the original and the cut model once, and tuning a model and back.
+    # Forward passes: 2 for a fit (original and cut model), 3 for tuning (forward and backward).
     read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
     patching = patches * (read * (2 + 3 * job.config.tunes) + judging / 2)
     if seconds < (total := judging + patching + training):
@@ -321,7 +321,7 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
 
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
-    """Measure perplexity and KL to the original of a checkpoint on the unseen text."""
+    """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
     trust, model = job.config.trust_remote_code, job.teacher.model
     cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
     other = streamed or cut.model

@@ -1,11 +1,11 @@
-"""One cut model to heal: the judge of its training, and the training's settings.
+"""Define one healing: the cut model, the judge of its training, and the training settings.
 
-A judge stops a training that goes wrong. It uses checks: the KL to the original of each unseen
-sample, with the training loss. Checks are made when states are saved, so that a resumed healing has
-the earlier ones.
+The judge stops a training that makes the model worse. It uses checks: the KL to the original on
+each unseen sample, computed as the training loss. Checks are made when states are saved, so that a
+resumed healing has the earlier ones.
 
-The section `trainer` may set transformers' TrainingArguments, except where they write or upload.
-A budget of tokens or time sets the rest: the steps, their size, and the learning rate.
+The section `trainer` may set transformers' TrainingArguments, except those that healing sets. A
+budget of tokens or time determines the steps, batch size, sample length and learning rate.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import LENGTH, HealConfig
 
-# Tokens of each sample to check.
+# Tokens of each sample that a check uses.
 _LENGTH = 256
 _ERRORS = 2.0
 """Number of standard errors of a paired difference that counts as more than noise."""
@@ -47,7 +47,7 @@ def keep_beginnings(tokens: TokenSet) -> TokenSet:
     """Return the first tokens of each sample, for cheap checks."""
     rows = []
     for row in tokens.rows:
-        # The context before the first assistant message may be longer.
+        # The context before the first assistant message may be longer than that.
         first = next((t for t in range(1, len(row)) if row[t] >= 0), 0)
         rows.append(row[: max(_LENGTH, first + _LENGTH // 4)])
     return TokenSet.from_rows(rows, parts=tokens.parts)
@@ -67,11 +67,11 @@ def difference(
 
 
 class Domains:
-    """Stops a training that makes one source of a mixture worse.
+    """Judge that stops a training when the KL on one source of its text gets worse.
 
-    Worse means: at a check, by more than two standard errors, than before the training and than at
-    the previous check. The weights of the previous check are kept, or the initial ones if the
-    previous check was worse than the beginning too. The first check never stops the training.
+    The KL must be more than two standard errors above both the KL before the training and that of
+    the previous check. The weights of the previous check are kept, or the initial ones if the KL of
+    the previous check was that much higher too. The first check never stops the training.
     """
 
     def __init__(self, report: TokenSet) -> None:
@@ -108,17 +108,17 @@ class Job:
 
     Attributes:
         teacher: the original model; without weights if it is streamed.
-        removed: the blocks that the cut model lacks, ascending.
+        removed: the removed blocks, ascending.
         start: the cut model's checkpoint.
         tokens: training text; never the text for reported results.
-        work: folder for the state of an interrupted healing.
+        work: work folder, for resuming.
         config: all options.
-        progress: shows progress.
+        progress: progress display.
         replay: the streamed blocks of the original, if it is streamed for the patch.
         processes: the processes that train together.
-        judge: may stop the training by its checks; None: it runs to its end.
-        recipe: the settings of the training; None: from the options.
-        spent: seconds of a time budget used for loading, evaluating and patching.
+        judge: judge of the checks, which may stop the training; None never stops it.
+        recipe: settings of the training; None takes them from the options.
+        spent: seconds of a time budget needed for evaluating and patching.
     """
 
     teacher: LoadedModel
@@ -181,7 +181,7 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
                 f"--trainer cannot set {str(name)[:60]!r}; {hint}give options of `isingcut heal` "
                 f"next to it; it may set: {', '.join(names)}"
             )
-        # transformers takes true, too, and prefers it.
+        # transformers also accepts a boolean for fsdp, and prefers it.
         kind = types[name] | bool if name == "fsdp" else types[name]
         try:
             TypeAdapter(kind, config=strict).validate_python(value)
@@ -198,10 +198,10 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
     """Check the training options, and that the weights can be trained.
 
     Args:
-        student: None if it does not exist yet.
+        student: folder of the checkpoint; None if it does not exist yet.
 
     Raises:
-        InputError: with the option and its expected values.
+        InputError: a wrong option; the message has its name and the expected values.
     """
     if config.method == "none":
         return
@@ -255,21 +255,21 @@ def is_sharded(settings: Mapping[str, Any]) -> bool:
 
 
 EPOCHS = 4.0
-"""Most epochs of a budget; more repetition hardly helps."""
+"""Maximum number of epochs for a budget; more repetition hardly helps."""
 SHORT = 256
-"""Fewest tokens per sample."""
+"""Minimum sample length for a budget, in tokens."""
 LEAST_STEPS = 10
-"""Fewest steps that justify the time of the evaluations."""
+"""Minimum number of steps that justifies the time for the evaluations."""
 # Default sequences per step.
 _BATCH = 16
 # Tokens of the largest step, and the approximate number of steps for few tokens.
 _MOST, _STEPS = 16384, 40
-# Tokens of a step that allows the highest rate.
+# Tokens per step below which the learning rate is reduced.
 _CALM = 2048
 
 
 def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> HealingRecipe:
-    """Return the recipe without a budget: the paper's, 2e-5 and one epoch; 2e-4 for LoRA."""
+    """Return the recipe without a budget: one epoch at 2e-5, as in the paper (LoRA: 2e-4)."""
     settings = trainer_settings(config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
     steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
@@ -293,10 +293,10 @@ def sizes(
 ) -> tuple[int, int, float]:
     """Choose batch, length and learning rate for a number of tokens.
 
-    The tokens per step grow with the root of all tokens, 2,048 for 80,000 and 8,192 for 1.3
+    The tokens per step grow with the square root of all tokens, 2,048 for 80,000 and 8,192 for 1.3
     million, with about 40 steps or more. The rate falls with the number of tokens, from 3e-4 to the
-    paper's 2e-5, and is lower for wider models, because of Adam's step size, and for small steps.
-    Values in the options are used unchanged.
+    paper's 2e-5. It is lower for wider models, because of Adam's step size, and for few tokens per
+    step. Values in the options are used unchanged.
 
     Args:
         width: width of the residual stream.
@@ -330,7 +330,7 @@ def bought_recipe(
 
     Args:
         text: the training text.
-        tokens, seconds: the budget; one of them.
+        tokens, seconds: the budget; one of them is None.
         pace: seconds per step, and additional seconds per token.
         width, processes: as for `sizes`.
     """
@@ -363,7 +363,7 @@ def bought_recipe(
 
 
 def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
-    """Return the sequences per step in TrainingArguments; None if not set."""
+    """Return the sequences per step that TrainingArguments set; None if they set none."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if not any(name in settings for name in names):
         return None
@@ -379,17 +379,17 @@ def check_last(config: HealConfig, blocks: int) -> None:
     """Check that the cut model has enough blocks to train.
 
     Raises:
-        InputError: with the number of blocks.
+        InputError: the model has fewer blocks than requested; the message has their number.
     """
     if config.last is not None and config.last > blocks:
         raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
 
 
 def stored_dtype(folder: Path) -> str:
-    """Return the dtype of most of a checkpoint's weights, by its name in a file.
+    """Return the dtype of most of a checkpoint's weights, by its name in safetensors files.
 
     Raises:
-        InputError: quantised weights, which cannot be trained.
+        InputError: the weights are quantised, so they cannot be trained.
     """
     sizes: dict[str, int] = {}
     for tensor in read_checkpoint(folder).values():

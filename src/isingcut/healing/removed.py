@@ -1,8 +1,8 @@
-"""Find the blocks that a cut checkpoint lacks, from its record or from its weights.
+"""Find the removed blocks of a cut checkpoint, from its record or from its weights.
 
 A record is checked: the original by its hash, and the kept blocks by their shapes. Cut and original
 must always have the same vocabulary, width and tokenizer. The weights alone suffice for checkpoints
-of other tools (mergekit's passthrough, PruneMe, your own loop), because kept blocks are bitwise
+of other tools (mergekit's passthrough, PruneMe, custom code), because kept blocks are bitwise
 equal.
 """
 
@@ -35,7 +35,7 @@ from isingcut.options.config import HealConfig
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 
 Removal = CutRecord | HealingFile
-"""The record of a cut: the blocks that it lacks, of how many."""
+"""The record of a cut: the removed blocks, and the number of blocks before the cut."""
 
 
 def recorded_removal(folder: Path) -> Removal | None:
@@ -69,7 +69,7 @@ def recorded_removal(folder: Path) -> Removal | None:
 
 
 def original_of(removal: Removal) -> dict[str, Any]:
-    """Return `models.model_identity` of the original, with its name; empty in older records."""
+    """Return the original's name and `sources.model_identity`; empty in older records."""
     if isinstance(removal, CutRecord):
         return removal.model
     found: dict[str, Any] = removal.provenance.get("teacher") or {}
@@ -77,20 +77,20 @@ def original_of(removal: Removal) -> dict[str, Any]:
 
 
 def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
-    """Check that student and teacher belong together, from their small files.
+    """Check that student and teacher belong together, without loading their weights.
 
     Args:
         student, teacher: folders.
         removal: the student's record, or None.
 
     Raises:
-        InputError: another model than the record's, another vocabulary or tokenizer, a record
-            that is not this checkpoint's, or options that do not fit the model.
+        InputError: the teacher is not the recorded model, vocabulary, width or tokenizer differ,
+            the record does not fit the checkpoint, or the options do not fit the model.
     """
     for folder in (student, teacher):
         check_fit(folder)
     if removal is not None:
-        # Old records have no original.
+        # Old records do not name the original.
         if (wanted := original_of(removal)) and not config.other_teacher:
             found, names = model_identity(teacher), ("sha256", "gguf_sha256")
             if not any(wanted.get(k) == found.get(k) is not None for k in names):
@@ -122,9 +122,9 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
 
 
 def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
-    """Check a checkpoint against its record, from the files alone.
+    """Check a checkpoint against its record, without loading it.
 
-    Its depth must fit, and its blocks must have the shapes of the original's.
+    Its number of blocks must fit, and its tensors must have the shapes of the original's.
 
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
@@ -159,16 +159,16 @@ def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
 def removal_by_weights(
     folder: Path, teacher: LoadedModel, *, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
-    """Find the blocks that a checkpoint lacks, by comparing every block with the original's.
+    """Find the removed blocks of a checkpoint, by comparing its blocks with the original's.
 
     Args:
         folder: the cut checkpoint.
         teacher: its original model, in memory.
 
     Raises:
-        InputError: a block is not one of the original's, in order, or no block is missing.
+        InputError: the blocks are not a subsequence of the original's, or no block is missing.
     """
-    # The device only needs memory for one model.
+    # On the CPU, so that the device needs memory for one model only.
     dtype = teacher.place["dtype"]
     student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))

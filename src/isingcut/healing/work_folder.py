@@ -1,13 +1,13 @@
-"""The work folder of a healing, for resuming; claimed by its options, never a folder of yours.
+"""Store the state of a healing in a work folder, to resume it. User folders are never used.
 
-identity.json   everything that the work depends on
-before.json     figures of the cut model
-patched/ .json  the patched checkpoint, its record
-recipe.json     the settings for a budget: steps, their size, the learning rate
-trial/          temporary files of the timing
-memory.json     micro-batch size and recomputation of the training
-trainer/        saved states of the training; incomplete ones are ignored
-done/           the result, before it is renamed
+identity.json   fingerprint of everything that the work depends on
+before.json     scores of the cut model
+patched/        the patched checkpoint; patched.json has its record
+recipe.json     training settings for a budget: steps, batch size, sample length, learning rate
+trial/          temporary files of the timing run
+memory.json     micro-batch size, and whether activations are recomputed
+trainer/        saved training states; incomplete ones are ignored
+done/           the healed checkpoint, before it is renamed
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _IDENTITY = "identity.json"
 _FILES = ("before.json", "patched.json", "recipe.json", "memory.json")
 _FOLDERS = ("patched", "trial", "trainer", "done")
 CURVE = "healing-curve.json"
-"""The loss curve in a state of a training."""
+"""File name of the loss curve in a saved training state."""
 
 
 def work_of(out: Path) -> Path:
@@ -58,7 +58,7 @@ def described_options(config: HealConfig) -> dict[str, Any]:
 
 
 def identity_of(job: Job, text: HealingText) -> str:
-    """Return the identity of a healing: everything that its work depends on."""
+    """Return the identity of a healing: a fingerprint of everything that its work depends on."""
     config, teacher = job.config, job.teacher
     options = {k: v for k, v in described_options(config).items() if k != "device"}
     settings = trainer_settings(config)
@@ -78,7 +78,7 @@ def identity_of(job: Job, text: HealingText) -> str:
 
 
 def complete_states(trainer: Path) -> list[Path]:
-    """List the complete states of a training, the latest last."""
+    """List the complete saved states of a training, oldest first."""
     found = {}
     for path in trainer.glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
@@ -93,8 +93,8 @@ def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathL
     """Check that an output and its work folder may be written.
 
     Raises:
-        InputError, OutputExistsError: as `outputs.check_output`.
-        StageFileError: the work folder exists and is not one.
+        InputError, OutputExistsError: as `ownership.check_output`.
+        StageFileError: the path of the work folder exists and is not a work folder.
     """
     work = work_of(out)
     check_output(out, overwrite=config.overwrite, sources=sources)
@@ -107,14 +107,14 @@ def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathL
 def claim_work(work: Path, identity: str) -> Iterator[None]:
     """Claim the work folder of a healing, to resume the same healing or start a new one.
 
-    If the healing fails, the folder is deleted if it has nothing to resume from, or if the model
-    caused the failure, which would repeat. Otherwise the error says that it is kept.
+    After success the folder is deleted. After an error it is kept, and an `IsingcutError` names it,
+    unless it has nothing to resume from or the error is a `ModelError`, which would recur.
 
     Args:
-        identity: everything that the work depends on.
+        identity: fingerprint of everything that the work depends on.
 
     Raises:
-        StageFileError: it has finished work of another healing, or files not of isingcut.
+        StageFileError: the folder has work of another healing, or is not a work folder.
         InputError: the disk is full.
     """
     if os.path.lexists(work) and _owner(work) not in (None, identity):
@@ -142,14 +142,14 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
 
 
 def keep_result(file: Path, model: type[D], make: Callable[[], D]) -> D:
-    """Read the result of an interrupted healing from a file, or make it now and write it."""
+    """Return the result that an interrupted healing stored in ``file``, or make and store it."""
     if not file.exists():
         write_document(file, make())
     return read_document(file, model)
 
 
 def release(work: Path) -> None:
-    """Delete the files of a healing; other files stay, and the folder with them."""
+    """Delete the files of a healing, and the folder unless it has other files."""
     for name in _FOLDERS:
         shutil.rmtree(work / name, ignore_errors=True)
     for name in (*_FILES, _IDENTITY):
@@ -159,7 +159,7 @@ def release(work: Path) -> None:
 
 
 def _owner(work: Path) -> str | None:
-    """Return the identity of the work; None for an empty folder."""
+    """Return the identity in a work folder; None if it is empty except for temporary files."""
     if not work.is_symlink() and work.is_dir():
         if all(map(is_leftover, work.iterdir())):
             return None

@@ -26,10 +26,10 @@ class LinearConstraint:
     """One row: coefficients.x (sense) rhs.
 
     Args:
-        name: short and unique, for messages: ``"count"``, ``"keep 3"``, ``"budget params"``.
+        name: short unique name, for messages: ``"count"``, ``"keep 3"``, ``"budget params"``.
         coefficients: (N,).
         sense: ``"=="``, ``"<="`` or ``">="``.
-        rhs: the right-hand side.
+        rhs: right-hand side.
         reason: the constraint in words, for messages.
     """
 
@@ -51,11 +51,11 @@ class LinearConstraint:
 
     @property
     def tolerance(self) -> float:
-        """How far rounding may move a sum from ``rhs``."""
+        """The largest difference between a sum and ``rhs`` that counts as rounding."""
         return 1e-9 * max(1.0, abs(self.rhs), float(np.abs(self.coefficients).sum()))
 
     def interval(self) -> tuple[float, float]:
-        """The smallest and largest allowed value of coefficients.x, with tolerance."""
+        """Return the smallest and largest allowed value of coefficients.x, with tolerance."""
         low = -np.inf if self.sense == "<=" else self.rhs - self.tolerance
         high = np.inf if self.sense == ">=" else self.rhs + self.tolerance
         return low, high
@@ -139,11 +139,11 @@ def budget(
     """Require removed blocks whose costs sum to at least ``share`` of ``total``, or ``amount``.
 
     Args:
-        name: the quantity: ``"params"``, ``"bytes"``, ``"kv"``, ``"latency"``.
+        name: quantity: ``"params"``, ``"bytes"``, ``"kv"``, ``"latency"``.
         costs: (N,) cost of each block.
         share: fraction of ``total``, in [0, 1]; give either ``share`` or ``amount``.
-        amount: an amount in the unit of ``costs``.
-        total: the whole that ``share`` refers to; by default the sum over the blocks.
+        amount: least sum, in the unit of ``costs``.
+        total: amount that ``share`` refers to; by default the sum over the blocks.
     """
     cost = np.asarray(costs, dtype=np.float64)
     if (share is None) == (amount is None):
@@ -194,7 +194,7 @@ def together(
 
 
 def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
-    """Require a distance of ``swaps`` swaps from ``state``: a Hamming distance of 2 x ``swaps``."""
+    """Require at least ``swaps`` swaps from ``state``: a Hamming distance of 2 x ``swaps``."""
     x = np.asarray(state, dtype=np.float64)
     return LinearConstraint(
         name,

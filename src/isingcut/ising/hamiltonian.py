@@ -132,7 +132,7 @@ class Hamiltonian:
 
     @property
     def scale(self) -> float:
-        """The sum of the absolute coefficients, which rounding errors of energies scale with."""
+        """The sum of the absolute coefficients; rounding errors of energies scale with it."""
         return float(abs(self.c) + np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
 
     def energies(self, states: ArrayLike) -> Floats:
@@ -175,7 +175,7 @@ class Hamiltonian:
     # files ----------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write numbers and metadata to one safetensors file, atomically."""
+        """Write tensors and metadata to one safetensors file, atomically."""
         from safetensors.numpy import save
 
         tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
@@ -202,7 +202,7 @@ class Hamiltonian:
         """Read a file that `save` wrote.
 
         Raises:
-            StageFileError: the file is missing, damaged, of a later version, or not of isingcut.
+            StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
         source = Path(path)
         header, tensors = read_tensors(source, "hamiltonian", _list_arrays)
@@ -221,7 +221,7 @@ class Hamiltonian:
 
 
 def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtypes and shapes that a file must have, for the N of its own terms."""
+    """Return the expected dtype and shape of each tensor of a file, given the length of its h."""
     n = shapes.get("h", (0,))[:1] or (0,)
     needed = {"h": n, "J": 2 * n, "c": (1,)}
     errors = {k: s for k, s in (("h_error", n), ("J_error", 2 * n)) if k in shapes}

@@ -80,7 +80,7 @@ class Problem:
         x = np.asarray(state)[None]
         return [row.describe() for row in self.constraints if not row.satisfied(x)[0]]
 
-    # what solvers need to know ------------------------------------------------------------
+    # feasibility --------------------------------------------------------------------------
 
     @cached_property
     def cardinality(self) -> tuple[int, int]:
@@ -98,7 +98,7 @@ class Problem:
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
-        """Return the feasible state (N,) of the lowest linear energy h.x.
+        """Return the feasible state (N,) with the lowest linear energy h.x.
 
         Raises:
             InfeasibleError: there is no feasible state.
@@ -113,10 +113,10 @@ class Problem:
         return state
 
     def check(self) -> None:
-        """Raise if no state is feasible, and name conflicting constraints.
+        """Raise an error if no state is feasible.
 
         Raises:
-            InfeasibleError: with a minimal set of conflicting constraints.
+            InfeasibleError: no state is feasible; lists a minimal set of conflicting constraints.
         """
         if _extreme(self, np.zeros(self.n)) is not None:
             return
@@ -151,11 +151,14 @@ class Problem:
 
         Args:
             penalty: weight of a squared violation, with each row scaled so that its smallest
-                coefficient is 1; by default more than any swap can gain.
-            slack_bits: most binary slack variables per inequality.
+                coefficient is 1; by default a bound on the energy change of any single flip. That
+                is enough for a number of blocks: k flips repair a violation of k, which costs k^2
+                penalties. Other rows may need more.
+            slack_bits: number of binary slack variables of an inequality with fractional
+                coefficients; with whole ones, as many as its range needs (at most 62).
 
         Returns:
-            The BQM (blocks are the variables 0 .. N-1) and the penalty used.
+            The BQM (blocks are the variables 0 .. N-1) and its penalty weight.
         """
         import dimod
 
@@ -235,8 +238,8 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
     from scipy.optimize import LinearConstraint as Row
 
     matrix = np.array([row.coefficients for row in problem.constraints])
-    # Rows are scaled to unit size: HiGHS judges feasibility by an absolute 1e-7, and a budget
-    # in bytes would otherwise be judged far too strictly, one in gigabytes too loosely.
+    # Scale each row to a largest coefficient of 1: HiGHS tests feasibility with an absolute
+    # tolerance of 1e-7, which is far too strict for a budget in bytes, too loose for gigabytes.
     size = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
     interval = np.array([row.interval() for row in problem.constraints]) / size[:, None]
     result = milp(

@@ -1,7 +1,7 @@
 """The ranked result of a solver: distinct feasible states, sorted by energy.
 
-A spectrum does not rely on the solver: it recomputes energies in float64 from the Hamiltonian,
-refuses states that violate a constraint, and merges duplicates.
+`Spectrum.from_states` does not rely on the solver: it recomputes energies in float64 from the
+Hamiltonian, rejects states that violate a constraint, and merges duplicates.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ KIND = "spectrum"
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """K distinct states in the order of their energy.
+    """K distinct states, sorted by energy.
 
     Args:
         states: (K, N) bool, True = removed.
         energies: (K,) in ``unit``, ascending; ties are ordered by the state's bits.
         proven: whether these are the K lowest states, up to rounding (1e-9 of the coefficients'
             absolute sum) and up to the choice among states tied with the last one.
-        lower_bound: a proven lower bound on the ground-state energy, or None.
-        solver: the name of the solver.
+        lower_bound: proven lower bound on the ground-state energy, or None.
+        solver: name of the solver.
         seconds: wall-clock time of the solve.
-        unit: the unit of the Hamiltonian.
-        info: statistics that the solver reports.
+        unit: unit of the Hamiltonian.
+        info: statistics from the solver.
 
     Examples:
         >>> spectrum = isingcut.Spectrum.load("my-run/spectrum.json")
@@ -88,7 +88,7 @@ class Spectrum:
             )
         x = np.unique(x, axis=0)
         energies = problem.hamiltonian.energies(x)
-        # Rounding must not decide the order of equal energies.
+        # Energies that are equal up to rounding must not be ordered by their rounding errors.
         grain = 1e-13 * max(problem.hamiltonian.scale, 1e-300)
         order = np.argsort(np.round(energies / grain), kind="stable")[:k]
         return cls(
@@ -129,8 +129,8 @@ class Spectrum:
     def diverse(self, swaps: int) -> list[int]:
         """Pick ranks of states at least ``swaps`` swaps apart, the best first (greedy).
 
-        Each is the best state of the spectrum that is far enough from all before it. Two states
-        are D swaps apart at a Hamming distance of 2 D.
+        Each picked state is the best one that is far enough from all states picked before it. Two
+        states are D swaps apart if their Hamming distance is 2 D.
         """
         chosen: list[int] = []
         for rank in range(len(self)):
@@ -167,7 +167,7 @@ class Spectrum:
         """Read a file that `save` wrote.
 
         Raises:
-            StageFileError: the file is missing, damaged, of a later version, or not of isingcut.
+            StageFileError: the file is missing, damaged, of a later version, or of another program.
         """
         data = read_json(Path(path), KIND)
         return cls(

@@ -1,20 +1,19 @@
-"""Exact second derivatives in the gates, sample by sample: Hessian and Gauss-Newton matrix.
+"""Exact Hessian and Gauss-Newton matrix with respect to the gates, sample by sample.
 
-The loss L is a function of the stream z that leaves the blocks, and z one of the gates. With
-lambda = dL/dz, and J the derivative of z in the gates,
+The loss L is a function of the hidden states z after the last block, and z is a function of the
+gates. With lambda = dL/dz, and J = dz/dalpha the derivative with respect to the gates,
 
     Hessian       d2(lambda.z) (lambda constant)  +  J^T L''(z) J
     Gauss-Newton                                     J^T C(z) J
 
-where C pulls the curvature of the cross-entropy in the logits, diag(p) - p p^T, back to the
-stream: J^T C J is the exact Hessian at the original model of KL(original || gated). With
-w = J^T lambda from a backward pass that is itself differentiated, one more backward of w_i
-gives both row i of the first term (its derivative in the gates) and the tangent J_i (its
-derivative in lambda). The head computes one sample at a time, so that the logits of a batch and
-their tangents never exist at once.
+where C is the curvature of the cross-entropy with respect to the logits, diag(p) - p p^T,
+transformed to z: J^T C J is the exact Hessian at the original model of KL(original || gated). With
+w = J^T lambda from a backward pass that is itself differentiated, one more backward pass of w_i
+gives both row i of the first term (dw_i/dalpha) and the tangent J_i (dw_i/dlambda). The head
+computes one sample at a time, so that the logits of a batch and their tangents never exist at once.
 
-Samples are independent and each has its own gates, so that each pass serves the whole batch and
-gives the errors over samples at no extra cost.
+Samples are independent and each has its own gates, so that each pass computes the whole batch,
+and errors over samples need no extra computation.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ KINDS = ("hessian", "gauss-newton")
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """Derivatives of m samples' losses in N gates at the original model.
+    """The derivatives of m samples' losses with respect to N gates at the original model.
 
     Attributes:
         gradient_sums: (m, N) gradient of the NLL summed over a sample's tokens, nats.
@@ -67,7 +66,7 @@ def gate_curvature(
     *,
     gate: str = "sublayer",
 ) -> Curvature:
-    """Compute the exact curvature in the gates, by double backward in the model's own precision.
+    """Compute exact curvatures with respect to the gates, by double backward in the model's dtype.
 
     During the call, attention uses PyTorch's "math" backend, which can be differentiated twice.
 
@@ -78,11 +77,11 @@ def gate_curvature(
         gate: ``"sublayer"`` or ``"block"``.
 
     Raises:
-        ArchitectureError: part of the model cannot be differentiated twice.
+        ArchitectureError: the model is streamed, or part of it cannot be differentiated twice.
 
-    Complexity: N double backwards through the blocks (about 1.7 N forward passes for the Hessian
-    and 0.6 N for Gauss-Newton) and N through the head, about 2 to 3 of its forward passes each;
-    memory of the graph of one micro-batch, and N times its stream.
+    Complexity: N double backward passes through the blocks (about 1.7 N forward passes for the
+    Hessian, 0.6 N for Gauss-Newton) and N through the head, about 2 to 3 of its forward passes
+    each; memory for the graph of one micro-batch, and for N times its hidden states.
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian (1994), in reverse mode only;
     Schraudolph, Fast curvature matrix-vector products (2002), for Gauss-Newton.
@@ -153,8 +152,8 @@ def _through_blocks(
     """Compute the contribution of the blocks.
 
     Returns:
-        gradient (B, N), the first term of the curvature (B, N, N), tangents of the stream in
-        each gate (N, B, T, D), and the stream (B, T, D).
+        gradient (B, N), the first term of the curvature (B, N, N), tangents (N, B, T, D) of the
+        final hidden states with respect to each gate, and these hidden states (B, T, D).
     """
     alphas = [
         torch.ones(batch.samples, device=replay.device, requires_grad=True)
@@ -162,7 +161,7 @@ def _through_blocks(
     ]
     hidden = recording.entered
     for i, alpha in enumerate(alphas):
-        # Not `ones`: that shortcut omits the gates from the graph of the backward pass.
+        # Not `ones=True`: that shortcut omits the gates from the graph of the backward pass.
         hidden = run_gated(recording, i, hidden, alpha, gate, ones=False)
     stream = hidden.detach()
     toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
@@ -185,9 +184,9 @@ def _stack(columns: Iterable[Tensor], like: Tensor) -> Tensor:
 
 
 def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
-    """Raise if the tangents miss a path: w = J^T lambda is linear, so w_i = lambda.J_i.
+    """Raise an error if tangents are incomplete: w = J^T lambda is linear, so w_i = lambda.J_i.
 
-    A custom kernel whose backward builds no graph loses its path without an error.
+    A custom kernel whose backward pass builds no graph is otherwise left out without an error.
     """
     again = (_wide(tangents) * _wide(toward)).flatten(2).sum(2).T
     tolerance = 0.2 if toward.element_size() < 4 else 0.01
@@ -215,7 +214,7 @@ def _through_head(
     else:
         p = torch.softmax(_wide(logits.detach()[positions]), dim=-1)
         dual = torch.zeros_like(logits, requires_grad=True)
-        # Linear in `dual`: differentiating it in `dual` is the forward derivative of the head.
+        # `slope` is linear in `dual`; d slope / d dual is the forward derivative of the head.
         (slope,) = torch.autograd.grad(logits, leaf, dual, create_graph=True)
     rows = []
     for tangent in tangents:
@@ -233,5 +232,5 @@ def _through_head(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Convert to at least float32, which sums over the vocabulary and the stream need."""
+    """Convert to float32 (float64 stays), for sums over the vocabulary and the hidden states."""
     return x if x.dtype == torch.float64 else x.float()

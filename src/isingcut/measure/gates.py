@@ -1,4 +1,4 @@
-"""Gates: one number alpha per block and sample that scales the block's addition to the stream.
+"""Gates: a number alpha per block and sample that scales what the block adds to its input.
 
 A *block* gate turns a block f into h + alpha (f(h) - h). A *sublayer* gate scales by the same
 alpha every addition to the residual stream inside the block (arXiv 2602.00161 scales the
@@ -6,9 +6,9 @@ attention and the MLP output of a decoder layer). alpha = 1 is the original bloc
 its removal, for both.
 
 The additions are not found by module name. While a gated block runs, every torch call passes
-through a `TorchFunctionMode`: an addition with the running residual as an operand is a residual
-addition, and the gate scales its other operand. So Gemma's norms after the sublayers, Cohere's
-parallel sublayers and Granite's multipliers need no special case.
+through a `TorchFunctionMode`: an addition with the current residual stream as an operand is a
+residual addition, and the gate scales its other operand. So Gemma's norms after the sublayers,
+Cohere's parallel sublayers and Granite's multipliers need no special case.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _SAME_STREAM = {
 
 
 class _Scale(torch.autograd.Function):
-    """added * alpha per sample, with the gradient of alpha summed in float32.
+    """The product added * alpha per sample, with the gradient of alpha summed in float32.
 
-    At alpha = 1 the forward copies nothing.
+    With ``ones`` (alpha = 1) the forward pass makes no copy.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Scale(torch.autograd.Function):
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Compute (B,) float32 scalar products of the samples of ``a`` and ``b`` (B, ...)."""
     a, b = a.flatten(1), b.flatten(1)
-    # A backward pass that is itself differentiated needs operations that can be.
+    # A backward pass that is itself differentiated needs differentiable operations.
     if can_compile(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
         fill_row_dots(bits(a), bits(b), out.numpy())
@@ -82,7 +82,7 @@ def _column(alpha: Tensor, like: Tensor) -> Tensor:
 
 
 class _ResidualGate(TorchFunctionMode):
-    """Scales every residual addition of the block that runs inside it."""
+    """A mode that scales every residual addition of the block that runs inside it."""
 
     def __init__(self, residual: Tensor, scale: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _ResidualGate(TorchFunctionMode):
                 stream, added = (first, second) if self.is_stream(first) else (second, first)
                 if isinstance(added, Tensor) and added.shape == stream.shape:
                     self.additions += 1
-                    # Never in place: the gates of other samples still need the stream.
+                    # Never in place: `stream` may share memory with a tensor still needed.
                     out = torch.add(stream, self._scale(added))
                     self._stream.append(out)
                     return out
@@ -126,10 +126,10 @@ def run_gated(
     Args:
         recording: the recorded calls of the batch.
         i: block index.
-        hidden: (B, T, D), the input of the block.
+        hidden: (B, T, D), input of the block.
         alpha: (B,) float32, one gate per sample.
         gate: ``"sublayer"`` or ``"block"``.
-        ones: alpha is all ones, so that the forward needs no multiplication.
+        ones: whether alpha is all ones, which saves the multiplication in the forward pass.
 
     Raises:
         ArchitectureError: a sublayer gate found no residual addition to act on.
@@ -152,7 +152,7 @@ def run_gated(
         result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
         return result
 
-    # A fresh view, so that block 0's input is not also seen as, say, the embeddings.
+    # A new view, so that this tensor is not the same object as, for example, the embeddings.
     stream = hidden.view_as(hidden)
     with _ResidualGate(stream, scale) as mode:
         out = recording.block(i, stream)

@@ -1,12 +1,13 @@
-"""Gradients of a loss in the gates of all blocks, one row per sample, one block open at a time.
+"""Gradients with respect to the gates of all blocks, one row per sample, block by block.
 
 Every sample has its own gate on every block (alpha, B x N, float32), so that the gradient of the
-*sum* of the sample losses in alpha has one row per sample. Only gates require a gradient: no
+*sum* of the sample losses, d/dalpha, has one row per sample. Only gates require a gradient: no
 parameter gradient is allocated, and each linear layer computes its input gradient only.
 
-The forward pass keeps the stream before every block. The backward pass takes the gradient from the
-head through each block, which is recomputed unless its graph was kept. For a model in memory all
-graphs are kept, and this is a plain backward pass; for a streamed model none are.
+The forward pass keeps the hidden states before every block. The backward pass takes the gradient
+from the head through each block, which is recomputed unless its graph was kept. For a model in
+memory as many graphs are kept as fit, and if all fit, this is a plain backward pass; for a streamed
+model no graphs are kept.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from isingcut.models.compute.head import OutputHead, divergence_gradient, loss_g
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Recording, Replay, use_attention
 
 Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps the gradient in the stream after a block to those in its gates (B,) and its input stream."""
+"""Function from the gradient of a block's output to those of its gates (B,) and its input."""
 
 
 def _run_gated(
     recording: Recording, block: int, before: Tensor, gate: str
 ) -> tuple[Tensor, Backward]:
-    """Run an open block; return the stream after it, and its backward pass while it is open."""
+    """Run a loaded block; return its output, and its backward pass, to call while it is loaded."""
     before = recording.bring(block, before)
     alpha = torch.ones(len(before), device=before.device, requires_grad=True)
-    # A stream from another block's graph is not detached: a leaf would keep its values until its
-    # gradient is computed. No input of the first block requires a gradient.
+    # An input from another block's graph is not detached: a leaf would keep its values until its
+    # gradient is computed. The input of the first block requires no gradient.
     if not before.requires_grad:
         before = before.detach().requires_grad_(block > 0)
     edges = [get_gradient_edge(x) for x in (alpha, before) if x.requires_grad]
@@ -56,8 +57,8 @@ def _run_gated(
 
 
 Toward = Callable[[Recording, TokenSet, Tensor, Tensor], Tensor]
-"""Computes the gradient (B, T, D) of the summed sample losses in the stream after the blocks, from
-the recording, the micro-batch, that stream, and the stream of the original model."""
+"""Function that returns the gradient (B, T, D) of the summed sample losses with respect to the
+final hidden states, from the recording, the micro-batch, these states, and the original's."""
 
 
 def gate_rows(
@@ -69,7 +70,7 @@ def gate_rows(
     removed: Bools | None = None,
     advance: Callable[[float], object] = lambda share: None,
 ) -> Iterator[Tensor]:
-    """Yield the gradients of each sample's loss in all gates, per micro-batch: (B, N) float32.
+    """Yield gradients (B, N), float32, of each sample's loss with respect to the gates, per batch.
 
     For a model in memory, micro-batches run one at a time: each then has the most memory for its
     graphs, and every kept graph saves a forward pass of its block.
@@ -77,17 +78,17 @@ def gate_rows(
     Args:
         gate: ``"sublayer"`` or ``"block"``.
         removed: (N,) bool, blocks with a block gate at 0; all other gates are 1.
-        advance: called after each step with its share of a micro-batch's work.
+        advance: function to call after each step, with the step's share of a micro-batch.
 
     Raises:
-        MemoryExhaustedError: the streams of one sample do not fit.
+        MemoryExhaustedError: the hidden states of one sample do not fit.
 
-    Complexity: each block is opened twice. For a model in memory, the graphs of the last blocks are
+    Complexity: each block is loaded twice. For a model in memory, the graphs of the last blocks are
     kept, as many as fit; the other blocks are computed once more.
     """
     n, resident = len(replay), not replay.streamed
-    # Streams before and after every block, the input of the blocks (in the recording), the
-    # original's before and after one block, and two gradients. Kept graphs need fewer.
+    # Hidden states before and after every block, the input of the blocks (in the recording), those
+    # of the original before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
     order = [EMBED, *range(n), HEAD, *reversed(range(n))]
     for chunk, room in chunks(replay, batches, streams, together=not resident):
@@ -101,8 +102,8 @@ def gate_rows(
                     f"{some[0].positions} tokens take {streams * sum(each) / 1e6:.0f} MB; raise "
                     "--memory-limit or lower --length"
                 )
-            # A graph cannot keep weights that are unloaded; blocks are recomputed while the next
-            # weights load.
+            # Graphs cannot be kept when weights are unloaded. A streamed model recomputes blocks
+            # while the next weights load.
             graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices if resident else 0
             ways = [_Way(replay, batch, gate, removed, graphs) for batch in some]
             for step, part in enumerate(replay.store.sweep(order)):
@@ -124,7 +125,7 @@ def gate_rows(
 class _Way:
     """The forward and backward pass of one micro-batch.
 
-    It keeps the graphs of the last blocks of each device.
+    The graphs of the last blocks of each device are kept.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class _Way:
         if backward is None:
             before = self._streams.pop(block)
             if self._is_removed(block):
-                # A gate at 0 passes the gradient on unchanged.
+                # With a gate at 0, the gradient of the output is also that of the input.
                 with torch.no_grad():
                     before = self._recording.bring(block, before)
                     change = self._recording.block(block, before) - before
@@ -202,9 +203,9 @@ def measure_batches(
     """Measure rows (m, *shape) of the samples, per micro-batch, and keep them in the journal.
 
     Args:
-        words: the description for the progress display.
-        found: yields the rows of each micro-batch that this process measures, in order.
-        how: everything that the numbers depend on.
+        words: description for the progress display.
+        found: function that yields the rows of each given micro-batch, in order.
+        how: everything else that the numbers depend on.
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
@@ -239,14 +240,14 @@ def gate_gradients(
     gate: str = "sublayer",
     label_seed: int | None = None,
 ) -> Floats:
-    """Compute the gradient of each sample's mean token NLL in every gate, at the original model.
+    """Compute gradients of each sample's mean token NLL with respect to the gates, at alpha = 1.
 
     Args:
         replay: the model's blocks; parameters must not require gradients.
         tokens: m samples; padding does not count.
-        gate: ``"sublayer"`` (the paper's) or ``"block"``.
-        label_seed: None takes the text's next tokens as labels; a seed samples every label from the
-            model's distribution instead. A sample's labels depend on the seed and its row alone,
+        gate: ``"sublayer"`` (as in the paper) or ``"block"``.
+        label_seed: None to use the text's next tokens as labels, or a seed to sample every label
+            from the model's distribution. A sample's labels depend on the seed and its row only,
             not on the batches.
 
     Returns:
@@ -275,17 +276,17 @@ def gate_gradients(
 
 
 GATE_SLOPES_PASSES = 4.0
-"""Cost in forward passes: the original, the gated model, and a backward pass of twice that."""
+"""Cost in forward passes: one of the original, one of the gated model, two for a backward pass."""
 
 
 def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
     """Compute d KL(original || cut) / d alpha of each block's gate at a state: (N,), nats/token.
 
-    For a removed block, the slope is the first-order gain of restoring it, which no measured
+    For a removed block, the slope is the first-order effect of restoring it, which no measured
     removal shows. For a kept block, it predicts the cost of a removal poorly (docs/experiments.md).
 
     Args:
-        state: (N,) bool; the gates of its blocks are 0, all others 1.
+        state: (N,) bool; the gates of removed blocks are 0, all others 1.
     """
 
     def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:

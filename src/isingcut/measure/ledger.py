@@ -1,4 +1,4 @@
-"""Measurements of a search and their cost: everything is measured and charged once."""
+"""The measurements of a search and their cost; each is measured and charged once."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ LOSSES = ("kl", "nll")
 
 
 class Ledger:
-    """Measurements on one text and their cost.
+    """The measurements on one text and their cost.
 
     A state shares its hidden states with the original model up to its first removed block, and
-    further ones with the states of the same call. Repeated work of the original, which only happens
-    because hidden states are not kept between calls, is not charged. Finished calls are kept in the
-    journal; rows read back from it are charged as if measured.
+    further ones with the states of the same call. Repeated forward passes of the original, needed
+    only because hidden states are not kept between calls, are not charged. Finished calls are kept
+    in the journal; rows read from it are charged as if measured.
 
     Args:
         tokens: m samples.
-        work: how to measure; its journal keeps every finished call.
+        work: settings of the measurement; its journal keeps every finished call.
         loss: ``"kl"`` (to the original model) or ``"nll"``.
 
     Attributes:
-        counts: (m,) predicted tokens of each sample.
-        runs: block evaluations per token of the whole set, so far.
-        heads: output heads, in the same unit.
+        counts: (m,) number of predicted tokens of each sample.
+        runs: number of block evaluations so far, per token of the whole text.
+        heads: number of output head evaluations so far, in the same unit.
         evaluations: number of measured states, counted per set of samples.
 
     Raises:
@@ -57,15 +57,15 @@ class Ledger:
 
     @property
     def passes(self) -> float:
-        """The full forward passes over the whole set, so far."""
+        """The number of full forward passes over the whole text so far."""
         return self.runs / len(self._replay)
 
     def share(self, rows: Sequence[int]) -> float:
-        """Return the share of the text's tokens in some samples."""
+        """Return the share of the text's tokens that are in the given samples."""
         return int(self._real[list(rows)].sum()) / int(self._real.sum())
 
     def pay(self, key: str, runs: float, heads: float) -> None:
-        """Charge for ``key``, unless it was charged before."""
+        """Add the cost of ``key``, unless it was added before."""
         if key not in self._paid:
             self._paid.add(key)
             self.runs += runs
@@ -74,9 +74,9 @@ class Ledger:
     def once(
         self, key: str, length: int, runs: float, heads: float, make: Callable[[], Floats]
     ) -> Floats:
-        """Make and charge once a measurement (length,) other than losses.
+        """Make and charge once a measurement (length,) other than losses, and return it.
 
-        Every process takes the numbers of rank 0: a backward pass of attention is not always
+        Every process uses the numbers of rank 0: a backward pass of attention is not always
         bitwise reproducible, and processes with different numbers would diverge.
         """
         self.pay(key, runs, heads)
@@ -90,7 +90,7 @@ class Ledger:
     def sums(
         self, wanted: Sequence[tuple[States, Sequence[int]]], description: str
     ) -> list[Floats]:
-        """Return losses (S, R) of each states (S, N) on their samples, summed over the tokens."""
+        """Return for each set of states (S, N) losses (S, R) on its samples, summed over tokens."""
         missing: list[tuple[dict[str, Bools], Sequence[int]]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
@@ -121,12 +121,12 @@ class Ledger:
     def losses(
         self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
     ) -> Floats:
-        """Return the mean loss per token (S,) of states (S, N), on all samples or given ones."""
+        """Return the mean loss per token (S,) of states (S, N), on all or on the given samples."""
         chosen = range(len(self.counts)) if rows is None else sorted(rows)
         (sums,) = self.sums([(states, chosen)], f"{description}: {len(states)} states")
         return np.asarray(sums.sum(1) / self.counts[list(chosen)].sum())
 
     def _row(self, key: str, length: int) -> Floats | None:
-        """Return the journal's row of a key, if it has the right length."""
+        """Return the journal's row of a key, or None if it is missing or has another length."""
         row = self._kept.get(key)
         return row if row is not None and row.shape == (length,) else None

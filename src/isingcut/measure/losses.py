@@ -1,4 +1,4 @@
-"""Measured loss of states: KL to the original model and NLL, in nats per token.
+"""Measured losses of states: KL to the original model and NLL, in nats per token.
 
 States that agree on their first blocks share hidden states up to the first block where they differ.
 They are sorted by their bits, and each node of their prefix tree is computed once. The original
@@ -7,9 +7,9 @@ model is the state that removes nothing, so that every measurement includes its 
 Work is divided into pieces, a micro-batch with some of the states, and a finished piece is written
 to a journal. One process takes a micro-batch with all its states. With fewer micro-batches than
 processes, the states are divided too, and only prefixes shared with states of another piece are run
-again. A model in memory goes through the tree branch by branch, which keeps few streams. A
-streamed model goes block by block, for as many pieces at a time as fit the memory limit. The output
-head takes one piece at a time, so that only one micro-batch's logits of the original exist.
+again. A model in memory runs branch by branch, which keeps few hidden states. A streamed model runs
+block by block, for as many pieces at a time as fit the memory limit. The output head processes one
+piece at a time, so that the original's logits exist for one micro-batch only.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from isingcut.models.replay import Replay, use_attention
 
 T = TypeVar("T")
 
-# Streams of a batch besides those of the states: the original's, the input of the blocks (in the
-# recording), and the output of the running block.
+# Hidden-state tensors of a batch besides those of the states: that of the original, the input of
+# the blocks (in the recording), and the output of the running block.
 _OTHERS = 3
 _BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 
 
 def in_order(states: States) -> npt.NDArray[np.int64]:
-    """Return the bitwise order of states (S, N), in which neighbours share the longest prefixes."""
+    """Return indices that sort states (S, N) by bits; neighbours then share longest prefixes."""
     # lexsort sorts by its last key first.
     return np.lexsort(states.T[::-1]) if len(states) else np.zeros(0, dtype=np.int64)
 
 
 def own_blocks(states: States) -> States:
-    """Return (S, N): the blocks that each sorted state runs and does not share with the previous.
+    """Return (S, N): the blocks that each sorted state runs and does not share with the one before.
 
-    The first state shares with the original, whose own N blocks are not counted.
+    The first state shares blocks with the original, whose own N blocks are not counted.
     """
     before = np.concatenate([np.zeros_like(states[:1]), states[:-1]])
     parted = np.logical_or.accumulate(states != before, axis=1)
@@ -62,9 +62,9 @@ def own_blocks(states: States) -> States:
 
 
 def tree_nodes(states: States) -> int:
-    """Return the block evaluations per sample of measuring states (S, N), without the original.
+    """Return the number of block evaluations per sample to measure states, without the original.
 
-    Searches count the cost of their states in this unit.
+    Searches count the cost of their states (S, N) in this unit.
     """
     return int(own_blocks(states[in_order(states)]).sum())
 
@@ -78,14 +78,14 @@ def walk(
     """Run the blocks of every state of some prefix trees, each node of a tree once.
 
     Args:
-        trees: for each tree its sorted states (S, N) bool, and the stream before the first block.
-        run: maps a tree's index, a block's number and the stream before it to the stream after it.
+        trees: for each tree its sorted states (S, N) bool, and the input of the first block.
+        run: function from a tree's index, a block's number and the block's input to its output.
         by_block: run a block on all branches of all trees before the next block, so that it is
-            opened once; keeps one stream per state. Otherwise follow one branch to its end at a
-            time; keeps N + 1 streams.
+            loaded once; keeps one hidden-state tensor per state. Otherwise follow one branch to
+            its end at a time; keeps N + 1 hidden-state tensors.
 
     Yields:
-        (tree, first, last, stream): the stream after the blocks of a tree's states first to
+        (tree, first, last, output): the output of the last block for a tree's states first to
         last - 1, which are equal; in order.
     """
     roots = [(tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)]
@@ -137,7 +137,7 @@ def left(
     """Divide the remaining measurement into pieces that keep all processes busy.
 
     Args:
-        done: keys of finished pieces of any size.
+        done: keys of finished pieces, of any size.
         batches, states: total numbers of micro-batches and states.
         processes: number of processes.
         repeated: extra cost of each further piece of a micro-batch, relative to the whole
@@ -161,7 +161,7 @@ def left(
 
 
 def _parts(gaps: int, processes: int, repeated: float) -> int:
-    """Return the number of pieces per gap that finishes soonest."""
+    """Return the number of pieces per gap with which the measurement finishes soonest."""
 
     def rounds(parts: int) -> float:
         return -(-gaps * parts // processes) * (1 / parts + repeated)
@@ -179,16 +179,16 @@ def cut(gap: Piece, parts: int) -> list[Piece]:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Losses of S states on m samples.
+    """The losses of S states on m samples.
 
     Attributes:
         states: (S, N) bool, True where a block is removed.
         kl_sums: (S, m) KL(original || state), summed over a sample's tokens, nats.
         nll_sums: (S, m) negative log-likelihood, summed over a sample's tokens, nats.
-        original_nll_sums: (m,) the same for the original model.
+        original_nll_sums: (m,) the same as ``nll_sums`` for the original model.
         counts: (m,) predicted, non-padding tokens of each sample.
-        blocks_run: block evaluations done, per sample of the token set.
-        blocks_unshared: block evaluations without sharing.
+        blocks_run: number of block evaluations per sample of the token set.
+        blocks_unshared: number of block evaluations without shared prefixes.
     """
 
     states: States
@@ -220,12 +220,12 @@ class Measurement:
         return standard_error(self.nll_sums, self.counts)
 
     def of_samples(self, rows: Sequence[int]) -> Measurement:
-        """Return the measurement on some of the samples; the block counts stay those of all."""
+        """Return the measurement on some samples; the block counts are still those of all."""
         sums = {name: getattr(self, name)[..., rows] for name in _BY_SAMPLE}
         return replace(self, **sums)
 
     def losses(self, state: int) -> dict[str, Any]:
-        """Return KL and NLL of one state with errors (or None), as in results files."""
+        """Return KL and NLL of one state with standard errors (or None), as in results files."""
         return {
             "kl": float(self.kl[state]),
             "kl_se": without_infinities(float(self.kl_se[state])),
@@ -265,7 +265,7 @@ def measure(
         replay: the model's blocks.
         tokens: m samples.
         states: (S, N) bool.
-        work: how to measure; the caller deletes its journal.
+        work: settings of the measurement; the caller deletes its journal.
 
     Complexity: one block evaluation per node of the prefix tree of the states and of the
     empty state, plus one output head per state.
@@ -318,12 +318,12 @@ class _Task:
     """States to measure on a text, and their results so far.
 
     Attributes:
-        batches: the text's micro-batches.
-        ordered: (S, N) bool, the sorted states.
-        kept: the rows of finished pieces.
+        batches: micro-batches of the text.
+        ordered: (S, N) bool, sorted states.
+        kept: journal with the rows of finished pieces.
         todo: pieces that this process measures.
-        all_blocks: block evaluations of the whole measurement.
-        bar: progress; a step of this process counts for all processes.
+        all_blocks: number of block evaluations of the whole measurement.
+        bar: progress bar; a step of this process counts for all processes.
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class _Task:
         self.todo = [part for piece in pieces for part in self._fitting(piece)]
 
     def _fitting(self, piece: Piece) -> list[Piece]:
-        """Divide a piece into parts whose streams fit the memory limit.
+        """Divide a piece into parts whose hidden states fit the memory limit.
 
         Raises:
             InputError: one state does not fit.
@@ -384,7 +384,7 @@ class _Task:
         return cut(piece, -(-(piece.last - piece.first) // fit))
 
     def blocks_run(self, piece: Piece) -> int:
-        """Return the block evaluations of a piece."""
+        """Return the number of block evaluations of a piece."""
         n = 0 if piece.first else len(self._replay)
         return n + int(self._nodes[piece.first : piece.last].sum())
 
@@ -397,7 +397,7 @@ class _Task:
         if not len(found):
             return ""
         self._seen[found[:, None], places] = True
-        # Unmeasured samples of a state count in neither sum.
+        # Unmeasured samples of a state are in neither sum.
         mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
         return f"lowest running mean of KL {mean[self._seen.any(1)].min():.4f}"
 
@@ -414,7 +414,7 @@ class _Task:
 
 
 def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Floats], bool]:
-    """Return a check whether a journal's row can belong to a piece."""
+    """Return a function that checks whether a journal's row can belong to a piece."""
 
     def fits(key: str, row: Floats) -> bool:
         piece = Piece.read(key)
@@ -483,8 +483,8 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
                 found.append(original.compare(end))
                 lengths.append(last - first)
         assert original is not None
-        # Only now is something read from the device.
+        # Before this line, nothing is read from the device.
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)
         check_finite(replay, batches[tree], rows, trees[tree][0])
-        # The original came first, but goes last in the result.
+        # Move the original from the first place to the last.
         yield np.roll(rows, -1, axis=1)

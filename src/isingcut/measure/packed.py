@@ -1,4 +1,4 @@
-"""The KL of a model with other weights, of which one block's exist at a time."""
+"""The KL of a model with changed weights, which are made for one block at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import EMBED, HEAD, Replay, use_attention
 
 Change = Callable[[str, Tensor], Tensor | None]
-"""Maps a parameter's name and values to its other values; None where it stays as it is."""
+"""Function from a parameter's name and values to its changed values, or None if unchanged."""
 
 
 def changed_losses(
@@ -34,8 +34,8 @@ def changed_losses(
     The weights are changed one block at a time, and restored bit for bit.
 
     Args:
-        change: the other weights.
-        removed: blocks that the changed model lacks.
+        change: function that returns the changed weights.
+        removed: removed blocks of the changed model.
 
     Complexity: two forward passes over the tokens.
     """

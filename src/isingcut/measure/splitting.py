@@ -1,8 +1,8 @@
 """Decide how much to compute at a time: chunks of micro-batches, and their halves after an
 out-of-memory error.
 
-Running out of memory is handled, not fatal. The results of a sample do not depend on the other
-samples of its micro-batch, except for rounding, so journals and other processes are not affected.
+The results of a sample do not depend on the other samples of its micro-batch, except for rounding.
+So a split after an out-of-memory error does not affect journals and other processes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def chunks(
 ) -> Iterator[tuple[slice, int]]:
     """Divide micro-batches into chunks that go through the blocks together.
 
-    For a streamed model, a chunk is as many as fit the memory limit, so that the weights are read
-    as rarely as possible; for a model in memory, it is one. Results do not depend on it. A killed
-    measurement loses at most one chunk.
+    For a streamed model, a chunk is as many micro-batches as fit the memory limit, so that the
+    weights are read as rarely as possible; for a model in memory, it is one. Results do not depend
+    on the chunks. A killed measurement loses at most one chunk.
 
     Args:
-        streams: residual streams to keep per micro-batch, one number or one for each.
-        together: whether a chunk may be more than one micro-batch; None: if the model is streamed.
+        streams: hidden-state tensors to keep per micro-batch, one number or one for each.
+        together: whether a chunk may have several micro-batches; None: if the model is streamed.
 
     Yields:
-        the indices of a chunk, and the bytes allowed for its streams.
+        the indices of a chunk, and the bytes allowed for its hidden states.
 
     Raises:
         InputError: the model and one micro-batch's own work leave no memory.
@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 class Samples(Protocol):
-    """Samples that are computed together: a micro-batch, or work on one."""
+    """Samples that are computed together: a micro-batch, or a task on one."""
 
     @property
     def samples(self) -> int: ...
@@ -79,12 +79,12 @@ def split_to_fit(
     compute: Callable[[Sequence[Batch]], list[T]],
     join: Callable[[T, T], T],
 ) -> list[T]:
-    """Run ``compute(batches)``, one result each; after an out-of-memory error, on halves.
+    """Return ``compute(batches)``, one result each; after an out-of-memory error, run on halves.
 
-    Later calls with the same limit begin with as many tokens as fitted.
+    Later calls with the same limit begin with a number of tokens that fitted.
 
     Args:
-        join: joins the results of the two halves of a micro-batch.
+        join: function that joins the results of the two halves of a micro-batch.
 
     Raises:
         Exception: the error of ``compute`` if a single sample does not fit.
@@ -114,8 +114,8 @@ def fewer_tokens_to_fit(
     """Run ``compute(tokens)``; after an out-of-memory error, again with half as many tokens.
 
     Args:
-        tokens: tokens, or items, at a time.
-        least: tokens of the longest sample.
+        tokens: number of tokens, or items, at a time.
+        least: number of tokens of the longest sample.
 
     Raises:
         Exception: the error of ``compute`` with ``least`` tokens.
@@ -134,5 +134,5 @@ def _attempt(compute: Callable[[], T], can_split: bool) -> T | None:
     except Exception as error:
         if not (can_split and is_memory_exhausted(error)):
             raise
-        # Returning drops the error, and with it the frames that keep the tensors alive.
+        # Returning releases the error, and with it the frames that hold references to the tensors.
         return None

@@ -18,19 +18,19 @@ from isingcut.measure.work import Work
 from isingcut.models.load import explain_nan
 from isingcut.models.replay import Replay
 
-# Streams of a micro-batch: before all blocks, and before and after one block.
+# Hidden states kept per micro-batch: before all blocks, and before and after one block.
 _STREAMS = 3
 
 
 def boundaries(
     replay: Replay, batches: Sequence[TokenSet], removed: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield (b, i, stream before, stream after), both (B, T, D), of every block that stays.
+    """Yield (b, i, before, after) of every kept block, with hidden states (B, T, D) around it.
 
-    Micro-batches b come one after the other; with a streamed model, those of a chunk alternate.
+    Micro-batches b come one after the other; for a streamed model, those of a chunk alternate.
 
     Raises:
-        ModelError: the stream after a block is not finite.
+        ModelError: the hidden states after a block are not finite.
     """
     blocks = [i for i in range(len(replay)) if i not in removed]
     for chunk, _ in chunks(replay, batches, _STREAMS):
@@ -49,12 +49,12 @@ def boundaries(
 def _check_stream(
     replay: Replay, batch: TokenSet, i: int, stream: Tensor, removed: Sequence[int]
 ) -> None:
-    """Raise if a stream (B, T, D) after block ``i`` is not finite at a real token."""
+    """Raise an error if hidden states (B, T, D) after block ``i`` are not finite at real tokens."""
     bad = (batch.mask.to(stream.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
     if not bad.any():
         return
     block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
-    # Not `i`: a plan replays only some of a model's blocks.
+    # Do not use `i`: a plan replays only some of a model's blocks, so the model's index differs.
     path = next(name for name, m in replay.model.named_modules() if m is block)
     what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
     raise explain_nan(replay.model, what, row.tolist(), removed)
@@ -63,13 +63,13 @@ def _check_stream(
 def check_finite(
     replay: Replay, batch: TokenSet, found: Floats, states: States | None = None
 ) -> None:
-    """Raise if numbers measured on a micro-batch are not finite.
+    """Raise an error if numbers measured on a micro-batch are not finite.
 
     The model then runs again, block by block, to find the first block whose output is not finite.
 
     Args:
-        found: numbers of the original; or (K, S, R), of S states.
-        states: (S, N), for the latter.
+        found: numbers of the original model, or numbers (K, S, R) of S states.
+        states: (S, N) states, if ``found`` is of states.
 
     Raises:
         ModelError: a number is NaN or infinite; the message names model, block and text.
@@ -85,7 +85,7 @@ def check_finite(
 
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""Maps a block's streams (K, D) before and after it to a number (K,) for each token."""
+"""Function from a block's hidden states (K, D) before and after it to scores (K,) of the tokens."""
 
 
 def block_means(
@@ -94,7 +94,7 @@ def block_means(
     """Average a score of each block over tokens.
 
     Returns:
-        (N,) float64; infinite at removed blocks.
+        (N,) float64; infinite for removed blocks.
     """
     means = _sum_scores(replay, tokens, work, score, removed)[-1, :-1]
     means = means / int(tokens.looked_at.sum())
@@ -103,11 +103,11 @@ def block_means(
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
-    """Score blocks by one pass of the original.
+    """Score blocks by one forward pass of the original model.
 
     Returns:
         (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
-        `angle` between the streams at any two boundaries, at each sample's last token.
+        `angle` between the hidden states at any two boundaries, at each sample's last token.
     """
     total = _sum_scores(replay, tokens, work, influence, angles=True)
     angles = total[:-1]
@@ -124,9 +124,9 @@ def _sum_scores(
     *,
     angles: bool = False,
 ) -> Floats:
-    """Sum over tokens: angles (N + 1, N + 1) of two boundaries, and the scores as last row.
+    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and scores as the last row.
 
-    A model in memory takes one micro-batch after the other.
+    For a model in memory, micro-batches are processed one after the other.
     """
     n, batches = len(replay), tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches) * (n - len(removed))) as bar:
@@ -155,16 +155,16 @@ def _sum_scores(
 
 
 def find_lowest(scores: Floats, count: int) -> tuple[int, ...]:
-    """Return the ``count`` blocks of lowest score, ascending; ties go to the earlier block."""
+    """Return the ``count`` blocks with the lowest scores, ascending; of ties, the earlier block."""
     return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
 
 
 def influence(before: Tensor, after: Tensor) -> Tensor:
-    """Return (K,) 1 - cosine of streams (K, D)."""
+    """Return (K,) 1 - cosine similarity of hidden states (K, D)."""
     return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
 
 def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Return (K,) float64 angles between streams (K, D), in units of pi."""
+    """Return (K,) float64 angles between hidden states (K, D), in units of pi."""
     cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
     return cosine.clamp(-1, 1).arccos() / math.pi

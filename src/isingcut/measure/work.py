@@ -2,7 +2,7 @@
 
 Each process takes every n-th unit of the remaining work and keeps its rows in its own journal. At
 the end every process has all rows, and sums them in the order of the samples, so that the result is
-bitwise that of one process. Rows in any of the journals are not measured again.
+bitwise equal to that of one process. Rows in any of the journals are not measured again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from isingcut.options.config import BATCH_TOKENS
 
 @dataclass(frozen=True)
 class Work:
-    """How to run a measurement; it changes results by rounding only.
+    """The settings of a measurement; they change results by rounding only.
 
     Attributes:
         batch_tokens: tokens per micro-batch.
-        progress: shows progress.
+        progress: progress display.
         journal: file for finished parts, so that a killed measurement resumes.
     """
 
@@ -47,7 +47,7 @@ def identity(replay: Replay, tokens: TokenSet, **depends: Any) -> str:
     """Return the fingerprint of a measurement, for its journal.
 
     Args:
-        depends: everything besides model and text that the numbers depend on, JSON-able.
+        depends: everything else that the numbers depend on, besides model and text; JSON-able.
     """
     content = {"tokens": tokens.input_ids.tolist(), "mask": tokens.mask.tolist()}
     if tokens.counted is not None:
@@ -59,13 +59,13 @@ class SharedJournal(Journal):
     """A journal with the same rows in every process.
 
     Args:
-        path: the file of rank 0; other ranks have files next to it. None keeps rows in memory.
-        fingerprint: identifies the measured model, tokens and states.
-        fits: whether a row can belong to this measurement, by its key and its shape.
-        processes: the processes; all must call this.
+        path: file of rank 0; other ranks have files next to it. None keeps rows in memory.
+        fingerprint: fingerprint of the measured model, tokens and states.
+        fits: function that checks by key and shape if a row can belong to this measurement.
+        processes: the processes; all of them must call the constructor.
 
     Raises:
-        ModelError: another process measures something else.
+        ModelError: another process has a different fingerprint.
         RankError: another process has failed.
         StageFileError: ``path`` is not a journal.
     """
@@ -83,7 +83,7 @@ class SharedJournal(Journal):
         super().__init__(own, fingerprint, fits)
         self._new = dict(self._rows)
         if path is not None and not rank:
-            # Journals of a run with more processes.
+            # Journals from an earlier run with more processes.
             for number, left in _others(path):
                 if number >= size:
                     self._new |= Journal(left, fingerprint, fits)._rows
@@ -103,7 +103,7 @@ class SharedJournal(Journal):
         """Send the rows stored since the last call to all processes.
 
         Raises:
-            ModelError, RankError: as the constructor.
+            ModelError, RankError: as for the constructor.
         """
         if self._processes.size == 1:
             self._rows |= self._new
@@ -121,7 +121,7 @@ class SharedJournal(Journal):
 
 
 class _ForAll:
-    """A bar on which a step of this process counts for all processes."""
+    """A progress bar on which a step of this process counts for all processes."""
 
     def __init__(self, bar: Bar, processes: float) -> None:
         self._bar, self._processes = bar, processes
@@ -139,6 +139,6 @@ def _others(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def forget(path: Path) -> None:
-    """Delete the journals of all processes, once their rows are in a results file."""
+    """Delete the journals of all processes, after their rows are in a results file."""
     for _, other in [(0, path), *_others(path)]:
         other.unlink(missing_ok=True)

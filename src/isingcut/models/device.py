@@ -1,4 +1,4 @@
-"""Choose device, dtype and memory limit of a model."""
+"""Choose the device, dtype and memory limit of a model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def pick_device(device: str) -> torch.device:
     """Return the torch device of ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
-    ``"auto"`` takes CUDA where there is a GPU, else the CPU. Other names of torch's (``"xpu"``) are
-    taken where torch finds the device. Of several names, it is the first one.
+    ``"auto"`` is CUDA if there is a GPU, else the CPU. Other device names of torch (``"xpu"``) are
+    accepted if torch finds the device. Of several names, the first one is used.
 
     Raises:
-        InputError: it is not on this machine, or has no float64.
+        InputError: the device is not on this machine, or has no float64.
     """
     import torch
 
@@ -55,17 +55,17 @@ def pick_devices(
 ) -> list[torch.device]:
     """Return the devices for the weights of a model.
 
-    ``"cuda:0,cuda:1"`` names them. A GPU without a number is one GPU, or the fewest that have room
-    for the weights together; all the same one, where all have too little.
+    ``"cuda:0,cuda:1"`` names two devices. A GPU without a number means the fewest GPUs that
+    together have room for the weights, or a single one if all together have too little.
 
     Args:
         device: as in `pick_device`.
         size: bytes of the weights.
-        limit: as in `allowance`, for each device.
-        cards: GPUs of each process; None: one where a launcher started several, else any number.
+        limit: memory limit of each device, as in `allowance`.
+        cards: GPUs per process; None: one if a launcher started several processes, else any number.
 
     Raises:
-        InputError: one is not on this machine, or two are the same.
+        InputError: a device is not on this machine or is named twice, or ``cards`` does not fit.
     """
     import torch
 
@@ -107,7 +107,7 @@ class BatchLimit:
     """The largest micro-batch that is known to fit a device.
 
     Attributes:
-        tokens: most tokens, unless a single sample has more.
+        tokens: largest number of tokens, unless a single sample has more.
     """
 
     device: torch.device
@@ -132,8 +132,8 @@ def synchronise(*devices: torch.device) -> None:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``.
 
-    ``"auto"`` takes bfloat16 where the device computes fast in it: GPUs with compute capability 8
-    or higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16.
+    ``"auto"`` is bfloat16 if the device computes fast in it: GPUs with compute capability 8 or
+    higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16. Else it is float32.
     """
     import torch
 
@@ -159,7 +159,7 @@ def dtype_name(dtype: str, device: str) -> str:
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
 
-# Of the free memory, when no limit is given: the rest is for the system and for estimates' errors.
+# Share of the free memory, if no limit is given; the rest is for the system and estimation errors.
 _SHARE = 0.8
 
 
@@ -177,7 +177,7 @@ class Allowance:
 
     @property
     def left(self) -> int:
-        """Return the memory left for weights and hidden states."""
+        """Memory left for weights and hidden states, in bytes."""
         return max(0, self.total - self.used)
 
 
@@ -185,11 +185,11 @@ def allowance(limit: str, device: torch.device) -> Allowance:
     """Return the memory limit on a device.
 
     Args:
-        limit: as ``"8GB"`` or ``"50%"`` (of what is free); empty takes 80 % of what is free.
-            Processes that a launcher started on one machine have equal parts of a share.
+        limit: as ``"8GB"`` or ``"50%"`` of the free memory; empty takes 80 % of it. On CPUs, the
+            processes that a launcher started on one machine divide a percentage equally.
 
     Raises:
-        InputError: the limit cannot be read.
+        InputError: the limit cannot be parsed.
     """
     used, free = _used_and_free(device)
     allowed = Memory(limit)
@@ -211,7 +211,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     total = 0
     for tensor in read_checkpoint(folder).values():
         if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):
-            # MXFP4: two numbers a byte.
+            # MXFP4: two weights per byte.
             total += 2 * tensor.size * dtype.itemsize
         elif tensor.dtype.startswith(("F", "BF")):
             total += math.prod(tensor.shape) * dtype.itemsize
@@ -233,7 +233,7 @@ def _used_and_free(device: torch.device) -> tuple[int, int]:
 
 
 def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that a container's control group still allows; a huge number without one."""
+    """Return the bytes that a container's control group still allows; without one, 2^62."""
     try:
         most = (root / "memory.max").read_text(encoding="ascii").strip()
         now = int((root / "memory.current").read_text(encoding="ascii"))
@@ -242,6 +242,6 @@ def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
         return 1 << 62
     if not most.isdigit():
         return 1 << 62
-    # Cached file pages count as usage, but are given up when memory is wanted.
+    # Cached file pages count as usage, but are released if memory is needed.
     cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
     return max(0, int(most) - now + sum(cached))

@@ -1,6 +1,6 @@
-"""Check that a checkpoint's tensors and its configuration belong together, from headers alone.
+"""Check that a checkpoint's tensors and its configuration match, from headers alone.
 
-Checked before a model is built, because a configuration's numbers allocate memory.
+The check comes before a model is built, because numbers in a configuration allocate memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, rea
 if TYPE_CHECKING:
     import torch
 
-# Fields for which configuration classes write a list or a table with one entry each.
+# Names of counts for which configuration classes build a list or table of that length.
 _COUNTS = re.compile(r"layer|depth|label|block|stage")
 _MOST_COUNTED = 100_000
 _FORMS = {
@@ -40,9 +40,10 @@ _FORMS = {
     "text_config": dict,
 }
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
-# A model may have more numbers than its file: tied weights, and tensors that a message names.
+# A model may have more parameters than its file has elements: tied weights, and missing tensors,
+# which a later message names.
 _MORE, _SPARE = 4, 2**20
-# A stack of blocks may be this much smaller than the largest stack (of an image tokeniser).
+# Factor by which the blocks may be smaller than the largest stack (of an image tokeniser).
 _SMALLER = 10
 _MOST_IN_BUFFERS = 2**28
 _MOST_WITHOUT_WEIGHTS = 2**44
@@ -53,8 +54,8 @@ class Checkpoint:
     """A checkpoint's configuration and tensors.
 
     Attributes:
-        config: its ``config.json``.
-        stored: its tensors; empty without weights.
+        config: content of its ``config.json``.
+        stored: its tensors by name; empty without weights.
     """
 
     folder: Path
@@ -63,28 +64,28 @@ class Checkpoint:
 
     @property
     def most_numbers(self) -> int:
-        """Parameters that its model may have."""
+        """Largest number of parameters that its model may have."""
         if not self.stored:
             return _MOST_WITHOUT_WEIGHTS
         return most_numbers(sum(t.most_numbers for t in self.stored.values()))
 
 
 def most_numbers(stored: int) -> int:
-    """Parameters that a model may have for which ``stored`` numbers are in its file."""
+    """Return the largest number of parameters for a file with ``stored`` elements."""
     return _MORE * stored + _SPARE
 
 
 def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
-    """Read a checkpoint's configuration and headers, within bounds.
+    """Read a checkpoint's configuration and headers, and check that they match.
 
     Args:
-        weights: there must be some, and of a packing that is read.
+        weights: whether weights are required, in a supported packing.
 
     Raises:
-        CheckpointError: either is damaged, or a block has no tensors.
-        ModelError: a number in the configuration is larger than any model's, or it has another
-            number of blocks than there are tensors of; the message has both.
-        ArchitectureError: no valid configuration of its family, or weights that cannot be read.
+        CheckpointError: configuration or headers are damaged, or a block has no tensors.
+        ModelError: a number in the configuration is larger than any model's, or configuration and
+            tensors have different numbers of blocks; the message has both.
+        ArchitectureError: the configuration is not valid, or the weights' packing not supported.
     """
     config = read_config(folder)
     for name, kind in _FORMS.items():
@@ -120,15 +121,15 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def check_sizes(seen: Checkpoint, model: Any) -> None:
-    """Refuse a model whose parameters have other sizes than the stored tensors of their names.
+    """Check that the parameters of a model have the sizes of the stored tensors of the same name.
 
     Packed tensors, and those stored under other names, are left to the loader.
 
     Args:
-        model: built from the checkpoint's configuration; without weights is enough.
+        model: the model of the checkpoint's configuration; weights are not needed.
 
     Raises:
-        ModelError: one has; the message has its name and both shapes.
+        ModelError: a parameter has another size; the message has its name and both shapes.
     """
     for name, parameter in model.named_parameters():
         stored = seen.stored.get(name)
@@ -138,15 +139,15 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
 
 
 def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
-    """Find the beginning of the names of all block tensors, up to the block number.
+    """Return the common prefix of the names of all block tensors, up to the block number.
 
     Args:
-        tensors: a checkpoint's tensors.
+        tensors: tensors of a checkpoint.
         count: number of blocks in the configuration.
-        heads: as `mtp_layers`.
+        heads: number of layers for multi-token prediction, as from `mtp_layers`.
 
     Raises:
-        CheckpointError: no such names, or another number of blocks.
+        CheckpointError: no tensor has such a name, or the tensors have another number of blocks.
     """
     prefix, found = _stack(tensors, count, heads)
     if not found:
@@ -178,11 +179,11 @@ def group_by_block(
 
 
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
-    """Whether a tensor is of the layers for multi-token prediction.
+    """Whether a tensor belongs to the layers for multi-token prediction.
 
     Args:
-        name: the tensor's name, or what it begins with.
-        text: the decoder's configuration, for layers that are numbered on after the blocks.
+        name: name of the tensor, or a prefix of it.
+        text: the decoder's configuration, to find layers whose numbers follow those of the blocks.
     """
     if re.search(r"(^|\.)mtp[._]", name):
         return True
@@ -193,7 +194,7 @@ def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
 
 
 def count_mtp_layers(folder: Path) -> int:
-    """Count the layers for multi-token prediction that a checkpoint has tensors of."""
+    """Return the number of layers for multi-token prediction, or 0 if none has tensors."""
     text = read_decoder(read_config(folder))
     stored = any(is_mtp(name, text) for name in read_checkpoint(folder))
     return max(1, mtp_layers(text)) if stored else 0
@@ -204,9 +205,9 @@ def _fits(numbers: set[int], count: int, heads: int) -> bool:
 
 
 def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str, set[int]]:
-    """Find the prefix of the numbered tensors that are the blocks, and their numbers.
+    """Return the name prefix of the block tensors, and their block numbers.
 
-    Those with the right numbers win over others, unless they are far too small; then the largest.
+    Prefixes with the right numbers win, unless their tensors are far too small; then the largest.
     """
     numbers: dict[str, set[int]] = {}
     sizes: dict[str, int] = {}
@@ -222,7 +223,7 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
         sizes[prefix] = sizes.get(prefix, 0) + tensor.size
     if not numbers:
         return "", set()
-    # Blocks of other modalities, unless the model is an encoder itself (BERT as a decoder).
+    # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).
     ours = {p: n for p, n in sizes.items() if not any(word in p for word in OTHER_STACKS)} or sizes
     least = max(ours.values()) / _SMALLER
     fitting = [p for p in ours if ours[p] >= least and _fits(numbers[p], count, heads)]
@@ -231,7 +232,7 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
 
 
 def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
-    """Refuse counts for which building the configuration alone would fill the memory."""
+    """Raise for counts so large that building the configuration alone would fill the memory."""
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_huge(folder, item, name)
@@ -243,14 +244,14 @@ def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
 
 @contextlib.contextmanager
 def limit_structure(most: int, what: str) -> Iterator[None]:
-    """Stop a model that is built on the meta device meanwhile once it outgrows its checkpoint.
+    """Raise if a model built on the meta device within the context outgrows its checkpoint.
 
     Args:
-        most: numbers in parameters that it may have, as `Checkpoint.most_numbers`.
-        what: what messages call the model.
+        most: largest number of parameters, as `Checkpoint.most_numbers`.
+        what: name of the model in messages.
 
     Raises:
-        ModelError: it has more, or buffers that no checkpoint holds grow beyond any family's.
+        ModelError: the model has more parameters, or more buffer elements than any family has.
     """
     from torch.nn.modules import module as torch_module
 

@@ -1,9 +1,9 @@
-"""Read FP8 checkpoints as plain numbers, one tensor at a time, to measure them.
+"""Dequantise FP8 checkpoints, one tensor at a time, to measure them.
 
-Three layouts say the same thing in other words: a float8 weight times a float32 scale.
+There are three layouts of the same data: a float8 weight times a float32 scale.
 `fp8` (fine-grained, as DeepSeek-V3): ``weight_scale_inv`` holds one factor per tile.
 `compressed-tensors`: ``weight_scale`` holds one factor per tensor, output row or tile.
-`modelopt`: ``weight_scale`` holds one factor per tensor. All factors multiply.
+`modelopt`: ``weight_scale`` holds one factor per tensor. All factors multiply the weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _SCALES = ("weight_scale_inv", "weight_scale")
-# Scales of activations and caches: nothing to multiply when weights are plain numbers.
+# Scales of activations and caches, which dequantised weights do not need.
 _DROPPED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
 
 
@@ -67,7 +67,7 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
     """Return the dtype of a stored tensor.
 
     Raises:
-        CheckpointError: torch cannot hold it.
+        CheckpointError: the dtype is not supported.
     """
     if stored.dtype not in DTYPES:
         raise CheckpointError(f"tensor {stored.name!r} has the unsupported dtype {stored.dtype}")
@@ -78,7 +78,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """Read the values of one stored tensor, in its own dtype.
 
     Raises:
-        CheckpointError: a dtype that torch cannot hold, or a file that became shorter.
+        CheckpointError: the dtype is not supported, or the file became shorter.
     """
     data, dtype = stored.data(), torch_dtype(stored)
     if not data:
@@ -98,7 +98,7 @@ def dequantise(
         block: (rows, columns) of a tile; None infers them from the shapes.
 
     Raises:
-        CheckpointError: the scale fits none of these.
+        CheckpointError: the scale has none of these shapes.
     """
     values, factor = weight.float(), scale.float()
     if factor.numel() == 1:
@@ -136,15 +136,15 @@ def read_plain(
 def dequantise_checkpoint(
     folder: Path, config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and values of an FP8 checkpoint's tensors as plain numbers, one at a time.
+    """Yield the name and the dequantised value of each tensor of an FP8 checkpoint.
 
     Args:
-        folder: the checkpoint.
+        folder: folder of the checkpoint.
         config: its ``config.json``.
-        dtype: of the dequantised weights and of the other floating-point weights.
+        dtype: dtype of the dequantised, bfloat16 and float16 weights; others keep theirs.
 
     Raises:
-        CheckpointError: a float8 weight without its scale, or a scale that does not fit.
+        CheckpointError: a float8 weight has no scale, or the scale does not fit.
     """
     stored = read_checkpoint(folder)
     block = tile_of(config)
@@ -173,7 +173,7 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     """Return the scale of a float8 weight.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the weight has no scale.
     """
     # "x.weight" with "x.weight_scale", and fused experts' "x.up_proj" with "x.up_proj_scale".
     for suffix in ("_scale_inv", "_scale"):
@@ -183,10 +183,10 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the (rows, columns) that share a scale, if the configuration has them.
+    """Return the (rows, columns) of a tile with one scale; None if the configuration has none.
 
     Raises:
-        CheckpointError: they are not two sizes.
+        CheckpointError: the configuration has something other than two positive whole numbers.
     """
     quantisation = _object(config.get("quantization_config"))
     sizes = quantisation.get("weight_block_size")

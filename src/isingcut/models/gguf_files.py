@@ -1,6 +1,6 @@
-"""A GGUF file as the package `gguf` reads it: its metadata, and the tensors of its blocks.
+"""Read GGUF files with the package `gguf`: metadata and tensors of the blocks.
 
-Converted, it is an ordinary bfloat16 Hugging Face folder in the cache.
+`convert_file` makes an ordinary bfloat16 Hugging Face folder of a file, in the cache.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -37,11 +37,11 @@ _BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 
 @dataclass(frozen=True, eq=False)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """Header of a GGUF file: its metadata and tensors.
 
     Attributes:
-        reader: gguf's, with its tensors mapped into memory.
-        tensors: gguf's, by name.
+        reader: reader of the package `gguf`, with memory-mapped tensors.
+        tensors: tensors of the reader, by name.
     """
 
     path: Path
@@ -49,21 +49,21 @@ class GgufHeader:
     tensors: dict[str, Any]
 
     def value(self, key: str) -> Any:
-        """A value of the metadata; None where there is none."""
+        """Return a value of the metadata; None if the key is missing."""
         field = self.reader.fields.get(key)
         return None if field is None else field.contents()
 
     @property
     def big_endian(self) -> bool:
-        """The order of its bytes, seen from a little-endian machine."""
+        """Whether the byte order is swapped: big-endian on a little-endian machine."""
         return bool(self.reader.byte_order == "S")
 
     @property
     def architecture(self) -> str:
-        """Its name in llama.cpp.
+        """Name of the architecture in llama.cpp.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the metadata has no valid name.
         """
         name = self.value("general.architecture")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
@@ -73,10 +73,10 @@ class GgufHeader:
         return name
 
     def number(self, key: str) -> int:
-        """A whole number at least 1 of the architecture's own metadata.
+        """Return a whole number of at least 1 from the architecture's own metadata.
 
         Raises:
-            CheckpointError: it is missing or none.
+            CheckpointError: the value is missing or not such a number.
         """
         full = f"{self.architecture}.{key}"
         value = self.value(full)
@@ -93,11 +93,11 @@ class GgufHeader:
         return found if isinstance(found, int) and found < self.number("block_count") else 0
 
     def check_blocks(self) -> int:
-        """The number of blocks, without the layers for multi-token prediction behind them.
+        """Return the number of blocks, without the layers for multi-token prediction after them.
 
         Raises:
-            CheckpointError: the metadata says another one, or a block lacks a tensor that its like
-                neighbours have.
+            CheckpointError: the metadata has another number, or a block lacks a tensor that blocks
+                of its kind have.
         """
         count = self.number("block_count")
         found: dict[int, set[str]] = {}
@@ -109,8 +109,8 @@ class GgufHeader:
             )
         for extra in range(count - self.mtp_layers, count):
             del found[extra]
-        # The kinds of a hybrid each have tensors that the others lack, so that a block whose
-        # tensors are some of another's is no kind of its own.
+        # In a hybrid, each kind of block has tensors that other kinds lack. So a block that has
+        # only some of another block's tensors is incomplete.
         for block, names in sorted(found.items()):
             for like, others in sorted(found.items()):
                 if names < others:
@@ -122,13 +122,13 @@ class GgufHeader:
 
 
 def block_of(name: str) -> tuple[int, str] | None:
-    """The block that a tensor is in, and its name there; None for one outside all blocks."""
+    """Return a tensor's block and its name in the block; None for a tensor outside all blocks."""
     match = _BLOCK.match(name)
     return None if match is None else (int(match[1]), match[2])
 
 
 PACKED = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""The quantised types that the package `gguf` can pack, the finest first."""
+"""Quantised types that the package `gguf` can pack, the finest first."""
 PLAIN_TYPES = ("F32", "F16", "BF16")
 _STAYS = re.compile(r"norm|bias|conv|router|\bgate\.|gate_inp|wpe|position|A_log|ssm_a")
 
@@ -138,19 +138,19 @@ def packed_type(
 ) -> Any:
     """Return the type of a tensor in a file whose blocks are packed as ``wanted``.
 
-    Outside the blocks that is Q8_0 where ``wanted`` is smaller. Norms, biases, routers and
-    convolutions keep their type, and no tensor gets one of more bits than it has.
+    Outside the blocks, the type is Q8_0. Norms, biases, routers, convolutions and tensors with rows
+    of no multiple of 32 keep their type. No tensor gets a type with more bits than its own.
 
     Args:
-        name: in a GGUF file or in a checkpoint.
-        shape: rows last.
-        own: its type.
-        wanted: one of `PACKED`; "": its own.
-        inside: whether it is in a block.
-        new: it has new values; a type that cannot be packed then gives way to the next smaller.
+        name: name of the tensor in a GGUF file or in a checkpoint.
+        shape: shape of the tensor, with the length of a row last.
+        own: its current type.
+        wanted: one of `PACKED`; "" keeps the current type.
+        inside: whether the tensor is in a block.
+        new: whether it has new values; if its type cannot be packed, the next smaller one is used.
 
     Raises:
-        ArchitectureError: there is no smaller type.
+        ArchitectureError: no type that can be packed is as small.
     """
     import gguf
 
@@ -179,12 +179,12 @@ def read_gguf(path: Path) -> GgufHeader:
     """Read a GGUF file's metadata, and map its tensors.
 
     Raises:
-        CheckpointError: no plain file, no GGUF file, or a damaged or truncated one.
+        CheckpointError: not a regular file, not a GGUF file, or a damaged or truncated one.
     """
     from gguf.gguf_reader import GGUFReader
 
     class Reader(GGUFReader):
-        """Believes no length that the file is too short for."""
+        """Reader that raises an error for lengths beyond the end of the file."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
             found = super()._get(offset, dtype, count, *rest, **more)
@@ -198,16 +198,16 @@ def read_gguf(path: Path) -> GgufHeader:
             warnings.simplefilter("ignore")
             reader = Reader(path)
     except Exception as error:
-        # Its counts and lengths may be any numbers.
+        # Counts and lengths in a damaged file may be any numbers.
         words = one_line(error)
         raise CheckpointError(f"{path} is damaged or no GGUF file: {words}") from error
     return GgufHeader(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def gguf_cache() -> Path:
-    """Where converted files are kept, by their hash: in `$ISINGCUT_CACHE`, else the platform's.
+    """Return the cache of converted files, in `$ISINGCUT_CACHE` or else in the platform's cache.
 
-    Folders of the name ``gguf`` are of versions that completed a file with random numbers.
+    Folders named ``gguf`` are from versions that replaced missing tensors by random numbers.
     """
     home = Path.home()
     if override := os.environ.get("ISINGCUT_CACHE"):
@@ -222,14 +222,14 @@ def gguf_cache() -> Path:
 
 
 def convert_file(path: Path) -> Path:
-    """The folder of the converted file, made on first use; it is named after the content's hash.
+    """Convert a GGUF file on first use; return the folder, which is named by the content's hash.
 
-    Every weight is unpacked to bfloat16: a cut of a quantised file is a plain checkpoint.
+    Every weight is dequantised to bfloat16, so a cut of a quantised file is a plain checkpoint.
 
     Raises:
-        ModelError: not a GGUF file, one that lacks a tensor of its architecture, or of an
-            architecture transformers cannot convert; or the folder was changed since.
-        CheckpointError: a damaged or truncated file.
+        ModelError: the file is not a GGUF file, lacks a tensor of its architecture, or has an
+            architecture that transformers cannot convert; or the folder was changed since.
+        CheckpointError: the file is damaged or truncated.
     """
     regular_file(path, "the GGUF file", ModelError)
     with path.open("rb") as f:
@@ -242,12 +242,12 @@ def convert_file(path: Path) -> Path:
         return _check_unchanged(target, path)
     _count_numbers(path)
     try:
-        # One at a time: what a killed one left has the size of a model, and is cleared.
+        # One process at a time. The lock deletes the large leftovers of a killed process.
         with lock_place(target.parent, inside=True, wait=True):
             if target.is_dir():
-                # Another process has made it meanwhile.
+                # Another process has created it meanwhile.
                 return _check_unchanged(target, path)
-            # Overwriting, because a file system may have no locks.
+            # Overwrite, because a file system may have no locks.
             with atomic_folder(target, overwrite=True) as temporary:
                 unpack_gguf(path, temporary)
     except InputError as e:
@@ -260,7 +260,7 @@ def convert_file(path: Path) -> Path:
 
 
 def _check_unchanged(target: Path, path: Path) -> Path:
-    """The folder of the converted file, once it is known to be as it was made."""
+    """Return the folder of the converted file after checking that it was not changed."""
     changed = foreign_in(target)
     if changed is not None:
         raise ModelError(
@@ -271,7 +271,7 @@ def _check_unchanged(target: Path, path: Path) -> Path:
 
 
 def _count_numbers(path: Path) -> int:
-    """How many numbers the file's tensors hold, once its header and its blocks are whole."""
+    """Return the number of elements in the file's tensors, after checking header and blocks."""
     header = read_gguf(path)
     header.check_blocks()
     return sum(tensor.n_elements for tensor in header.tensors.values())
@@ -281,7 +281,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
 
     Raises:
-        ModelError, CheckpointError: as `convert_file`.
+        ModelError, CheckpointError: as in `convert_file`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -290,7 +290,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with (
         catch_errors(f"{path.name} with transformers"),
-        # One of its progress bars has no switch.
+        # One of transformers' progress bars cannot be turned off.
         contextlib.redirect_stderr(io.StringIO()),
         limit_structure(most_numbers(_count_numbers(path)), path.name),
     ):
@@ -304,7 +304,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         )
     refuse_incomplete(found, path)
     refuse_infinite(model.named_parameters(), path)
-    # With a quantiser attached, `save_pretrained` refuses.
+    # `save_pretrained` fails if a quantiser is attached.
     for trace in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, trace):
             delattr(model, trace)

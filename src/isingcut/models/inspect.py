@@ -1,6 +1,6 @@
-"""What `isingcut inspect` shows: blocks, costs and legal states, without loading weights.
+"""Find blocks, costs and legal states for `isingcut inspect`, without loading weights.
 
-The blocks that stay must be built as they were. The table of fields knows most of what matters. For
+The kept blocks must be built as in the original. The tables in `fields` ensure most of this. For
 the rest (a scale that depends on the depth, a layer that only the first block has), the smaller
 model is built on the meta device next to the whole one, and their blocks are compared module by
 module.
@@ -36,9 +36,9 @@ from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import place
 from isingcut.models.safetensors_files import StoredTensor
 
-# A block's own number is meant to change.
+# Attributes with a block's own number, which a cut changes.
 _NUMBER = re.compile(r"(layer|block)_?(idx|id|index|num|number|block_map)$")
-# So are copies of fields that the table cuts, which the block itself reads at its own number.
+# Copies of fields that a cut changes too; the block reads them at its own number.
 _CUT = {
     *fields.GENERATORS,
     *fields.SLICE,
@@ -50,29 +50,29 @@ _CUT = {
     *fields.MTP,
 }
 _PLAIN = (bool, int, float, str, type(None))
-# States that are tried: runs of neighbours of at most so many blocks.
+# Largest number of adjacent blocks in the states that are tried.
 _LONGEST = 16
 
 
 def check_same_blocks(
     config: dict[str, Any], stack: BlockStack, rows: Sequence[LinearConstraint]
 ) -> None:
-    """Cut the first legal run of blocks from a configuration and compare those that stay.
+    """Cut the first legal run of blocks from a configuration and compare the kept blocks.
 
-    One state tells: every later block has another number then, and the depth is another.
+    One state is enough, because it changes the depth and the number of every later block.
 
     Args:
         config: a checkpoint's ``config.json``.
         stack: the model's blocks.
-        rows: what every state has to obey.
+        rows: constraints that every state must satisfy.
 
     Raises:
-        ArchitectureError: a block would be built otherwise; the message names what differs.
+        ArchitectureError: a kept block would be built differently; the message has the difference.
     """
     removed = _first_legal(len(stack), rows)
     whole = config_object(config)
     if removed is None or whole is None:
-        return  # nothing can go, or code of its own: the proof of the cut is left
+        return  # no block can be removed, or custom code, which the cut's verification checks
     before, after = _build(whole), _build(config_object(cut_config(config, removed)))
     place = find_stack(before).path
     old, new = (list(model.get_submodule(place).children()) for model in (before, after))
@@ -104,7 +104,7 @@ def _build(config: Any) -> nn.Module:
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str:
-    """Explain how two blocks differ; empty if they do not."""
+    """Explain how two blocks differ; return an empty string if they do not."""
     left, right = dict(old.named_modules()), dict(new.named_modules())
     for name in left.keys() ^ right.keys():
         return f"{name} is in only one of them"
@@ -131,7 +131,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _equal(value: Any, found: Any) -> bool:
     if isinstance(value, float) and isinstance(found, float):
-        return math.isclose(value, found, rel_tol=1e-12)  # a scale that was rescaled
+        return math.isclose(value, found, rel_tol=1e-12)  # rescaled scales differ by rounding
     return bool(value == found)
 
 
@@ -143,18 +143,18 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's blocks and which states are legal.
+    """Blocks and legal states of a model.
 
     Args:
-        model_type: the decoder's, for example ``"qwen3_moe"``.
-        stack: its blocks; ``bytes`` are those stored where the checkpoint is there.
-        rows: what every state has to obey.
-        refusal: why no state can be cut; empty where cutting works.
-        quantisation: the quantisation method; empty for plain weights.
+        model_type: model type of the decoder, for example ``"qwen3_moe"``.
+        stack: its blocks; ``bytes`` are stored bytes if the checkpoint has weights.
+        rows: constraints that every state must satisfy.
+        refusal: reason why no state can be cut; empty if cutting works.
+        quantisation: quantisation method; empty for plain weights.
         other_bytes: stored bytes outside the blocks; 0 without weights.
-        parameters: of the whole model, embeddings included.
-        positions: the longest sequence, where the model has a limit.
-        placement: the first and the last block on each device, where there are several.
+        parameters: number of parameters of the whole model, embeddings included.
+        positions: length of the longest sequence, if the model has a limit.
+        placement: first and last block on each device, if there are several.
     """
 
     model_type: str
@@ -168,17 +168,17 @@ class Inspection:
     placement: dict[str, tuple[int, int]]
 
     def rules(self) -> list[str]:
-        """Return the legality rows in words, rows with the same reason together."""
+        """Return the constraints as text, with one line for each reason."""
         names: dict[str, list[str]] = {}
         for row in self.rows:
             names.setdefault(row.reason, []).append(row.name)
         return [f"{', '.join(rows)}: {reason}" for reason, rows in names.items()]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return a header, one row per run of equal neighbours, and the sum, as text.
+        """Return a header, one row per run of equal adjacent blocks, and the total, as text.
 
-        Columns: numbers of the blocks, kind, then for *each* block of the run parameters, active
-        parameters, stored bytes, bytes of KV cache per token and of recurrent state.
+        Columns: block numbers, kind, and for *each* block of the run: parameters, active
+        parameters, stored bytes, bytes of KV cache per token and bytes of recurrent state.
         """
         header: tuple[str, ...] = (
             "blocks",
@@ -214,19 +214,19 @@ def inspect_model(
     memory_limit: str = "",
     cards_per_process: int | None = None,
 ) -> Inspection:
-    """Find a checkpoint's blocks on the meta device and say which states are legal.
+    """Find the blocks of a checkpoint on the meta device, and the legal states.
 
     Args:
-        folder: a Hugging Face folder; only its ``config.json`` is needed, and tensor headers
-            are used for the stored bytes where there are weights.
+        folder: a Hugging Face folder; only its ``config.json`` is needed. If there are weights,
+            their headers give the stored bytes.
         trust_remote_code: allow the model's own code to run.
-        dtype, device, memory_limit, cards_per_process: those of a run.
+        dtype, device, memory_limit, cards_per_process: options as for a run.
 
     Raises:
-        ModelError: transformers cannot build the model, or it has tensors of another number of
-            blocks than its configuration has.
+        ModelError: transformers cannot build the model, or tensors and configuration have
+            different numbers of blocks.
         CheckpointError: the configuration or a header is damaged.
-        ArchitectureError: it has no block stack.
+        ArchitectureError: the model has no block stack.
     """
     seen = check_fit(Path(folder), weights=False)
     model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Load a frozen model from a checkpoint folder, in memory or without weights (a skeleton)."""
+"""Load a frozen model from a checkpoint folder, with or without weights (a skeleton)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 def find_auto_class(config: Any) -> Any:
     """Return the auto class that builds the model in a configuration's ``architectures``.
 
-    Without ``architectures`` it is the causal one, if that knows ``config``. A multimodal model
-    that the image-text-to-text class builds has a text decoder, which is run on text alone.
+    Without ``architectures`` it is the causal class, if this supports ``config``. A multimodal
+    model that the image-text-to-text class builds has a text decoder, which is run on text alone.
 
     Args:
         config: a loaded configuration.
 
     Raises:
-        ArchitectureError: neither knows it.
+        ArchitectureError: neither class supports the configuration.
     """
     import transformers
 
@@ -44,7 +44,7 @@ def find_auto_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
     ]
     remote = getattr(config, "auto_map", None) or {}
-    # The causal class of a multimodal checkpoint may fit its text part alone.
+    # The causal class of a multimodal checkpoint may fit only its text part.
     saved = getattr(config, "architectures", None) or []
     known = [f for f in factories if type(config) in model_classes(f)]
     named = [f for f in factories if f.__name__ in remote]
@@ -68,13 +68,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration with transformers.
 
     Raises:
-        CheckpointError: it is missing or damaged.
-        ModelError: transformers cannot read it.
+        CheckpointError: the configuration is missing or damaged.
+        ModelError: transformers cannot read the configuration.
     """
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
-    # First, as transformers would look for a folder that was deleted on the hub.
+    # Checked first, because transformers would look for a deleted folder on the hub.
     read_config(folder)
     with catch_errors(f"the configuration in {folder}"):
         return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -88,7 +88,7 @@ class LoadedModel:
     """A frozen model in evaluation mode, with its tokenizer and source.
 
     Attributes:
-        device: where its input goes; of several, the first one.
+        device: device of the input; the first one of several.
     """
 
     model: PreTrainedModel
@@ -99,27 +99,27 @@ class LoadedModel:
 
     @property
     def place(self) -> dict[str, str]:
-        """Return the options of `load` for another model on these devices, in this dtype."""
+        """Options of `load` for another model on these devices, in this dtype."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": name_devices(self)}
 
 
 def load(
     folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Load a resolved folder: evaluation mode, no parameter requires a gradient.
+    """Load a model from a resolved folder, in evaluation mode and with frozen parameters.
 
-    Attention is transformers' own choice, SDPA wherever the architecture supports it. FP8
-    checkpoints are loaded with their weights as plain numbers.
+    transformers chooses the attention implementation: SDPA if the architecture supports it. The
+    weights of FP8 checkpoints are dequantised.
 
     Args:
         dtype, device: as in `pick_dtype` and `pick_devices`.
 
     Raises:
-        ModelError: transformers cannot load it; tensors are missing from the checkpoint or have
-            other shapes (transformers would invent them at random with a mere warning), or hold
-            NaN or infinity; the configuration has another number of blocks.
-        CheckpointError: a file is damaged.
-        InputError: unknown dtype or a device that is not there.
+        ModelError: transformers cannot load the model; tensors are missing from the checkpoint or
+            have other shapes (transformers would only warn and use random values); or the
+            configuration has another number of blocks.
+        CheckpointError: a file is damaged, or a tensor has NaN or infinity.
+        InputError: the dtype is unknown or the device does not exist.
     """
     number = pick_dtype(dtype, pick_device(device))
     seen, trust = check_fit(folder), trust_remote_code
@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """Load the tokenizer of a model folder.
 
     Raises:
-        ModelError: it has none, or transformers cannot load it.
+        ModelError: the folder has no tokenizer, or transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
@@ -173,15 +173,15 @@ def load_plain(
     places: Mapping[str, torch.device] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a checkpoint as transformers does; FP8 and MXFP4 weights become plain numbers.
+    """Load a checkpoint as transformers does; FP8 and MXFP4 weights are dequantised.
 
     Args:
-        places: the device of each tensor, or of all (""); they are loaded straight to it, so that
-            several processes of one machine need no host memory for a copy each; None: the CPU.
+        places: device of each tensor, or of all (""); None: the CPU. Tensors are loaded directly to
+            a GPU, so that several processes of one machine need no copy each in host memory.
 
     Returns:
-        the model, and transformers' account of it: tensors that are missing, unexpected or of
-        another shape are for the caller to refuse. Whatever transformers raises passes.
+        the model and transformers' loading info. Callers must check it for tensors that are
+        missing, unexpected or of another shape. Errors of transformers are not converted.
     """
     if fp8_layout(folder, read_config(folder)):
         return load_dequantised(folder, dtype)
@@ -195,7 +195,7 @@ def load_plain(
     if packed.get("quant_method") == "mxfp4":
         from transformers.utils.quantization_config import Mxfp4Config
 
-        # Else what is measured depends on the kernels that are installed.
+        # Otherwise measurements would depend on the installed kernels.
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     model, found = loader.from_pretrained(
         folder,
@@ -206,16 +206,16 @@ def load_plain(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    # Those of accelerate move every layer's input and bring the logits back to the first device.
+    # Hooks of accelerate move the input of every layer, and the logits back to the first device.
     remove_hook_from_module(model, recurse=True)
     stop_rescaling(model)
     return model.eval(), found
 
 
 def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Load an FP8 checkpoint with plain weights; return the model and transformers' loading info.
+    """Load an FP8 checkpoint dequantised; return the model and transformers' loading info.
 
-    Whatever transformers raises passes.
+    Errors of transformers are not converted.
     """
     from transformers import GenerationConfig
 
@@ -232,16 +232,16 @@ def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, A
 
 
 def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Build a checkpoint's model without memory, within the bounds of its tensors.
+    """Build a checkpoint's model without weights, with a size limited by its stored tensors.
 
     Returns:
         the model on the meta device, and its configuration.
 
     Raises:
-        ModelError: transformers cannot build it, or it is larger than its checkpoint.
+        ModelError: transformers cannot build the model, or it is larger than its checkpoint.
     """
     config = load_config(seen.folder, trust_remote_code=trust_remote_code)
-    # Kernels of the quantisation need a GPU; the structure does not.
+    # Quantisation kernels need a GPU, but building the structure does not.
     config.__dict__.pop("quantization_config", None)
     bounds = limit_structure(seen.most_numbers, str(seen.folder))
     with catch_errors(f"the model in {seen.folder}"), bounds, torch.device("meta"):
@@ -250,25 +250,25 @@ def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """Build the model of a checkpoint folder: parameters on the meta device, buffers real.
+    """Build the model of a checkpoint folder: parameters on the meta device, buffers with values.
 
     Args:
-        dtype: of its floating-point parameters, but for those the family keeps in float32.
+        dtype: dtype of floating-point parameters, except those that the family keeps in float32.
 
     Raises:
-        ModelError: transformers cannot build it, its configuration and its tensors do not fit
-            each other, or its weights are packed in a way that can only be loaded whole.
+        ModelError: transformers cannot build the model, configuration and tensors do not match,
+            or the weights are packed in a way that can only be loaded whole.
     """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
     seen = check_fit(folder)
     _refuse_packed(folder, seen.config)
-    # First without any memory, because buffers are real below.
+    # Built on the meta device first, because buffers need memory below.
     config = build_on_meta(seen, trust_remote_code=trust_remote_code)[1]
     config.name_or_path = str(folder)
     with catch_errors(f"the model in {folder}"):
-        # Rotary frequencies and masks are buffers that no checkpoint holds: they are computed.
+        # Buffers are computed, because checkpoints lack those of rotary frequencies and masks.
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = find_auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -298,13 +298,13 @@ _SHOWN = 12
 def explain_nan(
     model: Any, what: str, ids: Sequence[int], removed: Sequence[int] = ()
 ) -> ModelError:
-    """Make the error for a NaN or infinite value of a model.
+    """Return the error for a NaN or infinite value of a model.
 
     Args:
-        what: for example ``"the loss"``.
-        ids: tokens of the text that it was computed on; the first few are shown, as text where the
+        what: name of the value, for example ``"the loss"``.
+        ids: tokens of the text that it was computed on; the first few are shown, as text if the
             model's folder has a tokenizer.
-        removed: blocks that it ran without.
+        removed: blocks that the model ran without.
     """
     name = getattr(model, "name_or_path", "") or type(model).__name__
     first = list(ids[:_SHOWN])

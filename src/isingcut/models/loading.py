@@ -1,4 +1,4 @@
-"""Silence the loaders of libraries, and convert their errors and unfit results to one line."""
+"""Silence libraries that load files, and convert their errors and invalid results to one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _EDGE = 1 << 20
 _LONGEST = 300
-# What these say is a sentence; other errors are little without their name.
+# Errors whose messages are sentences; messages of others are unclear without the class name.
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
 
 
@@ -27,11 +27,11 @@ def catch_errors(what: str) -> Iterator[None]:
     A configuration, a tokenizer or a file can make a library fail in any way.
 
     Args:
-        what: what is read, for example ``"the tokenizer in my-model"``.
+        what: name of what is read, for example ``"the tokenizer in my-model"``.
 
     Raises:
-        ModelError: the library failed; our own errors pass.
-        MemoryExhaustedError: memory is used up.
+        ModelError: the library failed. Errors of isingcut are not converted.
+        MemoryExhaustedError: there is not enough memory.
     """
     try:
         with quiet_transformers(), warnings.catch_warnings():
@@ -40,7 +40,7 @@ def catch_errors(what: str) -> Iterator[None]:
     except IsingcutError:
         raise
     except BaseException as e:
-        # A panic of a library written in Rust is no `Exception`.
+        # A panic of a library written in Rust is not an `Exception`.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise_if_exhausted(e)
@@ -55,7 +55,7 @@ def catch_errors(what: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error as one line of bounded length."""
-    # Torch adds where in its own sources an error was raised.
+    # Torch appends the place in its own sources that raised the error.
     words = " ".join(str(error).split()).partition(" Exception raised from ")[0]
     if not words or not isinstance(error, _SPEAKING):
         words = f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -64,7 +64,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings off the terminal for a while."""
+    """Turn off transformers' progress bars and warnings within the context."""
     from transformers.utils import logging
 
     hf_logging: Any = logging
@@ -80,7 +80,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """Explain that a tensor has another shape than the model's."""
+    """Return the message that a tensor has another shape than the model's."""
     return (
         f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "
         f"{list(wanted)}; the config and the weights do not belong together"
@@ -88,11 +88,11 @@ def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequenc
 
 
 def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
-    """Refuse a model that transformers completed with random numbers.
+    """Raise if transformers replaced tensors of a model by random numbers.
 
     Args:
-        found: its ``output_loading_info``.
-        source: what it was loaded from.
+        found: transformers' loading info (``output_loading_info``).
+        source: file or folder that the model was loaded from.
 
     Raises:
         ModelError: a tensor is missing or has another shape; the message names it.
@@ -108,17 +108,17 @@ def refuse_incomplete(found: Mapping[str, Any], source: Path) -> None:
 
 
 def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -> None:
-    """Refuse weights that are no numbers: every loss after them would be none either.
+    """Raise if weights are NaN or infinite, because every loss would then be invalid.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity; the message names it.
+        CheckpointError: a tensor has NaN or infinity; the message names it.
     """
     import torch
 
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             continue
-        # The sum of finite numbers may overflow; only then each is looked at.
+        # The sum of finite numbers may overflow, so each is checked if the sum is not finite.
         numbers: Any = tensor.detach()
         total = numbers.sum(dtype=torch.float32)
         if not torch.isfinite(total) and not all(

@@ -1,8 +1,8 @@
 """Place a model over several devices: a run of blocks on each, in order.
 
 The embedding is on the first device; the norm after the blocks and the output head are on the last
-one, or on the first if the head is tied to the embedding. Each part of the model moves what it
-receives to its own device, so that a forward pass, `generate` and a backward pass need no more.
+one, or on the first if the head is tied to the embedding. Each part of the model moves its inputs
+to its own device, so that a forward pass, `generate` and a backward pass need no other changes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from isingcut.models.device import allowance
 
 
 def places_of(model: Any) -> dict[str, torch.device]:
-    """Return the device of each part of a placed model, by the part's name; empty for others."""
+    """Return the device of each part of a model, by name; empty for a model on one device."""
     places = getattr(model, "hf_device_map", None) or {}
     return places if len(set(places.values())) > 1 else {}
 
 
 def devices_of(model: Any) -> list[torch.device]:
-    """Return the devices that a model lies on, the first one first."""
+    """Return the devices of a model, in order."""
     return list(dict.fromkeys(places_of(model).values())) or [model.device]
 
 
 def name_devices(loaded: Any) -> str:
-    """Return the devices of a loaded model, or of a replay, as `load` takes them."""
+    """Return the devices of a loaded model or replay as text, in the form that `load` takes."""
     several = dict.fromkeys(places_of(loaded.model).values())
     return ",".join(map(str, several or [loaded.device]))
 
 
 def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
-    """Return the device of each part, so that neighbours stay together.
+    """Return the index of the device of each part; adjacent parts stay together.
 
     Args:
         sizes: bytes of the parts, in order; the first is on the first device, the last on the last.
-        rooms: bytes that each device has for them, in proportion to which they are divided.
+        rooms: free bytes of each device; the parts are divided in proportion to these.
     """
     ends = np.cumsum(rooms, dtype=np.float64) / np.sum(rooms, dtype=np.float64)
     middles = (np.cumsum(sizes) - np.asarray(sizes) / 2) / np.sum(sizes)
@@ -51,12 +51,12 @@ def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
 
 
 def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[str, torch.device]:
-    """Return the device of each part of a model: blocks, what is behind them, and "" for the rest.
+    """Return the device of each part of a model: blocks, modules after them, and "" for the rest.
 
     Args:
-        model: on the meta device is enough.
-        devices: those to use.
-        limit: as in `allowance`, for each device.
+        model: the model; it may be on the meta device.
+        devices: devices to use.
+        limit: memory limit of each device, as in `allowance`.
     """
     stack, text = find_stack(model), language_model(model)
     head = text.get_output_embeddings()
@@ -65,7 +65,7 @@ def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[
     owner = model.get_submodule(stack.path.rpartition(".")[0])
     siblings = list(owner.children())
     after = siblings[siblings.index(model.get_submodule(stack.path)) + 1 :]
-    # Norms are the modules after the blocks that have vectors alone.
+    # Norms are the modules after the blocks that have only vectors as parameters.
     last = [m for m in after if {p.dim() for p in m.parameters()} == {1}]
     last += [] if head is None else [head]
     behind = [names[id(module)] for module in last]
@@ -96,20 +96,20 @@ def _part_of(name: str, places: Mapping[str, torch.device]) -> str:
 
 
 def connect(model: Any, places: Mapping[str, torch.device]) -> None:
-    """Move each part of a model to its device, and let it move what it is called with.
+    """Move each part of a model to its device, and make it move its inputs there.
 
-    A tensor that parts on several devices share is copied to each.
+    A tensor that is shared by parts on several devices is copied to each.
     """
     known = dict[Any, Any]()
     for path, module in model.named_modules() if places else ():
         part, homes = _part_of(path, places), (module._parameters, module._buffers)
         for home in homes:
             home.update(move({**home}, places[part], known))
-        # Of what is in no block, each module that has tensors may be called after the blocks.
+        # Outside the blocks, each module that has tensors may be called after the blocks.
         if part == path != "" or (not part and any(homes)):
             module.__dict__["forward"] = _moving(module.forward, places[part])
     if places:
-        # transformers' name: its Trainer leaves such a model where it is.
+        # An attribute of transformers, whose Trainer does not move a model that has it.
         model.hf_device_map = dict(places)
 
 
@@ -122,11 +122,11 @@ def _moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., 
 
 
 def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) -> Any:
-    """Return a value with its tensors, within tuples, lists and dictionaries too, on a device.
+    """Return a value with its tensors on a device, also those in tuples, lists and dictionaries.
 
     Args:
-        known: what was moved before, to be used again; None: dictionaries are changed in place,
-            because a block may write there for a later one.
+        known: tensors that were moved before, to use again. If None, dictionaries are changed in
+            place, because a block may write there for a later one.
     """
     if isinstance(value, Tensor):
         if value.device == device:
@@ -136,7 +136,7 @@ def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) 
             moved = (
                 value.detach().to(device) if isinstance(value, nn.Parameter) else value.to(device)
             )
-            # The value is kept, so that no other one takes its id.
+            # The original is kept, so that its id is not used again.
             seen[key] = value, as_parameter(moved, value)
         return seen[key][1]
     if isinstance(value, UserDict):
@@ -152,7 +152,7 @@ def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) 
 
 
 def as_parameter(value: Tensor, like: Tensor) -> Tensor:
-    """Return a value as a parameter if another tensor is one."""
+    """Return a value as a parameter if ``like`` is one."""
     if not isinstance(like, nn.Parameter):
         return value
     return nn.Parameter(value, requires_grad=like.requires_grad)

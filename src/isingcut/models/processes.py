@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 4 -m isingcut run MODEL --remove 6 --out DIR
 
-All run the same program on the same model, and each measures its share. Rank 0 alone decides
-what depends on the moment (a timing, what is in the run folder), writes the run folder and
-prints. Bytes go between them by one collective, over gloo on CPUs and GPUs alike: what they
-exchange is small and lies in main memory.
+All run the same program on the same model, and each measures its share. Only rank 0 makes decisions
+that may vary (by a timing, or files in the run folder), writes the run folder and prints. Processes
+exchange bytes by one collective over gloo, on CPUs and GPUs alike, because the data is small and in
+host memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from isingcut.errors import RankError
 
 T = TypeVar("T")
 
-# Waiting for a process that lives has no limit: rank 0 may work alone for days.
+# The wait for a live process has no limit, because rank 0 may work alone for days.
 _ANY_TIME = timedelta(days=3650)
 
 
@@ -57,7 +57,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Join all processes of the launcher, or only this process without one."""
+        """Join all processes of the launcher; without one, return this process alone."""
         if not is_launched():
             return ALONE
         import torch
@@ -70,7 +70,7 @@ class Processes:
             group = dist.new_group(backend="gloo", timeout=_ANY_TIME)
         found = cls(dist.get_rank(), dist.get_world_size(), group)
         if torch.cuda.is_available() and found.local_rank < torch.cuda.device_count():
-            # "cuda" without a number means this one from here on.
+            # From here on, "cuda" without a number means this GPU.
             torch.cuda.set_device(found.local_rank)
         return found
 
@@ -78,7 +78,7 @@ class Processes:
         """Gather the data of all processes, in rank order; every process must call this.
 
         Raises:
-            RankError: a process has failed or is gone.
+            RankError: another process has failed or ended.
         """
         if self.size == 1:
             return [data]
@@ -107,7 +107,7 @@ class Processes:
         return parts
 
     def decide(self, make: Callable[[], T]) -> T:
-        """Return in every process the JSON-able value that rank 0 makes."""
+        """Return the JSON-serialisable value that rank 0 computes, in every process."""
         if self.size == 1:
             return make()
         own = b"" if self.rank else json.dumps(make()).encode()
@@ -120,14 +120,14 @@ class Processes:
 
 
 ALONE = Processes()
-"""One process."""
+"""`Processes` of a single process."""
 
 
-# Last words ---------------------------------------------------------------------------
+# Messages of processes that end ------------------------------------------------------
 
 
 def leave_word(code: int, text: str) -> None:
-    """Tell the other processes why this process ends, and the exit code."""
+    """Store why this process ends, and its exit code, for the other processes."""
     word = {"code": code, "rank": launched_rank(), "host": socket.gethostname(), "text": text}
     with contextlib.suppress(RuntimeError):
         _board().compare_set(_key(), "", json.dumps(word))

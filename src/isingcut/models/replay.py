@@ -39,20 +39,20 @@ from isingcut.models.transformers_private import attention_of
 Part = int | str
 EMBED, HEAD = "embed", "head"
 
-# Memory of a running block besides its input, in residual streams: queries, keys and
-# values, an MLP four times as wide three times over, float32 norms, and all of it for backward.
+# Memory of a running block besides its input, in multiples of the residual stream: queries, keys,
+# values, three MLP tensors of four times the width, float32 norms, and all of it for backward.
 BLOCK_STREAMS = 64
 
 
 class Weights:
-    """The weights of a model in memory, where opening a part costs nothing."""
+    """Store of a model whose weights are in memory, so that opening a part costs nothing."""
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
-        """Open parts in this order, each for one turn of the loop."""
+        """Open parts in this order, each for one iteration of the loop."""
         return iter(order)
 
     def count_sweeps(self) -> float:
-        """Return how often the weights were read so far."""
+        """Return how many times all weights were read from disk so far."""
         return 0.0
 
 
@@ -62,7 +62,7 @@ _HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_
 
 @dataclass
 class BlockCall:
-    """The recorded arguments of a block, with its hidden states separate.
+    """Recorded arguments of a block's call, with the hidden states apart from the others.
 
     Attributes:
         hidden: the residual stream; None once it is no longer needed.
@@ -76,10 +76,10 @@ class BlockCall:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
-        """Make the call of block ``i``.
+        """Create the recorded call of block ``i`` from its arguments.
 
         Raises:
-            ArchitectureError: there are no hidden states where they are expected.
+            ArchitectureError: the arguments have no hidden states in the expected place.
         """
         if args and isinstance(args[0], Tensor):
             return cls(args[0], args[1:], kwargs, keyword=False)
@@ -92,12 +92,12 @@ class BlockCall:
         )
 
     def bring(self, device: torch.device, known: dict[Any, Tensor]) -> None:
-        """Move the arguments to a device; see `move`."""
+        """Drop the hidden states and move the other arguments to a device; see `move`."""
         self.hidden = None
         self.args, self.kwargs = move((self.args, self.kwargs), device, known)
 
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """Call the block with other hidden states."""
+        """Call the block with the recorded arguments and other hidden states."""
         if self.keyword:
             return block(*self.args, hidden_states=hidden, **self.kwargs)
         return block(hidden, *self.args, **self.kwargs)
@@ -109,12 +109,12 @@ def learn_outputs(
     """Run four tokens through a model and inspect the outputs of its blocks.
 
     Returns:
-        for each block, the rest of its output tuple after the stream, None if it returns only the
-        stream; and the bytes of a token's residual stream, at its widest.
+        for each block, its output tuple without the residual stream, or None if it returns only
+        the stream; and the bytes of a token's residual stream, at its widest.
 
     Raises:
-        ArchitectureError: the blocks do not pass one residual stream on, and nothing else; or the
-            model does not run on text alone.
+        ArchitectureError: the blocks do not pass on exactly one residual stream, or the model does
+            not run on text alone.
     """
     ids = torch.zeros((1, 4), dtype=torch.long, device=device)
     streams: list[Tensor] = []
@@ -187,9 +187,9 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
 def _reads_another(
     call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
 ) -> bool:
-    """Whether a block needs a tensor that an earlier one returned with the stream.
+    """Whether a block uses a tensor that an earlier block returned next to the stream.
 
-    Some blocks receive such a tensor and do not use it, so the block runs again without it.
+    Some blocks receive such a tensor and do not use it. So the block runs again without it.
     """
     extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
     if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
@@ -207,9 +207,9 @@ def _reads_another(
 
 
 class _Shared(UserDict[Any, Any]):
-    """A mapping that all blocks receive; records whether one reads what another wrote.
+    """Mapping that all blocks receive; it records whether a block reads what another one wrote.
 
-    Gemma 4 lets the last block of each type write, whether or not a later one reads.
+    In Gemma 4 the last block of each type writes, even if no later block reads.
     """
 
     def __init__(self, value: MutableMapping[Any, Any]) -> None:
@@ -228,7 +228,7 @@ class _Shared(UserDict[Any, Any]):
 
 
 class _StackReached(Exception):
-    """Raised by the last stub: what comes after the blocks is not needed when recording."""
+    """Raised by the last stub, because recording does not need the modules after the blocks."""
 
 
 class Replay:
@@ -236,25 +236,25 @@ class Replay:
 
     Args:
         model: a causal language model; it is put in evaluation mode.
-        blocks: its removable blocks, in order.
-        device: where its input goes; None takes that of its parameters.
-        store: its weights; None: they are in memory.
+        blocks: the model's removable blocks, in order.
+        device: device of the input; None takes that of the parameters.
+        store: store of the weights; None if they are in memory.
 
     Attributes:
         places: the device of each block.
-        text: what of the model is run on token ids (`language_model`).
-        bytes_per_token: of the residual stream, at its widest.
-        attention: how measurements compute attention; None keeps what was loaded.
-        limit: tokens that are computed at a time, as far as the memory is known to hold them.
-        processes: that hold the same model and share its measurements.
-        plain_head: whether the logits are the output of the output map; None before the test.
+        text: the module that is run on token ids (`language_model`).
+        bytes_per_token: bytes of one token's residual stream, at its widest.
+        attention: attention implementation for measurements; None keeps the loaded one.
+        limit: the largest micro-batch that is known to fit the memory.
+        processes: processes that hold the same model and share the measurements.
+        plain_head: whether the logits are the output of a linear layer; None before the test.
 
     Raises:
         ArchitectureError: a block does not take and return one residual stream.
     """
 
     streamed: ClassVar[bool] = False
-    """Whether blocks are read from disk when they are run; then work goes block by block."""
+    """Whether blocks are read from disk when they run; measurements then go block by block."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class Replay:
         stop_rescaling(model)
         self.blocks = list(blocks)
         self.device = device or next(model.parameters()).device
-        # A streamed block has no device; neither has one without weights.
+        # A block that is streamed or has no weights takes the device of the input.
         homes = [next((p.device for p in b.parameters()), self.device) for b in self.blocks]
         self.places = [self.device if home.type == "meta" else home for home in homes]
         self.store = store or Weights()
@@ -284,16 +284,16 @@ class Replay:
 
     @property
     def devices(self) -> int:
-        """Return the number of devices that the blocks are on."""
+        """Number of devices that the blocks are on."""
         return len(set(self.places))
 
     def identity(self) -> dict[str, Any]:
-        """Return a cheap identity of this model, for the fingerprint of a journal."""
+        """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
         parameters = list(self.model.parameters())
         config = getattr(self.model, "config", None)
         return {
             "model": config.to_dict() if config is not None else None,
-            # Of every parameter: a fine-tune may share its first ones with its base.
+            # Of every parameter: a fine-tuned model may share the first ones with its base.
             "starts": [p.flatten()[:8].float().tolist() for p in parameters if not p.is_meta],
             "dtype": str(parameters[0].dtype),
             **({"attention": self.attention} if self.attention else {}),
@@ -304,17 +304,17 @@ class Replay:
         return int(batch.input_ids.numel()) * self.bytes_per_token
 
     def room(self, batch: TokenSet) -> int:
-        """Return the bytes allowed for hidden states between blocks, without the work on one batch.
+        """Return the bytes allowed for hidden states between blocks.
 
-        They are not limited for a model in memory on the CPU. On several devices, each has as many
-        as the fullest one.
+        They are not limited for a model in memory on the CPU. On several devices, the free bytes of
+        the fullest device count for each.
         """
         if self.device.type == "cpu":
             return sys.maxsize
         return self.devices * least_left({self.device, *self.places})
 
     def record(self, input_ids: Tensor) -> Recording:
-        """Record how each block is called for ``input_ids`` (B, T); no block is run."""
+        """Record the call of each block for ``input_ids`` (B, T), without running the blocks."""
         calls: list[BlockCall] = []
         last = len(self.blocks) - 1
 
@@ -341,9 +341,9 @@ class Replay:
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Time each block on one sequence of ``length`` tokens (median seconds).
+        """Return the median seconds of each block on one sequence of ``length`` tokens.
 
-        Of blocks whose tensors have the same names and shapes, the first one is timed.
+        Of blocks whose parameters have the same names and shapes, only the first one is timed.
         """
         kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
@@ -359,7 +359,7 @@ class Replay:
                     recording.block(i, recording.entered)
                     synchronise(self.places[i])
                     times.append(time.perf_counter() - began)
-                # The first one warms up.
+                # The first run is a warm-up.
                 seconds[kinds[i]] = statistics.median(times[1:])
         return [seconds[kind] for kind in kinds]
 
@@ -383,7 +383,7 @@ class Replay:
 def replace_forwards(
     modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
 ) -> Iterator[None]:
-    """Swap the `forward` of modules; an instance attribute set by others (hooks) comes back."""
+    """Replace the `forward` of modules within the context; then restore those set by others."""
     before = [m.__dict__.get("forward") for m in modules]
     try:
         for module, forward in zip(modules, forwards, strict=True):
@@ -398,7 +398,7 @@ def replace_forwards(
 
 
 class Recording:
-    """The calls of all blocks for one micro-batch.
+    """Recorded calls of all blocks for one micro-batch.
 
     Attributes:
         input_ids: (B, T) int64.
@@ -416,9 +416,9 @@ class Recording:
         return hidden.to(self._replay.places[i])
 
     def block(self, i: int, hidden: Tensor) -> Tensor:
-        """Run block ``i``: hidden states (B, T, D) after it from those before it.
+        """Run block ``i`` on hidden states (B, T, D) and return those after it.
 
-        A block on a device of its own moves those before to it.
+        In a model on several devices, each block moves its input to its own device.
         """
         output = self._calls[i].repeat(self._replay.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
@@ -427,7 +427,7 @@ class Recording:
     def logits(self, stream: Tensor, sample: int) -> Tensor:
         """Compute the logits (T, V) of one sample from its stream (T, D) after the blocks.
 
-        One sample at a time, so that the logits of a whole batch never exist at once.
+        Samples are computed one at a time, so that logits of a whole batch never exist at once.
         """
         return self._replay.tail(stream[None], self.input_ids[sample : sample + 1])[0]
 
@@ -435,9 +435,9 @@ class Recording:
 def reuse_freed_memory() -> None:
     """Let glibc keep freed buffers instead of handing them back to the kernel.
 
-    Every block allocates activations of the same few sizes. By default glibc maps each one
-    anew, and the kernel clears its pages again: about a third of the time on a CPU. Does
-    nothing on other C libraries.
+    Every block allocates activations of the same few sizes. By default glibc maps new memory for
+    each one, and the kernel clears its pages. On a CPU this takes about a third of the run time.
+    With other C libraries, this function does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

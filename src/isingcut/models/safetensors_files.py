@@ -1,7 +1,7 @@
-"""Safetensors checkpoints by their headers: named byte extents, no tensor is decoded.
+"""Read and write safetensors checkpoints by their headers, without decoding tensors.
 
-A new checkpoint is a list of stored extents and of slices of them, so neither dtype nor size
-matters.
+A tensor is a named range of bytes. A new checkpoint is a list of stored ranges and of slices of
+them, for any dtype and size.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -27,7 +27,7 @@ from isingcut.models.loading import one_line
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
-"""Bytes that the header of a safetensors file may have at most; the library's own bound."""
+"""Largest header of a safetensors file in bytes; this is the limit of the safetensors library."""
 _OTHERS = {".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"}
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -40,12 +40,12 @@ BITS = {
 }
 """Bits of one element, by the name of its dtype."""
 PLAIN = ("F64", "F32", "F16", "BF16")
-"""The dtypes of plain floating-point weights."""
+"""Dtypes of plain floating-point weights."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: where its bytes are."""
+    """Dtype, shape and byte range of one tensor in a file."""
 
     name: str
     file: Path
@@ -56,16 +56,16 @@ class StoredTensor:
 
     @property
     def packed(self) -> bool:
-        """Whether an element may stand for several weights."""
+        """Whether an element may contain several weights."""
         return not self.dtype.startswith(("F", "BF")) or BITS[self.dtype] < 8
 
     @property
     def most_numbers(self) -> int:
-        """Weights that it can stand for: its own elements, or up to eight packed in a byte."""
+        """Largest number of weights in the tensor: its elements or, if packed, eight per byte."""
         return 8 * self.size if self.packed else math.prod(self.shape)
 
     def data(self, first: int = 0, size: int | None = None) -> bytearray:
-        """Read its bytes, or ``size`` of them from ``first`` on.
+        """Read the bytes of the tensor, or ``size`` of them from byte ``first`` on.
 
         Raises:
             CheckpointError: the file became shorter.
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no such folder or file, or not a JSON object.
+        CheckpointError: the folder or file does not exist, or the file is not a JSON object.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -100,12 +100,12 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Read all tensors of a checkpoint folder, in file order, from the headers alone.
 
     Args:
-        folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards;
-            the single file wins, as in transformers.
+        folder: folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and its
+            shards; the single file wins, as in transformers.
 
     Raises:
-        CheckpointError: no safetensors, or files that are damaged, missing, outside the folder,
-            or that contradict the index.
+        CheckpointError: there are no safetensors, or files are damaged, missing, outside the
+            folder, or contradict the index.
     """
     files = weight_files(folder)
     if not files:
@@ -128,8 +128,8 @@ def weight_files(folder: Path) -> list[Path]:
     A single file wins over an index, as in transformers.
 
     Raises:
-        CheckpointError: the index is damaged or names a shard that is not there, or a file lies
-            elsewhere or is none.
+        CheckpointError: the index is damaged or names a missing shard, or a file is outside the
+            folder or not a regular file.
     """
     if os.path.lexists(folder / SINGLE):
         return [find_contained(folder, SINGLE)]
@@ -172,13 +172,13 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def find_contained(folder: Path, name: str) -> Path:
-    """Return the file ``name`` of ``folder``, if it really lies there.
+    """Return the path of ``name`` in ``folder`` after checking that the file is really there.
 
-    A link may lead inside the folder, or into the ``blobs`` of a Hugging Face cache, which
-    links every file; a link anywhere else would copy a stranger's file into the output.
+    A link may lead inside the folder, or into the ``blobs`` of a Hugging Face cache, in which every
+    file is a link. A link to any other place could copy an unrelated file into the output.
 
     Raises:
-        CheckpointError: the name leaves the folder, or is no regular file.
+        CheckpointError: the file is missing, outside the folder, or not a regular file.
     """
     if not _is_plain(name):
         raise CheckpointError(
@@ -212,7 +212,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     """Read the tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is damaged, or no safetensors file.
+        CheckpointError: the file is damaged, or not a safetensors file.
     """
     regular_file(path, "the weights file", CheckpointError)
     try:
@@ -240,7 +240,7 @@ _BUFFER = 2**20
 
 @dataclass(frozen=True)
 class NewTensor:
-    """One tensor to write: the stored bytes, or ``kept`` of its ``count`` slices on one axis."""
+    """Tensor to write: the stored bytes, or the ``kept`` ones of ``count`` slices on one axis."""
 
     name: str
     source: StoredTensor
@@ -250,7 +250,7 @@ class NewTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape after slicing."""
+        """Shape after slicing."""
         shape = list(self.source.shape)
         if self.axis is not None:
             shape[self.axis] = shape[self.axis] // self.count * len(self.kept)
@@ -258,7 +258,7 @@ class NewTensor:
 
     @property
     def size(self) -> int:
-        """Return the bytes after slicing."""
+        """Number of bytes after slicing."""
         if self.axis is None:
             return self.source.size
         return self.source.size // self.count * len(self.kept)
@@ -273,9 +273,9 @@ def write_checkpoint(
 
     Args:
         folder: an existing empty folder.
-        tensors: what to write, in the order that decides the shards.
-        max_shard_bytes: a shard is closed before it would exceed this; one larger tensor gets
-            a shard of its own.
+        tensors: tensors to write; their order decides the shards.
+        max_shard_bytes: largest size of the tensors in one shard; a larger tensor gets a shard of
+            its own.
         metadata: the header's ``__metadata__``.
 
     Raises:
@@ -308,7 +308,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
     """Write tensors as one safetensors file.
 
     Args:
-        path: the new file, none of those that the tensors are read from.
+        path: the new file; it must not be a file that the tensors are read from.
         metadata: the header's ``__metadata__``.
     """
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
@@ -338,8 +338,8 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
 def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
     """Append ``size`` bytes of ``file`` from ``start`` to a file descriptor.
 
-    Through one small buffer that stays in the processor's cache: on Linux that is faster than
-    `copy_file_range` and `sendfile`, and it works between any two file systems.
+    The bytes pass through one small buffer that stays in the CPU's cache. On Linux this is faster
+    than `copy_file_range` and `sendfile`, and it works between any two file systems.
 
     Raises:
         CheckpointError: the file became shorter meanwhile.
@@ -363,7 +363,7 @@ def _write_all(target: int, data: bytes | memoryview) -> None:
 
 
 def _write_sliced(target: int, tensor: NewTensor) -> None:
-    """Write the kept slices: rows of bytes seen as (outer, count, width)."""
+    """Write the kept slices, with the bytes viewed as an array (outer, count, width)."""
     source, axis = tensor.source, tensor.axis
     assert axis is not None
     outer = int(np.prod(source.shape[:axis], dtype=np.int64))

@@ -1,6 +1,6 @@
 """Resolve a model's name to a local checkpoint folder, without importing torch.
 
-A loaded model that a Python caller passes is saved once, and used as that folder.
+A loaded model that is passed from Python is saved once to a folder, which is then used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _EXPECTED = "expected a local Hugging Face folder, a hub id, a .gguf file or 'sm
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_IGNORE = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*", "runs/*")
 _LOADED = {".json", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt"}
-# Parsed in Python, by a reader without bounds.
+# Files that transformers parses in Python without limits, so they are checked first.
 _READ_BY_TRANSFORMERS = (
     "added_tokens.json",
     "chat_template.json",
@@ -62,8 +62,8 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         weights: also download the weights.
 
     Raises:
-        ModelError: no such model, or it has no safetensors or config.
-        CheckpointError: its config or index is damaged.
+        ModelError: the model does not exist, or has no safetensors or config.
+        CheckpointError: the config or index is damaged.
     """
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
@@ -98,7 +98,7 @@ def is_there(path: Path) -> bool:
     try:
         path.lstat()
     except (OSError, ValueError):
-        # No such file, or a name that no file can have.
+        # The file does not exist, or the name is not valid for a file.
         return False
     return True
 
@@ -113,12 +113,12 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def find_gguf(name: str) -> Path | None:
-    """Return the GGUF file that a model's name stands for; None for a checkpoint."""
+    """Return the GGUF file for a model's name, or None if the name is not that of a GGUF file."""
     if name != PACKAGED:
         path = user_path(name)
         return path if path.suffix.lower() == ".gguf" and path.is_file() else None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        # The package is only ever read as data: importing it would need llama.cpp bindings.
+        # The package is only read as data, because importing it needs llama.cpp bindings.
         distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
         for file in distribution.files or ():
             located = Path(str(distribution.locate_file(file)))
@@ -150,7 +150,7 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
         OfflineModeIsEnabled,
     )
 
-    # The HTTP library's own base class: hub versions are built on different ones.
+    # Base class of the HTTP library's errors; the library differs between hub versions.
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     code = ("*.py",) if trust_remote_code else ()
     files = _HUB_FILES if weights else ("*.json",)
@@ -195,7 +195,7 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
         if is_there(folder / name):
             load_json(folder / name, "the model's", ModelError, infinite=True)
     for path in folder.iterdir():
-        # A pipe would be waited for.
+        # Reading a pipe would block.
         if path.suffix in _LOADED and not path.is_dir():
             regular_file(path, "the model's", ModelError)
     if weights and not weight_files(folder):
@@ -204,12 +204,12 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Return a hash that identifies a checkpoint, with the bytes of its weights.
+    """Return a hash that identifies a checkpoint, and the number of bytes of its weights.
 
-    SHA-256 over the config (less the version of transformers that wrote it) and, per shard, its
-    name, size, safetensors header and first and last MiB: a few MiB are read, whatever the
-    model's size. A change of some middle tensor alone, at equal shapes, is not seen. A model
-    converted from GGUF has the SHA-256 of that file as well.
+    The hash is SHA-256 over the config (without the transformers version) and, of each shard, the
+    name, size, safetensors header and first and last MiB. So only a few MiB of a shard are read. A
+    change only in the middle of a shard, with equal shapes, is not detected. For a model converted
+    from GGUF, the SHA-256 of that file is returned as well.
     """
     digest = hashlib.sha256()
     config = read_config(folder)
@@ -233,7 +233,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
 
 def weights_stamp(folder: Path) -> Any:
-    """Return a stamp that changes with a checkpoint's files: its identity, and their times."""
+    """Return a value that changes with a checkpoint's files: its identity and file times."""
     times = [(shard.name, shard.stat().st_mtime_ns) for shard in weight_files(folder)]
     return times, model_identity(folder)["sha256"]
 
@@ -242,7 +242,7 @@ def check_unchanged(folder: Path, stamp: Any) -> None:
     """Raise if a checkpoint changed since its `weights_stamp`.
 
     Raises:
-        ModelError: it changed; a deleted one passes.
+        ModelError: the checkpoint changed. A deleted one is not an error.
     """
     try:
         changed = weights_stamp(folder) != stamp
@@ -262,8 +262,8 @@ def save_loaded_model(
     """Save a loaded model to a temporary folder within the context; yield its name.
 
     Raises:
-        InputError: not a transformers model, no tokenizer, or a model that cannot be saved.
-        ModelError: saving it failed.
+        InputError: no transformers model, no tokenizer, or a model that cannot be saved.
+        ModelError: saving the model failed.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -306,7 +306,7 @@ def _check_model(given: Any) -> None:
             "them with PEFT (merge_and_unload) and give the merged model"
         )
     quantised = getattr(given.config, "quantization_config", None) is not None
-    # Torch's own quantisation replaces the layers by modules and leaves no other trace.
+    # Torch's own quantisation only replaces layers by modules from its own package.
     packed = any("quantized" in type(module).__module__ for module in given.modules())
     if quantised or packed or getattr(given, "hf_quantizer", None) is not None:
         raise InputError(
@@ -319,7 +319,7 @@ def _check_model(given: Any) -> None:
             f"give the folder it was loaded from, or {advice}"
         )
     for name, module in given.named_modules():
-        # transformers' own record outputs, or act in training alone.
+        # Hooks of transformers itself only record outputs, or act only in training.
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         others = [h for h in hooks if not str(h.__module__).startswith("transformers.")]
         if others or "forward" in vars(module):

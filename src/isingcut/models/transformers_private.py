@@ -1,13 +1,13 @@
-"""All that is used of transformers and is not public.
+"""Uses of private parts of transformers.
 
-What changed there in the versions that are known to work, 5.10 to 5.24:
+Changes of these parts in the versions that are known to work, 5.10 to 5.24:
 
     5.10   renames tensors below a nested model's `base_model_prefix`, an argument that 5.9 lacks
-    5.14   has the conversion `Interleave`, which is more than stacking and joining
-    5.15   `rename_source_key` can go backwards
-    5.16   `Concatenate` may know how many tensors to make of its target again; it joins as before
-    5.17   `GgufConfig`: weights of a GGUF file stay packed unless it says otherwise
-    5.23   `TrainingArguments.activation_checkpointing` is what `gradient_checkpointing` was
+    5.14   new conversion `Interleave`, which does more than stack and concatenate
+    5.15   `rename_source_key` can also rename backwards
+    5.16   `Concatenate` may store into how many tensors to split its target; it joins as before
+    5.17   `GgufConfig`: weights of a GGUF file stay packed unless it sets `dequantize`
+    5.23   `TrainingArguments.activation_checkpointing` replaces `gradient_checkpointing`
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ OLDEST, NEWEST = (5, 10), (5, 24)
 
 
 def model_classes(factory: Any) -> Any:
-    """Return the model classes of an auto class, by those of their configurations."""
+    """Return the model classes of an auto class, by configuration class."""
     return factory._model_mapping
 
 
 def attention_of(model: Any) -> str | None:
-    """Return the name of the attention that a model computes with; None if it has none."""
+    """Return the name of a model's attention implementation; None if it has none."""
     found = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return found if isinstance(found, str) else None
 
@@ -44,7 +44,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def get_unpacking() -> dict[str, Any]:
-    """Return the options of `from_pretrained` that unpack the weights of a GGUF file."""
+    """Return the options of `from_pretrained` that dequantise the weights of a GGUF file."""
     import transformers
 
     packing: Any = getattr(transformers, "GgufConfig", None)
@@ -52,8 +52,8 @@ def get_unpacking() -> dict[str, Any]:
 
 
 def get_checkpointing() -> dict[str, bool]:
-    """Return the options of `TrainingArguments` that compute activations again in the backward
-    pass."""
+    """Return the options of `TrainingArguments` for activation checkpointing (activations are
+    computed again in the backward pass)."""
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -65,13 +65,13 @@ def load_mtp(model: Any, decoder: Any, numbers: Iterable[int]) -> Any | None:
     """Load a model's layers for multi-token prediction (MTP), as `generate(use_mtp=True)` does.
 
     Args:
-        model: as loaded from its folder; it learns ``numbers`` for `generate`.
+        model: a model loaded from its folder; ``numbers`` are also set in it, for `generate`.
         decoder: its causal language model.
-        numbers: of MTP layers that are numbered on after the blocks; its class knows those of
-            released models only.
+        numbers: numbers of MTP layers, if they follow those of the blocks; model classes have only
+            those of released models.
 
     Returns:
-        None if transformers has no code for them.
+        the layers, or None if transformers cannot load them.
     """
     for known in {model, decoder} if numbers else ():
         known._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
@@ -86,17 +86,17 @@ def load_mtp(model: Any, decoder: Any, numbers: Iterable[int]) -> Any | None:
 
 
 class Names:
-    """What each stored tensor is called in a model, and how it gets there.
+    """Names and conversions of stored tensors in a model.
 
     Args:
-        model: without its weights is enough.
-        dtype: the model's.
+        model: the model; its weights are not needed.
+        dtype: dtype of the model.
 
     Attributes:
-        order: the key by which stored names are sorted.
-        converters: the conversion that each pattern belongs to.
-        tensors: the model's, by name.
-        ties: names of tensors that are another one: ``{this: that}``.
+        order: sort key for stored names.
+        converters: the converter of each pattern.
+        tensors: tensors of the model, by name.
+        ties: names of tied tensors: ``{name: name of the tensor that it is tied to}``.
 
     Raises:
         ModelError: this version of transformers has another loader.
@@ -127,7 +127,7 @@ class Names:
         self._widened = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)]
 
     def target(self, stored: str) -> tuple[str, str | None]:
-        """Return the model's name of a stored tensor, and the pattern of its converter."""
+        """Return a stored tensor's name in the model, and the pattern of its converter, if any."""
         name, pattern = self._rename(
             stored, self._renamings, self._converters, self._prefix, self.tensors
         )
@@ -136,7 +136,7 @@ class Names:
         return str(name), pattern
 
     def dtype_of(self, target: str) -> torch.dtype:
-        """Return the dtype that the model has a tensor in."""
+        """Return the dtype of a tensor in the model."""
         import torch
 
         if any(pattern.search(target) for pattern in self._widened):
@@ -144,14 +144,14 @@ class Names:
         return self.tensors[target].dtype
 
     def may_be_extra(self, target: str) -> bool:
-        """Whether a stored tensor without a place in the model is one transformers drops too."""
+        """Whether transformers also ignores a stored tensor that the model does not have."""
         patterns = list(self.model._keys_to_ignore_on_load_unexpected or ())
         # Older versions of many families stored these buffers.
         patterns += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
         return any(re.search(p, target) for p in patterns)
 
     def may_miss(self, target: str) -> bool:
-        """Whether a checkpoint need not hold a tensor: the model computes that buffer itself."""
+        """Whether a checkpoint may lack a tensor, because the model computes this buffer itself."""
         import torch
 
         patterns = self.model._keys_to_ignore_on_load_missing or ()

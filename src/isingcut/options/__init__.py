@@ -1,3 +1,3 @@
-"""Options: `config` every option of a run and of healing, `declaration` how one is declared,
-checked and read from YAML, `spellings` what is typed for them.
+"""Options. `config`: every option of a run and of healing; `declaration`: declare options, check
+values and read them from YAML; `spellings`: parse typed values.
 """

@@ -39,11 +39,11 @@ def _enough(number: int) -> int:
 
 
 LEAST_STATES = 30
-"""The fewest random states that an energy is judged on; with fewer, the correlation is noise."""
+"""Fewest random states to judge an energy on; with fewer, the correlation is noise."""
 RandomStates = Annotated[int, Bounds(ge=0, le=100_000), Then(_enough)]
 PatchTokens = Annotated[int, Bounds(ge=64, le=2**30)]
 TEXT = "wiki=0.75,python=0.25"
-"""Prose and code, readable without a network. A patch fitted on prose alone makes code worse."""
+"""Prose and code, available without a network. A patch fitted on prose alone makes code worse."""
 BATCH_TOKENS = 1024
 """Tokens per micro-batch on a CPU, unless an option sets another number."""
 
@@ -58,12 +58,12 @@ QUICK: dict[str, Any] = {
     "patch_tokens": 16384,
     "skip_speed": True,
 }
-"""The values that `quick` sets for options left at their defaults."""
+"""Values that `quick` sets for options with their default value."""
 
 
 @dataclass(frozen=True)
 class RunConfig(Options):
-    """Options of one run; every field is also a CLI option and a key of `run.yaml`.
+    """The options of one run; every field is also a CLI option and a key of `run.yaml`.
 
     Examples:
         >>> config = isingcut.RunConfig(model="my-model", remove="3")
@@ -254,7 +254,7 @@ class RunConfig(Options):
             """Convert text, numbers and lists to the fields' types."""
 
     def __post_init__(self) -> None:
-        # Python, YAML and older run folders may give true or false.
+        # The value may be a boolean from Python, YAML or an older run folder.
         heal: Any = self.heal
         if isinstance(heal, bool):
             object.__setattr__(self, "heal", "all" if heal else "")
@@ -268,10 +268,11 @@ class RunConfig(Options):
             )
 
     def validate(self) -> RunConfig:
-        """Return these options once they are known to fit together.
+        """Check that these options fit together, and return them.
 
         Raises:
-            InputError: no model, or an option without another that it needs.
+            InputError: no model, a missing option that another needs, or options that exclude
+                each other.
         """
         if not self.model:
             raise InputError("MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'")
@@ -301,7 +302,7 @@ def _method(name: str) -> str:
 
 @dataclass(frozen=True)
 class HealConfig(Options):
-    """Options of healing a cut model; every field is also an option of `isingcut heal`.
+    """The options of healing a cut model; every field is also an option of `isingcut heal`.
 
     Examples:
         >>> isingcut.options.config.HealConfig(method="lora:8").lora_rank
@@ -363,21 +364,21 @@ class HealConfig(Options):
 
     @property
     def last(self) -> int | None:
-        """The number of last blocks to train; None trains all blocks."""
+        """The number of last blocks to train, or None for other methods."""
         return int(self.method[5:]) if self.method.startswith("last:") else None
 
     @property
     def lora_rank(self) -> int:
-        """Rank of the LoRA matrices; 0 for another method."""
+        """The rank of the LoRA matrices; 0 for other methods."""
         return int(self.method[5:] or 16) if self.method.startswith("lora") else 0
 
     @property
     def tunes(self) -> bool:
-        """Whether to tune a fitted patch: not before a training of the same weights."""
+        """Whether to tune a fitted patch; by default only without a training of the weights."""
         return self.patch == "tuned" or (self.patch is None and self.method == "none")
 
     def validate(self) -> HealConfig:
-        """Return these options once they are known to fit together.
+        """Check that these options fit together, and return them.
 
         Raises:
             InputError: options that exclude each other.
@@ -420,7 +421,7 @@ def heal_config(config: RunConfig) -> HealConfig:
 
 
 def patch_config(config: RunConfig) -> HealConfig:
-    """Return the healing options for the patch, which comes before a training by `--heal`."""
+    """Return the healing options for the patch, which is made before the training by `--heal`."""
     return heal_config(config).replace(patch="linear" if config.heal else config.patch)
 
 

@@ -36,7 +36,7 @@ _WRONG = {
     "less_than_equal": "must be at most {le:.0f}, got {shown}",
     "value_error": "{error}",
 }
-"""Our messages for the error types of pydantic."""
+"""Messages for the error types of pydantic."""
 _FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
 _FURTHER |= dict.fromkeys(("typed", "argument"), False)
 
@@ -45,11 +45,11 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
     """Declare a dataclass field that is an option.
 
     Args:
-        default: a value of the field's type; None if the value is decided later.
-        help_: the help text, one line.
-        stage: the first stage of a run that the option can change.
-        further: ``room``: the sub-package whose registry has the option's names; a value may
-            list several, comma-separated. ``typed``: must be given on each command line or call,
+        default: value of the field's type; None if the value is decided later.
+        help_: help text, one line.
+        stage: first stage of a run that the option can change.
+        further: ``room``: sub-package with the registry of allowed names; a value may list
+            several, comma-separated. ``typed``: must be given on each command line or call,
             never in a file. ``argument``: a positional argument. ``metavar``: the name of the
             value in the help. ``bare``: the value of the option when it is typed without one.
     """
@@ -60,7 +60,7 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
 # Pydantic is imported when the first value is checked, so its own annotations cannot be used here.
 @dataclass(frozen=True)
 class Then:
-    """Convert a value of the right type by a function, which raises ValueError to refuse it."""
+    """A function that converts a value of the right type, or rejects it with a ValueError."""
 
     function: Callable[[Any], Any]
 
@@ -71,25 +71,25 @@ class Then:
 
 
 class OptionError(InputError):
-    """An option has a value that it cannot have.
+    """An option has an invalid value.
 
     Args:
-        f: the option.
-        wrong: what is wrong with the value.
+        f: field of the option.
+        wrong: description of the fault.
     """
 
     def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
-        # Messages of `Spelling` classes begin with a colon.
+        # Messages of `Spelling` classes start with a colon.
         self.name, self.wrong = f.name, wrong if wrong.startswith(":") else f" {wrong}"
         super().__init__(flag(f) + self.wrong)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Base of the option classes: every value is checked on construction.
+    """Base of the option classes; every value is checked on construction.
 
     Raises:
-        InputError: one line that names the option, what was expected and what came.
+        InputError: one line with the option, the expected value and the given value.
     """
 
     if TYPE_CHECKING:
@@ -120,14 +120,14 @@ def plain_type(kind: Any, name: str) -> type:
     annotation = _types(kind)[name]
     while inner := get_args(annotation):
         annotation = inner[0]
-    # Literal[...] and `Spelling` are read from text.
+    # Literal[...] and `Spelling` are parsed from text.
     plain = isinstance(annotation, type) and not issubclass(annotation, str)
     return annotation if plain else str
 
 
 @functools.cache
 def _validator(kind: Any, name: str) -> Callable[[Any], Any]:
-    # Not at the top: `--help` only reads the declarations.
+    # Imported here because `--help` does not need it.
     from pydantic import ConfigDict, TypeAdapter
 
     strict = ConfigDict(strict=True, allow_inf_nan=False)
@@ -149,7 +149,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _plain(value: Any, kind: type, default: Any) -> Any:
-    """Convert numbers of any library to Python's; text may also be a number, a path or a list."""
+    """Convert numbers of any library to Python's, and numbers, paths and lists to text."""
     if kind is str:
         return _text(value, default)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -183,13 +183,13 @@ def _text(value: Any, default: str) -> str:
 
 
 def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") -> Kind:
-    """Build an options object from a mapping of names (with dashes or underscores).
+    """Build an options object from a mapping of names (with dashes or underscores) to values.
 
     Args:
-        source: where the values come from, for messages; empty for the command line.
+        source: origin of the values, for messages; empty for the command line.
 
     Raises:
-        InputError: an unknown name (with a suggestion), or a value that the option cannot have.
+        InputError: an unknown name (with a suggestion), a repeated name, or an invalid value.
     """
     known = list(kind.__dataclass_fields__)
     found: dict[str, Any] = {}
@@ -213,13 +213,13 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
 def given_options(
     kind: type[Options], values: Mapping[str, Any], source: str = ""
 ) -> dict[str, Any]:
-    """Check the given options and return only those, after the parts that they name are found.
+    """Check the given options, look up the parts that they name, and return only these options.
 
-    A run folder may name a part of a plug-in that is not installed here, so only the options given
-    now are looked up.
+    A run folder may name a part of a plug-in that is not installed here, so only the parts of the
+    options given now are looked up.
 
     Raises:
-        InputError: as `options_from`, or a name that no registered part has.
+        InputError: as for `options_from`, or no registered part has a given name.
     """
     options = options_from(kind, values, source)
     names = {str(k).replace("-", "_") for k in values}
@@ -236,7 +236,7 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Read options from a YAML file.
 
     Raises:
-        InputError: the file cannot be read, an option that must be typed, or as `given_options`.
+        InputError: the file cannot be read, an option must be typed, or as for `given_options`.
     """
     content = load_yaml(path)
     for f in dataclasses.fields(kind):
@@ -253,9 +253,9 @@ def flag(f: dataclasses.Field[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a short text of any value, for messages."""
+    """Return any value as short text, for messages."""
     if isinstance(value, int) and abs(value) >= 10**60:
-        # Python refuses to write numbers of many thousand digits.
+        # Python does not convert numbers with many thousand digits to text.
         return "a number of more than 60 digits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -270,14 +270,14 @@ _PLAIN_VALUES = {
     "int": r"[-+]?(0|[1-9][0-9]*)",
     "float": r"[-+]?([0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
-"""How a plain value of each type is written; any other value is text."""
+"""Pattern of a plain YAML value of each type; any other value is text."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file of options.
 
     Raises:
-        InputError: not a plain UTF-8 file of at most 64 KiB, not readable as YAML, or no mapping.
+        InputError: not a regular UTF-8 file of at most 64 KiB, not valid YAML, or not a mapping.
     """
     text = read_text(path, "the options file", limit=_LARGEST_YAML)
     try:
@@ -293,7 +293,7 @@ def parse_yaml(text: str) -> Any:
     """Parse one YAML document.
 
     Raises:
-        ValueError: not YAML, an alias, a tag, a name twice, or nested too deeply.
+        ValueError: not valid YAML, an alias, a tag, a repeated name, or nested too deeply.
     """
     # Imported here because `--help` does not need it.
     import yaml
@@ -310,7 +310,7 @@ class Section(Spelling):
     """Options by name: a section of the `--config` file, or ``"{max_steps: 4}"`` typed.
 
     Attributes:
-        values: the options by name; they are checked where they are used.
+        values: options by name; they are checked when they are used.
     """
 
     def __init__(self, text: str = "") -> None:

@@ -14,13 +14,13 @@ from typing import Any
 from isingcut.errors import InputError
 
 LAST_BLOCK = 99_999
-"""The largest block number, and the largest number of blocks, that can be typed."""
+"""Largest block number, and largest number of blocks, that can be typed."""
 
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BYTES = {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
 _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
-# `lazy` is the fake card of the tests.
+# `lazy` is the fake device of the tests.
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _TIMES = {"minutes": 60.0, "min": 60.0, "m": 60.0, "hours": 3600.0, "h": 3600.0}
@@ -30,7 +30,7 @@ _MOST_TOKENS = 1e12
 
 
 class Spelling(str):
-    """A typed text with its parsed meaning; an empty text means nothing.
+    """A typed text with its parsed values; an empty text sets nothing.
 
     Subclasses set attributes from the text.
 
@@ -56,14 +56,14 @@ class Quantity:
     """A quantity that a budget can limit.
 
     Attributes:
-        cost: the key of a block's cost.
-        whole: the key of the total that a share refers to; empty for the sum over the blocks.
-        units: the units of an amount, in lower case.
-        unit: the unit that messages use.
-        early: known from the model's configuration, before its weights are read.
-        packed: of the model in a GGUF type, which `isingcut run` chooses by measurement; an amount
-            is then an upper limit.
-        context: whether the keys and values of a context count.
+        cost: key of a block's cost.
+        whole: key of the total that a share refers to; empty for the sum over the blocks.
+        units: units of an amount, in lower case.
+        unit: unit in messages.
+        early: whether it is known from the model's configuration, before its weights are read.
+        packed: whether it is of the model in a GGUF type, which `isingcut run` chooses by
+            measurement; an amount is then an upper limit.
+        context: whether it includes the keys and values of a context.
     """
 
     cost: str
@@ -86,14 +86,14 @@ QUANTITIES = {
 }
 """The quantities of a `--budget`.
 
-Shares of parameters and bytes are of the whole model, embeddings included; shares of the KV cache
-and of latency are of the blocks' sum, that of decoding of the bytes that the original reads.
+Shares of parameters and bytes refer to the whole model, embeddings included; shares of the KV cache
+and of latency to the sum over the blocks; shares of decoding to the bytes that the original reads.
 """
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One part of a `--budget`: a quantity with a share or an amount, at a number of tokens."""
+    """One part of a `--budget`: a quantity with a share or an amount, for a context in tokens."""
 
     name: str
     share: float | None
@@ -106,11 +106,11 @@ class Budget:
 
 
 class Removal(Spelling):
-    """How many blocks to remove: ``"8"``, ``"4..15"``, or by kind, ``"attention=2,moe=3"``.
+    """The number of blocks to remove: ``"8"``, ``"4..15"``, or by kind, ``"attention=2,moe=3"``.
 
     Attributes:
-        counts: the numbers of blocks, one or a range; empty if `kinds` is set.
-        kinds: the number of blocks of each kind.
+        counts: numbers of blocks, one or a range; empty if `kinds` is set.
+        kinds: number of blocks of each kind.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -142,13 +142,13 @@ class Removal(Spelling):
 
 
 class Budgets(Spelling):
-    """How much to remove at least: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
+    """The least removal: a share ``"params=25%"``, or amounts ``"bytes=1.5GB,kv=3kB"``.
 
-    Or the most that a packed model may take: ``"file=90MB"``, ``"memory=2GB@8k"``.
+    Or the largest size of a packed model: ``"file=90MB"``, ``"memory=2GB@8k"``.
 
     Attributes:
         parts: one `Budget` per quantity.
-        packed: whether they are of a packed model.
+        packed: whether the quantities are of a packed model.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -227,7 +227,7 @@ class BlockList(Spelling):
     """Block numbers: ``"0,1,5-8"``, separated by commas, spaces or lines, in brackets or not.
 
     Attributes:
-        numbers: ascending, without duplicates.
+        numbers: block numbers, ascending, without duplicates.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -246,7 +246,7 @@ class BlockList(Spelling):
 
 
 class Training(Spelling):
-    """How long to heal: ``"5Mtokens"``, ``"10min"``, or the whole text (``"all"`` or empty).
+    """The length of the healing: ``"5Mtokens"``, ``"10min"``, or all text (``"all"`` or empty).
 
     Attributes:
         tokens, seconds: at most one of them is not None.
@@ -257,7 +257,7 @@ class Training(Spelling):
         self.seconds: float | None = None
         if text.strip().lower() in ("", "all"):
             return
-        # "m" is minutes, but "M" is not: 5M may mean tokens.
+        # "m" means minutes, but "M" does not, because 5M may mean tokens.
         units = r"(?:[kmgKMG]?\s*(?i:tokens|token|tok))|(?i:minutes|min|hours|h)|m"
         amount, unit = _read_limit(text, units)
         if unit.lower() in _TIMES:
@@ -273,7 +273,7 @@ class Training(Spelling):
 
 
 class Device(Spelling):
-    """The name of a device, as torch writes it, or of several, separated by commas."""
+    """The torch name of a device, or of several devices, separated by commas."""
 
     def __init__(self, text: str = "auto") -> None:
         if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}}(,\1:\d{{1,3}})*)?", text):
@@ -281,7 +281,7 @@ class Device(Spelling):
 
 
 def _read_limit(text: str, units: str) -> tuple[float, str]:
-    """Parse an amount and its unit, one of a pattern; 0 if the text is neither."""
+    """Parse an amount and a unit that matches the pattern ``units``; (0, "") if this fails."""
     match = re.fullmatch(rf"{_AMOUNT}({units})", text.strip())
     return (float(match[1]), match[2]) if match else (0.0, "")
 
@@ -314,7 +314,7 @@ def _measure(
 
 
 def _read_bounded(digits: str) -> int:
-    # The length comes first: Python refuses to convert many thousand digits.
+    # Check the length first: Python does not convert many thousand digits.
     if len(digits.lstrip("0")) > len(str(LAST_BLOCK)):
         raise InputError(f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}")
     return int(digits)

@@ -1,7 +1,7 @@
-"""Run folders to pages; files only, no torch.
+"""Reports and model cards, made from the files of a run folder without torch.
 
-`run_files` reads the files of a removal, as `files.documents`; `write` lays them out as report.md,
-.json and .html, and several runs as one page; `card` writes the model card. The sentences of all
-are in `templates/words.j2`; `words` renders them, and the pages. `rows`: figures of several models;
-`figures`: states, methods and charts.
+`run_files`: the files of one removal; `write`: report.md, .json and .html, and one page for several
+runs; `card`: the model card; `words`: sentences (all are in `templates/words.j2`) and rendered
+templates; `rows`: figures of several models; `states`: the states and methods of a removal;
+`figures`: the map of states, h, J and charts; `plots`: scales, marks and plots.
 """

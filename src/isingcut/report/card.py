@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: what was removed, how, from what, how it was patched and healed.
+"""The model card of a checkpoint: original, removed blocks, choice, patch and healing.
 
-files of a run -> parts, kept in the checkpoint's own record -> README.md, again after a healing
+files of a run -> parts, stored in the checkpoint's record -> README.md, rewritten after a healing
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ PAPER_ENERGY = "empirical-fisher"
 def card_parts(
     folder: Path, target: Path, removed: Sequence[int], loads_with: str = PLAIN_CLASS
 ) -> CardParts:
-    """What the card of a cut says.
+    """Collect the parts of the model card of a cut.
 
     Args:
         folder: the run folder, with its `run.json`.
-        target: where the files of this removal are.
-        removed: blocks that are removed, as the original numbers them.
-        loads_with: the class of transformers that loads the checkpoint.
+        target: the folder with the files of this removal.
+        removed: removed blocks, numbered as in the original.
+        loads_with: name of the transformers class that loads the checkpoint.
 
     Raises:
-        StageFileError: `run.json` is missing, or a file that is there is damaged.
+        StageFileError: `run.json` is missing, or an existing file is damaged.
     """
     files = RunFiles(folder, target)
     provenance, base, ranking = files.run.provenance, hub_id(files.model), files.candidates
@@ -61,7 +61,7 @@ def card_parts(
         energy += f"{linear if files.run.config.linear else ''}."
     return CardParts(
         base_model=base,
-        # A local path says nothing to others, and something about its owner.
+        # A local path is useless to others, and may contain private names.
         name=base or Path(files.model).name,
         removed=list(removed),
         total=len(files.blocks),
@@ -76,10 +76,10 @@ def card_parts(
 
 
 def kept_parts(checkpoint: Path) -> CardParts | None:
-    """The parts that the record inside a checkpoint keeps; None where there are none.
+    """Read the card parts in the record of a checkpoint; return None if it has none.
 
     Raises:
-        StageFileError: they are not what a card is made of.
+        StageFileError: the record is invalid.
     """
     record = checkpoint / "isingcut.json"
     found = load_json(record, "the record of the cut", StageFileError) if record.is_file() else {}
@@ -89,11 +89,11 @@ def kept_parts(checkpoint: Path) -> CardParts | None:
 
 
 def model_card(parts: CardParts, healing: HealingFile | None = None, **measured: Any) -> str:
-    """The README.md of a checkpoint: YAML front matter, what was removed, how, from what.
+    """Render the README.md of a checkpoint, with its YAML front matter.
 
     Args:
-        healing: of the checkpoint, once it is healed.
-        measured: of `gguf_card`.
+        healing: record of the healing, if the checkpoint is healed.
+        measured: scores of the GGUF file, from `gguf_card`.
     """
     healed = "" if healing is None else _healed_section(healing)
     patch = parts.patch
@@ -102,8 +102,8 @@ def model_card(parts: CardParts, healing: HealingFile | None = None, **measured:
     given = {"card": parts, "patch": patch, "healed": healed, "scores": None, **measured}
     metadata = ModelCardData(
         base_model=parts.base_model,
-        # The hub knows adapter, merge, quantized and finetune. A cut has all its weights, in a
-        # shape of its own; beside a GGUF file the hub would otherwise infer "quantized".
+        # The hub has adapter, merge, quantized and finetune. A cut has all its weights, in a
+        # shape of its own; next to a GGUF file the hub would otherwise infer "quantized".
         base_model_relation=parts.base_model and "finetune",
         library_name="gguf" if given["scores"] else "transformers",
         pipeline_tag="text-generation",
@@ -113,7 +113,7 @@ def model_card(parts: CardParts, healing: HealingFile | None = None, **measured:
 
 
 def gguf_card(files: RunFiles) -> str:
-    """The card of `model.gguf`, with its scores; empty if it was not measured."""
+    """Render the card of `model.gguf` with its scores; empty if it was not measured."""
     found = files.evaluation
     if files.removal is None or files.removal.card is None or found is None or not found.gguf:
         return ""
@@ -125,10 +125,10 @@ def gguf_card(files: RunFiles) -> str:
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:
-    """The scores of the final model and of its GGUF file, for the `model-index` of a card.
+    """Return the scores of the final model and its GGUF file, for the `model-index` of a card.
 
-    `.eval_results/` is not for them: the hub has it for registered benchmarks as a whole, and not
-    for samples of them or for other text.
+    `.eval_results/` is not suitable: on the hub it is for whole registered benchmarks, not for
+    samples of them or for other text.
     """
     source = "" if files.calibration is None else describe_source(files.calibration.source)
     rows = [row for row in files.scores if row.key.endswith(("perplexity", "kl"))]
@@ -140,7 +140,7 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
             dataset_type=(text := row.label if row.notes else row.part or source),
             dataset_name=text,
             metric_type=row.notes[0] if row.notes else row.key.rpartition(": ")[2],
-            # The hub sorts by the value, which has no place for an error.
+            # The hub sorts by the value, which cannot hold an error, so the name has it.
             metric_name=f"{', '.join(row.notes) or row.label} ({model}): {row.text(model)}",
             metric_value=value.figure,
         )
@@ -151,11 +151,11 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
 
 
 def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str:
-    """The README.md of a checkpoint after a healing.
+    """Render the README.md of a checkpoint after a healing.
 
     Args:
-        parts: of its cut; None where that is another tool's, or an older isingcut's.
-        card: the README.md of the cut, to which a section is added then.
+        parts: card parts of the cut; None if another tool or an older isingcut wrote it.
+        card: README.md of the cut; without ``parts``, a section on the healing is added to it.
     """
     if parts is not None:
         return model_card(parts, healing)

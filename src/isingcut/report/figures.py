@@ -1,7 +1,7 @@
 """The figures of a report: the map of low-energy states, h, J and the charts.
 
-The map, the fields h and the couplings J are stretched over the same columns of the page, so that
-one block stands in one line.
+The map, the fields h and the couplings J have the same columns on the page, so that a block is at
+the same horizontal position in all three.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from isingcut.report.words import join_blocks, sentence
 # The block axis -----------------------------------------------------------------------
 
 MAP_ROWS = 20
-# A few couplings are many times the rest: colour is full at this quantile of |J|, and grows like
-# a root below it, so that the pattern of the others can be seen.
+# A few couplings are much larger than the rest. Colour is full from this quantile of |J| on and
+# grows with this power of |J| below it, so that the smaller couplings are visible.
 SATURATION, ROOT = 0.95, 0.6
 
 
 def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]], Scale]:
-    """The lowest states, the chosen one in any case, with their `dots`; the margin's scale."""
+    """Return the lowest states and the chosen one, each with its `dots`, and the margin's scale."""
     candidates = states.of("candidate")
     shown = [s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen] + states.of("named")
     scale = margin_scale(files, shown)
@@ -39,7 +39,7 @@ def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]
 
 
 def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
-    """The scale, in percent of the margin's width, of measured losses and comparable energies."""
+    """Make the scale of measured KL and comparable energies, in percent of the margin's width."""
     losses = [state.kl for state in states if state.kl is not None]
     values = [end for kl in losses for end in (kl.low, kl.high)]
     if files.comparable:
@@ -48,7 +48,7 @@ def margin_scale(files: RunFiles, states: list[KnownState]) -> Scale:
 
 
 def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
-    """Where the marks of one state are in the margin: custom properties in percent."""
+    """Return the positions of a state's marks in the margin, as CSS properties in percent."""
     style = []
     if energies and state.energy is not None:
         style.append(f"--e:{scale(state.energy)}%")
@@ -58,18 +58,18 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
 
 
 def block_ticks(n: int) -> list[int]:
-    """Blocks whose numbers stand along the axis, at most nine."""
+    """Return the block numbers to print along the axis, at most nine."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if n <= 9 * s)
     return list(range(0, n, step))
 
 
 def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
-    """Draw the own terms h_i as bars: logarithmic where all are positive and differ much.
+    """Draw the fields h_i as bars, on a logarithmic scale if all are positive and differ much.
 
     Returns:
-        ``bars``, the top and height of each in percent; ``ticks``, the labels of the vertical
-        axis with their place from the top in percent; ``log``, whether it is logarithmic;
-        ``words``; ``rows`` of block, kind and figure with its error.
+        ``bars``, the top and height of each bar in percent; ``ticks``, the labels of the vertical
+        axis with their distance from the top in percent; ``log``, whether the axis is logarithmic;
+        ``words``, a description; ``rows`` of block, kind and figure with its error.
     """
     h = energy.h.tolist()
     scale = span(h, 96.0, 6.0, log=True)
@@ -96,10 +96,10 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     """Draw the couplings J_ij as a heat map.
 
     Returns:
-        ``cells``, rows of a class (``p`` above 0, ``n`` below, ``d`` the diagonal) and its
+        ``cells``, rows of pairs: CSS class (``p`` above 0, ``d`` the diagonal, else ``n``) and
         opacity; ``full``, the |J| from which on the colour is full; ``beyond``, the number of
-        pairs above it; ``legend``, values along the colour bar with their opacity; ``strongest``
-        pairs (i, j, text); ``words``.
+        pairs above it; ``legend``, values along the colour bar with their opacity; ``strongest``,
+        the pairs of largest |J|, at most 200, as (i, j, text); ``words``, a description.
     """
     n, coupling, errors = energy.n, energy.J, energy.J_error
     rows, columns = np.triu_indices(n, 1)
@@ -136,14 +136,14 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
 # Charts -------------------------------------------------------------------------------
 
 MOST_MARKS = 200
-"""Of a long training's losses so many are marked; the line goes through all."""
+"""Maximum number of marked losses of a training; the line goes through all losses."""
 
 
 def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
-    """One energy against the measured KL of candidates and random states.
+    """Plot one energy against the measured KL of candidates and random states.
 
     Args:
-        name: of the energy, which is measured and judged.
+        name: name of the energy, which is in `RunFiles.energies` and `RunFiles.judged`.
     """
     energy, found = files.energies[name], files.judged[name].kl
     both = [*states.of("random"), *states.of("candidate")]
@@ -188,7 +188,7 @@ def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
 
 
 def healing_figure(healing: HealingFile) -> Figure:
-    """The training loss of the cut model over the tokens it was healed with."""
+    """Plot the training loss of a healing over its tokens."""
     steps, title = healing.steps, "Loss while healing"
     if not steps:
         return Figure("healing", title, "No training: the record holds no losses.")
@@ -207,15 +207,15 @@ def healing_figure(healing: HealingFile) -> Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """What quality is traded for.
+    """The horizontal axis of a trade-off figure: the kept share of a cost, or the decode speed.
 
     Attributes:
-        key: of the figure.
-        title: of the figure.
-        label: of the axis.
-        sign: after a figure.
-        whole: where the original is.
-        cost: of a block, whose kept share is the axis; without one it is the speed measured.
+        key: HTML id of the figure.
+        title: heading of the figure.
+        label: label of the axis.
+        sign: unit that follows a figure.
+        whole: position of the original.
+        cost: block cost whose kept share is the axis; empty for the measured decode speed.
     """
 
     key: str
@@ -226,13 +226,13 @@ class Axis:
     cost: str = ""
 
     def total(self, files: RunFiles) -> float:
-        """The cost of the whole model; 0 where it has none."""
+        """Return the cost of the whole model; 0 if it has no such cost."""
         if self.cost == "parameters":
             return files.run.blocks.total_parameters
         return float(sum(getattr(b, self.cost) for b in files.blocks))
 
     def place(self, files: RunFiles) -> float | None:
-        """Where a removal is; None where that was not measured."""
+        """Return the position of a removal on the axis, or None if it was not measured."""
         best, found = files.best, files.evaluation
         if best is None:
             return None
@@ -244,7 +244,7 @@ class Axis:
         return rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
 
     def plot(self, points: Sequence[Point]) -> Plot:
-        """Empty axes over all points and the original."""
+        """Make an empty plot with axes that cover all points and the original."""
         return Plot(
             x_span([self.whole, *(p.at for p in points)]),
             y_span([0.0, *(p.loss.high for p in points)], zero=True),
@@ -262,14 +262,14 @@ AXES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One removal on a trade-off.
+    """One removal in a trade-off figure.
 
     Attributes:
-        at: place along the horizontal axis.
-        loss: measured KL of the chosen state, or the ground state's energy where none is measured.
-        measured: the loss is a measurement.
-        removal: whose point it is.
-        removed: its blocks.
+        at: position on the horizontal axis.
+        loss: measured KL of the state, or the ground state's energy if no KL was measured.
+        measured: whether ``loss`` is a measured KL.
+        removal: files of the removal.
+        removed: removed blocks.
     """
 
     at: float
@@ -280,10 +280,10 @@ class Point:
 
 
 def points_of(files: RunFiles, axis: Axis) -> list[Point]:
-    """All removals of a run that can be placed.
+    """Return the points of all removals of a run that have a position on the axis.
 
-    A removal that is not measured is placed at its ground state's energy where that is in nats
-    per token, and left out otherwise.
+    A removal without a measured KL has its ground state's energy as its loss if that is in nats
+    per token, and is left out otherwise.
     """
     points = []
     for removal in files.removals:
@@ -296,11 +296,11 @@ def points_of(files: RunFiles, axis: Axis) -> list[Point]:
 
 
 def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[float, float]]:
-    """The points that no other beats: further to the good side at no greater loss, left to right.
+    """Return the Pareto front from left to right: no other point has a better position and loss.
 
     Args:
-        points: place and loss.
-        more: a greater place is better (speed); else a smaller one (what is kept).
+        points: pairs of position and loss.
+        more: whether a larger position is better (speed), else a smaller one (kept share).
     """
     best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (-p[0] if more else p[0], p[1])):
@@ -310,7 +310,7 @@ def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[fl
 
 
 def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
-    """Measured KL of all removals of a run against what is left, and the front of the best."""
+    """Plot the KL of all removals of a run against an axis, with the Pareto front."""
     if axis.cost and not axis.total(files):
         return Figure(axis.key, axis.title, sentence("no_cost"))
     points = points_of(files, axis)

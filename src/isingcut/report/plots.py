@@ -1,10 +1,10 @@
 """Scales, marks and plots. A template draws them as SVG, and the page's CSS colours them.
 
-Why not a plotting library: the page has to stay readable without scripts, to print, to change
-between light and dark without being drawn again, to give every mark a name and a place in the
-keyboard's order, and to share one block axis between a table, bars and a matrix. The bundles
-that fit 3 MB (plotly.js basic, bokeh, vega) draw in the browser, to canvas or to SVG with fixed
-colours, and take 0.8 to 1.3 MB a page; these charts take a few kB and need no dependency.
+Why not a plotting library: the page must be readable without scripts, be printable, switch between
+light and dark without redrawing, give every mark a name and a position in the keyboard order, and
+use one block axis for a table, bars and a matrix. The library bundles below 3 MB (plotly.js basic,
+bokeh, vega) draw in the browser, to canvas or to SVG with fixed colours, and take 0.8 to 1.3 MB per
+page; these charts take a few kB and need no dependency.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 34.0, 50.0
 
 @dataclass(frozen=True)
 class Scale:
-    """A value's place along an axis, linear or logarithmic.
+    """A map from values to coordinates along an axis, linear or logarithmic.
 
     Args:
         low: value at ``start``.
         high: value at ``end``.
         start: coordinate of ``low``.
         end: coordinate of ``high``.
-        log: logarithmic; ``low`` must be above 0.
+        log: whether the scale is logarithmic; ``low`` must then be above 0.
     """
 
     low: float
@@ -39,7 +39,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The coordinate of ``value``; values outside stay at the ends."""
+        """Return the coordinate of ``value``; values outside the scale are clipped to its ends."""
         low, high, value = (
             (math.log(self.low), math.log(self.high), math.log(max(value, self.low)))
             if self.log
@@ -49,7 +49,7 @@ class Scale:
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """About ``count`` round values inside the axis."""
+        """Return about ``count`` round values within the scale."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -73,14 +73,15 @@ class Scale:
 def span(
     values: Iterable[float], start: float, end: float, *, zero: bool = False, log: bool = False
 ) -> Scale:
-    """A scale that shows all values with a little air.
+    """Make a scale that covers all values, with a small margin.
 
     Args:
-        values: what is shown; values that are not finite are left out.
+        values: values to cover; those that are not finite are ignored.
         start: coordinate of the low end.
         end: coordinate of the high end.
-        zero: include 0 (a linear scale begins or ends there exactly).
-        log: logarithmic where every value is above 0 and they span more than a factor of 12.
+        zero: whether to include 0 (a linear scale begins or ends exactly there).
+        log: whether to use a logarithmic scale if all values are above 0 and span more than a
+            factor of 12.
     """
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(shown), max(shown)
@@ -101,7 +102,7 @@ def span(
 
 
 def tick_text(ticks: Sequence[float]) -> list[str]:
-    """Axis labels with as many decimals as tell the ticks apart."""
+    """Format axis labels, with enough digits to tell the ticks apart."""
     if not ticks:
         return []
     large = max(abs(t) for t in ticks)
@@ -128,8 +129,8 @@ class Plot:
     Args:
         x: horizontal scale.
         y: vertical scale.
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
     """
 
     x: Scale
@@ -141,7 +142,7 @@ class Plot:
 
     @property
     def ticks(self) -> list[list[tuple[float, str]]]:
-        """Places and labels along both axes."""
+        """Coordinates and labels of the ticks, for each axis."""
         both = [(axis, axis.ticks()) for axis in (self.x, self.y)]
         return [list(zip(map(axis, v), tick_text(v), strict=True)) for axis, v in both]
 
@@ -160,14 +161,14 @@ class Plot:
         error: float | None = None,
         state: int | None = None,
     ) -> None:
-        """Add a mark that can be pointed at and reached with the arrow keys.
+        """Add a mark with a tooltip, which the pointer and the arrow keys can reach.
 
         Args:
-            x, y: its place, in data coordinates.
-            tip: what it says; lines are separated by newlines.
-            kind: its CSS class.
+            x, y: position in data coordinates.
+            tip: tooltip text; lines are separated by newlines.
+            kind: CSS class.
             shape: ``dot``, ``ring`` or ``diamond``.
-            error: the standard error of ``y``.
+            error: standard error of ``y``.
             state: number of the state that a click shows.
         """
         ends = None if error is None else (self.y(y - error), self.y(y + error))
@@ -177,17 +178,17 @@ class Plot:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its name, what it says in words, and its data.
+    """A chart with its heading, its description and its data.
 
     Attributes:
-        key: its id on the page.
-        title: its heading.
-        words: what it shows, in a sentence or two.
-        plot: the chart, or None where its data are not there; ``words`` then says why.
-        label: of the chart, for screen readers; ``words`` follow it.
-        columns: of the data table.
-        rows: of the data table.
-        legend: pairs of a CSS class of the key and its meaning.
+        key: HTML id.
+        title: heading.
+        words: description in a sentence or two.
+        plot: the chart, or None without data; ``words`` is then the reason.
+        label: chart label for screen readers, which ``words`` follow.
+        columns: headings of the data table.
+        rows: rows of the data table.
+        legend: pairs of a CSS class and its meaning.
     """
 
     key: str
@@ -201,16 +202,16 @@ class Figure:
 
 
 def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:
-    """Where a value and its interval stand on a scale in percent, as properties for the CSS."""
+    """Return the positions of a value and its interval in percent, as CSS properties."""
     a, b = scale(low), scale(high)
     return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
 
 
 def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
-    """A horizontal scale of a chart."""
+    """Make the horizontal scale of a chart."""
     return span(values, LEFT, WIDTH - RIGHT, zero=zero, log=log)
 
 
 def y_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:
-    """A vertical scale of a chart."""
+    """Make the vertical scale of a chart."""
     return span(values, HEIGHT - BOTTOM, TOP, zero=zero, log=log)

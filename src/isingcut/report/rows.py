@@ -1,6 +1,6 @@
-"""The figures of several models as typed rows; terminal, pages and card only lay them out.
+"""The figures of several models as typed rows, which terminal, pages and card display.
 
-evaluation.json, healing.json, benchmarks.json -> rows, one a quantity -> cells, bars, sentences
+evaluation.json, healing.json, benchmarks.json -> rows, one per quantity -> cells, bars, sentences
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ from typing import Any
 from isingcut.files import evaluations, healings, states
 
 Figures = Mapping[str, Any]
-"""The figures of one model by their keys, each with its error under ``KEY_se``."""
+"""Figures of one model by their keys; the error of ``KEY`` is under ``KEY_se``."""
 
 
 RANKING, UNSEEN = "ranking text", "unseen text"
-"""The texts that figures are measured on: what chose the state, and what nothing was chosen on."""
+"""Names of the texts that figures are measured on: text for the choice, and text not used by it."""
 
 
 def label_figure(quantity: str, model: str, text: str) -> str:
-    """The name of a figure, with the model and the text that it was measured on."""
+    """Return the label of a figure, with the model and the text that it was measured on."""
     return f"{quantity} ({model}, {text})"
 
 
 CUT_RANKING = f"cut, {RANKING}"
-"""How the states of a ranking are measured: as exact cuts, on the text that chooses."""
+"""Label of the figures of a ranking: exact cuts, measured on the ranking text."""
 
 
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
-    """A figure with its standard error, where there is one."""
+    """Format a figure with its standard error, if it has one."""
     return f"{figure:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure with its standard error; None where that is not known."""
+    """A figure with its standard error, None if unknown."""
 
     figure: float
     error: float | None = None
 
     @property
     def low(self) -> float:
-        """One standard error below."""
+        """The figure minus its standard error."""
         return self.figure - (self.error or 0.0)
 
     @property
     def high(self) -> float:
-        """One standard error above."""
+        """The figure plus its standard error."""
         return self.figure + (self.error or 0.0)
 
     def text(self, form: str = ".4f") -> str:
-        """The figure with its error; a zero that nobody measured is plain."""
+        """Format the figure with its error; a zero without an error is ``0``."""
         if self.figure == 0 and self.error is None:
             return "0"
         return plus_minus(self.figure, self.error, form)
@@ -60,13 +60,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed from one model to another.
+    """The change of a figure from one model to another.
 
     Attributes:
-        figure: in percent of the first model's, or in the row's own unit.
-        percent: which of the two.
-        error: its standard error, where the models were compared sample by sample.
-        low, high: ends of its 95 % interval, where the models were compared in pairs.
+        figure: change in percent of the first model's figure, or in the row's own unit.
+        percent: whether ``figure`` is in percent.
+        error: standard error, if the models were compared sample by sample.
+        low, high: ends of the 95 % interval, if the models were compared in pairs.
     """
 
     figure: float
@@ -87,18 +87,18 @@ class Row:
     """One quantity of several models.
 
     Attributes:
-        key: what the results file calls it.
-        label: what people call it.
-        unit: of the figures; empty for none.
-        form: how the figures are written.
-        values: by model (``original``, ``cut``, ``patched``, ``healed``, and ``gguf`` for the last
-            one as a GGUF file), in the order of the
-            columns; None where a model was not measured. A model between the first and the last
-            that a quantity leaves out is the last one in it.
-        difference: from the model before to the model after, where it says something.
-        notes: how it was measured.
-        whole: what a bar of full length stands for; 0 for the largest figure shown.
-        part: of a mixture of texts that it is of; empty for all of the text.
+        key: key in the results file.
+        label: display name.
+        unit: unit of the figures; empty for none.
+        form: format specification of the figures.
+        values: figures by model (``original``, ``cut``, ``patched``, ``healed``, and ``gguf`` for
+            the final one as a GGUF file), in the order of the columns; None if a model was not
+            measured. A model between the first and the last without an entry has the figure of
+            the last.
+        difference: change from the first compared model to the final one, or None.
+        notes: details of the measurement.
+        whole: figure of a bar of full length; 0 for the largest figure shown.
+        part: name of the measured part of a mixture, or other text; empty for the whole text.
     """
 
     key: str
@@ -118,28 +118,28 @@ class Row:
 
     @property
     def change(self) -> str:
-        """The difference in words; empty for none."""
+        """The difference as text; empty for none."""
         return "" if self.difference is None else str(self.difference)
 
     @property
     def way(self) -> str:
-        """From the first to the last figure, without errors."""
+        """The first and the last figure as text, without errors."""
         return " → ".join(self.plain(model) for model in (next(iter(self.values)), self.last))
 
     @property
     def last(self) -> str:
-        """The final model."""
+        """Name of the final model."""
         return _final(self.values)
 
     def text(self, model: str) -> str:
-        """The figure of a model with its error; empty for a model that is left out."""
+        """Format the figure of a model with its error; empty for a model without an entry."""
         if model not in self.values:
             return ""
         value = self.values[model]
         return "not measured" if value is None else value.text(self.form)
 
     def plain(self, model: str) -> str:
-        """The figure of a model without its error."""
+        """Format the figure of a model without its error."""
         value = self.values[model]
         return "not measured" if value is None else f"{value.figure:{self.form}}"
 
@@ -148,7 +148,7 @@ def _final(models: Mapping[str, Any]) -> str:
     return [name for name in models if name != "gguf"][-1]
 
 
-# Key, label, unit, form, and the number that one of the unit is.
+# Key, label, unit, format, and the value of one unit.
 _QUALITY = (
     ("perplexity", "perplexity", "", ".2f", 1.0),
     ("nll", "NLL", "nats/token", ".4f", 1.0),
@@ -166,12 +166,12 @@ _SIZE_AND_SPEED = (
 
 
 def evaluation_rows(evaluation: evaluations.EvaluationFile, *, last: str = "cut") -> list[Row]:
-    """The table of the original, the exact cut and what was made of it.
+    """Return the rows of the original, the exact cut and the models made from it.
 
-    Size and speed are the same of all that have the same blocks, and shown of the last one.
+    Models with the same blocks have the same size and speed, which only the last one lists.
 
     Args:
-        last: what the last model is where the file does not say so.
+        last: name of the last model, if the file does not have it.
     """
     last, packed = evaluation.last or last, evaluation.gguf
     between = {
@@ -211,10 +211,10 @@ def _collect(
 
 
 def healing_rows(healing: healings.HealingFile) -> list[Row]:
-    """Quality of the original and of the cut model before and after healing.
+    """Return the quality of the original and of the cut model before and after healing.
 
-    The models are ``original``, ``cut`` (``patched`` where it was that before), ``patched`` where
-    a distillation followed the patch, and ``healed``.
+    The models are ``original``, ``cut`` (``patched`` if it was patched before the healing),
+    ``patched`` if the healing itself patched and then distilled it, and ``healed``.
     """
     start = healing_start(healing)
     models = {start: healing.before}
@@ -235,18 +235,18 @@ def _collect_healed(models: Mapping[str, Any]) -> dict[str, Figures]:
 
 
 def healing_start(healing: healings.HealingFile) -> str:
-    """What a healing was given: ``patched``, or ``cut``."""
+    """Return the name of the model that a healing started from: ``patched`` or ``cut``."""
     return "patched" if healing.start == "patched" else "cut"
 
 
 def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
     rows = [_row(*quantity, models, first=first) for quantity in _QUALITY]
-    # Few models draft tokens.
+    # Most models draft no tokens.
     return [row for row in rows if row.key != "draft_acceptance" or any(row.values.values())]
 
 
 def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:
-    """Quality on one part of a mixture; NLL says what perplexity says."""
+    """Return the quality on one part of a mixture, without the NLL (perplexity is equivalent)."""
     return [
         replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}", part=name)
         for row in _quality_rows(models, first)
@@ -264,7 +264,7 @@ def _row(
     *,
     first: str = "original",
 ) -> Row:
-    """A row whose difference is from ``first`` to the final model."""
+    """Make a row; it has a difference to the final model only if ``first`` is ``original``."""
     final = _final(models)
     values = {
         name: _value(found, key, scale)
@@ -276,7 +276,7 @@ def _row(
         return Row(key, label, unit, form, dict.fromkeys(values))
     difference, error = None, models[final].get("change_se")
     if first != "original":
-        # Both were compared with the original, and not with each other sample by sample.
+        # Both models were compared with the original, and not with each other sample by sample.
         return Row(key, label, unit, form, values)
     if key == "nll":
         difference = Difference(b.figure - a.figure, error=error)
@@ -295,17 +295,17 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
 
 
 def kl_of(row: states.MeasuredLoss | states.BaselineFile) -> Value:
-    """The measured KL of a state."""
+    """Return the measured KL of a state."""
     return Value(row.kl, row.kl_se)
 
 
 def benchmark_rows(found: evaluations.BenchmarksFile, *, last: str = "cut") -> list[Row]:
-    """Benchmark tasks with the scores of both models, and their perplexity on WikiText-2.
+    """Return the scores of both models on benchmark tasks, and their perplexity on WikiText-2.
 
-    Bars of scores reach from 0 to 1. A difference within the noise is called so.
+    Bars of scores range from 0 to 1. A difference within the noise has a note.
 
     Args:
-        last: what the second model is, ``cut`` or ``healed``.
+        last: name of the second model: ``cut``, ``patched`` or ``healed``.
     """
     rows = []
     for r in found.rows:

@@ -1,6 +1,6 @@
-"""What the files of a run folder say of one removal, for every form of the report.
+"""The files of one removal in a run folder, for every form of the report.
 
-Reads files only, never a model, and loads no torch. A file that is not there is None.
+Reads files only, never a model, and does not import torch. A missing file is None.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ T = TypeVar("T")
 D = TypeVar("D", bound=schema.Document)
 
 PLAIN_CLASS = "AutoModelForCausalLM"
-"""What loads a checkpoint of which nothing else is known."""
+"""Default transformers class for loading a checkpoint."""
 
 
 def _document(name: str, model: type[D], made_with: str = "") -> cached_property[D | None]:
-    """Declare a file of a removal; for ``made_with`` see `RunFiles.read`."""
+    """Make a property that reads a file of a removal; for ``made_with`` see `RunFiles.read`."""
     return cached_property(
         lambda files: files.read(
             files.target / name, partial(read_document, model=model), made_with
@@ -35,23 +35,23 @@ def _document(name: str, model: type[D], made_with: str = "") -> cached_property
 
 
 class RunFiles:
-    """Everything a report is made of; a file is read and checked when it is first looked at.
+    """The content of a report; each file is read and checked on first access.
 
     Args:
         folder: the run folder, with its `run.json`.
-        target: where the files of one removal are; by default the run folder itself.
-        run: `run.json`, where it is read already.
+        target: the folder with the files of one removal; by default the run folder.
+        run: the content of `run.json`, if it was read already.
 
     Attributes:
-        blocks: the model's blocks.
-        energy: the name of the energy that chose.
-        model: the model as it was named.
-        calibration: the text that it was measured on.
-        gguf: the cut GGUF file, if there is one.
-        healed: whether there is a healed checkpoint.
+        blocks: the blocks of the model, with their costs.
+        energy: name of the run's main energy.
+        model: name or path of the model, as given in the options.
+        calibration: record of the calibration text, or None.
+        gguf: path of the cut GGUF file of the current checkpoint, or None.
+        healed: whether a healed checkpoint exists.
 
     Raises:
-        StageFileError: `run.json` is missing, or a file that is there is damaged, was changed
+        StageFileError: `run.json` is missing, or an existing file is damaged, was changed
             since the run wrote it, or does not fit the run's model.
     """
 
@@ -63,27 +63,28 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
-        # The evaluation is then of that checkpoint.
+        # If it exists, the evaluation is of the healed checkpoint.
         self.healed = (self.target / "healed").is_dir()
         packed = self.target / "model.gguf"
         self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
     def record(self, path: Path) -> runs.StageRecord | None:
-        """What `run.json` says of a file or folder that a finished stage wrote."""
+        """Return the record in `run.json` of a finished stage's file or folder, or None."""
         found = self.run.stages.get(path.relative_to(self.folder).as_posix())
         return found if found is not None and found.done else None
 
     def is_outdated(self, path: Path) -> bool:
-        """Whether a file was made from an earlier checkpoint than the one that is there now."""
+        """Whether a file was made from an earlier checkpoint than the current one."""
         made, product = self.record(path), self.record(self.product)
         model = made and path != self.product and made.options.content().get("model")
         return bool(model and product and model != product.fingerprint)
 
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """Read what a finished stage wrote; None where it did not, or of an earlier checkpoint.
+        """Read a file; return None if it is missing, unfinished or of an earlier checkpoint.
 
         Args:
-            made_with: the folder of this removal that it is in or next to, which has a record.
+            made_with: name of the folder in ``target`` whose record includes the file; by default
+                the file has its own record.
         """
         recorded = self.target / made_with if made_with else path
         begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
@@ -105,7 +106,7 @@ class RunFiles:
 
     @cached_property
     def spectrum(self) -> states.SpectrumFile | None:
-        """`spectrum.json`, with the states that a search found beyond it."""
+        """Content of `spectrum.json`, with the further states that a search found."""
         found = self.read(
             self.target / "spectrum.json", partial(read_document, model=states.SpectrumFile)
         )
@@ -113,7 +114,7 @@ class RunFiles:
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:
-        """All `baseline-NAME.json`, lowest measured KL first."""
+        """Contents of all `baseline-NAME.json`, lowest measured KL first."""
         files = sorted(self.target.glob("baseline-*.json"))
         found = [
             self.read(file, partial(read_document, model=states.BaselineFile)) for file in files
@@ -122,12 +123,12 @@ class RunFiles:
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian | None:
-        """The energy that chose."""
+        """Hamiltonian of the run's main energy, or None before it is measured."""
         return self.read(self.folder / "hamiltonian.safetensors", Hamiltonian.load)
 
     @cached_property
     def energies(self) -> dict[str, Hamiltonian]:
-        """All measured energies by name, the one that chose first."""
+        """All measured Hamiltonians by the name of their energy, the main energy first."""
         found = {self.energy: self.hamiltonian}
         for path in sorted(self.folder.glob("hamiltonian.*.safetensors")):
             name = path.name.removeprefix("hamiltonian.").removesuffix(".safetensors")
@@ -136,12 +137,12 @@ class RunFiles:
 
     @property
     def comparable(self) -> bool:
-        """The energy is in the unit of a loss."""
+        """Whether the main energy has the unit of the measured KL, nats per token."""
         return self.hamiltonian is not None and self.hamiltonian.unit == "nats/token"
 
     @cached_property
     def removals(self) -> list[RunFiles]:
-        """All removals that were solved in the folder, fewest blocks first."""
+        """All solved or ranked removals of the run folder, fewest removed blocks first."""
         below = sorted(p for p in self.folder.glob("remove-*") if p.is_dir())
         all_of_them = [RunFiles(self.folder, place, self.run) for place in (self.folder, *below)]
         found = [r for r in all_of_them if r.spectrum is not None or r.candidates is not None]
@@ -158,10 +159,10 @@ class RunFiles:
 
     @property
     def best(self) -> states.MeasuredState | states.Ranked | None:
-        """What was cut, as the ranking measured it; before a cut, the ranking's choice.
+        """The removed state as the ranking measured it, or the ranking's choice before a cut.
 
-        Before a ranking it is the ground state, without a loss. None where blocks were named by
-        hand that no ranking measured.
+        Before a ranking, this is the ground state of the spectrum, without a loss. None without a
+        spectrum, or if the blocks were given by hand and the ranking did not measure them.
         """
         if (ranking := self.candidates) is not None:
             rows = (ranking.chosen, *ranking.candidates, *ranking.random)
@@ -169,18 +170,18 @@ class RunFiles:
         return None if self.spectrum is None else self.spectrum.states[0]
 
     def gone(self, cost: str) -> int:
-        """How much of a cost of blocks the removed ones have, once there are some."""
+        """Return the sum of a cost over the removed blocks; 0 before a choice."""
         return sum(getattr(self.blocks[i], cost) for i in self.removed or ())
 
     @property
     def meta(self) -> states.EnergyMeta:
-        """The energy's provenance; empty before it is measured."""
+        """Provenance of the main energy; empty before it is measured."""
         found = {} if self.hamiltonian is None else dict(self.hamiltonian.meta)
         return states.EnergyMeta.model_validate(found)
 
     @property
     def removed(self) -> list[int] | None:
-        """What is gone from the checkpoint; without one, what was chosen."""
+        """Blocks removed from the checkpoint, or the ranking's chosen blocks before a cut."""
         made = self.record(self.target / "model")
         if self.removal is not None and made is not None:
             return sorted(made.options.removed or [])
@@ -188,43 +189,43 @@ class RunFiles:
 
     @property
     def summary(self) -> str:
-        """What was removed and why, in one paragraph; empty before a choice."""
+        """Paragraph on the removed blocks and how they were chosen; empty before a choice."""
         return "" if self.removed is None else words.sentence("summary", self, self.removed)
 
     @property
     def verdict(self) -> str:
-        """What a reader must know to decide; empty before a choice."""
+        """Text on size, speed, quality, budget and the next step; empty before a choice."""
         if self.removed is not None:
             return words.sentence("verdict", self)
         return "" if self.packing is None else words.sentence("packing_words", self)
 
     @property
     def last(self) -> str:
-        """What the final model is."""
+        """Name of the final model: `cut`, `patched` or `healed`."""
         if self.healed:
             return "healed"
         return "patched" if self.patch is not None and self.patch.changed else "cut"
 
     @property
     def patch(self) -> cuts.PatchRecord | None:
-        """What was patched of the checkpoint; None where nothing was to be."""
+        """Record of the checkpoint's patch; None before a cut or if no patch was requested."""
         return None if self.removal is None else self.removal.patch
 
     @cached_property
     def scores(self) -> list[Row]:
-        """The original and the final model; none before they were evaluated."""
+        """Rows of the evaluation of the original and the cut models; empty without one."""
         return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
 
     @property
     def judged(self) -> dict[str, states.Judged]:
-        """How well each energy ranked measured losses, by the energy's name."""
+        """Agreement of each energy's ranking with the measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
         return {self.energy: self.candidates.fidelity, **self.candidates.fidelity_of_others}
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader must know before trusting the energy, the cut, its patch or its figures."""
+        """Warnings about the energy, the cut, its patch and its figures."""
         said: list[str] = []
         if self.candidates is not None:
             said += words.ranking_warnings(self.energy, self.candidates)
@@ -239,17 +240,17 @@ class RunFiles:
 
     @property
     def winners(self) -> list[states.BaselineFile]:
-        """Baselines that keep all constraints and have a lower measured KL than the choice."""
+        """Baselines that keep all constraints and have a lower KL than the chosen state."""
         if self.candidates is None:
             return []
-        # What was patched for the choice has lost to it.
+        # Candidates that were patched for the choice count too: patched, they were no better.
         known = (self.candidates.chosen, *self.candidates.candidates)
         mine = min(row.kl for row in known if row is known[0] or row.patched_kl is not None)
         return [b for b in self.baselines if b.kl < mine and not b.violated]
 
     @property
     def title(self) -> str:
-        """The model and how many of its blocks are gone."""
+        """Name of the model, with its number of blocks and of removed blocks."""
         total, removed = len(self.blocks), self.removed
         if removed is None:
             return f"{self.model}: {total} blocks"
@@ -257,7 +258,7 @@ class RunFiles:
 
     @property
     def arguments(self) -> str:
-        """What to type after a stage's verb to work on this removal."""
+        """Command-line arguments that select this removal, to type after a stage's verb."""
         name = self.folder.resolve().name
         if self.target == self.folder:
             return name
@@ -267,7 +268,7 @@ class RunFiles:
 
     @property
     def loads_with(self) -> str:
-        """The class of transformers that loads the checkpoint."""
+        """Name of the transformers class that loads the checkpoint."""
         card = None if self.removal is None else self.removal.card
         return PLAIN_CLASS if card is None else card.loads_with
 
@@ -278,7 +279,7 @@ class RunFiles:
 
     @property
     def checkpoint(self) -> str | None:
-        """How the checkpoint is reached from where the run folder is."""
+        """Path of the final checkpoint from the run folder's parent, or None before a cut."""
         if self.removal is None:
             return None
         below = self.product.relative_to(self.folder)
@@ -288,9 +289,9 @@ class RunFiles:
 def with_searched(
     spectrum: states.SpectrumFile, candidates: states.CandidatesFile | None
 ) -> states.SpectrumFile:
-    """A spectrum with the candidates that a search found beyond it, ranked by energy.
+    """Add the candidates that a search found beyond a spectrum, and rank all by energy.
 
-    A spectrum that was solved anew since is left as it is.
+    A spectrum with a state that was not ranked (solved again since) is returned unchanged.
     """
     own = {tuple(s.removed) for s in spectrum.states}
     rows = () if candidates is None else candidates.candidates

@@ -1,4 +1,4 @@
-"""The states of a report, numbered once, so that all figures speak of the same state."""
+"""The states of a report, numbered once, so that all figures use the same numbers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from isingcut.report.words import join_blocks
 
 @dataclass(frozen=True)
 class KnownState:
-    """A state as the page knows it.
+    """A numbered state of a report.
 
     Attributes:
-        number: its place in the book.
-        name: what it is called, for example ``"state 11"``.
-        kind: ``candidate``, ``random``, ``baseline`` or ``named`` (by hand).
-        removed: its removed blocks, ascending.
-        energy: of the main energy, or None before it is measured.
-        measured: its losses, where it has some.
-        chosen: its blocks are the ones that are removed.
+        number: index in the `Book`.
+        name: display name, for example ``"state 11"``.
+        kind: ``candidate``, ``random``, ``baseline`` or ``named`` (given by hand).
+        removed: removed blocks, ascending.
+        energy: value of the run's main energy, or None before that is measured.
+        measured: measured losses, or None.
+        chosen: whether these are the removed blocks of the run (`RunFiles.removed`).
     """
 
     number: int
@@ -41,7 +41,7 @@ class KnownState:
         return None if self.measured is None else kl_of(self.measured)
 
     def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
-        """What pointing at it says, where it has this energy, of that label."""
+        """Return the tooltip text of the state, with the given energy if it has one."""
         lines = [self.name + (", the chosen one" if self.chosen else "")]
         if energy is not None:
             lines.append(f"{label} {energy:.4g} {unit}")
@@ -55,15 +55,15 @@ class KnownState:
 
 
 class Book(list[KnownState]):
-    """The states of one removal: candidates by energy, then random ones, then baselines'."""
+    """The states of one removal: candidates by energy, random, baseline choices, named."""
 
     def of(self, kind: str) -> list[KnownState]:
-        """All states of a kind, in order."""
+        """Return all states of a kind, in order."""
         return [s for s in self if s.kind == kind]
 
 
 def number_states(files: RunFiles) -> Book:
-    """The states that the files hold."""
+    """Collect and number the states in the files of a removal."""
     chosen = None if files.removed is None else tuple(files.removed)
     main, result = files.hamiltonian, Book()
 
@@ -89,13 +89,13 @@ def number_states(files: RunFiles) -> Book:
 
 
 def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
-    """List every method that chose for this removal and the chosen state, lowest KL first.
+    """List the choices of all baselines and of the run itself, lowest measured KL first.
 
-    Without another method there is none.
+    The run's choice is listed if it was measured. Without a baseline, the list is empty.
 
     Returns:
-        for each the ``name``, its ``state`` and the ``measured`` losses, its ``passes`` and
-        ``tokens`` (empty where they were not counted), and the ``file`` of a method.
+        for each choice the ``name`` of the method, ``state``, ``measured`` losses, ``passes`` and
+        ``tokens`` (empty if they were not counted), and the ``file`` of a baseline.
     """
     found = [
         _rival(b.baseline, state, f"{b.passes:.3g}", str(b.tokens_searched), b)

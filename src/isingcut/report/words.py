@@ -1,7 +1,7 @@
-"""What the files of a run say: sentences and maps, and packaged templates filled with values.
+"""The text of reports: sentences, maps of states, and packaged templates filled with values.
 
-Values are escaped in HTML and in Markdown, where `...` in them stays code; generated text in
-Markdown goes into code fences, and control characters are spelled out in both.
+Values are escaped in HTML and in Markdown, except that `...` in them still marks code. In Markdown,
+generated text is put into code fences. Control characters are escaped in both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
 
 
 def numbers(blocks: Sequence[int]) -> str:
-    """Block numbers as a list in words, neighbours as a range."""
+    """Return block numbers as words: "2, 5 and 9", or "3 to 6" for three or more in a row."""
     whole = len(blocks) > 2 and blocks[-1] - blocks[0] == len(blocks) - 1
     if whole and all(b > a for a, b in pairwise(blocks)):
         return f"{blocks[0]} to {blocks[-1]}"
@@ -36,26 +36,26 @@ def numbers(blocks: Sequence[int]) -> str:
 
 
 def join_blocks(removed: Sequence[int]) -> str:
-    """Blocks as a row of numbers."""
+    """Return block numbers separated by spaces."""
     return " ".join(map(str, removed))
 
 
 def sentence(name: str, *about: Any) -> str:
-    """What a macro of `templates/words.j2` says of some files, on one line."""
+    """Render a macro of `templates/words.j2` with its arguments, as one line."""
     return " ".join(str(getattr(_sentences(), name)(*about)).split())
 
 
 def paragraphs(name: str, *about: Any) -> list[str]:
-    """The same of a macro that says several things."""
+    """Render a macro as a list of paragraphs, which blank lines separate."""
     said = re.split(r"\n\s*\n", str(getattr(_sentences(), name)(*about)))
     return [" ".join(words.split()) for words in said if words.strip()]
 
 
 def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
-    """The same of a macro with a row a line and ``::`` between its cells, backticks around code.
+    """Render a macro as table rows: one per line, ``::`` between cells, backticks around code.
 
     Args:
-        columns: behind the last of them ``::`` is text.
+        columns: number of columns; a further ``::`` is text of the last one. 0: any number.
     """
     lines = str(getattr(_sentences(), name)(*about)).split("\n")
     rows = [line.split("::", columns - 1) for line in lines if line.strip()]
@@ -75,7 +75,7 @@ patch_warnings = partial(paragraphs, "patch_warnings")
 
 
 def healing_warnings(found: healings.HealingFile) -> list[str]:
-    """What a healing did not do."""
+    """Return the warnings about a healing: its patch, its text, its training and its results."""
     said = paragraphs("healing_warnings", found)
     return [*patch_warnings(found), *overlap_warnings(found.overlap), *said]
 
@@ -107,14 +107,14 @@ def _sentences() -> TemplateModule:
 def _known_rows(
     found: states.CandidatesFile, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
-    """The first row of a ranking that measured a state, and on how many tokens; or none."""
+    """Return the first ranking row of a state and its number of tokens, or an empty list."""
     few = found.random_tokens or found.tokens
     rows = [(row, found.tokens) for row in found.candidates] + [(row, few) for row in found.random]
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
 def correlation_text(found: states.Correlations) -> str:
-    """A rank correlation with its 95 % interval."""
+    """Format a rank correlation with its 95 % interval."""
     value, low, high = found.spearman, found.spearman_low, found.spearman_high
     if value is None:
         return "undefined" if found.n else "not measured"
@@ -131,7 +131,7 @@ def was_tuned(patch: cuts.PatchRecord) -> bool:
 
 
 def state_map(removed: Sequence[int], n: int) -> str:
-    """A state as one character a block: # stays, · is removed."""
+    """Return a state with one character per block: # is kept, · is removed."""
     return "".join("·" if i in removed else "#" for i in range(n))
 
 
@@ -140,7 +140,7 @@ def spectrum_map(
     candidates: states.CandidatesFile | None,
     removed: Sequence[int] | None,
 ) -> list[str]:
-    """The spectrum as monospaced lines: rank, energy, measured KL, one column per block."""
+    """Return monospaced lines, one per state: rank (* marks ``removed``), energy, KL, blocks."""
     n = spectrum.n
     rows = () if candidates is None else candidates.candidates
     measured = {tuple(row.removed): kl_of(row).text() for row in rows}
@@ -159,12 +159,12 @@ def spectrum_map(
 
 
 def render(template: str, **values: Any) -> str:
-    """A packaged template with its values filled in."""
+    """Render a packaged template with the given values."""
     return printable(_pages().get_template(template).render(**values))
 
 
 def render_page(template: str, **values: Any) -> str:
-    """An HTML template, with styles and the script, the only one that may run."""
+    """Render an HTML template with the styles, the script, and its hash for the page's policy."""
     script = _packaged("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return render(
@@ -196,7 +196,7 @@ def _pages() -> jinja2.Environment:
 
 
 def code(text: str) -> Markup:
-    """Escaped text in which `...` becomes code; elsewhere signs are minuses and units stay put."""
+    """Escape text for HTML: `...` becomes code; elsewhere set minus signs and no-break spaces."""
     parts = str(escape(text)).split("`")
     plain = [re.sub(r"(?<![\w.-])-(?=\d)", "−", p) for p in parts[::2]]
     plain = [re.sub(r"(?<=\d) (?=%)|(?<=\d) (?=±)|(?<=±) ", "\u00a0", p) for p in plain]
@@ -206,16 +206,17 @@ def code(text: str) -> Markup:
 
 @jinja2.pass_eval_context
 def _in_markdown(context: Any, value: Any) -> Any:
-    """A value of a Markdown template, escaped; what HTML escapes by itself is left alone."""
+    """Escape a value in a Markdown template; HTML templates are escaped by jinja2."""
     return value if context.autoescape or isinstance(value, Markup) else markdown(str(value))
 
 
-# Inside a word an underscore means nothing, and a bracket only where an address follows.
+# Characters with a meaning in Markdown: an underscore only outside words, a bracket only if an
+# address follows.
 _MEANS = re.compile(r"[\\*~]|(?<!\w)_|_(?!\w)|\](?=\()|&(?=#?\w+;)")
 
 
 def markdown(text: str) -> Markup:
-    """Text in which `...` becomes code and all else stands for itself, on one line."""
+    """Escape text for Markdown, on one line; only `...` keeps its meaning, as code."""
     parts = re.split("`+", re.sub(r"\s*\n\s*", " ", text))
     parts[::2] = [_MEANS.sub(r"\\\g<0>", p).replace("<", "&lt;") for p in parts[::2]]
     parts[1::2] = [f"`{p}`" if p else "" for p in parts[1::2]]
@@ -223,17 +224,17 @@ def markdown(text: str) -> Markup:
 
 
 def cell(text: str) -> Markup:
-    """`markdown` for a table, whose cells a bar would part."""
+    """Escape text for a cell of a Markdown table, as `markdown`, and bars too."""
     return Markup(str(markdown(str(text))).replace("|", r"\|"))
 
 
 def cells(row: Iterable[str]) -> Markup:
-    """The cells of a table's row, with bars between them."""
+    """Join the escaped cells of a Markdown table row with bars."""
     return Markup(" | ".join(map(cell, row)))
 
 
 def fence_text(text: str) -> Markup:
-    """``text`` as a code block whose fence no run of backticks in it can close."""
+    """Return ``text`` as a code block, with a fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}text\n{text}\n{fence}")

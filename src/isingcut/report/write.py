@@ -1,11 +1,10 @@
 """Run folder to `report.md`, `report.json`, `report.html`; several folders to one comparison.
 
-Reads files only, never a model. A file that is not there is said to be not there. Both pages are
-laid out by templates from the same view. In a comparison, what differs between the runs is said
-first, and a loss is only called comparable where it was measured on the same tokens of the same
-model. The HTML needs nothing but itself: everything is inside
-the file, styles, the script, the figures and their data. A content security policy forbids the
-page to fetch anything, and only the page's own script may run.
+Reads files only, never a model. Missing files are reported as missing. Templates render both pages
+from the same view. A comparison lists the differences between the runs first, and calls losses
+comparable only if they were measured on the same tokens of the same model. The HTML file is
+self-contained: styles, script, figures and data are inside it. A content security policy forbids
+the page to fetch anything, and allows only the page's own script to run.
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ from isingcut.report.words import fact_rows, paragraphs, render, render_page, ta
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
-    """Write `report.json`, `report.md` and `report.html` from what the run's files say; and
-    `model.gguf.md`, the card of the cut GGUF file, once that was measured.
+    """Write `report.json`, `report.md` and `report.html` from the run's files.
+
+    If the cut GGUF file was measured, also write its card, `model.gguf.md`.
 
     Args:
         folder: the run folder, with its `run.json`.
-        target: where the files of one removal are; by default the run folder itself.
+        target: the folder with the files of one removal; by default the run folder.
 
     Raises:
-        StageFileError: `run.json` is missing, or a file that is there is damaged.
+        StageFileError: `run.json` is missing, or an existing file is damaged.
     """
     files = RunFiles(folder, target)
     view, data = report_view(files), _facts(files)
@@ -54,12 +54,12 @@ def write_report(folder: Path, target: Path | None = None) -> None:
 
 
 def check_report(target: Path) -> dict[str, Path]:
-    """The files of a report by their form, once it is known that they may be written.
+    """Return the paths of a report's files by their form, after checking that they may be written.
 
-    What a run wrote it may write again, as often as there is something new to report.
+    An unchanged report of isingcut may always be replaced.
 
     Raises:
-        OutputExistsError: a file of that name is not ours, or was changed since.
+        OutputExistsError: isingcut did not write a file of that name, or it was changed since.
     """
     texts = {form: target / f"report.{form}" for form in ("json", "md", "html")}
     texts["card"] = target / "model.gguf.md"
@@ -71,19 +71,19 @@ def check_report(target: Path) -> dict[str, Path]:
 def write_comparison(
     folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
 ) -> list[str]:
-    """Write one page that shows several runs side by side.
+    """Write one page that compares several runs.
 
     Args:
-        folders: for each run its folder, and where the files of the removal to show are.
+        folders: for each run, the run folder and the folder with the files of the removal to show.
         out: the HTML file.
-        overwrite: replace a file that is there.
+        overwrite: allow replacing an existing file.
 
     Returns:
-        What a reader must know before comparing; the page says it too.
+        the warnings about the comparison, which are on the page too.
 
     Raises:
-        OutputExistsError: ``out`` is there and may not be replaced.
-        StageFileError: a `run.json` is missing, or a file that is there is damaged.
+        OutputExistsError: ``out`` exists and may not be replaced.
+        StageFileError: a `run.json` is missing, or an existing file is damaged.
     """
     check_output(out, overwrite=overwrite)
     page, warnings = comparison_page([RunFiles(*places) for places in folders])
@@ -92,7 +92,7 @@ def write_comparison(
 
 
 def report_view(files: RunFiles) -> dict[str, Any]:
-    """What both pages are laid out from: the files, their states, and the methods that chose."""
+    """Return the values for both templates: files, states, methods, provenance and timings."""
     states = number_states(files)
     return {
         "files": files,
@@ -105,7 +105,7 @@ def report_view(files: RunFiles) -> dict[str, Any]:
 
 
 def _facts(files: RunFiles) -> dict[str, Any]:
-    """The facts of the page as data."""
+    """Return the content of `report.json`."""
     run, energy = files.run.content(), files.hamiltonian
     made = (energy, files.spectrum, files.candidates, files.removal, files.evaluation)
     stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
@@ -128,7 +128,7 @@ def _facts(files: RunFiles) -> dict[str, Any]:
 
 
 def _drawings(view: dict[str, Any]) -> dict[str, Any]:
-    """Return what the HTML page draws of a view."""
+    """Return the figures and the script's data for the HTML page of a view."""
     files: RunFiles = view["files"]
     states: Book = view["states"]
     energy, n, kinds = files.hamiltonian, len(files.blocks), [b.kind for b in files.blocks]
@@ -155,7 +155,7 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meter(row: Row, model: str, models: Sequence[str]) -> str:
-    """The bar under a figure, its length and whisker as properties for the CSS; empty for none."""
+    """Return the CSS properties of the bar under a figure: length and whisker; empty for no bar."""
     value = row.values.get(model)
     whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
     if value is None or not whole or value.figure < 0:
@@ -167,7 +167,7 @@ def _meter(row: Row, model: str, models: Sequence[str]) -> str:
 
 
 def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
-    """What the page's script knows: the blocks, the energy's terms and the states."""
+    """Return the data of the page's script: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
         "kinds": [b.kind for b in files.blocks],
@@ -209,8 +209,8 @@ class Side:
     """One run of a comparison.
 
     Attributes:
-        files: its files.
-        name: its folder, with the folder above where names are the same.
+        files: files of the run.
+        name: name of its folder, with the parent folder if several runs have the same name.
         tone: number of its colour.
     """
 
@@ -220,22 +220,22 @@ class Side:
 
     @property
     def text(self) -> str | None:
-        """SHA-256 of its calibration tokens; equal where losses were measured on the same text."""
+        """SHA-256 of the calibration tokens; equal if losses were measured on the same text."""
         return None if self.files.calibration is None else self.files.calibration.sha256
 
     @property
     def sha(self) -> str:
-        """SHA-256 that identifies its model."""
+        """SHA-256 that identifies the model."""
         return self.files.run.provenance.model.sha256
 
     @property
     def loss(self) -> ChosenState | None:
-        """The chosen state as the ranking measured it."""
+        """The chosen state with its losses in the ranking, or None before a ranking."""
         return None if self.files.candidates is None else self.files.candidates.chosen
 
 
 def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
-    """The page of several runs, in the order given, and the warnings on it."""
+    """Render the page of several runs, in the given order; return it with its warnings."""
     runs = _sides(found)
     warnings = paragraphs("comparison_warnings", runs)
     ranked = [r for r in runs if r.loss is not None]
@@ -267,7 +267,7 @@ def _sides(found: Sequence[RunFiles]) -> list[Side]:
 
 
 def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """Model, text and every option that is not the same in all runs."""
+    """List what differs between the runs: model, text or option, with the value in each run."""
     texts = ["" if (c := r.files.calibration) is None else f"{c.source} " for r in runs]
     texts = [
         f"{t}(SHA-256 {(r.text or 'not there')[:8]})" for t, r in zip(texts, runs, strict=True)
@@ -285,7 +285,7 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 
 def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
-    """All measured removals of each run, joined to its original."""
+    """Plot all measured removals of each run, with a line from the original through them."""
     found, flat = [], list[figures.Point]()
     for run in runs:
         measured = [p for p in figures.points_of(run.files, axis) if p.measured]

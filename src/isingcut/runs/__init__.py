@@ -2,7 +2,7 @@
 
 `folder`: the files of a run; `solving`: constraints, and the stages without a model (no torch);
 `session`: the model and the processes that share it; `measuring`: text and energy; `cutting`: cut,
-patch and heal the model; `packing`: choose a GGUF type; `ranking`: measure states, and those of
-baselines; `evaluating`, `benchmarking`: score models on text and on tasks; `pipeline`: whole jobs;
+patch and heal the model; `packing`: choose a GGUF type; `ranking`: measure candidates and baseline
+choices; `evaluating`, `benchmarking`: score models on text and on tasks; `pipeline`: whole jobs;
 `api`: the Python API; `interop_hub`: upload to the hub; `plan`: estimates of time and memory.
 """

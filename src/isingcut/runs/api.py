@@ -57,11 +57,11 @@ class State:
 
     Attributes:
         removed: the removed blocks, ascending, numbered from 0.
-        energy: its energy, in the unit of the Hamiltonian.
+        energy: the energy, in the unit of the Hamiltonian.
         kl: KL(original || cut), nats per token, on text that the energy did not use.
-        kl_se: its standard error over samples; None for a single sample.
+        kl_se: standard error of ``kl`` over samples; None for a single sample.
         nll: negative log-likelihood, nats per token.
-        position: place among the candidates by energy, 0 for the lowest.
+        position: rank among the candidates by energy, 0 for the lowest.
 
     Examples:
         >>> run = isingcut.open_run("my-run")
@@ -199,8 +199,8 @@ class Run:
 
     @property
     def fidelity(self) -> dict[str, Any]:
-        """How well the energy ranked measured KL: ``spearman``, the ends of its interval, and ``n``
-        states.
+        """Rank correlation of energy and measured KL: ``spearman``, the ends of its interval, and
+        the number of states ``n``.
 
         Examples:
             >>> isingcut.open_run("my-run").fidelity["n"]
@@ -339,9 +339,9 @@ def prune(
 
     Args:
         model: a Hugging Face folder, a hub id, a ``.gguf`` file, ``"smollm2"``, or a
-            loaded transformers model, which is saved into a temporary folder that goes with the
-            returned object.
-        remove: how many blocks go (8), how many of each kind (``"attention=2,moe=3"``), or a
+            loaded transformers model, which is saved into a temporary folder that is deleted with
+            the returned object.
+        remove: number of blocks to remove (8), or of each kind (``"attention=2,moe=3"``), or a
             range (``"4..15"``, see `Run.curve` and `Run.at`); optional with a ``budget``.
         tokenizer: the tokenizer of a loaded model.
         out: the run folder; finished results there are reused. By default, a temporary folder
@@ -386,7 +386,7 @@ def prune(
         given = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
         config = check_options(None, given, "isingcut.prune")
         if loaded is not None:
-            # Last, because saving a large model takes long.
+            # Save the model last, because that takes long for a large one.
             config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))
         opened = open_session(config, shown, processes, need_removal=True)
         with opened as (session, folder):
@@ -415,7 +415,7 @@ def open_run(
     Args:
         folder: the run folder.
         remove: one of its removals; by default the one it was made for.
-        model: the current place of its model; by default its old name or path.
+        model: the current name or path of its model; by default the old one.
         progress: as in `prune`.
         overwrite: allow replacing outputs made with other options.
         trust_remote_code: allow the model's own code to run; a run folder never stores this.

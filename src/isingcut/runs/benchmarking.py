@@ -128,7 +128,7 @@ def benchmarks(
         raise InputError(f"{checkpoint} does not exist; run excise (and heal) first")
     ranked = folder.target(config.removal) / "candidates.json"
     chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
-    # Questions that were used for the choice must not judge it.
+    # Questions that were used for the choice must not be used to score it.
     but = chosen.asked if chosen else []
     tasks = list(dict.fromkeys(split_names(config.tasks)))
     options = {

@@ -1,7 +1,7 @@
 """Stages `excise`, `patch` and `heal`: write and verify the checkpoint or GGUF file of a state.
 
 The exact cut comes first. The patch folds a linear map, fitted on the calibration text, into the
-block before each cut. If no layer can take a map, the exact cut is kept and the reason reported.
+block before each cut. If no layer can be patched, the exact cut is kept and the reason reported.
 Healing distils the original into the patched model; its options are checked before anything is
 measured.
 """
@@ -54,15 +54,15 @@ HEALED = "healed"
 
 # The outputs of one state.
 _OF_STATE = ("model", "model.gguf")
-# Of a list of blocks in the name of a folder; a hash stands for more.
+# Maximum characters of a block list in a folder name; a longer list is replaced by a hash.
 _LONGEST_NAME = 100
 
 
 def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None) -> Path:
-    """Return the folder for the model of a state: that of its removal.
+    """Return the folder for the model of a state, by default the folder of its removal.
 
-    A state given by its blocks never shares the folder with another state. If another one was cut
-    or chosen there and may not be replaced, it gets its own folder.
+    A state given by its blocks gets its own folder if another state was cut or chosen in the folder
+    of the removal and may not be replaced.
 
     Args:
         removed: the blocks given by `--blocks`; None is the chosen state.
@@ -98,7 +98,7 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    # Older versions wrote the patched model there too.
+    # Older versions wrote the patched model to `healed/` too.
     healed = config.heal or folder.find_finished(target / HEALED) is not None
     return place / (HEALED if healed and place == target else "model")
 
@@ -128,7 +128,7 @@ def write_checkpoint(
 
     Raises:
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
-        VerificationError: it computes something else than the original with these blocks skipped;
+        VerificationError: its logits differ from those of the original with these blocks skipped;
             nothing is left at ``out``.
     """
     blocks = list(removed)
@@ -180,7 +180,7 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
 def make_gguf(
     session: Session, folder: RunFolder, checkpoint: Path, source: Path | None = None
 ) -> Path | None:
-    """Write `model.gguf` beside a checkpoint of the run: the same blocks cut out of a GGUF file.
+    """Write `model.gguf` next to a checkpoint of the run: a GGUF file without the removed blocks.
 
     Tensors that the checkpoint has changed (patched, healed) get its values; the others keep their
     bytes.
@@ -189,7 +189,8 @@ def make_gguf(
         source: the GGUF file; None: the run's own model.
 
     Returns:
-        the file; None if the run's model is no GGUF file, or cannot be cut as one, which is said.
+        the file; None if the run's model is no GGUF file, or cannot be cut as one (reported on
+        stderr).
 
     Raises:
         ArchitectureError: ``source`` cannot be cut, or stores a changed tensor differently.
@@ -202,7 +203,7 @@ def make_gguf(
     out = checkpoint.with_name("model.gguf")
     made = folder.find_finished(out)
     if source is None and made and made.options.content().get("model") == options["model"]:
-        return out  # also if it was cut out of another file
+        return out  # also if it was made from another GGUF file
     options["source"] = ownership.file_sha256(found)
     packed = folder.run.blocks.packed if session.config.budget.packed else None
     if packed is not None:
@@ -330,7 +331,8 @@ def fit_patch(session: Session, folder: RunFolder, removed: Sequence[int]) -> di
 def check_healing_options(config: RunConfig) -> None:
     """Check healing options before any model is read.
 
-    A patch alone is not checked: if it is impossible, the run reports that and continues.
+    Without `--heal`, only the options of the patch are checked: if it turns out to be impossible,
+    the run reports that and continues.
 
     Raises:
         InputError: as `heal_config`, or an unsuitable text.

@@ -121,7 +121,7 @@ def _add_drafts(
     folder: Path,
     text: TokenSet,
 ) -> evaluations.EvaluationFile:
-    """Measure the drafts of the MTP layers of the original, the exact cut and the last model."""
+    """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
     original, size = session.loaded.model, session.tuning.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
     if of_original is None or of_last is None:
@@ -166,7 +166,7 @@ def evaluate_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
             "report"
         ],
         batch_tokens=session.tuning.batch_tokens,
-        # Its speed is that of llama.cpp.
+        # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         skip_speed=True,
         progress=session.progress,
     )
@@ -175,7 +175,7 @@ def evaluate_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
 
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
-    """Read a text that is not in the calibration, a quarter as many samples; by its name."""
+    """Return a text outside the calibration, by name, with a quarter of the samples; or nothing."""
     loaded, tokens = session.loaded, splits["report"]
     built = build(
         UNLIKE,
@@ -188,7 +188,7 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
         model=language_model(loaded.model),
     )
     found = built.splits["report"]
-    # The calibration may hold it, under this name or another; 2 % of n-grams are common by chance.
+    # The calibration may contain it, under any name; 2 % of n-grams are common by chance.
     return {} if overlap(found, list(splits.values())) > 0.02 else {UNLIKE: found}
 
 

@@ -54,7 +54,7 @@ class RunFolder:
             code.
         processes: the processes that run the stages together; only rank 0 writes.
         make_room: frees memory after a stage ran out of it; returns whether it could.
-        memory_record: the entry of a stage's record about that.
+        memory_record: returns the entries about memory for a stage's record.
         check_model: raises if the model's weights changed since a session opened it.
     """
 
@@ -145,14 +145,14 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        # Drop options of older versions, and trust, which is never remembered.
+        # Drop options of older versions, and trust, which is never stored.
         gone = ("trust_remote_code", "heal_top", "keep_cut", "heal_options")
         options = self.run.config.content()
         stored = {k: v for k, v in options.items() if k not in gone}
         if options.get("heal_options"):
-            # Of an older version; healing again refuses it, reading does not.
+            # An option of an older version: the folder can be read, but not healed again.
             stored["healing"] = {"heal_options": options["heal_options"]}
-        # Folders older than the patch have none.
+        # Folders of versions before the patch have no such option.
         found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
 
@@ -226,7 +226,7 @@ class RunFolder:
         """Return the record of the finished stage that wrote a file or folder.
 
         Raises:
-            StageFileError: there is none.
+            StageFileError: no finished stage wrote it.
         """
         found = self.find_finished(file)
         if found is None:

@@ -1,6 +1,6 @@
 """The measuring stages of a run: text to token splits, token splits to Hamiltonians.
 
-Each writes its file of the run folder, unless that file exists with the same options
+Each stage writes its file in the run folder, unless that exists with the same options
 (`RunFolder.stage`).
 """
 
@@ -34,10 +34,7 @@ def names(text: str) -> list[str]:
 
 
 def concrete(config: RunConfig) -> RunConfig:
-    """Replace `auto` in the options by the chosen energy.
-
-    So a run's files name their energy.
-    """
+    """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
     if config.energy != "auto":
         return config
     return config.replace(energy="refined" if config.removal else "pairwise")
@@ -63,7 +60,7 @@ def samples_of(config: RunConfig, name: str) -> int:
 
 
 def _samples(config: RunConfig) -> int:
-    """Return the size of the energy split: the most of any energy; each takes the first samples."""
+    """Return the samples of the energy split: the maximum over energies; each uses the first."""
     return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
 
 
@@ -129,7 +126,7 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
 def _texts(
     folder: RunFolder, file: Path, config: RunConfig, built: Calibration | None
 ) -> dict[str, Any]:
-    """Return the hashes of the text's files, as an option of the stage; recorded if missing now.
+    """Return the hashes of the text's files, a stage option; recorded ones for missing files.
 
     Raises:
         CalibrationError: a file changed since the measurement, and overwriting was not allowed.
@@ -160,7 +157,7 @@ def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
 
 
 def work_of(session: Session, journal: Path) -> Work:
-    """Describe how this session measures, with a journal next to the result."""
+    """Return the settings for a measurement in this session, with a journal."""
     return Work(session.tuning.batch_tokens, session.progress, journal)
 
 

@@ -1,8 +1,8 @@
-"""Stage `pack`: choose a GGUF type and how many blocks go with it, by measurement.
+"""Stage `pack`: choose a GGUF type and the blocks to remove with it, by measurement.
 
-For each type the model either meets the budget whole, or it lacks the blocks that one pass of the
-original finds for the rest. What may be the best of these is measured as it would be shipped:
-patched, packed and read back. The KL of both alone add up, which says what is measured first.
+For each type, either the whole model meets the budget, or blocks are removed that one pass of the
+original finds. Those that may be the best are measured as the final file: patched, packed and read
+back. The KL of type and cut alone are about additive, so their sum decides what is measured first.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
 FINALISTS, LEFT = 3, 0.25
-"""Most states to patch and pack, and the least share of a cut's KL that a patch leaves: the best
-patches measured leave half."""
+"""Maximum number of states to patch and pack; and the assumed lowest share of a cut's KL that
+remains after a patch (half remains after the best patches measured)."""
 
 
 def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[PackedLosses]]:
     """Return the types in which the model or a part of it meets the budget, the finest first.
 
     Raises:
-        InfeasibleError: there is none; the message has the nearest budget that can be met.
+        InfeasibleError: no type meets it; the message has the nearest budget that can be met.
         ArchitectureError: the GGUF file has types that cannot be packed, or has to be cut, which
             llama.cpp would not run.
     """
@@ -51,7 +51,7 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
         if any(f.packed.bytes == packed.bytes and f.packed.other == packed.other for f in found):
-            continue  # no tensor of the file has more bits
+            continue  # the same model again: no tensor of the file has more bits than this type
         rows = [solving.budget_row(own, budget) for budget in session.config.budget.parts]
         fits = all(row.rhs <= 0 for row in rows)
         try:
@@ -71,7 +71,7 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
 def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     """Run stage `pack`: measure the types that meet the budget, in `packing.json`.
 
-    If blocks go too, the later stages find the costs of the chosen type in `run.json`.
+    The costs of the chosen type are stored in `run.json` for the later stages.
     """
     config, file = session.config, folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
@@ -100,14 +100,14 @@ def _measure(
     types: Sequence[PackedLosses],
     journal: Path,
 ) -> None:
-    """Measure what may be the best of some types, and note it in them."""
+    """Measure the types and cuts that may be the best, and store their KL in ``types``."""
     config, tokens = session.config, measuring.splits_of(folder)["rank"]
     work = Work(session.tuning.batch_tokens, session.progress)
     evaluator = Evaluator(session.replay, tokens, measuring.work_of(session, journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
 
     def losses(found: PackedLosses, removed: Sequence[int]) -> tuple[float, float | None]:
-        """Measure the model in a type, without some blocks and patched."""
+        """Return KL and standard error of the model in a type, without some blocks and patched."""
         kind = found.packed.type
         named = f"{kind or 'its own type'}, {len(removed)} blocks out"
 
@@ -122,16 +122,16 @@ def _measure(
         key = f"{kind}:{removed}:{config.patch}:{config.patch_tokens}" if removed else kind
         row = evaluator.ledger.once(key, len(counts), 0.0, 0.0, make)
         error = without_infinities(float(standard_error(row, counts)))
-        # Rounding may leave less than nothing.
+        # Rounding may give a negative KL.
         return max(0.0, float(row.sum() / counts.sum())), error
 
     limit = float("inf")
     for found in sorted(types, key=lambda f: not f.fits):
         if limit > 0:
-            # As they are, the weights are the original's.
+            # Without a type, the weights are those of the original.
             found.kl, found.kl_se = losses(found, []) if found.packed.type else (0.0, 0.0)
             limit = min(limit, found.loss)
-    # A cut only adds to what its type costs.
+    # A cut only adds to the KL of its type.
     rest = [f for f in types if not f.fits and f.kl is not None and f.kl < limit]
     for found in rest:
         _find_cut(session, folder.run.blocks, evaluator, found)
@@ -144,7 +144,7 @@ def _measure(
 def _find_cut(
     session: Session, blocks: BlockList, evaluator: Evaluator, found: PackedLosses
 ) -> None:
-    """Note the best state of one pass that meets the budget in a type, and its KL."""
+    """Find the best one-pass state that meets the budget in a type; store it and its KL."""
     config, own = session.config, blocks.model_copy(update={"packed": found.packed})
     target = Target.of(config.removal, solving.removal_rows(own, config), evaluator.blocks)
     states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])

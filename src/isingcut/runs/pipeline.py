@@ -43,8 +43,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     Returns:
         The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch. If
         the model is a GGUF file, `model.gguf` is the same for llama.cpp.
-        A range of removals has no checkpoint, only `remove-M/` with the ranking of each. Nor has a
-        ``budget`` that the whole model meets best in a smaller type: `packing.json` says so.
+        A range of removals has no checkpoint, only `remove-M/` with the ranking of each. Neither
+        has a ``budget`` that the whole model meets best in a smaller type, see `packing.json`.
 
     Raises:
         IsingcutError: bad input, in one line; nothing was written.
@@ -100,7 +100,7 @@ def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
 
 
 def cut_and_heal(session: Session, folder: RunFolder) -> Path:
-    """Write the final checkpoint of the run, patched and healed as the options say."""
+    """Write the final checkpoint of the run, patched and healed according to the options."""
     model = cutting.make_model(session, folder)
     return cutting.heal(session, folder) or model
 
@@ -200,7 +200,7 @@ def open_session(
     # Checked before any model is loaded.
     RunFolder.refuse_foreign(out, config)
     if not (out / MANIFEST).is_file():
-        # Before any file is opened, which could get the descriptor of a closed pipe.
+        # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
     with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None

@@ -1,8 +1,8 @@
 """`isingcut plan`: estimate the time and memory of each energy and stage, before anything runs.
 
 A forward pass is timed on one block of each kind and on the output head. Only these are read, so
-that planning takes seconds even for a model far larger than memory. Each estimate is a number of
-passes times that; nothing is written.
+that planning takes seconds even for a model far larger than memory. Each estimate is this time
+multiplied by a number of passes. Nothing is written.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ REACHED, READING, CARD_BATCH = 0.4, 2e9, 8192
 from disk, and tokens per micro-batch."""
 
 ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
-EVENING = 8.0
+MOST_HOURS = 8
 """Longest run to recommend, in hours."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
-"""Forward passes of a derivative energy; per row for a matrix."""
-# Forward passes of a patch, one of them for the trial patches of near candidates; a deep cut's take
-# one more.
+"""Forward passes of a derivative energy; for energies with a curvature matrix, per row of it."""
+# Forward passes of a patch, one of them for the trial patches of candidates near the lowest; a
+# tuned patch of a deep cut takes one more.
 _PATCH = {"linear": 3, "tuned": 5}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
@@ -187,8 +187,8 @@ class Prices:
             pairs, effort = self._states(name, states, samples), self.config.effort
             if name == "pairwise":
                 return pairs
-            # Passes, spent on states that cost about as much as the pairs. A search ends at half of
-            # its default budget on average.
+            # Passes over states that cost about as much as the pairs. On average, a search ends
+            # after half of its default budget.
             passes = effort.passes or default_passes(n, [Target.count(n, self.remove)]) / 2
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
@@ -250,7 +250,7 @@ class Prices:
         return self._estimate_measurement(name, samples, seconds, work, count + 1)
 
     def _weights_in_memory(self) -> float:
-        """Return the bytes of the process with its weights."""
+        """Return the bytes of the process with its weights, or with two buffers if streamed."""
         return self.memory.used + (2 * self.store.largest if self.streamed else self.weights)
 
     def _estimate_measurement(
@@ -287,7 +287,7 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
         card: one of `CARDS`, to plan for it from the model's configuration alone.
 
     Returns:
-        what `plan --json` prints: ``weights``, ``allowed`` and ``checkpoint`` in bytes, ``forward``
+        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` in bytes, ``forward``
         in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
         ``seconds`` of the whole run that ``command`` starts.
 
@@ -324,22 +324,22 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
 
 
 def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> tuple[str, str, str]:
-    """Choose the best energy that finishes in an evening; return it, its effort and the reason.
+    """Choose the best energy that fits in `MOST_HOURS` hours; return it, its effort and the reason.
 
     Args:
         config: the options.
         seconds: time of each energy.
         rest: time of all other stages.
     """
-    room = EVENING * 3600 - rest
+    room = MOST_HOURS * 3600 - rest
     if config.removal and seconds["refined"] <= room:
-        return "refined", config.effort, "it ranks best near one removal, and takes one evening"
+        return "refined", config.effort, "it ranks best near one removal"
     if seconds["pairwise"] <= room:
-        return "pairwise", "", "it is measured, works for every removal, and takes one evening"
+        return "pairwise", "", "it is measured and works for every removal"
     if config.removal and _LEAST * seconds["refined"] <= room:
-        why = "the whole search takes more than one evening; this effort fits"
+        why = f"the whole search takes more than {MOST_HOURS} hours; this effort fits"
         return "refined", f"{max(1, int(room / 3600))}h", why
-    why = "measured energies take more than one evening here; this one is only a guide: "
+    why = f"measured energies take more than {MOST_HOURS} hours here; this one is only a guide: "
     return "fisher", "", why + "check its fidelity in the report"
 
 

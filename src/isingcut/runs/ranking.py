@@ -1,4 +1,4 @@
-"""Stages `rank` and `baseline`: measure the candidates, and what other methods choose.
+"""Stages `rank` and `baseline`: measure the candidates, and the choices of other methods.
 
 A baseline chooses on the samples of the energy. Its choice is measured on the split that ranks the
 candidates, so that both are comparable.
@@ -40,14 +40,15 @@ from isingcut.runs.measuring import names
 from isingcut.runs.session import Session
 
 NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
-"""How near the lowest a candidate must be to be patched for the choice, as a share of its KL or in
-paired standard errors; the most candidates, and how many times fewer tokens their patches take."""
+"""Candidates to patch for the choice: maximum distance from the lowest KL, as a share of that or in
+paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
-"""Share of the blocks from which on the best state of one pass is patched for the choice, too."""
+"""Share of removed blocks from which on a cut is deep: then the best one-pass state is patched for
+the choice, too."""
 
 
 def trial_tokens(config: RunConfig) -> int:
-    """Return the tokens of the patches that choose among near candidates; 0 for no patches."""
+    """Return the number of tokens for patches of near candidates; 0 if none are patched."""
     patched = config.choose == "measured" and config.patch != "none"
     return max(64, config.patch_tokens // LESS) if patched else 0
 
@@ -63,15 +64,15 @@ def choose_by_patch(
     """Choose among the candidates near the lowest, by their KL after a patch.
 
     A least-squares patch changes the KL of two near candidates by more than they differ. In a deep
-    cut, where it cannot tell which state training will repair best, the patches are those of the
-    run. Each patched candidate gets its KL in its row.
+    cut it does not predict which state training will repair best, so the kind of patch is that of
+    the run. `patched_kl` is set in the rows of the patched candidates.
 
     Args:
-        text: what the candidates were ranked on.
+        text: text that the candidates were ranked on.
         quick: the states of one-pass methods. In a deep cut the best of them is patched, too.
 
     Returns:
-        the indices of the patched candidates, the chosen first; one if it has no rival.
+        the indices of the patched candidates, the chosen first; one index if no other is near.
     """
     lowest = min(row.kl for row in rows)
 
@@ -88,7 +89,7 @@ def choose_by_patch(
         return near
     config, count = session.config, trial_tokens(session.config)
     kind = config.patch if deep else "linear"
-    # Healing follows a least-squares patch, but a tuned one predicts it.
+    # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
     trial = session.at(config.replace(patch=kind, patch_tokens=count, heal=""))
     work = measuring.work_of(session, journal)
     ledger = Ledger(session.replay, text, work)
@@ -107,7 +108,7 @@ def choose_by_patch(
 
 
 def is_deep(removed: int, blocks: int) -> bool:
-    """Whether so many of all blocks go that the lowest KL as cut is no good guide."""
+    """Whether so many blocks are removed that the lowest KL of exact cuts is a poor guide."""
     return removed >= DEEP * blocks
 
 

@@ -35,7 +35,7 @@ from isingcut.runs.solving import describe_blocks
 
 
 class Session:
-    """The model of a run and how it is computed.
+    """The model of a run, with the settings of its computation.
 
     Args:
         config: the run's options; only those about the model are used here.
@@ -60,7 +60,7 @@ class Session:
 
     @cached_property
     def tuning(self) -> Tuning:
-        """How measurements are computed: as requested, else the defaults.
+        """Attention and micro-batch of measurements, as requested, else the defaults.
 
         A run chooses the micro-batch for its device and records it (`choose_tuning`).
         """
@@ -130,7 +130,7 @@ class Session:
         """Whether the blocks are streamed from disk.
 
         Raises:
-            InputError: the memory limit cannot be parsed, or a device is not there.
+            InputError: the memory limit cannot be parsed, or a device is not available.
         """
         places, limit = map(torch.device, self.device.split(",")), self.config.memory_limit
         too_large = self._bytes > sum(allowance(limit, place).left for place in places)
@@ -205,7 +205,7 @@ class Session:
         """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
 
         Args:
-            removed: the blocks that it lacks; None: as its record says, if it has one.
+            removed: its removed blocks; None: those in its record, or none without a record.
         """
         if self.streaming:
             return self.open_streamed(folder, self.streamed[1])
@@ -268,7 +268,7 @@ def take_up(session: Session, processes: Processes) -> None:
 
 
 def part(session: Session, folder: RunFolder) -> None:
-    """Let each process work for itself from now on."""
+    """Stop sharing measurements: from now on, each process works alone."""
     session.processes = session.replay.processes = folder.processes = ALONE
 
 

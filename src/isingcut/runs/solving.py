@@ -97,7 +97,7 @@ def kept_and_dropped(n: int, config: RunConfig) -> list[LinearConstraint]:
 def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
     """Make the row of one `--budget`: at least this much of a quantity is removed.
 
-    For a packed model that is what is above the limit; 0 or less where the whole model meets it.
+    For a packed model, this is the excess over the limit; 0 or less if the whole model meets it.
     """
     quantity = wanted.quantity
     if quantity.packed:
@@ -112,7 +112,7 @@ def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
 
 
 def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
-    """Return the costs of the blocks in the packed model; of the model as it is, and packed."""
+    """Return the costs of the packed blocks, of the whole model before packing, and after it."""
     packed, quantity, cache = blocks.packed, wanted.quantity, np.zeros(len(blocks.blocks))
     if packed is None:
         raise InputError(
@@ -129,7 +129,7 @@ def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, flo
 
 
 def _furthest(blocks: BlockList, problem: Problem, row: LinearConstraint, budget: Budget) -> str:
-    """Return the feasible value of one budget that asks for most, as you can type it."""
+    """Return the strictest feasible value of one budget, as text for `--budget`."""
     costs = row.coefficients
     # The energy decreases with the removed amount, so its lowest state removes the most.
     falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))

@@ -3,9 +3,9 @@
     python -m isingcut.testing gpu                      the checks, on cuda
     python -m isingcut.testing gpu --only agree,run     some of them
 
-Tiny random models, in float32 where numbers are compared. Prints a table and
-`gpu_checks_failed: N`, and writes a file that can be attached to an issue. The exit code is 1 where
-a check failed, 2 without a GPU.
+The checks use tiny random models, in float32 if numbers are compared. The program prints a table
+and `gpu_checks_failed: N`, and writes a file that can be attached to an issue. The exit code is 1
+if a check failed, 2 without a GPU or for an unknown check.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Place:
     """The inputs of the checks.
 
     Attributes:
-        device: the GPU.
-        folder: for files.
-        model: a tiny checkpoint of 8 blocks.
-        text: a text to measure on.
+        device: GPU to check.
+        folder: folder for files.
+        model: tiny checkpoint of 8 blocks.
+        text: file with a text to measure on.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
@@ -101,7 +101,7 @@ def close(found: Any, expected: Any, most: float = CLOSE) -> str:
     """Check that numbers are close, relative to the largest, and describe their difference.
 
     Raises:
-        AssertionError: they are not close.
+        AssertionError: the numbers are not close.
     """
     found, expected = np.asarray(found), np.asarray(expected)
     off = float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -288,7 +288,7 @@ def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the checks and write their file."""
+    """Run the checks, write the results file, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m isingcut.testing gpu")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
     parser.add_argument("--only", default=",".join(CHECKS), help="names of checks")

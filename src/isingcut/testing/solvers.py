@@ -58,14 +58,14 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
     """Check one solver on `problems`.
 
     A solver passes if its states have the right shape and are feasible, if a claimed proof is
-    true (the k lowest energies, against enumeration), if its lower bound is one, and if it
+    true (the k lowest energies agree with an enumeration), if its lower bound is valid, and if it
     reports an infeasible problem.
 
     Returns:
         ``ground_states_found``, ``k_best_found`` and ``proofs`` as shares of the problems.
 
     Raises:
-        VerificationError: naming the problem and what is wrong.
+        VerificationError: the solver fails; the message names the problem and the fault.
     """
     ground = best = proofs = 0
     cases = problems()
@@ -115,7 +115,7 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
 
 
 def main(words: list[str]) -> int:
-    """Check the named solvers, or all that need no further argument."""
+    """Check the named solvers, or all that need no further argument; return the exit code 0."""
     from isingcut.ising.solvers import registry
 
     for name in words or [n for n in registry.names() if n != "dimod"]:

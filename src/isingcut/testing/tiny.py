@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, with a tiny tokenizer, made offline.
+"""Tiny random models of every supported family, with a tiny tokenizer, made without a network.
 
 The per-layer fields of their configurations vary with depth.
 """
@@ -67,8 +67,8 @@ def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
     """Make a float32 model in evaluation mode, with random parameters as in `tiny_model`.
 
     Args:
-        factory: the auto class that builds it.
-        config: its configuration.
+        factory: auto class that builds the model.
+        config: configuration of the model.
         seed: seed of the weights; the global random state does not change.
     """
     with torch.random.fork_rng():

@@ -1,8 +1,7 @@
 """The search for good states of every target, with a budget of measurements.
 
-`evaluator`: losses on growing numbers of samples, and one scale for them; `surrogate`: the
-posterior energy; `proposals`: the targets, and states to measure for them; `search`: the loop and
-its budget.
+`evaluator`: losses on growing numbers of samples, extrapolated to all; `surrogate`: the posterior
+energy; `proposals`: the targets, and states to measure for them; `search`: the loop and its budget.
 """
 
 from isingcut.energies.search.proposals import Target

@@ -1,8 +1,8 @@
 """Losses of states on growing numbers of samples; each sample of a state is measured once.
 
-The samples have one random order, and every state is measured on the first n of it. So two states
-with the same n are compared on the same text. A later call with a larger n pays for the further
-samples only.
+The samples are in one random order, and every state is measured on the first n of them. So two
+states with the same n are compared on the same text. A later call with a larger n measures only the
+additional samples.
 
 The loss of a state on the first n samples is extrapolated to all m samples by the mean change of
 the states measured on both. The spread of that change over states is the error of the estimate. So
@@ -33,7 +33,7 @@ class Known:
 
     Attributes:
         state: (N,) bool.
-        sums: (m,) KL summed over a sample's tokens, in the evaluator's order; NaN from ``n`` on.
+        sums: (m,) KL summed over each sample's tokens, in `Evaluator.order`; NaN from ``n`` on.
         n: number of measured samples.
     """
 
@@ -43,19 +43,19 @@ class Known:
 
 
 class Evaluator:
-    """Measures KL(original || cut) of states, in nats per token, and counts the cost.
+    """Measurements of KL(original || cut) of states, in nats per token, and their cost.
 
     Args:
         replay: the model's blocks.
         tokens: m samples.
-        work: how to measure; its journal keeps every finished call.
-        seed: the seed of the sample order.
+        work: settings of the measurement; its journal keeps every finished call.
+        seed: random seed of the sample order.
 
     Attributes:
         budget: limit in passes, for the progress display; None if unknown.
-        order: (m,) the samples of ``tokens`` in the order of their use.
-        known: the measured states by key, in the order of their measurement.
-        ledger: the cost so far, and the predicted tokens of each sample in that order.
+        order: (m,) indices of the samples of ``tokens``, in the order in which they are used.
+        known: measured states by key, in the order of their measurement.
+        ledger: cost so far, and number of predicted tokens of each sample in that order.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Evaluator:
 
     @property
     def spent(self) -> float:
-        """The passes spent so far, deferred measurements included."""
+        """The number of passes spent so far, deferred measurements included."""
         return self.ledger.passes + self._owed
 
     def measure(self, states: States | Sequence[Bools], n: int, description: str) -> None:
@@ -120,7 +120,7 @@ class Evaluator:
         self._extend(description)
 
     def _extend(self, description: str) -> None:
-        """Measure the deferred states, each on the samples that it still lacks."""
+        """Measure the deferred states, each on the samples that are still missing."""
         waiting, self._waiting = self._waiting, []
         calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
         for call in filter(None, calls):
@@ -144,7 +144,7 @@ class Evaluator:
             entry.sums[have:n], entry.n = row, n
 
     def slopes(self, state: Bools, n: int) -> Floats:
-        """Return (N,) slopes of the KL in every gate at ``state``, on the first ``n`` samples."""
+        """Return (N,) slopes of the KL, see `gate_slopes`, at ``state`` on the first n samples."""
         price = GATE_SLOPES_PASSES * self.ledger.share(range(n))
 
         def make() -> Floats:
@@ -155,7 +155,7 @@ class Evaluator:
         return self.ledger.once(key, self.blocks, self.blocks * price, price, make)
 
     def one_pass(self, n: int) -> tuple[Floats, Floats]:
-        """Return (N,) block influence and (N + 1, N + 1) boundary angles, see `one_pass`."""
+        """Return (N,) block influence and (N + 1, N + 1) angles, see `streams.one_pass`."""
         boundaries = self.blocks + 1
 
         def make() -> Floats:
@@ -168,9 +168,9 @@ class Evaluator:
         return row[: self.blocks], row[self.blocks :].reshape(boundaries, boundaries)
 
     def price(self, states: States | Sequence[Bools], n: int) -> float:
-        """Return the most passes that measuring the states on the first ``n`` samples takes.
+        """Return an upper bound on the passes to measure the states on the first ``n`` samples.
 
-        Includes the original's own pass over samples that no state was measured on yet.
+        Includes the original model's pass over samples on which no state was measured yet.
         """
         own = self.ledger.share(range(self._referenced, n)) if n > self._referenced else 0.0
         nodes = tree_nodes(np.asarray(states, dtype=bool))
@@ -180,21 +180,21 @@ class Evaluator:
 PRIOR_SPREAD = 0.06
 """Assumed relative change between rungs, until enough states were measured on both."""
 LEAST = 1e-12
-"""Smallest loss in nats per token; below it there is only rounding."""
+"""Smallest loss in nats per token; anything below it is rounding."""
 
 
 class Estimates:
-    """Estimated loss on all samples of every state near a target's size.
+    """Estimated losses of states on all samples.
 
     Args:
         evaluator: the measurements.
-        known: the states to estimate, each measured on at least one rung.
+        known: states to estimate, each measured on at least one rung.
         rungs: numbers of samples, ascending; the last is all samples.
 
     Attributes:
         states: (S, N) bool.
         loss: (S,) estimated KL on all samples, nats per token.
-        sd: (S,) its standard deviation, without the part common to all states.
+        sd: (S,) standard deviation of ``loss``, without the part common to all states.
         rung: (S,) index of the highest rung of each state.
     """
 
@@ -211,7 +211,7 @@ class Estimates:
             both = self.rung > level
             change = np.log(means[both, level + 1] / means[both, level])
             shift = float(change.mean()) if len(change) else 0.0
-            # Four pseudo-states with the prior spread, because two similar states prove little.
+            # Add four pseudo-states with the prior spread: two similar states are weak evidence.
             spread = ((change - shift) ** 2).sum() + 4 * PRIOR_SPREAD**2
             log_shift[level] = log_shift[level + 1] + shift
             variance[level] = variance[level + 1] + spread / (len(change) + 4)
@@ -220,6 +220,6 @@ class Estimates:
         self.sd: Floats = self.loss * np.sqrt(variance[self.rung])
 
     def best(self) -> int:
-        """The index of the best state among those on the highest rung."""
+        """Return the index of the best state among those on the highest rung."""
         top = self.rung == self.rung.max()
         return int(np.flatnonzero(top)[np.argmin(self.loss[top])])

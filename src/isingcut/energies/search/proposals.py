@@ -1,5 +1,5 @@
-"""The targets of a search, and proposals of new states: exact minima of a surrogate, and moves
-around the best states; at the beginning one-pass methods, a pair energy, and a beam over sizes.
+"""The targets of a search, and proposals of states to measure: first from one-pass methods, a pair
+energy and a beam over sizes; then minima of a surrogate, and moves around the best states.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One removal.
+    """One removal to search for.
 
     Attributes:
-        label: the removal as typed, for example ``"8"`` or ``"params=25%"``.
-        rows: its constraints over N blocks.
+        label: removal as typed, for example ``"8"`` or ``"params=25%"``.
+        rows: constraints of the removal over N blocks.
         low, high: fewest and most removed blocks of a feasible state.
-        size: removed blocks of a feasible state with blocks of average cost. A budget allows states
-            with many more removed blocks; the good ones are near this size.
+        size: number of removed blocks that is enough if all blocks have the average cost. A budget
+            allows states with many more removed blocks; the good ones are near this size.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Target:
         """Make a target from its rows.
 
         Raises:
-            InfeasibleError: no state satisfies them.
+            InfeasibleError: no state satisfies the rows.
         """
         low, high = _blank(n, rows).cardinality
         enough = [
@@ -63,7 +63,7 @@ class Target:
         """Make the target to remove exactly ``remove`` of ``n`` blocks.
 
         Raises:
-            InputError: ``remove`` is none or all of the blocks.
+            InputError: ``remove`` is not from 1 to ``n`` - 1.
         """
         if not 1 <= remove < n:
             raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
@@ -74,11 +74,11 @@ class Target:
         return Problem(hamiltonian, self.rows)
 
     def feasible(self, states: States) -> Bools:
-        """Return (S,) which of the states (S, N) satisfy every row."""
+        """Return (S,) bool: whether each state of (S, N) satisfies every row."""
         return _blank(states.shape[1], self.rows).feasible(states)
 
     def extendable(self, states: States) -> Bools:
-        """Return (S,) which states exceed no row yet, so that a greedy path may pass through."""
+        """Return (S,) bool: whether a state exceeds no upper limit, so that it may be extended."""
         result = np.ones(len(states), dtype=bool)
         for row in self.rows:
             if row.sense != ">=" and (row.coefficients >= 0).all():
@@ -86,7 +86,7 @@ class Target:
         return result
 
     def near(self, states: States, distance: int) -> Bools:
-        """Return (S,) which states have about as many removed blocks as this target's good ones."""
+        """Return (S,) bool: whether sizes are at most ``distance`` outside `low` to `size` + 2."""
         size = states.sum(1)
         most = min(self.high, self.size + 2)
         return np.asarray((size >= self.low - distance) & (size <= most + distance))
@@ -97,13 +97,13 @@ def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
 
 
 BEAM, CHILDREN = 3, 8
-"""States kept, and states measured, per size of the beam."""
+"""Numbers of states that the beam keeps and measures per size."""
 
 EXACT_UP_TO = 40
 """Number of blocks up to which the exact solver is faster than tabu search."""
 
 FEW = 20_000
-"""Most states of a target to list one by one."""
+"""Largest number of states of a target to list one by one."""
 
 
 def find_lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
@@ -115,7 +115,7 @@ def find_lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> 
 
 
 def list_states(target: Target, n: int) -> States | None:
-    """Return all states of a target, or None if there are more than `FEW`."""
+    """Return all states of a target, or None if they differ in size or are more than `FEW`."""
     if target.low != target.high or math.comb(n, target.low) > FEW:
         return None
     states = states_of(n, combinations(range(n), target.low))
@@ -123,7 +123,7 @@ def list_states(target: Target, n: int) -> States | None:
 
 
 def find_windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
-    """Return the ``count`` runs of consecutive blocks with the lowest energy."""
+    """Return the ``count`` feasible runs of consecutive blocks with the lowest energy."""
     n, size = hamiltonian.n, target.low
     states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
     states = states[target.feasible(states)]
@@ -131,10 +131,10 @@ def find_windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States
 
 
 def angular_window(angles: Floats, target: Target) -> States:
-    """Return the target's run of consecutive blocks that rotates the stream least: (<= 1, N).
+    """Return the target's run of consecutive blocks that rotates hidden states least: (<= 1, N).
 
     Args:
-        angles: (N + 1, N + 1) between the streams at the boundaries of blocks.
+        angles: (N + 1, N + 1) angles between the hidden states at any two block boundaries.
     """
     n = len(angles) - 1
     spans = [
@@ -152,7 +152,7 @@ def draw_minima(
     """Return ground states of ``count`` Hamiltonians drawn from the posterior, and their gains.
 
     Returns:
-        the states (count, N), and how much lower than ``best`` each is in its Hamiltonian (count,).
+        states (count, N), and gains (count,): energy of ``best`` minus that of the drawn state.
     """
     states, gains = [], []
     for seed in rng.integers(2**31, size=count):
@@ -163,18 +163,18 @@ def draw_minima(
 
 
 LOW, REFITS = 10, 8
-"""States of the mean that are compared with their bound, and how often that is repeated."""
+"""Number of lowest states of the mean to compare with their bound, and most repetitions of this."""
 BOUND_SPREAD = 0.02
-"""Standard deviation of a bound as a measurement, as a share of it."""
+"""Standard deviation of a bound that is used as a measurement, relative to the bound."""
 
 
 def fit_bounded(prior: Hamiltonian, found: Estimates, targets: Sequence[Target]) -> Surrogate:
-    """Fit a posterior whose low states cost at least what was measured of their removals.
+    """Fit a posterior in which low states cost at least as much as measured subsets of them.
 
-    Adding a removal hardly ever lowers a KL (docs/experiments/search.md), and a quadratic form can
-    fall below zero where nothing was measured. So an unmeasured low state of the mean that is below
-    the largest loss of a measured state that it contains is added as if it had that loss, and the
-    posterior is fitted again.
+    Removing a further block hardly ever lowers the KL (docs/experiments/search.md), but a quadratic
+    form can be negative at unmeasured states. So each unmeasured low state of the mean is compared
+    with its bound, see `bound_below`. If its energy is lower, the state is added as a measurement
+    with this bound as its loss, and the posterior is fitted again.
     """
     states, losses, noise = found.states, found.loss, found.sd
     measured = {key_of(state) for state in states}
@@ -194,13 +194,13 @@ def fit_bounded(prior: Hamiltonian, found: Estimates, targets: Sequence[Target])
 
 
 def bound_below(states: States, found: Estimates) -> Floats:
-    """Return (S,) the largest loss of a measured state that each state (S, N) contains, or 0."""
+    """Return (S,) the largest loss of any measured subset of each state's removed blocks, or 0."""
     outside = found.states.astype(float) @ (~states).T.astype(float)
     return np.asarray(np.where(outside.T == 0, found.loss, 0.0).max(1))
 
 
 def list_exchanges(state: Bools, target: Target) -> States:
-    """Return every feasible state one exchange, one removal or one re-insertion away."""
+    """Return every feasible state that is one exchange, one removal or one restored block away."""
     single = np.eye(len(state), dtype=bool)
     gone, here = np.flatnonzero(state), np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
@@ -216,10 +216,10 @@ def flip_each(state: Bools) -> States:
 def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
     """Return exchanges around a state, the most promising first.
 
-    The surrogate prices the removed block, and the gate's slope the restored block.
+    The surrogate predicts the effect of a removed block, the gate slope that of a restored block.
 
     Args:
-        slopes: (N,) slopes of the loss in the gates at ``state``.
+        slopes: (N,) derivatives of the loss with respect to the gates at ``state``.
     """
     moves = list_exchanges(state, target)
     removal = surrogate.mean.energies(state | moves)
@@ -234,7 +234,7 @@ def by_bound(surrogate: Surrogate, states: States) -> States:
 
 
 def grow(states: Iterable[Bools], target: Target) -> States:
-    """Return all states with one more removed block that exceed no row of the target."""
+    """Return all states with one more removed block that exceed no upper limit of the target."""
     found = [flip_each(state)[~state] for state in states]
     if not found:
         return np.zeros((0, 0), dtype=bool)
@@ -243,7 +243,7 @@ def grow(states: Iterable[Bools], target: Target) -> States:
 
 
 def select_unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
-    """Return the first ``count`` distinct states that were not measured yet."""
+    """Return the first ``count`` distinct states for which ``seen`` is False."""
     out: dict[str, Bools] = {}
     for state in states:
         if len(out) == count:
@@ -258,10 +258,10 @@ def pair_energy(
 ) -> Hamiltonian:
     """Measure the pair energy, the prior of the search, from as many pairs as the budget allows.
 
-    Singles come first. Pairs follow by rising sum of their own terms, as many as ``passes`` allow;
-    the coupling of an unmeasured pair, of two costly blocks, is 0. If all fit, they are measured
-    on up to ``most_samples`` samples. If not even the singles fit, ``influence`` (N,) replaces
-    them.
+    Single removals come first. Pairs follow in ascending order of the sum of their own terms, as
+    many as ``passes`` allow; the coupling of an unmeasured pair (two costly blocks) is 0. If all
+    fit, they are measured on up to ``most_samples`` samples. If not even the single removals fit,
+    the own terms are ``influence`` (N,).
     """
     n = evaluator.blocks
     every, pairs = list_removals(n), list(combinations(range(n), 2))
@@ -291,7 +291,7 @@ def pair_energy(
 
 
 def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
-    """Return the choices of methods that need one pass of the original, by method name.
+    """Return the states chosen by methods that need one pass of the original, by method name.
 
     The angular window is missing if no run of blocks satisfies the target.
     """
@@ -314,9 +314,9 @@ def beam_over_sizes(
 ) -> None:
     """Measure good states of every size up to a target's, on ``samples`` samples.
 
-    Each size keeps its few best states. Of all states with one more removed block, the few with the
-    lowest cost by the pair energy are measured. A path ends at a state that satisfies the target,
-    so that a budget removes no more than needed.
+    The few best states of each size are kept. Of all states with one more removed block, the few
+    with the lowest predicted loss are measured. A path ends at a state that satisfies the target,
+    so that no more blocks are removed than a budget needs.
     """
     beam = [np.zeros(evaluator.blocks, dtype=bool)]
     for size in range(1, target.high + 1):

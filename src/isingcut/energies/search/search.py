@@ -1,4 +1,4 @@
-"""The search loop: first states, surrogate, proposals, racing, until the budget is spent.
+"""The search loop: first states, then rounds of proposals and measurements within a budget.
 
     singles and pairs on few samples  ->  pair energy E0
     beam over sizes                   ->  the first states of every target
@@ -6,7 +6,7 @@
         measured states -> posterior over Hamiltonians -> its minima and near moves
         -> measured on few samples -> the best of them on more -> on all
 
-All targets share the measured states. The numbers were chosen on
+All targets share the measured states. The constants below were chosen on
 SmolLM2-135M (docs/experiments.md).
 """
 
@@ -38,49 +38,49 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 FIRST_SHARE, FIRST_TOKENS = 0.125, 512
-"""The first rung of a state: the smaller of a share of the samples and this number of tokens,
-because sorting takes little text."""
+"""First rung of a state: the smaller of this share of the samples and this number of tokens.
+Little text is enough to sort states."""
 GROWTH = 3.0
-"""Factor between the samples of two rungs; the last rung is all samples."""
+"""Factor between the sample numbers of consecutive rungs; the last rung is all samples."""
 EFFORT = 0.4
-"""Default budget of a target, as a share of the cost of a greedy path to it. Most searches end at
-half of it."""
+"""Default budget of a target, as a share of the cost of a greedy path to it. Most searches end
+after half of it."""
 LEAST_EFFORT = 8.0
 """Smallest default budget of a target, in passes."""
 PRIOR_SHARE = 0.1
 """Largest share of the budget for the pair energy."""
 ONE_PASS_SHARE = 0.05
-"""Largest share of the budget for one pass of the original, which otherwise reads less text."""
+"""Largest share of the budget for one pass of the original; if needed, it takes fewer samples."""
 FIRST = 30
 """States proposed in the first round, most of them the lowest of the pair energy."""
 DRAWN, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
 """States proposed per later round: ground states of sampled Hamiltonians, lowest states of the
-mean, moves around the best states by the surrogate's bound, and around the best state by its gate
-slopes."""
+mean, moves around the best states in the order of the surrogate's bound, and moves around the best
+state in the order of its gate slopes."""
 DRAWS = 20
 """Hamiltonians sampled per round."""
 GAIN, CHANCE = 0.01, 0.05
-"""A target is done when the chance that a state is better than the best one by this share of its
-loss is at most the second number. The chance is the share of sampled Hamiltonians with such a
+"""A target is done when the chance that a state is better than the best one by more than `GAIN`
+times its loss is at most `CHANCE`. The chance is the share of sampled Hamiltonians with such a
 state."""
 PROMOTED = 3
 """States promoted to the next rung per round."""
 FINALISTS = 4
 """States measured on all samples at the end, or on as many as the budget allows."""
 RESERVED = 1 / 3
-"""Largest share of the budget reserved for them."""
+"""Largest share of the budget reserved for the finalists."""
 
 
 def rungs(samples: int, tokens: int) -> list[int]:
     """Return the numbers of samples that a state is measured on, ascending.
 
     Args:
-        samples: samples of the text.
-        tokens: tokens of the text.
+        samples: number of samples of the text.
+        tokens: number of tokens of the text.
     """
     share = min(FIRST_SHARE, FIRST_TOKENS / tokens)
     steps = {samples}
-    # A last step to only a few more samples would be a waste.
+    # Omit a step that is only a few samples below all samples.
     while share * GROWTH**0.5 < 1:
         steps.add(max(1, round(share * samples)))
         share *= GROWTH
@@ -88,14 +88,14 @@ def rungs(samples: int, tokens: int) -> list[int]:
 
 
 def one_pass_samples(budget: float, samples: int) -> int:
-    """Return the number of samples for the pass of the original: all, if the budget allows."""
+    """Return the number of samples for the pass of the original: all if the budget allows."""
     return max(1, min(samples, int(ONE_PASS_SHARE * budget * samples)))
 
 
 def default_passes(n: int, targets: Sequence[Target]) -> float:
     """Return the default budget in passes: a share of a greedy path's cost for each target.
 
-    All targets together get at most one greedy path to the largest, which serves them all.
+    All targets together get at most the cost of one greedy path to the largest, which they share.
     """
     shares = [max(LEAST_EFFORT, EFFORT * greedy_price(n, target.size)) for target in targets]
     most = greedy_price(n, max(target.size for target in targets))
@@ -118,9 +118,9 @@ class Goal:
     """The progress of one target.
 
     Attributes:
-        best: the best state so far, or None.
-        rounds: rounds done.
-        exhausted: every state of the target was measured on all samples.
+        best: best state so far, or None.
+        rounds: number of rounds so far.
+        exhausted: whether every state of the target was measured on all samples.
     """
 
     target: Target
@@ -130,23 +130,23 @@ class Goal:
 
 
 class Search:
-    """A budgeted search for the best states of some targets.
+    """A search for the best states of some targets within a budget.
 
-    Deterministic for its seed. With a journal in ``work``, a killed search resumes.
+    Deterministic for a given seed and budget. With a journal in ``work``, a killed search resumes.
 
     Args:
-        targets: the removals to search for.
-        passes: budget in full forward passes over ``tokens``; None: see `default_passes`. A
+        targets: removals to search for.
+        passes: budget in full forward passes over ``tokens``; None for `default_passes`. A
             function is called once and its value kept in the journal, so that a resumed search has
             the same budget.
-        seed: the random seed.
+        seed: random seed.
 
     Attributes:
-        goals: the progress of the targets.
+        goals: progress of the targets.
         one_pass: number of samples for the pass of the original.
         rungs: numbers of samples that a state is measured on, ascending.
-        evaluator: the measurements and their cost.
-        trace: the best state of a target after each of its rounds, with the cost so far.
+        evaluator: measurements and their cost.
+        trace: best state of a target after each of its rounds, with the cost so far.
 
     Raises:
         InputError: no target, or fewer than two samples.
@@ -183,7 +183,7 @@ class Search:
         self._prior = pair_energy(self.evaluator, most, self.rungs[0], influence)
 
     def run(self) -> Search:
-        """Search until the budget is spent; return this search."""
+        """Search until the budget is spent or all targets are done; return this search."""
         self._exhaust()
         self._climb()
         active = [g for g in self.goals if not g.exhausted]
@@ -223,7 +223,7 @@ class Search:
         return Estimates(self.evaluator, found, self.rungs) if found else None
 
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
-        """Return the posterior energy near some targets; None with too few measurements."""
+        """Return the posterior energy near some targets, or None if too few states are measured."""
         found = self._estimates(lambda states: np.any([t.near(states, 1) for t in targets], axis=0))
         if found is None or len(found.states) < 4:
             return None
@@ -232,7 +232,7 @@ class Search:
     # first states -------------------------------------------------------------------------
 
     def _exhaust(self) -> None:
-        """Measure every state of each target that the budget allows this for."""
+        """Measure all states of each target for which the budget allows this."""
         for goal in self.goals:
             states = proposals.list_states(goal.target, self.evaluator.blocks)
             if states is None or not self._afford(states, self.rungs[-1], final=True):
@@ -243,7 +243,7 @@ class Search:
             self._note(goal)
 
     def _climb(self) -> None:
-        """Run a beam over sizes up to the largest target; targets that differ in size share it."""
+        """Run one beam over sizes for all targets that differ only in size, up to the largest."""
         groups: dict[tuple[bytes, ...], list[Target]] = {}
         for goal in self.goals:
             counted = [row.coefficients for row in goal.target.rows]
@@ -261,7 +261,7 @@ class Search:
     # rounds -------------------------------------------------------------------------------
 
     def _turn(self, goal: Goal) -> bool:
-        """Do one round of one target; False when the target is done."""
+        """Run one round of one target; return False if it was the last one."""
         if self._left() <= 0:
             return False
         goal.rounds += 1
@@ -315,9 +315,9 @@ class Search:
         return list(picked.values())
 
     def _promote(self, goal: Goal) -> None:
-        """Promote the states that may be the best by one rung each, the lowest rung first.
+        """Measure states that may be the best on the next rung, the lowest rung first.
 
-        With a streamed model, only those of earlier rounds, which share a sweep with new states.
+        For a streamed model, only states of earlier rounds, in the same sweep as the new states.
         """
         for level, rung in enumerate(self.rungs[1:]):
             found = self.estimates(goal.target)
@@ -334,7 +334,7 @@ class Search:
         """Measure a target's finalists on as many samples as the budget still allows.
 
         Only very small budgets do not allow all samples. A target without any measurement gets one
-        state on the first rung, at any cost.
+        state on the first rung, even beyond the budget.
         """
         found = self.estimates(goal.target)
         if found is None:
@@ -343,7 +343,7 @@ class Search:
             found = self.estimates(goal.target)
             assert found is not None
         states = found.states[np.argsort(found.loss, kind="stable")[:FINALISTS]]
-        # A single finalist has nothing to be compared with.
+        # At least two finalists, if there are two, because one alone cannot be compared.
         counts = range(len(states), min(2, len(states)) - 1, -1)
         for rung, count in product(reversed(self.rungs), counts):
             if self._afford(states[:count], rung, final=True):
@@ -356,7 +356,7 @@ class Search:
     # budget -------------------------------------------------------------------------------
 
     def _reserve(self) -> float:
-        """Return the cost that the finalists of all targets may still have."""
+        """Return the passes reserved for the finalists of all targets."""
         n = self.evaluator.blocks
         each = sum((n - g.target.low) / n for g in self.goals)
         return min(FINALISTS * each * 0.8, RESERVED * self.budget)

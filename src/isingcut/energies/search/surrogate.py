@@ -3,13 +3,13 @@
     y(x) = a + b E0(x) + sum_i u_i x_i + sum_{i<j} v_ij x_i x_j + noise
     a ~ N(0, wide),  b ~ N(1, ..),  u_i ~ N(0, s_h^2),  v_ij ~ N(0, s_J^2)
 
-y is the loss of a state near the wanted size, E0 the measured pair energy. All of it is linear
-in Gaussian weights, so that the posterior is Gaussian, its mean is again a Hamiltonian, and so
-is every sample from it: an exact solver can be run on each. With T measured states the work is
-O(T^3 + T N^2) whatever the number of couplings, because it is done in the T x T kernel.
+y is the loss of a state near the requested size, E0 the measured pair energy. The model is linear
+in Gaussian weights, so the posterior is Gaussian. Its mean and every sample from it are
+Hamiltonians, and an exact solver can be run on each. With T measured states the work is
+O(T^3 + T N^2), because it is done with the T x T kernel and not with a matrix of all couplings.
 
 Thompson sampling with exact minimisation of the sample follows Baptista and Poloczek (BOCS),
-arXiv 1806.08838; the informed prior and the noise that grows with the loss are ours.
+arXiv 1806.08838; the informed prior and the noise that grows with the loss are additions to it.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Surrogate:
     Args:
         prior: the pair energy E0.
         states: (T, N) measured states.
-        losses: (T,) their losses, nats per token.
+        losses: (T,) losses of the states, nats per token.
         noise: (T,) standard deviations of the measurements, nats per token.
 
     Attributes:
-        spread: the prior with the highest evidence in `GRID`.
-        mean: the posterior mean.
+        spread: prior of `GRID` with the highest evidence.
+        mean: posterior mean.
     """
 
     def __init__(self, prior: Hamiltonian, states: States, losses: Floats, noise: Floats) -> None:
@@ -62,10 +62,10 @@ class Surrogate:
         self._energy = prior.energies(states)
         size = np.asarray(states).sum(1)
         best = np.array([losses[size == k].min() for k in size])
-        # A quadratic form cannot fit losses over two decades, and high losses need no exact fit.
-        # The allowed error grows with the excess over the best state.
+        # A quadratic form cannot fit losses that differ by a factor of 100, and high losses need no
+        # exact fit. So the allowed error grows with the excess over the best state.
         self._sd = np.sqrt(noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2)
-        # The covariance must stay positive definite even if several states cost nothing.
+        # The covariance must be positive definite even if several states have zero loss.
         self._sd = np.maximum(self._sd, 1e-6 * losses.max())
         self._a, self._b = _line(self._energy, losses, 1 / self._sd**2)
         self._y = losses - self._a - self._b * self._energy
@@ -86,7 +86,7 @@ class Surrogate:
         return float(-(fit + logdet) / 2), factor
 
     def _covariance(self, inner: Floats, spread: Spread) -> Floats:
-        """Return the prior covariance of two states' losses, without b, by their shared blocks."""
+        """Return prior covariances, without b, of losses of states that share ``inner`` blocks."""
         pairs = (inner**2 - inner) / 2
         result: Floats = self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
         return result
@@ -94,7 +94,7 @@ class Surrogate:
     def _hamiltonian(
         self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
     ) -> Hamiltonian:
-        """Make the Hamiltonian of weights ``extra`` plus the posterior correction towards ``y``."""
+        """Return the Hamiltonian of the posterior mean given residuals ``y``, plus ``extra``."""
         alpha = cho_solve(self._factor, y)
         s, scale = self.spread, self._scale
         e = self._energy - self._energy.mean()

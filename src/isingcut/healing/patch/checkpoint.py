@@ -1,14 +1,14 @@
 """Patch a checkpoint: fit a map at each cut, tune the layers next to it, write and verify.
 
-Tuning takes a few steps on the loss itself. Least squares at a cut brings the residual stream as
-near to the original's as one layer can, but ignores the effect of the remaining error on the rest
-of the model. So the linear layers of the blocks before and after each cut are trained further on
+Tuning takes a few optimiser steps on the loss itself. The least-squares fit at a cut brings the
+residual stream as close to the original's as one layer can, but ignores the effect of the remaining
+error on later blocks. So the linear layers of the blocks before and after each cut are trained on
 
     the mean over predictions of KL(original || patched), nats,
 
-by AdamW with steps relative to each layer's size, once over the text: twice as many tokens win more
+by AdamW with steps relative to each layer's size, for one epoch: twice as many tokens help more
 than a second epoch. The blocks before the first tuned one run once; gradients end there. One sample
-in eight is for validation: the tuned weights are kept if they lower the divergence on these. The
+in eight is for validation: the tuned weights are kept if they lower the KL on these samples. The
 maps must not be fitted on them either, because a map of a wide layer nearly memorises its samples.
 """
 
@@ -47,13 +47,13 @@ from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
 
 CANNOT = (ArchitectureError, FitError)
-"""Errors that skip the patch unless an option requires it."""
+"""Errors after which the patch is left out, unless an option requires it."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
-"""Host memory per tuned number: weight, gradient, two moments."""
+"""Host memory per tuned parameter, in bytes: weight, gradient, two moments."""
 RATE, WIDTH = 0.003, 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
 a stream of this width; smaller for wider models, where more weights change at once."""
@@ -89,13 +89,13 @@ def _replay(job: Job) -> Replay:
 def make_patches(
     job: Job, layers: StoredLayers | None = None
 ) -> tuple[Fitted, list[Patch], PatchTuning | None]:
-    """Fit the maps of a patch, and tune them if the job's options say so.
+    """Fit the maps of a patch, and tune them if the job's options request it.
 
     Args:
         layers: the checkpoint to write the layers to; None: any layer may be patched.
 
     Returns:
-        the maps; all layers that differ from the original's; and the record of the tuning.
+        the fitted maps; the patches of all changed layers; and the record of the tuning, or None.
 
     Raises:
         ArchitectureError, FitError: as `fit_patches`.
@@ -174,9 +174,9 @@ def tune(
 
     Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
     model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
-    a copy of the layers, its gradient, the streams of all tokens twice, and the activations of one
-    micro-batch. If not all linear layers fit the host, only those that write to the stream are
-    tuned.
+    a copy of the layers, its gradient, the hidden states of all tokens twice, and the activations
+    of one micro-batch. If not all linear layers fit the host memory, only those whose output is as
+    wide as the stream are tuned.
 
     Args:
         replay: the original model, in memory.
@@ -188,10 +188,10 @@ def tune(
         at_a_time: tokens per micro-batch; changes results by rounding only.
 
     Returns:
-        all layers that differ from the original's; and the record of the tuning.
+        the patches of all changed layers; and the record of the tuning.
 
     Raises:
-        FitError: too little memory, or the model cannot be differentiated.
+        FitError: too little memory, no layer to tune, or the model cannot be differentiated.
     """
     train, validation = (
         _Text(part, min(work.batch_tokens, STEP_TOKENS), at_a_time) for part in (tokens, held_out)
@@ -248,7 +248,7 @@ def tune(
 
 
 def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
-    """Return all layers, or only those that write to the stream, as host memory allows.
+    """Return all layers, or only those as wide as the stream if host memory is short.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
@@ -270,8 +270,8 @@ class _Layer:
     """A layer to tune: float32 weights on the CPU, with a copy for the model.
 
     Attributes:
-        weight: the weight of the optimiser.
-        used: the same in the layer's dtype on the layer's device, perhaps in the same memory.
+        weight: the weight that the optimiser updates.
+        used: copy of the weight in the layer's dtype and on its device; may share its memory.
     """
 
     def __init__(self, module: Any, fitted: Patch | None) -> None:
@@ -285,7 +285,7 @@ class _Layer:
         self.size = float(self.weight.detach().square().mean().sqrt())
 
     def collect(self) -> None:
-        """Add the gradient of one micro-batch."""
+        """Add the gradient of one micro-batch to that of ``weight``."""
         if self.used.grad is None:
             return
         gradient = self.used.grad.cpu().float()
@@ -303,14 +303,14 @@ class _Layer:
 
 
 class _Text:
-    """Batches, and their data that does not change while layers are tuned.
+    """The micro-batches of a text, with their data that is constant during tuning.
 
     Attributes:
         batches: the micro-batches.
-        groups: the micro-batches whose gradients are accumulated together.
+        groups: indices of the micro-batches whose gradients are accumulated together.
         calls: the recorded calls of the blocks.
-        entered: the streams before the first tuned block.
-        left: the original's streams after its last block.
+        entered: hidden states before the first tuned block.
+        left: the original's hidden states after its last block.
     """
 
     def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
@@ -330,7 +330,7 @@ class _Text:
     def read(
         self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int]
     ) -> list[tuple[int, str, Any, bool]]:
-        """Run the original.
+        """Run the original, and record the data that is constant during tuning.
 
         Returns:
             the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
@@ -353,14 +353,14 @@ class _Text:
         return found
 
     def part(self, at: int, parts: int) -> list[int]:
-        """Return the batches of one step; the groups are in a random order."""
+        """Return the indices of the micro-batches of one step; groups are in random order."""
         order = torch.randperm(
             len(self.groups), generator=torch.Generator().manual_seed(0)
         ).tolist()
         return [batch for group in order[at::parts] for batch in self.groups[group]]
 
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
-        """Add the gradient of one batch."""
+        """Add the gradient of one micro-batch to the layers' gradients."""
         try:
             loss = self._sum_divergence(batch, suffix) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]

@@ -54,7 +54,7 @@ class StoredLayers:
 
     Args:
         folder: the cut checkpoint.
-        removed: the blocks that it lacks.
+        removed: the removed blocks.
     """
 
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
@@ -73,14 +73,14 @@ class StoredLayers:
         """Find the stored weight and bias of one layer.
 
         Args:
-            block: its number in the original.
-            path: the layer inside the block.
+            block: number of the block in the original.
+            path: name of the layer inside the block.
             shape: shape of the weight in memory.
             bias: whether the layer has a bias.
 
         Raises:
-            ArchitectureError: it is not stored under its own name, or neither as plain numbers nor
-                as float8.
+            ArchitectureError: the layer is not stored under its own name and shape, or its dtype is
+                neither a plain one nor float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
         weight, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
@@ -110,7 +110,7 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         out: the new folder.
 
     Returns:
-        the patches as stored; their records tell whether anything changed.
+        the patches with weights as stored; ``changed`` is set in their records.
 
     Raises:
         ArchitectureError: as `StoredLayers.layer`; nothing was written.
@@ -147,7 +147,7 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     with atomic_folder(out) as temporary:
         shutil.copytree(stored.folder, temporary, dirs_exist_ok=True, ignore=skip)
         values = temporary / "values"
-        # Not by the library's own function, which hides errors of the operating system.
+        # Not by `save_file` of safetensors, which hides errors of the operating system.
         values.write_bytes(save(new))
         fresh = {t.name: t for t in read_header(values)}
         for file in files:
@@ -188,7 +188,7 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
         return
     names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
     for name in names:
-        # Without a list, loaders skip the output head by themselves; with a list they do not.
+        # Without a list, loaders exclude the output head by default; with a list they do not.
         content[name] = [*(content.get(name) or ["lm_head"]), *modules]
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
@@ -233,11 +233,11 @@ class Patch:
     """New weights of one layer.
 
     Attributes:
-        block: the kept block, by its number in the original.
-        path: the layer inside the block.
-        weight: (D, F), or (F, D) for a transposed layer, as in the layer. On the CPU, in float64 if
+        block: number of the kept block in the original.
+        path: name of the layer inside the block.
+        weight: new weight (D, F), or (F, D) for a transposed layer. On the CPU, in float64 if
             fitted, float32 if tuned, or in the stored dtype.
-        bias: (D,), None for a layer without one.
+        bias: new bias (D,); None for a layer without one.
         record: the record of the fit.
     """
 
@@ -266,7 +266,7 @@ def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
 def find_obstacle(
     replay: Replay, stored: StoredLayers | None, block: int, path: str, module: Any
 ) -> str:
-    """Explain why a layer cannot take new weights; empty if it can.
+    """Return the reason why a layer cannot be patched; empty if it can.
 
     Args:
         stored: the checkpoint to write the layer to; None: any layer is allowed.

@@ -1,16 +1,16 @@
-"""Find the linear layers of a block that write to the stream, so that they can absorb a linear map.
+"""Find the linear layers of a block that write to the residual stream, to fold a linear map in.
 
-They are found by experiment, not by family. A layer writes straight if adding d to its output adds
+They are found by experiment, not by family. A layer writes directly if adding d to its output adds
 s d to the block's output, with one number s for all tokens and directions. That holds for the
 down-projection of a pre-norm MLP and the output projection of a block with only attention or only
-a scan; it fails before a post-norm or a gate, and for an expert that sees only some tokens.
+a scan; it fails before a post-norm or a gate, and for an expert that gets only some tokens.
 
-If no layer writes straight, a change d of a layer's output changes the block's output by about
+If no layer writes directly, a change d of a layer's output changes the block's output by about
 c_k g_t d_tk, with one gain c_k per channel k and one g_t per token t. Examples are a norm after the
 layer (Gemma's and OLMo 2's post-norms: c is the norm's weight, g one over the root mean square),
 the gate of a shared expert (g), or attention output that experts read too (c and g near 1). The
-gains are measured by a small change of random signs, up and down, at all tokens at once. They are
-medians over tokens and channels, because half precision rounds huge entries coarsely.
+gains are measured by adding and subtracting a small change of random signs at all tokens at once.
+They are medians over tokens and channels, because half precision rounds huge entries coarsely.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _DEAD = 1e-3
 
 @dataclass(eq=False)
 class Write:
-    """The last linear layer of a block that writes straight to the residual stream.
+    """A linear layer of a block that writes to the residual stream.
 
     The weights are copies, because a streamed block is unloaded before they are used.
 
     Attributes:
-        path: its name inside the block, for example ``"mlp.down_proj"``.
+        path: name of the layer inside the block, for example ``"mlp.down_proj"``.
         module: the layer.
-        scale: factor of its output before the addition (Granite's multiplier).
-        transposed: the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
+        scale: factor of the layer's output before the residual addition (Granite's multiplier).
+        transposed: whether the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
         weight: the weight as (D, F).
         bias: the bias (D,); None for a layer without one.
-        reads: whether a patch maps the layer's input; else its output.
+        reads: whether a patch maps the layer's input (true) or its output (false).
     """
 
     path: str
@@ -63,7 +63,7 @@ class Write:
 
     @classmethod
     def of(cls, path: str, module: Any, scale: float) -> Write:
-        """Describe the layer as it is now."""
+        """Create the description of a layer, with copies of its current weights."""
         transposed = not isinstance(module, nn.Linear)
         weight, bias = module.weight.detach().clone(), module.bias
         return cls(
@@ -77,12 +77,12 @@ class Write:
 
     @property
     def mapped(self) -> int:
-        """The number of features of a map."""
+        """The number of input features of a map."""
         width, size = self.weight.shape
         return int(size) + (self.bias is not None) if self.reads else int(width)
 
     def features(self, read: Tensor, written: Tensor) -> Tensor:
-        """Return features (B, T, F') that the change of the layer's output is linear in."""
+        """Return the input features (B, T, F') of a map: the layer's input (and 1) or output."""
         if not self.reads:
             return written
         if self.bias is None:
@@ -90,7 +90,10 @@ class Write:
         return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)
 
     def fold(self, change: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the layer's new weight and bias for a change of the stream."""
+        """Return the layer's weight and bias with a map (D, F') folded in.
+
+        The map times the features is the change of the residual stream.
+        """
         change, weight = change.cpu(), self.weight.cpu().double()
         bias = None if self.bias is None else self.bias.cpu().double()
         if not self.reads:
@@ -106,19 +109,19 @@ class Write:
 def find_write(
     recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str
 ) -> Write | None:
-    """Find the layer of block ``i`` that writes straight to the stream, if there is one.
+    """Find the last layer of block ``i`` that writes directly to the residual stream, if any.
 
     Args:
         recording: a recording of a few tokens.
         block: the module of block ``i``.
-        hidden: the stream (B, T, D) before it.
+        hidden: the hidden states (B, T, D) before the block.
         kind: the kind of the block.
     """
     usable, plain = list_linear_layers(recording, block, i, hidden)
     for path, module, written in reversed(usable):
         if written.shape[-1] != hidden.shape[-1]:
             continue
-        # Experts also read the attention output, though the effect is small if norms are huge.
+        # Experts read the attention output too, which the test may miss if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
         scale = _response(recording, i, hidden, module, plain, written)
@@ -132,7 +135,8 @@ def list_linear_layers(
 ) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
     """List the linear layers that a block calls once, for all tokens, in the order of the calls.
 
-    Excludes experts, which are called for some tokens, and layers whose weights a kernel reads.
+    Excludes experts, which are called for some tokens only, and layers that are not called because
+    a kernel reads their weights.
 
     Returns:
         path, module and output of each, and the block's output.
@@ -168,10 +172,10 @@ def _run(
 def observe(
     recording: Recording, i: int, hidden: Tensor, write: Write
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run block ``i`` and record the input and output of its write.
+    """Run block ``i`` and record the input and output of its layer ``write``.
 
     Returns:
-        output of the block (B, T, D), input of the write (B, T, F), output of the write (B, T, D).
+        output of the block (B, T, D), input of the layer (B, T, F), output of the layer (B, T, D).
     """
     seen, output = _run(recording, i, hidden, {write.path: write.module})
     read, written = (t.reshape(*hidden.shape[:2], -1) for t in seen[write.path][-1])
@@ -198,7 +202,7 @@ def _response(
     plain: Tensor,
     written: Tensor,
 ) -> float | None:
-    """Return s if a change d of the module's output changes the block's by s d, else None."""
+    """Return s if a change d of the module's output changes the block's output by s d, or None."""
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(plain.shape, generator=generator).to(plain)
     # Larger than the layer's output, so that a norm or a gate after it is detected.
@@ -218,9 +222,10 @@ def _response(
     if exact:
         error = float((left.norm(dim=-1) / wide.norm(dim=-1)).max())
     else:
-        # Tokens and channels with huge entries round coarsely; a norm would affect all of them.
+        # Medians, because a norm includes the coarse rounding of tokens and channels with huge
+        # entries.
         error = float(left.abs().median() / wide.abs().median())
-    # The largest deviation from linearity that rounding explains.
+    # Accept a deviation from linearity that rounding can explain.
     return scale if error <= _TOLERANCE.get(plain.dtype, _HALF_TOLERANCE) else None
 
 
@@ -240,10 +245,10 @@ class Gained:
 
 
 def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
-    """Find the layers of block ``i`` that write to the stream with a gain, the most linear first.
+    """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:
-        hidden: the stream (B, T, D) before the block.
+        hidden: the hidden states (B, T, D) before the block.
     """
     found = []
     for path, module, written in list_linear_layers(recording, block, i, hidden)[0]:
@@ -272,7 +277,7 @@ def token_gains(
 def _responses(
     recording: Recording, i: int, hidden: Tensor, module: Any, written: Tensor
 ) -> Tensor:
-    """Return the change of the block's output per change of the layer's, (B, T, D), float64."""
+    """Return the block's output change per change of the layer's output, (B, T, D), float64."""
     generator = torch.Generator().manual_seed(0)
     signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
     size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)

@@ -10,26 +10,26 @@ minimises
 over the real tokens, w_t = 1 / |y_t|^2 (all later layers normalise the stream first; without the
 weight, a few tokens of huge norm would dominate). W' = W + T with T (D, F) maps the layer's input;
 if memory does not suffice for its moments, W' = (1 + T) W with T (D, D) maps its output. The ridge
-pulls towards the unpatched layer. W' has the shape of W, so no parameter is added. The block's
-output is linear in W', so it need not run again.
+term penalises the change of the layer. W' has the shape of W, so no parameter is added. The block's
+output is linear in W', so the block need not run again.
 
 If a norm, a gate or experts follow every such layer, s becomes a gain c_k g_t of channel and token
-(`layers`). With constant gains the block's output is linear in its weights, and least squares
-proposes a map for each ridge strength. The best is chosen by running the block again with the new
-weights on the validation rows.
+(`layers`). With constant gains the block's output is linear in its weights, and least squares gives
+a map for each ridge strength. The best is chosen by running the block again with the new weights on
+the validation rows.
 
 Cuts are fitted from front to back. r and z come from the model with all earlier cuts made and
 patched, y from the original, so that a later patch also corrects the error of earlier ones.
 
 Source: the idea of ReplaceMe, arXiv 2505.02819, section 2 (one run of blocks, T of the second kind,
-its least-squares objective). Ours differs in the weight, in the first kind, in the held-out
-ridge and in treating several cuts.
+its least-squares objective). The fit here differs in the weight, in T of the first kind, in the
+ridge chosen by validation, and in treating several cuts.
 
 The maps are fitted by ridge regression from normal equations, its strength chosen on validation
 rows. Only second moments are kept, in float64, so memory does not grow with the number of tokens.
 Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
-Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; they are in host memory if
-they do not fit the device.
+Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; in host memory if they do
+not fit the device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from isingcut.models.replay import Replay
 
 _HELD_OUT_EVERY = 4
 _CANDIDATES = 2
-"""Number of layers to fit if none writes straight to the stream."""
+"""Number of layers to fit if none writes directly to the stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,8 @@ class Fitted:
     Attributes:
         patches: one for each patched cut, in order.
         unpatched: the other cuts, with reasons.
-        maps: ``"reads"``, or ``"writes"`` if memory did not suffice for the layers' inputs.
+        maps: ``"reads"`` for maps of the layers' inputs, ``"writes"`` for maps of their outputs (if
+            memory did not suffice for the inputs).
     """
 
     patches: list[Patch]
@@ -86,14 +87,14 @@ def fit_patches(
     work: Work,
     stored: StoredLayers | None = None,
 ) -> Fitted:
-    """Fit patches for the cuts of a state; takes two forward passes over the tokens, without heads.
+    """Fit patches for the cuts of a state, in two forward passes over the tokens, without heads.
 
     A streamed model is read once, up to the last cut; a block that can be patched only
     approximately is read twice.
 
     Args:
         replay: the original model.
-        kinds: the kind of each block, for messages.
+        kinds: the kind of each block.
         tokens: every fourth sample is for validation, to choose the ridge.
         removed: the removed blocks.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
@@ -135,14 +136,14 @@ def _blocks(first: int, last: int) -> str:
 
 @dataclass(eq=False)
 class _Fitting:
-    """Fits the cuts in order, and keeps the streams between them.
+    """Fits the cuts in order, and keeps the hidden states between them.
 
     Args:
         replay: the original model.
         kinds: the kind of each block.
         batches: the tokens.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
-        done: counts the blocks run per batch.
+        done: function called with the number of block runs that were finished.
     """
 
     replay: Replay
@@ -155,13 +156,13 @@ class _Fitting:
     def __post_init__(self) -> None:
         self._recordings = [self.replay.record(b.input_ids) for b in self.batches]
         self._tokens = sum(int(b.mask.sum()) for b in self.batches)
-        # The original's and the patched model's streams, before block `at`.
+        # The original's and the patched model's hidden states before block `_at`.
         self._original = [r.entered for r in self._recordings]
         self._patched = list(self._original)
         self._at = 0
 
     def fit_cut(self, first: int, last: int) -> Patch | str:
-        """Return the patch of the cut of blocks ``first`` to ``last``; or why there is none."""
+        """Return the patch for removing blocks ``first`` to ``last``, or why there is none."""
         p = first - 1
         write: Write | None = None
         entered = self._patched
@@ -186,7 +187,7 @@ class _Fitting:
                 "block 0 is removed, so no block before the first cut can absorb a patch; heal by "
                 "distillation instead, or keep block 0 (--keep 0)"
             )
-        # The fit compares them with the output of block p.
+        # To the device of block p, to compare them with its output.
         self._original = self._bring(p, self._original)
         if write is None:
             return self._fit_approximately(p, last, entered)
@@ -197,7 +198,7 @@ class _Fitting:
 
     def _observe(self, p: int, write: Write) -> list[tuple[Tensor, Tensor]]:
         """Return for each batch the output (B, T, D) of block p in the patched model, and the
-        features (B, T, F') that a change of it is linear in."""
+        features (B, T, F') of the map."""
         found = []
         for recording, stream in zip(self._recordings, self._patched, strict=True):
             output, read, written = observe(recording, p, stream, write)
@@ -207,7 +208,7 @@ class _Fitting:
     def _fit_exactly(
         self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
     ) -> Patch | str:
-        """Patch a layer that writes straight to the stream: one least-squares fit."""
+        """Patch a layer that writes directly to the stream: one least-squares fit."""
         device = self._original[0].device
         moments = self._moments_for(write)
         for b, (output, x) in enumerate(seen):
@@ -227,7 +228,7 @@ class _Fitting:
         validation error, if better than no patch.
 
         Args:
-            entered: for each batch the patched model's stream before block p.
+            entered: for each batch the patched model's hidden states before block p.
         """
         block, reasons, usable = self.replay.blocks[p], [], []
         best: tuple[RidgeFit, Write] | None = None
@@ -260,7 +261,7 @@ class _Fitting:
         )
 
     def _solve(self, p: int, entered: Sequence[Tensor], gained: Gained) -> RidgeFit | None:
-        """Return the best map of one layer, by the block's output with it."""
+        """Return the map of one layer whose block output has the least validation error."""
         before = self._error(p, entered, None)
 
         def left(change: Tensor) -> float:
@@ -307,7 +308,7 @@ class _Fitting:
         return Patch(p, write.path, *write.fold(found.map), record)
 
     def _moments_for(self, write: Write) -> tuple[Moments, Moments]:
-        """Make empty second moments of the fit rows and the validation rows, where they fit."""
+        """Make empty moments of the fit and validation rows, on the CPU if the device is full."""
         device = self._original[0].device
         if bytes_of(write.mapped) > allowance("", device).left:
             device = torch.device("cpu")
@@ -321,11 +322,11 @@ class _Fitting:
             side.add(x[rows], target[rows], weights[rows])
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
-        """Return which real tokens (B, T) of batch ``b`` are for fitting, which for validation."""
+        """Return the masks (B, T) of the real tokens of batch ``b`` to fit and to validate on."""
         batch, device = self.batches[b], self._original[b].device
         mask = batch.mask.to(device)
         validation = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
-        # There are too few samples to take one in four.
+        # With too few samples to take one in four, validate on the first.
         if sum(each.samples for each in self.batches) < _HELD_OUT_EVERY:
             validation = (batch.index == 0).to(device)
         return mask & ~validation[:, None], mask & validation[:, None]
@@ -360,7 +361,7 @@ class _Fitting:
                     f"{host / 1e9:.1f} GB are free"
                 )
             stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
-            # Both models' streams, a block's output and what its layer reads.
+            # Hidden states of both models, a block's output and the input of its layer.
             needed = stream * (3 + size / width)
             room = self.replay.room(self.batches[0])
             if needed > room:
@@ -437,8 +438,8 @@ def fit_ridge(
     contains afterwards.
 
     Args:
-        left: returns the share of the validation error that remains with a map; None: computed
-            from the validation moments.
+        left: function of a map, the share of the validation error that remains with it; None:
+            computed from the validation moments.
 
     Returns:
         None if no map is better than no patch.
@@ -459,10 +460,10 @@ def fit_ridge(
 
 
 def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
-    """Find the ridge strength with the least error, walking downhill from the middle.
+    """Find the ridge strength with the least error, in steps from the middle while it decreases.
 
     Args:
-        left: returns the error of a strength.
+        left: function that returns the error of a strength.
 
     Returns:
         the strength and its error.

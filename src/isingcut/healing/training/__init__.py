@@ -1,3 +1,3 @@
-"""Distillation: `train` trains to a checkpoint with transformers' Trainer, `student` is the trained
-model and its loss, `batches` makes micro-batches and plans the memory.
+"""Distillation. `train`: training with transformers' Trainer, up to a checkpoint; `student`: the
+trained model and its loss; `batches`: micro-batches and memory planning.
 """

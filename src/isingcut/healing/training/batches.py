@@ -1,4 +1,4 @@
-"""Make micro-batches of a training, and plan its memory.
+"""Make the micro-batches of a training, and plan its memory.
 
 The samples of a step are in shuffled order. They are sorted by length, distributed to the
 processes, and divided into micro-batches with little padding; a step's gradient does not depend on
@@ -6,7 +6,7 @@ the order or division. All steps have the same number of micro-batches in every 
 accumulation and sharded models require.
 
 Micro-batch size and recomputation change the result by rounding only. They are chosen once per
-training and kept when it resumes. A training that cannot fit is refused before it begins.
+training and kept when it resumes. A training that does not fit raises an error before it starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from isingcut.options.config import BATCH_TOKENS
 
 # The overhead of a micro-batch (casting weights, adding gradients), as a number of tokens.
 _EACH = 64
-# Steps to estimate padding on, and additional micro-batches to consider.
+# Number of steps to estimate padding on, and of additional micro-batches per step to consider.
 _LOOKED_AT, _MORE = 8, 16
 
 
@@ -46,12 +46,12 @@ class Steps(Sampler[list[int]]):
     """The micro-batches of a training, as a batch sampler.
 
     Args:
-        lengths: tokens of each sample.
-        batch: samples of an optimiser step, over all processes.
-        steps: optimiser steps.
+        lengths: number of tokens of each sample.
+        batch: samples per optimiser step, over all processes.
+        steps: number of optimiser steps.
         rank, size: rank of this process, and number of processes.
-        seed: seed of the order.
-        most: most tokens of a micro-batch, padding included; a single sample may have more.
+        seed: seed of the sample order.
+        most: maximum tokens of a micro-batch, padding included; a single sample may have more.
         micro_batches: micro-batches per step and process.
     """
 
@@ -76,7 +76,7 @@ class Steps(Sampler[list[int]]):
                 yield mine[part]
 
     def _of(self, step: int) -> list[int]:
-        """Return the samples of a step, the longest first."""
+        """Return the sample indices of a step, longest sample first."""
         found: list[int] = []
         first, samples = step * self.batch, len(self.lengths)
         for place in range(first, first + self.batch):
@@ -88,7 +88,7 @@ class Steps(Sampler[list[int]]):
         return sorted(found, key=lambda i: -self.lengths[i])
 
     def divide(self) -> Steps:
-        """Choose the number of micro-batches: as many as needed, or more to save padding."""
+        """Return a copy with the number of micro-batches: the minimum, or more to save padding."""
         every = [
             [self.lengths[i] for i in found[rank :: self.size]]
             for found in map(self._of, range(self.steps))
@@ -104,7 +104,7 @@ class Steps(Sampler[list[int]]):
 
 
 def _count_parts(lengths: Sequence[int], most: int) -> int:
-    """Return the fewest parts of at most ``most`` tokens."""
+    """Return the minimum number of parts of at most ``most`` tokens."""
     found, start = 0, 0
     while start < len(lengths):
         found, start = found + 1, start + max(1, most // lengths[start])
@@ -116,12 +116,12 @@ def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[f
 
     Args:
         lengths: lengths of the samples, descending.
-        count: most parts, at most one per sample.
-        most: most tokens of a part of several samples, padding included.
+        count: maximum number of parts, at most the number of samples.
+        most: maximum tokens of a part with several samples, padding included.
 
     Yields:
-        for each number of parts the tokens with padding (infinite if no division fits), and the
-        parts.
+        for each number of parts, the cost in tokens with padding (infinite if no division fits),
+        and the parts.
 
     Complexity: count x samples^2.
     """
@@ -134,7 +134,7 @@ def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[f
     best, cuts = cost[0], []
     for n in range(count):
         if n:
-            # total[i, j]: the samples up to i in the parts before, those behind it up to j here.
+            # total[i, j]: samples 0 to i in the previous parts, samples i + 1 to j in this part.
             total = best[:-1, None] + cost[1:]
             cuts.append(total.argmin(0) + 1)
             best = total.min(0)
@@ -147,7 +147,7 @@ def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[f
 def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
     """Make a batch for the student, padded on the right.
 
-    ``labels`` are -100 except for predictions that count; their number scales the loss.
+    ``labels`` are -100 except for predictions that count; the loss is divided by their number.
     """
     chosen = tokens.select(rows)
     counts = chosen.mask if chosen.counted is None else chosen.counted
@@ -158,18 +158,18 @@ def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
     return batch if chosen.counted is None else {**batch, "counted": chosen.counted}
 
 
-# Larger micro-batches save too little time for their memory.
+# Maximum tokens of a micro-batch; larger ones save too little time for their memory.
 _MOST = {"cpu": 2048, "cuda": 16384}
-# Tokens of the sample to count activations on, and the same on the CPU for a GPU.
+# Tokens of the sample to count activations on; fewer if the student is on the CPU, not the GPU.
 _COUNTED, _COUNTED_APART = 512, 32
-# Bytes per trained number.
+# Bytes per trained parameter.
 _GRADIENT, _MOMENTS = 4, 8
 
 
 def shard_if_needed(job: Job) -> Job:
-    """Turn FSDP on for a full training by several processes that one device does not hold.
+    """Turn on FSDP if a full training by several processes does not fit on one device.
 
-    A training that resumes is sharded as it began.
+    A resumed training is sharded as it was at its start.
     """
     config, settings, file = job.config, trainer_settings(job.config), job.work / "memory.json"
 
@@ -187,22 +187,22 @@ def shard_if_needed(job: Job) -> Job:
 
 
 def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
-    """Plan the training for this machine's memory, unless `--trainer` sets it.
+    """Choose micro-batch size and recomputation for the free memory, unless `--trainer` sets them.
 
     Args:
         student: the model to train, with its loss installed and its attention chosen.
-        batch: sequences of an optimiser step, over all processes.
-        placed: whether the student is on its device; else it is on the CPU, because it does not fit
-            or because FSDP or DeepSpeed shard it.
+        batch: sequences per optimiser step, over all processes.
+        placed: whether the student is on its device; if not, it is on the CPU, because it does not
+            fit or because FSDP or DeepSpeed shard it.
 
     Raises:
         InputError: the training does not fit, even with one sample per micro-batch. Sharded
             trainings are not checked, because FSDP and DeepSpeed may use host memory.
 
-    Complexity: the forward passes of 768 tokens.
+    Complexity: forward passes over 768 tokens.
     """
     settings, device = trainer_settings(job.config), job.teacher.device
-    # On several devices, all of it is taken to be spread evenly.
+    # With several devices, memory use is assumed to be spread evenly.
     devices = devices_of(job.teacher.model)
     lengths = job.tokens.mask.sum(1)
     longest, row = int(lengths.max()), batch_of(job.tokens, [int(lengths.argmax())])
@@ -212,7 +212,7 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
     words, logit = int(text_config(job.teacher.model).vocab_size), job.teacher.dtype.itemsize
 
     def around(tokens: int) -> float:
-        """Return the activation bytes that are not proportional to the tokens, with the loss."""
+        """Return the activation bytes not proportional to the tokens, including the loss."""
         # Logits of both models, and the gradient of the loss.
         return fixed + 3 * logit * min(CHUNK_ELEMENTS, words * tokens)
 
@@ -243,7 +243,7 @@ def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[st
     """Return the bytes that a training keeps on the device of each process, by purpose."""
     ranks = job.processes.size if is_sharded(settings) else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / ranks
-    # Other optimisers of transformers use less.
+    # Other optimisers of transformers use less memory, which is not counted.
     moments = str(settings.get("optim", "adamw_torch")).startswith("adamw_torch")
     teacher = _storages(job.teacher.model)
     own = [size for place, size in _storages(student).items() if place not in teacher]
@@ -265,11 +265,11 @@ def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
 def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float, float, float]:
     """Count the bytes that a forward pass keeps for the backward pass.
 
-    Counted on a sample; if memory does not suffice, only the inputs of the blocks count.
+    They are measured on a sample. If memory does not suffice, only the inputs of the blocks count.
 
     Returns:
-        per token; per token with recomputation; and independent of the tokens, such as weights in
-        the compute dtype.
+        bytes per token; bytes per token with recomputation; and bytes that do not depend on the
+        tokens, such as weights in the compute dtype.
     """
     device = next(student.parameters()).device
     text = text_config(job.teacher.model)
@@ -296,6 +296,6 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
         if not is_memory_exhausted(e):
             raise
         each, fixed = float(entering), 0.0
-    # The gradient of the logits is computed with them and never recomputed.
+    # The gradient of the logits is computed in the forward pass and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed

@@ -32,7 +32,7 @@ from isingcut.options.config import HealConfig
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silence a warning per layer of peft about an older name for gradient checkpointing."""
+    """Silence peft's warning, for every layer, about an older name for gradient checkpointing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -72,15 +72,15 @@ def prepare_training(plain: Any, config: HealConfig) -> Any:
 
 
 def narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert frozen weights to the compute dtype where that changes no value.
+    """Convert frozen weights to the compute dtype if that changes no value.
 
     Otherwise a frozen float32 weight of a linear layer is cast at every call, and the copy kept for
-    the backward pass. Embeddings stay in float32, because they begin the stream.
+    the backward pass. Embeddings still return float32, because the residual stream starts there.
     """
     linear = (nn.Linear, Conv1D)
     layers = [m for m in model.modules() if isinstance(m, linear) or type(m) is nn.Embedding]
     known = {id(layer) for layer in layers}
-    # Other layers may compute with the weight that is tied to theirs, as Gemma 3's embedding does.
+    # Weights that layers of other types share, such as Gemma 3's embedding, are not converted.
     others = {id(p) for m in model.modules() if id(m) not in known for p in m._parameters.values()}
     for layer in layers:
         weight = layer.weight
@@ -96,8 +96,8 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> None:
 def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
     """Return the weights of the last blocks, the final norm and the head.
 
-    A head that is tied to the embeddings is excluded, because the first block reads it too. Earlier
-    layers need no gradients, so the backward pass ends before them.
+    A head that is tied to the embeddings is excluded, because the input of the first block depends
+    on it too. Earlier layers need no gradients, so the backward pass ends before them.
     """
     stack = stack_modules(model, find_stack(model))
     read = language_model(model)
@@ -125,7 +125,7 @@ def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str,
 
     Args:
         start: the checkpoint before the training.
-        trained: the Trainer's save.
+        trained: folder that the Trainer saved.
     """
     model = load_student(start if config.lora_rank else trained, config)
     if config.lora_rank:
@@ -165,7 +165,7 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
 
 
 def stream_of(output: Any) -> Tensor:
-    """Return a decoder's output for the head."""
+    """Return the hidden states that a decoder passes to the head."""
     found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return found
 
@@ -207,7 +207,10 @@ def install(student: Any, plain: Any, original: Any) -> None:
         alone: bool = False,
         **ignored: Any,
     ) -> dict[str, Tensor]:
-        """Return the summed divergence; ``alone``: from itself, to count the student's memory."""
+        """Return the summed divergence from the teacher.
+
+        With ``alone``, return the divergence from itself, to count the student's memory.
+        """
         rows = (attention_mask if counted is None else counted)[:, 1:].bool()
         given, head = read(forward, parts, input_ids, rows), teacher_head
         if alone:

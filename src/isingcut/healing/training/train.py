@@ -2,9 +2,9 @@
 
 The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
 launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
-Trainer. Full fine-tuning trains all weights in float32; `last:N` the last N blocks, the final norm
-and the head; LoRA trains low-rank matrices on all linear layers and is merged into the weights at
-the end.
+Trainer. Full fine-tuning trains all weights in float32; `last:N` trains the last N blocks, the
+final norm and the head; LoRA trains low-rank matrices on all linear layers, which are merged into
+the weights at the end.
 
 A time budget is converted to steps by timing a few steps with the smallest and the largest
 micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
@@ -75,9 +75,9 @@ from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.safetensors_files import read_checkpoint, read_config
 from isingcut.models.transformers_private import get_checkpointing
 
-# Timed steps of one sample.
+# Number of timed steps with one sample.
 _SMALL = 3
-# Trained tokens between two checks, at least.
+# Intended number of trained tokens between two checks.
 _EACH_CHECK = 100_000
 
 
@@ -85,11 +85,11 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     """Train, or resume from the last complete state.
 
     Returns:
-        the curve and the settings for `healing.json`; and the Trainer's save of the resulting model
-        (LoRA: of the adapter).
+        the entries for `healing.json`; and the folder with the model that the Trainer saved (LoRA:
+        the adapter).
 
     Raises:
-        InputError: settings that do not fit each other.
+        InputError: transformers rejects the settings, or the training does not fit the memory.
         ModelError: the loss is NaN or infinite.
     """
     recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
@@ -100,7 +100,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         known = read_document(last / CURVE, HealingCurve)
         watch.curve, watch.checks = known.steps, known.checks
         watch.trained = known.trained_parameters
-    # After a kill behind the last state, only the remaining work is done here.
+    # Skip the training if it was complete when the process was killed.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
         with _student(job, recipe.batch) as (student, plan):
             watch.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -133,7 +133,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 
 def step_times(job: Job) -> list[tuple[int, float]]:
-    """Time steps without keeping their results: of one sample, then of many; tokens and seconds."""
+    """Return tokens and seconds of steps of one sample, then of many; discard their results."""
     job, size = shard_if_needed(job), job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
@@ -153,12 +153,12 @@ def step_times(job: Job) -> list[tuple[int, float]]:
 def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     """Yield the model to train, with its loss and attention, and its memory plan.
 
-    On one device it shares the teacher's weights: only weights that are trained, patched or in
+    Without sharding, it shares the teacher's weights: only weights that are trained, patched or in
     float32 need new memory. For FSDP or DeepSpeed the model stays on the CPU in one dtype, to be
     sharded.
     """
     config, device, teacher = job.config, job.teacher.device, job.teacher.model
-    # A training before this one, for its speed, is in memory until it is collected.
+    # An earlier timing run may still be in memory until it is released.
     BatchLimit(device).release()
     plain = load_student(job.start, config)
     student = prepare_training(plain, config)
@@ -168,14 +168,14 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
         if half:
             narrow(plain, torch.bfloat16)
         placed = share(plain, teacher, job.removed)
-    # Narrowed layers take float32 under autocast alone.
+    # Layers with weights in the compute dtype accept float32 inputs only under autocast.
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         install(student, plain, teacher)
 
     make = partial(plan_memory, job, student, batch, placed=placed)
 
     def plan() -> dict[str, Any]:
-        # Keep the recorded plan, but refuse a student that does not fit now.
+        # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
         file = job.work / "memory.json"
         found = keep_result(file, HealingMemory, make) if placed or sharded else make()
         return found.content()
@@ -192,7 +192,7 @@ def _run(
     watch: Watch,
     last: Path | None = None,
 ) -> None:
-    """Train, from a state if there is one."""
+    """Train, starting from the saved state ``last`` if given."""
 
     def sum_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         predictions = (labels != -100).sum()
@@ -237,12 +237,12 @@ def _arguments(
     parts = order.micro_batches if isinstance(order, Steps) else 1
     config, size, steps = job.config, job.processes.size, len(order) // parts
     device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
-    # Two to ten states, each with a check, or one every 50 steps.
+    # Save two to ten states, each with a check, and at least one every 50 steps.
     tokens = steps * batch * (float(job.tokens.mask.sum()) / job.tokens.samples)
     states = min(10.0, max(2.0, tokens / _EACH_CHECK))
     given, again = trainer_settings(config), get_checkpointing() if plan.recompute else {}
     if given.get("fsdp") and not isinstance(more := given.get("fsdp_config"), str):
-        # FSDP's own recomputation gathers the weights of a block once for both.
+        # FSDP's own recomputation gathers a block's weights once for recomputation and gradients.
         own = {"version": 2, "activation_checkpointing": plan.recompute}
         given["fsdp_config"], again = {**own, **(more or {})}, {}
     settings: dict[str, Any] = {
@@ -272,7 +272,7 @@ def _arguments(
     try:
         arguments = TrainingArguments(**settings)
         if arguments.n_gpu > 1:
-            # DataParallel would copy the model without its loss; a launcher uses all GPUs.
+            # DataParallel would copy the model without its loss; a launcher is needed for all GPUs.
             arguments._n_gpu = 1
         return arguments
     except (TypeError, ValueError, ImportError) as e:
@@ -284,11 +284,11 @@ def _make_error(error: Exception) -> InputError:
 
 
 class OurTrainer(Trainer):
-    """Saves states so that a kill or a full disk leaves them complete or marked as unfinished.
+    """Trainer with given micro-batches; a kill or a full disk leaves incomplete states unmarked.
 
     Args:
         tokens: all samples.
-        order: this process's micro-batches of them.
+        order: micro-batches of this process, as sample indices.
     """
 
     def __init__(self, tokens: TokenSet, order: Steps | list[list[int]], **rest: Any) -> None:
@@ -299,7 +299,8 @@ class OurTrainer(Trainer):
     def _keep_float32(self) -> None:
         """Let FSDP gather weights and sum gradients and losses in float32, under autocast.
 
-        By default it rounds the loss to the compute dtype. On CPUs accelerate ignores FSDP.
+        By default FSDP rounds the loss to the compute dtype. On CPUs accelerate ignores FSDP, so it
+        is turned on here.
         """
         state: Any = self.accelerator.state
         model: Any = self.model
@@ -315,7 +316,7 @@ class OurTrainer(Trainer):
             model.forward = cast(model.forward)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the micro-batches unchanged: they belong to this process already."""
+        """Return the micro-batches of this process, without distributing them to processes."""
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.order,
@@ -324,7 +325,7 @@ class OurTrainer(Trainer):
         )
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
-        # `Watch.on_save` marks it complete; delete a marker of an earlier call.
+        # `Watch.on_save` marks the state as complete. After an error, delete it.
         target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         save: Any = super()._save_checkpoint
         try:
@@ -336,10 +337,10 @@ class OurTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Keeps the loss curve, shows progress, runs the checks, and stops at a loss of NaN.
+    """Callback that keeps the loss curve, shows progress, runs checks, and raises at NaN losses.
 
     Args:
-        batch: sequences of a step, over all processes.
+        batch: sequences per step, over all processes.
         timing: whether this is only a timing run.
     """
 
@@ -385,7 +386,7 @@ class Watch(TrainerCallback):
         self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        # The other processes have written their random states too.
+        # Wait until the other processes have written their random states too.
         self.job.processes.wait()
         self.check(rest["model"], state.global_step)
         if self.job.leads:
@@ -399,7 +400,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def check(self, model: Any, step: int) -> None:
-        """Measure the unseen text, in all processes, because the model may be sharded."""
+        """Measure the KL on the unseen text, in all processes, because the model may be sharded."""
         judge = self.job.judge
         if judge is None or self.timing:
             return
@@ -420,7 +421,7 @@ class Watch(TrainerCallback):
             raise ModelError(f"the loss of step {step} is {loss}; {lower_rate(self.job)}")
 
     def judge(self) -> HealingStop | None:
-        """Judge the checks so far, and keep the result as `verdict`."""
+        """Return the judge's verdict on the checks so far, and store it as `verdict`."""
         if self.checks and self.job.judge is not None:
             self.verdict = self.job.judge.verdict(self.checks)
         return self.verdict
@@ -435,14 +436,14 @@ def lower_rate(job: Job) -> str:
     return f"set a lower learning_rate with --trainer{rate}"
 
 
-# Written by the training or by `save_pretrained`, so not copied from the start.
+# Files that `save_pretrained` or the training writes, so they are not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # Usable share of the remaining time: states and checks take time too, and timing is inexact.
 _USED = 0.85
 
 
 def distill(job: Job, out: Path) -> dict[str, Any]:
-    """Train from the job's start and write ``out``, a plain checkpoint of the same shape and dtype.
+    """Train the job's start checkpoint and write ``out``, a plain one of the same shapes and dtype.
 
     An interrupted training resumes from its last state. Every process calls this; rank 0 writes.
 
@@ -466,7 +467,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 
 
 def _spend(job: Job) -> Job:
-    """Convert the job's budget to a recipe, and its text to samples of that length."""
+    """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
     tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
@@ -483,13 +484,13 @@ def _spend(job: Job) -> Job:
 
 
 def _pace(job: Job) -> tuple[float, float]:
-    """Measure in all processes the fixed seconds per step, and the seconds per token."""
+    """Measure the fixed seconds per step and the seconds per token, in all processes."""
     trial = job.work / "trial"
     text = pieces(job.tokens, SHORT)
     times = step_times(dataclasses.replace(job, tokens=text, work=trial))
     if job.leads:
         shutil.rmtree(trial, ignore_errors=True)
-    # The first step of a size compiles and allocates; the fastest of the others is undisturbed.
+    # Skip the first step of each size, which compiles and allocates; take the fastest other one.
     (n, s), (m, t) = (
         min(part[1:], key=lambda step: step[1]) for part in (times[:_SMALL], times[_SMALL:])
     )
@@ -498,7 +499,7 @@ def _pace(job: Job) -> tuple[float, float]:
 
 
 def _publish(job: Job, trained: Path, out: Path) -> None:
-    """Write the trained weights as a plain checkpoint in the start's dtype, and verify it."""
+    """Write the trained weights as a plain checkpoint in the start's dtype, and verify the file."""
     dtype = DTYPES[stored_dtype(job.start)]
     trust = job.config.trust_remote_code
     weights = trained_weights(job.start, trained, job.config)
@@ -509,7 +510,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     model.load_state_dict(weights)
     tokens = random_tokens(model, 2, 24)
     with atomic_folder(out) as temporary, quiet_transformers():
-        # A model is loaded without its layers for multi-token prediction; they stay as they are.
+        # The model was loaded without its layers for multi-token prediction: copy them unchanged.
         text = read_decoder(read_config(job.start))
         mtp = {n: read_tensor(t) for n, t in read_checkpoint(job.start).items() if is_mtp(n, text)}
         model.save_pretrained(temporary, state_dict=model.state_dict() | mtp if mtp else None)

@@ -1,4 +1,4 @@
-"""Solvers: find low-energy feasible states of a `Problem`, one file per solver, by `solve`."""
+"""Solvers, one per file, and `solve`, which finds low-energy feasible states of a `Problem`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from isingcut.memory import convert_memory_errors
 from isingcut.registry import Registry
 
 MOST_STATES = 100_000
-"""Most states of a spectrum: all are kept in memory, and as text in a file."""
+"""Largest number of states in a spectrum; all are held in memory, and saved as text."""
 
 
 class Solvers(Registry):
@@ -39,7 +39,7 @@ class Solvers(Registry):
         return super().get(name)
 
     def check(self, name: str) -> None:
-        """Check now that the solver ``name`` can be used later.
+        """Check in advance that the solver ``name`` can be used.
 
         Raises:
             UnknownNameError: no such solver.
@@ -53,7 +53,7 @@ class Solvers(Registry):
 
 
 def imports(name: str) -> bool:
-    """Whether a solver's name makes Python import the module that it names."""
+    """Whether Python must import a module that the solver's name contains."""
     return name.startswith("dimod:")
 
 
@@ -81,13 +81,13 @@ def solve(
     """Find the ``k`` lowest states of ``problem``, ranked.
 
     Args:
-        problem: what to minimise.
-        solver: a name from `registry`.
-        k: how many states.
+        problem: problem to minimise.
+        solver: name from `registry`.
+        k: number of states.
         diverse: with D > 0, each state is the best of all that are at least D swaps away from
-            every state before it; the solver runs again, with rows that keep this distance, as long
-            as it found too few such states.
-        options: the solver's own.
+            every state before it; the solver runs again, with rows that require this distance, as
+            long as there are fewer than ``k`` such states.
+        options: options of the solver.
 
     Raises:
         InfeasibleError: no state satisfies the constraints.

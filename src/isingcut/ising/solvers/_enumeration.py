@@ -1,13 +1,13 @@
 """Depth-first enumeration of a small subproblem with the Gilmore-Lawler bound.
 
-Blocks are taken in a fixed order. With d of m blocks chosen and only the blocks from position p
-on left, r = m - d are to come, and every completion costs at least the partial energy plus the r
-smallest values of
+Blocks are taken in a fixed order. If d of m blocks are chosen and the others must come from the
+positions p and later, r = m - d are missing. The energy of every completion is at least the partial
+energy plus the r smallest values of
 
     own term + couplings to the chosen + half the sum of the r - 1 smallest couplings to
     blocks from p on,
 
-because each remaining pair is counted from both of its ends (P. Gilmore 1962, E. Lawler 1963). The
+because each remaining pair is counted at both of its blocks (P. Gilmore 1962, E. Lawler 1963). The
 half sums depend only on (p, block, r) and are tabulated once, so that a node costs O(N).
 """
 
@@ -19,7 +19,7 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def half_sums(J, m):  # type: ignore[no-untyped-def]
-    """(N, N, m): half the sum of the r smallest J[j, k] over k >= p, k != j, at [p, j, r]."""
+    """Return (N, N, m): at [p, j, r] half the sum of the r smallest J[j, k] over k >= p, k != j."""
     n = J.shape[0]
     table = np.zeros((n, n, m))
     ordered = np.zeros(n)
@@ -44,7 +44,7 @@ def half_sums(J, m):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _smallest(values, count, r):  # type: ignore[no-untyped-def]
-    """Sum of the r smallest of values[:count]; reorders them."""
+    """Return the sum of the r smallest of values[:count], which are reordered."""
     low = 0
     high = count - 1
     while low < high:
@@ -94,7 +94,7 @@ def sift_down(energies, best, keys):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def reach(A):  # type: ignore[no-untyped-def]
-    """Least and most, (R, N + 1) each, that the columns from i on can still add to a row."""
+    """Return the least and most, (R, N + 1) each, that the columns from i on can add to a row."""
     rows, n = A.shape
     least = np.zeros((rows, n + 1))
     most = np.zeros((rows, n + 1))
@@ -112,14 +112,14 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     """Collect the lowest states with energy below the threshold.
 
     Args:
-        h, J: the subproblem in the order of decision; A, low, high: its rows (R, N).
-        m: ones to place, at least 1; base: energy of what is fixed.
-        threshold: (1,) shared and falling: states must have base + energy below it.
+        h, J: subproblem with blocks in the order of decision; A, low, high: its rows (R, N).
+        m: ones to place, at least 1; base: energy of the fixed variables.
+        threshold: (1,) shared, other threads lower it; base + energy of a state must be below it.
         stop: (1,) shared flag; budget: most nodes to visit.
-        energies, best: (k,) filled with inf and (k, N): a max-heap of what is found, updated.
+        energies, best: (k,) filled with inf and (k, N): max-heap of the states found, updated.
 
     Returns:
-        (complete, nodes)
+        whether the enumeration is complete, and the number of visited nodes.
     """
     n = h.shape[0]
     rows = A.shape[0]
@@ -132,7 +132,7 @@ def enumerate_below(  # type: ignore[no-untyped-def]
     marginal[0] = h
     sums = np.zeros((m + 1, rows))
     values = np.zeros(n)
-    # No state comes twice here: keys would say nothing.
+    # Each state is visited only once here, so the keys are not needed.
     keys = np.zeros(energies.shape[0], dtype=np.uint64)
     limit = min(threshold[0], energies[0])
     nodes = 0

@@ -1,6 +1,6 @@
 """Lower bounds by semidefinite relaxation, valid at every step of their computation.
 
-In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation keeps
+In spins, with s_0 = 1, the energy of a subproblem is <C, Y> for Y = s s^T. The relaxation requires
 diag(Y) = 1, Y positive semidefinite, Y a = 0 for each equality row a.s = 0 (all products of the
 row with a variable), g.Y_0 >= 0 for inequality rows, and triangle inequalities. The rows Y a = 0
 are eliminated: Y = P Y P with P the projection on the rows' complement. The Lagrangian dual in y
@@ -8,10 +8,10 @@ are eliminated: Y = P Y P with P the projection on the rows' complement. The Lag
 
     sum(y) - sum(z) + min { <Z, Y> : Y psd, trace Y = N },   Z = C - Diag(y) - B*(z) - G*(mu)
 
-whose last term is N min(0, smallest eigenvalue of P Z P): a true bound for any y and z, mu >= 0.
+whose last term is N min(0, smallest eigenvalue of P Z P): a valid bound for any y and z, mu >= 0.
 It is maximised by the proximal method (J. Malick, J. Povh, F. Rendl, A. Wiegele, "Regularization
-methods for semidefinite programming", SIAM J. Optim. 20, 2009): the trace gives way to
-sigma / 2 ||Y - centre||^2, which makes the dual smooth; L-BFGS-B climbs it for a few steps; Y
+methods for semidefinite programming", SIAM J. Optim. 20, 2009): the term sigma / 2 ||Y - centre||^2
+replaces the trace constraint and makes the dual smooth; L-BFGS-B maximises it for a few steps; Y
 becomes the next centre, and violated triangles are added. Bounds from such a relaxation inside
 branch and bound for this kind of problem: J. Malick, F. Roupin, "Solving k-cluster problems to
 optimality with semidefinite programming", Math. Programming B 136, 2012.
@@ -31,7 +31,7 @@ from isingcut.ising.solvers.base import Reduced
 from isingcut.ising.states import Floats
 
 SIGNS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-"""Of a triangle's kind: the signs of Y_ij, Y_ik and Y_jk, whose sum stays at -1 or above."""
+"""Signs of Y_ij, Y_ik and Y_jk for each kind of triangle; the signed sum must be at least -1."""
 
 # Tuned on the families of benchmarks/solvers.py.
 SIGMA = 0.005
@@ -50,7 +50,7 @@ def _triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
-    """Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
+    """Return Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
     size, count = C.shape[0], cuts.shape[0]
     Z = C - np.diag(x[:size])
     for t in range(count):
@@ -71,7 +71,7 @@ def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _project(Z, Q):  # type: ignore[no-untyped-def]
-    """P Z P for P = I - Q Q^T."""
+    """Return P Z P for P = I - Q Q^T."""
     M = Z @ Q
     M -= 0.5 * Q @ (Q.T @ M)
     return Z - M @ Q.T - Q @ M.T
@@ -79,7 +79,7 @@ def _project(Z, Q):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
-    """Minus the augmented dual function; fills its gradient g and the primal matrix X."""
+    """Return minus the augmented dual function; fill its gradient g and the primal matrix X."""
     size, count = C.shape[0], cuts.shape[0]
     Z = _slack_matrix(C, ineq, x, cuts, kinds) - sigma * centre
     lam, U = np.linalg.eigh(_project(Z, Q))
@@ -97,7 +97,7 @@ def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[
 
 @njit(cache=True, nogil=True)
 def _find_violated(X):  # type: ignore[no-untyped-def]
-    """Triangles (T, 4) that X violates, as i < j < k and their kind, and by how much (T,)."""
+    """Return the triangles (T, 4) that X violates, as i < j < k and kind, and violations (T,)."""
     size = X.shape[0]
     triangles, amount = np.zeros((0, 4), dtype=np.int64), np.zeros(0)
     for fill in (False, True):
@@ -118,7 +118,7 @@ def _find_violated(X):  # type: ignore[no-untyped-def]
 
 
 def _names(cuts: NDArray[np.int64], kinds: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """A number for each triangle."""
+    """Return a unique number for each triangle."""
     i, j, k = cuts.T
     return np.asarray(((i * size + j) * size + k) * 4 + kinds)
 
@@ -129,8 +129,8 @@ class Dual:
 
     Attributes:
         x: y (N,), z (T,) and mu (G,) in one vector.
-        cuts: (T, 3) the triangles' spins, ascending; ``kinds`` (T,) their signs.
-        centre: (N, N) the proximal centre: the primal matrix of the last step.
+        cuts: (T, 3) spins of the triangles, ascending; ``kinds`` (T,) their rows of `SIGNS`.
+        centre: (N, N) proximal centre: the primal matrix of the last step.
     """
 
     free: NDArray[np.int64]
@@ -140,10 +140,10 @@ class Dual:
     centre: NDArray[np.float32]
 
     def restrict(self, fixed: NDArray[np.int8]) -> Dual:
-        """The same multipliers where more variables are fixed (0 or 1 in ``fixed``).
+        """Return the multipliers after fixing more variables (0 or 1 in ``fixed``).
 
         A fixed spin equals plus or minus the constant spin, so its row merges into row 0 and a
-        triangle through it becomes one through 0; triangles that lose two spins say nothing.
+        triangle through it becomes one through 0; triangles that lose two spins are dropped.
         """
         values, size = fixed[self.free], self.free.size + 1
         stays = values < 0
@@ -153,7 +153,7 @@ class Dual:
         new, s = place[self.cuts], sign[self.cuts]
         alive = (np.diff(np.sort(new, axis=1), axis=1) > 0).all(axis=1) & (z > 0)
         new, s = new[alive], s[alive]
-        # Pairs (ij, ik, jk) leave out the spins k, j and i; flipping a spin flips its two pairs.
+        # Pairs (ij, ik, jk) omit the spins k, j and i; flipping a spin flips its two pairs.
         pairs = SIGNS[self.kinds[alive]] * s[:, [0, 0, 1]] * s[:, [1, 2, 2]]
         order = np.argsort(new, axis=1)
         pairs = np.take_along_axis(pairs[:, ::-1], order, axis=1)[:, ::-1]
@@ -168,12 +168,12 @@ class Dual:
 
 
 class Subproblem:
-    """What is left of a node: base + h.x + sum J x x over the ``free`` variables, ``left`` ones.
+    """The rest of a node: base + h.x + sum J x x over the ``free`` variables, with ``left`` ones.
 
     Args:
-        h, J: of all variables.
-        fixed: (V,) 0, 1 or -1 (free).
-        m: ones in all.
+        h, J: coefficients of all variables.
+        fixed: (V,) values 0, 1 or -1 (free).
+        m: total number of ones.
     """
 
     def __init__(self, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> None:
@@ -186,7 +186,7 @@ class Subproblem:
 
 
 def spin_matrix(h: Floats, J: Floats, constant: float) -> Floats:
-    """C (N, N) with <C, s s^T> = constant + h.x + sum_{i<j} J_ij x_i x_j for s = (1, 2 x - 1)."""
+    """Return C, <C, s s^T> = constant + h.x + sum_{i<j} J_ij x_i x_j with (N,) s = (1, 2 x - 1)."""
     n = h.shape[0]
     C = np.zeros((n + 1, n + 1))
     rows = J.sum(axis=1)
@@ -197,11 +197,11 @@ def spin_matrix(h: Floats, J: Floats, constant: float) -> Floats:
 
 
 class Relaxation:
-    """Bounds subproblems of one reduced problem; threads share it.
+    """Lower bounds for the subproblems of one reduced problem, shared by all threads.
 
     Args:
-        rows: the reduced problem, for its rows.
-        threshold: (1,) read at every round: a bound is not needed beyond it.
+        rows: reduced problem, for its rows.
+        threshold: (1,) read in every round; a bound is not improved beyond it.
         stop: (1,) shared flag.
     """
 
@@ -215,7 +215,7 @@ class Relaxation:
         self._roots: dict[int, Dual] = {}
 
     def start(self, dual: Dual | None, part: Subproblem, m: int) -> Dual:
-        """Multipliers to begin with: the parent's, else the root's, else none."""
+        """Return the initial multipliers: the parent's, else the root's, else zeros."""
         dual = dual or self._roots.get(m)
         if dual is None:
             size, none = part.free.size + 1, np.zeros(0, dtype=np.int64)
@@ -225,8 +225,8 @@ class Relaxation:
         return dual if dual.free.size == part.free.size else dual.restrict(part.fixed)
 
     def spin_rows(self, part: Subproblem) -> tuple[Floats, Floats]:
-        """An orthonormal basis Q (N, R) of the equality rows, and rows g.s >= 0 (2 A, N), of
-        s = (1, spins)."""
+        """Return an orthonormal basis Q (N, R) of the equality rows, and rows g.s >= 0 (2 A, N),
+        for s = (1, spins)."""
         r = self.rows
         shift = r.A @ (part.fixed == 1)
         A = r.A[:, part.free]
@@ -242,11 +242,11 @@ class Relaxation:
         low = np.where(np.isfinite(r.low), r.low, shift + np.minimum(A, 0).sum(axis=1))
         high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
         ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
-        # In one memory order: each other one is compiled anew, for ten seconds.
+        # Always in the same memory order: numba compiles again for another, for ten seconds.
         return np.ascontiguousarray(orth(equal.T, rcond=1e-6)), np.ascontiguousarray(ineq)
 
     def bound(self, part: Subproblem, m: int, dual: Dual) -> tuple[float, Floats, Dual]:
-        """Lower bound, lower bounds (2, V) for each value of each variable, multipliers.
+        """Return a bound, bounds (2, V) for each value of each variable, and the multipliers.
 
         The bound is improved until it reaches the threshold or stalls.
         """
@@ -259,7 +259,7 @@ class Relaxation:
         sigma = SIGMA / size
 
         def value(scaled: Floats) -> tuple[float, Floats]:
-            # So scaled the second derivatives are near 1.
+            # With this scaling, second derivatives are near 1.
             self.evaluations += 1
             g = np.zeros(scaled.size)
             f = _evaluate(C, Q, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
@@ -278,7 +278,7 @@ class Relaxation:
             x, centre = sigma * found.x, X.copy()
             z = x[size : size + len(cuts)]
             Z = _project(_slack_matrix(C, ineq, x, cuts, kinds), Q)
-            # The rows' own directions come last.
+            # The large multiple of Q Q^T sorts the directions of the equality rows last.
             lam, U = np.linalg.eigh(Z + np.abs(Z).sum() * Q @ Q.T)
             lam, U = lam[: size - Q.shape[1]], U[:, : size - Q.shape[1]]
             dual_sum = float(x[:size].sum() - z.sum())
@@ -307,12 +307,12 @@ class Relaxation:
 
 
 def _split_bounds(base: float, lam: Floats, W: Floats) -> Floats:
-    """Lower bounds (2, N) for s_i = -1 and s_i = +1 from the eigenvectors W of a slack matrix.
+    """Return lower bounds (2, V) for s_i = -1 and +1 from the eigenvectors W of a slack matrix.
 
-    On binary s the energy is at least s^T Z s + sum(y) - sum(z). With Z + delta I positive
+    For binary s the energy is at least s^T Z s + sum(y) - sum(z). With Z + delta I positive
     definite on the rows' complement, its minimum over real s with s_0 = 1 and s_i fixed is a
     Schur complement of the inverse, for all i at once after one eigenvalue decomposition; delta
-    costs delta N. Several delta are tried, every one is valid.
+    lowers the bound by delta N. Several values of delta are tried; the bound is valid for each.
     """
     best = np.full((2, len(W) - 1), -np.inf)
     for power in range(5):

@@ -14,7 +14,7 @@ from isingcut.ising.solvers.tabu import Tabu
 
 __all__ = ["Auto"]
 
-# Up to here the exact search finished within minutes on the families of benchmarks/solvers.py.
+# Up to these sizes the exact search took minutes on the families of benchmarks/solvers.py.
 LIKELY_BLOCKS = 130
 LIKELY_STATES = 10**17
 
@@ -25,7 +25,7 @@ class Auto:
 
     Args:
         seconds: time limit; None always runs the exact search to its end.
-        seed: of the heuristic.
+        seed: random seed of the tabu search.
     """
 
     seconds: float | None = 60.0

@@ -1,7 +1,7 @@
 """The interface of solvers: `Solver`, its result `Solution`, and the reduced problem.
 
-A solver is a frozen dataclass of options with `solve(problem, k)`. `reduce` drops fixed blocks,
-merges tied blocks and tightens rows.
+A solver is a frozen dataclass of options with `solve(problem, k)`. `reduce` drops fixed blocks and
+redundant rows, merges tied blocks and bounds the number of ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Solution:
     """The result of a solver; `isingcut.ising.spectrum.Spectrum` checks and ranks it.
 
     Args:
-        states: (S, N) bool, all feasible; duplicates and order do not matter.
-        lower_bound: a proven lower bound on the ground-state energy, or None.
+        states: (S, N) bool, all feasible; duplicates and any order are allowed.
+        lower_bound: proven lower bound on the ground-state energy, or None.
         proven: whether the states contain the k lowest (or all, if there are fewer).
         info: JSON-able statistics of the run: nodes, restarts, dropped samples.
     """
@@ -41,7 +41,7 @@ class Solution:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A solver part."""
+    """The interface of a solver."""
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find up to ``k`` low-energy feasible states of ``problem``.
@@ -54,10 +54,11 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """Minimise c + h.y + sum_{i<j} J_ij y_i y_j over y in {0,1}^V with m_low <= sum y <= m_high and
-    low <= A y <= high; V <= N variables, each one block or a group that goes together.
+    """The reduced problem: minimise c + h.y + sum_{i<j} J_ij y_i y_j over y in {0,1}^V, with
+    m_low <= sum y <= m_high and low <= A y <= high.
 
-    ``lift`` (V, N) and ``base`` (N,) give the state back: x = base + y @ lift.
+    Each of the V <= N variables is one block or a group of blocks that are removed together.
+    ``lift`` (V, N) and ``base`` (N,) convert y to a state: x = base + y @ lift.
     """
 
     h: Floats
@@ -189,7 +190,7 @@ def _as_rows(matrix: Floats, lows: Floats, highs: Floats) -> list[LinearConstrai
 
 
 def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]) -> bool:
-    """Fix, in place, the free variables (-1) that a row forces; False if a row cannot be met."""
+    """Fix in place the free variables (-1) that a row forces; return False if a row cannot hold."""
     while True:
         free = fixed < 0
         settled = matrix @ (fixed == 1)
@@ -198,7 +199,7 @@ def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]
         most = settled + np.maximum(rest, 0).sum(axis=1)
         if (least > high).any() or (most < low).any():
             return False
-        # The unfavourable value of one variable moves the row's extreme by its coefficient.
+        # The unfavourable value of a variable changes the row's extreme sum by its coefficient.
         over = least[:, None] + np.abs(rest) > high[:, None]
         under = most[:, None] - np.abs(rest) < low[:, None]
         not_one = (((rest > 0) & over) | ((rest < 0) & under)).any(axis=0)

@@ -1,7 +1,7 @@
-"""Run any dimod sampler or CQM solver, hardware included: ``dimod:package.Class``.
+"""Run any dimod sampler or CQM solver, also on hardware: ``dimod:package.Class``.
 
-Infeasible samples are repaired. A sampler is third-party code: anything that it raises or returns
-becomes feasible states, or one clear error.
+Infeasible samples are repaired. A sampler is third-party code: its errors and invalid results are
+converted to one clear error.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["Dimod"]
 class Dimod:
     """One call of a dimod sampler; infeasible samples are repaired or dropped, and counted.
 
-    A class with ``sample_cqm`` gets the constraints as rows, any other the penalty form. It runs
-    in this process, without limits of time and memory.
+    A class with ``sample_cqm`` receives the constraints as rows, any other the penalty form. It
+    runs in this process, without limits on time and memory.
 
     Args:
-        sampler: the class as ``package.module.Class``; or, from Python, a class or an instance.
-            A class is created without arguments.
-        reads: ``num_reads``, if the sampler has it.
-        seed: ``seed``, if the sampler has it.
-        penalty: share of the default penalty weight, for samplers without rows.
+        sampler: class as ``package.module.Class``; or, from Python, a class or an instance.
+            A class is instantiated without arguments.
+        reads: value of ``num_reads``, if the sampler has this parameter.
+        seed: value of ``seed``, if the sampler has this parameter.
+        penalty: factor on the default penalty weight, for samplers without ``sample_cqm``.
         options: further keyword arguments of the call.
     """
 
@@ -61,7 +61,7 @@ class Dimod:
             name = (sampler if isinstance(sampler, type) else type(sampler)).__name__
         small = reduced.as_problem()
         try:
-            # Its output would look like a result.
+            # On stdout, the sampler's output would look like a result.
             with contextlib.redirect_stdout(sys.stderr):
                 info, states = self._draw(small, sampler, name)
         except (KeyboardInterrupt, IsingcutError):
@@ -83,7 +83,7 @@ class Dimod:
         return Solution(reduced.expand(kept[order]), None, False, info)
 
     def _draw(self, small: Problem, sampler: Any, name: str) -> tuple[dict[str, Any], States]:
-        """Run the sampler's code; return the ignored arguments and the distinct states.
+        """Run the sampler; return its ignored arguments and penalty, and the distinct states.
 
         A penalty below the default lets samplers move more freely; infeasible samples are repaired.
         """
@@ -105,7 +105,7 @@ def sampler_class(name: str) -> Any:
     """Import the class ``package.module.Class``, without calling it.
 
     Raises:
-        MissingExtraError: it is a class of dwave-samplers, which is not installed.
+        MissingExtraError: the class is in dwave-samplers, which is not installed.
         InputError: there is no such module or class, the import fails, or it is not a sampler.
     """
     from dimod.core.sampler import Sampler
@@ -182,7 +182,8 @@ def _make_error(what: str, error: BaseException) -> InputError:
 def repair(problem: Problem, state: Bools) -> Bools | None:
     """Find a feasible state near ``state`` by flips, then swaps, that reduce the violation most.
 
-    Ties go to the lower energy. Returns None if no move helps before all rows are satisfied.
+    Of equal moves, take the one with the lowest energy. Return None if no move reduces the
+    violation before all rows are satisfied.
     """
     rows = problem.constraints
     matrix = np.array([row.coefficients for row in rows])

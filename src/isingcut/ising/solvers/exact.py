@@ -1,10 +1,10 @@
 """Exact branch and bound: the K best states with a proof.
 
-Small nodes are enumerated depth first with a cheap combinatorial bound (`_enumeration`). Others
-get a semidefinite bound with triangle inequalities (`_relaxation`). It starts from the parent's
-multipliers, stops as soon as it exceeds the threshold, and fixes a variable if the bound for its
-other value exceeds it. All threads take nodes with the best bound first. The search starts from the
-K states of a tabu search, which give a good first threshold.
+Small nodes are enumerated depth first with a cheap combinatorial bound (`_enumeration`). For others
+a semidefinite bound with triangle inequalities is computed (`_relaxation`). It starts from the
+parent's multipliers and stops as soon as it exceeds the threshold. A variable is fixed if the bound
+for its other value exceeds the threshold. All threads take nodes with the lowest bound first. The
+search starts from the K states of a tabu search, which give a good first threshold.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from isingcut.ising.states import Floats
 
 __all__ = ["Exact"]
 
-# Nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
+# Most nodes of one enumeration, tuned on the families of benchmarks/solvers.py.
 ROOT_BUDGET = 1_000_000
 NODE_BUDGET = 60_000
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Branch and bound with semidefinite bounds; anytime.
+    """Branch and bound with semidefinite bounds, which can be stopped at any time.
 
-    On a limit, or on Ctrl-C, it returns the best states so far with the proven lower bound and
+    At a limit, or on Ctrl-C, it returns the best states so far with the proven lower bound and
     ``proven=False``. The states of a complete search do not depend on timing, except among states
     tied with the K-th.
 
     Args:
         seconds: wall-clock limit, or None.
         nodes: limit on the nodes of the semidefinite tree, or None.
-        threads: 0 uses every core.
-        seed: of the tabu search that starts it.
-        memory_mb: most memory the open nodes may take; beyond it they keep no multipliers.
+        threads: number of threads; 0 uses every core.
+        seed: random seed of the initial tabu search.
+        memory_mb: memory for open nodes, in MB; beyond it, further nodes keep no multipliers.
     """
 
     seconds: float | None = None
@@ -66,7 +66,7 @@ class Exact:
         threads = self.threads or os.cpu_count() or 1
         search = _BranchAndBound(reduced, min(k, reduced.count_states()), self.memory_mb)
         search.warm_start(problem, self.seed)
-        # These threads fill the cores; additional BLAS threads would only wait for each other.
+        # The search threads use all cores; additional BLAS threads would only wait.
         with threadpool_limits(limits=1, user_api="blas"):
             search.run(threads, self.seconds, self.nodes)
         states = search.pool.states(reduced.n)
@@ -78,7 +78,7 @@ class Exact:
             "enumerated": search.visited,
             "evaluations": search.relaxation.evaluations,
             "open_nodes": len(search.open),
-            # The number of states, from the lowest, whose rank is proven.
+            # The number of lowest states with a proven rank.
             "proven_states": int((energies <= frontier).sum()),
             "stopped": search.stopped,
             "threads": threads,
@@ -89,14 +89,14 @@ class Exact:
 
 
 class _Pool:
-    """The K best states so far, with a falling threshold.
+    """The K best states so far, and the threshold for further states.
 
     ``threshold`` (1,) is an array that compiled code reads while other threads lower it. Only
     states with an energy below it can enter the pool.
 
     Args:
-        k: how many states.
-        tolerance: energies closer than this count as equal.
+        k: number of states to keep.
+        tolerance: difference below which energies count as equal.
     """
 
     def __init__(self, k: int, tolerance: float) -> None:
@@ -107,7 +107,7 @@ class _Pool:
         self._lock = threading.Lock()
 
     def add(self, energies: Floats, states: NDArray[np.uint8]) -> None:
-        """Merge states (S, V) with their energies."""
+        """Add new states (S, V) with their energies (S,), and keep the K best."""
         with self._lock:
             for energy, state in zip(energies.tolist(), states, strict=True):
                 key = state.tobytes()
@@ -132,7 +132,7 @@ class _Pool:
 
 @dataclass(order=True)
 class _Node:
-    """A subproblem: ``fixed`` (V,) is 0, 1 or -1 (free), and ``m`` ones in all."""
+    """A subproblem: ``fixed`` (V,) is 0, 1 or -1 (free), with ``m`` ones in total."""
 
     bound: float
     serial: int
@@ -142,7 +142,7 @@ class _Node:
 
 
 class _BranchAndBound:
-    """State shared by the threads; all energies are divided by ``scale`` and lack ``reduced.c``."""
+    """The state shared by all threads; energies are without ``reduced.c``, divided by ``scale``."""
 
     def __init__(self, reduced: Reduced, k: int, memory_mb: float) -> None:
         self.reduced = reduced
@@ -160,14 +160,14 @@ class _BranchAndBound:
         self.open: list[_Node] = []
         self._most_stored = int(memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 40 * 1500 + 2000))
         self._serial = 0
-        # Share of enumerations that finished within their budget, by log2 of the state count.
+        # Share of enumerations that finished within their budget, by 4 log2 of the state count.
         self._luck: dict[int, float] = {}
 
     def warm_start(self, problem: Problem, seed: int) -> None:
         """Fill the pool by tabu search and open one root per number of ones."""
         r = self.reduced
         restarts = 20 if r.count_states() > 1_000_000 else 2
-        # A longer list is filled by the enumeration; tabu search compares with each state of it.
+        # At most 1000 states, because tabu search compares with each; the enumeration adds others.
         heuristic = Tabu(restarts=restarts, seed=seed)
         states, _ = heuristic.search(r, min(self.k, 1000), problem)
         self.pool.add(self.energies(states), states)
@@ -233,7 +233,7 @@ class _BranchAndBound:
     # one node -----------------------------------------------------------------------------
 
     def _process(self, node: _Node) -> list[_Node] | None:
-        """Return the children of a node, none if it is closed; None if stopped before the end."""
+        """Return the children of a node, [] if it is closed, or None if stopped before the end."""
         fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
         r = self.reduced
         matrix = np.vstack([np.ones(r.n), r.A])
@@ -282,7 +282,7 @@ class _BranchAndBound:
             return children
 
     def _enumerate(self, part: Subproblem, root: bool) -> bool:
-        """Enumerate a subproblem, unless that tends to fail at its size; False if it was not."""
+        """Enumerate a subproblem unless this often fails at its size; return whether it is done."""
         n, left = part.free.size, part.left
         difficulty = round(4 * math.log2(math.comb(n, left)))
         luck = self._luck.get(difficulty, 1.0)
@@ -290,7 +290,7 @@ class _BranchAndBound:
             self._luck[difficulty] = luck + 0.002
             return False
         r, h, J, base = self.reduced, part.h, part.J, part.base
-        # Costly blocks first: choosing one is soon ruled out, and few cheap ones remain.
+        # Costly blocks come first: states with them are ruled out early, and few others remain.
         order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
         A = r.A[:, part.free[order]]
         shift = r.A @ (part.fixed == 1)
@@ -298,7 +298,7 @@ class _BranchAndBound:
         h, J = h[order], J[np.ix_(order, order)]
         flip = 2 * left > n
         if flip:
-            # The same problem in x -> 1 - x has fewer ones to place.
+            # Substitute 1 - x for x, so that there are fewer ones to place.
             base += float(h.sum() + J.sum() / 2)
             h = -(h + J.sum(axis=1))
             total = A.sum(axis=1)

@@ -2,10 +2,10 @@
 
 A swap restores one block and removes another, so the count never changes; if the constraints leave
 the count open, single flips are moves too. Violations of other rows are penalised, with a weight
-that adapts so that the search crosses the border of the feasible region now and then. The scheme
+that adapts so that the search sometimes leaves and re-enters the feasible region. The scheme
 (tabu search, then perturbation of the best state, repeatedly) is that of
 G. Palubeckis, "Iterated tabu search for the maximum diversity problem", Applied Mathematics and
-Computation 189 (2007), with our own move evaluation and a pool of the best distinct states.
+Computation 189 (2007), with a different move evaluation and a pool of the best distinct states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isingcut.ising.solvers.base import Reduced, Solution, reduce
 
 @njit(cache=True, nogil=True)
 def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-untyped-def]
-    """Put a state into the pool (a max-heap); False if it is in there or not good enough."""
+    """Put a state into the pool (a max-heap); return False for a duplicate or too high energy."""
     k = pool_energies.shape[0]
     if energy >= pool_energies[0]:
         return False
@@ -41,7 +41,7 @@ def _insert(x, energy, key, pool_energies, pool, hashes):  # type: ignore[no-unt
 
 @njit(cache=True, nogil=True)
 def _next(random):  # type: ignore[no-untyped-def]
-    """One step of the 64-bit xorshift generator (G. Marsaglia, 2003)."""
+    """Return the next state of the 64-bit xorshift generator (G. Marsaglia, 2003)."""
     random ^= random << np.uint64(13)
     random ^= random >> np.uint64(7)
     random ^= random << np.uint64(17)
@@ -63,7 +63,7 @@ def _violation(sums, low, high):  # type: ignore[no-untyped-def]
 def tabu_walk(  # type: ignore[no-untyped-def]
     h, J, A, low, high, m_low, m_high, x, steps, seed, keys, pool_energies, pool, hashes
 ):
-    """Run one tabu search from ``x`` (changed in place); good states go into the pool."""
+    """Run one tabu search from ``x`` (changed in place), and add good states to the pool."""
     n = h.shape[0]
     rows = A.shape[0]
     random = np.uint64(2 * seed + 1)
@@ -77,12 +77,12 @@ def tabu_walk(  # type: ignore[no-untyped-def]
             energy += local[i]
             m += 1
             key ^= keys[i]
-            # `local += J[i]` binds the name anew, and makes the whole search a tenth slower.
+            # `local += J[i]` would rebind the name, which makes the whole search a tenth slower.
             for j in range(n):
                 local[j] += J[i, j]
             for r in range(rows):
                 sums[r] += A[r, i]
-    # `energy` now holds h.x + sum_{i<j}: local[i] was read before later blocks were added.
+    # `energy` counts each pair once, because local[i] was read before later blocks were added.
     violation = _violation(sums, low, high)
     weight = 0.0
     if rows:
@@ -201,7 +201,7 @@ def tabu_walk(  # type: ignore[no-untyped-def]
         if rows:
             violation = _violation(sums, low, high)
             weight *= 1.1 if violation > 0.0 else 0.97
-            # Too small a weight would take long to grow back and leave the search infeasible.
+            # A very small weight would grow back slowly, and keep the search infeasible for long.
             weight = min(max(weight, 0.05 * first_weight), 50.0 * first_weight)
 
 
@@ -210,16 +210,16 @@ __all__ = ["Tabu"]
 
 @dataclass(frozen=True)
 class Tabu:
-    """Swap-move tabu search; finds the best distinct states that it visits, without a proof.
+    """Tabu search with swap moves for the best distinct states that it visits, without a proof.
 
     The result depends on the seed and the options only, not on the machine's speed, unless
     ``seconds`` ends the search early.
 
     Args:
-        restarts: searches, one in four from a random state and the others from the best one
-            perturbed; 0 chooses 8 + 1,600 / N.
-        steps: moves per restart; 0 chooses 20 N + 500.
-        seed: of every random choice.
+        restarts: number of searches, one in four from a random state and the others from the best
+            state after a perturbation; 0 chooses 8 + 1,600 / N.
+        steps: moves per search; 0 chooses 20 N + 500.
+        seed: random seed.
         seconds: wall-clock limit, or None.
     """
 
@@ -237,7 +237,7 @@ class Tabu:
         return Solution(reduced.expand(states), None, False, {"restarts": done})
 
     def search(self, reduced: Reduced, k: int, problem: Problem) -> tuple[NDArray[np.uint8], int]:
-        """Return the best reduced states (S, V) of several tabu searches, and their number."""
+        """Return the best reduced states (S, V) of all searches, and the number of searches."""
         n = reduced.n
         pool_energies = np.full(k, np.inf)
         pool = np.zeros((k, n), dtype=np.uint8)

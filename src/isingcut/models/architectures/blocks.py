@@ -1,12 +1,12 @@
-"""The stack of residual blocks of any transformers decoder, found by its structure.
+"""Find the stack of residual blocks of any transformers decoder by its structure.
 
-Finding it runs nothing, so a model on the meta device is enough. What a block is and costs is read
-from its modules and its config. `skip_blocks` lets a model run with some blocks passing the stream
-through: the reference for a cut.
+No forward pass is needed, so a model on the meta device is enough. Kind and costs of a block are
+read from its modules and its config. `skip_blocks` runs a model in which some blocks return their
+input unchanged: the reference for a cut.
 
-Some models hold a causal language model of their own, with embedding, blocks and head. It computes
-on text what the whole model would. BLIP's classes do not run without pixels, so text goes to the
-language model inside (`language_model`).
+Some models contain a causal language model with embedding, blocks and head. On text it computes the
+same as the whole model. BLIP's classes do not run without pixels, so text goes to the language
+model inside (`language_model`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Block:
     Args:
         index: position in the stack, from 0.
         path: module path in the loaded model, for example ``"model.layers.3"``.
-        kind: what it does, parts joined by ``+``: ``"attention+mlp"``,
+        kind: its token mixers and feed-forward, joined by ``+``: ``"attention+mlp"``,
             ``"sliding-attention+moe"``, ``"mamba2"``, ``"mlp"``, ...
         parameters: number of parameters.
         bytes: their size in their current dtype.
-        active_parameters: parameters one token touches (top-k of the experts).
+        active_parameters: number of parameters used for one token (top-k of the experts).
         kv_bytes_per_token: key and value cache per token, in the model's dtype.
         state_bytes: recurrent and convolution state per sequence, in the model's dtype.
     """
@@ -54,7 +54,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockStack:
-    """All removable blocks of a model, in the order the residual stream meets them."""
+    """All removable blocks of a model, in the order of the forward pass."""
 
     path: str
     blocks: tuple[Block, ...]
@@ -64,7 +64,7 @@ class BlockStack:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Return the kind of every block, in order."""
+        """Kind of every block, in order."""
         return tuple(block.kind for block in self.blocks)
 
 
@@ -120,10 +120,10 @@ def _itemsize(module: nn.Module) -> int:
 
 
 def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
-    """Find all that mixes tokens, outermost first: (kind, KV bytes per token, state bytes).
+    """Return all token mixers, outermost first: (kind, KV bytes per token, state bytes).
 
-    What a module does decides, and not its name alone: one that is called attention and holds a
-    recurrence is that recurrence, and one that holds other mixers only wraps them.
+    The structure of a module decides, not its name alone. A module named attention that contains a
+    recurrence is a recurrence, and a module that contains other mixers is only a wrapper.
     """
     recurrence = _recurrence(module)
     if recurrence is not None:
@@ -133,7 +133,7 @@ def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, 
     keys = getattr(module, "wk", None)
     if "indexer" in name and isinstance(keys, nn.Linear):
         inside.append(("", keys.out_features * _itemsize(module), 0))
-    # Short convolutions stand inside some attentions (Inkling); what holds more only wraps it.
+    # Some attentions contain short convolutions (Inkling); with other mixers it is a wrapper.
     if any(kind not in ("", "conv") for kind, _, _ in inside) or "mask" in name:
         return inside
     children = dict(module.named_children())
@@ -151,7 +151,7 @@ def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
         return _recurrent(module, own, _itemsize(module))
     if "recurrent_param" in own:
         return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
-    # Its decay may be a separate module (Kimi Delta Attention), next to the convolution.
+    # The decay may be in a separate module (Kimi Delta Attention) next to the convolution.
     gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
     if gate is not None and any(name.startswith("conv") for name, _ in module.named_children()):
         return _recurrent(module, gate, _itemsize(module))
@@ -201,11 +201,11 @@ def _conv_state(convolution: nn.Module) -> int:
 
 
 def _kv_elements(module: nn.Module, config: Any) -> int:
-    """Count the key and value numbers that transformers caches for one token in one attention."""
+    """Count the elements of keys and values that transformers caches per token in one attention."""
     projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
     widths = [getattr(p, "out_features", None) for p in projections if p is not None]
     if widths and all(isinstance(w, int) for w in widths):
-        # Without a value projection the keys serve as values (or the layer reads another's).
+        # Without a value projection, keys serve as values (or values of another layer are used).
         return sum(int(w) for w in widths if w is not None) * (2 if len(widths) == 1 else 1)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -240,7 +240,7 @@ def _feed_forward(block: nn.Module) -> str | None:
 
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
-    """Count the parameters of routed experts that one token does not visit."""
+    """Count the parameters of routed experts that one token does not use."""
     top_k = next((v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None)
     idle = 0
     for name, module in block.named_modules():
@@ -266,7 +266,7 @@ def text_config(model: nn.Module) -> Any:
     """Return the configuration of the decoder: the model's own, or that of its text part.
 
     Raises:
-        ArchitectureError: the model carries no configuration.
+        ArchitectureError: the model has no configuration.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -280,11 +280,11 @@ def text_config(model: nn.Module) -> Any:
 def find_stack(model: nn.Module) -> BlockStack:
     """Find the ModuleList whose items carry the residual stream, and describe every block.
 
-    The list has as many items as the decoder's config says; among several, lists inside
-    the decoder win over lists outside it, then the one with most parameters wins.
+    The list has as many items as the decoder's config has blocks. Among several, lists inside the
+    decoder win over lists outside it, then the one with most parameters wins.
 
     Raises:
-        ArchitectureError: an encoder-decoder model, or no such list.
+        ArchitectureError: the model is an encoder-decoder, or has no such list.
     """
     config = text_config(model)
     for whose, said in (("is", model.config), ("holds", config)):
@@ -335,7 +335,7 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
 
 
 def _decoder_path(model: nn.Module) -> str:
-    """Return the path of the decoder as transformers knows it, or the root."""
+    """Return the path of the module from `get_decoder`, or "" for the root."""
     getter = getattr(model, "get_decoder", None)
     decoder: nn.Module | None = getter() if getter is not None else None
     if decoder is None or decoder is model:
@@ -344,10 +344,10 @@ def _decoder_path(model: nn.Module) -> str:
 
 
 def stop_rescaling(model: Any) -> None:
-    """Let RWKV compute without halving the stream every few blocks, from before its first pass on.
+    """Stop RWKV from halving the stream every few blocks; to be called before its first pass.
 
-    The halving keeps half precision in range and is neutral but for the epsilon in the norms;
-    it happens between the blocks, so blocks that are run one at a time would miss it.
+    The halving keeps half precision in range and changes nothing except through the epsilon of the
+    norms. It happens between the blocks, so blocks that run one at a time would miss it.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "rescale_every", None):
@@ -362,7 +362,7 @@ def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> 
     output keeps its form (tensor or tuple). This is exact but saves no time.
 
     Raises:
-        ArchitectureError: a block number that does not exist.
+        ArchitectureError: a block number does not exist.
     """
     outside = [i for i in removed if not 0 <= i < len(stack)]
     if outside:
@@ -388,8 +388,8 @@ def _pass_through(
 
 
 def language_model(model: Any) -> Any:
-    """Return what of a model is run on text: the causal language model inside it that owns its
-    blocks, or the model."""
+    """Return the module to run on text: the causal language model inside that contains the blocks,
+    or the model itself."""
     if not isinstance(model, nn.Module):
         return model
     inner = [
@@ -405,7 +405,7 @@ def language_model(model: Any) -> Any:
 
 @contextlib.contextmanager
 def catch_text_errors(model: Any) -> Iterator[None]:
-    """Convert errors of a model on text alone to one line, within the context.
+    """Convert errors of a model on text alone to an error of one line, within the context.
 
     Raises:
         ArchitectureError: the model failed.
@@ -413,7 +413,7 @@ def catch_text_errors(model: Any) -> Iterator[None]:
     try:
         yield
     except (torch.AcceleratorError, IsingcutError):
-        raise  # an error of the device, or one line already
+        raise  # an error of the device, or one that is already converted
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         raise ArchitectureError(

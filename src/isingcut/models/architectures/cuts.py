@@ -1,4 +1,4 @@
-"""Cut a configuration, the JSON dictionary of any checkpoint: its fields and names of modules."""
+"""Cut a checkpoint's configuration, a JSON dictionary: per-layer fields and module names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KNOWN = {
     *fields.IMAGE_ENTRIES,
     *fields.NOT_PER_LAYER,
 }
-# Names of what may count or index blocks; layer norms, layer drop and layer scales do not.
+# Names of fields that may count or index blocks; layer norms, layer drop and layer scales do not.
 _BLOCKS = r"(^|_)(layers?|blocks?|depth)(_(?!norm|drop|scale)|$)"
 _COUNTS = re.compile(_BLOCKS)
 _LAYERISH = re.compile(rf"{_BLOCKS}|_idx|_ids$|indices|idxs|indexes|deepstack")
@@ -50,27 +50,27 @@ _ELSEWHERE = re.compile(
     r"resampler|adapter|former|merger|mtp|nextn|perceiver"
 )
 
-# A part of a configuration that has one of these is another model, and counts blocks of its own.
+# A part of a configuration that has one of these fields is another model with its own blocks.
 _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_type"}
-# These are renumbered by code of their own, or are about something else.
+# Parts that other code renumbers, or that do not describe blocks.
 _CLOSED = {"quantization_config", "mtp_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 
 def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bool) -> None:
-    """Refuse a field that is not in the table and seems to count or index blocks.
+    """Raise if a field that is not in the tables seems to count or index blocks.
 
     Args:
         part: a part of a configuration whose fields describe the decoder's blocks.
-        count: blocks of the decoder.
-        mtp: as from `mtp_layers`; some lists have entries for these as well.
-        decoder: it is the decoder's own part, or inside it; elsewhere only names tell.
+        count: number of blocks of the decoder.
+        mtp: number of MTP layers, as from `mtp_layers`; some lists have entries for these as well.
+        decoder: whether it is the decoder's part or inside it; elsewhere list lengths do not count.
 
     Raises:
-        ArchitectureError: there is one; the message names it.
+        ArchitectureError: there is such a field; the message names it.
     """
     for key, value in part.items():
         if not isinstance(key, str):
-            continue  # a table of numbers, which a configuration object may hold
+            continue  # a key of another type, as configuration objects may have
         if key in _KNOWN or key.startswith("_") or "token_id" in key:
             continue
         if not decoder and _ELSEWHERE.search(key):
@@ -106,10 +106,10 @@ def _is_whole(value: Any) -> bool:
 def find_parts(
     config: dict[str, Any], text: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Find the parts of a configuration whose fields describe the decoder's blocks.
+    """Yield the parts of a configuration that describe the decoder's blocks.
 
-    These are the decoder's part, the root, and the parts inside them that are no model of their
-    own.
+    These are the decoder's part, the root, and the parts inside them that are not other models.
+    The second value is whether a part is the decoder's or inside it.
 
     Args:
         config: the whole configuration.
@@ -136,13 +136,13 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
 
     Args:
         part: as from `find_parts`.
-        count: blocks before the cut.
-        mapping: old block number to new, for those that stay; with the MTP layers that are
-            numbered on after the blocks where these stay as well.
+        count: number of blocks before the cut.
+        mapping: new number of each kept block, by its old number; also of MTP layers that stay and
+            whose numbers follow those of the blocks.
 
     Raises:
-        ArchitectureError: a field has another form than the table has, a list is too short, or a
-            period does not fit the kept blocks.
+        ArchitectureError: a field has another form than in the tables, a list is too short, or a
+            period lacks the list that replaces it.
     """
     model_type = part.get("model_type", "")
     _, often = of_type(COUNTED_BY, model_type) or ("", 1)
@@ -160,7 +160,7 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
 
 
 def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
-    """Return the value of a field after the cut. Errors for an unknown form pass."""
+    """Return the value of a field after the cut. Errors of an unknown form are not converted."""
     kept = [i for i in mapping if i < count]
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
@@ -197,7 +197,7 @@ def _drop_generators(part: dict[str, Any]) -> None:
         elif part.get(replacement) is not None:
             del part[key]
         elif isinstance(part[key], int) and part[key] in (0, 1):
-            continue  # every block the same
+            continue  # every block is the same
         else:
             raise ArchitectureError(
                 f"{key}={part[key]!r} repeats with the block number and {replacement} is not "
@@ -207,7 +207,7 @@ def _drop_generators(part: dict[str, Any]) -> None:
 
 def _slice_field(key: str, value: Any, mapping: dict[int, int], count: int) -> Any:
     if isinstance(value, (int, float, bool)):
-        return value  # e.g. moe_layer_freq = 1: every block the same
+        return value  # e.g. moe_layer_freq = 1: every block is the same
     if len(value) < count:
         raise ArchitectureError(
             f"{key} has {len(value)} entries for {count} blocks; expected one per block"
@@ -217,7 +217,7 @@ def _slice_field(key: str, value: Any, mapping: dict[int, int], count: int) -> A
 
 
 def _renumber_list(value: Any, mapping: dict[int, int], *, first: int) -> Any:
-    """Renumber a list of block numbers, or a text of them; the first number is kept."""
+    """Renumber a list, or comma-separated text, of block numbers that start at ``first``."""
     if isinstance(value, str):
         numbers = [int(word) for word in value.split(",") if word.strip()]
         return ",".join(map(str, _renumber_list(numbers, mapping, first=first)))
@@ -237,7 +237,7 @@ _NUMBERED = re.compile(
     rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?)"
 )
 OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
-"""Words in the names of modules that are of another modality."""
+"""Words in the names of modules of encoders and other modalities."""
 
 
 def cut_config(
@@ -248,11 +248,11 @@ def cut_config(
     Args:
         config: a checkpoint's ``config.json`` (or ``PreTrainedConfig.to_dict()``); not changed.
         removed: block numbers, in any order.
-        drop_mtp: without its layers for multi-token prediction too.
+        drop_mtp: also remove the layers for multi-token prediction.
 
     Raises:
         ArchitectureError: a number out of range, an illegal state, a block that computes with
-            its own number, or a per-layer field that is not in the table.
+            its own number, or a per-layer field that is not in the tables.
     """
     refuse_packing(config)
     result = copy.deepcopy(config)
@@ -298,14 +298,14 @@ def cut_config(
 
 
 def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
-    """Return the linear rows that every state of a model must satisfy, for the solver.
+    """Return the linear constraints that every state of a model must satisfy, for the solver.
 
     Args:
         config: the model's configuration, an object or its dictionary.
         stack: the model's blocks, as from `find_stack`.
 
     Raises:
-        ArchitectureError: the configuration cannot be cut at all, whichever the state.
+        ArchitectureError: the configuration cannot be cut in any state.
     """
     whole = copy.deepcopy(config) if isinstance(config, dict) else config.to_dict()
     text = materialise(whole)
@@ -352,12 +352,12 @@ def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
 
 
 def number_mtp_layers(mapping: dict[int, int], count: int, layers: int) -> dict[int, int]:
-    """Add to a mapping the MTP layers that some checkpoints number on after the blocks.
+    """Return a mapping with the MTP layers, whose numbers follow the blocks in some checkpoints.
 
     Args:
-        mapping: as from `renumber_blocks`.
-        count: blocks before the cut.
-        layers: as from `mtp_layers`.
+        mapping: mapping of the blocks, as from `renumber_blocks`.
+        count: number of blocks before the cut.
+        layers: number of MTP layers, as from `mtp_layers`.
     """
     return mapping | {count + i: len(mapping) + i for i in range(layers)}
 
@@ -367,10 +367,10 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
-        mapping: as from `renumber_blocks` or `number_mtp_layers`; other numbers are dropped.
+        mapping: new numbers, as from `renumber_blocks` or `number_mtp_layers`; others are dropped.
 
     Returns:
-        the entry itself when it names no block, none when it only named removed blocks.
+        the entry itself if it names no block; an empty list if it names only removed blocks.
 
     Raises:
         ArchitectureError: a number pattern that cannot be renumbered exactly.
@@ -381,7 +381,7 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     number, head = match.group(3), entry[: match.start(3)]
     if number.isdigit():
         old = int(number)
-        # A glob straight after the digits ("layers.1*") also names 10 to 19.
+        # A glob directly after the digits ("layers.1*") also matches 10 to 19.
         if entry[match.end() :].startswith("*") and not entry.startswith("re:"):
             number += "*"
         else:
@@ -401,10 +401,10 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
-    """Refuse weights that can neither be measured nor proven where their packer is not.
+    """Raise for weights that cannot be measured or verified without the library that packed them.
 
     Raises:
-        ArchitectureError: bitsandbytes packed them; the message has the way out.
+        ArchitectureError: bitsandbytes packed the weights; the message has a solution.
     """
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitsandbytes":
@@ -418,7 +418,7 @@ def depth(text: dict[str, Any]) -> int:
     """Return the number of blocks in a decoder's configuration dictionary.
 
     Raises:
-        ArchitectureError: it does not say.
+        ArchitectureError: the configuration has no valid number of blocks.
     """
     for key in ("layers_block_type", "hybrid_override_pattern"):
         if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
@@ -475,9 +475,9 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """Return how many blocks transformers reads from a configuration, and their types.
+    """Return the number of blocks that transformers reads from a configuration, and their types.
 
-    Where it does not say: None, and no types.
+    None and an empty list stand for unknown values.
     """
     derived = config_object(config)
     text = None if derived is None else derived.get_text_config(decoder=True)
@@ -487,12 +487,12 @@ def _read_depth(config: dict[str, Any]) -> tuple[int | None, list[str]]:
 
 
 def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) -> None:
-    """Refuse a configuration that cannot be cut exactly, or has an unknown per-layer field."""
+    """Raise if a configuration cannot be cut exactly, or has an unknown per-layer field."""
     if reason := explain_uncuttable(text):
         raise ArchitectureError(reason)
     layers = mtp_layers(text)
     for part, decoder in find_parts(config, text):
-        # Cut of nothing: whether each field has a form that is known.
+        # A cut without removed blocks checks that each field has a known form.
         cut_fields(dict(part), count, {i: i for i in range(count)})
         refuse_unknown(part, count, layers, decoder=decoder)
     derived = config_object(config)
@@ -503,7 +503,7 @@ def _refuse_unclear(config: dict[str, Any], text: dict[str, Any], count: int) ->
 
 
 def explain_uncuttable(text: Mapping[str, Any]) -> str:
-    """Return why a model of this type can never be cut; empty if it can."""
+    """Return the reason why a model of this type cannot be cut; empty if it can."""
     what = str(text.get("model_type", ""))
     reason = of_type(UNCUTTABLE, what)
     if text.get("scale_attn_by_inverse_layer_idx"):

@@ -1,10 +1,10 @@
-"""The few families that need more than the table in `fields`.
+"""Model families that need more than the tables in `fields`.
 
-A family may expand a period before the table is applied, or forbid states with linear rows for the
-solver. Families are found by the fields they use, or by model type.
+A period may be expanded before the tables are applied. Linear constraints for the solver may forbid
+states. Families are recognised by the fields they use, or by model type.
 
 If images enter a model between its text blocks, its configuration has the numbers of those blocks,
-in the vision tower's part or at the root. Text alone never shows it.
+in the vision tower's part or at the root. A run on text alone does not reveal this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
 from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
-# Their config class turns the last block into full attention.
+# Model types whose config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
 _LAST_REASON = "the last block has to be full attention in this family"
 
@@ -35,7 +35,7 @@ _ENTERS = "image features join the stream in front of blocks {}, each at a place
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
-    """Replace, in place, periods by the block lists they stand for, if the model has both."""
+    """Replace ``decoder_sparse_step``, in place, by the equivalent list ``mlp_only_layers``."""
     step = text.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         listed = set(text.get("mlp_only_layers") or ())
@@ -53,9 +53,9 @@ def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) 
     """Return the blocks that must stay, each with the reason.
 
     Args:
-        config: a whole checkpoint's configuration.
+        config: the whole configuration of a checkpoint.
         text: the decoder's part of it, with its per-layer fields written out.
-        count: blocks of the decoder.
+        count: number of blocks of the decoder.
     """
     features = max((len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0)
     received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
@@ -119,7 +119,7 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
 
 
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
-    """Make the rows that a full-attention block stays after each kept block of another type."""
+    """Return constraints to keep a full-attention block after each kept block of another type."""
     n, rows = len(types), []
     for i, kind in enumerate(types):
         if kind != "full_attention":
@@ -133,19 +133,19 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
 
 
 def has_attention(types: list[str]) -> bool:
-    """Whether blocks of these transformers layer types fill an attention cache."""
+    """Whether any of these transformers layer types fills an attention cache."""
     return any(("attention" in t and "linear" not in t) or "hybrid" in t for t in types)
 
 
 def legality(
     config: dict[str, Any], text: dict[str, Any], n: int, attention: Sequence[int] = ()
 ) -> list[LinearConstraint]:
-    """Make the linear rows that follow from a configuration. Every state must satisfy them.
+    """Return the linear constraints of a configuration, which every state must satisfy.
 
     Args:
-        config, text: as of `find_fixed_blocks`.
-        n: blocks of the decoder.
-        attention: those that fill an attention cache, where they are known.
+        config, text: as in `find_fixed_blocks`.
+        n: number of blocks of the decoder.
+        attention: blocks that fill an attention cache, if known.
     """
     rows = [
         LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
@@ -168,13 +168,13 @@ def legality(
 
 
 def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
-    """Make the row that one of these blocks stays."""
+    """Return the constraint that at least one of these blocks stays."""
     return LinearConstraint(f"keep {name}", _unit(n, blocks), "<=", len(blocks) - 1.0, reason)
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
-    """Make the rows that aligned groups of ``period`` blocks go together, an incomplete last group
-    from its end."""
+    """Return constraints to remove aligned groups of ``period`` blocks only as a whole, and blocks
+    of an incomplete last group only from its end."""
     reason = f"block kinds repeat every {period} blocks in the configuration"
     rows = []
     for i in range(n - 1):
@@ -196,19 +196,19 @@ def _unit(n: int, indices: Sequence[int]) -> NDArray[np.float64]:
 
 
 def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) -> None:
-    """Let image features join, in place, in front of the same kept blocks as before.
+    """Renumber, in place, the blocks in front of which image features join the stream.
 
-    Features in front of a removed block join in front of the next one: between them is nothing.
+    Features in front of a removed block join in front of the next kept one.
 
     Args:
-        config: a whole checkpoint's configuration.
-        count: blocks of its decoder.
-        mapping: old block number to new, of those that stay, as `legality` asks for.
+        config: the whole configuration of a checkpoint.
+        count: number of blocks of its decoder.
+        mapping: new number of each kept block, by its old number; must satisfy `legality`.
     """
 
     def move(block: int) -> int:
         if not 0 <= block < count:
-            return block  # Never met, before and after.
+            return block  # Never reached, before or after the cut.
         return next(mapping[i] for i in range(block, count) if i in mapping)
 
     for path, value in list(_find(config, fields.IMAGE_ENTRIES)):
@@ -222,8 +222,8 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
 
 
 def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
-    """Return, for each place where features join, the blocks up to the next place; and the
-    reason."""
+    """Return the blocks from each place where image features join to the next place, and the
+    reason to keep one of them."""
     joined = {
         item[-1] if isinstance(item, (list, tuple)) else item
         for _, value in _find(config, fields.IMAGE_ENTRIES)
@@ -241,7 +241,7 @@ def _words(place: range) -> str:
 
 
 def _find(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Find the lists of these names, with the keys that lead to them and defaults of the class."""
+    """Yield the lists with these names, defaults of the class included, each with its keys."""
     derived = config_object(config)
 
     def walk(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

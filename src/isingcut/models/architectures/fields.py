@@ -1,8 +1,8 @@
-"""The meaning of every per-layer configuration field, and special cases of model types, as data;
-and the place of the decoder's fields in a ``config.json``, as transformers reads it.
+"""Tables of per-layer configuration fields and of special model types; also the place of the
+decoder's fields in a ``config.json``, as transformers reads it.
 
-`cuts` applies it; it refuses a field of another form, and one that looks per-layer and is not
-listed here: it is an error that names it, never a guess. `families` holds what is no table.
+`cuts` applies the tables. A field of another form, and an unlisted field that looks per-layer, are
+errors that name the field, never guesses. `families` handles what does not fit a table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from isingcut.models.loading import one_line, quiet_transformers
 
 Entry = TypeVar("Entry")
 
-# The number of blocks is the first of these. A field is changed only if it holds that number.
-# Decoders of encoder-decoders, used alone (BART), say the encoder's depth as num_hidden_layers.
+# The first of these that is present is the number of blocks. Only fields with this number change.
+# Decoders of encoder-decoders, used alone (BART), have the encoder's depth as num_hidden_layers.
 COUNT = (
     "decoder_layers",
     "num_decoder_layers",
@@ -29,8 +29,8 @@ COUNT = (
     "layers",
 )
 
-# Lists (or strings) with one entry per block: sliced. So are those that go on with an entry for
-# each prediction head; these heads are dropped.
+# Lists (or strings) with one entry per block: sliced. Further entries, of layers for multi-token
+# prediction, stay if these layers stay.
 SLICE = (
     "activation_sparsity_pattern",
     "attention_layers",
@@ -62,7 +62,7 @@ SLICE = (
     "window_sizes",
 )
 
-# Scalars that some checkpoints give per block: sliced when they are lists.
+# Scalars that are lists with one entry per block in some checkpoints: sliced if they are lists.
 SLICE_OR_SCALAR = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -103,8 +103,8 @@ INDICES = (
 # The same, with the first block numbered 1.
 INDICES_FROM_1 = ("full_attn_layers", "kda_layers", "ple_layer_ids")
 
-# Of these, where a block computes with its place in the list (the hashes of Qwen4's n-grams):
-# one goes only with those behind it.
+# Of these, lists in which a block computes with its position (the hashes of Qwen4's n-grams):
+# a block can be removed only together with all later ones in the list.
 RANKED = ("ple_layer_ids",)
 
 # One entry per block: the number of the block that it reads, itself or an earlier one.
@@ -113,7 +113,7 @@ SOURCES = ("kv_source_layers",)
 # Maps keyed by block number: as INDICES.
 MAPS = ("per_layer_config", "block_configs_by_layer", "layer_overrides")
 
-# The first (value) blocks differ from the rest: lowered by the removed ones among them.
+# Number of first blocks that differ from the rest: lowered by the removed ones among them.
 PREFIX = (
     "core_end",
     "core_start",
@@ -128,21 +128,21 @@ PREFIX = (
     "num_hash_layers",
 )
 
-# The number of the last block that differs: lowered by the removed ones up to it.
+# Index of the last block that differs: lowered by the number of removed blocks up to it.
 LAST = ("moe_layer_end_index",)
 
-# The last (value) blocks differ from the rest.
+# Number of last blocks that differ from the rest: lowered by the removed ones among them.
 SUFFIX = ("num_kv_shared_layers",)
 
-# Numbers that a model multiplies by a power of the number of blocks: rescaled, so that it stays
-# what it was. Value: the power.
+# Numbers that a model multiplies by a power of the number of blocks: rescaled, so that the product
+# stays the same. Value: the power.
 DEPTH_POWERS = {"scale_depth": -0.5}
 
 # A short list repeated to the depth of the model: written out in full, then sliced.
 CYCLE = ("block_types",)
 
 # Periods whose only use is to build a list that is written out in full: dropped.
-# Value: the field that replaces them. Where that field is absent the period is an error.
+# Value: the field that replaces them. If that field is absent, a period above 1 is an error.
 GENERATORS = {
     "full_attention_interval": "layer_types",
     "global_attn_every_n_layers": "layer_types",
@@ -156,20 +156,20 @@ GENERATORS = {
     "sliding_window_pattern": "layer_types",
 }
 
-# Layers for multi-token prediction read the last block's output and draft further tokens. They
-# stay, and so do their own lists.
+# Number of layers for multi-token prediction, which read the last block's output and draft further
+# tokens. They stay by default, and their own lists are not changed.
 MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 
-# Where image features join the stream between text blocks; `families` applies these two.
-# Layers of the vision tower, in its part: one feature joins behind text block 0, one behind 1, ...
+# Fields for image features that join the stream between text blocks; `families` applies these two.
+# Layers of the vision tower: the first one's features join after text block 0, then after 1, ...
 DEEPSTACK = ("deepstack_visual_indexes",)
-# Numbers of the text blocks in front of which features join, or pairs that end in such a number.
+# Numbers of the text blocks in front of which features join, or tuples that end in such a number.
 IMAGE_ENTRIES = ("deepstack_layer_map", "spatial_target_layers")
 
-# A block of a kind comes every so many.
+# Periods at which a kind of block repeats.
 PERIODS = ("attn_layer_period", "expert_layer_period")
 
-# What only `families` reads; defaults are written out like those of the table.
+# Fields that only `families` reads; defaults are written out like those of the tables.
 OF_FAMILIES = (
     "attention_types",
     "attn_layer_offset",
@@ -178,7 +178,7 @@ OF_FAMILIES = (
     *PERIODS,
 )
 
-# What a configuration class may derive, and a cut then has to change.
+# Fields that a configuration class may derive, and that a cut must change.
 WRITTEN_OUT = (
     *COUNT,
     *SLICE,
@@ -194,7 +194,7 @@ WRITTEN_OUT = (
     *OF_FAMILIES,
 )
 
-# Looks per-layer but is not.
+# Fields that look per-layer but are not.
 NOT_PER_LAYER = {
     "altup_active_idx",
     "architectures",
@@ -223,7 +223,7 @@ NOT_PER_LAYER = {
     "mtp_local_layer_ids",
     "mtp_mlp_layer_types",
     "num_encoder_layers",
-    "num_mem_blocks",  # Zamba: `families` keeps what they stand for
+    "num_mem_blocks",  # Zamba: `families` keeps the blocks that use them
     "num_random_blocks",
     "partial_rotary_factor",
     "problem_type",
@@ -237,11 +237,11 @@ NOT_PER_LAYER = {
     "vocab_size_per_layer_input",
 }
 
-# Model types in which another of `COUNT` is the number of blocks than the first they have,
-# and how often it is in each of the others (a LongCat block holds two attentions, a cache each).
+# Model types whose number of blocks is not the first of `COUNT` they have: the field that has it,
+# and the factor of the other fields (a LongCat block has two attentions with a cache each).
 COUNTED_BY = {"longcat_flash": ("num_layers", 2)}
 
-# Model types whose fields of those names have an entry for each modality instead.
+# Model types in which these fields have one entry per modality, not per block.
 PER_MODALITY = {
     "ernie4_5_vl_moe": ("moe_intermediate_size", "moe_num_experts"),
 }
@@ -277,40 +277,40 @@ STAY = {
     "rwkv": (0, "the first block of RWKV normalises the embeddings for all others"),
 }
 
-# Model types of which no block can stay alone, with the reason.
+# Model types that need at least two blocks, with the reason.
 TWO_STAY = {"rwkv": "transformers divides by one less than the number of blocks of RWKV"}
 
 
 def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
-    """Return the entry of a model type; for a multimodal model also that of its decoder's type."""
+    """Return the entry of a model type or, for ``"x_text"`` without one, of ``"x"``; else None."""
     name = str(model_type)
     return table.get(name) or table.get(name.removesuffix("_text"))
 
 
 def counted_by(model_type: Any) -> tuple[str, ...]:
-    """Return the fields that may hold the number of blocks; the first one present counts."""
+    """Return the fields that may have the number of blocks; the first one present is used."""
     return (*(of_type(COUNTED_BY, model_type) or ())[:1], *COUNT)
 
 
-# Weights outside the blocks with a slice of equal width for each block: the end of the tensor's
-# name, and the axis of the slices.
+# Weights outside the blocks with a slice of equal width for each block: end of the tensor's name,
+# and axis of the slices.
 _PER_LAYER_EMBEDDING = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 DEPTH_SHAPED = dict.fromkeys(("gemma3n_text", "gemma4_text"), _PER_LAYER_EMBEDDING)
 
-# What the decoder's part is called where transformers does not know the model type.
+# Names of the decoder's part, for model types that transformers does not support.
 _NAMES = ("text_config", "llm_config", "language_config")
 
 
 def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
-    """Find the dictionary in ``config``, or ``config`` itself, that holds the decoder's fields.
+    """Return the dictionary in ``config``, or ``config`` itself, that has the decoder's fields.
 
-    Hubs hold multimodal configurations that lack the part their class has for the text: its
+    Some published multimodal configurations lack the part that their class has for text: its
     fields are at the root (Qwen2-VL) or in a part of another name. Adding the part would hide them,
-    so the place is found by changing a number and checking whether it is read.
+    so the place is found by changing a number and checking whether transformers reads it.
 
     Args:
         config: a checkpoint's ``config.json``; a missing part is added, empty.
-        derived: what transformers makes of it, as from `config_object`.
+        derived: its configuration object, as from `config_object`.
     """
     if derived is None:
         parts = (config[name] for name in _NAMES if isinstance(config.get(name), dict))
@@ -339,10 +339,10 @@ def count_of(config: Any) -> int | None:
 
 
 def config_object(config: dict[str, Any]) -> Any | None:
-    """Return transformers' configuration object; None for a model type that it does not know.
+    """Return transformers' configuration object, or None for an unsupported model type.
 
     Raises:
-        ArchitectureError: it is no valid configuration of its type.
+        ArchitectureError: the configuration is not valid for its model type.
     """
     from transformers import CONFIG_MAPPING
 
@@ -365,7 +365,7 @@ def _places(config: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _is_read(config: dict[str, Any], place: tuple[str, ...]) -> bool:
-    """Whether the decoder's vocabulary is that of the part of a configuration at ``place``."""
+    """Whether transformers reads the decoder's vocabulary size from the part at ``place``."""
     changed = copy.deepcopy(config)
     part = changed[place[0]] if place else changed
     size = part.get("vocab_size")

@@ -1,4 +1,4 @@
-"""Inner loops.
+"""Performance-critical computations.
 
-`head` the output head with the loss, `divergence` KL and NLL from logits, `tuning` the micro-batch.
+`head`: output head with the loss; `divergence`: KL and NLL of logits; `tuning`: micro-batch size.
 """

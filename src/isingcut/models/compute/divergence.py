@@ -1,7 +1,7 @@
 """KL and NLL of rows of logits against reference logits.
 
-`RowSums` reads logits once, in pieces of the vocabulary; `row_kl` is for rows that are there whole;
-`divergence` and `divergence_from_stream` are their sum as autograd takes it, to train on.
+`RowSums` reads logits once, in pieces of the vocabulary. `row_kl` takes complete rows. `divergence`
+and `divergence_from_stream` compute the KL summed over rows, with gradients for training.
 For one position with reference logits l and logits q, and p = softmax(l),
 
     NLL = log Z(q) - q[label]
@@ -12,11 +12,11 @@ Online normalizer calculation for softmax, arXiv 1805.02867), and the weighted s
 The difference l - q is formed before it is weighted: sums of p l and of p q alone, with logits of
 size 10 to 30, would cost float32 four digits of the KL.
 
-p is not kept but computed again from l, which has half its bytes in bfloat16: on a CPU one more
+p is not stored but recomputed from l. In bfloat16, l has half the bytes of p, and on a CPU one more
 exponential costs less than reading p from memory.
 
-On CPUs, compiled loops read logits in bfloat16 or float32 once. Arrays of logits are passed as
-their bits (`bits`): numba knows no bfloat16.
+On CPUs, compiled loops read bfloat16 or float32 logits once. They get logits as integer bits
+(`bits`), because numba does not support bfloat16.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-# Columns whose exponentials are summed in float32, before float64 takes the sum.
+# Columns summed in float32 before their sum is added to a float64 total.
 _BLOCK = 2048
-# Rows times columns that are worth a second thread.
+# Elements (rows times columns) for each additional thread.
 _WORTH_A_THREAD = 1 << 17
 
 _f = np.float32
@@ -51,7 +51,7 @@ _FINITE = _f(-3.0e38)
 
 
 def _float_of(context: Any, bits: Any) -> Any:
-    """Return the float32 whose bits, or whose upper 16 bits, an int32 or int16 holds."""
+    """Reinterpret an int32 as a float32, or an int16 as the upper 16 bits of a float32."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -64,10 +64,10 @@ def _float_of(context: Any, bits: Any) -> Any:
 
 
 def _integer_in_order(context: Any, bits: Any) -> Any:
-    """Return a float's bits as an integer of the same order. The function is its own inverse.
+    """Map a float's bits to an integer with the same order. The function is its own inverse.
 
-    A maximum over integers is vectorised by the compiler, one over floats is not: it would have to
-    keep NaN in its place.
+    The compiler vectorises a maximum over integers, but not over floats, because it would have to
+    preserve NaN.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -81,8 +81,8 @@ def _integer_in_order(context: Any, bits: Any) -> Any:
 
 
 def _bits_of(context: Any, value: Any, like: Any) -> Any:
-    """Return a float32's bits in the type of ``like``: for int16 rounded to bfloat16, ties to
-    even."""
+    """Return the bits of a float32 in the integer type of ``like``; for int16, those of the value
+    rounded to bfloat16, ties to even."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -116,7 +116,7 @@ def exp_of(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
-    """Sum exp(q - top) over one row's piece, and p (l - q) if there is a reference."""
+    """Sum exp(q - top) and, if there is a reference, p (l - q) over a piece of one row."""
     total = np.float32(0)
     difference = np.float32(0)
     if reference.shape[0] == 0:
@@ -126,7 +126,7 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
         for v in range(q.shape[0]):
             x, y = value_of(q[v]), value_of(reference[v])
             total += exp_of(x - top)
-            # A masked word has l = -inf and no weight.
+            # A masked token has l = -inf and weight 0.
             apart = y - x if y > _FINITE else np.float32(0)
             difference += exp_of(y - log_z) * apart
     return total, difference
@@ -136,7 +136,7 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
 def accumulate(  # type: ignore[no-untyped-def]
     q, reference, offset, log_z, labels, top, total, difference, picked, first, last
 ):
-    """Take the columns q, which are columns ``offset`` and on of the vocabulary, into the sums."""
+    """Add the logits ``q`` of the vocabulary from ``offset`` on to the running sums."""
     columns = q.shape[1]
     for t in range(first, last):
         label = labels[t] - offset
@@ -147,7 +147,7 @@ def accumulate(  # type: ignore[no-untyped-def]
             piece = q[t, a:b]
             largest = in_order(piece[0])
             for v in range(b - a):
-                # Not max(): it would widen the integers.
+                # max() would widen the integers.
                 largest = in_order(piece[v]) if in_order(piece[v]) > largest else largest
             new = max(top[t], value_of(in_order(largest)))
             exponentials, apart = _sums(piece, reference[t, a:b], new, np.float32(log_z[t]))
@@ -187,7 +187,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
-    """Compute the scalar product of each row of ``a`` with that of ``b``, summed in float64."""
+    """Fill ``out`` with the dot product of each row of ``a`` with that of ``b``, in float64."""
     for t in range(a.shape[0]):
         total = 0.0
         for k in range(0, a.shape[1], _BLOCK):
@@ -196,21 +196,21 @@ def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
 
 
 def bits(x: Tensor) -> npt.NDArray[Any]:
-    """Return the bits of bfloat16 numbers as int16, of float32 numbers as int32.
+    """Return the bits of a bfloat16 tensor as int16, or of a float32 tensor as int32.
 
-    Shares the memory of a contiguous tensor.
+    The array shares the memory of a contiguous tensor.
     """
     kind = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
     return np.asarray(x.detach().contiguous().view(kind).numpy())
 
 
 def can_compile(x: Tensor) -> bool:
-    """Whether the compiled loops are meant for a tensor: others stay on their device."""
+    """Whether the compiled loops take a tensor: bfloat16 or float32 on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
 
 
 def run_in_threads(part: Callable[[int, int], None], rows: int, elements: int) -> None:
-    """Call ``part(first, last)`` for all rows, shared among threads where they are worth it."""
+    """Call ``part(first, last)`` for all rows, in several threads if there are enough elements."""
     threads = min(torch.get_num_threads(), 1 + elements // _WORTH_A_THREAD)
     if threads == 1:
         part(0, rows)
@@ -221,14 +221,14 @@ def run_in_threads(part: Callable[[int, int], None], rows: int, elements: int) -
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    # Of this process: a fork inherits the object, but not its threads.
+    # One pool for each process: a fork inherits the object, but not its threads.
     return ThreadPoolExecutor(threads, thread_name_prefix="isingcut-vocabulary")
 
 
 CHUNK_ELEMENTS = 1 << 26
-"""Elements of logits looked at together, at most."""
+"""Maximum number of logits computed at a time."""
 _BUFFER_ELEMENTS = 1 << 22
-# What stays in a CPU's cache while it is read three times.
+# Elements that stay in a CPU's cache while they are read three times.
 _CACHED_ELEMENTS = 1 << 19
 
 
@@ -242,8 +242,8 @@ class RowSums:
     """Running sums over the vocabulary for R positions.
 
     Args:
-        labels: (R,) int64, the next token of each.
-        reference_log_z: (R,) log Z of the reference; None for the NLL alone.
+        labels: (R,) int64, the next token at each position.
+        reference_log_z: (R,) log Z of the reference; None to compute only the NLL.
     """
 
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
@@ -255,12 +255,12 @@ class RowSums:
         self._picked = torch.zeros(rows, device=device)
 
     def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
-        """Take in columns ``offset`` and on of the vocabulary.
+        """Add the logits of a piece of the vocabulary to the sums.
 
         Args:
-            logits: (R, C).
-            offset: the first column's place in the vocabulary.
-            reference: (R, C), the reference's logits in these columns.
+            logits: (R, C), logits of the piece.
+            offset: index of the first column in the vocabulary.
+            reference: (R, C), reference logits of the same piece.
         """
         if can_compile(logits):
             self._add_compiled(logits, offset, reference)
@@ -302,17 +302,17 @@ class RowSums:
 
     @property
     def log_z(self) -> Tensor:
-        """(R,) float64: logarithm of the sum of exponentials."""
+        """log Z, (R,) float64: logarithm of the sum of exponentials."""
         return self._total.log() + self._top
 
     @property
     def nll(self) -> Tensor:
-        """(R,) float64, nats."""
+        """NLL of the labels, (R,) float64, in nats."""
         return (self.log_z - self._picked).double()
 
     @property
     def kl(self) -> Tensor:
-        """(R,) float64, nats: KL of the reference to these logits."""
+        """KL(reference || logits), (R,) float64, in nats."""
         assert self._reference_log_z is not None
         return (self._difference + (self.log_z - self._reference_log_z)).double()
 
@@ -324,9 +324,9 @@ def _wide(x: Tensor) -> Tensor:
 class _Divergence(torch.autograd.Function):
     """Sum over rows of KL(softmax(teacher) || softmax(student)).
 
-    The float32 copies of all logits never exist: rows are taken in chunks, each chunk's gradient is
-    formed with its value and kept in the logits' own dtype; on a CPU compiled loops read a few
-    rows from its cache.
+    Rows are processed in chunks, so that no float32 copy of all logits exists. A chunk's gradient
+    is computed with its value and kept in the logits' dtype. On a CPU, compiled loops process a
+    few rows at a time from the cache.
     """
 
     @staticmethod
@@ -353,7 +353,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the sum of the rows' KL and its gradient, on a CPU."""
+    """Compute the KL summed over the rows, and its gradient, on a CPU."""
     gradient = torch.empty(student.shape, dtype=student.dtype)
     total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
     step = max(1, _CACHED_ELEMENTS // student.shape[-1])
@@ -389,17 +389,17 @@ def divergence_from_stream(
     chunk_elements: int = CHUNK_ELEMENTS,
     vocabulary: int = 1,
 ) -> Tensor:
-    """Compute `divergence` from the inputs of the heads, with logits of one chunk of rows at a
+    """Compute `divergence` from the inputs of the heads, with the logits of one chunk of rows at a
     time.
 
     Args:
-        student: (n, D), what the student's head reads.
-        head: (m, D) to logits (m, V).
-        teacher: (n, D'), what the teacher's head reads.
-        chunk_elements: logits computed together.
-        vocabulary: V.
+        student: (n, D), input of the student's head.
+        head: the student's head, from (m, D) to logits (m, V).
+        teacher: (n, D'), input of the teacher's head.
+        chunk_elements: number of logits computed at a time.
+        vocabulary: size V of the vocabulary.
 
-    Memory: the gradient of all logits until the backward pass, n V in the logits' dtype.
+    Memory: the gradient of all logits, n V in the logits' dtype, until the backward pass.
     """
     rows = max(1, chunk_elements // vocabulary)
 

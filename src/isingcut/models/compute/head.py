@@ -1,14 +1,14 @@
 """The output head fused with the loss, forward and backward, in pieces of the vocabulary.
 
-A model ends in a norm and a linear map to the vocabulary. If the map runs whole, it writes logits
+A model ends in a norm and a linear layer to the vocabulary. A full pass of this layer writes logits
 that the loss reads back from memory. For a vocabulary of 128k they are larger than everything else.
-Here the model runs up to the map's input, and the map runs in pieces that fit a CPU's cache. If
-something follows the map (Gemma 2's soft cap, Granite's scale), or the head is no plain linear
+Here the model runs up to the layer's input, and the layer runs in pieces that fit a CPU's cache. If
+something follows the layer (Gemma 2's soft cap, Granite's scale), or the head is not a plain linear
 layer, the model computes its logits itself, one sample at a time.
 
-The gradient of a loss in the logits needs no graph. It is softmax - one-hot for the NLL, and
-softmax - the original's softmax for the KL. It replaces the logits in a buffer of a few hundred
-rows, or of one sample, and goes back through the map by one matrix product. Autograd's
+The gradient of a loss with respect to the logits needs no autograd graph. It is softmax - one-hot
+for the NLL, and softmax - the original's softmax for the KL. It replaces the logits in a buffer of
+a few hundred rows, or of one sample. One matrix product takes it back through the layer. Autograd's
 cross-entropy would keep several float32 copies.
 """
 
@@ -36,29 +36,29 @@ from isingcut.models.replay import Recording, Replay, replace_forwards
 
 
 def piece_elements(device: torch.device) -> int:
-    """Return how many logits to compute at a time: what fits a CPU's cache; a GPU needs more."""
+    """Return the number of logits to compute at a time; on a CPU they fit its cache."""
     return 1 << 19 if device.type == "cpu" else 1 << 26
 
 
-# A second copy of the map's weight that gradients may hold.
+# Maximum bytes of a second copy of the layer's weight, which is kept for gradients.
 _TRANSPOSED_BYTES = 1 << 28
 
 
 class _HeadReached(Exception):
-    """Raised instead of running the output map, because only its input is needed."""
+    """Raised instead of running the output layer, because only its input is needed."""
 
 
 def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | None:
     """Return the input of a model's output layer, if the model's logits are the layer's output.
 
     Args:
-        logits: a forward pass of the model.
+        logits: function that runs a forward pass and returns the model's logits.
 
     Returns:
-        None where something follows the layer, or it is called otherwise than once.
+        the input, or None if something follows the layer or it is not called exactly once.
     """
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    # A copy: a model may mask in place what the layer gives (Chameleon does).
+    # A copy, because a model may mask the layer's output in place (Chameleon does).
     handle = layer.register_forward_hook(lambda m, args, out: seen.append((args, out.clone())))
     try:
         with torch.no_grad():
@@ -73,20 +73,20 @@ def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | 
 
 
 class OutputHead:
-    """The linear output map of a model, apart from what comes before it.
+    """The linear output layer of a model, to run separately from the modules before it.
 
     Args:
         replay: the model.
 
     Attributes:
-        plain: whether the model's logits are the map's output and nothing else.
+        plain: whether the model's logits are exactly the output of a plain linear layer.
     """
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
         found: Any = getattr(replay.text, "get_output_embeddings", lambda: None)()
         if replay.plain_head is None:
-            # Looked at once for each model: of a streamed one that reads embedding and head.
+            # Tested once for each model: for a streamed one it reads embedding and head.
             replay.plain_head = type(found) is nn.Linear and self._is_last(found)
         self.plain = replay.plain_head
         self._linear = found
@@ -103,11 +103,11 @@ class OutputHead:
 
     @property
     def width(self) -> int:
-        """Return the number of words in the vocabulary."""
+        """Number of tokens in the vocabulary."""
         return int(self._linear.out_features)
 
     def inputs(self, stream: Tensor, input_ids: Tensor) -> Tensor:
-        """Compute the input of the map, (B, T, D), from the stream (B, T, D) after the blocks."""
+        """Compute the layer's input (B, T, D) from the stream (B, T, D) after the blocks."""
         caught: list[Tensor] = []
 
         def stub(x: Tensor) -> Any:
@@ -119,21 +119,21 @@ class OutputHead:
         return caught[0]
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-        """Compute logits (R, stop - start) of the words from ``start`` on, in ``out``."""
+        """Compute logits (R, stop - start) of the tokens ``start`` to ``stop``, in ``out``."""
         weight, bias = self._linear.weight[start:stop].T, self._linear.bias
         if bias is None:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
 
     def back(self, toward: Tensor, out: Tensor) -> Tensor:
-        """Compute the gradient (R, D) in the inputs from that in the logits (R, V), in ``out``."""
+        """Compute the gradient (R, D) of the inputs from that of the logits (R, V), in ``out``."""
         return torch.mm(toward, self._back_weight, out=out)
 
     @cached_property
     def _back_weight(self) -> Tensor:
-        """Return the map's weight (V, D), laid out so that the long sum over V is fast.
+        """The layer's weight (V, D), laid out in memory so that the long sum over V is fast.
 
-        On a CPU, oneDNN's product with a (V, D) weight as it lies took 1.2 to 1.3 times as long.
+        On a CPU, oneDNN's product with the original layout took 1.2 to 1.3 times as long.
         """
         weight: Tensor = self._linear.weight.detach()
         small = weight.numel() * weight.element_size() <= _TRANSPOSED_BYTES
@@ -143,22 +143,22 @@ class OutputHead:
 
 
 def _predicting_rows(batch: TokenSet) -> Tensor:
-    """Return the rows of (B T) that predict: position t predicts token t + 1, the last one
-    nothing."""
+    """Return the indices in (B T) of positions with a prediction: position t predicts token t + 1,
+    the last one nothing."""
     return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
 
 
 class Comparison:
-    """The original model on one micro-batch, to compare cut models with.
+    """Logits of the original model on one micro-batch, to compare cut models with.
 
-    It keeps the original's logits in the model's dtype: all R predictions together, in pieces of
-    the vocabulary, where the head is plain; else those of the model itself, sample after sample.
+    The logits are kept in the model's dtype. If the head is plain, those of all R predictions are
+    computed together, in pieces of the vocabulary. Otherwise the model computes them by sample.
 
     Args:
-        stream: (B, T, D), the original's, as it leaves the blocks.
+        stream: (B, T, D), the original's residual stream after the blocks.
 
     Attributes:
-        own: (2, R), as `compare` of the original with itself.
+        own: (2, R), the result of `compare` for the original itself.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Comparison:
         self.own = torch.cat(own, 1)
 
     def _logits(self, stream: Tensor) -> Iterator[Iterator[tuple[int, Tensor]]]:
-        """Yield the logits of some predictions, in pieces, each with its first word."""
+        """Yield iterators over (first token, logits) of pieces: one in all, or one per sample."""
         if self._head.plain:
             inputs = self._head.inputs(stream, self._recording.input_ids).flatten(0, 1)
             self._rows = self._rows.to(inputs.device)
@@ -189,7 +189,7 @@ class Comparison:
             return
         for s, predicted in enumerate(self._batch.predicted):
             logits = self._recording.logits(stream[s], s)[:-1]
-            # A full sample is a slice; only padded ones pay for a gather.
+            # A sample in which all positions count is a slice; only others need a gather.
             if not bool(predicted.all()):
                 logits = logits[predicted.nonzero()[:, 0]]
             rows, step = logits.shape
@@ -198,7 +198,7 @@ class Comparison:
             yield zip(range(0, logits.shape[1], step), torch.split(logits, step, 1), strict=True)
 
     def _run_head(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield pieces of the logits: the original's to keep, then all in the same memory."""
+        """Yield pieces of the logits; the first call allocates each, later calls share a buffer."""
         rows, width, new = len(inputs), self._head.width, self._buffer is None
         step = min(width, max(1, piece_elements(inputs.device) // max(1, rows)))
         if self._buffer is None:
@@ -209,12 +209,12 @@ class Comparison:
             yield a, self._head.piece(inputs, a, a + size, out.view(rows, size))
 
     def compare(self, stream: Tensor) -> Tensor:
-        """Compute (2, R) KL(original || other) and the other's NLL at each prediction, nats.
+        """Compute KL(original || other) and the other's NLL at each prediction, (2, R), in nats.
 
-        The result is on the device, so that nothing waits for it before `sum_samples`.
+        The result stays on the device, so that nothing waits for it before `sum_samples`.
 
         Args:
-            stream: (B, T, D), the other's, as it leaves the blocks.
+            stream: (B, T, D), the other model's residual stream after the blocks.
         """
         found = []
         for pieces, (labels, kept, log_z) in zip(self._logits(stream), self._kept, strict=True):
@@ -225,7 +225,7 @@ class Comparison:
         return torch.cat(found, 1)
 
     def sum_samples(self, found: Sequence[Tensor]) -> Floats:
-        """Sum K comparisons over each sample's tokens: (2, K, B)."""
+        """Sum K results of `compare` over the tokens of each sample: (2, K, B)."""
         values, counts = torch.stack([*found], 1).cpu().numpy(), self._batch.predicted.sum(1)
         if not self._head.plain:
             parts = np.split(values, counts.cumsum(0)[:-1].numpy(), 2)
@@ -242,19 +242,20 @@ def loss_gradient(
     label_seed: int | None = None,
     head: OutputHead | None = None,
 ) -> Tensor:
-    """Compute the gradient of the samples' mean token NLLs, summed, in the stream after the blocks.
+    """Compute the gradient of the loss with respect to the residual stream after the blocks.
+
+    The loss is the sum over the samples of their mean token NLL.
 
     Args:
-        recording: of the batch.
-        hidden: (B, T, D), the stream.
+        recording: recorded calls of the batch.
+        hidden: (B, T, D), the residual stream after the blocks.
         batch: the samples; padding does not count.
-        label_seed: None takes the text's own next tokens as labels; with a seed the labels are
-            drawn from the model.
+        label_seed: seed to draw the labels from the model; None takes the next tokens of the text.
         head: the model's output head; without one, or if it is not plain, the model computes
             its logits itself, one sample at a time.
 
     Returns:
-        (B, T, D), zero where nothing is predicted.
+        (B, T, D), zero at positions without a prediction.
     """
     if head is None or not head.plain:
         return _by_sample(recording, hidden, batch, label_seed)
@@ -286,17 +287,17 @@ def loss_gradient(
 def divergence_gradient(
     recording: Recording, original: Tensor, stream: Tensor, batch: TokenSet
 ) -> Tensor:
-    """Compute the gradient of KL(original || cut), summed over all tokens, in the cut model's
-    stream.
+    """Compute the gradient of KL(original || cut), summed over all tokens, with respect to the cut
+    model's residual stream.
 
     Args:
-        recording: of the batch.
-        original: (B, T, D), the stream that leaves the original blocks.
-        stream: (B, T, D), that of the cut ones.
+        recording: recorded calls of the batch.
+        original: (B, T, D), residual stream after the blocks of the original model.
+        stream: (B, T, D), residual stream after the blocks of the cut model.
         batch: the samples; padding does not count.
 
     Returns:
-        (B, T, D), zero where nothing is predicted.
+        (B, T, D), zero at positions without a prediction.
     """
     out = torch.empty_like(stream)
     for s in range(batch.samples):
@@ -334,8 +335,8 @@ def _by_sample(
 
 
 def _draws(batch: TokenSet, seed: int) -> Tensor:
-    """Draw (R,) uniform numbers for the predicted positions; those of a sample depend on its row
-    alone."""
+    """Draw (R,) uniform numbers for the predictions; those of a sample depend only on the seed and
+    its row in the original set."""
     numbers = [
         np.random.default_rng([seed, int(i)]).random(int(count))
         for i, count in zip(batch.index, batch.predicted.sum(1), strict=True)
@@ -346,8 +347,8 @@ def _draws(batch: TokenSet, seed: int) -> Tensor:
 def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | None) -> None:
     """Replace logits (R, V) by scale (softmax - one-hot).
 
-    With ``draws``, uniform numbers, the labels are the model's own: where its cumulative
-    distribution passes the draw.
+    With ``draws`` (uniform numbers), the labels are drawn from the model instead: the tokens at
+    which its cumulative distribution exceeds the draw.
     """
     sums = RowSums(labels)
     sums.add(logits)
@@ -373,7 +374,7 @@ def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
     (R,)."""
     found = []
     for rows in _row_parts(logits):
-        # In float64: a float32 running sum over a large vocabulary drifts by more than most tokens.
+        # In float64: the error of a float32 running sum exceeds the probability of most tokens.
         cumulative = _softmax(logits[rows], log_z[rows]).double().cumsum(-1)
         wanted = draws[rows][:, None] * cumulative[:, -1:]
         found.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
@@ -386,6 +387,6 @@ def _softmax(logits: Tensor, log_z: Tensor) -> Tensor:
 
 
 def _row_parts(logits: Tensor) -> list[slice]:
-    """Split the rows into parts to compute in wide types."""
+    """Split the rows into parts that are small enough to convert to a wider dtype."""
     rows = max(1, piece_elements(logits.device) // logits.shape[1])
     return [slice(a, a + rows) for a in range(0, len(logits), rows)]

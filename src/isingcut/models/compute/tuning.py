@@ -1,4 +1,4 @@
-"""The micro-batch that suits a device, and the memory that a backward pass keeps."""
+"""Choose the micro-batch for a device, and count the memory that a backward pass keeps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_TOKENS = 16 * BATCH_TOKENS
 
 @dataclass(frozen=True)
 class Tuning:
-    """How measurements are computed.
+    """Settings for computing measurements.
 
     Attributes:
-        attention: transformers' name of the implementation; None keeps the loaded one.
+        attention: name of the attention implementation; None keeps the loaded one.
         batch_tokens: tokens computed at a time.
     """
 
@@ -32,8 +32,8 @@ class Tuning:
 def choose_batch_tokens(replay: Replay, memory: int) -> int:
     """Return the tokens of a micro-batch: the default on a CPU, on a GPU as many as fit.
 
-    A larger micro-batch does not make a CPU faster. If memory runs out nevertheless, the samples
-    are halved.
+    A larger micro-batch does not make a CPU faster. If memory runs out nevertheless, callers halve
+    the micro-batch.
 
     Args:
         replay: a model in memory.
@@ -41,7 +41,7 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
     """
     if replay.device.type == "cpu":
         return BATCH_TOKENS
-    # Gradients keep about half of what running blocks take, losses keep the original's logits.
+    # Gradients keep about half the memory of running blocks; losses keep the original's logits.
     graph = len(replay) * BLOCK_STREAMS // 2 * replay.bytes_per_token // replay.devices
     logits = int(text_config(replay.model).vocab_size) * next(replay.model.parameters()).itemsize
     tokens = BATCH_TOKENS
@@ -51,7 +51,7 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
 
 
 def count_graph_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Return the bytes that the graphs of a call keep for backward, without the model's weights."""
+    """Return the bytes that autograd keeps for the backward pass of a call, without weights."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}
 
@@ -59,7 +59,7 @@ def count_graph_bytes(model: nn.Module, run: Callable[[], object]) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        # An output of its own would hold the graph that holds it, for good.
+        # Detached, because a saved output would keep the graph that keeps it, and leak both.
         return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

@@ -1,4 +1,4 @@
 """Cut models: `checkpoint` writes the smaller safetensors checkpoint, `gguf` the smaller GGUF file
-with its patch, `packing` says what a model takes in GGUF's types and packs weights, `verify` checks
-that a cut computes what it should, `sharing` loads a cut in the memory of its original.
+with its patch, `packing` computes sizes in GGUF types and packs weights, `verify` compares a cut
+with its original, `sharing` loads a cut that shares the memory of its original.
 """

@@ -1,8 +1,8 @@
-"""Checkpoint and state to a smaller checkpoint: bytes copied, layers renamed, config cut.
+"""Write a smaller checkpoint without some blocks: bytes copied, layers renamed, config cut.
 
-Nothing is decoded and nothing of the model is loaded, so bf16, fp8 with its scales and packed
-int4 all pass through untouched, in a few megabytes of memory. The result appears under its name
-only when it is whole.
+No tensor is decoded and no model is loaded. So bf16, fp8 with its scales and packed int4 are copied
+unchanged, with a few megabytes of memory. The result appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def excise(
     Args:
         source: a Hugging Face folder with safetensors (one file, or shards with an index).
         removed: block numbers, in any order.
-        out: the new folder; it appears only when it is whole.
+        out: the new folder; it appears only when it is complete.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
@@ -85,7 +85,7 @@ def excise(
     with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
         _copy_companions(source, folder, mapping)
-        # Last, so that a folder without it was never finished.
+        # Written last, so that a folder without it is incomplete.
         text_of_config = json.dumps(new_config, indent=2) + "\n"
         (folder / "config.json").write_text(text_of_config, encoding="utf-8")
 

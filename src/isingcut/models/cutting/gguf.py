@@ -1,12 +1,12 @@
-"""GGUF in, smaller GGUF out: blocks renumbered, per-layer metadata trimmed, bytes untouched.
+"""Cut a GGUF file to a smaller one: blocks renumbered, per-layer metadata cut, bytes unchanged.
 
-The checkpoint route (`excise`) unpacks a GGUF file to bfloat16; this one keeps every packed
-tensor as it is, for llama.cpp, but those that a patch has changed.
+`excise` needs a checkpoint, to which a GGUF file is dequantised in bfloat16. This module keeps
+packed tensors as they are, for llama.cpp, except those that a patch changed.
 
-Whether a GGUF file and a checkpoint are of one model: weights may be packed, permuted, split or
-joined there; norms are stored as they are, in plain numbers. The layers that a patch or a healing
-changed are packed as Q8_0, because a change of 1 % is less than half a step of a 4-bit type, which
-would round it away (docs/experiments/packing.md).
+Norms are compared to check that a GGUF file and a checkpoint are of one model. They are stored
+unpacked, while other weights may be packed, permuted, split or joined. By default, layers that a
+patch or a healing changed are packed as Q8_0, because a change of 1 % is less than half a step of a
+4-bit type, which would round it away (docs/experiments/packing.md).
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed
 from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-# What a checkpoint may hold and a GGUF need not: tables that llama.cpp computes itself.
+# Tables that llama.cpp computes itself: a checkpoint may have them, a GGUF file need not.
 _COMPUTED = re.compile(r"\.(attn_rot_embd|rope_freqs)\b")
 
 
 def check_same_model(header: GgufHeader, model: Path) -> None:
-    """Refuse a GGUF file that was not made from a checkpoint, as far as it can be known.
+    """Raise if a GGUF file was not made from a checkpoint, as far as this can be checked.
 
     Args:
-        header: of the GGUF file.
-        model: the checkpoint's folder.
+        header: header of the GGUF file.
+        model: folder of the checkpoint.
 
     Raises:
-        InputError: another number of blocks, another width, or norms of other values.
-        CheckpointError: either is damaged.
+        InputError: the number of blocks, the width or the values of a norm differ.
+        CheckpointError: the GGUF file or the checkpoint is damaged.
     """
     text = read_decoder(read_config(model))
     count = header.check_blocks()
@@ -81,7 +81,7 @@ def _same(header: GgufHeader, what: str, found: int, wanted: int) -> None:
 def names_in_gguf(
     header: GgufHeader, count: int, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the names that llama.cpp has for them, where it has one."""
+    """Return the checkpoint's tensors that have a name in llama.cpp, by this name."""
     import gguf
 
     architecture = next(
@@ -99,7 +99,7 @@ def names_in_gguf(
 
 
 def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
-    """Whether plain numbers are equal to bfloat16's rounding; some conversions add one to norms."""
+    """Whether unpacked values are equal up to bfloat16 rounding, or after adding 1, as to norms."""
     if stored.dtype not in PLAIN or not np.issubdtype(tensor.data.dtype, np.floating):
         return True
     ours, theirs = tensor.data.flatten(), read_tensor(stored).double().flatten().numpy()
@@ -109,9 +109,9 @@ def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _FINE = (*PLAIN_TYPES, "Q8_0")
-"""The types that a changed tensor keeps."""
+"""Types that a changed tensor keeps; others become Q8_0."""
 _SAME = 0.35
-"""Relative difference of a tensor and its packing, at most: of two bits a weight it is 0.3."""
+"""Largest relative difference of a tensor and its packing; for two bits per weight it is 0.3."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +119,9 @@ class Changed:
     """A tensor whose values a patch or a healing has changed.
 
     Attributes:
-        name: in the original, for messages.
-        before: reads what the original holds, to find how the GGUF file lays it out.
-        after: reads what the final checkpoint holds.
+        name: name in the original, for messages.
+        before: function that reads the original's value, to find its layout in the GGUF file.
+        after: function that reads the final checkpoint's value.
     """
 
     name: str
@@ -132,10 +132,10 @@ class Changed:
 def changed_tensors(
     header: GgufHeader, original: Path, cut: Path, removed: Sequence[int]
 ) -> dict[str, Changed]:
-    """What a checkpoint has changed of its original, by the names of the original's GGUF file.
+    """Return the tensors of a cut checkpoint that differ from its original, by name in the GGUF.
 
     Args:
-        header: of that file.
+        header: header of the original's GGUF file.
         original: the checkpoint that was cut.
         cut: the cut checkpoint, patched or healed.
 
@@ -180,15 +180,15 @@ class _Side:
 
 
 def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
-    """Order the changed values as a GGUF file does: as they are, turned, plus one (norms of Gemma),
-    or, as llama.cpp has queries and keys of Llama, with the halves of each head's rows interleaved.
+    """Return the changed values in the layout of a GGUF file: unchanged, transposed, plus 1 (norms
+    of Gemma), or with the halves of each head's rows interleaved (queries and keys of Llama).
 
     Args:
         path: the file, for messages.
-        tensor: as gguf's reader gives it, with the values before.
+        tensor: tensor of gguf's reader, with the values before the change.
 
     Raises:
-        ArchitectureError: the file holds other numbers, or the same in another order.
+        ArchitectureError: the file's values match none of these, or their type cannot be read.
     """
     import gguf
 
@@ -207,7 +207,7 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
 
 
 def _interleave_heads(values: NDArray[np.float32]) -> Iterator[_Turn]:
-    """For every number of heads that the rows can be."""
+    """Yield the interleaving for every number of heads that the rows can have."""
     rows = len(values)
     for size in range(rows // 2, 0, -1):
         if rows % (2 * size) == 0:
@@ -252,18 +252,18 @@ def cut_gguf(
     Args:
         source: a single GGUF file.
         removed: block numbers, in any order.
-        out: the new file; it appears only when it is whole.
+        out: the new file; it appears only when it is complete.
         overwrite: allow ``out`` to be replaced.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
             their type is finer.
-        packed: pack all tensors, changed ones too, as `packed_type` says.
+        packed: type of all tensors, changed ones too, by `packed_type`; None: as they are.
 
     Raises:
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
-        CheckpointError: no readable GGUF file, one part of a split file, a damaged one, or one
-            that lacks tensors.
+        CheckpointError: the source is not a GGUF file, is damaged, is one part of a split file, or
+            lacks tensors.
         InputError: ``out`` cannot be written or is the source.
     """
     refuse_source(out, [source])
@@ -342,7 +342,7 @@ def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
     """Raise if llama.cpp would compute something else from a file with another number of blocks.
 
     Raises:
-        ArchitectureError, CheckpointError: as `cut_gguf`.
+        ArchitectureError, CheckpointError: as in `cut_gguf`.
     """
     architecture = header.architecture
     if architecture not in _TABLE["cuttable"]:
@@ -364,7 +364,8 @@ def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
 
 
 def _find_windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
-    """Which blocks have a sliding window, where llama.cpp counts that and no list says it."""
+    """Return whether each block has a sliding window, if no list has that but llama.cpp derives it
+    from a period; else None."""
     architecture = header.architecture
     period = _TABLE["window_periods"].get(architecture)
     if period is None:

@@ -1,4 +1,4 @@
-"""A model in GGUF's types: the bytes that it takes, and its weights packed and read back."""
+"""Compute the size of a model in GGUF types, and pack and dequantise its weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from isingcut.models.safetensors_files import read_checkpoint
 
 
 class Packer:
-    """The tensors of a model, to be packed in GGUF's types.
+    """Tensors of a model, to be packed in GGUF types.
 
     Args:
         loaded: the model; its weights may be on disk.
-        file: the GGUF file that it was unpacked from. None: a checkpoint. Its matrices then count
-            as bfloat16, and the length of its words stands for that of its metadata.
+        file: the GGUF file that it was converted from. None: a checkpoint; matrices then count as
+            bfloat16, and the size of the metadata is estimated from the vocabulary.
 
     Attributes:
-        header: of that file.
+        header: header of that file, if any.
     """
 
     def __init__(self, loaded: LoadedModel, file: Path | None) -> None:
@@ -38,9 +38,9 @@ class Packer:
         model, self._align = loaded.model, 32
         self._places = [f"{block.path}." for block in find_stack(model).blocks]
         self._types: dict[str, Any] = {}
-        # Shape, rows last, own type, and block, -1 outside of all.
+        # Shape (row length last), current type and block (-1 outside all) of each tensor.
         self._tensors: dict[str, tuple[list[int], Any, int]] = {}
-        # Of an embedding that is not the head too, a token reads one row.
+        # The embedding, if it is not also the head: a token reads only one row of it.
         self._looked_up = ""
         self.header: GgufHeader | None = None
         if file is None:
@@ -74,9 +74,9 @@ class Packer:
         return -(-math.prod(shape) // numbers * size // self._align) * self._align
 
     def costs(self, wanted: str, blocks: Sequence[BlockCosts]) -> PackedModel:
-        """Return what the whole model takes, its blocks packed as ``wanted`` ("": as they are).
+        """Return the size of the whole model with blocks packed as ``wanted`` ("": unchanged).
 
-        Exact but for a cut file's header, which is counted as long as the whole model's.
+        The size is exact except for a cut file's header, which counts as long as the whole model's.
 
         Raises:
             ArchitectureError: a patched layer could not be packed.
@@ -102,14 +102,14 @@ class Packer:
         )
 
     def pack(self, wanted: str, name: str, own: Tensor, new: Tensor | None = None) -> Tensor | None:
-        """Return what is left of a parameter once it is packed; None if it stays as it is.
+        """Return the value of a parameter after packing and dequantising; None if unchanged.
 
         Transposed layers, those of GPT-2, are packed along their other axis.
 
         Args:
-            name: the parameter's.
-            own: its values.
-            new: the values of a patch instead.
+            name: name of the parameter.
+            own: its current value.
+            new: value of a patch to pack instead.
         """
         from gguf.quants import dequantize, quantize
 

@@ -1,7 +1,7 @@
 """Load a cut checkpoint next to its original: equal tensors share memory.
 
-A cut keeps the bytes of all blocks that stay, so that both models together take the memory of one,
-and that of the layers which a patch changed.
+A cut has the bytes of all kept blocks of its original. So both models together take the memory of
+one, plus that of the layers that a patch changed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _CHUNK_BYTES = 64 * 2**20
 def open_cut(
     original: LoadedModel, removed: Sequence[int], folder: Path, *, trust_remote_code: bool = False
 ) -> tuple[LoadedModel, StreamedReplay | None]:
-    """Load a cut checkpoint on the device of its resident original; equal tensors share its memory.
+    """Load a cut checkpoint on the device of its original in memory; equal tensors share memory.
 
     Returns:
-        the model and None; where what is not equal to the original does not fit the device, the
-        model without its weights and its blocks, each read from disk when it is run.
+        the model and None; or, if the checkpoint does not fit host memory or its own tensors do
+        not fit the device, the model without weights and its replay, which streams the blocks.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the checkpoint cannot be loaded.
     """
     dtype = original.place["dtype"]
     if fits(folder, original.dtype):
@@ -52,22 +52,22 @@ def fits(folder: Path, dtype: torch.dtype) -> bool:
 
 
 def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
-    """Move a cut model to its original's devices; frozen tensors of equal bits use its memory.
+    """Move a cut model to its original's devices; frozen tensors with equal bits share memory.
 
     Args:
-        cut: on the CPU; PEFT may have added adapters to its layers.
-        original: on its device, or placed over several.
+        cut: the cut model, on the CPU; PEFT may have added adapters to its layers.
+        original: the original, on its device or placed over several.
         removed: the blocks that the cut lacks, by their numbers in the original.
 
     Returns:
-        False, and the cut as it was, where what is not equal does not fit a device.
+        True; False, with the cut unchanged, if tensors that are not equal do not fit a device.
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
     device, places = original.device, _places(cut, original, removed)
     theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
     named = _original_names(cut, original, removed)
-    # By the identity of what is replaced, so that tied tensors stay tied.
+    # By the id of the replaced tensor, so that tied tensors stay tied.
     equal: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
     homes: dict[int, torch.device] = {}
@@ -114,7 +114,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _places(cut: Any, original: Any, removed: Sequence[int]) -> dict[str, torch.device]:
-    """Return the devices of a cut's parts: those of the same parts of the original."""
+    """Return the devices of a cut's parts, which are those of the same parts of the original."""
     places, named = places_of(original), _original_names(cut, original, removed)
     names = (name for name, _ in cut.named_modules())
     return {name: places[named(name)] for name in names if named(name) in places}

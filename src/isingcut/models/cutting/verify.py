@@ -1,4 +1,4 @@
-"""Verify a cut: the reloaded checkpoint must compute what the original with skipped blocks does.
+"""Verify a cut: the reloaded checkpoint must compute the same as the original with skipped blocks.
 
 A model that takes images is also tested on two prompts with an image each. The checkpoint's own
 processor makes them. Without a processor, a cut is verified on text only.
@@ -39,7 +39,7 @@ ImageInputs = dict[str, Tensor]
 
 _PIXELS = ("pixel_values", "image_patches", "flattened_patches", "aspect_ratio_ids")
 _RESERVED = re.compile(r"_token(_id|_index)?$")
-# Logits are compared at the end of a prompt, after the image, where the model has seen all of it.
+# Number of last positions of a prompt whose logits are compared: they come after the whole image.
 _KEPT = 32
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _PROCESSOR_SIDE = 64
@@ -54,15 +54,15 @@ def parameters(function: Any) -> set[str]:
 def process_images(
     model: Any, folder: Path, words: Tensor, *, trust_remote_code: bool = False
 ) -> ImageInputs:
-    """Make two prompts with the processor in a checkpoint's folder.
+    """Make two prompts with images by the processor in a checkpoint's folder.
 
     Args:
-        model: it takes images.
-        folder: its checkpoint.
-        words: (2, T) token ids; a processor brings its own.
+        model: a model that takes images.
+        folder: folder of its checkpoint.
+        words: (2, T) token ids; not used, because the processor makes its own.
 
     Raises:
-        ModelError: there is no processor, it does not load, or the model does not take its prompts.
+        ModelError: the processor is missing, does not load, or makes prompts unfit for the model.
     """
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         raise ModelError("the checkpoint has no processor")
@@ -70,12 +70,12 @@ def process_images(
 
 
 def try_images(model: Any, make: Callable[[], ImageInputs]) -> ImageInputs:
-    """Make two prompts and check that the model takes them.
+    """Make two prompts with images and check that the model takes them.
 
-    The rows differ only in their images. If their logits are equal, the model took no image.
+    The prompts differ only in their images. If their logits are equal, the model used no image.
 
     Raises:
-        ModelError: the model does not take them, or making them failed.
+        ModelError: the model does not take the prompts, or making them failed.
     """
     accepted = parameters(model.forward)
     try:
@@ -97,7 +97,7 @@ def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
         given["logits_to_keep"] = _KEPT
     logits: Tensor = model(**given, use_cache=False).logits
     for module in model.modules():
-        # Qwen-VL keeps the positions of an image for the text after it.
+        # Qwen-VL stores the position offsets of an image for the text after it: reset them.
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
     return logits
@@ -158,17 +158,17 @@ def tolerance(dtype: torch.dtype) -> float:
 def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
     """Return the largest difference of two tensors, relative to the size of each entry.
 
-    Relative to the larger of the two, because rounding grows with an entry, and an entry near 0
-    is a sum of usual ones. The usual size is taken at each position alone, as `usual_size` says.
-    The largest entry is not used as scale: masked logits are the smallest float, and relative to
-    them no difference is large.
+    The scale of an entry is its absolute value in ``expected`` or, if larger, the `usual_size` at
+    its position: rounding grows with an entry, and an entry near 0 is a sum of terms of the usual
+    size. The largest entry is not the scale, because masked logits are the smallest float, and
+    relative to them no difference is large.
 
     Args:
         expected, got: (..., V); positions first, logits or channels last.
 
     Returns:
-        0 where all is equal, masked entries and infinities included; infinite for other shapes,
-        where either holds NaN, and where only one is infinite.
+        0 if all entries are equal, including masked and infinite ones; infinity if the shapes
+        differ, if either has NaN, or if only one of two entries is infinite.
     """
     if expected.shape != got.shape:
         return float("inf")
@@ -179,18 +179,18 @@ def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def usual_size(logits: torch.Tensor) -> torch.Tensor:
-    """Return the (P, 1) median size of the entries at each of P positions of (P, V).
+    """Return the median absolute value, (P, 1), at each of P positions of logits (P, V).
 
-    Entries that are the same at every position are not computed from the text (masks, padding of
-    the vocabulary) and do not count, where any differ; nor do infinite ones. Further entries may
-    be as large as they like, as long as they are fewer than half.
+    Infinite entries do not count. Nor do entries that are equal at all positions, unless all are:
+    they do not depend on the text (masks, padding of the vocabulary). Other entries may have any
+    size, as long as they are fewer than half.
     """
     differ = (logits != logits[:1]).any(0)
     counted = logits.isfinite() & (differ | ~differ.any())
     return logits.abs().masked_fill(~counted, float("nan")).nanmedian(-1, keepdim=True).values
 
 
-# Between two logits that a cache may turn around, of their usual size.
+# Largest difference of two logits, relative to their usual size, whose order a cache may change.
 _TIE = 1e-3
 
 
@@ -201,22 +201,22 @@ def check_generation(
     name: str,
     reference: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None = None,
 ) -> None:
-    """Check that greedy tokens with a cache are those without one, except for near-ties.
+    """Check that greedy generation gives the same tokens with and without a cache, up to near-ties.
 
-    Where they are not, the original may not agree with itself either (a router between two
-    experts, a cache of another kind than the mask). So tokens of the cached original with the
-    same blocks skipped are accepted too: the same computation, done with every block's own cache.
+    The original may also give different tokens with a cache (a router between two experts, a cache
+    of another kind than the mask). So the tokens of the original with the same blocks skipped and
+    with a cache are accepted too: it computes the same, with a cache for every original block.
 
     Args:
         model: the cut model.
         tokens: (B, T) prompts; one is generated at a time, because RWKV's cached steps in
             transformers mix the sequences of a batch.
         new_tokens: tokens to generate.
-        name: what to call the model in messages.
-        reference: generates with the skipped original, given a prompt and options.
+        name: name of the model in messages.
+        reference: function that generates with the skipped original, from a prompt and options.
 
     Raises:
-        VerificationError: they differ, or `generate` fails.
+        VerificationError: the tokens differ, or `generate` fails.
     """
     options = {
         "max_new_tokens": new_tokens,
@@ -242,7 +242,7 @@ def check_generation(
         with torch.no_grad():
             logits = model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
             both = logits[-1, torch.stack([plain[at], cached[at]])]
-            # Large logits, rounded in steps above the usual size's in bfloat16.
+            # Relative to the larger of these and the usual size, as bfloat16 rounds by size.
             gap = float(
                 (both[0] - both[1]).abs() / both.abs().max().clamp(usual_size(logits)[-1, 0])
             )
@@ -256,7 +256,7 @@ def check_generation(
         )
 
 
-# Tokens generated by a model that is read from disk for each of them.
+# Tokens to generate with a streamed model, which is read from disk for each token.
 _STREAMED_TOKENS = 3
 
 
@@ -275,22 +275,22 @@ def verify(
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
 
     The checkpoint is loaded in the original's dtype. Logits of random tokens must agree to 1e-5 of
-    their size in float32, and greedy generation with a cache must give the tokens that it gives
-    without one. Of a streamed original, both models are read from disk, a block at a time.
+    their size in float32, and greedy generation must give the same tokens with and without a cache.
+    If the original is streamed, both models are read from disk, one block at a time.
 
     Args:
         source: the original, or its `StreamedReplay`.
         removed: the blocks that ``out`` lacks.
         out: the checkpoint to verify.
-        cut: its model; None loads it.
-        length: tokens of each of the two sequences compared.
+        cut: the loaded model of ``out``; None loads it.
+        length: number of tokens of each of the two compared sequences.
         prompts: number of sequences to continue by generation.
-        new_tokens: generated tokens compared.
-        images: makes prompts with images, for a model that takes them.
+        new_tokens: number of generated tokens to compare.
+        images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
 
     Raises:
-        VerificationError: it does not load, or it computes something else.
+        VerificationError: the checkpoint does not load, or computes something else.
         ArchitectureError: the original does not run on text alone.
     """
     buffers = source.store.buffers if isinstance(source, StreamedReplay) else None
@@ -331,7 +331,7 @@ def verify(
         return result
 
     def on_text(whole: Any) -> torch.Tensor:
-        # A model that does not run on text is refused. A cut of one that does is wrong.
+        # If the original does not run on text, it is refused. If only the cut fails, it is wrong.
         with catch_text_errors(whole) if whole is model else nullcontext():
             logits: torch.Tensor = language_model(whole)(input_ids=tokens, use_cache=False).logits
         return logits
@@ -381,7 +381,7 @@ def _open_cut(
 
 
 def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:
-    # A model is loaded without its layers for multi-token prediction.
+    # Models are loaded without their layers for multi-token prediction.
     text = read_decoder(read_config(out)) if report.get("unexpected_keys") else {}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, report.get(problem, ())))
@@ -392,10 +392,11 @@ def _refuse_keys(out: Path, report: Mapping[str, Collection[object]]) -> None:
 
 
 def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint with plain transformers, refusing one with missing or extra tensors.
+    """Load a checkpoint with plain transformers; raise if tensors are missing or unexpected.
 
     Raises:
-        VerificationError: transformers cannot load it, or invents or ignores tensors.
+        VerificationError: transformers cannot load it, or tensors are missing, unexpected or of
+            another shape.
     """
     try:
         with quiet_transformers():
@@ -410,9 +411,9 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
 
 
 def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Draw (batch, length) token ids of the model's vocabulary, on its device; none of an image.
+    """Draw (batch, length) token ids from the model's vocabulary, on its device.
 
-    Where a model takes images, the ids that stand for them are no text.
+    Ids that the configuration reserves, such as those of images, are not drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     size = int(text_config(model).vocab_size)

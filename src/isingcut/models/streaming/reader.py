@@ -1,10 +1,10 @@
-"""Which stored tensors fill which part of a model, and reading them into a buffer.
+"""Assign stored tensors to the parts of a model, and read parts into a buffer.
 
-The names and conversions (a list of experts that becomes one tensor, say) are transformers'
-own, so that a streamed block has the numbers that `from_pretrained` gives it.
+Names and conversions (for example, of a list of experts to one tensor) are those of transformers,
+so that a streamed block has the same values as after `from_pretrained`.
 
-Files are read, not mapped: pages of a memory map would stay in the process's resident memory, and
-a buffer has a known size.
+Files are read, not memory-mapped: mapped pages would stay in the process's resident memory, while a
+buffer has a known size.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, rea
 from isingcut.models.transformers_private import Names
 
 REST = "rest"
-"""What is neither a block, the embedding nor the head: norms, position embeddings, buffers."""
-# Where a tensor starts in a buffer: what vector instructions and matrix kernels want.
+"""Part outside the blocks, the embedding and the head: norm, position embeddings, buffers."""
+# Alignment of tensors in a buffer, in bytes, for vector instructions and matrix kernels.
 _ALIGN = 64
 
 
 @dataclass(frozen=True)
 class CopyStep:
-    """A stored tensor that is a target, or that is one slice of it.
+    """Copy of a stored tensor to a tensor of the model (the target), or to one slice of it.
 
     Attributes:
-        item: which item of a stack it is, for a target that stacks a list.
-        axis: where joined tensors meet; None where nothing is joined.
-        first: position on that axis.
+        item: index in the target, if the target is a stack of tensors.
+        axis: axis of concatenated tensors; None without concatenation.
+        first: first index on that axis.
     """
 
     source: StoredTensor
@@ -62,7 +62,7 @@ class CopyStep:
 
 @dataclass(frozen=True)
 class ConversionStep:
-    """Stored tensors that become targets through one of transformers' conversions."""
+    """Conversion of stored tensors to targets by one of transformers' converters."""
 
     sources: tuple[tuple[str, StoredTensor], ...]
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class ConversionStep:
         """Compute the values of the targets from those of the sources."""
         converter = deepcopy(self.converter)
         for (pattern, source), value in zip(self.sources, values, strict=True):
-            # A callable, because that is what the loader itself hands over without threads.
+            # A callable, which transformers' own loader also passes if it uses no threads.
             converter.add_tensor(self.first, source.name, pattern, lambda value=value: value)
         out = converter.convert(self.first, model=self.model, config=self.model.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in out.items()}
@@ -82,7 +82,7 @@ class ConversionStep:
 
 @dataclass(frozen=True)
 class Group:
-    """Targets that are filled together, without their numbers, and how."""
+    """Targets, on the meta device, that are filled together, and the steps that fill them."""
 
     targets: Mapping[str, Tensor]
     steps: tuple[CopyStep | ConversionStep, ...]
@@ -90,12 +90,12 @@ class Group:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """All that fills one part.
+    """Plan to fill one part.
 
     Attributes:
-        steps: what to read.
-        targets: what is filled, with the byte at which each starts in the part's buffer.
-        names: every name that a target has in this part of the model.
+        steps: the steps that read tensors.
+        targets: tensors to fill, each with its first byte in the part's buffer.
+        names: target of each tensor name in this part of the model.
         size: bytes of the buffer.
     """
 
@@ -112,17 +112,17 @@ def plan_parts(
     blocks: Sequence[str],
     dtype: torch.dtype,
 ) -> tuple[dict[Part, PartPlan], list[str]]:
-    """Plan what fills each block, the embedding, the head and the rest of a model.
+    """Plan how to fill each block, the embedding, the head and the rest of a model.
 
     Args:
-        folder: the checkpoint, for messages.
-        stored: its tensors.
-        model: its skeleton.
+        folder: folder of the checkpoint, for messages.
+        stored: tensors of the checkpoint.
+        model: the model without its weights.
         blocks: paths of the block modules.
-        dtype: the model's.
+        dtype: dtype of the model.
 
     Returns:
-        the plan of each part, and the names of stored tensors that the model has no use for.
+        the plan of each part, and the names of stored tensors that the model does not use.
 
     Raises:
         ModelError: tensors are missing from the checkpoint, or have other shapes.
@@ -154,7 +154,7 @@ def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
 
 
 def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan:
-    """Give every target of a part its place; one that has two names is there once."""
+    """Assign a place in the buffer to each target of a part; tied names share one place."""
     groups = {id(group_of[t]): group_of[t] for t in names.values()}.values()
     targets: dict[str, tuple[Tensor, int]] = {}
     size = 0
@@ -169,11 +169,11 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
     """Return the target of each name in the model; tied names have one target.
 
     Raises:
-        ModelError: nothing in the checkpoint fills a parameter.
+        ModelError: the checkpoint has no tensor for a parameter.
     """
     kept = {name: name for name in names.tensors if name in there}
     for this, that in names.ties.items():
-        # Either may be the stored one; where both are, transformers ties them only if equal.
+        # Either may be stored. If both are, transformers ties them only if they are equal.
         if this not in there and that in there:
             kept[this] = that
         elif that not in there and this in there:
@@ -189,7 +189,7 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
 def _groups(
     folder: Path, stored: Mapping[str, StoredTensor], names: Names
 ) -> tuple[list[Group], list[str]]:
-    """Group the stored tensors by what they fill; also return the names that the model lacks."""
+    """Group the stored tensors by target; also return the names that the model does not use."""
     unexpected: list[str] = []
     alone: list[Group] = []
     together: dict[str, list[tuple[str, StoredTensor]]] = {}
@@ -213,8 +213,8 @@ def _groups(
 def _join_group(
     folder: Path, first: str, members: Sequence[tuple[str, StoredTensor]], names: Names
 ) -> Group:
-    """Group the tensors of one converter: as slices of its target if it only stacks and joins
-    them."""
+    """Group the tensors of one converter, as slices of its target if it only stacks and
+    concatenates them."""
     converter = names.converters[members[0][0]]
     dtype = names.dtype_of(first)
     conversion = ConversionStep(tuple(members), dtype, first, converter, names.model)
@@ -231,7 +231,7 @@ def _join_group(
 def _slices(
     converter: Any, members: Sequence[tuple[str, StoredTensor]], target: str
 ) -> list[CopyStep] | None:
-    """Return the place of each tensor in the target; None for a conversion that computes more."""
+    """Return one copy step per tensor, or None unless a conversion only stacks and joins."""
     kinds = [type(op).__name__ for op in converter.operations]
     if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
         return None
@@ -240,7 +240,7 @@ def _slices(
         return None
     axis = None
     if joined:
-        # Of one item, without the axis along which items are stacked.
+        # Axis within one item, without the axis along which items are stacked.
         axis = converter.operations[-1].dim - (1 if stacked else 0)
         if axis < 0:
             return None
@@ -267,23 +267,23 @@ def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[i
         raise ModelError(explain_shape(name, folder, found, wanted))
 
 
-# Bytes that are converted at a time: small enough to stay in a cache, large enough to read well.
+# Bytes converted at a time: small enough for a cache, large enough for efficient reads.
 _STAGE = 4 * 2**20
 
 
 class Reader:
-    """Fills buffers with the parts of one checkpoint, one at a time.
+    """Reader of the parts of one checkpoint, one at a time, into buffers.
 
     Args:
-        folder: the checkpoint.
-        model: its skeleton.
+        folder: folder of the checkpoint.
+        model: the model without its weights.
         blocks: paths of the block modules.
-        dtype: the model's.
+        dtype: dtype of the model.
 
     Attributes:
-        plans: what fills each part.
-        unexpected: stored tensors that the model has no use for.
-        bytes_read: from the files, so far.
+        plans: plan of each part.
+        unexpected: names of stored tensors that the model does not use.
+        bytes_read: bytes read from the files so far.
     """
 
     def __init__(self, folder: Path, model: object, blocks: list[str], dtype: torch.dtype) -> None:
@@ -302,21 +302,21 @@ class Reader:
         self.bytes_read = 0
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
-        """Read one part. Its numbers are checked the first time.
+        """Read one part. The first time, also check it for NaN and infinity.
 
         Args:
             buffer: (>= the part's size,) uint8 in host memory.
 
         Returns:
-            views of the buffer, by every name that they have in the model.
+            views of the buffer, by tensor name in the model (tied ones under each name).
 
         Raises:
-            CheckpointError: a file became shorter, a dtype cannot be read, or a tensor holds NaN
+            CheckpointError: a file became shorter, a dtype is not supported, or a tensor has NaN
                 or infinity.
         """
         plan = self.plans[part]
         views = plan_views(plan, buffer)
-        # A part may be kept for good while a thread reads the next one.
+        # `Store.keep` may read a part while the thread of `Buffers` reads another one.
         with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
             self._files.clear()
             for step in plan.steps:
@@ -333,7 +333,7 @@ class Reader:
         return {name: views[target] for name, target in plan.names.items()}
 
     def _copy(self, source: StoredTensor, view: Tensor) -> None:
-        """Read and convert a few megabytes at a time; a float8 tensor whole, with its scale."""
+        """Read and convert a tensor, a few megabytes at a time; float8 whole, with its scale."""
         if not view.numel():
             return
         if source.dtype.startswith("F8_"):
@@ -348,7 +348,7 @@ class Reader:
             plain: Any = flat.view(torch.uint8).numpy()
             self._read(source, 0, memoryview(plain))
             return
-        # The weights of an FP8 checkpoint pass through the model's dtype first.
+        # In an FP8 checkpoint, such weights are first converted to the model's dtype.
         narrowed = self._fp8 and source.dtype in ("BF16", "F16")
         for first in range(0, source.size, _STAGE):
             data = memoryview(self._stage)[: min(_STAGE, source.size - first)]
@@ -358,13 +358,13 @@ class Reader:
             flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
-        """Read one stored tensor whole, as plain numbers."""
+        """Read one whole stored tensor, dequantised and converted to ``dtype``."""
         found = torch.empty(source.shape, dtype=dtype)
         self._copy(source, found)
         return found
 
     def _read(self, source: StoredTensor, first: int, data: memoryview) -> None:
-        """Fill ``data`` with a tensor's bytes from ``first`` on."""
+        """Fill ``data`` with a tensor's bytes, starting at its byte ``first``."""
         file = self._files.get(source.file)
         if file is None:
             file = self._files[source.file] = self._opened.enter_context(FileIO(source.file))

@@ -1,4 +1,4 @@
-"""`Replay` on a model whose blocks are read when they are run."""
+"""`Replay` of a model whose blocks are read from disk when they run."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def load_streamed(
     memory_limit: str = "",
     buffers: Buffers | None = None,
 ) -> tuple[LoadedModel, StreamedReplay]:
-    """Load a model without its weights; each block is read from disk when it is run.
+    """Load a model without its weights; each block is read from disk when it runs.
 
     Args:
         dtype, device: as in `load`.
-        memory_limit: as ``"8GB"`` or ``"50%"`` of what is free; empty takes 80 %.
-        buffers: those of another streamed model, to share.
+        memory_limit: as ``"8GB"`` or ``"50%"`` of the free memory; empty takes 80 %.
+        buffers: buffers of another streamed model, to share.
 
     Raises:
-        ModelError: transformers cannot build it, or the checkpoint does not fit it.
-        ArchitectureError: its blocks cannot be run one at a time.
+        ModelError: transformers cannot build the model, or the checkpoint does not fit it.
+        ArchitectureError: the blocks cannot be run one at a time.
         InputError: unknown dtype, device or memory limit.
     """
     place = pick_device(device)
@@ -64,18 +64,18 @@ def load_streamed(
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
 _LOGITS_COPIES = 4
-# What is imported and compiled on the way, and what allocators keep for themselves; on a small
-# device a share of it.
+# Bytes for later imports, compilation and the overhead of allocators; on a GPU, at most the limit
+# divided by `_SLACK_SHARE`.
 _SLACK, _SLACK_SHARE = 256 * 2**20, 32
 
 
 class StreamedReplay(Replay):
-    """The blocks of one model on disk, callable one at a time.
+    """The blocks of one model on disk, to run one at a time.
 
     Args:
-        model: the skeleton.
-        store: its weights.
-        memory: what the process may take, and took before any weight was read.
+        model: the model without its weights.
+        store: store of the weights.
+        memory: memory limit of the process, and its use before any weight was read.
     """
 
     streamed = True
@@ -90,11 +90,11 @@ class StreamedReplay(Replay):
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the checkpoint."""
+        """Folder of the checkpoint."""
         return self.store.folder
 
     def identity(self) -> dict[str, Any]:
-        """Return a cheap identity of this model, for the fingerprint of a journal."""
+        """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
         config: Any = self.model.config
         digest = model_identity(self.folder)["sha256"]
         return {"model": config.to_dict(), "sha256": digest, "streamed": True}
@@ -110,7 +110,7 @@ class StreamedReplay(Replay):
         """Return the bytes allowed for hidden states between blocks.
 
         Raises:
-            InputError: parts and one batch's own work leave none.
+            InputError: two parts and the work on one batch leave no memory.
         """
         longest, count = int(batch.input_ids.shape[1]), int(batch.input_ids.numel())
         vocabulary = int(text_config(self.model).vocab_size)
@@ -141,22 +141,22 @@ def open_model(
     trust_remote_code: bool = False,
     buffers: Buffers | None = None,
 ) -> tuple[Any, Store, Allowance]:
-    """Open a checkpoint: its skeleton, the store of its weights, and the memory allowed.
+    """Open a checkpoint: return the model without weights, its store, and the memory limit.
 
     Args:
         folder: a resolved Hugging Face folder with safetensors.
-        buffers: those of another store, to share.
+        buffers: buffers of another store, to share.
 
     Raises:
-        ModelError: transformers cannot build it, or the checkpoint does not fit it.
-        InputError: the memory limit cannot be read.
+        ModelError: transformers cannot build the model, or the checkpoint does not fit it.
+        InputError: the memory limit cannot be parsed.
     """
     memory = allowance(memory_limit, device)
     model = build_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
     paths = [block.path for block in find_stack(model).blocks]
     store = Store(folder, model, paths, dtype, device, buffers)
     if store.buffers is buffers:
-        # `room` counts them for each of the models that share them.
+        # Not used memory: `room` counts the buffers for each of the models that share them.
         memory = replace(memory, used=memory.used - buffers.allocated)
     return model, store, memory
 

@@ -1,7 +1,7 @@
-"""The parts of one model: installed where its modules look for them, and taken away again.
+"""Install the parts of a model in its modules when they are needed, and remove them again.
 
-There are two buffers: one in use, the other filled by a thread meanwhile. Files that are read again
-come from the operating system's page cache, as far as there is memory for it.
+There are two buffers: one is in use while a thread fills the other. Repeated reads come from the
+operating system's page cache, as far as memory allows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
 
 
 class _Buffer:
-    """Memory for one part: host memory, and on a GPU, where it is copied to, device memory."""
+    """Memory for one part: host memory and, for a GPU, device memory that it is copied to."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._device, self._module = device, device_module(device)
@@ -32,34 +32,34 @@ class _Buffer:
         if self._module is not None:
             self._stream = self._module.Stream(device)
             self._memory = torch.empty(size, dtype=torch.uint8, device=device)
-            # Earlier work of the main stream may still use the same memory.
+            # Earlier work of the main stream may still use this memory.
             self.leave()
 
     def load(self, part: StoredPart) -> Tensor:
-        """Read a part and copy it to its device, in the thread."""
+        """Read a part and copy it to the device; runs in the reader thread."""
         part.fill(self._host)
         if self._module is None:
             return self._host
         with self._module.stream(self._stream):
             self._stream.wait_event(self._used)
             self._memory[: part.size].copy_(self._host[: part.size], non_blocking=True)
-            # The host memory is filled again next.
+            # The next part overwrites the host memory.
             self._stream.synchronize()
         return self._memory
 
     def leave(self) -> None:
-        """Mark the end of what was computed with the part."""
+        """Record an event after the work with the part, for which `load` waits."""
         if self._module is not None:
             self._used = self._module.Event()
             self._used.record(self._module.current_stream(self._device))
 
 
 class Buffers:
-    """Two buffers and the thread that fills them; models that are run in turn share them.
+    """Two buffers and the thread that fills them; models that run alternately can share them.
 
     Args:
         size: bytes of the largest part.
-        device: where parts are used.
+        device: device on which parts are used.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class Buffers:
 
     @property
     def allocated(self) -> int:
-        """Return the bytes of the buffers that exist."""
+        """Bytes of the buffers allocated so far."""
         return len(self._buffers) * self.size
 
     def holds(self, part: StoredPart) -> bool:
@@ -80,7 +80,7 @@ class Buffers:
         return any(installed is part for installed in self._installed)
 
     def take(self, part: StoredPart) -> None:
-        """Install a part; the one taken before it stays, an older one goes."""
+        """Install a part; the previous one stays installed, an older one is removed."""
         for index, installed in enumerate(self._installed):
             if installed is part:
                 self._recent = index
@@ -92,13 +92,13 @@ class Buffers:
         _, index, future = self._pending
         memory = future.result()
         self._pending = None
-        # A gradient may use the part after a measurement in inference mode has read it.
+        # A gradient may use the part after a measurement has read it in inference mode.
         with torch.inference_mode(False):
             part.install(memory)
         self._installed[index], self._recent = part, index
 
     def expect(self, part: StoredPart) -> None:
-        """Start to read a part into the buffer that is not in use; what was there goes."""
+        """Start to read a part into the buffer that is not in use, after emptying this buffer."""
         if self.holds(part) or (self._pending is not None and self._pending[0] is part):
             return
         self._settle()
@@ -120,9 +120,9 @@ class Buffers:
         self._pending = (part, index, self._thread.submit(load))
 
     def _settle(self) -> None:
-        """Let a part that is being read, and is not wanted after all, come in and be forgotten.
+        """Cancel a pending read that is not needed, or wait for its end and discard it.
 
-        Its failure is forgotten with it: a checkpoint may be renamed once its proof is done.
+        Its error is discarded too: a checkpoint may be renamed once its verification is done.
         """
         if self._pending is not None:
             if not self._pending[2].cancel():
@@ -138,19 +138,19 @@ class Buffers:
 
 
 class Store(Weights):
-    """The weights of one model on disk, of which a part or two are installed at a time.
+    """The weights of one model on disk, with one or two parts installed at a time.
 
-    A block, the embedding or the head that is called while it is not installed is read first,
-    so that any forward pass without gradients works; `sweep` does better, with the next part
-    on its way.
+    If a block, the embedding or the head is called while it is not installed, it is read first. So
+    any forward pass without gradients works. `sweep` is faster if the order of parts is known,
+    because it reads the next part meanwhile.
 
     Args:
-        folder: the checkpoint.
-        model: its skeleton; its blocks, embedding and head get a ``forward`` of this store.
-        blocks: paths of its block modules.
-        dtype: of its weights.
-        device: where it computes.
-        buffers: another store's, to share; only one of the models is run at a time then.
+        folder: folder of the checkpoint.
+        model: the model without weights; its modules get a ``forward`` or hooks that install parts.
+        blocks: paths of the block modules.
+        dtype: dtype of the weights.
+        device: device for the computation.
+        buffers: buffers of another store, to share; then only one model may run at a time.
 
     Raises:
         ModelError: the checkpoint does not fit the model.
@@ -189,7 +189,7 @@ class Store(Weights):
         embedding, opening = modules[EMBED], modules[EMBED].__dict__["forward"]
 
         def enter(module: Any, args: Any) -> None:
-            # Llama 4 asks for the device of the embedding's weight before it calls it.
+            # Llama 4 reads the device of the embedding's weight before it calls the embedding.
             if embedding.__dict__.get("forward") is opening:
                 self.need(EMBED)
 
@@ -197,11 +197,11 @@ class Store(Weights):
             entered.register_forward_pre_hook(enter)
         head = decoder.get_output_embeddings()
         if head is not None and self._parts[HEAD].size:
-            # A hook, because others put their own ``forward`` into the head and take it out.
+            # A hook, because other code temporarily replaces the head's ``forward``.
             head.register_forward_pre_hook(lambda module, args: self.need(HEAD))
 
     def sweep(self, order: Sequence[Part]) -> Iterator[Part]:
-        """Install parts in this order, each for one turn of the loop, the next read meanwhile."""
+        """Install parts in this order, each for one iteration, while the next one is read."""
         for position, part in enumerate(order):
             self.buffers.take(self._parts[part])
             if position + 1 < len(order):
@@ -209,11 +209,11 @@ class Store(Weights):
             yield part
 
     def hold(self, part: Part) -> None:
-        """Install a part; the one installed before it, maybe another model's, stays."""
+        """Install a part; the previous one, possibly another model's, stays installed."""
         self.buffers.take(self._parts[part])
 
     def keep(self, part: Part) -> float:
-        """Install a part permanently, outside the buffers; return the seconds of reading it."""
+        """Install a part permanently, outside the buffers; return the seconds spent reading it."""
         found = self._parts[part]
         host = torch.empty(found.size, dtype=torch.uint8)
         began = time.perf_counter()
@@ -224,10 +224,10 @@ class Store(Weights):
         return seconds
 
     def need(self, part: Part) -> None:
-        """Install a part unless it is installed; the one that comes after it will be next.
+        """Install a part unless it is installed, and start to read the part after it.
 
         Raises:
-            ArchitectureError: gradients are recorded: the graph would hold weights that go.
+            ArchitectureError: gradients are enabled; the graph would use weights removed later.
         """
         wanted = self._parts[part]
         if part in self._kept or self.buffers.holds(wanted):
@@ -242,7 +242,7 @@ class Store(Weights):
         self.buffers.expect(self._parts[after])
 
     def count_sweeps(self) -> float:
-        """Return how often the weights were read so far."""
+        """Return how many times all weights were read from disk so far."""
         return sum(self._parts[p].sweeps * self._parts[p].size for p in self.order) / self.weights
 
     def size(self, part: Part) -> int:
@@ -258,7 +258,7 @@ class Store(Weights):
         return run
 
     def _settle_rest(self, model: nn.Module) -> None:
-        """Move what is small to the device: norms, position embeddings, and computed buffers."""
+        """Move small tensors to the device: norms, position embeddings, and computed buffers."""
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -270,8 +270,8 @@ class StoredPart:
     """One part of one model, for `Buffers`.
 
     Attributes:
-        size: bytes.
-        sweeps: how often it was read.
+        size: bytes of the part.
+        sweeps: number of times that the part was read.
     """
 
     sweeps = 0
@@ -288,7 +288,7 @@ class StoredPart:
             )
             empty = home[leaf]
             if not empty.is_meta:
-                # A stored buffer, which the skeleton has computed like the others.
+                # A stored buffer, which `build_skeleton` has computed like the others.
                 empty = empty.to("meta")
                 home[leaf] = empty
             self._homes.append((home, leaf, target, empty))
@@ -298,7 +298,7 @@ class StoredPart:
         self._reader.fill(self.part, buffer)
 
     def install(self, memory: Tensor) -> None:
-        """Let the model use what lies in ``memory``."""
+        """Set the tensors of this part in the model to views of ``memory``."""
         views = plan_views(self.plan, memory)
         for home, leaf, target, empty in self._homes:
             value = views[target]
@@ -306,13 +306,13 @@ class StoredPart:
             home[leaf] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
     def remove(self) -> None:
-        """Let the model forget it."""
+        """Set the tensors of this part in the model to empty ones again."""
         for home, leaf, _, empty in self._homes:
             home[leaf] = empty
 
 
 def _compute_on(model: Any, device: torch.device) -> None:
-    """Let ``model.device`` name where it computes: its parameters are mostly nowhere."""
+    """Make ``model.device`` the computing device: most parameters are on the meta device."""
     family = type(model)
     place = property(lambda self: device)
     model.__class__ = type(
