@@ -1,15 +1,15 @@
-"""How much memory of a card a job needs, in multiples of the weights, on cards with a ledger.
+"""Find the card memory that each job needs, in multiples of the weights, on fake cards.
 
     python benchmarks/card.py [--only card_run_untied card_heal_lora ...] [--dir DIR]
 
-Models of 32 narrow blocks in bfloat16, random, with few tokens, so that weights dominate; W is the
-bytes of the weights. Four blocks of each model do little, so that the run removes these: four
-neighbours, or four apart. By halving, the smallest budget at which a job completes: a run,
-resident, with its patch tuned and its speed measured; the same over two and four cards, of each; a
-streamed run, and the largest part of its model; LoRA beside its teacher; training all weights, in
-bytes that the refusal on a smaller card names. Adapters of rank 1 beside a width of 256 are as
-small a part of the weights as rank 16 beside 4,096. The cards are fake (`benchmarks/cards.py`), and
-what they cannot see counts nothing here.
+Models have 32 narrow blocks of random weights in bfloat16 and texts have few tokens, so that
+weights dominate; W is the bytes of the weights. Four blocks of each model do little, so that the
+run removes these: four neighbours, or four apart. A bisection finds the smallest budget at which a
+job completes: a resident run with its patch tuned and its speed measured; the same over two and
+four cards, per card; a streamed run, and the largest part of its model; LoRA next to its teacher;
+training of all weights, relative to the bytes that the refusal on a smaller card names. Adapters of
+rank 1 are as small a share of the weights for a width of 256 as rank 16 for 4,096. The cards are
+fake (`benchmarks/cards.py`); memory that they do not simulate is not counted.
 Finished figures are kept in DIR. Ends with one line `name: value` per figure.
 """
 
@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def short() -> contextlib.ExitStack:
-    """Few repeats where a repeat changes no peak: an operation on a fake card is slow."""
+    """Reduce repeats that change no peak, because operations on a fake card are slow."""
     stack = contextlib.ExitStack()
     for defaults, values in (
         (speed.speed.__wrapped__.__kwdefaults__, {"new_tokens": 2, "repeats": 1}),
@@ -69,13 +69,13 @@ def short() -> contextlib.ExitStack:
         (verify.__kwdefaults__, {"new_tokens": 3}),
     ):
         stack.enter_context(mock.patch.dict(defaults, values))
-    # More than such a model takes.
+    # The slack of streaming is more than such a model takes.
     stack.enter_context(mock.patch.object(streamed, "_SLACK", 0))
     return stack
 
 
 def checkpoint(folder: Path, family: str, quiet: tuple[int, ...]) -> Path:
-    """A model in which the blocks ``quiet`` do least, written once."""
+    """Return the folder of a model whose blocks ``quiet`` do least; write it if it is missing."""
     if folder.exists():
         return folder
     kind, changes = FAMILIES[family]
@@ -97,12 +97,12 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def weights(folder: Path) -> int:
-    """W."""
+    """Return W, the bytes of the weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def text(folder: Path) -> Path:
-    """Text of short, unlike lines."""
+    """Return the path of a text of short, distinct lines; write it if it is missing."""
     path = folder / "text.txt"
     if not path.exists():
         lines = (f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}" for i in range(400))
@@ -111,7 +111,7 @@ def text(folder: Path) -> Path:
 
 
 def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
-    """Of a run that is a default one but for its few tokens."""
+    """Return the options of a run that is reduced to few tokens and states."""
     return {
         "model": str(model),
         "calibration": str(text(place)),
@@ -130,10 +130,10 @@ def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
 
 
 def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) -> dict[str, Any]:
-    """A run on cards of so many W each: what it chose and gave, and its stages' largest peaks.
+    """Run on cards of ``budget`` W each; return choice, results, and largest peak of each stage.
 
     Raises:
-        Exception: it did not complete.
+        Exception: the run did not complete.
     """
     weight, found, stage = weights(model), dict[str, float](), RunFolder.stage
     out = place / "run"
@@ -172,8 +172,8 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
 def smallest(
     job: Callable[[float], Any], *wanted: str, low: float = 1.0, high: float = 1.8
 ) -> float:
-    """The smallest budget at which a job completes with all that is wanted of it, by halving;
-    infinite where the largest is too small."""
+    """Return the smallest budget at which a job completes with all ``wanted`` results, by
+    bisection; infinity if the largest budget is too small."""
 
     def within(budget: float) -> bool:
         try:
@@ -189,7 +189,7 @@ def smallest(
 
     if not within(high):
         return float("inf")
-    # As exactly as this, in W.
+    # The precision, in W.
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
@@ -199,7 +199,7 @@ def smallest(
 def run_budget(
     place: Path, family: str = "untied", quiet: tuple[int, ...] = NEIGHBOURS, count: int = 1
 ) -> float:
-    """Of a run in memory, of each card."""
+    """Return the smallest budget of a resident run, in W per card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
     job = partial(run, place, model, count=count, stream="off")
     low, high = 1 / count, 1.8 / count**0.5
@@ -207,7 +207,7 @@ def run_budget(
 
 
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
-    """Of a streamed run, and the largest part of its model, both in W."""
+    """Return the smallest budget of a streamed run and its model's largest part, both in W."""
     model = checkpoint(place / f"{family}-{NEIGHBOURS[1]}", family, NEIGHBOURS)
     _, store, _ = streamed.open_model(
         model, dtype=torch.bfloat16, device=torch.device("cpu"), trust_remote_code=False
@@ -218,7 +218,7 @@ def streamed_budget(place: Path, family: str) -> tuple[float, float]:
 
 
 def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = ()) -> Path:
-    """`original` in bfloat16, and `cut` without some blocks, by default a quarter."""
+    """Write `original` in bfloat16 and `cut` without some blocks (default: a quarter), once."""
     if not (folder / "cut").exists():
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": blocks}
         save(tiny_model("llama", **sizes), folder / "original")
@@ -230,7 +230,7 @@ def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = 
 
 
 def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
-    """Heal on a card of so many bytes, on few tokens in two micro-batches; the peak of bytes."""
+    """Heal on a card of ``budget`` bytes, few tokens in two micro-batches; return peak bytes."""
     settings = {"max_steps": 2, "save_steps": 2}
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     given = {
@@ -257,14 +257,14 @@ def heal_on_card(folder: Path, budget: int | None, **changes: Any) -> int:
 
 
 def lora_budget(place: Path) -> float:
-    """The smallest card for LoRA beside its teacher, in W of the original."""
+    """Return the smallest card for LoRA next to its teacher, in W of the original."""
     folder = write_models(place / "heal")
     size = weights(folder / "original")
     return smallest(lambda b: heal_on_card(folder, int(b * size), method="lora:1"))
 
 
 def full_budget(place: Path) -> float:
-    """The smallest card for all weights, in bytes that the refusal on a smaller one names."""
+    """Return the smallest card to train all weights, relative to the bytes a refusal names."""
     folder, said = write_models(place / "heal"), ""
     try:
         heal_on_card(folder, 4 * weights(folder / "original"), method="full")
@@ -287,12 +287,12 @@ JOBS: dict[str, Callable[[Path], Any]] = {
 
 
 def say(words: str) -> None:
-    """Show how far it is."""
+    """Print a message on the progress to stderr."""
     print(words, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Measure what is missing and print the figures."""
+    """Measure the missing figures and print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(JOBS), choices=JOBS)
     parser.add_argument("--dir", type=Path, default=Path("card-work"))

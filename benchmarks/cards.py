@@ -1,7 +1,7 @@
-"""Fake GPUs: tensors that report a card as device, refuse other devices, and are counted.
+"""Fake GPUs: tensors that report a card as device, reject other devices, and count their memory.
 
-A tensor on a fake card keeps its numbers in a CPU tensor, so that a whole path runs with real
-values. It follows the rules of a GPU: an operation that mixes devices is an error, except a copy,
+A tensor on a fake card keeps its numbers in a CPU tensor, so that programs run with real values.
+It follows the rules of a GPU: an operation that mixes devices is an error, except a copy,
 CPU tensors as indices, and CPU tensors of no dimensions in elementwise operations; `numpy()` is an
 error; a CPU generator cannot be used. Two cards are two devices.
 
@@ -38,7 +38,7 @@ _TYPE = "lazy"
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_, _aten._to_copy}
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
-# Besides elementwise operations, those that accept a number in a CPU tensor.
+# Operations besides elementwise ones that accept a number in a CPU tensor.
 _VALUED = {*_INDEXED, _aten.masked_fill, _aten.masked_fill_, _aten.fill, _aten.fill_}
 _RESIZING = {_aten.set_, _aten.resize_}
 # The operations that autocast computes in half precision.
@@ -57,10 +57,10 @@ class Card:
     """One fake card and its ledger.
 
     Attributes:
-        device: for ``model.to(...)`` and ``device=``.
-        budget: most live bytes; None: no limit.
+        device: torch device, for ``model.to(...)`` and ``device=``.
+        budget: maximum of live bytes; None: no limit.
         live: bytes of the live storages.
-        peak: most live bytes since `reset_peak`.
+        peak: largest number of live bytes since `reset_peak`.
     """
 
     def __init__(self, index: int, budget: int | None = None) -> None:
@@ -129,7 +129,7 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
     _CARDS.append(cards)
     try:
         with (
-            # The mode below applies to this thread.
+            # Load without other threads: the mode below applies to this thread only.
             mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
             # For transformers' Trainer, the first card is a GPU with bfloat16 and a fused AdamW.
             mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": f"{_TYPE}:0"}),
@@ -168,7 +168,7 @@ def _patch(name: str, ours: Callable[..., Any]) -> Any:
 
 
 class _Autocast(TorchFunctionMode):
-    """Casts the operands of matrix products; float32 weights once per outermost context."""
+    """Autocast: casts operands of matrix products; float32 weights once per outermost context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,10 +248,10 @@ class _DeviceModule:
         self._card(device).reset_peak()
 
     def empty_cache(self) -> None:
-        """Nothing is cached."""
+        """Do nothing, because nothing is cached."""
 
     def synchronize(self, device: Any = None) -> None:
-        """Nothing runs meanwhile."""
+        """Do nothing, because operations are synchronous."""
 
     def current_stream(self, device: Any = None) -> Any:
         return _Stream()
@@ -312,7 +312,7 @@ class _Tensor(Tensor):
     ) -> Any:
         return _run(func, args, kwargs or {})
 
-    # With these two, `Module.to` exchanges whole tensors instead of setting `data`.
+    # With these two methods, `Module.to` exchanges whole tensors instead of setting `data`.
     def __tensor_flatten__(self) -> tuple[list[str], Card]:
         return ["values"], self.card
 
@@ -334,15 +334,15 @@ class _Tensor(Tensor):
         self.values, self.storage_entry = value.values, value.storage_entry
 
     def __format__(self, spec: str) -> str:
-        # torch's own formats plain tensors only.
+        # torch's own method formats plain tensors only.
         return format(self.item() if self.dim() == 0 else repr(self), spec)
 
     def tolist(self) -> Any:
-        """The numbers; torch's own refuses subclasses."""
+        """Return the numbers; torch's own method rejects subclasses."""
         return self.cpu().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refused in torch's words, which a subclass would not get."""
+        """Raise torch's error for GPU tensors, unless forced; a subclass would not raise it."""
         if force:
             return self.cpu().numpy()
         raise TypeError(
@@ -414,7 +414,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 kwargs["pin_memory"] = False
     plain_args, plain_kwargs = _replace((args, kwargs), _Tensor, lambda x: x.values)
     if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
-        # CUDA counts integers, the CPU's kernel does not.
+        # CUDA's histc supports integers, the CPU's does not.
         out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(plain_args[0].dtype)
     else:
         out = func(*plain_args, **plain_kwargs)
@@ -426,7 +426,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _replace(out, Tensor, lambda x: _Tensor(x, card))
 
 
-# torch's own walks through arguments take longer than what is computed.
+# torch's own functions to traverse arguments take longer than the computation.
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list, dict)):
         for part in value.values() if isinstance(value, dict) else value:

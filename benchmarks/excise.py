@@ -33,7 +33,7 @@ print(json.dumps([seconds, 1024 * int(peak)]))
 
 
 def time_cp(source: Path, out: Path, removed: list[int]) -> tuple[float, int]:
-    """Seconds of `cp -r` and `sync`; its memory is not measured."""
+    """Return the seconds of `cp -r` and `sync`; its memory is not measured."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     os.sync()
@@ -41,7 +41,7 @@ def time_cp(source: Path, out: Path, removed: list[int]) -> tuple[float, int]:
 
 
 def time_excise(source: Path, out: Path, removed: list[int]) -> tuple[float, int]:
-    """Seconds (imports left out) and peak bytes of a process that cuts and syncs."""
+    """Return seconds (without imports) and peak bytes of a process that cuts and syncs."""
     words = [sys.executable, "-c", CHILD, str(source), str(out), json.dumps(removed)]
     result = subprocess.run(words, check=True, capture_output=True, text=True)
     seconds, peak = json.loads(result.stdout.splitlines()[-1])

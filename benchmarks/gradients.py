@@ -1,11 +1,11 @@
-"""Gate gradients: one batched backward against one sample at a time and a plain forward pass.
+"""Time gate gradients: a batched backward pass, one sample at a time, and a plain forward pass.
 
     python benchmarks/gradients.py [--model smollm2] [--samples 16] [--length 256] [--repeats 5]
                                    [--attention auto]
 
-All three sides compute attention in the same way, on the same tokens, interleaved, and the medians
-are compared. Peak memory is measured in a process of its own for each side. Ends with one line
-`name: value` per figure.
+All three sides take turns on the same tokens with the same attention, and the medians are compared.
+Peak memory of the batched and the forward side is measured in separate processes. Ends with one
+line `name: value` per figure.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from isingcut.models.sources import resolve
 
 
 def options(description: str | None, *, samples: int) -> argparse.ArgumentParser:
-    """What the command line says of the model, its text and how it is computed."""
+    """Return a parser with the options of the model, its text and the computation."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--model", default="smollm2")
@@ -50,7 +50,7 @@ def options(description: str | None, *, samples: int) -> argparse.ArgumentParser
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
-    """The model and its text."""
+    """Load the model and its text."""
     loaded = models.load(resolve(arguments.model), dtype=arguments.dtype, device="cpu")
     calibration = build(
         arguments.calibration,
@@ -67,12 +67,12 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
 
 
 def attention_of(replay: Replay) -> str:
-    """The attention that all sides use."""
+    """Return the attention that all sides use."""
     return replay.attention or replay.model.config._attn_implementation
 
 
 def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
-    """The yardstick: a plain forward pass with the NLL, without gradients."""
+    """Run the reference: a plain forward pass with the NLL, without gradients."""
     with torch.inference_mode(), use_attention(replay):
         for batch in tokens.batches(batch_tokens):
             logits = replay.model(input_ids=batch.input_ids, use_cache=False).logits
@@ -81,7 +81,7 @@ def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
 
 
 def batch_one(replay: Replay, tokens: TokenSet) -> np.ndarray:
-    """What a per-sample gradient otherwise costs: a forward and a backward per sample."""
+    """Return the gradients from one forward and one backward pass per sample."""
     with use_attention(replay):
         return np.array([_one(replay, tokens.select([s])) for s in range(tokens.samples)])
 
@@ -99,9 +99,9 @@ def _one(replay: Replay, single: TokenSet) -> np.ndarray:
 
 
 def peak_of(side: str, arguments: argparse.Namespace) -> tuple[float, float, int]:
-    """Peak MB of this process, what of it came after loading, parameter gradients held."""
+    """Run a side; return peak MB, MB above the loaded model, and number of parameter gradients."""
     replay, tokens = prepare(arguments)
-    # Linux: start the high-water mark anew, or loading would hide what the work itself takes.
+    # Linux: reset the high-water mark, which would otherwise include the peak of loading.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_peak() / 1e6
     if side == "batched":
@@ -113,7 +113,7 @@ def peak_of(side: str, arguments: argparse.Namespace) -> tuple[float, float, int
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a fresh process."""
+    """Call a function in a fresh process and return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()
@@ -125,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     replay, tokens = prepare(arguments)
-    # The processes that measure memory take the same.
+    # The processes that measure memory use the same attention.
     arguments.attention = attention_of(replay)
     print(
         f"{arguments.model}, {len(replay)} blocks, {tokens.samples} samples, "
@@ -159,7 +159,7 @@ def main() -> None:
     }
     for name in sides:
         print(f"{name:<10}{1000 * median[name] / tokens.tokens:>10.3f}{ratios[name]:>18.2f}")
-    # In bfloat16 this is the rounding of thirty blocks; in float32 the sides agree.
+    # In bfloat16 the difference is the rounding of thirty blocks; in float32 the sides agree.
     print(f"largest difference between the two gradient matrices: {difference:.1e} of the largest")
     peak, added, held = in_process(peak_of, "batched", arguments)
     base, base_added, _ = in_process(peak_of, "forward", arguments)

@@ -1,33 +1,34 @@
-"""What a token of healing costs: our training loop against a plain one, trl's and bare passes.
+"""Time healing per token: our training loop against a plain one, trl's and bare passes.
 
     python benchmarks/healing_speed.py [--model smollm2] [--remove 13-18] [--text packed chat]
     python benchmarks/healing_speed.py --tiny         # a tiny random model: seconds, no figures
                                                       # to quote
 
-All sides train the same cut model in float32 weights on the same samples with the same steps:
+All sides train the same cut model, with float32 weights, on the same samples with the same steps:
 
-ours    `isingcut heal`'s training, from its first step to its last, without what surrounds it
+ours    the training of `isingcut heal` from its first step to its last, without the work around it
 last    the same with `--method last:3`
-plain   a loop as one writes it: teacher, student, KL, backward, AdamW
-gkd     trl's GKDTrainer on the text as it is (lmbda 0, beta 0: the same loss), where trl is there
-sft     trl's SFTTrainer: the student alone learns the text
+plain   a hand-written loop: teacher, student, KL, backward, AdamW
+gkd     trl's GKDTrainer on the given text (lmbda 0, beta 0: the same loss), if trl is installed
+sft     trl's SFTTrainer: the student alone is trained on the text
 
-and bare passes, without loss, optimiser or padding: the teacher's logits (`teacher`), the
-student's logits and the backward pass of a fixed gradient (`student`), both in the dtype that is
-computed in and with the attention that our training takes. Where one thread computes on a CPU,
-seconds are of processor time, so that other work on the machine does not count.
+and bare passes, without loss, optimiser or padding: the teacher's logits (`teacher`), and the
+student's logits with the backward pass of a fixed gradient (`student`), both in the dtype and with
+the attention of our training. If one thread computes on a CPU, seconds are of processor time, so
+that other work on the machine does not count.
 
-Sides take turns; medians count, without each turn's warm-up: the first bare pass, and two steps of
-a training, because AdamW's moments come at the end of the first and the second's activations take
-new memory, once. trl is left out where it is not installed: `pip install trl` into an environment
-that sees isingcut. Samples of the text `packed` are full, those of `chat` conversations of unequal
-length. Ends with one line `name: value` per figure; those of `chat` say so:
+Sides take turns, and medians are compared. Each turn's warm-up is left out: the first bare pass,
+and two steps of a training, because AdamW allocates its moments at the end of the first step and
+the second's activations take new memory, once. Without trl its sides are left out: `pip install
+trl` into an environment that has isingcut. Samples of the text `packed` are full, those of `chat`
+are conversations of unequal length. Ends with one line `name: value` per figure; names for `chat`
+end in `_chat`:
 
-healing_cost_over_ideal     our seconds per token over those of teacher and student bare
+healing_cost_over_ideal     our seconds per token over the sum of bare teacher and bare student
 healing_speedup_over_trl    the GKDTrainer's seconds per token over ours
-healing_speedup_over_sft    the SFTTrainer's, which runs no teacher
-healing_speedup_over_plain  those of the plain loop
-healing_last_over_full      those of the last three blocks over those of all
+healing_speedup_over_sft    the SFTTrainer's over ours; it runs no teacher
+healing_speedup_over_plain  the plain loop's over ours
+healing_last_over_full      ours with the last three blocks trained over ours with all
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ from isingcut.testing.tiny import tiny_checkpoint
 
 SIDES = ("teacher", "student", "ours", "last", "plain", "gkd", "sft")
 WARM_UP = 2
-"""Steps of a training that are not counted."""
+"""First steps of a training, which are not counted."""
 RATIOS = {
     "healing_cost_over_ideal": ("ours", "both"),
     "healing_last_over_full": ("last", "ours"),
@@ -80,17 +81,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def now() -> float:
-    """Seconds; of processor time where one thread computes: others then do not count."""
+    """Return seconds; processor time if one thread computes on a CPU, to exclude other work."""
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     return time.process_time() if alone else time.perf_counter()
 
 
 class Bench:
-    """The original, the cut model and the text.
+    """Original model, cut model and text of all sides, with a method to time each side.
 
     Args:
-        options: the command line's.
-        folder: for checkpoints and unfinished training.
+        options: parsed command line.
+        folder: folder for checkpoints and unfinished trainings.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
@@ -103,7 +104,7 @@ class Bench:
         self.numbers = itertools.count()
 
     def take(self, text: str) -> None:
-        """Heal with this kind of text from now on."""
+        """Use this kind of text from now on."""
         o = self.options
         source = o.chat if text == "chat" else "wiki"
         self.tokens = healing_text.build(
@@ -116,7 +117,7 @@ class Bench:
         ).train
 
     def described(self) -> str:
-        """The conditions, in a line."""
+        """Return the conditions in one line."""
         o = self.options
         return (
             f"{'tiny' if o.tiny else o.model} without {len(self.removed)} blocks, "
@@ -125,7 +126,7 @@ class Bench:
         )
 
     def run(self, side: str) -> list[float]:
-        """Seconds per real token of every step of one side."""
+        """Return the seconds per real token of every step of one side."""
         changed = {
             "last": partial(self.ours, method="last:3"),
             "gkd": partial(self.trl, distilling=True),
@@ -137,7 +138,7 @@ class Bench:
     # bare passes --------------------------------------------------------------------------
 
     def full(self) -> list[Tensor]:
-        """Batches of ids without padding, of about as many tokens as are computed at a time."""
+        """Return batches of ids without padding, of about as many tokens as a micro-batch."""
         o = self.options
         flat = self.tokens.input_ids[self.tokens.mask]
         rows = flat[: len(flat) // o.length * o.length].view(-1, o.length)
@@ -147,7 +148,7 @@ class Bench:
         return self.options.micro_batch or self.options.batch
 
     def teacher(self) -> list[float]:
-        """The teacher's logits."""
+        """Time the teacher's forward pass."""
         model, found = self.original.model, []
         with torch.inference_mode():
             for ids in self.full():
@@ -157,7 +158,7 @@ class Bench:
         return found[1:]
 
     def student(self) -> list[float]:
-        """The student's logits, and back from a gradient of them to all weights."""
+        """Time the student's forward pass, and the backward pass of a gradient of its logits."""
         model = reload(self.cut, dtype=self.original.dtype).to(self.original.device).train()
         found = []
         for ids in self.full():
@@ -176,7 +177,7 @@ class Bench:
     # training loops -----------------------------------------------------------------------
 
     def ours(self, **changes: Any) -> list[float]:
-        """The distillation of `isingcut heal`."""
+        """Time the distillation of `isingcut heal`."""
         o, clock = self.options, Clock()
         work = self.folder / f"work-{next(self.numbers)}"
         settings = {"max_steps": o.steps, "save_steps": 10**6}
@@ -192,7 +193,7 @@ class Bench:
         return [s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)]
 
     def batches(self) -> list[list[TokenSet]]:
-        """The samples in order: steps of micro-batches, padded to their longest."""
+        """Return the samples in order: steps of micro-batches, padded to their longest sample."""
         o, micro = self.options, self.micro()
         return [
             [self.tokens.select(range(b, b + micro)) for b in range(a, a + o.batch, micro)]
@@ -200,7 +201,7 @@ class Bench:
         ]
 
     def plain(self) -> list[float]:
-        """As one writes it by hand."""
+        """Time a hand-written distillation loop."""
         device, teacher, clock = self.original.device, self.original.model, Clock()
         student = reload(self.cut, dtype=torch.float32).to(device).train()
         optimiser = torch.optim.AdamW(student.parameters(), lr=2e-5, weight_decay=0.0)
@@ -223,7 +224,7 @@ class Bench:
         return self.per_token(clock)
 
     def trl(self, distilling: bool) -> list[float]:
-        """trl's GKDTrainer with the same loss, or its SFTTrainer."""
+        """Time trl's GKDTrainer with the same loss, or its SFTTrainer."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
         from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -266,20 +267,20 @@ class Bench:
         return self.per_token(clock)
 
     def per_token(self, clock: Clock) -> list[float]:
-        """Seconds per real token of the steps behind the warm-up; all steps count alike."""
+        """Return the seconds per real token after the warm-up, from a step's mean tokens."""
         mean = int(self.tokens.mask.sum()) / self.options.steps
         return [s / mean for s in clock.steps()]
 
 
 def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch as trl's losses take it."""
+    """Return a batch in the form that trl's losses take."""
     tokens = TokenSet.from_rows([r["input_ids"] for r in rows])
     labels = tokens.input_ids.masked_fill(~tokens.mask, -100)
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.mask.long(), "labels": labels}
 
 
 class Clock(TrainerCallback):
-    """When steps ended, as a progress bar or a callback is told."""
+    """End times of steps, recorded as a progress bar or as a callback."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -288,7 +289,7 @@ class Clock(TrainerCallback):
         self.ends.append(now())
 
     def steps(self) -> list[float]:
-        """Seconds of every step behind the warm-up."""
+        """Return the seconds of every step after the warm-up."""
         return [b - a for a, b in itertools.pairwise(self.ends[WARM_UP - 1 :])]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -296,7 +297,7 @@ class Clock(TrainerCallback):
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float) -> Iterator[Any]:
-        """The bar of a training."""
+        """Provide this clock as the progress bar of a training."""
         yield self if description.startswith("healing") else Mock()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
@@ -324,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
-    """Seconds per real token of every step but the turns' warm-up, by side."""
+    """Return the seconds per real token of every step after each turn's warm-up, by side."""
     seconds: dict[str, list[float]] = {}
     trl = importlib.util.find_spec("trl")
     names = [name for name in bench.options.sides if trl or name not in ("gkd", "sft")]
@@ -339,7 +340,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
 
 
 def give_back_memory() -> None:
-    """What a side leaves behind, to the system: freed buffers are kept otherwise."""
+    """Return freed buffers to the system, which the allocator would keep."""
     gc.collect()
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
@@ -347,7 +348,7 @@ def give_back_memory() -> None:
 
 
 def show(text: str, seconds: dict[str, list[float]]) -> None:
-    """A table of one text."""
+    """Print the table of one text."""
     print(f"{text:<10}{'tokens/s':>10}{'ms/token':>10}{'least':>9}{'most':>9}")
     for name, found in seconds.items():
         ms = 1000 * statistics.median(found)
@@ -356,7 +357,7 @@ def show(text: str, seconds: dict[str, list[float]]) -> None:
 
 
 def figures(text: str, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The ratios of the medians, of sides that were run."""
+    """Return the ratios of the medians, for the sides that were run."""
     middle = {name: statistics.median(found) for name, found in seconds.items()}
     if {"teacher", "student"} <= middle.keys():
         middle["both"] = middle["teacher"] + middle["student"]

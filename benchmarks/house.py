@@ -1,11 +1,11 @@
-"""Code lines of the package by room, of its measurements and of its tests, against a ceiling.
+"""Count the code lines of the package, its measurements and its tests, by folder, with ceilings.
 
     python benchmarks/house.py
 
 A code line holds code: it is no blank line, comment or docstring. `[tool.isingcut.ceiling]` in
-pyproject.toml says how many there may be of the package, of `benchmarks` and `studies` together,
-and of `tests`; above one of these the command fails. A change that deletes code lowers the ceiling;
-one that raises it says in CHANGELOG.md what the lines buy.
+pyproject.toml sets the maximum of the package, of `benchmarks` and `studies` together, and of
+`tests`; above one of these the command fails. A change that deletes code lowers the ceiling; a
+change that raises it explains in CHANGELOG.md what the lines are for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYOUT = {
 
 
 def code_lines(source: str) -> int:
-    """How many lines of a Python file hold code."""
+    """Return the number of lines of a Python file that hold code."""
     lines = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in LAYOUT:
@@ -45,7 +45,7 @@ def code_lines(source: str) -> int:
 
 
 def main() -> None:
-    """Print the lines of each room and the sums; exit 1 where a sum is above its ceiling."""
+    """Print the lines of each folder and the sums; exit 1 if a sum is above its ceiling."""
     ceiling = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     ceiling, above = ceiling["tool"]["isingcut"]["ceiling"], []
     for name, folders in FOLDERS.items():

@@ -1,9 +1,9 @@
 """Instances of the solver benchmark: a published recipe, and measured Hamiltonians.
 
 Recipe, for N blocks and a seed: own terms d_i = 0.02 x 10^(p_i), where p is the profile
-1.5 (2 t - 1)^2 over the depth t in [0, 1] plus normal noise of 0.15, stretched to exactly
-[0, 1.5]: a decade and a half, the ends costly, as measured models have it. Neighbours are
-correlated as C_ij = 0.8^|i-j|.
+1.5 (2 t - 1)^2 over the depth t in [0, 1] plus normal noise of 0.15, rescaled to exactly
+[0, 1.5]. The terms span a decade and a half and are largest at both ends, as in measured
+models. Blocks are correlated as C_ij = 0.8^|i-j|.
 
 - ``psd``: the Gram matrix of 4 N samples from N(0, C), scaled to the own terms.
 - ``indefinite``: sqrt(d_i d_j) (0.3 C_ij + 0.15 w_ij) with symmetric standard normal w.
@@ -38,7 +38,7 @@ class Instance:
 
 
 def generate(n: int, family: str, seed: int = 0) -> Hamiltonian:
-    """The Hamiltonian of the recipe above."""
+    """Return the Hamiltonian of the recipe above."""
     rng = np.random.default_rng([seed, n, {"psd": 0, "indefinite": 1}[family]])
     t = np.linspace(0, 1, n)
     profile = 1.5 * np.abs(2 * t - 1) ** 2 + rng.normal(scale=0.15, size=n)
@@ -58,7 +58,7 @@ def generate(n: int, family: str, seed: int = 0) -> Hamiltonian:
 
 
 def generated(size: str, seed: int = 0) -> list[Instance]:
-    """The families of one size ``NxM``; N = 52 is the hybrid with three kinds."""
+    """Return the instances of a size ``NxM``, one per family; N = 52 is the three-kind hybrid."""
     n, m = (int(v) for v in size.split("x"))
     if n == 52:
         kinds = ["attention" if i % 13 == 6 else ("mamba", "mlp")[i % 2] for i in range(n)]
@@ -75,7 +75,7 @@ def generated(size: str, seed: int = 0) -> list[Instance]:
 
 
 def measured(path: Path | None = None) -> list[Instance]:
-    """Instances of a Hamiltonian file, or of the two SmolLM2-135M ones kept beside this file."""
+    """Return instances of a Hamiltonian file, by default of the two SmolLM2-135M ones in `data`."""
     if path is not None:
         found = {path.stem if path.stem != "hamiltonian" else path.parent.name: _read(path)}
     else:

@@ -1,4 +1,4 @@
-"""What a default run and a healing would take on GPUs, by arithmetic: nothing here runs on a GPU.
+"""Estimate the time of a default run and a healing on GPUs; nothing here runs on a GPU.
 
     python benchmarks/projection.py [8B] [70B] [400B-MoE]
 
@@ -8,10 +8,11 @@ processor. Tokens are scaled to samples of 256. The sweeps of the other stages a
 streamed default run of a tiny Llama of 12 blocks. Parameters come from the large model's
 configuration, card rates from `isingcut plan`: data sheets, of which arithmetic reaches 40 %.
 
-A stage takes the longest of its arithmetic, its reads from the card's memory, its launches, PCIe
-and disk, and then its float64 fits and rank 0's own work; what is longest bounds it. The cards of
-one process take turns. Rank 0 alone cuts, patches and evaluates. Processes of one node read each
-part from its disk once. Prints each product, then the first table of docs/big_models.md.
+The time of a stage is the maximum of its arithmetic, its reads from the card's memory, its
+launches, PCIe and disk, plus its float64 fits and rank 0's own work. The largest of all these is
+printed as its bound. The cards of one process take turns. Rank 0 alone cuts, patches and evaluates.
+Processes of one node read each part from its disk once. Prints the arithmetic, then the first table
+of docs/big_models.md.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from isingcut.testing.tiny import tiny_checkpoint
 
 
 def shape(hidden: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
-    """The configuration of a Llama."""
+    """Return the configuration of a Llama."""
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks}
     rest = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
     return {**rest, **sizes, "num_attention_heads": heads, **more}
@@ -64,7 +65,7 @@ MODELS = {
         num_local_experts=128,
     ),
 }
-# Machine: a card of `isingcut plan`, cards of a node, nodes.
+# By machine: card of `isingcut plan`, cards per node, nodes.
 MACHINES = {
     "1 x 24 GB": ("rtx4090", 1, 1),
     "1 x 80 GB": ("h100", 1, 1),
@@ -73,21 +74,21 @@ MACHINES = {
 }
 PCIE, NVME, HOST = 25e9, 5e9, {1: 64e9, 8: 1e12}
 """Bytes per second from host memory to each card and from the disk of a node; bytes of host memory
-that keep what was read, by the cards of a node."""
+that cache read weights, by cards per node."""
 LAUNCHES, FLOAT64 = 3e-4, {"rtx4090": 1.3e12, "h100": 67e12}
-"""Seconds of the host for a call of a block; float64 operations per second of the data sheets."""
+"""Host seconds per call of a block; float64 operations per second from the data sheets."""
 USABLE, MOST = 0.8, 0.95
-"""Shares of a card: the default of --memory-limit, and the most for streaming two large blocks."""
+"""Shares of a card: default of --memory-limit, and maximum if two large blocks need more."""
 SHORT, SAMPLES, BATCH, MILLION = 8, 16, 4096, 10**6
 TRAINED, LORA = 16, 0.005
 """Bytes per trained parameter (float32 weight, gradient, two moments); share that LoRA trains."""
 SWEEPS = {"rank": 2.0, "cut": 8.1, "patch": 9.1, "evaluate": 4.4}
-"""Mostly of the proofs, which generate eight tokens."""
+"""Sweeps over the weights by stage, mostly of the proofs, which generate eight tokens."""
 RUN = RunConfig(model="m", remove="1")
 
 
 def count(n: int, removed: int) -> dict[str, float]:
-    """Run the default search on a tiny Llama of n blocks; counts per token of its text."""
+    """Run the default search on a tiny Llama of n blocks and return its counts."""
     calls: list[int] = []
     run = Recording.block
 
@@ -118,13 +119,13 @@ class Stage:
     """The work of one stage.
 
     Attributes:
-        tokens: the text; each token has so many passes and heads.
+        tokens: tokens of the text, each with so many ``passes`` and ``heads``.
         sweeps: reads of all weights, if they are streamed.
         files: bytes of checkpoints written and read.
         memory: bytes per card in addition to the weights.
         at_a_time: tokens of one call of a block.
         float64: operations of the least-squares fits.
-        needs: empty, "cards" for all weights on the cards of a process, "card" for all on each.
+        needs: where all weights must fit: "cards" of a process together, each "card", or empty.
     """
 
     name: str
@@ -142,7 +143,7 @@ class Stage:
 
 
 class Projection:
-    """One model; its `machine` prints the arithmetic and returns the cells of a table's row."""
+    """Projection of one model; `machine` prints the arithmetic and returns cells of a table row."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +191,7 @@ class Projection:
         ]
 
     def machine(self, name: str) -> list[str]:
-        """Print the arithmetic on one machine."""
+        """Print the arithmetic on one machine and return the cells of its table row."""
         card, cards, nodes = MACHINES[name]
         memory, peak, bandwidth = CARDS[card]
         fit = [g for g in (1, 2, 4, 8) if g <= cards and self.whole <= g * USABLE * memory]

@@ -1,7 +1,7 @@
-"""The rivals of the solver benchmark, each asked for the ground state only.
+"""Rival solvers of the solver benchmark, which search for the ground state only.
 
 A rival is a function (problem, seconds, target) -> (time to the best state or None, time to proof
-or None). Heuristics are called with new seeds until they reach the target, exact ones once.
+or None). Heuristics are called with new seeds until they reach the target, exact solvers once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PENALTIES = (1.0, 0.3, 0.1, 0.03)
 def until(
     name: str, problem: Problem, seconds: float, target: float, **options: Any
 ) -> float | None:
-    """Seconds until new seeds of a heuristic reach the target energy; None past the limit."""
+    """Return the seconds until new seeds of a heuristic reach the target; None past the limit."""
     began = time.perf_counter()
     seed = 0
     while time.perf_counter() - began < seconds:
@@ -39,7 +39,7 @@ def until(
 
 
 def dwave(sampler: str, reads: int, **options: int) -> Rival:
-    """A sampler of dwave-samplers on the penalty form, four penalties in turn."""
+    """Return the rival of a dwave-samplers sampler: the penalty form, four penalties in turn."""
 
     def rival(problem: Problem, seconds: float, target: float) -> Times:
         found = getattr(importlib.import_module("dwave.samplers"), sampler)
@@ -50,7 +50,7 @@ def dwave(sampler: str, reads: int, **options: int) -> Rival:
 
 
 def scip(problem: Problem, seconds: float, target: float) -> Times:
-    """SCIP through pyscipopt on the linearised products, with the count times each variable."""
+    """Run SCIP through pyscipopt on linearised products, plus the count times each variable."""
     from pyscipopt import Eventhdlr, Model, quicksum
     from pyscipopt.scip import PY_SCIP_EVENTTYPE
 
@@ -93,7 +93,7 @@ def scip(problem: Problem, seconds: float, target: float) -> Times:
 
 
 def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
-    """OR-Tools CP-SAT on the linearised products, coefficients rounded to 1e-7 of their largest."""
+    """Run OR-Tools CP-SAT on linearised products, coefficients rounded to 1e-7 of the largest."""
     from ortools.sat.python import cp_model
 
     ham, n = problem.hamiltonian, problem.n
@@ -127,7 +127,7 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
 
 
 def add_rows(problem: Problem, x: list[Any], y: dict[Any, Any], total: Any, add: Any) -> None:
-    """The constraints, and the count times each variable where all products are there."""
+    """Add the constraints, and the count times each variable if all products exist."""
     for row in problem.constraints:
         terms = [int(a) * v for a, v in zip(row.coefficients, x, strict=True) if a]
         if terms and row.sense == "==":

@@ -1,18 +1,18 @@
-"""All solvers side by side: time to the best state, and time to the proof.
+"""Compare all solvers: time to the best state, and time to the proof.
 
     python benchmarks/solvers.py [--only 32x16,80x40] [--hamiltonian FILE]
 
-Our exact solver proves the K best states (100 by default); its rivals are asked for the ground
-state alone. Times exclude compilation. Every size NxM has several families (see instances.py);
-the figures of a size are those of its worst family, figures of one family carry its name.
+Our exact solver proves the K best states (100 by default); its rivals search for the ground state
+only. Times exclude compilation. Every size NxM has several families (see instances.py). The figures
+of a size are those of its worst family; figures of one family have its name.
 
-proof_seconds_*        exact: the K best states proven (or gap_percent_* at the time limit)
-tabu_hits_*            seeds of 100 on which one default tabu search met the best known state
-tabu_seconds_*         mean time of one of them, to its end
-tabu_found_*           seconds until short tabu searches (3 restarts, new seeds) met that state
-best_rival_seconds_*   the fastest rival to prove the ground state; inf if none did in its limit
-best_rival_found_*     the fastest rival to meet the best known state; inf if none did
-peak_mb_80x16          resident memory of a process that only solves that instance, to the end
+proof_seconds_*        exact: time to prove the K best states (or gap_percent_* at the time limit)
+tabu_hits_*            seeds of 100 for which a default tabu search found the best known state
+tabu_seconds_*         mean time of one such search, to its end
+tabu_found_*           seconds until short tabu searches (3 restarts, new seeds) found that state
+best_rival_seconds_*   fastest rival's time to prove the ground state; inf if none did in its limit
+best_rival_found_*     fastest rival's time to find the best known state; inf if none did
+peak_mb_80x16          peak resident memory of a process that only solves that instance
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def warm_up() -> None:
 
 
 def peak_mb(instance: Instance, k: int, seconds: float) -> float:
-    """Peak resident memory of this process once it has solved the instance, in MB (Linux)."""
+    """Solve the instance and return the peak resident memory of this process, in MB (Linux)."""
     solve(instance.problem, "exact", k=k, seconds=seconds)
     found = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[0]) / 1024
 
 
 def text(seconds: float | None) -> str:
-    """Seconds for the table."""
+    """Format seconds for the table."""
     return "-" if seconds is None or math.isinf(seconds) else f"{seconds:.3g}"
 
 

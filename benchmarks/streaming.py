@@ -1,12 +1,12 @@
-"""Streaming: a model of 14 GB within 4 GB of memory, and what streaming costs where none is needed.
+"""Measure streaming: a 14 GB model in 4 GB of memory, and the cost for a model that fits.
 
     python benchmarks/streaming.py [--dir DIR] [--keep] [--only large|small]
 
-Large: a 7B-shaped Llama with random weights, written to DIR (removed afterwards, unless kept),
-goes through `empirical-fisher` and 200 measured states in a process of its own, whose largest
-resident set counts. Small: SmolLM2 streamed from the page cache, and in memory, interleaved, for
-both jobs. `projection.py` counts how often a search reads a model. Ends with one line `name: value`
-per figure.
+Large: a 7B-shaped Llama with random weights is written to DIR (and removed afterwards, without
+`--keep`). A separate process runs two jobs on it, `empirical-fisher` and 200 measured states; its
+peak resident memory is the figure. Small: both jobs on SmolLM2, streamed from the page cache and in
+memory by turns. `projection.py` counts how often a search reads a model. Ends with one line
+`name: value` per figure.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def random_states(n: int, count: int, removed: int) -> np.ndarray:
-    """(count, n) states that remove ``removed`` blocks each."""
+    """Return (count, n) states that remove ``removed`` blocks each."""
     keys = np.random.default_rng(0).random((count, n)).argsort(1).argsort(1)
     return keys < removed
 
@@ -50,13 +50,13 @@ def random_states(n: int, count: int, removed: int) -> np.ndarray:
 
 
 def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both jobs on a streamed model, and what they took."""
+    """Run both jobs on a streamed model; return their time, memory and reads."""
     dtype = pick_dtype("auto", CPU)
     model, store, memory = open_model(
         folder, dtype=dtype, device=CPU, memory_limit=arguments.memory_limit
     )
     seconds = {}
-    # From the disk, not from the cache that writing has filled.
+    # Drop the page cache that writing has filled, so that the files are read from disk.
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -80,7 +80,7 @@ def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def large(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the model, run the jobs in a process of their own, remove the model."""
+    """Write the model, run the jobs in a separate process, remove the model."""
     root = arguments.dir or Path(tempfile.gettempdir())
     if (free := shutil.disk_usage(root).free) < 15e9:
         raise SystemExit(f"{root} has {free / 1e9:.1f} GB free, expected 15 GB: give another --dir")
@@ -112,7 +112,7 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def small(arguments: argparse.Namespace) -> tuple[float, float]:
-    """SmolLM2 both ways, interleaved: the worse of the jobs' time ratios; largest difference."""
+    """Run SmolLM2 both ways by turns; return the larger time ratio and the largest difference."""
     given = options(None, samples=16).parse_args(["--model", arguments.model])
     whole, tokens = prepare(given)
     few, dtype = tokens.select(range(4)), whole.model.dtype
@@ -134,7 +134,7 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
         seconds: list[tuple[float, float]] = []
         for repeat in range(arguments.repeats + 1):
             times, results = {}, {}
-            # In turns: what else the machine does grows or falls.
+            # Alternate the order, because the machine's other load grows or falls.
             for replay in (whole, parts) if repeat % 2 else (parts, whole):
                 began = time.perf_counter()
                 results[replay] = job(replay)
@@ -152,7 +152,7 @@ def small(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Run what is asked for, print the tables and the figures."""
+    """Run the requested parts and print the tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where the large model is written (14 GB)")
     parser.add_argument("--keep", action="store_true", help="leave the large model there")

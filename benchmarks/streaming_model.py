@@ -1,4 +1,4 @@
-"""A Llama of the 7B shape with random weights, written in shards; its number of blocks is free."""
+"""Write a sharded 7B-shaped Llama with random weights and any number of blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 _POOL = 2**28
-"""More than a tensor has."""
+"""Size of the pool of random numbers; more than a tensor has."""
 
 
 def write_model(folder: Path, blocks: int = 32, vocabulary: int = 32000) -> int:
-    """Write a checkpoint of normal random numbers (norms 1) in bfloat16; returns its bytes.
+    """Write a checkpoint of normal random numbers (norms 1) in bfloat16 and return its bytes.
 
-    Weights are stretches of one pool of numbers at random places: as random to a computation,
-    and written at the speed of the disk.
+    Weights are slices of one pool of numbers at random offsets: random enough for a computation,
+    and limited by the speed of the disk only.
     """
     config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=blocks, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]

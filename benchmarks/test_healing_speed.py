@@ -1,4 +1,4 @@
-"""The benchmark of healing's speed on a tiny model: it runs to its figures."""
+"""Tests of the benchmark of healing speed, on a tiny model."""
 
 from __future__ import annotations
 

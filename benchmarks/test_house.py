@@ -1,4 +1,4 @@
-"""What counts as a line of code, and what is above the ceiling."""
+"""Tests of the count of code lines and of the check against the ceilings."""
 
 from pathlib import Path
 

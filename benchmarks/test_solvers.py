@@ -1,4 +1,4 @@
-"""The rivals of the solver benchmark on a small instance."""
+"""Tests of the rivals of the solver benchmark on a small instance."""
 
 from __future__ import annotations
 

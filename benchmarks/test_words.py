@@ -1,4 +1,4 @@
-"""What counts as prose, and what is above the limits."""
+"""Tests of the count of prose words and of the check against the limits."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
-"""Words of the README and the longest sentence of the documentation, against their limits.
+"""Check the words of the README and the longest sentence of the documentation against limits.
 
     python benchmarks/words.py
 
 Only prose counts: no code blocks, tables, headings, HTML, generated parts, pictures or link
 targets. A sentence ends at a full stop, or with its paragraph or list item. The pages of
-experiments are left out. Above a limit the command names page and sentence, and fails.
+experiments are left out. Too long sentences are printed; above any limit the command fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_PROSE = re.compile(r" *(?:\||#+ |<|:::|!!!|$)")
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs and list items of a Markdown page, each in one line."""
+    """Yield the paragraphs and list items of a Markdown page, each in one line."""
     lines, indent, after_prose = list[str](), 0, False
     for line in FENCED.sub("", GENERATED.sub("", text)).splitlines():
         item = ITEM.match(line)
@@ -42,7 +42,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[list[str]]:
-    """The sentences of a Markdown page as lists of words."""
+    """Yield the sentences of a Markdown page as lists of words."""
     for paragraph in paragraphs(text):
         plain = re.sub(r"`[^`]*`", lambda code: re.sub(r"[.!?]", "", code[0]), paragraph)
         plain = re.sub(r"(!?)\[([^]]*)\]\([^)]*\)", lambda x: "" if x[1] else x[2], plain)
@@ -52,7 +52,7 @@ def sentences(text: str) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Print the three figures; exit 1 where one is above its limit."""
+    """Print the three figures; exit 1 if one is above its limit."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     pages = [page for page in pages if "experiments" not in page.relative_to(ROOT).as_posix()]
     found = [(page, s) for page in pages for s in sentences(page.read_text(encoding="utf-8"))]

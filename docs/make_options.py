@@ -1,4 +1,4 @@
-"""Writes options.md, the tables of all options, from the one place where they are declared.
+"""Write options.md, the tables of all options, from the declarations of the options.
 
 python docs/make_options.py
 """
@@ -40,7 +40,7 @@ def _values(schema: dict[str, Any]) -> str:
 
 
 def table(kind: type[Options]) -> str:
-    """The options of one class: name, values, default, help."""
+    """Return the table of the options of one class: name, values, default, help."""
     schemas = TypeAdapter(kind).json_schema()["properties"]
     rows = ["| option | values | default | |", "|---|---|---|---|"]
     for f in kind.__dataclass_fields__.values():
@@ -52,7 +52,7 @@ def table(kind: type[Options]) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return f"{HEAD}\n## Of a run\n\n{table(RunConfig)}\n## Of healing\n\n{table(HealConfig)}"
 
 

@@ -1,12 +1,12 @@
-"""What can absorb a linear patch: every family's kinds of block, on tiny random models.
+"""Find the layers that absorb a linear patch, for each family's kinds of block, on tiny models.
 
     python docs/make_patches.py                  the families of `isingcut.testing.configurations`
     python docs/make_patches.py llama gemma2     some of them
     python docs/make_patches.py --docs PAGE      all, written into docs/architectures.md, too
 
-A block of each kind is patched where the block behind it is removed, and must find its layer in the
-saved checkpoint. Random weights have little to win, so that the shares only show that the block
-itself computes something nearer on tokens held out.
+A block of each kind is patched after the removal of the next block, and must find its layer in the
+saved checkpoint. Random weights leave little to gain: the shares only show that the block's output
+on held-out tokens is nearer to the target.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SAMPLES, _LENGTH = 96, 32
 
 @dataclass(frozen=True)
 class Absorbs:
-    """What absorbs a patch in one kind of block.
+    """Layer that absorbs a patch in one kind of block.
 
     Attributes:
-        kind: of the block.
-        layer: the layer that is patched, by its name in the block; empty where none is.
-        exact: whether the block's output is linear in it.
-        left: share of the error on tokens held out that is left.
-        reason: why no layer is.
+        kind: kind of the block.
+        layer: name of the patched layer in the block; empty if there is none.
+        exact: whether the block's output is linear in the layer.
+        left: remaining share of the error on held-out tokens.
+        reason: reason why no layer is patched.
     """
 
     kind: str
@@ -52,13 +52,13 @@ class Absorbs:
 
 
 def absorbers(family: str, folder: Path) -> list[Absorbs]:
-    """What absorbs a patch in each kind of block of a family that a block follows.
+    """Find the layer that absorbs a patch, for each kind of block that another block follows.
 
     Args:
-        folder: for the checkpoint; it is not there yet.
+        folder: new folder for the checkpoint.
 
     Raises:
-        ArchitectureError: its blocks cannot be run one at a time.
+        ArchitectureError: the family's blocks cannot be run one at a time.
     """
     source = tiny_checkpoint(family, folder)
     model = load(source, dtype="float32", device="cpu").model
@@ -84,7 +84,7 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
 
 
 def table(found: dict[str, list[Absorbs] | str]) -> str:
-    """What was found as a Markdown table, a family a row."""
+    """Return the results as a Markdown table, one row per family."""
     lines = [
         "| family | exact | by gains | none | held-out error left |",
         "|---|---|---|---|---|",
@@ -108,7 +108,7 @@ def _layers(kinds: Sequence[Absorbs], *, exact: bool) -> str:
 
 
 def main() -> int:
-    """Print the table; 2 for a bad name."""
+    """Print the table; return 2 for an unknown family."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="families (default: all)")
     parser.add_argument("--docs", type=Path, help="also write the table to this Markdown file")

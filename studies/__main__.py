@@ -1,4 +1,4 @@
-"""`python -m studies NAME`: the class of a study is called as its folder."""
+"""Run a study: `python -m studies NAME`. Its class is named like its folder, capitalised."""
 
 import importlib
 import sys

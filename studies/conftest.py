@@ -1,4 +1,4 @@
-"""A tiny model and the data folder in small."""
+"""Fixtures: a tiny model, and a small data folder of random words."""
 
 import json
 import random
@@ -29,13 +29,13 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six blocks, 262 tokens."""
+    """Return a tiny Llama of six blocks with a vocabulary of 262 tokens."""
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same files as the data folder's, random words."""
+    """Return a folder with file names of the data folder, filled with random words."""
     folder = tmp_path_factory.mktemp("data")
 
     def chat(k: int) -> list[dict[str, str]]:
@@ -63,13 +63,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(model: Path, data: Path) -> list[str]:
-    """Options of a study of a few seconds."""
+    """Return options for a study that takes a few seconds."""
     where = ["--model", str(model), "--data", str(data), "--dtype", "float32"]
     return [*where, "--length", "24", "--judged-tokens", "96", "--batch-tokens", "96"]
 
 
 @pytest.fixture(scope="session")
 def healed() -> list[str]:
-    """Options of a short training."""
+    """Return options for a short training."""
     steps = ["--steps", "2", "--batch", "2", "--patch-tokens", "960"]
     return [*steps, "--questions", "6"]

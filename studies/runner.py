@@ -1,13 +1,13 @@
-"""The runner of the studies: parts that are made once, one command line, figures.
+"""Runner of the studies: resumable parts, one command line, tables and figures.
 
-    python -m studies NAME --plan              # what is left to do
-    python -m studies NAME [--minutes 100]     # do it, the most important first
+    python -m studies NAME --plan              # list the unfinished parts
+    python -m studies NAME [--minutes 100]     # make them, the most important first
     python -m studies NAME --collect           # finished parts -> studies/NAME/results/NAME.json
-    python -m studies NAME --summary           # tables and figures of the results files
+    python -m studies NAME --summary           # print tables and figures of the results files
 
-A part is one unit of work; its result is one JSON file below `--work`. The file is there whole or
-not at all, a finished part is never made again, and a killed one goes on from its journal. Several
-processes may work on one folder as long as `--only` gives them different parts.
+A part is one unit of work. Its result is one JSON file below `--work`, which is written atomically.
+A finished part is never made again, and a killed one resumes from its journal. Several processes
+may share a work folder if `--only` gives them different parts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the work folder.
+    """One unit of work, whose result is one file of the work folder.
 
     Attributes:
-        name: its path without the suffix.
-        make: computes the content, given the path of a journal of its own.
-        tokens: its estimated cost, in tokens passed forward through the whole model.
+        name: path of the file below `parts`, without the suffix.
+        make: function that computes the content, given the path of the part's own journal.
+        tokens: estimated cost, in tokens of forward passes through the whole model.
     """
 
     name: str
@@ -45,27 +45,27 @@ class Part:
 
 
 def read(path: Path) -> Content:
-    """The content of a JSON file."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, content: Content) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class Study(ABC):
-    """What a study does with its work folder.
+    """Base class of the studies: their parts, results file and summary.
 
     Args:
-        options: those of the command line.
+        options: parsed command line.
 
     Attributes:
-        name: of its folder, its work folder and its results file.
-        settings: options that every part depends on.
-        defaults: of options, where they are others than without the study.
-        seconds: that one token of a part's cost takes.
+        name: name of the study, of its folder and of its results file.
+        settings: names of the options that every part depends on.
+        defaults: the study's own default values of shared options.
+        seconds: seconds per token of a part's cost.
 
     Raises:
         InputError: the work folder was made with other settings.
@@ -95,45 +95,45 @@ class Study(ABC):
 
     @abstractmethod
     def parts(self) -> Sequence[Part]:
-        """Every part that can be named now, the most important first."""
+        """Return all parts that can be named so far, the most important first."""
 
     @abstractmethod
     def collect(self) -> Content:
-        """The content of the results file, from the finished parts."""
+        """Return the content of the results file, computed from the finished parts."""
 
     @staticmethod
     @abstractmethod
     def show(content: Content) -> dict[str, Any]:
-        """Print the tables of a results file; gives its figures by name."""
+        """Print the tables of a results file and return its figures by name."""
 
     def path(self, name: str) -> Path:
-        """The file of a part."""
+        """Return the path of a part's file."""
         return self.work / "parts" / f"{name}.json"
 
     def done(self, name: str) -> bool:
-        """Whether a part is finished."""
+        """Return whether a part is finished."""
         return self.path(name).exists()
 
     def read(self, name: str) -> Content:
-        """The content of a finished part."""
+        """Return the content of a finished part."""
         return read(self.path(name))
 
     def under(self, folder: str) -> list[Content]:
-        """The contents of the finished parts in a folder, sorted by name."""
+        """Return the contents of the finished parts below a folder, sorted by path."""
         return [read(path) for path in sorted((self.work / "parts" / folder).rglob("*.json"))]
 
     def left(self) -> list[Part]:
-        """Parts that are to be made and can be named now, each once."""
+        """Return the unfinished parts that `--only` selects, without duplicates."""
         only = tuple(self.options.only or ("",))
         named = {p.name: p for p in self.parts() if p.name.startswith(only)}
         return [p for p in named.values() if not self.done(p.name)]
 
     def minutes(self, parts: Sequence[Part]) -> float:
-        """What parts are expected to take."""
+        """Return the minutes that parts are expected to take."""
         return sum(p.tokens for p in parts) * self.seconds / 60
 
     def make(self, part: Part) -> float:
-        """Make a part; gives the minutes that it took."""
+        """Make a part and return the minutes it took."""
         path, began = self.path(part.name), time.perf_counter()
         path.parent.mkdir(parents=True, exist_ok=True)
         content = part.make(path.with_name(f"{path.stem}.journal"))
@@ -145,7 +145,7 @@ class Study(ABC):
 
 
 def show_plan(study: Study) -> None:
-    """Print the parts that are left and what they are expected to take."""
+    """Print the unfinished parts and their expected minutes."""
     waiting = study.left()
     for part in waiting:
         print(f"{part.name:<60}{study.minutes([part]):>9.1f} min")
@@ -153,10 +153,10 @@ def show_plan(study: Study) -> None:
 
 
 def make_parts(study: Study) -> None:
-    """Make what is left, parts that can only be named on the way included.
+    """Make the unfinished parts, including those that can only be named once others are finished.
 
     Raises:
-        IsingcutError: parts failed; the others are made.
+        IsingcutError: parts failed; the others are made first.
     """
     began, tried, failed = time.perf_counter(), set[str](), list[str]()
     while waiting := [p for p in study.left() if p.name not in tried]:
@@ -178,12 +178,12 @@ def make_parts(study: Study) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """``3,6,9`` as a list."""
+    """Parse a list of integers such as ``3,6,9``."""
     return [int(item) for item in text.split(",")]
 
 
 def parse(study: type[Study], words: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line."""
+    """Parse the command line of a study."""
     parser = argparse.ArgumentParser(
         prog=f"python -m studies {study.name}",
         description=f"{sys.modules[study.__module__].__doc__}\n{__doc__}",
@@ -202,7 +202,7 @@ def parse(study: type[Study], words: Sequence[str]) -> argparse.Namespace:
 
 
 def run(study: type[Study], words: Sequence[str]) -> None:
-    """Obey a command line."""
+    """Run the command line of a study."""
     options, folder = parse(study, words), STUDIES / study.name / "results"
     shown = [options.results] if options.results else sorted(folder.glob("*.json"))
     try:

@@ -1,8 +1,8 @@
-"""What the methods of the studies remove, and what each pays for its choice.
+"""Block choices of the methods of the studies, and the cost of each choice.
 
-Prices are counted as `isingcut.baselines` counts them: full forward passes and output heads over
-the text that is chosen on, prefixes shared. `cbo` is the energy of arXiv 2602.00161 on a text of
-its own, where a study gives it one; its three passes are those over that text.
+Costs are counted as in `isingcut.baselines`: full forward passes and output heads over the text
+that blocks are chosen on, shared prefixes once. `cbo` is the energy of arXiv 2602.00161, on a
+separate text if a study provides one; its three passes are over that text.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TOP = 20
 FIRST_STEP, LAST_STEP = 2048, 32768
-"""Tokens of the selection steps of EvoPress; a smaller text takes itself and a quarter of it."""
+"""Tokens of EvoPress's first and last selection step; at most a quarter of the text, and all."""
 DEAR = ("sleb", "sleb-kl", "evopress", "refined", "refined-joint", "isingcut", "pairwise")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What methods choose on.
+    """Model, texts and settings that a method chooses with.
 
     Attributes:
-        tokens: the text that prices are counted in passes over.
-        wide: the text of methods that draw their own parts of it.
-        fisher: the text of the paper's energy.
-        budgets: most passes of EvoPress, by the number of blocks; by default a greedy path's.
+        tokens: text to choose on; costs are counted in passes over it.
+        wide: text of the methods that draw parts of it.
+        fisher: text of `cbo`, the paper's energy.
+        budgets: maximum passes of EvoPress by number of blocks; by default a greedy path's cost.
     """
 
     replay: Replay
@@ -63,7 +63,7 @@ class Setting:
     budgets: Mapping[int, float]
 
     def working(self, what: str) -> Work:
-        """With a journal of its own for one of the measurements of a method."""
+        """Return the work settings with a separate journal for one measurement of a method."""
         journal = self.work.journal
         return replace(self.work, journal=journal and journal.with_name(f"{journal.name}-{what}"))
 
@@ -71,15 +71,15 @@ class Setting:
         return self.budgets.get(remove) or greedy_price(len(self.replay), remove)
 
     def priced(self, removed: Sequence[int], passes: float, heads: float) -> Outcome:
-        """A choice on the wide text."""
+        """Return a choice; its cost is converted from passes over ``wide`` to ``tokens``."""
         scale = float(self.wide.mask.sum() / self.tokens.mask.sum())
         return Outcome(tuple(sorted(map(int, removed))), passes * scale, heads * scale)
 
 
 def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, list[Content]]:
-    """The choices of a method for some numbers of blocks, by the name that they go by.
+    """Return the choices of a method for some numbers of blocks, by entry name.
 
-    `cbo` and `pairwise` give those of their ground state and of the best of their `TOP` lowest.
+    `cbo` and `pairwise` have two entries: the ground state, and the best of the `TOP` lowest.
     """
     n, s = len(setting.replay), setting
     found: dict[str, dict[int, Outcome]] = {}
@@ -120,20 +120,20 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
 
 
 def _lowest(s: Setting, energy: Hamiltonian, paid: Any, remove: int, top: int) -> Outcome:
-    """The ground state of an energy, or of its lowest states that of the lowest KL."""
+    """Return an energy's ground state, or the state of lowest KL among its ``top`` lowest."""
     spectrum = solve(Problem(energy, [count(energy.n, remove)]), k=top)
     passes, heads = paid
     if top == 1:
         return Outcome(tuple(spectrum.removed(0)), passes, heads)
     ledger = open_ledger(s.replay, s.tokens, s.working("losses"), "kl")
     best = int(np.argmin(ledger.losses(spectrum.states)))
-    # The original's pass and head were paid for with the energy.
+    # The cost of the energy already includes the original's pass and head.
     passes, heads = passes + ledger.passes - 1, heads + ledger.heads - 1
     return Outcome(tuple(spectrum.removed(best)), passes, heads)
 
 
 def _search(s: Setting, removals: Sequence[int]) -> dict[int, Outcome]:
-    """The search of the package."""
+    """Run the package's search, jointly for all numbers of blocks."""
     targets = [Target.count(len(s.replay), m) for m in sorted(removals)]
     work = s.working("search-" + "-".join(map(str, removals)))
     found = Search(s.replay, s.wide, work, targets, seed=s.seed).run()
@@ -142,9 +142,10 @@ def _search(s: Setting, removals: Sequence[int]) -> dict[int, Outcome]:
 
 
 def _evolution(s: Setting, remove: int) -> Outcome:
-    """The longest EvoPress within the budget; half as many random first states where none fits.
+    """Run EvoPress with the most generations within the budget.
 
-    An evolution is the beginning of a longer one, and what it measured is in the journal.
+    If none fits, the number of random initial states is halved. A longer run begins like a shorter
+    one and takes that one's measurements from the journal.
     """
     held, evopress = int(s.wide.mask.sum()), registry.get("evopress")
     first = FIRST_STEP if held >= 4 * FIRST_STEP else max(1, held // 4)
@@ -164,5 +165,5 @@ def _evolution(s: Setting, remove: int) -> Outcome:
 
 
 def cost(method: str, n: int, removals: Sequence[int]) -> float:
-    """About what choices cost, in passes over the text."""
+    """Return the estimated cost of choices, in passes over the text."""
     return sum(greedy_price(n, m) if method in DEAR else 4.0 for m in removals)

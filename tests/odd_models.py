@@ -1,6 +1,6 @@
-"""Tiny random models of families that have something per-layer of their own, or that take images.
+"""Tiny random models of families with unusual per-layer settings, or that take images.
 
-`ODD` holds those whose form on hubs (`HUB`) is another; the others are derived by rule.
+`ODD` holds families whose config.json on the hub (`HUB`) differs; the others are derived by rule.
 """
 
 import json
@@ -67,7 +67,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
 
 
-# What the model's own repository holds as config.json, for models of `ODD`.
+# Contents of config.json in the model's own repository, for models of `ODD`.
 HUB: dict[str, dict[str, Any]] = {
     "step3p7": {
         "model_type": "step3p7",
@@ -106,7 +106,7 @@ HUB: dict[str, dict[str, Any]] = {
 
 
 def odd_config(model_type: str, **changes: Any) -> Any:
-    """The family's tiny configuration; ``changes`` are of its decoder."""
+    """Return the family's tiny configuration; ``changes`` apply to its decoder."""
     if model_type not in ODD:
         config = tiny_configuration(model_type)
         text = config.get_text_config(decoder=True)
@@ -122,7 +122,7 @@ def odd_model(model_type: str, **changes: Any) -> Any:
 
 
 def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:
-    """Write the model and a tokenizer to ``folder``; the model."""
+    """Write the model and a tokenizer to ``folder``; return the model."""
     model = odd_model(model_type, **changes)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -130,7 +130,7 @@ def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:
 
 
 def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes: Any) -> Any:
-    """A tiny random float32 model of a multimodal family, or of the part another class builds.
+    """Return a tiny random float32 model of a multimodal family, or the part ``factory`` builds.
 
     Args:
         changes: configuration fields to set.
@@ -142,10 +142,10 @@ def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes
 
 
 def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> Any:
-    """Save `composite` and a tokenizer to ``folder``; the model.
+    """Save `composite` and a tokenizer to ``folder``; return the model.
 
     Args:
-        flat: with the text's fields at the root of ``config.json``, as hubs hold it.
+        flat: whether the text fields are at the root of ``config.json``, as on hubs.
     """
     model = composite(family)
     model.save_pretrained(folder)
@@ -160,6 +160,6 @@ def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> An
 
 
 def prove_cut(model: Any, removed: list[int], folder: Path, **options: Any) -> Any:
-    """Cut ``source`` to ``out``, both in ``folder``, and prove it of the model; the proof."""
+    """Cut ``source`` to ``out``, both in ``folder``, and return the proof against ``model``."""
     excise(folder / "source", removed, folder / "out")
     return verify(model, removed, folder / "out", **options)

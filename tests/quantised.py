@@ -1,4 +1,4 @@
-"""Tiny checkpoints quantised as hubs hold them: FP8 in tiles, int4, MXFP4, bitsandbytes."""
+"""Tiny checkpoints quantised as on hubs: FP8, int4 and MXFP4."""
 
 import json
 import re
@@ -16,12 +16,12 @@ from tiny import edit_config, edit_tensors
 _FP8_MAX = 448.0
 _TILE = 16
 _GROUP = 16
-# The values of the four bits of FP4 (E2M1), without the sign.
+# Values of FP4 (E2M1) by its three bits without the sign.
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
-    """Turn the linear weights of a checkpoint into float8 with scales."""
+    """Convert the linear weights of a checkpoint to float8 with scales."""
     tensors = load_file(folder / "model.safetensors")
     out = {}
     for name, value in tensors.items():
@@ -67,9 +67,10 @@ def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
 
 
 def fp8_in_tiles(folder: Path) -> None:
-    """Experts apart, each weight in float8 with a scale a tile, as Qwen publishes its MoE models.
+    """Store experts one by one, in float8 with one scale per tile, as Qwen publishes MoE models.
 
-    Embeddings, norms, routers and small projections stay as they are, and are listed.
+    Embeddings, norms, routers and small projections are not converted; the config lists those
+    that are matrices of blocks.
     """
     with edit_tensors(folder) as tensors:
         for name in list(tensors):
@@ -97,7 +98,7 @@ def _one_by_one(head: str, last: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def int4(folder: Path) -> None:
-    """MLPs in compressed-tensors' ``pack-quantized``: eight signed 4-bit numbers an int32."""
+    """Pack MLPs in compressed-tensors' ``pack-quantized``: eight signed 4-bit numbers per int32."""
 
     def pack(name: str, value: Tensor) -> dict[str, Tensor]:
         if ".mlp." not in name or value.ndim != 2:
@@ -126,10 +127,10 @@ def int4(folder: Path) -> None:
 
 
 def mxfp4(folder: Path) -> dict[str, Tensor]:
-    """Experts as gpt-oss is published: two FP4 numbers a byte, a power of two for each 32 numbers.
+    """Pack experts as in gpt-oss: two FP4 numbers per byte, a power of two per 32 numbers.
 
     Returns:
-        what these stand for, in the model's own names.
+        the values that these stand for, by the model's own names.
     """
     values: dict[str, Tensor] = {}
 
@@ -171,7 +172,7 @@ _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
 def assert_bytes_follow(source, out, kept):
-    """Every tensor of the blocks that stay has the bytes it had; the dtypes among them."""
+    """Check that every kept tensor has its old bytes; return the dtypes of the new checkpoint."""
     before, after = read_checkpoint(source), read_checkpoint(out)
     elsewhere = re.compile("visual|mtp")
     old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}

@@ -1,4 +1,4 @@
-"""Start the processes of a run as a launcher does, cheaply: forks of one process that has torch."""
+"""Start the processes of a run like a launcher, but as cheap forks of a process with torch."""
 
 import gc
 import multiprocessing
@@ -31,19 +31,19 @@ _context.set_forkserver_preload(
     ]
 )
 
-# The last import of the server: collections of garbage in its forks pass over all of them.
+# This is the server's last import: garbage collections in its forks skip all imported objects.
 gc.freeze()
 
 
 def start(said: Path, function: Callable[..., None], *arguments: object):
-    """One process, running ``function``; what it says goes into a file."""
+    """Start a process that runs ``function``; its output goes into the file ``said``."""
     process = _context.Process(target=_say_into, args=(said, function, *arguments))
     process.start()
     return process
 
 
 def launch(size: int, said: Path, function: Callable[..., None], *arguments: object):
-    """The processes of one run, and the store of their launcher, to be kept while they run."""
+    """Start the processes of a run; return them and their launcher's store, needed meanwhile."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -52,13 +52,13 @@ def launch(size: int, said: Path, function: Callable[..., None], *arguments: obj
 
 
 def run(codes: list[int], said: Path, function: Callable[..., None], *arguments: object) -> None:
-    """Let the processes of one run end, with these codes."""
+    """Run the processes of one run to their end and check their exit codes."""
     ranks, _store = launch(len(codes), said, function, *arguments)
     assert join(ranks) == codes, said.read_text()
 
 
 def join(ranks) -> list[int]:
-    """The exit codes of processes, when all have ended."""
+    """Wait for processes and return their exit codes."""
     for rank in ranks:
         rank.join(120)
     return [rank.exitcode for rank in ranks]
@@ -82,7 +82,7 @@ def _say_into(said: Path, function: Callable[..., None], *arguments: object) -> 
 
 
 def type_in(*arguments: object) -> None:
-    """The command line in this process, which it ends."""
+    """Run the command line in this process, then exit."""
     from isingcut.cli import main as cli
 
     sys.argv = ["isingcut", *map(str, arguments)]

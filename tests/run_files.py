@@ -24,12 +24,12 @@ _STAGES = {
 
 
 def change(path: Path, kind: str, **values: Any) -> None:
-    """Write a file again with other values."""
+    """Rewrite a file with other values."""
     write_json(path, kind, {**without_header(read_json(path, kind)), **values})
 
 
 def record(folder: Path) -> None:
-    """Let `run.json` say that all its run's files are there, finished, and as they are now."""
+    """Record all files of the run in `run.json` as finished, with their present hashes."""
     stages = read_json(folder / "run.json", "run")["stages"]
     for path in folder.rglob("*"):
         stage = "energy" if path.name.startswith("hamiltonian.") else _STAGES.get(path.name, "")
@@ -55,18 +55,18 @@ def _done(stage: str, seconds: float = 0.5, **options: Any) -> dict[str, Any]:
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
-    """`report.write_report` of a folder that was written by hand."""
+    """Record the files of a folder written by hand, and call `report.write_report`."""
     record(folder)
     report.write_report(folder, target)
 
 
 def model_card(folder: Path, removed: list[int], **patch: Any) -> str:
-    """`card.model_card` of a folder that was written by hand."""
+    """Return `card.model_card` of a folder written by hand."""
     return card.model_card(card_parts(folder, removed).model_copy(update=patch))
 
 
 def card_parts(folder: Path, removed: list[int]) -> Any:
-    """`card.card_parts` of such a folder."""
+    """Record the files of such a folder, and return its `card.card_parts`."""
     record(folder)
     return card.card_parts(folder, folder, removed)
 
@@ -74,7 +74,7 @@ def card_parts(folder: Path, removed: list[int]) -> Any:
 def write_comparison(
     folders: list[tuple[Path, Path]], out: Path, *, overwrite: bool = False
 ) -> list[str]:
-    """`report.write_comparison` of folders that were written by hand."""
+    """Record the files of folders written by hand, and call `report.write_comparison`."""
     for folder, _ in folders:
         record(folder)
     return report.write_comparison(folders, out, overwrite=overwrite)
@@ -111,9 +111,9 @@ def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
 
 
 def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = True) -> list[int]:
-    """`spectrum.json` and what follows it, for m of the blocks; the chosen state."""
+    """Write `spectrum.json`, and all later files if ranked, for m blocks; return the choice."""
     n, rng = energy.n, np.random.default_rng(m)
-    # Blocks that cost little alone, in every combination of a few: low states without a solver.
+    # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
     picks = {tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)}
     states = np.zeros((len(picks), n), dtype=bool)
@@ -217,7 +217,7 @@ def task(name: str, original: float, cut: float) -> dict[str, Any]:
 
 
 def run_content(model: str, energy: str, n: int, m: int, seed: int) -> dict[str, Any]:
-    """What `run.json` says before its files are recorded."""
+    """Return the content of `run.json` before its files are recorded."""
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
     solved = {
         f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k)) for k in (m - 1, m + 2)
@@ -266,7 +266,7 @@ def write_run(
     extras: bool = True,
     unit: str = "nats/token",
 ) -> Path:
-    """A finished run of m of n blocks; with ``extras`` everything else a report can show."""
+    """Write a finished run of m of n blocks; ``extras`` adds all else that a report can show."""
     path.mkdir(parents=True)
     write_json(path / "run.json", "run", run_content(model, energy, n, m, seed))
     main = hamiltonian(n, 1, unit)

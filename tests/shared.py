@@ -1,4 +1,4 @@
-"""What many tests only read is made once a session, for all of its processes."""
+"""Data that many tests only read, made once per session for all of its processes."""
 
 import fcntl
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Of a run on a tiny model that takes a few seconds.
+# Options of a run on a tiny model that takes a few seconds.
 OPTIONS: dict[str, Any] = {
     "samples": 3,
     "length": 16,
@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def call(*arguments: Any) -> int:
-    """The exit code of the command line in this process."""
+    """Run the command line in this process and return its exit code."""
     from isingcut.cli import main as cli
 
     before, sys.argv = sys.argv, ["isingcut", *map(str, arguments)]
@@ -42,9 +42,9 @@ def call(*arguments: Any) -> int:
 
 
 class Shared:
-    """Folders by name below ``root``, each made by whichever process asks first.
+    """Folders by name below ``root``, each made by the first process that requests it.
 
-    Nobody writes to them: `check` tells whether one is as it was made.
+    No test may write to them: `check` reports folders that changed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,7 +52,7 @@ class Shared:
         self._used: set[str] = set()
 
     def folder(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """The folder of that name; ``make`` fills it, given a path where nothing is."""
+        """Return the folder of that name; if missing, ``make`` creates it at the given path."""
         place, record = self._root / name, self._root / f"{name}.made"
         with (self._root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,21 +63,21 @@ class Shared:
         return place
 
     def checkpoint(self, family: str = "llama", **changes: Any) -> Path:
-        """A tiny checkpoint of a family."""
+        """Return a tiny checkpoint of a family."""
         from isingcut.testing.tiny import tiny_checkpoint
 
         named = "-".join([family, *(f"{k}={v}" for k, v in changes.items())])
         return self.folder(named, lambda place: tiny_checkpoint(family, place, **changes))
 
     def check(self) -> None:
-        """Fail where a test has changed what others read."""
+        """Fail if a test has changed a shared folder."""
         for name in sorted(self._used):
             made = json.loads((self._root / f"{name}.made").read_text(encoding="utf-8"))
             assert snapshot(self._root / name) == made, f"a test changed the shared {name}"
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, link and folder below ``folder``, with what it holds."""
+    """Return every file (by its hash), link and folder below ``folder``, by relative path."""
     found = {}
     for place, folders, names in os.walk(folder):
         for name in [*folders, *names]:
@@ -95,7 +95,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def write_words(path: Path, words: int = 900) -> Path:
-    """A plain text of random words of six letters, enough for the splits of a tiny run."""
+    """Write a text of random six-letter words, enough for the splits of a tiny run."""
     path.parent.mkdir(exist_ok=True)
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
     path.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
@@ -103,23 +103,23 @@ def write_words(path: Path, words: int = 900) -> Path:
 
 
 def write_jsonl(path: Path, records: list[Any]) -> str:
-    """Each record on a line of its own; where it lies."""
+    """Write each record on a line of its own; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return str(path)
 
 
 def leave_speed_out(put: Callable[[str, Any], None]) -> None:
-    """Let evaluations say rates and memory that nobody measured, by a `monkeypatch.setattr`.
+    """Replace the speed and memory of evaluations by constants; ``put`` is a `setattr` by name.
 
-    What is timed only to choose or to show is timed once, and the text to look at is short.
+    Block latencies are timed once instead of several times, and the sample text is short.
     """
     from isingcut.evaluation import quality, speed
 
     names = ("prefill_tokens_per_second", "decode_tokens_per_second")
     rates = {key: 1.0 for name in names for key in (name, f"{name}_se")}
 
-    # With the parameters of what it stands for, which a plan asks.
+    # `wraps` keeps the parameters of the replaced function, which a plan inspects.
     @functools.wraps(speed.speed)
     def unmeasured(models: Mapping[str, Any], *_: Any) -> dict[str, Any]:
         return dict.fromkeys(models, rates)

@@ -1,4 +1,4 @@
-"""Conversations of which the assistant's tokens alone count, from the template to the losses."""
+"""Conversations in which only the assistant's tokens count, from the template to the losses."""
 
 import re
 from functools import partial
@@ -37,7 +37,7 @@ from tiny import in_memory, plain_sums, replay_of, streamed, without
 
 
 def talk(*contents):
-    """A user and an assistant in turn."""
+    """Return messages of a user and an assistant in turn."""
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
@@ -56,7 +56,7 @@ def counted_text(tokenizer, tokens):
 
 # what counts ----------------------------------------------------------------------------
 
-# As Qwen3's: earlier turns lose their reasoning, the last one is shown with some.
+# Like Qwen3's: earlier turns lose their reasoning, the last one always has a part for it.
 DROPS_REASONING = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' and loop.last %}"
@@ -65,7 +65,7 @@ DROPS_REASONING = (
     "{% else %}{{ m.content.split('</think>')[-1] | trim }}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-# As Phi's: the text as a whole ends with a token of its own.
+# Like Phi's: the text as a whole ends with a token of its own.
 ENDS_ITSELF = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% else %}<s>{% endif %}"
@@ -102,7 +102,7 @@ def test_the_assistants_words_and_the_end_of_its_turns_count(template, messages,
 
 
 def test_a_token_over_the_edge_counts_where_an_answer_begins():
-    """A tokenizer that joins a word and the space before it, as those of many models do."""
+    """The tokenizer joins a word and the space before it, like those of many models."""
     words = ["user", "bot", " a", " b", ":", "\n", "\n\n"]
 
     def encode(text, most=None):
@@ -116,7 +116,7 @@ def test_a_token_over_the_edge_counts_where_an_answer_begins():
     assert found == "\nuser: a\nbot: b\n\nuser: a\n"
     given = encode
     row = row_of(given, found, 100)
-    # The end of the line, too, is joined with what follows.
+    # The line break after the answer is one token with the next line break.
     assert [words[i] for i in row if i >= 0] == [" b"]
 
 
@@ -199,7 +199,7 @@ def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     split = used.splits["energy"]
     by_part = {name: split.select(rows).tokens for name, rows in split.rows_by_part.items()}
     assert by_part["answers:chat.jsonl"] / split.tokens == pytest.approx(0.5, abs=0.05)
-    # Patched and healed on the same words, and on no conversation that was measured on.
+    # Patch and healing count the same words, but on no conversation that was measured on.
     fitted, _ = to_fit(used, tokenizer, 4000)
     assert set(counted_text(tokenizer, fitted)[:60]) == set(counted_text(tokenizer, split))
     healed = healing_text.build(
@@ -240,14 +240,14 @@ def some_answers():
 
 
 def directly(original, cut, tokens):
-    """KL and NLL of whole conversations, where the next token counts."""
+    """Return KL and NLL per counted next token of whole conversations."""
     sums = plain_sums(original, cut, tokens)
     return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
-    """Gemma 2's head is followed by a cap, so that its logits are made sample by sample."""
+    """Gemma 2 caps its logits, so they are computed sample by sample."""
     folder, tokens = tiny_checkpoint(family, tmp_path / "model"), some_answers()
     replay, removed = in_memory(folder), [1, 3]
     cut = without(replay.model, removed)
@@ -264,7 +264,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
 
 
 def test_gradients_are_of_the_answers(tmp_path):
-    """The paper's energy: x A^T A x / m, A the gradients of each sample's mean loss."""
+    """The paper's energy is x A^T A x / m, with A the gradients of each sample's mean loss."""
     tokens, rows = some_answers(), []
     replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
     found = EmpiricalFisher(gate="block").measure(replay, tokens, Work())
@@ -291,7 +291,7 @@ def test_activations_are_compared_where_answers_are_predicted():
     replay = replay_of(model)
     rows = [~1, ~2, 9, ~0, ~4]
     alone, whole = TokenSet.from_rows([rows]), TokenSet.from_rows([[1, 2]])
-    # Position 1 predicts the one that counts; nothing before it depends on what follows.
+    # Position 1 predicts the only counted token, and does not depend on the tokens after it.
     last = AngularWindow().choose(replay, whole, 2, Work(), 0).info["distance"]
     assert AngularWindow().choose(replay, alone, 2, Work(), 0).info["distance"] == pytest.approx(
         last, rel=1e-4

@@ -1,4 +1,4 @@
-"""The Python door: every public name's example runs, and a Run gives what its folder holds."""
+"""The Python API: the example of every public name runs, and a Run gives what its folder holds."""
 
 import doctest
 import functools
@@ -33,7 +33,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder as the examples see it: my-model, my-text.txt and the finished my-run."""
+    """The working folder of the examples: my-model, my-text.txt and the finished my-run."""
     folder = tmp_path_factory.mktemp("place")
     tiny_checkpoint("llama", folder / "my-model", num_hidden_layers=10)
     write_words(folder / "my-text.txt")
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 
 
 def examples(name):
-    """The doctests of a public name and of its public members, each as (label, doctest)."""
+    """Return the doctests of a public name and of its public members."""
     part = getattr(isingcut, name)
     holders = {name: part}
     if inspect.isclass(part):
@@ -61,7 +61,7 @@ def examples(name):
 
 
 def _drop_in_a_fork(place):
-    """Prune into temporary folders; a fork of this process drops the run and ends in order."""
+    """Check that a fork that drops the run and exits leaves its temporary folder in place."""
     model = AutoModelForCausalLM.from_pretrained(place / "my-model")
     tokenizer = load_tokenizer(place / "my-model")
     text = str(place / "my-text.txt")
@@ -120,7 +120,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert record.removed == list(run.chosen.removed)
     assert record.patch.changed
     weights = (patched / "model.safetensors").read_bytes()
-    # Named by hand they are patched too, and the run folder learns nothing of it.
+    # The same blocks named by hand are patched too, and no temporary folder is left.
     named = run.save(tmp_path / "named", blocks=run.chosen.removed)
     assert (named / "model.safetensors").read_bytes() == weights
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -131,7 +131,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     healed = further.save(tmp_path / "healed")
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
-    # All weights are trained next, so that the patch is fitted and not tuned.
+    # Healing trains all weights next, so the patch is fitted and not tuned.
     fitted = read_document(tmp_path / "run" / "model" / "isingcut.json", CutRecord).patch
     assert record.patch.tuning.steps
     assert fitted.changed

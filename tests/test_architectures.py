@@ -88,7 +88,7 @@ SPARSE = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
 BLOCK_TYPES = ["recurrent", "attention", "recurrent", "attention"]
 PERIOD = {"attn_layer_period": 4, "attn_layer_offset": 2}
 LETTERS = {"num_hidden_layers": 4, "layer_types": list("abcd")}
-# A model type, its fields, the blocks that go, and fields of the cut.
+# Model type, its fields, removed blocks, and fields of the cut.
 FOLLOW = [
     ("smollm3", EIGHT, [0, 3], {"no_rope_layers": [1, 1, 1, 1, 1, 0], **SIX}),
     ("qwen2_moe", {**SIX, **SPARSE}, [0, 5],
@@ -204,7 +204,7 @@ def test_inspection_reads_no_weights(tmp_path):
     shown = inspect_model(source)
     real = find_stack(tiny_model("nemotron_h"))
     assert shown.stack.kinds == real.kinds
-    # The router's bias is stored, but no parameter.
+    # The router's bias is stored, but is not a parameter.
     extra = [4 * 4 if kind == "moe" else 0 for kind in real.kinds]
     expected = [b.bytes + more for b, more in zip(real.blocks, extra, strict=True)]
     assert [b.bytes for b in shown.stack.blocks] == expected
@@ -212,7 +212,7 @@ def test_inspection_reads_no_weights(tmp_path):
     assert shown.refusal == ""
     assert "at least one attention block stays" in shown.rules()[0]
     header, *runs, total = shown.table()
-    # Neighbours of one kind and cost share a row; the rows name every block once, in order.
+    # Adjacent blocks of one kind and cost share a row; the rows name every block once, in order.
     named = []
     for row in runs:
         first, _, last = row[0].partition("-")
@@ -341,7 +341,7 @@ def test_a_tiny_configuration_keeps_every_kind_of_block(model_type, field, kinds
 
 
 def cut_another(source, removed, out, **options):
-    """A wrong cut: blocks beside those that are to go."""
+    """Make a wrong cut: remove the block after each requested one."""
     return excise(source, [(i + 1) % 6 for i in removed], out, **options)
 
 

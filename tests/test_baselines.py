@@ -1,4 +1,4 @@
-"""Baselines against direct computations, what they cost, and the verb."""
+"""Baselines against direct computations, their cost, and the command."""
 
 import math
 import shutil
@@ -40,7 +40,7 @@ N, SAMPLES, LENGTH = 6, 3, 12
 
 
 class Calls:
-    """Block and head calls per sample of one model, on and off the original's path."""
+    """Counter of block and head calls of one model, on and off the original's path."""
 
     def __init__(self, replay: Replay, tokens: TokenSet) -> None:
         self.weights = [b.input_layernorm.weight.data_ptr() for b in replay.blocks]
@@ -56,7 +56,7 @@ class Calls:
         self.off = [0] * (N + 1)
         for i, block in enumerate(replay.blocks):
             block.input_layernorm.register_forward_pre_hook(self._counter(i))
-        # Before every head there is the norm, however the head itself is computed.
+        # The norm runs before every head, however the head itself is computed.
         replay.model.model.norm.register_forward_pre_hook(self._counter(N))
 
     def _counter(self, i: int):
@@ -75,12 +75,12 @@ class Calls:
 
     @property
     def passes(self) -> float:
-        """Full passes over all samples, the original's path once."""
+        """Number of full passes over all samples, with the original's path counted once."""
         return (sum(self.off[:N]) + sum(i < N for i, _ in self.on)) / N / SAMPLES
 
     @property
     def heads(self) -> tuple[float, float]:
-        """Heads over all samples: of the original, counted once, and of other states."""
+        """Number of heads over all samples: the original's, counted once, and other states'."""
         return sum(i == N for i, _ in self.on) / SAMPLES, self.off[N] / SAMPLES
 
 
@@ -97,7 +97,7 @@ def part(name):
 
 
 def streams(replay, tokens, removed=()):
-    """The stream at each boundary, unpadded, sample by sample, by hooks on the whole model."""
+    """Return the residual stream at each block boundary, unpadded, for each sample, by hooks."""
     model = without(replay.model, removed) if removed else replay.model
     found = []
     blocks = stack_modules(model, find_stack(model))
@@ -198,7 +198,7 @@ def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
     got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
     assert got.info["order"] == order
     assert got.info["evaluations"] == (4 + 3 + 2 if ends else 6 + 5 + 4)
-    # Prefixes are shared, so that a step costs less than its states one by one.
+    # States share prefixes, so a step costs less than its states one by one.
     assert got.passes < got.info["evaluations"] * 5 / 6
     assert got.heads == got.info["evaluations"] + (loss == "kl")
 
@@ -215,7 +215,7 @@ def test_the_price_is_the_blocks_that_are_run():
     rng = np.random.default_rng(1)
     states = np.unique(rng.random((7, 6)) < 0.5, axis=0)
     states = states[(~states).any(1)]
-    # Blocks run after the first removed one; what comes before is the original's.
+    # Blocks run from the first removed one on; the original's outputs are used before it.
     prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if s[:i].any() and not s[i]}
     assert tree_nodes(states) == len(prefixes)
     assert tree_nodes(np.zeros((0, 6), dtype=bool)) == 0
@@ -260,7 +260,7 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
     assert found.info["position"] == best
     assert found.passes == pytest.approx(3 + tree_nodes(lowest[:8]) / 6)
     assert found.heads == 3 + 8
-    # More states than there are.
+    # A ``top`` above the number of states.
     assert Cbo(top=99).choose(replay, tokens, 1, WORK, seed=0).info["evaluations"] == 6
     with pytest.raises(InputError, match="top must be at least 1"):
         Cbo(top=0).choose(replay, tokens, 2, WORK, seed=0)
@@ -330,7 +330,7 @@ EVOLUTION = {"generations": 3, "offspring": 4, "step_tokens": (LENGTH, 99), "ini
 
 @pytest.fixture
 def made():
-    """A tiny model, a text, and the count of what is called on it from now on."""
+    """A tiny model, a text, and a counter of the calls from now on."""
     replay, tokens = tiny_replay(), random_tokens([LENGTH] * SAMPLES)
     return replay, tokens, Calls(replay, tokens)
 
@@ -383,7 +383,7 @@ def test_the_pair_energy_is_priced_by_the_same_rule(made):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, llama, text):
-    """A run folder with a measured energy for two removals of six blocks."""
+    """A run folder with a measured energy for the removal of two of six blocks."""
     return pipeline.energy(
         model=str(llama),
         calibration=str(text),
@@ -393,7 +393,7 @@ def folder(tmp_path_factory, llama, text):
 
 
 def call(capsys, *arguments):
-    """Exit code and everything printed."""
+    """Return the exit code and everything printed."""
     code, shown = shared.call(*arguments), capsys.readouterr()
     return code, shown.out + shown.err
 
@@ -404,7 +404,7 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
     found = read_json(folder / "baseline-sleb.json", "baseline")
     assert "sleb: blocks" in shown
     assert len(found["removed"]) == 2
-    # The energy's own three samples, though the split holds more for the other energy.
+    # The three samples of this energy, although the split has more for the other energy.
     assert found["tokens_searched"] == 3 * 15
     assert found["violated"] == []
     session = Session(RunFolder.open(folder).config)
@@ -440,7 +440,7 @@ def test_a_broken_constraint_is_said(capsys, folder):
     found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
     assert found["violated"] == expected
-    # Five of six blocks, of which SLEB keeps two.
+    # SLEB keeps two blocks, so it cannot remove five of six.
     code, shown = call(capsys, "baseline", "sleb", folder, "--remove", "5")
     assert code == 2
     assert "cannot remove 5 of 6" in shown

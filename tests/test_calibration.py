@@ -1,4 +1,4 @@
-"""Splits are disjoint, deterministic and honest about padding; bad text gets one clear line."""
+"""Splits are disjoint, deterministic and masked at padding; bad text gets one clear line."""
 
 import json
 from pathlib import Path
@@ -137,7 +137,7 @@ def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):
         Path(name).write_text("as it was", encoding="utf-8")
     source = "one.txt=1,wiki=1,rows=1,owner/name=1"
     before = corpora.text_hashes(source)
-    # Those of a name that is no file's here are no files.
+    # `wiki` and `owner/name` are names of data sets, not files.
     assert list(before) == ["one.txt", "rows"]
     Path("rows/other").write_text("no text", encoding="utf-8")
     corpora.refuse_changed(before, source)
@@ -264,7 +264,7 @@ def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
 
 
 def test_self_follows_the_models_own_distribution(tokenizer):
-    """Second tokens, sampled 400 times, against the model's probabilities after BOS."""
+    """Compare 400 sampled second tokens with the model's probabilities after BOS."""
     model = tiny_model("llama")
     model.generation_config.top_k = 1
     found = build("self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4})

@@ -1,4 +1,4 @@
-"""The ledger of fake cards, work that goes on where their memory ends, and checks of real ones."""
+"""Memory accounts of fake cards, work that goes on out of memory, and checks of real cards."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def test_the_ledger_counts_storages_once_and_gives_them_back():
         b = a + 1
         assert (card.live, card.peak) == (2000, 2000)
         del a
-        assert card.live == 2000  # The view keeps it.
+        assert card.live == 2000  # The view keeps the memory.
         del view
         assert card.live == 1000
         b.add_(1)
@@ -70,7 +70,7 @@ def test_a_card_answers_what_memory_is_there():
 
 def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
     one, two, three, four = (torch.device("lazy", i) for i in range(4))
-    # Of the free memory, 80 % are used.
+    # 80 % of the free memory is used.
     with fake_cards(4, budget=10_000):
         for size, found in [
             (8_000, [torch.device("lazy")]),
@@ -130,7 +130,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
         loaded, streamed = open_cut(original, [1, 4], cut)
         gc.collect()
         assert streamed is None
-        # Buffers that no checkpoint has are equal, too.
+        # Buffers that no checkpoint stores are shared, too.
         assert card.live == before
         tokens = random_tokens([12]).input_ids.to(card.device)
         logits = loaded.model(input_ids=tokens).logits.cpu()
@@ -190,7 +190,7 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
     failed = sum(n > most for n in calls)
     calls.clear()
     split_to_fit(limit, batches, compute, lambda a, b: np.concatenate([a, b]))
-    # What fitted is remembered.
+    # The size that fitted is remembered.
     assert sum(n > most for n in calls) < max(1, failed)
 
 
@@ -229,7 +229,7 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
         expected = numbers(replay)
         card.budget = weights + int(0.6 * (card.peak - weights))
         found = numbers(replay)
-    # Gradients first compute activations again.
+    # For gradients, activations are recomputed first.
     assert job == "gradients" or replay.limit.tokens < 96
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -243,7 +243,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
 
     def exhausted(*args, **kwargs):
         failed.append(1)
-        # The second time the blocks come from disk.
+        # The second attempt reads the blocks from disk.
         if len(failed) == 2:
             return evaluate(*args, **kwargs)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

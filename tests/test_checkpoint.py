@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def sharded(folder):
-    """A tiny llama in two shards with an index."""
+    """Write a tiny llama in two shards with an index."""
     tiny_checkpoint("llama", folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -281,7 +281,7 @@ def test_invented_tensors_are_noticed(source, tmp_path):
 
 
 def test_wrong_layer_numbers_break_cached_generation_and_are_noticed(source, tmp_path):
-    """What peers get wrong: blocks deleted, their numbers left behind."""
+    """An error of other tools: blocks are deleted, but the layer numbers are kept."""
     from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 
     model = tiny_model("llama")

@@ -116,7 +116,7 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     found = rank(replay, split, problem, spectrum, random_states=30, **options)
     few = split.select(few_samples(split.samples))
     assert (few.samples, found.random_tokens) == (5, few.tokens)
-    # The same figures from a measurement of its own.
+    # A separate measurement gives the same values.
     drawn = states_of(problem.n, [row.removed for row in found.random])
     states = np.concatenate([spectrum.states, drawn])
     kl = measure(replay, few, states).kl
@@ -150,13 +150,13 @@ pytestmark = [
 
 
 def choose(*given):
-    """What `choose_by_questions` says, with the position that it chose."""
+    """Return the content of `choose_by_questions` with the chosen position."""
     position, found = choose_by_questions(*given)
     return {"chosen": position, **found.content()}
 
 
 def answers(table):
-    """`ask` from a table: removed blocks -> key -> score."""
+    """Return an `ask` that reads a table: removed blocks -> key -> score."""
 
     def ask(left, task, keys):
         rows = [[table[tuple(removed)][key] for key in keys] for removed in left]
@@ -259,7 +259,7 @@ def test_equals_are_rarely_dropped_however_often_one_looks(kind):
     for _ in range(20):
         table = drawn(rng, keys, *[0.5] * 4)
         if kind == "probabilities":
-            # Sure and mostly right, or sure and wrong: as skewed as they come.
+            # Very skewed: sure and mostly right, or sure and wrong.
             values = rng.beta(0.3, 0.2, (4, len(keys)))
             table = {(i,): dict(zip(keys, values[i].tolist(), strict=True)) for i in range(4)}
         found = choose([[i] for i in range(4)], {"t": keys}, answers(table))
@@ -289,7 +289,7 @@ def questions(tmp_path_factory):
 
 
 def chosen_by(llama, text):
-    """The options of a run that chooses by questions."""
+    """Return the options of a run that chooses by questions."""
     inputs = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "none"}
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
@@ -322,7 +322,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
     with pytest.raises(OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"):
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
-    # The same patch in a checkpoint.
+    # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=ranking.trial_tokens(run.config))
     cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
@@ -383,7 +383,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     asked_kl = [kl[tuple(row["removed"])] for row in rows]
     assert asked_kl == sorted(asked_kl)
     assert asked_kl[0] == min(kl.values())
-    # What writes worst may answer best.
+    # A state of high loss may have the best answers, so it is asked as well.
     size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
@@ -393,7 +393,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert len(asked["asked"]) == 30
     assert not (target / ".asked").exists()
 
-    # The checkpoint answers as the original with its blocks skipped did.
+    # The checkpoint answers like the original with its blocks skipped.
     cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
     (own,) = score_states(cut, task, [()], wanted=set(asked["asked"]).__contains__)
@@ -401,7 +401,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert own.certainties.mean() == pytest.approx(chosen["certainty"])
     assert len(own.values) == 30
 
-    # The final model is judged by the other half.
+    # The final model is judged by the other half of the questions.
     judged = read_json(target / "benchmarks.json", "benchmarks")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
@@ -440,7 +440,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
             if len(calls) == 3:
-                # What was answered is not asked again.
+                # Answered questions are not asked again.
                 patch.setattr("isingcut.evaluation.answers._scores", None)
             return whole(model, task, *given, **rest)
 
@@ -505,7 +505,7 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
 
 
 def test_certainties_tell_apart_what_scores_do_not():
-    """Both have the same answers right, and one is surer of them."""
+    """Both candidates have the same right answers, but one is surer of them."""
     rng, keys = np.random.default_rng(2), [f"q{i}" for i in range(400)]
     sure = rng.uniform(-2.0, 0.0, len(keys))
 
@@ -530,13 +530,13 @@ def test_certainties_tell_apart_what_scores_do_not():
 
 
 def test_the_lowest_loss_within_a_standard_error_is_chosen():
-    """The best by a few questions is mostly the luckiest of several."""
+    """With few questions the best of several candidates is mostly the luckiest one."""
     rng, keys = np.random.default_rng(3), [f"q{i}" for i in range(40)]
     noise = rng.normal(size=40)
     noise = (noise - noise.mean()) / noise.std()
 
     def chosen(lead):
-        # The paired difference spreads by one about its mean.
+        # The paired difference has a standard deviation of one.
         table = {(i,): dict(zip(keys, i * (noise + lead), strict=True)) for i in range(2)}
         return choose([[0], [1]], {"t": keys}, answers(table))["chosen"]
 
@@ -549,7 +549,7 @@ def test_a_task_of_many_nats_does_not_outvote_another():
     rng, n = np.random.default_rng(4), 60
     keys = {t: [f"{t}{i}" for i in range(n)] for t in ("letters", "words")}
     scale = {"letters": 1.0, "words": 30.0}
-    # The one is better by letters, the other a little by words, in units of their spreads.
+    # One is better by letters, the other slightly by words, in units of their spreads.
     lead = {(0,): {"letters": 0.0, "words": 0.1}, (1,): {"letters": 0.5, "words": 0.0}}
     table = {
         removed: {

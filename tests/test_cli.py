@@ -1,4 +1,4 @@
-"""The command line as people and scripts meet it: help, JSON, streams, and what a new user sees."""
+"""The command line for people and scripts: help, JSON, streams, and the view of a new user."""
 
 import importlib.metadata
 import json
@@ -40,12 +40,12 @@ VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the run to work on."""
+    """A copy of the finished run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def documented_keys():
-    """Verb to the keys that docs/cli.md promises."""
+    """Return the keys that docs/cli.md promises, by verb."""
     table = (DOCS / "cli.md").read_text(encoding="utf-8").partition("## Keys of `--json`")[2]
     found = {}
     for line in table.splitlines():
@@ -57,7 +57,7 @@ def documented_keys():
 
 
 def answer(capsys, *arguments):
-    """The JSON document of a verb: all of standard output."""
+    """Return the JSON document of a verb, which is all of its standard output."""
     assert call(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
 
@@ -77,7 +77,7 @@ def test_every_verb_is_documented():
 
 
 def test_json_keys_are_those_documented(finished, run, capsys):
-    """Verbs that find everything done print it again; the others are cheap here."""
+    """Verbs that find all their work done print the results again; the others are fast here."""
     model = read_json(finished / "run.json", "run")["config"]["model"]
     keys = documented_keys()
     known = {"verb", "warnings"}
@@ -202,10 +202,10 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
         )
         assert removed(place) == blocks
     assert isingcut.files.ownership.folder_hash(run / "model") == own
-    # The chosen state by its blocks is the chosen state.
+    # Naming the blocks of the chosen state gives the chosen state.
     typed = ",".join(map(str, chosen))
     assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")
-    # Of a size that nothing was chosen for, the first one has the size's folder, and keeps it.
+    # If nothing was chosen for a size, the first state named gets the size's folder and keeps it.
     for typed in ("0,1,2", "1,2,3", "0,1,2", "1,2,3"):
         assert call("excise", run, "--blocks", typed) == 0
     assert removed(run / "remove-3") == [0, 1, 2]
@@ -323,7 +323,7 @@ def test_no_color_is_respected_and_pipes_get_none():
 
 def test_shell_completion_knows_verbs_and_parts():
     def complete(words):
-        # The program's name decides which variable is looked at.
+        # The program's name decides which variable is read.
         code = "import isingcut.cli.main as c; c.app(prog_name='isingcut')"
         asked = {
             "_ISINGCUT_COMPLETE": "complete_bash",

@@ -1,8 +1,8 @@
-"""Every computing step on one fake device and on several, where nothing of another may slip in.
+"""Every computing step on one fake device and on several, without tensors of any other device.
 
-The values must be the CPU's own, to rounding: what is compiled for the CPU (the losses over the
-vocabulary) is computed another way on a device. A model placed over several devices gives the bits
-of one. What this cannot see is said in `benchmarks/cards.py`.
+The values must be those of the CPU up to rounding: the losses over the vocabulary are compiled
+for the CPU, but computed another way on a device. A model placed over several devices gives the
+bits of one. `benchmarks/cards.py` says what these tests cannot detect.
 """
 
 import itertools
@@ -132,7 +132,7 @@ def timed(place):
     speeds = timing.speed(
         both, random_tokens(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
     )
-    # Times themselves are no values to compare.
+    # Times cannot be compared.
     assert all(x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1))
     return [v["prefill_tokens_per_second"] for v in speeds.values()]
 
@@ -150,7 +150,7 @@ def patched(place, reads):
 
 
 def distilled(place, family="llama"):
-    """Two steps against the teacher."""
+    """Train two steps; return their losses and the norm of the head's last gradient."""
     teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
     tokens = random_tokens()
     batch = batch_of(tokens, range(tokens.samples))
@@ -172,12 +172,12 @@ def chosen(place):
     def removed(name):
         return part(name).choose(place.replay(), random_tokens(), 2, Work(32), seed=0).removed
 
-    # The others look at nothing but measured losses.
+    # The other baselines use only measured losses.
     own = ("angular-window", "block-influence", "norm-ratio")
     return [removed(name) for name in own]
 
 
-# gemma2 ends in a soft cap: its head is not taken apart.
+# gemma2 ends in a soft cap, so its head is not split.
 STEPS = {
     "losses": losses,
     "losses, head in one": lambda p: losses(p, "gemma2"),
@@ -217,7 +217,7 @@ def test_a_step_keeps_to_its_devices(step, shared):
         devices = [card.device for card in cards]
         one, *others = (np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4))
     np.testing.assert_allclose(one, expected, rtol=2e-4, atol=2e-5)
-    # A norm of gradients may be summed in another order, depending on where the memory lies.
+    # A norm of gradients may be summed in another order, depending on its place in memory.
     rounding = 1e-6 if step.startswith("distillation") else 0
     for found in others:
         np.testing.assert_allclose(found, one, rtol=rounding)
@@ -254,7 +254,7 @@ def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_s
 
 
 def mixed(operation):
-    """Whether an operation on (device, CPU, number on the CPU) is refused for its devices."""
+    """Return whether an operation on tensors (device, CPU, number on CPU) is refused as mixed."""
     try:
         with fake_cards() as (card,):
             operation(torch.ones(3, device=card.device), torch.ones(3), torch.tensor(2.0))

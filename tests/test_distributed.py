@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(place):
-    """What one process measures, by the Python door."""
+    """Results of a single process, through the Python API."""
     from isingcut.runs import pipeline, ranking, solving
 
     for name in ("pairwise", "fisher", "refined"):
@@ -57,7 +57,7 @@ def _energy(place, out, name="pairwise", also=True, **more):
 
 
 def _typed(place, out, name="pairwise", also=True):
-    """The same on the command line."""
+    """Return the same measurement as a command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
     others = ["--also", "hessian"] if also and name == "pairwise" else []
     others += ["--remove", 2] if name == "refined" else []
@@ -68,7 +68,7 @@ def _typed(place, out, name="pairwise", also=True):
 
 
 def _all(place, out, notes):
-    """In every process: two energies, and the ranking for one; who computed what."""
+    """Measure three energies in every process, and rank for one; note which rows each computed."""
     computed = []
     put = Journal.put
 
@@ -109,17 +109,17 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
 
 
 def _launcher(*words):
-    """accelerate's own process, which has torch already: it starts an interpreter per rank."""
+    """Run accelerate's launcher here, where torch is loaded; it starts an interpreter per rank."""
     from accelerate.commands.launch import main
 
-    # As here, for the same sums.
+    # The same number of threads as here gives the same sums.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     sys.argv = ["accelerate-launch", *words]
     main()
 
 
 def test_a_launcher_starts_all_processes(place, alone, tmp_path):
-    """accelerate's, whose last step is torchrun's."""
+    """The launcher is accelerate's, whose last step is torchrun's."""
     out, said = tmp_path / "run", tmp_path / "said"
     command = [
         "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -168,7 +168,7 @@ def test_processes_that_stream_or_have_two_cards_agree(single, given, said, plac
 
 
 def _picks(place, out, found):
-    """Of two processes only rank 0's processor is fast in bfloat16; which dtype each loads."""
+    """Note the dtype each of two processes loads if only rank 0's CPU is fast in bfloat16."""
     from isingcut.models import load as models
 
     rank, load = os.environ["RANK"], models.load
@@ -190,14 +190,14 @@ def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
 
 
 def _fails(place, out, meeting):
-    """Rank 1 fails with an error of ours in the middle of a measurement."""
+    """Let rank 1 fail with an error of isingcut in the middle of a measurement."""
     import isingcut.measure.losses as module
     from isingcut.errors import ArchitectureError
 
     measured = module._measure
 
     def broken(*arguments):
-        # Each waits for the other here: else rank 0 may have done all before rank 1 begins.
+        # The ranks wait for each other here; else rank 0 may finish before rank 1 begins.
         meeting.open("w").close()
         raise ArchitectureError("this block cannot be run")
 
@@ -232,7 +232,7 @@ def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
 
 
 def _killed(place, out, which):
-    """One of two is killed while it hands in its first row."""
+    """Kill one of two processes while it stores its first row."""
     if os.environ["RANK"] == str(which):
         Journal.put = lambda journal, key, row: os.kill(os.getpid(), signal.SIGKILL)
     type_in(*_typed(place, out))
@@ -246,7 +246,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     codes = [-signal.SIGKILL, 1]
     ranks.run(codes[:: -1 if which else 1], said, _killed, place, out, which)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
-    # Of rank 0, which alone speaks, the launcher says that it was killed.
+    # Only rank 0 prints lines; if it was killed itself, there are none.
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
@@ -256,7 +256,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
 
 
 def _agent(function, arguments):
-    """torchrun's agent, over ranks that are forks of this process."""
+    """Run torchrun's agent with ranks that are forks of this process."""
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
@@ -267,13 +267,13 @@ def _agent(function, arguments):
 
 
 def _torchrun(said, function, *arguments):
-    """Let two processes fail under torchrun's agent; their lines."""
+    """Let two processes fail under torchrun's agent; return the lines that they print."""
     assert join([start(said, _agent, function, arguments)]) == [1]
     return [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
 
 
 def _raises(arguments):
-    """Rank 1 fails with an error of ours while rank 0 computes."""
+    """Let rank 1 fail with an error of isingcut while rank 0 computes."""
     import isingcut.measure.losses as module
     from isingcut.errors import ArchitectureError
 
@@ -293,7 +293,7 @@ def test_the_reason_of_another_process_is_said_while_rank_0_computes(place, tmp_
 
 
 def _dies(meeting, arguments):
-    """Rank 1 is killed while rank 0 computes; each has kept a row."""
+    """Kill rank 1 while rank 0 computes; each has stored a row."""
     put = Journal.put
 
     def watched(journal, key, row):
@@ -302,7 +302,7 @@ def _dies(meeting, arguments):
             meeting.open("w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         meeting.open().close()
-        signal.pause()  # a computation that takes as long as it takes
+        signal.pause()  # stands for a computation of any length
 
     Journal.put = watched
     type_in(*arguments)
@@ -345,5 +345,5 @@ def test_few_micro_batches_are_parted_for_many_processes():
     assert [p.key for p in left([], 2, 100, 1, 0.03)] == ["0:0-100", "1:0-100"]
     assert len(left([], 2, 100, 4, 0.03)) == 4
     assert len(left([], 64, 100, 4, 0.03)) == 64
-    # No state at all still needs the original's own losses.
+    # Even without states, the original's own losses are needed.
     assert [p.key for p in left([], 1, 0, 4, 0.03)] == ["0:0-0"]

@@ -1,4 +1,4 @@
-"""What the documentation says works: its code runs, its commands exist, its pages are linked."""
+"""The documentation is correct: its code runs, its commands exist, its pages are linked."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ VERBS = typer.main.get_command(cli.app).commands
 
 
 def script(path):
-    """A script outside the package as a module."""
+    """Import a script outside the package as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -34,14 +34,14 @@ def script(path):
 
 
 def blocks(page, language):
-    """The fenced code blocks of one language."""
+    """Return the fenced code blocks of one language."""
     text = page.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with my-model and my-text.txt, as the pages have it."""
+    """A folder with the my-model and my-text.txt that the pages use."""
     tiny_checkpoint("llama", tmp_path / "my-model", num_hidden_layers=10)
     write_words(tmp_path / "my-text.txt")
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_the_config_file_example_is_read():
 
 
 def commands(text):
-    """Every `isingcut VERB ...` in code blocks and inline code, as lists of words."""
+    """Yield every `isingcut VERB ...` in code blocks and inline code, as a list of words."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     code = [code for language, code in fences if language in ("", "bash", "sh", "text")]
     code += re.findall(r"^(?: {4}|\t)(.*)$", text, re.MULTILINE)
@@ -87,7 +87,7 @@ def commands(text):
 
 
 def wrong(found):
-    """The commands that name a verb or an option that is not there."""
+    """Yield the commands that name a verb or an option that does not exist."""
     for words in found:
         named = [w for w in words if not w.startswith("-")]
         if not named or named[0] == "VERB":
@@ -111,7 +111,7 @@ def test_commands_exist_with_their_options(page):
     if page.endswith(".sh"):
         text = "```bash\n" + text.replace("say isingcut", "isingcut") + "```\n"
     found = list(commands(text))
-    # A page that shows a command and of which none is read would pass for nothing.
+    # Without this, a page whose commands are not recognised would pass.
     assert bool(found) == (page not in WITHOUT_COMMANDS)
     assert list(wrong(found)) == []
 

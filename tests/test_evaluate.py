@@ -76,7 +76,7 @@ def test_few_float32_logits_exist_at_once(pair, tokens, monkeypatch):
 
 
 def test_speed_takes_turns_and_reports_medians(pair, tokens):
-    """On a clock that only the loop moves: readings 1, 2, 5 s in turn for each quantity."""
+    """The clock advances only when the loop reads it, so that every reading is known."""
     ticks = itertools.count()
     order = []
     for name, model in zip(("a", "b"), pair, strict=True):
@@ -96,7 +96,7 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
         readings = [(2 * t + 1) / 100 for t in starts]
         reading = float(np.median(readings))
         assert found[name]["prefill_tokens_per_second"] == pytest.approx(20 / reading)
-        # The median's standard error, and as relative as that of the seconds.
+        # Speed and seconds have the same relative standard error, that of the median.
         error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
         assert found[name]["prefill_tokens_per_second_se"] == pytest.approx(20 / reading * error)
         assert found[name]["decode_tokens_per_second"] == pytest.approx(4 / 0.04)
@@ -156,7 +156,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair):
 
 @pytest.fixture(scope="module")
 def small_peak(llama, tmp_path_factory):
-    """Of a process that was started where a trap lies."""
+    """Peak memory of a process started in a folder with a torch.py that must not be imported."""
     place = tmp_path_factory.mktemp("trap")
     (place / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
     with contextlib.chdir(place):

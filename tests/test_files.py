@@ -1,4 +1,4 @@
-"""Results files and journals: all or nothing, and never somebody else's."""
+"""Results files and journals: complete or absent, and never in place of foreign files."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights_in_it(tmp_path):
-    """safetensors leaves what it writes to its owner alone."""
+    """safetensors makes files that only their owner can read."""
     save_file({"a": torch.zeros(3)}, tmp_path / "alone.safetensors")
     before = os.umask(0o027)
     try:

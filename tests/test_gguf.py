@@ -1,4 +1,4 @@
-"""GGUF files: blocks renumbered, packed bytes as they were, new values packed finely and judged."""
+"""GGUF files: blocks renumbered, packed bytes kept, new values packed finely and evaluated."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tiny import edit_tensors
 
 
 def make(path, architecture="llama", blocks=4, **extra):
-    """A tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
+    """Write a tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
     generator, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
     numbers = generator.standard_normal((blocks + 1, 8, 64)).astype(np.float32)
     held = {"token_embd.weight": numbers[-1]}
@@ -98,7 +98,7 @@ def test_what_is_unknown_or_numbered_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "extra", "expected"),
     [
-        # Blocks 5 and 11 are the full ones of 12; without 1 and 7 they are blocks 4 and 9.
+        # Of 12 blocks, 5 and 11 have no window; without 1 and 7 they are blocks 4 and 9.
         ("gemma3", {"attention.sliding_window": 8}, [True] * 4 + [False] + [True] * 4 + [False]),
         ("gemma3", {}, None),
         (
@@ -145,7 +145,7 @@ THEIRS = "blk.1.ffn_down.weight"
 
 
 def six_bits(shape):
-    """Random Q6_K, which the package gguf unpacks only: per 256 numbers 208 bytes and a scale."""
+    """Return random Q6_K, 208 bytes and a scale per 256 numbers; gguf itself cannot pack it."""
     generator = np.random.default_rng(0)
     blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, 210), dtype=np.uint8)
     blocks[..., 208:] = np.full(blocks.shape[:-1], 1e-4, np.float16)[..., None].view(np.uint8)
@@ -153,7 +153,7 @@ def six_bits(shape):
 
 
 def model_and_file(folder, kind, *, turned=False):
-    """A tiny llama and its GGUF file, the down-projections in one type."""
+    """Write a tiny llama and its GGUF file, with the down-projections in one type."""
     source = tiny_checkpoint("llama", folder / "model", intermediate_size=256)
     tensors = load_file(source / "model.safetensors")
     held = named({name: value.numpy() for name, value in tensors.items()})
@@ -173,7 +173,7 @@ def model_and_file(folder, kind, *, turned=False):
 
 
 def patched(source, out):
-    """The model without blocks 2 and 3, other numbers in the layer before them."""
+    """Write the model without blocks 2 and 3 and with changed weights in the layer before them."""
     excise(source, [2, 3], out)
     generator = torch.Generator().manual_seed(1)
     with edit_tensors(out) as tensors:
@@ -255,7 +255,7 @@ def packed_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf_run(packed_model, text, tmp_path_factory):
-    """A run on that file, without blocks 2 and 3, its patch tuned."""
+    """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"
     given = {"model": str(packed_model), "calibration": str(text), "out": str(run)}
     more = {"energy": "fisher", "remove": 2, "drop": "2,3", "skip_speed": True}
@@ -264,7 +264,7 @@ def gguf_run(packed_model, text, tmp_path_factory):
 
 
 def new_layers(card):
-    """What a card names under "Patched", as tensors of the original."""
+    """Return the layers that a card lists under "Patched", as tensor names of the original."""
     rows = re.findall(r"\| block (\d+), (`.*?) \|", card.read_text())
     layers = [(block, layer) for block, cell in rows for layer in re.findall(r"`(.+?)`", cell)]
     assert len(layers) >= 14

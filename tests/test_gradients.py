@@ -21,8 +21,8 @@ from isingcut.models.replay import Recording
 from sweep.gates import gated_loss
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay
 
-# For each family the modules whose output is added to the residual stream, by their names:
-# what the tests check the structural gates against.
+# For each family, the names of the modules whose output is added to the residual stream: the
+# reference for the structural gates.
 ADDED = {
     "llama": ("self_attn", "mlp"),
     "qwen3": ("self_attn", "mlp"),
@@ -47,7 +47,7 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
 
 
 def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypatch):
-    # In bfloat16, because a norm keeps its float32 copy of the stream; a float32 one keeps itself.
+    # In bfloat16 a norm keeps its own float32 copy; in float32 it would keep the stream itself.
     replay = tiny_replay("llama", torch.bfloat16)
     streams, alive, run = [], [], Recording.block
 
@@ -94,7 +94,7 @@ linear_or_not = pytest.mark.parametrize("linear", [False, True])
 
 
 def gradients(m, seed=3):
-    """Rows (m, 5) with means, correlations and a heavy tail."""
+    """Return rows (m, 5) with means, correlations and a heavy tail."""
     rng = np.random.default_rng(seed)
     return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
 
@@ -124,7 +124,7 @@ def test_the_energy_carries_its_errors(linear):
 
 
 def independent(replay, tokens, family, gate, loss):
-    """Gradient and Hessian by autograd.functional, with attention in its eager form."""
+    """Return gradient and Hessian from autograd.functional, with eager attention."""
     replay.model.set_attn_implementation("eager")
     one = torch.ones(len(replay), dtype=torch.float64)
     added = ADDED[family] if gate == "sublayer" else ()
@@ -165,7 +165,7 @@ def test_fisher_is_gauss_newton_on_average_over_the_drawn_labels():
         (drawn.J, drawn.J_error, exact.J),
     ]:
         off = np.abs(value - target)[error > 0] / error[error > 0]
-        # 21 distinct entries: a deviation of 5 standard errors does not come by chance.
+        # 21 distinct entries: a deviation of 5 standard errors is not due to chance.
         assert off.max() < 5
     assert np.abs(drawn.h - exact.h).max() < 0.2 * exact.h.max()
     assert (drawn.h_error > 0).all()

@@ -1,4 +1,4 @@
-"""A loaded model and a list of texts give what the folder and the file give; both go when done."""
+"""A loaded model and a list of texts give the same as the folder and the file; both are freed."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from isingcut.errors import CalibrationError, InputError, ModelError, OutputExis
 from shared import OPTIONS, leave_speed_out
 from tiny import tiny_checkpoint
 
-# Fifteen states of six blocks: too few to judge an energy, which no test here does.
+# Six blocks have fifteen states, too few to judge an energy, which no test here does.
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.runs.api.PoorEnergyWarning")
 
 TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
@@ -23,7 +23,7 @@ TEXTS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(40)]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    """Speed is not measured, and temporary folders are made where they can be counted."""
+    """Measure no speed, and make temporary folders where they can be counted."""
     leave_speed_out(monkeypatch.setattr)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -50,7 +50,7 @@ def energies(run):
 
 def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_path):
     model, tokenizer = loaded
-    # transformers records outputs by hooks, which stay.
+    # transformers records outputs with hooks, which remain.
     model(torch.zeros((1, 2), dtype=torch.long), output_hidden_states=True)
     assert model.model.layers[0]._forward_hooks
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -60,7 +60,7 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     given = isingcut.prune(
         model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS
     )
-    # Not to the last digit: each run times for itself how it computes.
+    # Not exactly: each run chooses by its own timings how it computes.
     assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
@@ -137,7 +137,7 @@ def packed(model):
 
 
 def hook(module, args, out=None):
-    """It changes nothing."""
+    """Change nothing."""
 
 
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}

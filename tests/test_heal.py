@@ -1,4 +1,4 @@
-"""Healing: its text, training, resuming, LoRA, and what is trained at a time."""
+"""Healing: its text, training, resuming, LoRA, memory plans and budgets."""
 
 import itertools
 import json
@@ -138,7 +138,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         return heal(options(models, tmp_path / name, trainer={**settings, **more}))
 
     planned("a")
-    # Nothing to spare, but enough.
+    # No memory to spare, but enough.
     monkeypatch.setattr(memory, "least_left", lambda devices, limit="": 10**9 if limit else 0)
     out = planned("b")
     planned("c", max_steps=1, **dict.fromkeys(get_checkpointing(), False))
@@ -158,7 +158,7 @@ def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
 
 
 def saved_student(models, out, dtype="float32", scale=1.0):
-    """The student as another tool writes it, in a dtype, its head scaled."""
+    """Save the student like another tool, in a dtype, with a scaled head; return the path."""
     loaded = load(models / "student", dtype=dtype, device="cpu")
     with torch.no_grad():
         loaded.model.lm_head.weight.mul_(scale)
@@ -197,7 +197,7 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     found = read_json(out / "healing.json", "healing")
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
-    # What is healed already is not the exact cut, which a patch is fitted for.
+    # A healed model is not the exact cut that a patch is fitted for.
     with pytest.raises(InputError, match="is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
@@ -214,7 +214,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")
-    # This text is made of ten words, and its tokens are letters.
+    # The text has ten words, and its tokens are letters, so the splits are alike.
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
     assert "of the report text is in another split too" in alike
@@ -266,7 +266,7 @@ def test_small_budgets_make_many_small_steps(tmp_path):
     settings = {"per_device_train_batch_size": 3, "learning_rate": 0.5}
     given = HealConfig(length=512, trainer=settings)
     assert recipe.sizes(given, 80_000, width=576, longest=512) == (3, 512, 0.5)
-    # Shared evenly by the processes.
+    # The batch is shared evenly by the processes.
     assert recipe.sizes(HealConfig(), 20_000, width=576, processes=3)[0] == 3
 
 
@@ -277,7 +277,7 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
     assert rows == [[7, 10, 11, 12, 13], [7, 14, 15, 16, 17], [7, 18], [7, 30, 31, 32, 33]]
     assert found.parts == ("a", "a", "a", "b")
     assert pieces(whole, 10) is whole
-    # Without a token that all begin with there is none to repeat.
+    # Without a common first token, none is repeated.
     other = pieces(TokenSet.from_rows([[1, 2, 3, 4], [5, 6]]), 2)
     assert other.input_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
 
@@ -296,10 +296,10 @@ def test_a_budget_in_tokens_is_spent(models, tmp_path):
 
 
 def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
-    # A step takes 0.6 seconds, and each of its tokens 5 milliseconds.
+    # A step takes 0.6 seconds, plus 5 milliseconds per token.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
     monkeypatch.setattr(train, "step_times", lambda job: times)
-    # What passes before is no part of this budget: the clock stands.
+    # The clock stands still, so that no time before the training counts.
     monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
     config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
@@ -324,7 +324,7 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
 
 
 def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
-    # Each look at the clock is two seconds later: one second for a model and 64 tokens.
+    # The clock advances two seconds per reading: one second for a model and 64 tokens.
     monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
     monkeypatch.setattr(home, "quality", lambda *given: None)
     text = TokenSet.from_rows([[7] * 64] * 10)
@@ -338,7 +338,7 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
 def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
     spent, spend = [], train._spend
     monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or spend(job))
-    # The text ends long before this time does, on any machine.
+    # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0
     found = bought(out)

@@ -1,4 +1,4 @@
-"""A healing ends where a domain gets worse, and a candidate's where it is behind another."""
+"""A healing ends if a domain gets worse, and a candidate's if it is behind another one's."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ TEXT = TokenSet.from_rows([[1] * 11] * 8, parts=["a", "b"] * 4)
 
 
 def check(step, a, b, noise=0.0):
-    """KL a and b on the two parts; the first samples of both are above the last by the noise."""
+    """Return a check with KL a and b on two parts; noise raises early samples, lowers late ones."""
     each = np.repeat(np.array([1, 1, -1, -1]) * noise, 2)
     return HealingCheck(step=step, kl_sums=(10 * (np.tile([a, b], 4) + each)).tolist())
 
@@ -47,15 +47,15 @@ def test_a_part_that_gets_worse_ends_a_healing():
     found = judge.verdict([start, better, check(10, 0.2, 1.2)])
     assert found.kept == 5
     assert "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000" in found.why
-    # What was worse than in the beginning at the check before is not kept either.
+    # An earlier check that was worse than the start is not kept either.
     none = judge.verdict([start, check(5, 0.5, 1.1), check(10, 0.2, 1.2)])
     assert none.kept == 0
     assert "no step is kept: on b the model got worse" in none.why
-    # Not where it is better than in the beginning, not within the noise, and not at once.
+    # No stop if the part is still better than at the start, within the noise, or at once.
     assert judge.verdict([start, better, check(10, 0.2, 0.95)]) is None
     assert judge.verdict([start, better, check(10, 0.2, 1.2, noise=3)]) is None
     assert judge.verdict([start, check(5, 3, 3)]) is None
-    # A part that is worse than it was and gets better may go on.
+    # No stop if a part is worse than at the start but getting better.
     assert judge.verdict([start, check(5, 3, 3), check(10, 2, 2)]) is None
     whole = Domains(TokenSet.from_rows([[1] * 11] * 8)).verdict([start, better, check(10, 2, 2)])
     assert "are kept: the model got worse" in whole.why
@@ -85,13 +85,13 @@ def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch)
     found = read_json(out / "healing.json", "healing")
     assert found["stopped"] == {"why": "enough", "kept": 2}
     assert len(curve(out)) == 4
-    # At the second step the model is what it was then, in a schedule of eight.
+    # The kept model is the one at step 2 in a schedule of eight steps.
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
     record = read_document(out / "healing.json", HealingFile)
     assert "enough" in healing_warnings(record)
     assert "Enough." in sentence("healing_words", record)
-    # The same where it was killed in between, and right behind the check.
+    # The same after a kill between two checks, and after one right behind a check.
     for after in (3, 4):
         config = options(models, tmp_path / f"again{after}", EIGHT)
         with pytest.raises(Killed):
@@ -128,7 +128,7 @@ def test_two_processes_stop_together(models, tmp_path):
 
 
 def _trains(room, dies, *arguments):
-    """The command line in one of two processes: with this room, killed once after that step."""
+    """Run the command line in one of two processes, with this room, killed after step ``dies``."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Only rank 0's processor is fast in bfloat16.
     torch.cpu.get_capabilities = lambda: {"amx_bf16": os.environ["RANK"] == "0"}
@@ -157,7 +157,7 @@ def _trains(room, dies, *arguments):
     ],
 )
 def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, exact):
-    """Half of each batch in each, and of the model where one lacks the room; after a kill too."""
+    """Each has half of a batch, and half of the model if one lacks the room; also after a kill."""
     half = {"dtype": "bfloat16"} if "dtype" in more else {}
     one = heal(options(models, tmp_path / "one", **{**more, **half}))
     config = options(
@@ -167,13 +167,13 @@ def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, 
     run([-signal.SIGKILL] * 2, tmp_path / "said", _trains, room, 3, *words)
     sharded = list(tmp_path.glob(".out.healing/trainer/checkpoint-2/pytorch_model_fsdp.bin"))
     assert len(sharded) == (room < 10**9 or bool(trainer))
-    # It goes on as it began, with more room too.
+    # It resumes as it began, even with more room.
     run([0, 0], tmp_path / "said", _trains, 10**9, 0, *words)
     found = read_json(tmp_path / "out" / "healing.json", "healing")
     assert found["processes"] == 2
     for mine, theirs in zip(found["steps"], curve(one), strict=True):
         assert mine["tokens"] == theirs["tokens"]
-        # The sum of the first step is not rounded in half precision either.
+        # The loss of the first step is not rounded even in half precision.
         rel = exact if mine["step"] > 1 else 1e-6
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=rel)
     assert shapes(tmp_path / "out") == shapes(one)

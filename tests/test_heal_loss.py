@@ -1,4 +1,4 @@
-"""The loss of healing, and what a healing takes of its device."""
+"""The loss of healing, and the memory that a healing takes on its device."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ def reference(student, teacher):
 
 @pytest.fixture(params=["compiled", "torch"])
 def loops(request, monkeypatch):
-    """Both forms of the loss, over few rows at a time."""
+    """Use each implementation of the loss, over few rows at a time."""
     for name in ("_BUFFER_ELEMENTS", "_CACHED_ELEMENTS"):
         monkeypatch.setattr(kl, name, 3 * 17)
     if request.param == "torch":
@@ -53,7 +53,7 @@ def loops(request, monkeypatch):
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize(
     ("dtype", "words", "rtol"),
-    # The gradient is stored in the logits' own dtype, then scaled: eight bits of bfloat16, twice.
+    # The gradient is stored in the logits' dtype, then scaled: rounded twice to bfloat16's 8 bits.
     [(torch.float32, 17, 1e-4), (torch.bfloat16, 4099, 2**-7)],
 )
 def test_divergence_and_its_gradient(dtype, words, rtol):
@@ -90,7 +90,7 @@ def test_chunks_of_the_vocabulary_change_nothing():
         loss.backward()
         results.append((loss.detach(), head.grad, read.grad, sizes))
     torch.testing.assert_close(results[0][:3], results[1][:3])
-    # None is computed again in the backward pass.
+    # No chunk is computed again in the backward pass.
     assert [r[3] for r in results] == [[7], [2, 2, 2, 1]]
 
 
@@ -119,7 +119,7 @@ def test_the_loss_counts_real_predictions_only(family, parts):
         ("lora", "llama", {}, torch.bfloat16),
         ("last:1", "llama", {}, torch.float32),
         ("lora", "llama", {"tie_word_embeddings": True}, torch.bfloat16),
-        # Its embedding computes with the dtype of its weight.
+        # Gemma 3's embedding computes with the dtype of its weight.
         ("lora", "gemma3", {"tie_word_embeddings": True}, torch.float32),
         ("last:1", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
     ],
@@ -128,7 +128,7 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family,
     plain = tiny_model(family, **changes)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
-    # One weight that bfloat16 cannot hold stays as it is.
+    # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
     odd, even = (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
@@ -182,7 +182,7 @@ def test_parts_that_are_too_large_are_none():
     costs = [cost for cost, _ in divisions([5] * 8, 4, 15)]
     assert np.isinf(costs[:2]).all()
     assert np.isfinite(costs[2:]).all()
-    # A sample that is too long by itself is a part of its own.
+    # A sample that is too long by itself becomes a part of its own.
     *_, (cost, found) = divisions([40, 5, 5], 2, 15)
     assert found == [slice(0, 1), slice(1, 3)]
     assert np.isfinite(cost)
@@ -268,7 +268,7 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
     count = lambda *given, **more: apart.append(1) or in_parts(*given, **more)  # noqa: E731
     monkeypatch.setattr(loss, "divergence_from_stream", count)
     train.train(job)
-    # Logits come a chunk at a time, however narrow the layers are.
+    # Logits are computed in chunks, however narrow the layers are.
     assert apart
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -299,7 +299,7 @@ def card():
 
 
 def job_on(card, models, folder, processes=None, training=None, **changes):
-    """Before its training, with the teacher on the card."""
+    """Return the job of a healing before its training, with the teacher on the card."""
     config = options(models, folder / "out", training, dtype="float32", **changes)
     teacher = load(models / "teacher", dtype="float32", device=str(card.device))
     job = Job(teacher, REMOVED, models / "student", TOKENS, folder, config)

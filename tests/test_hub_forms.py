@@ -80,7 +80,7 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
 
     blocks, images = stored("model.layers", 6, 100), stored("vq.up", 3, 300)
     assert find_prefix([*images, *blocks], 6) == "model.layers."
-    # A configuration that says too few blocks: not those of something small beside them.
+    # A configuration with too few blocks must not match a smaller stack of that many parts.
     with pytest.raises(CheckpointError, match=r"says 3 blocks but the tensors model\.layers"):
         find_prefix([*stored("projector", 3, 10), *blocks], 3)
 
@@ -99,7 +99,7 @@ def test_keys_and_values_that_later_blocks_read_are_noticed():
 
 
 class Handing(nn.Module):
-    """A block that returns a tensor beside the stream, and may add what it was handed."""
+    """A block that returns a second tensor, and may add the one that it receives to the stream."""
 
     def __init__(self, reads):
         super().__init__()
@@ -135,7 +135,7 @@ def test_what_blocks_hand_on_matters_where_it_is_read(reads):
 
 
 def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):
-    # Zamba 1: its configuration class has the period of Jamba's attention, and no other.
+    # Zamba 1: its configuration class has the period of Jamba's attention, but no other period.
     model = random_model(AutoModelForCausalLM, tiny_configuration("zamba"))
     model.save_pretrained(tmp_path / "source")
     assert "take turns with shared weights" in inspect_model(tmp_path / "source").rules()[0]

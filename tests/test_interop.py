@@ -1,4 +1,4 @@
-"""The hub: a stub server stands in for it."""
+"""Uploads to the hub, with a stub server in its place."""
 
 import base64
 import http.server
@@ -15,7 +15,7 @@ from isingcut.runs import interop_hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few addresses an upload uses; what it was sent is kept on the server object."""
+    """The few addresses that an upload uses; requests are kept on the server object."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))

@@ -1,4 +1,4 @@
-"""Answers of many states at once: against the harness, models asked one by one, and a kill."""
+"""Answers of many states at once: against the harness, against single models, after a kill."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def some_rows():
     rows = []
     for before, after in [(30, 2), (30, 1), (9, 4), (22, 6), (25, 1), (1, 3)]:
         context = rng.integers(0, 40, before).tolist()
-        # Some end with token 0, the padding's.
+        # Some end with token 0, which is also the padding.
         answers = [rng.integers(0, 40, after).tolist(), [*rng.integers(0, 40, after).tolist(), 0]]
         answers += [[7] * after, [0, 0, 0]]
         rows += [((*context, *answer), len(answer)) for answer in answers]
@@ -44,7 +44,7 @@ def some_rows():
 
 def test_likelihoods_are_the_harness_s(model):
     loaded, rows = model.loaded, some_rows()
-    # Longer than the model reads: both cut it on the left.
+    # Longer than the model's context: both cut it on the left.
     rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
     requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
     plain = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
@@ -66,7 +66,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
         }
         for k in range(20)
     ]
-    # Letters are one token each: their question runs once for all of them.
+    # Letters are one token each, so one pass is enough for all answers of a question.
     questions += [
         {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
     ]
@@ -81,7 +81,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
 
     monkeypatch.setattr(replays.Recording, "block", counted)
     found = score_states(model, task, REMOVED, Work(256))
-    # Two states are the same, and the questions by letters run once: 20 of 3 answers, and 10.
+    # Equal states run once: 20 questions of 3 answers, and 10 by letters of one pass each.
     assert sum(ran) == (6 + 4 + 2 + 4) * 70
     monkeypatch.undo()
     for scores, blocks in zip(found, REMOVED, strict=True):
@@ -113,7 +113,7 @@ def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         answer_scores(model.replay, rows, states, work)
     again = answer_scores(model.replay, rows, states, work)
-    # What was finished before the kill ran once.
+    # Batches that were finished before the kill ran once.
     assert sum(batches) - batches[3] == len({ids[:-1] for ids, _ in rows})
     for found, expected in zip(again, whole, strict=True):
         assert np.array_equal(found, expected)
@@ -175,7 +175,7 @@ def test_being_too_sure_costs_nothing():
     margins = [rng.normal(-0.5, 1.5, 3) for _ in range(200)]
     plain, sharp = (np.mean(temper_margins([k * m for m in margins])) for k in (1, 8))
     assert sharp == pytest.approx(plain, abs=2e-3)
-    # Of answers that say nothing a high temperature makes a guess among four.
+    # A high temperature turns answers without information into a guess among four.
     nothing = temper_margins([rng.normal(0.0, 3.0, 3) for _ in range(2000)])
     assert np.mean(nothing) == pytest.approx(-np.log(4), abs=0.05)
 
@@ -206,7 +206,7 @@ def test_where_a_task_does_not_say_what_is_right_the_score_counts():
     asked[-1] = (tasks[-1], {"doc": {}, "filtered_resps": [-5.0]})
     scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])
     assert certainties(asked, scores, by_length=True).tolist() == scores.tolist()
-    # A place, a text, and several: the margin of the wrong one is 2 nats or none.
+    # An index, a text, and several: the margin of the wrong one is 2 nats or none.
     told = [(Task(gold), answers) for gold in (0, "a", [0, 1])]
     first, second, both = certainties(told, np.zeros(3), by_length=False)
     assert first == second < 0
@@ -235,7 +235,7 @@ def written(model, work, state=0):
 
 
 def kill_after(goes, monkeypatch):
-    """Once, after so many; returns how many texts each writes."""
+    """Raise KeyboardInterrupt once, after ``goes`` calls; return the number of texts per call."""
     counts, generate = list[int](), HFLM._model_generate
 
     def killed(self, context, **rest):
@@ -269,7 +269,7 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     written(model, Work(10))
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
-    # A prompt that is longer is written by itself.
+    # A longer prompt is generated alone.
     assert all(count == 1 or count * length <= MICRO_BATCHES * 10 for count, length in went)
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 

@@ -1,4 +1,4 @@
-"""Measured losses against removing the blocks for real; sums over pieces of the vocabulary."""
+"""Measured losses against models without the blocks; sums over pieces of the vocabulary."""
 
 import re
 from itertools import combinations
@@ -22,7 +22,7 @@ from tiny import plain_sums, random_tokens, tiny_replay, without
 
 
 def really_removed(replay, tokens, removed):
-    """Mean KL and NLL per token of a deep copy of the model that lost the blocks."""
+    """Return mean KL and NLL per token of a deep copy of the model without the blocks."""
     sums = plain_sums(replay.model, without(replay.model, removed), tokens)
     return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_names_state_block_and_text():
         measure(replay, tokens, states_of(len(replay), [(1,), (0, 4)]))
     replay = tiny_replay("llama")
     replay.blocks[3].forward = lambda x, **rest: torch.full_like(x, torch.nan)
-    # Of some of a model's blocks, as a plan runs them, too.
+    # The same with only some of the model's blocks, as in a plan.
     with pytest.raises(ModelError, match=r"^the output of block 3 "):
         measure(Replay(replay.model, replay.blocks[2:4]), tokens, [])
     replay = tiny_replay("llama")

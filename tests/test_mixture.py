@@ -1,4 +1,4 @@
-"""A mixture of texts holds its shares of tokens, and keeps what a single text promises."""
+"""A mixture of texts has its shares of tokens, and all properties of a single text."""
 
 import json
 import re
@@ -199,7 +199,7 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
     assert alone.parts == {}
     assert dict(found.parts["a.jsonl"].after) == pytest.approx(dict(alone.after))
     rows = evaluation_rows(EvaluationFile.model_construct(**dict(found)))
-    # By part right after the whole, before what is no quality.
+    # Values by part come right after those of the whole, before sizes.
     keys = [row.key for row in rows]
     assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
     assert keys.index("b.jsonl: kl") < keys.index("blocks")

@@ -38,7 +38,7 @@ def run(source, text, out, **more):
 
 
 def bytes_of(folder, start):
-    """The tensors of a block; transformers writes experts one by one, and merges them again."""
+    """Return a block's bytes except experts, which transformers stores singly and merges again."""
     stored = {n: t for n, t in read_checkpoint(folder).items() if "experts" not in n}
     return {n.removeprefix(start): t.data() for n, t in stored.items() if n.startswith(start)}
 

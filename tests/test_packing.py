@@ -1,4 +1,4 @@
-"""A budget for a packed model: what each type takes and costs, and which type or cut is chosen."""
+"""A budget for a packed model: size and loss of each type, and the chosen type or cut."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from tiny import in_memory, plain_sums, random_tokens, streamed, without
 pytestmark = pytest.mark.usefixtures("no_speed")
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 IDLE = 3
-"""A block that adds nothing to the stream: the only one that costs nothing to remove."""
+"""Index of the block that adds nothing to the stream, the only one that is free to remove."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def file(tmp_path_factory):
 
 
 def whole(file, kind, folder):
-    """The size of the file with every block, in a type."""
+    """Return the size of the file with every block, packed in a type."""
     cut_gguf(file, [], folder / "whole.gguf", overwrite=True, packed=kind)
     return (folder / "whole.gguf").stat().st_size
 
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
         predicted = packer.costs(kind, costs)
         assert predicted.size([]) == whole(file, kind, tmp_path)
         cut_gguf(file, [1, 2], tmp_path / f"{kind}.gguf", packed=kind)
-        # The header of the whole file is longer: two blocks of nine tensors.
+        # The header of the whole file is longer by two blocks of nine tensors.
         header = predicted.size([1, 2]) - (tmp_path / f"{kind}.gguf").stat().st_size
         assert 0 < header < 2 * 9 * 80
     parameters = dict(session.loaded.model.named_parameters())
@@ -112,11 +112,11 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path, mon
     size, cache = whole(file, "Q5_0", tmp_path) / 1e3, 8192 * 2 * 2 * 16 * 2 * 6 / 1e3
     assert fitting(f"memory={size + cache:.3f}kB@8k") == ["Q5_0", "Q4_1", "Q4_0"]
     assert fitting(f"memory={size + cache - 0.1:.3f}kB@8192") == ["Q4_1", "Q4_0"]
-    # Q8_0 has 8.5 bits of 16, and the cache stays.
+    # Q8_0 has 8.5 bits instead of 16, and the cache is the same.
     assert fitting("decode=40%") == ["Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
     assert fitting("decode=40%,file=999MB") == fitting("decode=40%")
     assert fitting("decode=1%@100k") == []
-    # Of what llama.cpp would not run when it is cut, only whole types are left.
+    # If llama.cpp would not run a cut of this model, only whole types are left.
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     with pytest.raises(ArchitectureError, match="may derive the kind of a 'llama' block"):
         fitting("file=100kB")
@@ -135,7 +135,7 @@ def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_
     found = chosen(file, text, tmp_path / "idle", f"file={size[''] / 1e3 - 0.1:.3f}kB")
     assert (found.best.packed.type, found.best.removed) == ("", [IDLE])
     assert found.best.measured < 1e-6
-    # Several of the others would have to go from the file as it is.
+    # In the type of the file, several of the other blocks would have to be removed.
     found = chosen(file, text, tmp_path / "whole", f"file={size['Q8_0'] / 1e3:.3f}kB")
     assert (found.best.packed.type, found.best.fits) == ("Q8_0", True)
     assert 0 < found.best.kl < min(f.loss for f in found.types if f is not found.best)
@@ -160,7 +160,7 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
     assert f"ll matrices are packed as {best.packed.type}, those outside the blocks" in card
     assert "bit for bit" not in card
     assert said["verdict"][:40] in (run / "report.html").read_text()
-    # Nothing is measured again, and another limit is one of the same type.
+    # Nothing is measured again, and another limit is for the same type.
     assert call(*line, *words, "--quiet") == 0
     assert call("solve", run, "--budget", f"file={size - 1:.3f}kB") == 0
     assert call("solve", run, "--budget", "file=1GB") == 2

@@ -40,7 +40,7 @@ def tokens(samples=12, length=24, seed=0):
 
 
 def fitted(model, removed, text, *, reads=True):
-    """Patches of what a layer reads, or of what it writes, as where memory is short."""
+    """Return patches that map a layer's inputs, or its outputs, as with little memory."""
     stack, replay = find_stack(model), replay_of(model)
 
     def chosen(fitting, writes):
@@ -53,7 +53,7 @@ def fitted(model, removed, text, *, reads=True):
 
 @contextmanager
 def watched(model, block, path):
-    """Streams and the layer's input in an ordinary forward pass."""
+    """Record the block's output, and the layer's input and output, in a forward pass."""
     found = {}
     module = model.model.layers[block]
 
@@ -75,7 +75,7 @@ def watched(model, block, path):
 
 
 def streams(model, text, block):
-    """What leaves a block of the intact model, (tokens, D), real tokens only."""
+    """Return the output of a block of the intact model, (tokens, D), for real tokens only."""
     with watched(model, block, "mlp.down_proj") as found, torch.no_grad():
         model(text.input_ids, use_cache=False)
     return found["stream"][text.mask]
@@ -113,7 +113,7 @@ def test_useless_features_give_no_map():
         x = torch.randn(8, 4, generator=generator)
         side.add(x, torch.randn(8, 2, generator=generator), torch.ones(8))
         sides.append(side)
-    # Opposite targets on the two halves: whatever fits one misleads on the other.
+    # Opposite targets on the two halves: a fit to one is wrong for the other.
     sides[1].xx, sides[1].tx = sides[0].xx, -sides[0].tx
     assert fit_ridge(sides[0], sides[1]) is None
 
@@ -145,7 +145,7 @@ def test_one_cut_solves_its_least_squares_problem(reads):
 
 
 def assert_stationary(model, text, patch, removed, patches=()):
-    """The gradient of the objective vanishes at the fitted change, on the model patched so far."""
+    """Check that the objective's gradient vanishes at the fitted change, given earlier patches."""
     stack = find_stack(model)
     target = streams(model, text, patch.block + 1)
     with (
@@ -236,7 +236,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
     (alone,) = found.patches
-    # As if the first cut could not be patched: fitted on the cut model as it is.
+    # The other patch is fitted on the cut model without a patch for the first cut.
     assert_stationary(model, tokens(), alone, [2])
 
 
@@ -254,8 +254,8 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     stack = find_stack(teacher.model)
     text = tokens(32)
     fit_patches(replay, stack.kinds, text, removed, Work(96))
-    # Block 0 may have been read ahead; blocks behind the last cut are not needed. What answers by
-    # gains is read again, once its target is known.
+    # Block 0 may be read ahead; blocks after the last cut are not needed. A block that is patched
+    # by gains is read again when its target is known.
     assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
     job = dataclasses.replace(job, teacher=teacher, replay=replay)
     record = patch_checkpoint(job, tmp_path / "streamed")
@@ -341,7 +341,7 @@ def tuned(model, text, removed=REMOVED):
 
 
 def divergence(model, text, found, removed=REMOVED):
-    """KL(original || patched) of plain forward passes over the samples held out."""
+    """Return KL(original || patched) from plain forward passes over the held-out samples."""
     stack, total, count = find_stack(model), 0.0, 0
     for s in range(7, text.samples, 8):
         ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
@@ -357,7 +357,7 @@ def divergence(model, text, found, removed=REMOVED):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
 def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(monkeypatch, family):
-    # Every sample eight times, so that what is learnt also holds on the validation samples.
+    # Every sample eight times, so that what is learnt also applies to the validation samples.
     model, text = tiny_model(family), tokens(16).select(torch.arange(16).repeat_interleave(8))
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
     monkeypatch.setattr(tuning, "RATE", 0.002)
@@ -482,7 +482,7 @@ def test_half_precision_does_not_hide_gains(family):
     left = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(family)
-        # A stream so large that what is written to it is rounded to a few steps.
+        # A residual stream so large that additions to it are rounded to a few steps.
         model.get_input_embeddings().weight.data *= 40
         (patch,) = fitted(model.to(dtype), [2], tokens(64))
         left.append(patch.record.held_out_error_left)
@@ -490,7 +490,7 @@ def test_half_precision_does_not_hide_gains(family):
 
 
 def block_error(model, patches, p, last, text):
-    """Weighted squares between the original's stream after a cut and that after block p."""
+    """Return weighted squared errors of block p's output against the original's after the cut."""
     found = {}
     blocks = stack_modules(model, find_stack(model))
 
@@ -524,7 +524,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
 ):
     model, text = tiny_model(family), tokens(64)
 
-    # The map of the rows to fit alone, whose error on the others the record tells.
+    # The map of the fitting rows only; the record has its error on the other rows.
     def fit_alone(fit, *given):
         rows, found = copy.deepcopy(fit), fit_ridge(fit, *given)
         return found and dataclasses.replace(found, map=linear.ridge_map(rows, found.strength))
@@ -556,7 +556,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
         rms = written.square().mean(-1, keepdim=True).sqrt()
     expected = block.post_feedforward_layernorm.weight.detach().double() / rms.double()
     assert gained.write.path == "mlp.down_proj"
-    # The norm answers along the direction of what it is given not at all: a gain is no more.
+    # A change along the norm's input does not change its output, so a gain is an approximation.
     assert float(((found - expected) / expected).abs().median()) < 0.05
 
 

@@ -51,7 +51,7 @@ def patch_of(checkpoint):
 
 @pytest.fixture(scope="module")
 def text(shared):
-    """Fewer words than elsewhere, for patches are fitted on all of them."""
+    """Fewer words than elsewhere, because patches are fitted on all of them."""
     return shared.folder("few", lambda place: write_words(place / "text.txt", 450)) / "text.txt"
 
 
@@ -87,7 +87,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
     assert plain.keys() == patched.keys()
     changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
     assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
-    # Of blocks 1 and 4, which are 1 and 2 now.
+    # The tuned layers are in blocks 1 and 4, which are now 1 and 2.
     new = {1: 1, 4: 2}
     tuned = {f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]}
     assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
@@ -103,7 +103,7 @@ def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(run, exac
     found = read_json(run / "evaluation.json", "evaluation")
     assert found["last"] == "patched"
     assert found["kl"] < found["cut"]["kl"]
-    # The exact cut's figures are those of its checkpoint.
+    # The values of the exact cut are those of its checkpoint.
     calibration = Calibration.load(run / "calibration.safetensors")
     models = (load(m, dtype="float32", device="cpu").model for m in (llama, exact))
     scores = quality(*models, calibration.splits["report"])
@@ -282,7 +282,7 @@ def test_a_run_heals_what_the_ranking_chose(healed_run):
     assert cut["patch"]["cuts"]
     found = read_json(healed_run / "healing.json", "healing")
     assert found["removed"] == cut["removed"]
-    # It was patched before.
+    # The cut was patched before.
     assert (found["start"], found["options"]["patch"]) == ("patched", "none")
     assert len(found["steps"]) == 3
     assert found["after"]["kl"] < found["before"]["kl"]

@@ -18,12 +18,12 @@ from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, call
 
-# `finished` measures them once.
+# Other tests measure speed and memory.
 pytestmark = pytest.mark.usefixtures("no_speed")
 
 
 def job(model, text, out, **more):
-    """A whole run on a tiny model."""
+    """Do a whole run on a tiny model."""
     options = {"model": str(model), "calibration": str(text), "out": str(out)}
     return isingcut.run(**{**OPTIONS, **options, **more})
 
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_from_what_is_there(finished, llama, text, tmp_path
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     manifest = json.loads((out / "run.json").read_text())
-    # As a kill during the ranking leaves it.
+    # The state that a kill during the ranking leaves.
     for name in ("candidates.json", "evaluation.json", "report.md", "report.json", "report.html"):
         (out / name).unlink()
         manifest["stages"].pop(name, None)

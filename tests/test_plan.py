@@ -1,4 +1,4 @@
-"""Plans: what is timed, how often it is counted, what is advised, and that nothing is written."""
+"""Plans: what is timed, how often it is counted, the advice, and that nothing is written."""
 
 import json
 import os
@@ -25,12 +25,12 @@ LENGTH = 16
 
 
 class Operations(TorchDispatchMode):
-    """Counts those of matrix products, forward and backward."""
+    """Counter of the operations of matrix products, forward and backward."""
 
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Without gradients to take, a linear map comes here whole.
+        # Without gradients, a linear map arrives as one operation and has to be decomposed.
         with self:
             found = func.decompose(*args, **(kwargs or {}))
         if found is not NotImplemented:
@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
 
 
 def prices(**given):
-    """Of four blocks that take one second each, and a head of two."""
+    """Return prices for four blocks that take one second each, and a head that takes two."""
     found = object.__new__(Prices)
     vars(found).update(
         config=RunConfig(model="m", length=LENGTH, samples=5),
@@ -61,7 +61,7 @@ def stage(counted, name):
 
 
 def test_energies_take_the_passes_that_are_counted(llama):
-    """In operations of a measurement, not in seconds."""
+    """Compare operations relative to a measurement, not seconds."""
     replay = replay_of(load(llama, dtype="float32", device="cpu").model)
     replay.attention = "eager"
     n, text = len(replay), random_tokens([LENGTH] * 4)
@@ -94,10 +94,10 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
 
 def test_a_patch_costs_passes_over_its_text():
     counted = prices()
-    # Half of the blocks go: a deep cut.
+    # Half of the blocks are removed: a deep cut.
     for patch, passes in (("tuned", 6), ("linear", 3)):
         counted.config = counted.config.replace(patch_tokens=100, patch=patch)
-        # Read, written and read again.
+        # The weights are read, written and read again.
         assert stage(counted, "patch")["seconds"] == pytest.approx(100 * passes * 6 + 3 * 0.1 * 60)
     counted.config = counted.config.replace(patch="none")
     assert stage(counted, "patch") is None
@@ -106,7 +106,7 @@ def test_a_patch_costs_passes_over_its_text():
 def test_a_budget_of_healing_takes_its_tokens_or_its_time():
     counted = prices()
     assert stage(counted, "heal") is None
-    # The original, then three times the half of it.
+    # One pass of the original, and three of a model of half its size.
     each = 6 + 3 * 0.5 * 6
     counted.config = counted.config.replace(heal="20ktokens")
     healed = stage(counted, "heal")
@@ -134,7 +134,7 @@ def test_a_search_costs_its_passes_or_its_minutes():
 
 def test_where_streams_do_not_fit_the_disk_sets_the_pace():
     states = list_removals(4)
-    # One byte of room each.
+    # With room for one byte, every byte takes a sweep.
     sweeps = 5 * LENGTH * (len(states) + 1) * 8
     slow = prices(reading=1e6, streamed=True, room=1)
     assert slow.energy("pairwise")["seconds"] == (sweeps + 1) * 1e6 * slow.weights
@@ -160,7 +160,7 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
     for line in found["energies"] + found["stages"]:
         assert min(line["seconds"], line["memory"]) > 0, line["name"]
     assert [s["name"] for s in found["stages"]] == ["load", "rank", "excise", "patch", "evaluate"]
-    # As given for one energy, as each energy's own otherwise: here for all, as a run would.
+    # An explicit --samples applies to all energies; otherwise each has a default of its own.
     assert {e["samples"] for e in found["energies"]} == {8}
     assert found["command"].startswith(f"isingcut run {llama} --remove 2 --samples 8 --length 16")
     assert found["remove"] == 2

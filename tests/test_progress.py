@@ -13,7 +13,7 @@ from isingcut.measure.work import Work
 
 @pytest.fixture
 def log(capsys):
-    """The lines of a bar of twenty steps that are made so many at a time, with seconds between."""
+    """Function that makes steps on a bar of twenty, with seconds between; returns its lines."""
 
     def lines(steps, seconds, notes=lambda k: "", begun=0):
         now = [0.0]
@@ -70,7 +70,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 
 class Bar:
-    """Keeps how far it is and what it was told."""
+    """A bar that keeps its position and its notes."""
 
     def __init__(self):
         self.done, self.notes = 0.0, list[str]()
@@ -81,8 +81,8 @@ class Bar:
 
 
 def test_measuring_reports_the_best_so_far(finished, tmp_path):
-    """The note beside the bar is the lowest mean KL of the samples seen; what a killed measurement
-    had is counted at once, so that the pace of new steps begins behind it."""
+    """The note next to the bar is the lowest mean KL of the samples so far. Steps of a killed
+    measurement are counted at once, so that the pace of new steps leaves them out."""
     bars = []
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ def test_a_part_counts_its_share_of_a_bar():
     with part("first", 8) as inner:
         inner.advance(2)
     assert bar.done == 1
-    # What is left is parted anew.
+    # The rest is divided anew.
     with part("second", 2) as inner:
         inner.advance(1)
         assert bar.done == 2.5

@@ -1,4 +1,4 @@
-"""The proof of a cut: what it notices, what it cannot be fooled by, and what it says."""
+"""The proof of a cut: errors that it detects, even well hidden ones, and its remarks."""
 
 import contextlib
 import math
@@ -28,7 +28,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def cut_of(model, removed, folder):
-    """The checkpoint of a model without some blocks."""
+    """Write the checkpoint of a model without some blocks; return its folder."""
     model.save_pretrained(folder / "source")
     excise(folder / "source", removed, folder / "cut")
     return folder / "cut"
@@ -73,7 +73,7 @@ def test_no_number_proves_nothing():
 
 
 def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
-    """Its logits of image tokens hold the smallest float."""
+    """The logits of its image tokens are the smallest float."""
     model = composite("chameleon")
     cut = cut_of(model, [1], tmp_path)
     proof = verify(model, [1], cut, images=invent_images)
@@ -100,7 +100,7 @@ def test_generation_is_compared_beside_masked_logits(tmp_path):
 @pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
 def test_a_tie_is_told_by_the_rounding_of_its_own_logits(above, tie):
     class Rounded:
-        """The best two of its logits are 16 and a little more, the usual size is 4."""
+        """The two largest logits are 16 and a little more, the usual size is 4."""
 
         dtype = torch.bfloat16
 
@@ -113,13 +113,13 @@ def test_a_tie_is_told_by_the_rounding_of_its_own_logits(above, tie):
             logits[..., 1], logits[..., 2] = 16.0, 16.0 + above
             return SimpleNamespace(logits=logits.bfloat16())
 
-    # One step of bfloat16 at 16 is 0.125: 0.8 % of them, and 3 % of the usual size.
+    # One step of bfloat16 at 16 is 0.125: 0.8 % of 16, and 3 % of the usual size.
     noticed = pytest.raises(VerificationError, match="differs from generation")
     with contextlib.nullcontext() if tie else noticed:
         check_generation(Rounded(), torch.arange(6)[None], 1, "the model")
 
 
-# Families with image features that join the stream behind text blocks 0, 1 and 2.
+# Families whose image features are added to the stream after text blocks 0, 1 and 2.
 DEEPSTACK = ["cohere_compass", "qwen3_omni_moe_thinker"]
 
 
@@ -132,7 +132,7 @@ def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path)
     assert proof.inputs == "text and an image"
     assert proof.difference == 0.0
     assert proof.remarks == []
-    # Qwen-VL would go on counting positions from the image in the text after it.
+    # Otherwise Qwen-VL would continue the positions of the image in later text.
     assert getattr(model.model, "rope_deltas", None) is None
 
 
@@ -199,7 +199,7 @@ def test_a_proof_without_an_image_says_so(tmp_path):
 def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    # The tiny model's image token is the tokenizer's fourth.
+    # The image token of the tiny model is the tokenizer's fourth.
     tokenizer, model = tiny_tokenizer(), composite("llava")
     vision = model.config.vision_config
     side = {"height": vision.image_size, "width": vision.image_size}

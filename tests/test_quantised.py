@@ -62,7 +62,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     assert record.proof.difference == 0.0
     assert record.cuts[0].content()["stored"] == "bfloat16, not quantised"
     if patch == "tuned":
-        # The others would grow, so that they are not tuned.
+        # Other layers would take more bytes, so they are not tuned.
         layers = {(t.block, t.layer) for t in record.tuning.layers}
         assert layers <= {(1, "mlp.down_proj")}
         assert record.tuning.steps
@@ -127,7 +127,7 @@ def test_dequantise_spreads_every_kind_of_scale():
 
 
 def nemotron(folder):
-    """A tiny 52-block Nemotron-H in ModelOpt FP8, configured as the real checkpoint is."""
+    """Write a tiny 52-block Nemotron-H in ModelOpt FP8, configured like the real checkpoint."""
     kinds = [KINDS[letter] for letter in PATTERN]
     tiny_checkpoint("nemotron_h", folder, layers_block_type=kinds)
     with edit_config(folder) as config:
@@ -210,7 +210,7 @@ def test_int4_packs_are_cut_as_bytes(tmp_path):
 
 def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    # Its packs are of 32 numbers.
+    # MXFP4 packs 32 numbers at a time.
     tiny_checkpoint("gpt_oss", source, intermediate_size=64)
     values = mxfp4(source)
     model, found = load_plain(source, torch.float32)

@@ -1,4 +1,4 @@
-"""The report and the model card say what the files say, and when a file is not there."""
+"""The report and the model card show what the files hold, and report missing files."""
 
 import re
 
@@ -108,7 +108,7 @@ def test_a_name_stands_for_itself_in_markdown(folder, name):
     assert not kinds & {"html_block", "html_inline", "image", "em_open", "s_open"}
     addresses = {t.attrs["href"] for t in tokens if t.type == "link_open"}
     assert addresses == {"https://arxiv.org/abs/2602.00161"}
-    # Backticks alone are not shown: they make code of what is between them.
+    # Only backticks are not shown: they turn the text between them into code.
     shown = re.sub(r"\s+", " ", name.replace("`", ""))
     said = ["".join(t.content for t in block.children or ()) for block in report]
     assert f"{shown} without 3 of its 12 blocks" in said
@@ -118,7 +118,7 @@ def test_a_name_stands_for_itself_in_markdown(folder, name):
 
 
 def read(page):
-    """The blocks of a page of Markdown."""
+    """Return the tokens of a page of Markdown."""
     return MarkdownIt().enable(["table", "strikethrough"]).parse(page)
 
 
@@ -131,7 +131,7 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     assert lines[0].endswith("0         1")
     for line, row in zip(lines[2:], found["candidates"], strict=True):
         assert [i for i, c in enumerate(line[-N:]) if c == "·"] == row["removed"]
-        # Columns stand under their numbers.
+        # Columns are below their numbers.
         assert len(line) == len(lines[1])
         assert f"{row['kl']:.4f} ± {row['kl_se']:.4f}" in line
         assert line.lstrip().startswith("*") == (row["removed"] == found["chosen"]["removed"])
@@ -271,10 +271,10 @@ def test_other_methods_stand_with_the_chosen_state_lowest_first(folder):
     assert rows[0] == f"| `none` | 0 and 3 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
     assert rows[1] == f"| `cbo` | 0 and 3 | 0.1250 ± 0.0500 | {figures} none |"
     assert rows[2].startswith("| chosen (`pairwise`) | ")
-    # Its energy did not count what it took.
+    # The energy did not count its passes.
     assert rows[2].endswith(" | not counted | 40 | none |")
     assert rows[3].startswith("| `sleb`, loss=kl | ")
-    # What breaks a constraint has not won.
+    # A method that breaks a constraint does not win.
     assert "**Warning.** Measured here, cbo found a lower KL" in part
 
 
@@ -360,7 +360,7 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
     assert found.index("## How") < found.index("## Healed") < found.index("## Source")
     assert "## Healed" not in cut
-    # That of another tool keeps its text.
+    # A card of another tool keeps its text.
     other = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed)
     assert other.startswith("# mine\n\nBe careful.\n\n## Healed\n")
     assert "from 0.9000 to 0.5000" in other

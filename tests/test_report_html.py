@@ -91,7 +91,7 @@ def test_the_page_needs_nothing_else(run, page):
 def test_every_figure_holds_its_data(page):
     n, states, random = 12, 20, 30
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
-    assert len(rows) == states + 3  # 20 on the map; two baselines and the choice beside them
+    assert len(rows) == states + 3  # 20 on the map, two baselines and the choice
     assert len(page.classed("k")) + len(page.classed("r")) == n * (1 + states + 3)
     assert len(page.classed("d")) == n
     kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
@@ -112,7 +112,7 @@ def test_every_figure_holds_its_data(page):
 def test_every_coupling_has_the_colour_of_its_sign(page):
     coupling = hamiltonian(12, 1).J
     cells = [a for tag, a in page.elements if tag == "rect" and "fill-opacity" in a]
-    # Those with a width are the legend's.
+    # Cells with a width belong to the legend.
     assert [(a["class"], int(a["x"])) for a in cells if "width" not in a] == [
         ("p" if coupling[i, j] > 0 else "n", j) for i in range(12) for j in range(12) if i != j
     ]
@@ -197,7 +197,7 @@ def test_a_range_of_removals_is_shown_as_a_curve(tmp_path):
 
 
 def test_figures_that_were_not_measured_are_not_invented(tmp_path):
-    """As of a streamed run, and of one sample, which has no error."""
+    """As in a streamed run, or with one sample, which has no error."""
     run = write_run(tmp_path / "run", extras=False)
     found = read_json(run / "evaluation.json", "evaluation")
     for part in ("before", "after"):
@@ -262,7 +262,7 @@ def test_an_energy_in_arbitrary_units_is_never_drawn_as_a_loss(tmp_path):
     run = write_run(tmp_path / "run", unit="arbitrary")
     page = page_of(run)
     assert all("--e" not in a.get("style", "") for a in page.classed("dots"))
-    # No hollow removal placed at an energy.
+    # No hollow mark for a removal with an energy only.
     marks = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
     assert marks["mark"] == 2 * 50 + 3 + 2 + 2 + 2 + 30
 

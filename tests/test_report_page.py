@@ -1,4 +1,4 @@
-"""The report in a headless Chromium: it draws, answers, fits, and can be used without a mouse."""
+"""The report in a headless Chromium: it draws, responds, fits, and works without a mouse."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-# Of its own accord Chromium asks for updates and name servers; a test machine has no network.
+# By default Chromium contacts update and name servers; a test machine has no network.
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(run):
-    """The pages to look at: a run, one of 96 blocks, and a comparison of three."""
+    """The pages to test: a run, one of 96 blocks, and a comparison of three."""
     large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
     write_report(large)
     other = write_run(run.parent / "other", energy="hessian", extras=False)
@@ -61,13 +61,13 @@ def files(run):
 
 @pytest.fixture
 def show(browser, files):
-    """Opens a page from disk; what it complains of or asks for fails the test."""
+    """Function that opens a page from disk; its messages, errors and requests fail the test."""
     contexts = []
     complaints = []
 
     def opened(name, size=DESK, **options):
         context = browser.new_context(viewport=size, **options)
-        # Only a page that never answers may fail for its slowness; machines are shared.
+        # Shared machines are slow: only a page that never responds may reach the limit.
         context.set_default_timeout(180_000)
         contexts.append(context)
         page = context.new_page()
@@ -94,7 +94,7 @@ def test_nothing_scrolls_sideways(show, name, size):
     assert overflow(page) <= 0
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
     assert overflow(page) <= 0
-    # What is too wide for a phone scrolls in a box of its own, which the keyboard reaches.
+    # Content too wide for a phone scrolls in a box of its own, which the keyboard can reach.
     boxes = page.eval_on_selector_all(
         ".scroll", "all => all.filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"
     )
@@ -204,7 +204,7 @@ def test_the_keyboard_reaches_everything(show, run):
 
 
 def violations(page, **options):
-    """What axe calls serious or critical: rule, element and remedy."""
+    """Return the violations that axe calls serious or critical: rule, element and remedy."""
     found = Axe().run(page, options={"resultTypes": ["violations"], **options})
     return [
         (v["id"], str(node["target"]), str(node.get("failureSummary")))
@@ -216,7 +216,7 @@ def violations(page, **options):
 
 def test_axe_finds_no_serious_violation(show):
     page = show("run", color_scheme="light")
-    # All data tables are made alike; axe takes long over many rows.
+    # Three tables only, as all are made alike and axe takes long over many rows.
     for one in ("#compared", "#scatter-pairwise", "#provenance"):
         page.evaluate(f"document.querySelector('{one} details').open = true")
     page.locator("#map tbody tr").nth(1).click()

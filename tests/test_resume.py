@@ -1,4 +1,4 @@
-"""Killed at any moment a run ends with the same bytes, and one of an earlier version opens."""
+"""A run killed at any moment ends with the same bytes; a run of an earlier version opens."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ OPTIONS = {**USUAL, "remove": 2, "also": "hessian", "attention": "sdpa", "batch_
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tiny model, a text, and the run of a process that nobody killed."""
+    """A folder with a tiny model, a text, and the run of a process that was not killed."""
     folder = tmp_path_factory.mktemp("resume")
     tiny_checkpoint("llama", folder / "model", num_hidden_layers=4)
     write_words(folder / "text.txt")
@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 
 
 def _run(place, out, moment):
-    """The whole job, in a process that is killed before its operation number ``moment``."""
+    """Do the whole job, in a process that is killed before its operation number ``moment``."""
     _die_at(moment)
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
@@ -52,7 +52,7 @@ def _run(place, out, moment):
 
 
 def _die_at(moment):
-    """Kill this process in front of its n-th operation that makes something last on the disk."""
+    """Kill this process before operation number ``moment`` of those with lasting effects."""
     count = 0
 
     def watched(operation):
@@ -61,7 +61,7 @@ def _die_at(moment):
             count += 1
             if count == moment:
                 if isinstance(what, Journal) and what._path is not None and what.keys():
-                    # Its end is torn, as after a power cut.
+                    # The journal's end is cut off, as after a power failure.
                     os.truncate(what._path, os.path.getsize(what._path) - 7)
                 os.kill(os.getpid(), signal.SIGKILL)
             return operation(what, *arguments, **options)
@@ -73,7 +73,7 @@ def _die_at(moment):
     unlink = os.unlink
 
     def forget(path, **options):
-        # Other files that go are temporary ones, whose new names are already there.
+        # Other deleted files are temporary ones whose content has its final name already.
         remove = watched(unlink) if "journal" in str(path) else unlink
         remove(path, **options)
 
@@ -81,7 +81,7 @@ def _die_at(moment):
 
 
 def _lasting(run):
-    """The content of all files of a run that hold no times, by name."""
+    """Return the content of all files of a run that hold no times, by name."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -99,7 +99,7 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
     rng = np.random.default_rng(11)
     killed = 0
     while True:
-        # Later ones last, so that the chain gets on; the last one is not killed at all.
+        # Five kills at random operations; the last process is not killed.
         moment = int(rng.integers(1, 25)) if killed < 5 else 10_000
         process = start(said, _run, place, out, moment)
         process.join(240)
@@ -113,7 +113,7 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
 
 
 def _leave_temporaries(folder):
-    """Killed with a file, a new folder and an old folder half way."""
+    """Die with a file, a new folder and an old folder half replaced."""
     with atomic_folder(folder / "model") as old:
         (old / "old").touch()
     with contextlib.ExitStack() as stack:
@@ -141,7 +141,7 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     lock_beside(tmp_path / "other").touch()
     with lock_place(tmp_path if inside else tmp_path / "model", inside=inside):
         left = {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"}
-    # Neither of ours, nor of an output with a lock of its own.
+    # Kept: a foreign file, and one of an output with a lock of its own.
     kept = {"model", ".model.part", other.name}
     assert kept <= left <= kept | {p.name for p in tmp_path.glob(".run.json.*")}
     assert inside == (left == kept), "beside an output only its own"
@@ -170,7 +170,7 @@ HEADER = {
 
 @pytest.fixture
 def old(tmp_path):
-    """The folder, with the hashes of its files in run.json; folders had none."""
+    """The run folder, with the hashes of its files in run.json, but none of folders."""
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     tensors = {"h": np.arange(6.0), "J": np.zeros((6, 6)), "c": np.zeros(1)}

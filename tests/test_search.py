@@ -117,7 +117,7 @@ def test_rungs_begin_with_few_tokens_whatever_the_text_holds(samples, tokens, ru
 
 
 def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
-    # Blocks of weight 1 or 2, of which 4 or more must go: three or four average ones.
+    # Blocks have weight 1 or 2, and a removal needs 4 or more: three or four average blocks.
     weights = np.array([1.0, 2.0] * (N // 2))
     row = LinearConstraint("budget", weights, ">=", 4.0)
     target = Target.of("params=4", [row], N)
@@ -127,7 +127,7 @@ def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
     found = Search(replay, tokens, WORK, [target], 30.0).run()
     measured = np.array([k.state for k in found.evaluator.known.values()])
     assert row.satisfied(measured).any()
-    # No path goes on once the budget is met, so nothing without a last needed block was grown.
+    # Paths end when the budget is met, so every grown state needs at least one of its blocks.
     climbed = [k for k in measured if k.sum() > 2 and key_of(k) not in found._origins]
     assert climbed
     assert all(((weights[s].sum() - weights[s]) < 4.0).any() for s in climbed)
@@ -213,7 +213,7 @@ def test_surrogate_samples_have_the_posterior_moments():
 
 
 def test_surrogate_of_many_states_that_cost_nothing():
-    # More of them than a quadratic form has terms for.
+    # More states than a quadratic form has terms.
     states = all_states(14, 3)
     costly = states[:, 8:].sum(1)
     found = Surrogate(
@@ -260,7 +260,7 @@ def test_estimates_carry_few_samples_over_to_all(replay, tokens):
     np.testing.assert_allclose(found.loss[:6], full[:6], rtol=1e-5)
     assert (found.sd[:6] == 0).all()
     assert (found.sd[6:] > 0).all()
-    # Whatever few samples shift for all states is taken out.
+    # A shift that few samples give to all states is removed.
     assert abs(np.log(found.loss[6:] / full[6:]).mean()) < 0.1
     assert found.best() == int(np.argmin(full[:6]))
 
@@ -366,9 +366,9 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
         ):
             outcome = part.choose(replay, tokens, m, WORK, 0)
             assert blocks_of(found[method]) == list(outcome.removed), method
-    # However many targets look at it, it is paid for once.
+    # The pass is counted once, however many targets use it.
     assert evaluator.ledger.passes == pytest.approx(1.0)
-    # No run of four blocks is without both of these.
+    # Every window of four blocks has at least one of these.
     apart = Target.of("4", [count(N, 4), *keep(N, [2, 5])], N)
     assert set(one_pass_states(evaluator, apart, tokens.samples)) == {"block-influence"}
 
@@ -455,7 +455,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert all(f["removed"] in ranked for f in finalists)
     solved = [s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]]
     assert ranked[: len(solved)] == solved
-    # What the report shows as the spectrum are all that were measured, each once.
+    # The spectrum in the report has all measured states, each once.
     shown = RunFiles(out).spectrum
     assert [s.removed for s in shown.states] == ranked
     assert shown.searched == len(ranked) - len(solved) > 0
@@ -466,7 +466,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert f"gave {len(ranked)} candidates: the lowest states" in page
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 5
-    # What one pass gives is measured beside it, and the report says what the rest has won.
+    # The one-pass choices are measured too, and the report shows the gain over them.
     found = read_document(out / "candidates.json", CandidatesFile)
     quick = found.one_pass
     assert {s.method for s in quick.states} == {"angular-window", "block-influence"}

@@ -1,4 +1,4 @@
-"""Solvers: what they find, prove, refuse and say where they stop."""
+"""Solvers: states they find, proofs, refusals, and reports of early stops."""
 
 from dataclasses import dataclass
 
@@ -131,7 +131,7 @@ def test_the_number_of_states_is_bounded(k):
 
 
 class Odd:
-    """A solver of others that returns no solution."""
+    """A third-party solver that returns no solution."""
 
     result = None
 
@@ -210,7 +210,7 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
 
 
 class Exits(AllOnes):
-    """Raises in the middle of this process's work."""
+    """A sampler that raises an error."""
 
     def __init__(self, error):
         self.error = error
@@ -303,7 +303,7 @@ def test_the_kit_wants_infeasibility_reported():
 
 @pytest.fixture
 def tree_only(monkeypatch):
-    """Almost no enumeration, so that small problems exercise the semidefinite tree."""
+    """Allow almost no enumeration, so that small problems exercise the semidefinite tree."""
     monkeypatch.setattr(exact, "ROOT_BUDGET", 1)
     monkeypatch.setattr(exact, "NODE_BUDGET", 1)
 
@@ -414,7 +414,7 @@ def test_bounds_are_bounds():
     for i in range(n):
         for value in (0, 1):
             assert splits[value, i] <= energies[x[:, i] == value].min() + 1e-9
-    # Multipliers handed down to a child still give a bound of the child.
+    # Multipliers passed to a child still give a bound of the child.
     for i, value in ((0, 0), (5, 1), (11, 1)):
         fixed = np.full(n, -1, dtype=np.int8)
         fixed[i] = value

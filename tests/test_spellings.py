@@ -1,11 +1,11 @@
-"""What can be typed for a removal, a budget, blocks, an effort or memory, and what cannot."""
+"""Valid and invalid spellings of removals, budgets, blocks, efforts and memory."""
 
 import pytest
 
 from isingcut.errors import InputError
 from isingcut.options.spellings import BlockList, Budget, Budgets, Effort, Memory, Removal, Training
 
-# Of a kind: what is read of it, and that by what is typed.
+# Class, function of its value, and expected results by typed text.
 READ = [
     (
         Removal,

@@ -1,4 +1,4 @@
-"""Streamed models against the same models in memory: equal bits, two parts at most, any chunks."""
+"""Streamed models against models in memory: equal bits, at most two parts loaded, any chunks."""
 
 import shutil
 import weakref
@@ -96,7 +96,7 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
 
 
 def test_a_forward_pass_reads_what_it_needs(tmp_path):
-    """Llama 4 asks for the device of the embedding's weight before it calls the embedding."""
+    """Llama 4 reads the device of the embedding's weight before it calls the embedding."""
     folder = tiny_checkpoint("llama4", tmp_path)
     ids = samples().input_ids[:1]
     whole, parts = in_memory(folder), streamed(folder)
@@ -149,7 +149,7 @@ def test_blocks_of_the_same_kind_are_timed_once(tmp_path):
 
 @pytest.fixture
 def narrow(llama, monkeypatch):
-    """A streamed model whose hidden states may take as many streams of a batch as is set."""
+    """A streamed model whose hidden states have room for ``allowed`` streams of a batch."""
     replay = streamed(llama)
     replay.allowed = 0
 
@@ -195,7 +195,7 @@ def test_gradients_take_so_many_samples_at_a_time_as_fit(llama, narrow):
 def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
     replay = in_memory(tiny_checkpoint(family, tmp_path))
     expected = gate_gradients(replay, samples(), work=Work(24))
-    OutputHead(replay)  # looking at the head calls the blocks
+    OutputHead(replay)  # inspecting the head calls the blocks
     ran = []
     for block in replay.blocks:
         block.register_forward_hook(lambda m, a, o: ran.append(1))
@@ -216,7 +216,7 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
 
 def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     replay = streamed(llama)
-    OutputHead(replay)  # looking at the head reads it
+    OutputHead(replay)  # inspecting the head reads it
     read = []
     fill = Reader.fill
     monkeypatch.setattr(Reader, "fill", lambda self, p, b: (read.append(p), fill(self, p, b))[1])
@@ -225,12 +225,12 @@ def test_each_block_is_read_once_per_chunk(llama, monkeypatch):
     assert [p for p in read if p != "embed"] == [*range(n), "head"]
     read.clear()
     gate_gradients(replay, samples(), work=Work(12))
-    # The last block is still there when the backward sweep begins.
+    # The last block is still in memory when the backward sweep begins.
     assert [p for p in read if p != "embed"] == [*range(n), "head", *reversed(range(n - 1))]
 
 
 def sweeps(replay, job, *arguments, **options):
-    """How often a job reads the model, and what it gives."""
+    """Return how often a job reads the model, and its result."""
     before = replay.store.count_sweeps()
     found = job(replay, *arguments, **options)
     return replay.store.count_sweeps() - before, found
@@ -238,7 +238,7 @@ def sweeps(replay, job, *arguments, **options):
 
 def test_one_sweep_is_enough_for_all_that_fits(llama):
     replay, tokens = streamed(llama), samples()
-    OutputHead(replay)  # looking at the head reads it
+    OutputHead(replay)  # inspecting the head reads it
     states = [some_states(len(replay), 5), some_states(len(replay), 9)[5:]]
     wanted = [(tokens, states[0]), (tokens.select([2, 0]), states[1])]
     count, found = sweeps(replay, measure_together, wanted, Work(12), "measuring")
@@ -287,9 +287,9 @@ def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
     search.run()
     assert len(rounds) > 2
     assert max(len(calls) for _, calls in rounds) == 1
-    # New states and those that are looked at more closely, in one of them.
+    # New states and those measured on more samples share a sweep.
     assert max(calls[0] for _, calls in rounds if calls) > 1
-    # The slopes at a new best state are one sweep more, there and back.
+    # The slopes at a new best state take one more sweep, forward and backward.
     assert max(count for count, _ in rounds) < 3.1
 
 

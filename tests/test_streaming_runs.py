@@ -1,4 +1,4 @@
-"""What is streamed: reading, keeping and proving parts, and whole runs."""
+"""Streaming: reading, keeping and proving parts, and whole runs."""
 
 import concurrent.futures
 import json
@@ -33,7 +33,7 @@ from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed,
 
 
 class Numbers:
-    """A part of eight bytes that come from a place which may be gone."""
+    """A part of eight bytes whose file may be missing."""
 
     size, sweeps = 8, 0
 
@@ -53,7 +53,7 @@ class Numbers:
 
 
 def test_a_part_read_ahead_and_not_wanted_may_fail():
-    """A proof ends with a part of the cut model on its way, and its folder is renamed."""
+    """A proof may end while a part of the cut is still read, and then its folder is renamed."""
     buffers = Buffers(8, CPU)
     first, gone, next_one = Numbers(1), Numbers(2, gone=True), Numbers(3)
     buffers.take(first)
@@ -290,7 +290,7 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    # All that takes the name is imported before: it would keep what stands there now.
+    # Import all modules with these names first, or they would keep the replacement.
     run = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
     monkeypatch.setattr("isingcut.models.cutting.sharing.load", never)

@@ -56,7 +56,7 @@ def hellaswag(i):
         "endings": endings,
         "label": str(i % 4),
     }
-    # Our file holds what the harness's own preprocessing makes of it.
+    # Our file holds the result of the harness's own preprocessing.
     process = importlib.import_module("lm_eval.tasks.hellaswag.utils")
     import datasets
 
@@ -94,7 +94,7 @@ def gsm8k(i):
     return theirs, {"context": theirs["question"], "solution": solution, "answer": str(i + 1)}
 
 
-# Ours; the harness's file; the splits it reads; how many examples are shown.
+# Our task -> the harness's file, a maker of records, the split it reads, the number of examples.
 TASKS = {
     "arc_easy": ("arc/arc_easy.yaml", arc, "test", 0),
     "arc_challenge": ("arc/arc_challenge.yaml", arc, "test", 0),

@@ -73,7 +73,7 @@ NGRAMS = {"samples": 4, "rank_samples": 4, "report_samples": 4, "length": 64}
 
 
 def counted(tokens, others, size):
-    """The same by sets of tuples."""
+    """Return the same share by sets of tuples."""
 
     def grams(split):
         kept = split.mask if split.counted is None else split.counted
@@ -98,7 +98,7 @@ def test_the_share_is_that_of_a_plain_count(length, size):
         found = []
         for _ in range(rows):
             row = rng.integers(0, 90, length).tolist()
-            # At another place in each, and cut short by the end of some.
+            # At a random position in each row, cut off by the end of some rows.
             at = int(rng.integers(0, length))
             found.append([*row[:at], *passage][:length])
         # Context that does not count.
@@ -119,7 +119,7 @@ def test_samples_too_short_for_chance_share_nothing():
 
 @pytest.fixture
 def leaking(tmp_path):
-    """A text of which one passage comes again and again."""
+    """A text in which one passage is repeated many times."""
     words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
     parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
     path = tmp_path / "leaking.txt"

@@ -1,4 +1,4 @@
-"""What is used of transformers and is not public: there, of the form expected, and in one file."""
+"""Private parts of transformers: they exist, have the expected form, and are in one file."""
 
 import inspect
 import pkgutil
@@ -15,7 +15,7 @@ from isingcut.models import transformers_private as private
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"
-# (name, what stands first in its signature): by place, because 5.10 renamed an argument.
+# Name -> its first parameters, passed by position because 5.10 renamed an argument.
 CALLED = {
     "transformers.conversion_mapping:get_model_conversion_mapping": "model key_mapping "
     "hf_quantizer",

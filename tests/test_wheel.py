@@ -47,7 +47,7 @@ def built(tmp_path_factory):
 
 
 def requirements(name, found):
-    """Every distribution that ``name`` needs without extras, into ``found``."""
+    """Add every distribution that ``name`` needs without extras to ``found``."""
     from packaging.requirements import Requirement
 
     for text in importlib.metadata.requires(name) or ():
@@ -152,7 +152,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(clean, tmp_path_factory):
-    """What commands answer in the clean environment: one process, for torch is long to import."""
+    """Results of commands in the clean environment, in one process, as torch imports slowly."""
     work = tmp_path_factory.mktemp("work")
     tiny_checkpoint("llama", work / "model")
     write_words(work / "text.txt")

@@ -24,7 +24,7 @@ __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 
 
 def replay_of(model: Any) -> Replay:
-    """The replay of a model whose weights are frozen."""
+    """Freeze the weights of a model and return its replay."""
     model.requires_grad_(False)
     return Replay(model, stack_modules(model, find_stack(model)))
 
@@ -32,12 +32,12 @@ def replay_of(model: Any) -> Replay:
 def tiny_replay(
     family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Replay:
-    """The replay of a tiny model of a family."""
+    """Return the replay of a tiny model of a family."""
     return replay_of(tiny_model(family, **changes).to(dtype))
 
 
 def forbids(model: Any, removed: Sequence[int]) -> bool:
-    """Whether a row of legality forbids a state."""
+    """Return whether a row of legality forbids a state."""
     stack = find_stack(model)
     state = np.zeros((1, len(stack)), dtype=bool)
     state[0, list(removed)] = True
@@ -46,7 +46,7 @@ def forbids(model: Any, removed: Sequence[int]) -> bool:
 
 @contextmanager
 def edit_config(folder: Path) -> Iterator[dict[str, Any]]:
-    """The ``config.json`` of a folder, written back once it was changed."""
+    """Yield the ``config.json`` of a folder, and write it back afterwards."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     yield config
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -54,20 +54,20 @@ def edit_config(folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def edit_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of a folder's one file, written back once they were changed."""
+    """Yield the tensors of a folder's single file, and write them back afterwards."""
     tensors = load_file(folder / "model.safetensors")
     yield tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def random_tokens(lengths: Sequence[int] = (14, 9, 14, 11)) -> TokenSet:
-    """Samples of random tokens."""
+    """Return samples of random tokens."""
     rng = np.random.default_rng(0)
     return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in lengths])
 
 
 def without(model: Any, removed: Sequence[int]) -> Any:
-    """A copy of a model whose blocks are really gone; for forward passes without a cache."""
+    """Return a copy of a model without the removed blocks, for forward passes without a cache."""
     cut = copy.deepcopy(model)
     stack = find_stack(cut)
     blocks = stack_modules(cut, stack)
@@ -82,19 +82,19 @@ def without(model: Any, removed: Sequence[int]) -> Any:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a journal has."""
+    """Return the number of rows of a journal."""
     return path.read_bytes().count(b"\n")
 
 
 def keep_rows(path: Path, rows: int, *, torn: int = 0) -> None:
-    """Leave the first rows, and after them some that lack their end."""
+    """Keep the first rows of a journal, and after them ``torn`` rows without their end."""
     head, *lines = path.read_bytes().split(b"\n")
     cut = [line[:-3] for line in lines[rows : rows + torn]]
     path.write_bytes(b"\n".join([head, *lines[:rows], *cut]))
 
 
 def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray:
-    """(3, S): NLL of both models and KL of what counts, one unpadded sample at a time, float64."""
+    """Return (3, S) float64: NLL of both models and KL of counted tokens, sample by sample."""
     columns = []
     for s in range(tokens.samples):
         ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
@@ -129,7 +129,7 @@ def streamed(folder) -> StreamedReplay:
 
 
 def watch(replay: StreamedReplay) -> list[set[str]]:
-    """Which parts have weights at each call of a block; also that these lie in two buffers."""
+    """Record which parts have weights at each call of a block; check that two buffers hold them."""
     seen: list[set[str]] = []
     outer = {"embed": replay._embedding, "head": replay.model.get_output_embeddings()}
     modules = {**{str(i): block for i, block in enumerate(replay.blocks)}, **outer}

@@ -3,7 +3,7 @@
     python docs/pictures/gate_curve.py [--model smollm2]
 
 For each block, the block gate goes from 1 (the original) to 0 (removed); the KL is per token.
-`make.py` draws it beside the parabola that the curvature at gate 1 predicts.
+`make.py` draws it with the parabola that the curvature at gate 1 predicts.
 """
 
 from __future__ import annotations

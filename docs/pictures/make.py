@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation: python docs/pictures/make.py [FOLDER]
 
-Everything comes from formulas, from benchmarks/data (a measured Hamiltonian), from the results of
-the studies and from data/ beside this file. The same versions of matplotlib and numpy give the same
+The data come from formulas, from benchmarks/data (a measured Hamiltonian), from the results of the
+studies and from data/ next to this file. The same versions of matplotlib and numpy give the same
 bytes.
 """
 
@@ -42,7 +42,7 @@ mpl.rcParams.update(
 
 
 def hamiltonian() -> isingcut.Hamiltonian:
-    """SmolLM2-135M's measured pair energy, as committed."""
+    """Return SmolLM2-135M's measured pair energy, as committed."""
     data = json.loads((DATA / "smollm2-135m-pairwise.json").read_text(encoding="utf-8"))
     n = len(data["h"])
     J = np.zeros((n, n))
@@ -56,7 +56,7 @@ def lowest(energy: isingcut.Hamiltonian, m: int, k: int = 20) -> isingcut.Spectr
 
 
 def removal() -> plt.Figure:
-    """A residual stream with blocks on it; the removed ones are passed by."""
+    """Draw a residual stream with its blocks; the removed ones are bypassed."""
     figure, axes = plt.subplots(figsize=(7.2, 1.9))
     removed = {2, 3, 6}
     for i in range(9):
@@ -93,7 +93,7 @@ def removal() -> plt.Figure:
 
 
 def couplings() -> plt.Figure:
-    """The measured own terms and couplings."""
+    """Draw the measured own terms and couplings."""
     energy = hamiltonian()
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6), sharey=True
@@ -109,7 +109,7 @@ def couplings() -> plt.Figure:
 
 
 def why_pairs() -> plt.Figure:
-    """What ignoring the couplings costs, in the energy itself."""
+    """Draw the energy of choices that ignore the couplings, and of the ground states."""
     energy = hamiltonian()
     sizes = range(2, 15)
     order = np.argsort(energy.h, kind="stable")
@@ -128,7 +128,7 @@ def why_pairs() -> plt.Figure:
 
 
 def spectrum() -> plt.Figure:
-    """The lowest states for M = 8: levels, and which blocks each removes."""
+    """Draw the lowest states for M = 8: levels and removed blocks."""
     found = lowest(hamiltonian(), 8, 20)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6))
     left.hlines(found.energies, 0, 1, color=BLUE)
@@ -144,7 +144,7 @@ def spectrum() -> plt.Figure:
 
 
 def gate_curve() -> plt.Figure:
-    """Fading blocks out: the measured KL, and the parabola of its curvature at gate 1."""
+    """Draw the KL while blocks are faded out, and the parabola of its curvature at gate 1."""
     data = json.loads((HERE / "data" / "gate_curve.json").read_text(encoding="utf-8"))
     gate, kl = np.array(data["gate"]), np.array(data["kl"])
     figure, all_axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
@@ -163,7 +163,7 @@ def gate_curve() -> plt.Figure:
 
 
 def fidelity() -> plt.Figure:
-    """Energy against measured KL, for two energies on the same states."""
+    """Draw the measured KL against the energy, for two energies on the same states."""
     data = json.loads((HERE / "data" / "demo_states.json").read_text(encoding="utf-8"))
     kl = np.array([row["kl"] for row in data["states"]])
     candidate = np.array([row["candidate"] for row in data["states"]])
@@ -187,10 +187,10 @@ PATCHED = 32768
 
 
 def healed_rows(m: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """What every method's state is at each stage, over the results of `studies/healing`.
+    """Collect the stages of every method's state from the results of `studies/healing`.
 
     Returns:
-        for each method its stages with the tokens that they took, ascending.
+        for each method, pairs of the tokens that a stage took and its results, ascending.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in ("healing", "curve", "deep"):
@@ -206,9 +206,9 @@ def healed_rows(m: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
 
 
 def healing_curve() -> plt.Figure:
-    """The share of the lost log-perplexity that is back, and the KL, against tokens.
+    """Draw the recovered share of the lost log-perplexity, and the KL, against tokens.
 
-    On the two texts that all results have in common.
+    Both are means over the two texts that all results have in common.
     """
 
     def mean(state: dict[str, Any], what: str) -> float:
@@ -235,7 +235,7 @@ def healing_curve() -> plt.Figure:
 
 
 def deep_cuts() -> plt.Figure:
-    """The KL after the cut, the patch and the healing, for 12, 15 and 18 of 30 blocks."""
+    """Draw the KL after the cut, the patch and the healing, for 12, 15 and 18 of 30 blocks."""
     figure, all_axes = plt.subplots(1, 3, figsize=(9.6, 3.4), sharey=True)
     colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
     colours |= {"cbo": "purple", "random": "brown"}
@@ -256,7 +256,7 @@ def deep_cuts() -> plt.Figure:
 
 
 def price_of_search() -> plt.Figure:
-    """What methods pay for their choice, and how far it is above the lowest, by removed blocks."""
+    """Draw the cost of the methods' choices, and their KL above the lowest, by removed blocks."""
     text = (STUDIES / "quality" / "results" / "quality.json").read_text(encoding="utf-8")
     tables = [t for t in json.loads(text)["tables"] if t["chosen_on"] == "wiki"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))

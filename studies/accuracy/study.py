@@ -1,26 +1,27 @@
-"""What the choice of blocks is worth in answered questions, cut, patched and healed.
+"""Task accuracy of the methods' choices of blocks: cut, patched and healed.
 
-Qwen2.5-Coder-1.5B-Instruct (fetched with pip; `--model` takes any other), without 4 and without 7
-of its 28 blocks. All methods choose on the same `--state-tokens` of `--calibration`; the paper's
-energy (`cbo`) is measured on `--conversations` tokens of its own. `isingcut` and `evopress` may pay
-the passes of a greedy path, which is what `sleb` pays. Questions are those of
-lm-evaluation-harness, zero-shot but for GSM8K (five examples, generated), on fixed subsets. Of the
-cut models every one is asked, in one go with shared prefixes; GSM8K only of ours and the peers of
-the lowest KL. These are repaired: with the tuned patch, and healed. KL and perplexity are of text
+Qwen2.5-Coder-1.5B-Instruct (downloaded with pip; `--model` takes any other), without 4 and without
+7 of its 28 blocks. All methods choose on the same `--state-tokens` of `--calibration`; the paper's
+energy (`cbo`) is measured on `--conversations` tokens of a separate text. `isingcut` and `evopress`
+may take the passes of a greedy path, which is the cost of `sleb`. Questions are those of
+lm-evaluation-harness, zero-shot except GSM8K (five examples, generated), on fixed subsets. Every
+cut model is evaluated, all in one run with shared prefixes; on GSM8K only ours and the peers of the
+lowest KL. These are also repaired: with the tuned patch, and healed. KL and perplexity are on text
 that nothing was chosen, fitted or trained on: WikiText-2 test, C4, conversations, Python, word
 problems.
 
 Figures, in points of mean accuracy over the tasks without generation, with `_se`, the standard
-error of the difference paired by question; `_M` blocks removed:
+error of the difference paired by question; `_M` blocks are removed:
 
 accuracy_minus_block_influence_M, accuracy_minus_sleb_M, accuracy_minus_window_M  our cut model
   minus that method's
 healed_accuracy_minus_best_peer_M  our healed model minus the best healed peer's
 
-Where some models of a stage were asked fewer tasks, its means are over those that all were asked.
-`ours minus it` is of the same stage; of our own repaired models it is our cut model's difference.
-The committed file holds, of commit 70bd966, three more stages: `last3` (the last blocks removed,
-and the last three left trained), `length` and `channel` (the stream rescaled behind each cut).
+If some models of a stage were evaluated on fewer tasks, its means are over the tasks of all models.
+`ours minus it` compares within a stage; for our own repaired models it is our cut model minus them.
+The committed file also holds three stages from commit 70bd966: `last3` (the last blocks removed,
+and the last three remaining ones trained), `length` and `channel` (the stream rescaled after each
+cut).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CHOOSERS = (
 
 
 class Accuracy(RepairStudy):
-    """Answers of what every method leaves, and of some of it repaired."""
+    """Study of the answers of every method's cut model, and of some repaired ones."""
 
     name = "accuracy"
     questions = ("1000", "gsm8k=100")
@@ -67,7 +68,7 @@ class Accuracy(RepairStudy):
         add("--repaired-peers", type=int, default=2, help="how many, of the lowest KL")
 
     def choosing(self, method: str) -> Part:
-        """What a method removes."""
+        """Return the part that chooses the blocks of a method."""
         o = self.options
 
         def make(journal: Path) -> Content:
@@ -82,7 +83,7 @@ class Accuracy(RepairStudy):
         return Part(f"states/{method}", make, price + 3 * o.conversations * (method == "cbo"))
 
     def chosen(self, m: int) -> dict[str, Content]:
-        """The choices of all methods, ours last."""
+        """Return the choices of all methods, ours last."""
         found = {}
         for method in (m for m in CHOOSERS if m in self.options.methods):
             for name, rows in self.read(f"states/{method}")["choices"].items():
@@ -90,8 +91,8 @@ class Accuracy(RepairStudy):
         return found
 
     def best_peers(self, m: int) -> list[str]:
-        """The methods, other than ours, of the lowest KL over all judged texts, as many as are
-        repaired; of equal states the first."""
+        """Return the other methods that are repaired: those of lowest KL over all evaluation
+        texts, of equal states the first."""
         rows = {p: c["removed"] for p, c in self.chosen(m).items()}
         losses = [self.rows(f"losses/{t}") for t in self.judged]
         kl = {p: mean_loss([r[key(s)] for r in losses], "kl") for p, s in rows.items()}

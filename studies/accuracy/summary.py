@@ -14,7 +14,7 @@ AGAINST = {
 
 
 def show(content: Content) -> dict[str, float]:
-    """Print the tables; gives the figures."""
+    """Print the tables and return the figures."""
     tasks, figures = content["tasks"], dict[str, float]()
     print(f"settings: {content['settings']}")
     _row("original", "", content["original"]["accuracy"], None, tasks, "")
@@ -40,7 +40,7 @@ def show(content: Content) -> dict[str, float]:
 
 
 def shared_tasks(rows: Content, tasks: list[str]) -> dict[str, list[str]]:
-    """By stage, the tasks that every model of it was asked."""
+    """Return, by stage, the tasks that all its models were evaluated on."""
     found: dict[str, list[str]] = {}
     for row in rows.values():
         for stage, content in row["stages"].items():
@@ -73,7 +73,7 @@ def _count(task: str, accuracy: Content) -> int:
 
 
 def figures_of(m: str, rows: Content, shared: dict[str, list[str]]) -> dict[str, float]:
-    """Paired differences in points, of what was asked of both."""
+    """Return paired differences in points, if both models have answers to the shared tasks."""
     found: dict[str, float] = {}
 
     def compare(name: str, method: str, stage: str) -> None:

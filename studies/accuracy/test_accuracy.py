@@ -1,4 +1,4 @@
-"""The accuracy study on a tiny model, and its figures from a results file made by hand."""
+"""Tests of the accuracy study on a tiny model, and of its figures from hand-made results."""
 
 from __future__ import annotations
 

@@ -1,25 +1,26 @@
-"""Is the choice a matter of luck? A search and its near candidates on ten calibration texts.
+"""Does the choice depend on luck? A search and its near candidates on ten calibration texts.
 
-On each text isingcut searches, ranks and chooses as a run does by default. Then two questions:
+On each text isingcut searches, ranks and chooses with the defaults of a run. Then two questions:
 
-1. Did the search end too early? The same search goes on, without its rule to end, to `LONGER` times
-   its budget.
-2. Are near candidates told apart? The lowest three of the ranking are all patched, as a run patches
-   near ones. They are judged on unseen text, cut and patched: documents of WikiText-2, C4,
-   conversations and Python files that no calibration text holds.
+1. Did the search stop too early? The same search is run without its stopping rule, up to `LONGER`
+   times its budget.
+2. Can near candidates be told apart? The three lowest of the ranking are all patched, as a run
+   patches near candidates. They are evaluated, cut and patched, on unseen text: documents of
+   WikiText-2, C4, conversations and Python files that are in no calibration text.
 
-Gains are in the mean KL on the unseen texts, over the candidate of the lowest mean on the ranking
-text; the standard errors are over calibration texts. Figures, after the `--prefix`:
+Gains are in the mean KL on the unseen texts, relative to the candidate of lowest mean KL on the
+ranking text; standard errors are over calibration texts. Figures, with the `--prefix` in front:
 
-stop_rule_regret_percent, _worst  how much the KL of the state that the search ends with is above
-    that of the longer search's, on the text that was searched on
+stop_rule_regret_percent, _worst  mean and maximum over texts of the excess KL of the search's final
+    state over that of the longer search, on the text of the search
 tie_regret_percent_STAGE  gain of the lowest patched KL among the candidates within two paired
     standard errors of the lowest mean
 near_gain_percent_STAGE  the same within two standard errors or 5 %, which is the rule of a run
 patched_choice_gain_percent_STAGE  the same among all three
-worst_part_gain_percent_STAGE  of the near candidates, that with the lowest KL on the part of the
-    text where it is worst; on mixed texts
-best_gain_percent_STAGE  that of the lowest patched KL on the unseen text itself, which bounds them
+worst_part_gain_percent_STAGE  gain of the near candidate whose highest KL on a part of the text is
+    lowest; mixed texts only
+best_gain_percent_STAGE  gain of the lowest patched KL on the unseen text itself, an upper bound of
+    the other patched gains
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ WEB = "calib_text/c4_300"
 
 
 class Choice(ModelStudy):
-    """Searches and near candidates on many texts."""
+    """Study of searches and near candidates on many calibration texts."""
 
     name = "choice"
     judged = ("wikitext2", "c4", "instruct", "code")
@@ -70,7 +71,7 @@ class Choice(ModelStudy):
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """The calibration texts by name."""
+        """Calibration texts by name."""
         chats, code = self.texts.conversations(), self.texts.trained_code()
         web, books = self.texts.halves(WEB)[0], self.options.data / "calib_text"
         return {
@@ -88,7 +89,7 @@ class Choice(ModelStudy):
 
     @cached_property
     def unseen(self) -> dict[str, TokenSet]:
-        """The texts that judge."""
+        """Evaluation texts by name."""
         found = {name: self.judged_text(name) for name in self.judged}
         half = self.texts.samples(self.texts.halves(WEB)[1], self.options.judged_tokens)
         return {**found, "c4": half}
@@ -120,7 +121,7 @@ class Choice(ModelStudy):
 
         with (
             pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
-            # The lowest three are all patched, for the rules to choose among them.
+            # Patch all of the lowest three, so that the rules can choose among them.
             mock.patch.object(ranking, "NEAR", math.inf),
             mock.patch.object(ranking, "fit_patch", fit_once),
         ):
@@ -138,7 +139,7 @@ class Choice(ModelStudy):
         return {"text": text, "ended": made["trace"][-1], "longer": longer, "near": near}
 
     def _search_on(self, run: Session, folder: RunFolder) -> Content:
-        """The search of a run beyond its end; the run's own takes what it measured."""
+        """Search without the stopping rule; the run's own search reuses the measurements."""
         run.choose_tuning(folder)
         samples = range(measuring.samples_of(run.config, run.config.energy))
         tokens = measuring.splits_of(folder)["energy"].select(samples)
@@ -151,7 +152,7 @@ class Choice(ModelStudy):
             return dict(longer.run().trace[-1])
 
     def _judge(self, run: Session, removed: State, new: Any) -> Content:
-        """KL on the unseen texts, summed by sample, of a state cut, and patched with ``new``."""
+        """Return a state's KL on unseen texts by sample, cut, and patched with ``new``."""
         state, work = states_of(len(run.replay), [removed]), Work(run.tuning.batch_tokens)
         found = {}
         for name, text in self.unseen.items():
@@ -204,12 +205,12 @@ class Choice(ModelStudy):
 
 
 def _unseen(state: Content, stage: str) -> float:
-    """Mean KL of the texts that judge."""
+    """Return the mean KL over the evaluation texts."""
     return float(np.mean([mean_loss([text], stage) for text in state["unseen"].values()]))
 
 
 def _rules(near: list[Content]) -> dict[str, int]:
-    """What each rule chooses of the three lowest candidates, the lowest first."""
+    """Return the index of each rule's choice; candidates are sorted by KL, the lowest first."""
     above = [row["kl"] - near[0]["kl"] for row in near]
     errors = [ranking.ERRORS * row["above_lowest_se"] for row in near]
     level = [i for i, gap in enumerate(above) if gap <= errors[i]]

@@ -1,4 +1,4 @@
-"""The study of searches and near candidates on a tiny model."""
+"""Tests of the choice study: its rules and figures, and a run on a tiny model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_figures() -> None:
     found: dict[str, Any] = Choice.show({**settings, "texts": texts})
     assert found["stop_rule_regret_percent"] == pytest.approx(1.5)
     assert found["stop_rule_regret_percent_worst"] == pytest.approx(3.0)
-    # 0.6 for 0.8 patched, 1.04 for 1.0 cut, and nothing on the second text.
+    # First text: 0.6 instead of 0.8 patched, 1.04 instead of 1.0 cut. Second text: no change.
     assert found["patched_choice_gain_percent_patched"] == pytest.approx(12.5)
     assert found["patched_choice_gain_percent_patched_se"] == pytest.approx(12.5)
     assert found["near_gain_percent_cut"] == pytest.approx(-2.0)

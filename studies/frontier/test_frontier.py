@@ -1,4 +1,4 @@
-"""Losses of the frontier study by hand, and its best files."""
+"""Tests of the frontier study: its losses against a hand computation, and its best files."""
 
 from __future__ import annotations
 

@@ -1,30 +1,30 @@
-"""What healing wins back: the patch alone, and with distillation, for our state and the peers'.
+"""Recovery by healing: the patch alone, and with distillation, for our state and the peers'.
 
-The states are chosen on `--state-tokens`, ours by the search's default; `--states FILE`
-gives some of them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Method `last` leaves
+The states are chosen on `--state-tokens` tokens, ours by the default search; `--states FILE`
+gives some of them ({"9": {"isingcut": [...], "block-influence": [...], ...}}). Method `last` keeps
 the first blocks of the original. Each state is cut, patched by least squares and distilled with the
 same text and seed: Wikipedia leads, conversations and Python code. `--steps` may give several
-lengths: trainings of their own on the beginning of one order of the `--samples`. `--method` and
+lengths: separate trainings, all on the first of the `--samples` in the same order. `--method` and
 `--rate` may change between calls with one work folder.
 
-Of our state there is the tuned patch too, which is the product's default without a distillation,
-and what is healed for us is chosen by a trial: our state and the two that one pass finds are healed
-for `--top-steps`, judged on text held out of the training, and the one of lowest KL is healed for
-long. Without `--top-steps` there is neither. All is judged at every stage on text that nothing was
-chosen, fitted or trained on. `--model coder` is the second model.
+Our state and that of `block-influence` also get the tuned patch, which is the product's default
+without distillation. A trial chooses the state that is healed for us: our state and the two that
+one pass finds are healed for `--top-steps` and evaluated on text held out of the training; the one
+of lowest KL gets the full healing. With `--top-steps 0` there is neither. Every stage is evaluated
+on text that nothing was chosen, fitted or trained on. `--model coder` is the second model.
 
-Figures, for M removed blocks, pooled over all tokens of the judged texts, after the `--prefix` of
-the results file; each `over` has a paired standard error, `_se`:
+Figures, for M removed blocks, pooled over all tokens of the evaluation texts, with the `--prefix`
+of the results file in front; each `over` has a paired standard error, `_se`:
 
-recovered_percent_M_at_TOKENS  share of the log-perplexity that our cut lost which patch and
-  distillation on so many predictions won back, the healed state being the chosen one
+recovered_percent_M_at_TOKENS  share of the log-perplexity lost by our cut that patch and
+  distillation on so many predictions recover; the healed state is the one chosen by the trial
 patch_percent_M  the same for the tuned patch alone
 healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer healed as long;
-  below 1 is a win, 1 where the chosen state is that peer's
-kl_over_best_peer_M, cut_ppl_over_best_peer_M  KL and perplexity before any repair
+  below 1 is a win, 1 if the chosen state is that peer's
+kl_over_best_peer_M, cut_ppl_over_best_peer_M  the ratios of KL and perplexity before any repair
 
-`patches.json` is of commit 70bd966, where patches were fitted and tuned on conversations and
-Wikipedia leads alone. `patch.json` has the tuned patch of 65,536 tokens, read once in steps of 512;
+`patches.json` is from commit 70bd966, when patches were fitted and tuned on conversations and
+Wikipedia leads alone. `patch.json` has the patch tuned on 65,536 tokens, read once in steps of 512;
 that of `healing.json` read 32,768 twice, in steps of 2,048.
 """
 
@@ -47,11 +47,11 @@ from studies.runner_repair import RECIPE, RepairStudy
 
 USUAL_RATE = 3e-4
 TRIED = (OURS, "block-influence", "angular-window")
-"""States that are healed for a few steps, the best of them for long: ours, and one-pass ones."""
+"""Methods whose states take part in the trial: ours, and those of one pass."""
 
 
 class Healing(RepairStudy):
-    """Our state and the peers', repaired."""
+    """Study of our repaired state and the peers' repaired states."""
 
     name = "healing"
     judged = ("wikitext2", "c4", "instruct", "code")
@@ -68,7 +68,7 @@ class Healing(RepairStudy):
         add("--top-steps", type=int, default=20, help="for each candidate; 0: heal ours untried")
 
     def choosing(self, method: str, m: int) -> Part:
-        """What a method removes."""
+        """Return the part that chooses the blocks of a method."""
         o, n = self.options, len(self.replay)
         given = read(o.states).get(str(m), {}).get(method) if o.states else None
 
@@ -84,16 +84,16 @@ class Healing(RepairStudy):
         return Part(f"states/{method}/{m}", make, price)
 
     def chosen(self, m: int) -> dict[str, list[int]]:
-        """The blocks of each method that chose some."""
+        """Return the removed blocks of each method whose choice is finished."""
         known = [p for p in self.options.methods if self.done(f"states/{p}/{m}")]
         return {p: self.read(f"states/{p}/{m}")["removed"] for p in known}
 
     def training(self, steps: int) -> str:
-        """The folder of the parts of a training."""
+        """Return the folder of the parts of a training."""
         return f"healed/{self.options.method}-{self.options.rate:g}-{steps}"
 
     def trainings(self, removed: list[int]) -> dict[str, Content]:
-        """The finished trainings of a state, by tokens and, of unusual ones, by the recipe."""
+        """Return a state's finished trainings by tokens, and by recipe if it is not the usual."""
         found = {}
         for path in (self.work / "parts/healed").glob(f"*/{key(removed)}.json"):
             usual, recipe = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")[0]
@@ -126,12 +126,15 @@ class Healing(RepairStudy):
         return found
 
     def trial(self, removed: list[int]) -> Content | None:
-        """Losses of a candidate on the text held out."""
+        """Return a candidate's losses on the held-out text, or None before its trial."""
         name = f"tried/{key(removed)}"
         return self.read(name)["losses"]["held out"] if self.done(name) else None
 
     def after_trial(self, m: int) -> str | None:
-        """Whose state is healed for us: the candidate of the lowest KL, once all were tried."""
+        """Return the method whose state is healed for us: lowest KL in the trial, ours without one.
+
+        None means that the trial is not finished.
+        """
         rows = self.chosen(m)
         if not self.options.top_steps:
             return OURS
@@ -173,7 +176,7 @@ class Healing(RepairStudy):
 
 
 def judged_text(row: Content) -> Content:
-    """Losses on one text, with standard errors over samples."""
+    """Return the losses on one text, with standard errors over samples."""
     counts = np.array(row["counts"])
     found: Content = {"tokens": int(counts.sum())}
     for what in ("nll", "kl"):
@@ -184,7 +187,7 @@ def judged_text(row: Content) -> Content:
 
 
 def judged_stage(losses: Content, original: Content) -> Content:
-    """Losses on each text, and over all tokens of the texts."""
+    """Return the losses on each text, and over all tokens of the texts."""
     before = {name: {"original_nll": mean_loss([row], "nll")} for name, row in original.items()}
     texts = {name: judged_text(row) | before[name] for name, row in losses.items()}
     weights = np.array([t["tokens"] for t in texts.values()], dtype=float)

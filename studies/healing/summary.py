@@ -12,11 +12,11 @@ from studies.runner import Content
 OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
 STAGES = ("cut", "patched", "tuned")
-"""Before the trainings, which are named by their tokens: `healed 0.1M`."""
+"""Stages before the trainings; those are named by their tokens, such as `healed 0.1M`."""
 
 
 def show(content: Content) -> dict[str, float]:
-    """Print the tables; gives the figures."""
+    """Print the tables and return the figures."""
     settings, figures = content["settings"], {}
     print(f"states: {content['states_from']}; settings: {settings}")
     for m, rows in content["removals"].items():
@@ -28,10 +28,10 @@ def show(content: Content) -> dict[str, float]:
 
 
 def paired(first: Content, second: Content, what: str) -> tuple[float, float, int]:
-    """Nats a token that the second has more than the first on the same samples of some texts.
+    """Compare two losses on the same samples of some texts.
 
     Returns:
-        the difference, its standard error and the number of samples.
+        second - first in nats per token, its standard error and the number of samples.
     """
     name = f"sample_{what}"
     gaps = np.concatenate([np.subtract(second[k][name], first[k][name]) for k in first])
@@ -62,7 +62,7 @@ def _table(m: str, rows: Content) -> None:
 
 
 def _tuning(rows: Content) -> None:
-    """The tuned patch against the one by least squares, with 95 % intervals."""
+    """Print the losses of the tuned patch minus those by least squares, with 95 % intervals."""
     stages = rows[OURS]["stages"]
     if not {"patched", "tuned"} <= set(stages):
         return
@@ -75,7 +75,7 @@ def _tuning(rows: Content) -> None:
 
 
 def _trial(rows: Content) -> None:
-    """What a few steps of healing showed of the candidates, and whose state was chosen."""
+    """Print the losses of the trial's candidates, and the method whose state was chosen."""
     ours = rows[OURS]
     if not (chosen := ours["healed_state_of"]) or not ours["trial"]:
         return
@@ -92,7 +92,7 @@ def _trial(rows: Content) -> None:
 
 
 def _recovered(row: Content, stage: str) -> float:
-    """Percent of the lost log-perplexity that is back at a stage."""
+    """Return the percentage of the lost log-perplexity that is recovered at a stage."""
     cut, now = (row["stages"][s]["pooled"] for s in ("cut", stage))
     return float(100 * (cut["nll"] - now["nll"]) / (cut["nll"] - cut["original_nll"]))
 
@@ -114,7 +114,7 @@ def _figures(m: str, rows: Content) -> dict[str, float]:
 
 
 def _over_peers(rows: Content, stage: str, what: str, name: str) -> dict[str, float]:
-    """Our loss at a stage over that of the best peer there, and its paired standard error."""
+    """Return our KL or perplexity at a stage over the best peer's, and its paired error."""
     judged = {p: r["stages"][stage] for p, r in rows.items() if stage in r["stages"]}
     peers = [p for p in judged if p != OURS]
     if not peers:

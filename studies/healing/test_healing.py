@@ -1,4 +1,4 @@
-"""The healing study on a tiny model, and its figures from a results file made by hand."""
+"""Tests of the healing study on a tiny model, and of its figures from a hand-made results file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def content(
     words += ["--samples", "40", "--steps", "1,2", "--work", str(work / "work")]
     words += ["--methods", "isingcut", *PEERS, "last"]
     runner.run(Healing, words)
-    # Two recipes of one text in one folder.
+    # A second recipe with the same text and work folder.
     runner.run(Healing, [*words, "--method", "lora", "--rate", "0.002", "--steps", "1"])
     runner.run(Healing, [*words, "--collect", "--results", str(work / "healing.json")])
     return runner.read(work / "healing.json")
@@ -89,7 +89,7 @@ def test_figures() -> None:
         "cut_ppl_over_best_peer_9": pytest.approx(math.exp(4.0 - 4.1)),
         "kl_over_best_peer_9": pytest.approx(1.0 / 1.1),
     }
-    # Of the gaps of -0.4 and 0 on two samples of one token, residuals are -0.2 and 0.2.
+    # The gaps on two samples of one token are -0.4 and 0, so that residuals are -0.2 and 0.2.
     error = math.sqrt(2 * 0.2**2 * 2) / 2
     assert found["healed_ppl_over_best_peer_9_9M_se"] == pytest.approx(ratio * error)
     found = figures("deep_", isingcut=method(4.0, 3.75, 3.4), **OTHERS)
@@ -110,11 +110,11 @@ def test_no_figure_is_made_up_for_what_was_not_measured() -> None:
 def test_differences_are_paired() -> None:
     first = {"c4": {"sample_nll": [10.0, 22.0], "sample_tokens": [4, 8]}}
     second = {"c4": {"sample_nll": [11.0, 24.0], "sample_tokens": [4, 8]}}
-    # 0.25 nats a token more on each sample: no spread.
+    # 0.25 nats per token more on each sample: no spread.
     assert paired(first, second, "nll") == (pytest.approx(0.25), pytest.approx(0.0), 2)
     second["c4"]["sample_nll"][1] = 22.0
     gap, error, _ = paired(first, second, "nll")
-    # Residuals of gaps 1, 0 around 1/12 a token: 2/3 and -2/3.
+    # Residuals of the gaps 1 and 0 around 1/12 per token: 2/3 and -2/3.
     assert gap == pytest.approx(1 / 12)
     assert error == pytest.approx(math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
 

@@ -1,30 +1,31 @@
-"""What should be minimised? Which loss on which text goes with the questions a cut model answers.
+"""Which loss should be minimised? Rank correlations of losses on texts with task accuracy.
 
-Many states of one model with the same number of blocks removed: of SmolLM2 those that all methods
-chose in the results of the quality study, and exchanges of one or two blocks of three of them; of
-another model (`--model coder`: the one of the accuracy study, with `--results` of its own) runs of
-blocks and exchanges in them. Each is measured on each text (KL to the original and NLL, nats a
-token) and asked the questions of each task, as `isingcut run --tasks` asks them. Some of them,
-evenly spread over their order by KL, are repaired as well and asked again: with the fitted patch,
-and after `--steps` of healing.
+Many states of one model remove the same number of blocks. For SmolLM2 they are the choices of all
+methods in the results of the quality study, and three states with one or two blocks exchanged; for
+another model (`--model coder`: the one of the accuracy study, with its own `--results`) runs of
+blocks and exchanges in them. Each state is measured on each text (KL to the original and NLL, nats
+per token) and evaluated on each task, as `isingcut run --tasks` does. Some states, evenly spread
+over the order by KL, are repaired and evaluated again: with the fitted patch, and after `--steps`
+of healing.
 
-Figures, over the states; `coder_` before them for the second model:
+Figures, over the states; `coder_` is in front of them for the second model:
 
 objective_spearman_NAME  Spearman's rank correlation of the mean accuracy over the tasks with the
-  negative of a loss: KL or NLL (`nll_`) on a text, or the KL on a mixture of texts. 1 orders the
-  states as the questions do. Intervals are of 2,000 bootstrap samples over states and questions
-patched_spearman_NAME, healed_spearman_NAME  of the repaired states: the accuracy then with the loss
-  of the cut state, which is what a choice goes by; own_NAME instead of NAME: with the KL of the
-  repaired state itself, on texts that no repair has seen; cut_accuracy: with that of the cut state
+  negative of a loss: KL or NLL (`nll_`) on a text, or the KL on a mixture of texts. 1: the loss
+  orders the states as the accuracy does. Intervals are from 2,000 bootstrap samples over states and
+  questions
+patched_spearman_NAME, healed_spearman_NAME  for the repaired states: the same of their accuracy
+  with the loss of the cut state, which a choice is based on; own_NAME: with the KL of the repaired
+  state itself, on texts that no repair has seen; cut_accuracy: with the accuracy of the cut state
 reliability  the same between the accuracies on two halves of the questions (mean of 200 splits),
-  taken to all of them by Spearman's and Brown's formula: no objective can be expected beyond
-  about its square root
+  extended to all questions by the Spearman-Brown formula; its square root is about the highest
+  correlation that can be expected of an objective
 half_spearman_scores, half_spearman_certainties  the rank correlation of the accuracy on half of the
   questions with the accuracy, and with the log-probability of right answers, on the other half
 default_objective  the mixture of the highest correlation
 
-The tables say by how much each objective is above the mixture that a run takes by default, paired
-over the same bootstrap samples; the second is of the half of the states of the lowest KL, among
+The tables also show by how much each objective is above a run's default mixture, paired over the
+same bootstrap samples. The second table is of the half of the states with the lowest KL, among
 which a search chooses.
 """
 
@@ -49,14 +50,14 @@ QUALITY = STUDIES / "quality" / "results" / "quality.json"
 
 
 class Objectives(RepairStudy):
-    """Losses and answers of many states."""
+    """Study of the losses and answers of many states."""
 
     name = "objectives"
     judged = ("web", "wiki", "stories", "python", "instruct", "answers", "maths", "qa")
     defaults: ClassVar[Content] = {
         "tasks": ["arc_easy", "piqa", "lambada", "hellaswag"],
         "judged_tokens": 2560,
-        "steps": 20,
+        "steps": [20],
         "patch_tokens": 16384,
     }
     settings = (*RepairStudy.settings, "remove", "states")
@@ -127,14 +128,14 @@ class Objectives(RepairStudy):
 
 
 def spread(values: Any, count: int) -> list[int]:
-    """So many indices, evenly spaced in the order of the values, both ends among them."""
+    """Return ``count`` indices, evenly spaced in the order of the values, including both ends."""
     order = np.argsort(values, kind="stable")
     count = min(count, len(order))
     return [int(i) for i in order[np.linspace(0, len(order) - 1, count).round().astype(int)]]
 
 
 def chosen_states(m: int, count: int, n: int) -> list[list[int]]:
-    """States that methods chose in the quality study, and exchanges in three."""
+    """Return the states chosen in the quality study, and three states with blocks exchanged."""
     tables = [t for t in read(QUALITY)["tables"] if t["remove"] == m]
     choices = [c for t in tables for entry in t["methods"] for c in (entry, *entry["runs"])]
     found = dict.fromkeys(tuple(choice["removed"]) for choice in choices)
@@ -143,7 +144,7 @@ def chosen_states(m: int, count: int, n: int) -> list[list[int]]:
 
 
 def windows(m: int, count: int, n: int) -> list[list[int]]:
-    """Runs of blocks that leave a sixth of them at both ends, and exchanges in the middle three."""
+    """Return runs of blocks without a sixth at both ends, and exchanges in the middle three."""
     states = [list(range(a, a + m)) for a in range(n // 6, n - n // 6 - m + 1)]
     middle = len(states) // 2
     return exchanged(states[:count], states[middle - 1 : middle + 2], m, count, n)
@@ -152,7 +153,7 @@ def windows(m: int, count: int, n: int) -> list[list[int]]:
 def exchanged(
     states: list[list[int]], starts: list[list[int]], m: int, count: int, n: int
 ) -> list[list[int]]:
-    """So many states: those given, and others with one or two blocks of a start exchanged."""
+    """Extend states to ``count`` with starts that have one or two blocks exchanged."""
     draw = random.Random(0)
     while len(states) < count:
         state, k = set(draw.choice(starts)), draw.choice((1, 2))

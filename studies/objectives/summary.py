@@ -14,7 +14,7 @@ from studies.runner_models import Bits, as_bits
 
 REPAIRED = ("patched", "healed")
 DEFAULT = "wiki_python"
-"""The mixture that a run takes where no text is given."""
+"""Mixture that a run takes by default."""
 MIXTURES: dict[str, dict[str, float]] = {
     "wiki_python": {"wiki": 0.75, "python": 0.25},
     "web_instruct_maths": {"web": 0.5, "instruct": 0.3, "maths": 0.2},
@@ -26,11 +26,11 @@ MIXTURES: dict[str, dict[str, float]] = {
         ("web", "wiki", "instruct", "python", "maths"), 0.2
     ),
 }
-"""KL on several texts, weighted."""
+"""Weights of the KL on several texts."""
 
 
 def objectives(losses: Content) -> dict[str, Bits]:
-    """Losses (S,) of all states by the objective's name: of single texts, and of mixtures."""
+    """Return the losses (S,) of all states by objective: on single texts, and on mixtures."""
     found = {}
     for text, row in losses.items():
         found[text], found[f"nll_{text}"] = np.array(row["kl"]), np.array(row["nll"])
@@ -42,11 +42,11 @@ def objectives(losses: Content) -> dict[str, Bits]:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman of mean accuracy with a negative loss.
+    """Spearman's rank correlation of mean accuracy with a negative loss.
 
     Attributes:
-        rho, low, high: the value and its 95 % interval.
-        more, more_low, more_high: by how much it is above that of the objective compared with.
+        rho, low, high: value and its 95 % interval.
+        more, more_low, more_high: excess over the reference objective and its 95 % interval.
     """
 
     rho: float
@@ -63,12 +63,12 @@ def correlations(
     against: str,
     rounds: int = 2000,
 ) -> dict[str, Correlation]:
-    """Of each objective, with intervals by the bootstrap over states and questions.
+    """Return each objective's correlation, with bootstrap intervals over states and questions.
 
     Args:
-        right: (S, Q) of each task, 1 where right.
+        right: (S, Q) of each task, 1 for a right answer.
         losses: (S,) of each objective.
-        against: the objective that the others are compared with.
+        against: name of the reference objective.
     """
     draw = np.random.default_rng(0)
     mean = np.mean([r.mean(1) for r in right], 0)
@@ -87,28 +87,28 @@ def correlations(
 
 
 def lower_half(losses: Content) -> Bits:
-    """The half of the states of the lowest KL, mean over the texts."""
+    """Return the indices of the half of the states with the lowest mean KL over the texts."""
     mean = np.mean([row["kl"] for row in losses.values()], 0)
     return np.sort(np.argsort(mean)[: len(mean) // 2])
 
 
 def _spearman(one: Any, rows: Any) -> Any:
-    """Of one sequence (S,) with each of some rows (R, S): Pearson's of the ranks."""
+    """Return Spearman's correlation (R,) of a sequence (S,) with each of some rows (R, S)."""
     a, b = rankdata(one) - (len(one) + 1) / 2, rankdata(rows, axis=1) - (len(one) + 1) / 2
     return b @ a / np.sqrt((a @ a) * (b * b).sum(1))
 
 
 def reliability(right: Sequence[Bits], splits: int = 200) -> float:
-    """Expected rank correlation of the mean accuracy with that on as many other questions."""
+    """Return the expected rank correlation of accuracies on two sets of as many questions."""
     half = half_spearman(right, right, splits)
     return 2 * half / (1 + half)
 
 
 def half_spearman(ordering: Sequence[Bits], right: Sequence[Bits], splits: int = 200) -> float:
-    """Rank correlation of means on half of the questions with the accuracy on the other half.
+    """Return the rank correlation of means on half of the questions with accuracy on the others.
 
     Args:
-        ordering: (S, Q) of each task, in units in which tasks can be added.
+        ordering: (S, Q) of each task, in units that can be added over tasks.
     """
     draw, found = np.random.default_rng(0), []
     for _ in range(splits):
@@ -122,21 +122,21 @@ def half_spearman(ordering: Sequence[Bits], right: Sequence[Bits], splits: int =
 
 
 def in_spreads(values: Any) -> Bits:
-    """(S, Q) in units of their spread about each question's mean, as a choice adds tasks."""
+    """Return values (S, Q) over their spread about each question's mean, as a choice adds tasks."""
     rows = np.array(values)
     return rows / (float((rows - rows.mean(0)).std()) or 1.0)
 
 
 def answers(rows: Sequence[str]) -> Bits:
-    """(S, Q), 1 where right."""
+    """Return an array (S, Q), 1 for right answers."""
     return np.array([as_bits(row) for row in rows])
 
 
 def repaired(
     content: Content, losses: Mapping[str, Bits], stage: str
 ) -> tuple[dict[str, Bits], dict[str, Bits]]:
-    """Of the repaired states, right answers (R, Q) by task, and (R,) of each objective: losses of
-    the cut states, KL of the repaired ones (``own_``), and the cut states' errors."""
+    """Return the repaired states' right answers (R, Q) by task, and (R,) by objective: losses of
+    the cut states, KL of the repaired ones (``own_``), and the cut states' error rates."""
     rows, cut = content["repaired"], content["right"]
     at = [content["states"].index(row["state"]) for row in rows]
     right = {t: answers([r[stage]["right"][t] for r in rows]) for t in rows[0][stage]["right"]}
@@ -148,7 +148,7 @@ def repaired(
 
 
 def show(content: Content) -> dict[str, Any]:
-    """Print the tables; gives the figures."""
+    """Print the tables and return the figures."""
     right = {task: answers(rows) for task, rows in content["right"].items()}
     losses, s = objectives(content["losses"]), content["settings"]
     counts = ", ".join(f"{t} {r.shape[1]}" for t, r in right.items())

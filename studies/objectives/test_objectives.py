@@ -1,4 +1,4 @@
-"""The study of objectives on a tiny model, and its correlations on made-up results."""
+"""Tests of the study of objectives on a tiny model, and of its correlations on made-up results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from studies.runner import Content
 from studies.runner_models import Bits
 
 
-# Six states that answer alike have no rank correlation.
+# The rank correlation of six states with equal answers is undefined.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_tiny_study_runs_to_its_figures(
     tiny: list[str], healed: list[str], tmp_path: Path
@@ -54,7 +54,7 @@ def test_repaired_states_are_spread_over_the_order() -> None:
 
 
 def answers(states: int, questions: int) -> tuple[Bits, Bits]:
-    """A hidden quality (S,) of each state, and right answers (S, Q) with that chance."""
+    """Return a quality (S,) of each state, and right answers (S, Q) with that probability."""
     draw = np.random.default_rng(1)
     quality = np.linspace(0.1, 0.9, states)
     return quality, (draw.random((states, questions)) < quality[:, None]).astype(int)
@@ -114,7 +114,7 @@ def test_certainties_order_better_than_scores_where_they_say_more() -> None:
     certain = quality[:, None] + 0.1 * draw.normal(size=right.shape)
     scores, certainties = (summary.half_spearman([o], [right], 50) for o in (right, certain))
     assert scores < certainties < 1
-    # Tasks in nats of any size count alike.
+    # The scale of a task's values does not matter.
     scaled = [summary.in_spreads(k * certain) for k in (1.0, 50.0)]
     assert np.allclose(*scaled)
 

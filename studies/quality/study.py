@@ -1,10 +1,10 @@
-"""Which blocks each method chooses, what the choice costs, and what is left of the model.
+"""Block choices of every method: their cost, and the loss of the cut models.
 
-Every method chooses on the same `--pool` samples and pays in the same unit: full forward passes
-(block evaluations over the number of blocks) and output heads over the whole pool, shared
-prefixes credited to all. The two methods that measure most states on parts of their text,
-`evopress` and `refined`, draw these from `--search-pool` samples, the pool's among them. What
-they pay is counted in passes over the pool too: the budget buys them fewer but wider looks.
+Every method chooses on the same `--pool` samples. Costs have one unit: full forward passes (block
+evaluations over the number of blocks) and output heads over the whole pool, with shared prefixes
+counted once for every method. The two methods that measure most states on parts of their text,
+`evopress` and `refined`, draw these from `--search-pool` samples, which include the pool. Their
+costs are counted in passes over the pool too: the same budget measures fewer states on more text.
 `evopress` gets at most the passes that SLEB, as published, took to the same number of removals;
 `refined` takes its own default budget, and `refined-joint` that of one search for all numbers. KL
 is to the original model, in nats per token.
@@ -15,19 +15,19 @@ Figures, from the table of the first text that blocks are chosen on:
 
 refined_kl_over_best_baseline_M  KL of `refined` over the lowest KL of all other methods (the
     pair energy and our variants of published methods included, `refined-joint` not), pooled over
-    all tokens of the judged texts. A method with several seeds stands for its median run.
+    all tokens of the evaluation texts. The median run represents a method with several seeds.
 refined_mean_rank  rank of `refined` by KL among the same methods (1: lowest; equal states share
-    their ranks), mean over the numbers of removals and the judged texts.
-refined_lowest_or_within  share of the combinations of a number of removals, a judged text and a
-    measure (KL, perplexity) in which `refined` is the lowest of these methods, or the 95 %
+    their ranks), mean over the numbers of removals and the evaluation texts.
+refined_lowest_or_within  share of the combinations of a number of removals, an evaluation text and
+    a measure (KL, perplexity) in which `refined` is the lowest of these methods, or the 95 %
     interval of its difference from the lowest other one reaches zero (paired bootstrap over
     samples, 2,000 resamples).
 refined_mean_kl_over_best_baseline  the mean over the numbers of removals of the pooled KL of
     `refined`, over the lowest such mean of another method.
 refined_price_over_sleb  passes of `refined` over those of SLEB for the same number of removals, or
-    heads over heads where that is more; the largest over numbers and seeds.
+    the ratio of heads if that is larger; the maximum over numbers and seeds.
 
-The committed file holds besides, of commit 70bd966, accuracies, the rank correlations of energies
+The committed file also holds, from commit 70bd966, accuracies, the rank correlations of energies
 with measured losses (spearman_ENERGY_M) and a long evolution (refined_tokens_over_evopress).
 """
 
@@ -50,7 +50,7 @@ SEEDED = ("random", "evopress", "refined")
 
 
 class Quality(ModelStudy):
-    """Choices of every method, judged on text that nothing was chosen on."""
+    """Study of the choices of every method, evaluated on text that nothing was chosen on."""
 
     name = "quality"
     judged = ("wikitext2", "c4", "instruct")
@@ -79,7 +79,7 @@ class Quality(ModelStudy):
 
     @cached_property
     def pools(self) -> dict[str, tuple[TokenSet, TokenSet]]:
-        """The pool and the wider one, by the text that is chosen on."""
+        """Pool and search pool, by the name of the text that blocks are chosen on."""
         o = self.options
         sizes = [samples * o.length for samples in (o.pool, o.search_pool)]
         own = "wiki" if o.calibration == "wiki" else "own"
@@ -90,7 +90,7 @@ class Quality(ModelStudy):
         return found  # type: ignore[return-value]
 
     def choosing(self, text: str, method: str, seed: int) -> Part:
-        """What a method chooses on a text, for all numbers of blocks."""
+        """Return the part of a method's choices on a text, for all numbers of blocks."""
         o, (pool, wide) = self.options, self.pools[text]
         removals = o.second_remove if text == "instruct" else o.remove
 
@@ -117,7 +117,7 @@ class Quality(ModelStudy):
         return found + [p for t in self.judged_names for p in self.losses(t, [(), *states])]
 
     def choices(self) -> list[Content]:
-        """Every choice that was made."""
+        """Return all choices that are finished."""
         return [
             {"text": part["text"], "method": method, **row}
             for part in self.under("choose")

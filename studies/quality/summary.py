@@ -1,4 +1,4 @@
-"""Tables and figures of a results file of the quality study; nothing is computed from parts."""
+"""Tables and figures of the quality study, computed from a results file alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from studies.runner import Content
 
 
 def show(content: Content) -> dict[str, float]:
-    """Print all tables; gives the figures, as far as the file holds them."""
+    """Print all tables and return the figures that the file has data for."""
     p = content["provenance"]
     print(f"{p['model']} ({p['dtype']})")
     for name, text in content["judged"].items():
@@ -109,7 +109,7 @@ def _estimators(parts: list[Content]) -> None:
 
 
 def _figures(content: Content) -> dict[str, float]:
-    """Every figure by name; defined in `studies.quality.study`."""
+    """Return the figures by name; `studies.quality.study` defines them."""
     first = content["tables"][0]["chosen_on"] if content["tables"] else None
     tables = [
         t
@@ -135,7 +135,7 @@ def _figures(content: Content) -> dict[str, float]:
 
 
 def _over_all(tables: list[Content]) -> dict[str, float]:
-    """What is said of all numbers of removals together."""
+    """Return the figures over all numbers of removals together."""
     views = [v for t in tables for text, v in t["losses"].items() if text != "pooled"]
     ours = [v[metric]["refined"] for v in views for metric in ("kl", "nll")]
     pooled = [t["losses"]["pooled"]["kl"]["methods"] for t in tables]

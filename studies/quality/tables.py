@@ -1,4 +1,4 @@
-"""From choices and judged states to tables with paired intervals."""
+"""Tables of the choices and of their losses, with paired intervals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from studies.runner import Content
 from studies.runner_models import key, mean_loss
 
 OURS = ("refined", "refined-joint")
-"""Entries of the product's own search: neither is a baseline of the other."""
+"""Entries of the product's own search; neither is a baseline of the other."""
 RESAMPLES = 2000
 Rows = Mapping[str, Content]
-"""Losses of judged states on one text, by key."""
+"""Losses of states on one evaluation text, by the states' keys."""
 
 
 def judged_text(rows: Rows) -> Content:
-    """What a text that judged holds, and the original's perplexity there."""
+    """Return the size of an evaluation text and the original's perplexity on it."""
     original = rows["original"]
     return {
         "samples": len(original["counts"]),
@@ -30,7 +30,7 @@ def judged_text(rows: Rows) -> Content:
 
 
 def tables(choices: Sequence[Content], losses: Mapping[str, Rows]) -> list[Content]:
-    """One table for each text chosen on and number of blocks, of what is judged everywhere."""
+    """Return a table per choice text and number of blocks, of states evaluated on all texts."""
     groups = {(c["text"], c["remove"]) for c in choices}
     found = []
     for text, remove in sorted(groups, key=lambda g: (g[0] == "instruct", g)):
@@ -67,13 +67,13 @@ def _table(choices: Sequence[Content], losses: Mapping[str, Rows]) -> Content:
 
 
 def median_run(runs: Sequence[Content]) -> Content:
-    """The run of median pooled KL; of an even number the better of the two in the middle."""
+    """Return the run of median pooled KL, for an even number the better of the middle two."""
     ordered = sorted(runs, key=lambda r: (r["kl"], r["seed"]))
     return ordered[(len(ordered) - 1) // 2]
 
 
 def compare(losses: Mapping[str, Rows], keys: Mapping[str, str], what: str) -> Content:
-    """Each method's mean loss with its distance from the lowest, and ours against the rest.
+    """Return each method's mean loss and distance from the lowest, and ours against the others.
 
     The bootstrap resamples samples, the same ones for all methods; pooled texts are resampled
     within each text.
@@ -120,7 +120,7 @@ def compare(losses: Mapping[str, Rows], keys: Mapping[str, str], what: str) -> C
 
 
 def rank(means: Floats, i: int, others: list[int]) -> float:
-    """1 for the lowest; methods that found the same state share the mean of their ranks."""
+    """Return the rank of ``i`` among others (1: lowest); equal means share their mean rank."""
     below = int((means[others] < means[i]).sum())
     equal = int((means[others] == means[i]).sum())
     return 1 + below + equal / 2
@@ -131,5 +131,5 @@ def _interval(draws: Floats) -> list[float]:
 
 
 def short(value: Any) -> float:
-    """Six digits of a number."""
+    """Return a number rounded to six digits."""
     return float(f"{float(value):.6g}")

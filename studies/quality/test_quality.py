@@ -1,4 +1,4 @@
-"""The quality study on a tiny model, against direct computations."""
+"""Tests of the quality study on a tiny model, against direct computations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = ["--pool", "3", "--search-pool", "4", "--remove", "2,3", "--second-remov
 
 @pytest.fixture(scope="module")
 def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Content:
-    """One whole run and what was collected of it."""
+    """Return the results file of a whole run."""
     work = tmp_path_factory.mktemp("quality")
     words = [*tiny, *SIZES, "--seeds", "2", "--work", str(work / "work")]
     runner.run(Quality, words)
@@ -88,7 +88,7 @@ def test_intervals_are_paired() -> None:
     rows = {k: {"kl": v.tolist(), "counts": [10] * 40} for k, v in sums.items()}
     found = tables.compare({"x": rows}, {"refined": "b", "sleb": "a", "evopress": "c"}, "kl")
     ours = found["refined"]
-    # Far smaller than the spread between samples, and certain: the same samples on both sides.
+    # Both sides use the same samples, so that the interval excludes their spread.
     assert ours["difference"] == pytest.approx(0.02, rel=1e-4)
     assert ours["best_other"] == "sleb"
     assert ours["difference_interval"] == pytest.approx([0.02, 0.02], rel=1e-3)

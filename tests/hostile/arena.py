@@ -1,8 +1,8 @@
-"""A row of the hostile suite, and the place where it is tried.
+"""Rows of the hostile suite, and the folder in which each is run.
 
-A row is one command line with something wrong about its files or words. It must end with the
-expected exit code and one line, without a traceback, within bounds of time and memory, and leave
-every file as it was: by hash, nothing replaced, nothing half-made.
+A row is one command line with faulty files or words. It must end with the expected exit code and
+one line, without a traceback, within limits of time and memory. Every file must stay as it was, by
+hash: nothing is replaced, and nothing is left half-made.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Row:
     """One hostile case.
 
     Attributes:
-        name: unique within its table; the test's id.
-        command: what is typed after ``isingcut``; ``{model}``, ``{run}``, ``{text}``, ``{home}``
-            and ``{here}`` stand for the places of the arena, and any file below ``{here}``.
-        line: a regular expression that the one line on stderr must match.
-        prepare: makes the files hostile, before they are hashed.
-        code: the exit code.
-        makes: patterns (of paths below the arena) that may come into being or change.
-        seconds, megabytes: what it may take, beyond what the process holds already.
-        stdin: what is piped in.
+        name: unique name within its table; id of the test.
+        command: words after ``isingcut``; ``{model}``, ``{run}``, ``{text}``, ``{home}`` and
+            ``{here}`` stand for places of the arena, which may have more files below ``{here}``.
+        line: regular expression for the one line on stderr, or for all output if code is not 2.
+        prepare: function that makes the files hostile, called before they are hashed.
+        code: expected exit code.
+        makes: patterns (of paths below the arena) of what may be made or changed.
+        seconds, megabytes: limits of time, and of memory beyond what the process has already.
+        stdin: text on standard input.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Row:
 
 
 class TooSlowError(BaseException):
-    """The row took longer than it may."""
+    """A row exceeded its time limit."""
 
 
 @dataclass
 class Arena:
-    """A folder of its own for one row: ``model``, ``text.txt``, ``run`` (finished) and ``home``."""
+    """Folder of one row, with ``model``, ``text.txt``, ``run`` (finished) and ``home``."""
 
     here: Path
 
@@ -69,7 +69,7 @@ class Arena:
         return self.here / {"text": "text.txt"}.get(name, name)
 
     def try_row(self, row: Row) -> str:
-        """Run it, check all that a row promises, and return what came on stdout."""
+        """Run a row, check all that it expects, and return its stdout."""
         row.prepare(self)
         places = {n: str(getattr(self, n)) for n in ("model", "run", "text", "home", "here")}
         arguments = [part.format(**places) for part in shlex.split(row.command)]
@@ -97,10 +97,10 @@ class Arena:
 
 
 def make_arena(world: Path, folder: Path, patch: pytest.MonkeyPatch) -> Arena:
-    """A copy of the world, as the working folder, with HOME and the cache in it."""
+    """Return a copy of the world as the working folder, with HOME and the cache in it."""
     here = Path(shutil.copytree(world, folder / "here", symlinks=True))
     manifest = here / "run" / "run.json"
-    # The run was made here, as far as it knows.
+    # Make the run's record name the copied folder.
     text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
     manifest.write_text(text, encoding="utf-8")
     patch.chdir(here)
@@ -112,14 +112,14 @@ def make_arena(world: Path, folder: Path, patch: pytest.MonkeyPatch) -> Arena:
 
 
 def glob_to_regex(pattern: str) -> str:
-    """``run/*`` matches all below run, at any depth."""
+    """Return the regular expression of a pattern; ``run/*`` matches any depth below ``run``."""
     return "^" + re.escape(pattern).replace(r"\*", ".*") + "$"
 
 
 def call(
     arguments: list[str], seconds: float = 20, megabytes: int = 1500, stdin: str = ""
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line in this process, within bounds."""
+    """Run the command line in this process, within limits; return exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     argv, typed = sys.argv, sys.stdin
     sys.argv, sys.stdin = ["isingcut", *arguments], io.StringIO(stdin)
@@ -144,7 +144,7 @@ def call(
 
 @contextlib.contextmanager
 def bounded(seconds: float, megabytes: int) -> Iterator[None]:
-    """Stop what takes longer; let allocations beyond the limit fail."""
+    """Raise `TooSlowError` after that time, and let allocations beyond the limit fail."""
 
     def late(number: int, frame: Any) -> None:
         raise TooSlowError

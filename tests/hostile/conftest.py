@@ -1,4 +1,4 @@
-"""One tiny model, text and finished run, made once; a copy of them for every row."""
+"""One tiny model, text and finished run, made once and copied for every row."""
 
 import pytest
 from arena import make_arena
@@ -10,7 +10,7 @@ from shared import OPTIONS, leave_speed_out, write_words
 
 @pytest.fixture(scope="session")
 def world(shared, finished):
-    """What every arena is a copy of; made after the first run, which compiles what both need."""
+    """Folder that every arena copies; made after the first run, which compiles what both need."""
     return shared.folder("world", _make_world)
 
 
@@ -33,12 +33,12 @@ def _make_world(base):
 
 @pytest.fixture
 def arena(world, tmp_path, monkeypatch):
-    """A place of its own for one row: the working folder, with HOME and the cache in it."""
+    """Arena of one row: the working folder, with HOME and the cache in it."""
     return make_arena(world, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def smaller_bounds(monkeypatch):
-    """The same bounds, reached sooner."""
+    """Lower the size limits of records and unpacked texts, so that small files reach them."""
     monkeypatch.setattr("isingcut.data.text_files.RECORD", 1 << 19)
     monkeypatch.setattr("isingcut.data.text_files.UNPACKED", 1 << 21)

@@ -1,4 +1,4 @@
-"""Ways to make the files of an arena hostile: a model's, or any."""
+"""Steps that make the files of an arena hostile; most functions return such a step."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def written(place, content="mine"):
 
 
 def changed(place, change):
-    """Let a file have other bytes, which ``change`` makes of its own or changes in place."""
+    """Change a file by ``change``, which edits its bytes in place or returns new ones."""
 
     def prepare(arena):
         path = arena.here / place
@@ -35,12 +35,12 @@ def changed(place, change):
 
 
 def edited(place, change):
-    """The same of the content of a JSON file."""
+    """Change the content of a JSON file in the same way."""
 
     def edit(data):
         content = json.loads(data)
         new = change(content)
-        # As isingcut writes it.
+        # In the format in which isingcut writes JSON.
         return (json.dumps(content if new is None else new, indent=1) + "\n").encode()
 
     return changed(place, edit)
@@ -52,12 +52,12 @@ def config(place=CONFIG, **changes):
 
 
 def deep(place, depth=100_000):
-    """JSON nested deeper than any reader can go."""
+    """Write JSON that is nested too deeply for any reader."""
     return written(place, '{"a":' + "[" * depth + "]" * depth + "}")
 
 
 def pipe(place):
-    """A pipe that nobody writes to, where a file is read."""
+    """Replace a file by a pipe without a writer."""
 
     def prepare(arena):
         (arena.here / place).unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def pipe(place):
 
 
 def linked(place, to):
-    """A link in a file's place."""
+    """Replace a file by a symbolic link."""
 
     def prepare(arena):
         (arena.here / place).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def linked(place, to):
 
 
 def truncated(place, size):
-    """A file is so long, shorter or longer than it was."""
+    """Truncate or extend a file to ``size`` bytes."""
 
     def prepare(arena):
         (arena.here / place).touch()
@@ -104,7 +104,7 @@ def tensors(edit, place="model"):
 
 
 def number(name, value, place="model"):
-    """One number of one tensor becomes ``value``."""
+    """Set one number of one tensor to ``value``."""
 
     def edit(held):
         held[name] = held[name].copy()
@@ -114,7 +114,7 @@ def number(name, value, place="model"):
 
 
 def header(edit, place=WEIGHTS, length=lambda n: n):
-    """Change the header of a safetensors file, a dictionary, and the length that it says it has."""
+    """Change the header of a safetensors file, a dictionary, and the length stated before it."""
 
     def change(data):
         end = 8 + int.from_bytes(data[:8], "little")
@@ -132,7 +132,7 @@ def entry(**changes):
 
 
 def sharded(edit=lambda index: None):
-    """The weights as one shard with an index, which ``edit`` may change."""
+    """Store the weights as one shard with an index, which ``edit`` may change."""
 
     def prepare(arena):
         names = list(load_file(arena.here / WEIGHTS))
@@ -146,7 +146,7 @@ def sharded(edit=lambda index: None):
 
 
 def both(*steps):
-    """Several of these, one after the other."""
+    """Run several steps in order."""
 
     def prepare(arena):
         for step in steps:
@@ -156,29 +156,29 @@ def both(*steps):
 
 
 def overflow(held):
-    """Finite weights with which the output of block 2 overflows float32."""
+    """Scale weights so that they stay finite but the output of block 2 overflows float32."""
     for name, factor in (("up_proj", 1e10), ("down_proj", 1e38)):
         held[f"model.layers.2.mlp.{name}.weight"] *= factor
 
 
 def zero(held):
-    """Every weight is 0."""
+    """Set every weight to 0."""
     for name in held:
         held[name] = 0 * held[name]
 
 
 def without(held, *parts):
-    """Take the tensors away whose names hold one of ``parts``."""
+    """Remove the tensors whose names contain one of ``parts``."""
     for name in [n for n in held if any(p in n for p in parts)]:
         del held[name]
 
 
 def more_blocks(held):
-    """A block more than the config says."""
+    """Add the tensors of one block more than the config states."""
     for name in [n for n in held if ".layers.5." in n]:
         held[name.replace(".5.", ".6.")] = held[name].copy()
 
 
 def ones(*shape):
-    """A float32 array."""
+    """Return a float32 array of ones."""
     return np.ones(shape, np.float32)

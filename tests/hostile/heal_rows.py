@@ -15,10 +15,10 @@ NUMBERS = itertools.count()
 
 
 def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed", **settings):
-    """The command line of a tiny healing, of two steps where it gets that far.
+    """Return the command line of a tiny healing, of two steps if it gets that far.
 
     Args:
-        settings: its `trainer` section.
+        settings: entries of its `trainer` section.
     """
     file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
@@ -30,7 +30,7 @@ def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed",
 
 
 def rows(cases):
-    """Rows of (name, command, line, preparation)."""
+    """Return rows from tuples (name, command, line, preparation)."""
     return [Row(*case) for case in cases]
 
 
@@ -42,12 +42,12 @@ RECORD = "run/model/isingcut.json"
 
 
 def record(change):
-    """Changes the record of the cut."""
+    """Change the record of the cut."""
     return edited(RECORD, change)
 
 
 def trainer(content):
-    """A config file with that content in its `trainer` section."""
+    """Write a config file with that content in its `trainer` section."""
     return written("t.yaml", "trainer:\n" + textwrap.indent(content, "  "))
 
 

@@ -1,4 +1,4 @@
-"""Ways to damage the files of a run folder, as whoever made the folder could have."""
+"""Steps that damage files of a run folder and record them, as the folder's author could."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ REPORT = "report {run}"
 
 
 def record(arena, name):
-    """Note in run.json that the file is as the run wrote it."""
+    """Record the file in run.json as if the run had written it."""
     if name == "run.json":
         return
     place = arena.run / "run.json"
     run = json.loads(place.read_text(encoding="utf-8"))
     file = arena.run / name
-    # What lies in a folder, or beside it, goes with the folder's record.
+    # Files in a folder, and healing.json, belong to the folder's record.
     key = {"healing.json": "healed"}.get(name, name.partition("/")[0])
     plain = file.is_file() and key == name
     made = {"stage": "any", "fingerprint": "0", "options": {}, "done": True, "seconds": 0.0}
@@ -42,7 +42,7 @@ EXTRAS = {
 
 
 def provide(arena, name):
-    """The file, also where the small run did not come to write it."""
+    """Return the path of a file; write it first if it is one of `EXTRAS`."""
     if name in EXTRAS:
         kind, content = EXTRAS[name]
         write_json(arena.run / name, kind, content())
@@ -51,7 +51,7 @@ def provide(arena, name):
 
 
 def rewritten(name, change):
-    """Prepares an arena in which ``change(bytes)`` is the content of a file."""
+    """Return a step that replaces the content of a file by ``change(bytes)``."""
 
     def prepare(arena):
         file = provide(arena, name)
@@ -62,7 +62,7 @@ def rewritten(name, change):
 
 
 def edited(name, *path, value=None, drop=False):
-    """Prepares an arena in which one value of a JSON file is another."""
+    """Return a step that changes one value of a JSON file, or removes it with ``drop``."""
 
     def change(content):
         document = json.loads(content)
@@ -79,7 +79,7 @@ def edited(name, *path, value=None, drop=False):
 
 
 def replaced(name, make):
-    """Prepares an arena in which something that is no file stands in its place."""
+    """Return a step that replaces a file by the result of ``make(path)``, which is no file."""
 
     def prepare(arena):
         file = provide(arena, name)

@@ -1,7 +1,7 @@
-"""Damaged files by the dozen: every command ends with 0 or 2, and the user's files are as before.
+"""Randomly damaged files: every command exits with 0 or 2, and no file of the user changes.
 
-What is drawn is the same at every run. `ISINGCUT_FUZZ=5000 pytest tests/hostile/test_fuzz.py`
-draws so many new examples for each test; what it finds is to become a row of a table.
+The examples are the same at every run. `ISINGCUT_FUZZ=5000 pytest tests/hostile/test_fuzz.py`
+draws that many new ones for each test; a failure found this way is to become a row of a table.
 """
 
 import json
@@ -19,7 +19,7 @@ from stage_files import record
 from shared import snapshot
 
 MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
-# What a command that ends well may write or replace.
+# Prefixes of paths that a successful command may write or replace.
 MADE = ("home/cache/", "run/remove-", "run/report.", "run/run.json", "run/model", "new")
 
 NAMES = st.sampled_from(["", "a", "[", "../../x", "\x00", "\ud800", "ü" * 300, "1e9", "inf", "2"])
@@ -32,7 +32,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
-# How a value of a document changes: what it becomes, given what it was.
+# Functions from the old value in a document to the new one.
 CHANGES = st.one_of(
     JSON.map(lambda new: lambda old: new),
     NUMBERS.map(lambda new: lambda old: old * new if isinstance(old, int) else new),
@@ -42,7 +42,7 @@ CHANGES = st.one_of(
 
 @st.composite
 def edits(draw):
-    """A few changes at arbitrary places of a JSON document, some of them a name taken or given."""
+    """Draw up to three changes of a JSON document: replaced values, removed keys, added keys."""
     picks = draw(
         st.lists(
             st.tuples(st.integers(0, 10**6), CHANGES, st.sampled_from(["put", "drop", "add"])),
@@ -77,7 +77,7 @@ def _homes(value):
 
 @st.composite
 def damage(draw, most):
-    """Flipped bytes, or a cut, within the first ``most`` bytes."""
+    """Draw a function that truncates data or flips bytes, within the first ``most`` bytes."""
     cut, at = draw(st.booleans()), draw(st.integers(0, most))
     bits = draw(st.lists(st.tuples(st.integers(0, most), st.integers(1, 255)), min_size=1))
 
@@ -94,8 +94,8 @@ def damage(draw, most):
 
 @pytest.fixture(scope="module")
 def survives(world):
-    """Damage a copy of the world and type a command: it ends with 0, or with 2 and one line, and
-    nothing of the user's is changed."""
+    """Function that damages a copy of the world and runs a command. It must exit with 0 or 2,
+    without a traceback, and change no file of the user."""
 
     def survive(command, *steps, codes=(0, 2)):
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def survives(world):
 
 
 def fuzzed(examples):
-    """Few examples, always the same; or many, new ones."""
+    """Return settings for a few fixed examples, or for many new ones."""
     return settings(
         max_examples=MANY or examples,
         derandomize=not MANY,
@@ -170,7 +170,7 @@ PAIRS = [(name, command) for name, commands in STAGES.items() for command in com
 
 
 def within(edit):
-    """Change the document that the header of a stage file holds as a text."""
+    """Change the JSON document in the header of a stage file."""
 
     def change(content):
         document = edit(json.loads(content["__metadata__"]["isingcut"]))

@@ -1,4 +1,4 @@
-"""GGUF files: believed in nothing that their bytes contradict, and never completed or half-cut."""
+"""GGUF files whose bytes and metadata disagree are refused, never converted or cut in part."""
 
 import hashlib
 import resource
@@ -24,23 +24,23 @@ BAD = "damaged or no GGUF file: "
 
 
 def ones(held):
-    """A tensor of another shape."""
+    """Double the length of a norm's weight."""
     held["blk.1.ffn_norm.weight"] = held["output_norm.weight"].repeat(2)
 
 
 def seventh(held):
-    """Tensors of a block more than the metadata says."""
+    """Add a tensor of one block more than the metadata counts."""
     held["blk.6.ffn_up.weight"] = held[UP]
 
 
 def empty_list(data):
-    """One more key, of a list of nothing; as long as the data's alignment."""
+    """Add a key with an empty list, in 32 bytes, so that the data stays aligned."""
     keys = struct.unpack_from("<Q", data, 16)[0] + 1
     more = pair("llama.ab", LIST, struct.pack("<IQ", WORD, 0))
     return data[:16] + struct.pack("<Q", keys) + more + data[24:]
 
 
-# What stands in the header, for `inspect` (which converts) and for `excise --gguf` (which cuts).
+# Errors in the header, for `inspect` (which converts) and for `excise --gguf` (which cuts).
 HEADERS = [
     ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
     ("an empty block", lacking("blk.3."), "says 6 blocks but has tensors of 5"),
@@ -74,7 +74,7 @@ HEADERS = [
     ("an empty file", written(FILE, b""), "no(t a)? GGUF file"),
     ("another format", written(FILE, b"PK\x03\x04" + bytes(100)), "no(t a)? GGUF file"),
 ]
-# What only building the model shows.
+# Errors that only building the model reveals.
 CONVERTED = [
     ("blocks that all lack a tensor", lacking("ffn_up"), "lacks 6 tensors .*0.mlp.up_proj.weight"),
     ("no norm", lacking("output_norm"), "lacks 1 tensors .*model.norm.weight"),
@@ -90,7 +90,7 @@ CONVERTED = [
     ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
     ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values"),
 ]
-# What comparing with the run's model shows.
+# Errors that only a comparison with the run's model reveals.
 OTHERS = [
     ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight differs"),
     ("a deeper model", of_model(num_hidden_layers=7), "it has 7 blocks, the run's model 6"),

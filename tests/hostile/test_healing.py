@@ -1,4 +1,4 @@
-"""A healing touches nothing of the user's, takes no foreign models, and is never lost half-way."""
+"""Healing changes no file of the user, refuses models that do not match, and can be resumed."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ from isingcut.testing.tiny import tiny_checkpoint
 
 
 def unfinished(arena):
-    """Work of another healing, its patch done."""
+    """Write the work folder of another healing that has finished its patch."""
     work = arena.here / ".healed.healing"
     work.mkdir()
     write_json(work / "identity.json", "healing-work", {"work": "a"})
@@ -40,7 +40,7 @@ def unfinished(arena):
 
 
 def changed_since(arena):
-    """An output of ours to which the user added a file."""
+    """Write an output of isingcut to which the user added a file."""
     shutil.copytree(arena.run / "model", arena.here / "healed")
     (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
 
@@ -48,7 +48,7 @@ def changed_since(arena):
 READ = "an input of this command; nothing was written"
 NOT_OURS = "the folder for unfinished work, exists and is not from"
 WORK = ".healed.healing"
-# Where the output would be, with `--overwrite`.
+# Output paths that are refused even with `--overwrite`.
 OUTPUTS = [
     ("teacher", "{model}", f"output .*/model is .*{READ}"),
     ("student", "{run}/model", f"output .*run/model is .*{READ}"),
@@ -68,7 +68,7 @@ OUTPUTS = [
     ("below another file", "{home}/diary.txt/healed", "cannot write"),
     ("a name too long", "{here}/" + 250 * "x", "cannot write"),
 ]  # fmt: skip
-# What stands where a healing keeps its work.
+# Contents of the work folder's path that are not replaced.
 KEPT = [
     ("a folder", NOT_OURS, written(f"{WORK}/notes.txt")),
     ("a file", NOT_OURS, written(WORK)),
@@ -97,7 +97,7 @@ PLACES += rows([
 
 
 def block_0_missing(arena):
-    """A cut that lacks its first blocks only."""
+    """Write a cut without blocks 0 and 1."""
     from isingcut.models.cutting.checkpoint import excise
 
     excise(arena.model, [0, 1], arena.here / "headless")
@@ -124,7 +124,7 @@ WORDS = rows([
     ("a list", WITH_FILE, "trainer must be a section", trainer("- 1\n")),
     ("a typing error", WITH_FILE, "did you mean 'adam_beta2'", trainer("adam_beta3: 0.9\n")),
 ])  # fmt: skip
-# What a trainer section may not set, and what it may not set so.
+# Settings that a trainer section may not have, and settings with wrong values.
 OTHERS = """
 output_dir: /tmp/elsewhere
 push_to_hub: true
@@ -162,19 +162,19 @@ def removed_are(*blocks, of=6):
 
 
 def another(**options):
-    """A teacher of the same kind, `other`."""
+    """Return a step that writes another teacher of the same kind, `other`."""
     return lambda arena: tiny_checkpoint("llama", arena.here / "other", **options)
 
 
 def another_student(arena):
-    """A student of other shapes with the record and depth of the cut."""
+    """Write a student of other shapes with the record and depth of the cut."""
     other = {"num_hidden_layers": 4, "intermediate_size": 64}
     tiny_checkpoint("llama", arena.here / "student", **other)
     shutil.copyfile(arena.here / RECORD, arena.here / "student/isingcut.json")
 
 
 def exchange(content):
-    """The student's tokenizer with two letters exchanged."""
+    """Exchange two letters in the student's tokenizer."""
     words = content["model"]["vocab"]
     words["a"], words["e"] = words["e"], words["a"]
 
@@ -183,7 +183,7 @@ def one_bit(content):
     content[-9] ^= 1
 
 
-# As a user takes a changed student on purpose.
+# Without the marker a changed student is accepted.
 unmarked = removed(f"run/model/{MARKER}")
 UNREADABLE = "isingcut.json is not a readable record of a cut"
 ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
@@ -204,7 +204,7 @@ SAYS = [
     ("a pipe", "is a pipe; expected a regular file", pipe(RECORD)),
     ("huge", "expected at most", truncated(RECORD, 2**26 + 1)),
 ]
-# Something is wrong with the student or the teacher of a plain healing.
+# Damage to the student or the teacher of a healing without further options.
 PLAIN = [
     ("one weight of the teacher", ANOTHER, number(DOWN, 1.0)),
     ("another base of its rotations", ANOTHER, config(rope_theta=5e5)),
@@ -260,11 +260,11 @@ def test_models_that_do_not_belong_together_are_refused(arena, row):
 
 
 class Stopped(Exception):
-    """What a kill does, as far as the files are concerned."""
+    """Raised in place of a kill, with the same effect on the files."""
 
 
 def types(arena, command, name="healing", **more):
-    """Try a command that may make the output and its work folder; what it left there."""
+    """Run a command that may make the output; return the names in its work folder."""
     more = {"line": "", "code": 0, "makes": ("healed*", ".healed.healing*"), **more}
     arena.try_row(Row(name, command, **more))
     work = arena.here / ".healed.healing"
@@ -272,7 +272,7 @@ def types(arena, command, name="healing", **more):
 
 
 def stops(monkeypatch, step, error, part="_save_scaler"):
-    """Raise while the Trainer writes the state of a step, the weights already there."""
+    """Raise while the Trainer saves the state of a step, after the weights are written."""
     from transformers import Trainer
 
     save = getattr(Trainer, part)
@@ -295,7 +295,7 @@ def curve(arena, out="healed"):
 
 
 def half_written(arena, step):
-    """The state of a step as a kill leaves it: some files, none of them marked."""
+    """Write the state of a step as a kill leaves it: some files, and no marker."""
     place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(b"half")
@@ -337,7 +337,7 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
     assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
-    # Nothing in it is worth going on from, so that other options may take its place.
+    # There is no complete state to resume from, so other options may use the folder.
     assert types(arena, heal(save_steps=1, learning_rate=1e-3)) == []
     assert len(curve(arena)) == 2
 
@@ -353,7 +353,7 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
     assert [s["step"] for s in curve(arena)] == [1, 2]
 
 
-# Weights shrink by the rate times this, so that a rate of 10 blows them up.
+# Each step shrinks weights by the learning rate times this; a rate of 10 makes them overflow.
 BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 
 
@@ -400,7 +400,7 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 
 
 def test_a_healed_student_is_replaced_and_healed_again(arena):
-    """Its weights are no longer the teacher's, and its record still holds."""
+    """A healed student has other weights than the teacher, but its record is still valid."""
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
     found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
@@ -422,7 +422,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 
 def exact_cut(arena):
-    """A student whose weights are the original's, unlike the patched one of the run."""
+    """Write a student with the original's weights; the student of the run is patched."""
     removed = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
     excise(arena.model, removed["removed"], arena.here / "exact")

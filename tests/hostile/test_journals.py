@@ -1,4 +1,4 @@
-"""What a damaged journal lost is measured again, and what is no journal stays."""
+"""Damaged journals: lost rows are measured again, and files that are not journals are kept."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from tiny import count_rows
 
 
 def put(key, shape, data):
-    """A line as the journal writes it, with a right checksum."""
+    """Return a line in the format of the journal, with a correct checksum."""
     text = json.dumps([key, shape, base64.b64encode(data).decode()]).encode()
     return b"%08x " % zlib.crc32(text) + text
 
@@ -56,7 +56,7 @@ left_behind = {}
 
 @pytest.fixture
 def interrupted(arena, monkeypatch):
-    """A run whose ranking was interrupted with its journal full, and the ranking it had."""
+    """A run whose ranking was interrupted with a full journal, and its earlier ranking."""
     before = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
     (arena.run / "candidates.json").unlink()
     names = ("run.json", "candidates.journal")

@@ -1,4 +1,4 @@
-"""Memory that is used up is one line that says what was wanted, and no fault of isingcut's."""
+"""Out of memory: one line says how much was needed, and it is not called an internal error."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A model's folder: config, index, headers, weights and tokenizer that others wrote, or broke."""
+"""Model folders with foreign or damaged config, index, headers, weights and tokenizer."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ FILLS = "describes a model with more than .* more than its weights have"
 LAYER_TYPE = f"{INVALID}.*The `layer_types` entries must be in"
 RUNS = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}
 MORE = f"says num_.*={10**9}; expected at most 100000"
-# Each is tried on `inspect` and on `energy`: what is wrong, the fields, what the line says.
+# Each is run with `inspect` and with `energy`: name, changed fields, expected line.
 CONFIGS = [
     ("a depth in words", {"num_hidden_layers": "six"}, f"{INVALID}.*expected int, got str"),
     ("a negative depth", {"num_hidden_layers": -6}, "says num_hidden_layers=-6; expected at least"),
@@ -56,7 +56,7 @@ CONFIGS = [
     ("a map that is a list", {"per_layer_config": [1]}, f"{INVALID}.*has no attribute 'items'"),
     ("code of its own", RUNS, "it needs its own Python code; .* pass --trust-remote-code"),
 ]
-# Fields that the model's class does not read, and a cut would.
+# Fields that the model's class ignores, but a cut would use.
 UNREAD = [
     ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has an unknown form"),
     ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has an unknown"),
@@ -119,7 +119,7 @@ FILES = [
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
 ]
-# What `inspect` does not read: numbers, and names of single tensors.
+# Damage found by `energy`; `inspect` reads no values and not the name of every tensor.
 LOADED = [
     ("no weights", removed(WEIGHTS), "has no weights"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
@@ -138,7 +138,7 @@ LOADED = [
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
     ("no model in it", written(TOKENIZER, '{"version": "1.0"}'), "load the tokenizer"),
 ]
-# A few of each sort, on the verbs that measure more.
+# A few of each sort, for `run` and `heal`.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
 HEAL = (
     "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --out {here}/new"
@@ -153,7 +153,7 @@ SOME = [
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
     ("code of its own", config(**RUNS), "it needs its own Python code; .* pass --trust-remote"),
 ]
-# A healing sees first that the two models do not belong together.
+# A healing finds first that the two models do not match.
 OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
@@ -180,7 +180,7 @@ OVERFLOW = (
 def _rows():
     for energy in ENERGIES:
         command = f"{ENERGY} --remove 2 --energy {energy}"
-        # What was read of the text stays.
+        # The tokens of the text are kept.
         made = ("new", "new/*")
         yield Row(f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made)
         if energy not in ("hessian", "gauss-newton"):

@@ -1,4 +1,4 @@
-"""Nothing of the user's is replaced, with `--overwrite` or without; what isingcut wrote is."""
+"""No file of the user is replaced, with `--overwrite` or without; files of isingcut are."""
 
 import json
 import os
@@ -20,7 +20,7 @@ OF_SOURCE = r"the output .* (is|contains|lies in) .*, an input of this command; 
 
 
 def own_model(arena):
-    """Someone's own model where the run would put its own."""
+    """Put a model of the user in the place of the run's own."""
     shutil.rmtree(arena.run / "model")
     shutil.copytree(arena.model, arena.run / "model")
 
@@ -30,7 +30,7 @@ def model_inside(arena):
     shutil.copytree(arena.model, arena.here / "proj" / "model")
 
 
-# Where a run's folder may not be: place typed, how it came there, what is said.
+# Refused places of a run folder: `--out` as typed, preparation, expected line.
 PLACES = {
     "a home folder": ("{home}", None, FOREIGN),
     "a link to a home": ("{here}/link", linked("link", "home"), FOREIGN),
@@ -73,13 +73,13 @@ BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/be
 
 
 def begun(arena):
-    """A run that goes on, with a report of the user's own."""
+    """Write an unfinished run with a report of the user's own."""
     shutil.copytree(arena.run, arena.here / "begun")
     written("begun/report.md")(arena)
     (arena.here / "begun" / "candidates.json").unlink()
 
 
-# What a stage of a finished run may not replace.
+# Files that a command on a run may not replace.
 STAGES = [
     ("a foreign model", EXCISE, r"its \S+ was changed", own_model),
     ("a file beside the weights", EXCISE, STAYS, written("run/model/notes.txt")),
@@ -106,7 +106,7 @@ STAGES = [
     ("benchmarks into the cut", SCORES % "{run}/model/README.md", OF_SOURCE),
     ("benchmarks into a diary", SCORES % "{home}/diary.txt", STAYS),
 ]  # fmt: skip
-# Damage that a recorded hash tells: file, and the verbs that read it.
+# Files whose damage the recorded hash reveals, and the commands that read them.
 READERS = {
     "hamiltonian.safetensors": (
         "solve {run}",
@@ -126,7 +126,7 @@ READERS = {
 
 
 def flip(name):
-    """One byte in the middle of a file is another: still readable, where it was a digit."""
+    """Flip a bit: of a digit in the middle of a JSON file (still valid), else near the end."""
 
     def change(content):
         digits = [i for i, b in enumerate(content) if chr(b) in "12345678"]
@@ -214,7 +214,7 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
 
 
 def test_a_forged_marker_opens_nothing(arena):
-    """Its hash is right, its files are a list: that is no marker of ours."""
+    """A marker whose hash is right is refused if its files are a list."""
     forged = {"format": "isingcut-output", "files": [], "sha256": sha256(b"[]").hexdigest()}
     marker = arena.home / ".isingcut-output.json"
     marker.write_text(json.dumps(forged), encoding="utf-8")

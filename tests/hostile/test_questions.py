@@ -1,4 +1,4 @@
-"""Questions of benchmarks that are refused, and places where their scores may not go."""
+"""Benchmark questions that are refused, and refused output paths of their scores."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from heal_rows import parametrised, rows
 
 
 def asked(*records, task="arc_easy/test"):
-    """A folder of questions, `data`."""
+    """Return a step that writes questions to the folder `data`."""
 
     def prepare(arena):
         path = arena.here / "data" / f"{task}.jsonl"

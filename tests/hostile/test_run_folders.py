@@ -1,4 +1,4 @@
-"""A run folder runs no code and belongs to its model and text; a broken plug-in harms nothing."""
+"""A run folder runs no code and belongs to its model and text; a broken plug-in is harmless."""
 
 import json
 import os
@@ -22,7 +22,7 @@ OPTIONS = (
 
 
 def strangers_folder(arena):
-    """A run folder whose model brings code, and which says that the code is trusted."""
+    """Write a run folder whose model has its own code, and whose options trust that code."""
     classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
     config(auto_map=classes, model_type="evil", architectures=["EvilModel"])(arena)
     (arena.model / "evil.py").write_text(
@@ -140,7 +140,7 @@ def gone(arena):
 
 
 def back_but_changed(arena):
-    """As long as the text was, in other words."""
+    """Restore the text at its old length, with upper and lower case exchanged."""
     arena.text.write_text((arena.here / "away").read_text(encoding="utf-8").swapcase())
 
 
@@ -151,7 +151,7 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     made = {"code": 0, "makes": ("run/*",)}
     arena.try_row(Row("the text is gone", run, "", gone, **made))
     arena.try_row(Row("it is another", run, CHANGED, back_but_changed))
-    # Nobody names the text here: as where it is gone, the patch is fitted on what was measured.
+    # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
     excise = "excise run --blocks 2,3 --overwrite --patch-tokens 1000"
     arena.try_row(Row("a cut", excise, **made))
     record = read_json(arena.run / "model" / "isingcut.json", "removal")
@@ -165,7 +165,7 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
 
 
 def overwritten(path):
-    """The same size and header, another weight in the middle."""
+    """Overwrite a weight in the middle; size and header stay the same."""
     with path.open("r+b") as f:
         f.seek(os.path.getsize(path) // 2)
         f.write(b"\0\0\0\0")
@@ -220,7 +220,7 @@ BLAMED = r"'{name}' comes from the plug-in their-parts, which cannot be imported
 
 @pytest.fixture
 def plugins(tmp_path, monkeypatch):
-    """An installed package with broken parts in every room."""
+    """An installed package with broken entry points in every group."""
     metadata = tmp_path / "their_parts-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: their-parts\nVersion: 1.0\n", encoding="utf-8")

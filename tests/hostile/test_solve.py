@@ -1,4 +1,4 @@
-"""Samplers of others: whatever they do ends in one line, and nothing of the user's is touched."""
+"""Third-party samplers: every failure ends in one line, and no file of the user changes."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ class Base(dimod.Sampler):
 FAILED = r"the sampler bad\.Bad failed: "
 RETURNED = r"the sampler bad\.Bad returned "
 CALLS = {
-    # what it raises
+    # errors that the sampler raises
     "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
     "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
     "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
@@ -41,7 +41,7 @@ CALLS = {
     "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
     "endless recursion": ("return self.sample(bqm)", FAILED + "RecursionError"),
     "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
-    # what it returns
+    # values that the sampler returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
     "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
     "no samples": ("return found([], [])", RETURNED),
@@ -126,7 +126,7 @@ ROWS = [
 
 @pytest.fixture
 def place(arena, monkeypatch):
-    """An arena whose folder is searched for modules."""
+    """An arena whose folder is on the module search path."""
     monkeypatch.syspath_prepend(arena.here)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "bad", raising=False)
@@ -155,7 +155,7 @@ def test_a_sampler_that_works_gives_clean_json(place, name):
 
 
 def asks(name):
-    """A stranger's run folder that asks for a solver whose module does something."""
+    """Return a step that makes a run folder name a solver whose import leaves a file."""
     spring = module("from pathlib import Path\nPath('sprung').touch()\n")
     return both(spring, edited("run/run.json", lambda run: run["config"].update(solver=name)))
 
@@ -207,7 +207,7 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     keys = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
     assert all(k in whole["after"] for k in keys)
     assert "prefill_tokens_per_second_se" in whole["before"]
-    # What has it is not thrown away.
+    # An evaluation with speeds is kept.
     arena.try_row(Row("there", "evaluate {run} --skip-speed", code=0))
 
     (arena.run / "evaluation.json").unlink()

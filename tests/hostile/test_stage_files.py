@@ -1,4 +1,4 @@
-"""Every file of a run folder, damaged in every way: one line, exit 2, never a wrong figure."""
+"""Every file of a run folder, damaged in many ways: one line, exit 2, never a wrong figure."""
 
 import json
 import os
@@ -57,7 +57,7 @@ FILES = [
     "model/isingcut.json",
     *EXTRAS,
 ]
-# What one reader does for all files is tried in full on two of them, and a little on each.
+# All files have one reader: two of them get every damage, the others a few.
 FULL = ("run.json", "candidates.json")
 FEW = ("truncated", "a list", "another format")
 ROWS = [
@@ -81,7 +81,7 @@ ROWS += [
     )
 ]
 
-# A name, where in the file, what stands there then (nothing: it is gone), and what is said.
+# Name :: path in the file :: new value (empty: the key is removed) :: expected line.
 FIELDS = {
     "run.json": r"""
 no blocks :: blocks ::  :: blocks: missing
@@ -140,7 +140,7 @@ ROWS += [
 
 
 def damages(table):
-    """The rows of such a table, each read."""
+    """Yield the parsed rows of such a table."""
     for row in table.strip().splitlines():
         name, path, value, line = (part.strip() for part in row.split("::"))
         keys = [int(key) if key.isdigit() else key for key in path.split()]
@@ -157,7 +157,7 @@ ROWS += [
     for file, table in FIELDS.items()
     for name, path, value, gone, line in damages(table)
 ]
-# Verbs that read by themselves what the report reads too.
+# Other commands that read the same files as the report.
 NO_BLOCKS = edited("run.json", "blocks", drop=True)
 NO_REMOVAL = edited("model/isingcut.json", "removed", value=None)
 NO_RUN, LOOP = "not an isingcut run folder", "not an isingcut run folder|cannot resolve"
@@ -194,7 +194,7 @@ def test_no_control_character_of_a_run_reaches_its_report(arena):
 
 
 def tensors(name, change, header=None):
-    """Prepares an arena in which a safetensors file has other arrays, or values in its header."""
+    """Return a step that changes the arrays of a safetensors file, or values in its header."""
 
     def prepare(arena):
         from safetensors import safe_open
@@ -224,7 +224,7 @@ def without(key):
 
 
 def zeros(dtype="float64", **shapes):
-    """Other arrays, of zeros; ``rank_mask`` is ``rank.mask``."""
+    """Return a change to arrays of zeros; the keyword ``rank_mask`` stands for ``rank.mask``."""
     names = {key.replace("_", ".", 1): shape for key, shape in shapes.items()}
     return lambda arrays: arrays.update({k: np.zeros(n, dtype) for k, n in names.items()})
 

@@ -1,4 +1,4 @@
-"""What is printed where: names that look like markup, narrow and foreign terminals, full disks."""
+"""Printing: names that look like markup, narrow and non-UTF-8 terminals, full disks."""
 
 import contextlib
 import errno
@@ -112,7 +112,7 @@ def test_control_characters_are_spelled_out():
 
 
 def printed(arguments, stream):
-    """Exit code and stderr of the command line, with ``stream`` as its stdout."""
+    """Return exit code and stderr of the command line, with ``stream`` as its stdout."""
     err, argv = io.StringIO(), sys.argv
     sys.argv = ["isingcut", *arguments]
     try:

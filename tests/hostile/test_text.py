@@ -1,4 +1,4 @@
-"""Whatever is given as a text, a chat template or a tokenizer: one line, and nothing made."""
+"""Bad texts, chat templates and tokenizers: one line, and no file is made."""
 
 import contextlib
 import gzip
@@ -49,7 +49,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def sparse(name, size, begin=b""):
-    """A file of NUL bytes that takes no room."""
+    """Return a step that writes a sparse file: ``begin``, then NUL bytes up to ``size``."""
     return both(written(name, begin), truncated(name, size))
 
 
@@ -141,7 +141,7 @@ def folder_of(name, *files):
 
 FOLDER = "folder without data files"
 LOOP = "cannot (read|resolve) .*a.txt: (Too many levels|Symlink loop)"
-# What is typed behind `--calibration`.
+# Values of `--calibration`: name, value, expected line, preparation.
 PLACES = [
     ("a device", "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
     ("the null device", "/dev/null", "/dev/null is a device"),
@@ -181,7 +181,7 @@ HELD += [
 
 @pytest.fixture
 def tokens_of(arena):
-    """The hash of the tokens of a file of that name and content."""
+    """Function that returns the hash of the tokens of a file with that name and content."""
     tokenizer = AutoTokenizer.from_pretrained(arena.model)
     counts = {"samples": 3, "rank_samples": 3, "report_samples": 3, "length": 16, "seed": 0}
 
@@ -236,7 +236,7 @@ def test_one_long_line_takes_no_more_memory_than_a_piece(arena, monkeypatch, nam
 
 
 def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
-    """The system's own limit on a file's size, which `calibration.safetensors` is beyond."""
+    """The file size limit of the system is set below the size of `calibration.safetensors`."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
@@ -253,7 +253,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
 
 @contextlib.contextmanager
 def standard_input(descriptor):
-    """What the process reads from there, as a shell gives it."""
+    """Make a descriptor the standard input of this process, as a shell does."""
     kept = os.dup(0)
     os.dup2(descriptor, 0)
     try:
@@ -265,7 +265,7 @@ def standard_input(descriptor):
 
 @contextlib.contextmanager
 def pipe_of(content, *, again=False):
-    """The reading end of a pipe that somebody writes ``content`` into, once or for ever."""
+    """Yield the reading end of a pipe; a thread writes ``content`` into it, once or repeatedly."""
     reading, writing = os.pipe()
 
     def write():
@@ -325,7 +325,7 @@ def test_standard_input_may_be_a_file_but_no_device(arena):
 
 @pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
 def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
-    """`<(...)`: a run that goes on has its tokens and does not need the pipe again."""
+    """`<(...)`: a resumed run has its tokens and does not need the pipe again."""
     with pipe_of(content) as end:
         command = MEASURE + f"/dev/fd/{end}"
         arena.try_row(Row("the pipe", command, code=0, makes=("new*", "home*")))

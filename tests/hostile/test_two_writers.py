@@ -1,6 +1,6 @@
-"""One process writes to a folder at a time, and a second one is refused before it touches it.
+"""One process writes to a folder at a time, and a second one is refused before it changes anything.
 
-Real processes in forced orders: the first waits at a place in its work until the second is done.
+Real processes in a fixed order: the first waits in the middle of its work until the second ends.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ EXCISE = "excise {run} --patch none --blocks"
 
 
 def _works(words, where, here):
-    """Type a command that waits where it first comes to ``where``, and says that it is there."""
+    """Run a command that stops at its first call of ``where``, and signal this with a file."""
     patch = pytest.MonkeyPatch()
     leave_speed_out(patch.setattr)
     module, name = where.rsplit(".", 1)
@@ -53,13 +53,13 @@ def _works(words, where, here):
 
 @contextlib.contextmanager
 def working(arena, tmp_path, command, where, size=1):
-    """While the processes of a command wait in the middle of their work; then they end well."""
+    """Yield the processes of a command, stopped at ``where``; then check how they end."""
     meeting, said = tmp_path / "meeting", tmp_path / "said"
     meeting.mkdir()
     os.mkfifo(meeting / "go")
     arguments = (said, _works, typed(arena, command), where, meeting)
     if size > 1:
-        # The store lives as long as they do.
+        # The processes need the store until they end.
         ranks, _store = launch(size, *arguments)
     else:
         ranks = [start(*arguments)]
@@ -71,7 +71,7 @@ def working(arena, tmp_path, command, where, size=1):
             time.sleep(0.01)
         yield ranks
     finally:
-        # Opened for both, it waits for nobody.
+        # Opening for reading and writing does not block.
         go = os.open(meeting / "go", os.O_RDWR)
         codes = join(ranks)
         os.close(go)
@@ -107,7 +107,7 @@ def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
         arena.try_row(Row(name, second, busy(place).replace(r"pid \d+", f"pid {holder.pid}")))
         arena.try_row(Row("a reader", "push {run}/model me/it --dry-run", code=0))
     assert not left_behind(arena)
-    # Nothing is refused for good: what is there already stays, what is not is made.
+    # The second command is no longer refused as busy: it keeps what exists and makes the rest.
     made = ("new*", "run*", "healed*", ".healed*")
     arena.try_row(Row(name, second, "", code=afterwards, makes=made))
     assert not left_behind(arena)
@@ -171,7 +171,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     def refused(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
-    # Where no file can be written no lock is needed.
+    # On a read-only file system nothing can be written, so no lock is needed.
     monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""Words and numbers that cannot be meant: refused before a model, a text or a run is read.
+"""Invalid words and numbers are refused before a model, a text or a run is read.
 
-The model, the run folder and the checkpoint of these commands are not there, and their text is a
-pipe that nobody writes into: a command that looks at any of them first says so, or hangs.
+The models, run folders and checkpoints of these commands do not exist, and their text is a pipe
+without a writer: a command that reads any of them first has another message, or hangs.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ LONG = "9" * 5000
 
 @pytest.fixture
 def nothing(tmp_path, monkeypatch):
-    """A place without a model or a run: a home folder, and a pipe."""
+    """An arena without a model or a run: a home folder, and a pipe."""
     here = tmp_path / "here"
     (here / "home").mkdir(parents=True)
     os.mkfifo(here / "pipe")
@@ -37,7 +37,7 @@ def nothing(tmp_path, monkeypatch):
 
 
 def numbers(kind):
-    """The options of a class that are numbers, with their bounds."""
+    """Yield the options of a class that are numbers, with their bounds."""
     schemas = pydantic.TypeAdapter(kind).json_schema()["properties"]
     for f in dataclasses.fields(kind):
         schema = schemas[f.name]
@@ -122,7 +122,7 @@ OTHERS = [
 
 
 def rows():
-    """All of them: the tables above, and both ends of every number."""
+    """Return all rows: the tables above, and both ends of every number."""
     lines = [(f"{RUN} {words}", line) for words, line in WORDS]
     lines += [(f"{HEAL} {words}", line) for words, line in HEALING]
     lines += OTHERS
@@ -293,7 +293,7 @@ def test_blocks_kept_are_checked_without_a_removal(arena):
 
 
 def test_the_largest_budget_can_be_had(arena):
-    """What the refusal names is what may be typed next."""
+    """The largest budget that the refusal names is accepted."""
     said = arena.try_row(
         Row("solve", "solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
     )

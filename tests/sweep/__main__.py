@@ -12,13 +12,13 @@ import torch
 from isingcut.testing.tiny import FAMILIES
 from sweep.conformance import Report, check_entry, check_family, entries
 
-# Of one architecture.
+# Limits for one architecture.
 _SECONDS, _BYTES = 600, 4 * 10**9
 OUTCOMES = ("passed", "refused", "failed", "not built")
 
 
 def main(names: list[str]) -> int:
-    """Check model types and families of these names, or all; 1 when one failed."""
+    """Check these model types and families, or all; return 1 if one failed."""
     found = {e: e.model_type for e in entries()}
     if unknown := sorted(set(names) - {*FAMILIES, *found.values()}):
         sys.exit(f"transformers has no causal or image-text model type {unknown[0]!r}")
@@ -48,13 +48,13 @@ def main(names: list[str]) -> int:
 
 
 def _check(check, what, room):
-    """Check one architecture in a folder of its own; its checkpoints go with the folder."""
+    """Check one architecture in a temporary folder, which is deleted with its checkpoints."""
     with tempfile.TemporaryDirectory(dir=room) as folder:
         return check(what, Path(folder))
 
 
 def _report(name, result):
-    """The report of an architecture, also as a row of the table."""
+    """Return the report of an architecture, and print it as a row of the table."""
     try:
         r = result.get(_SECONDS)
     except multiprocessing.TimeoutError:
@@ -70,7 +70,7 @@ def _report(name, result):
 
 
 def _limit() -> None:
-    """Let a process that takes much more memory than it has now fail, and print nothing."""
+    """Limit how much memory this process may take beyond the present, and silence its output."""
     if sys.platform.startswith("linux"):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + _BYTES

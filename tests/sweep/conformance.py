@@ -1,4 +1,4 @@
-"""What every architecture is checked for, on a tiny random model of it."""
+"""Checks of one architecture, on a tiny random model of it."""
 
 import copy
 from collections import Counter
@@ -37,7 +37,7 @@ from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
 from sweep.shrink import tiny_configuration
 
 _TOLERANCE = 1e-5
-# As many as the sliding windows of the tiny models are wide.
+# Width of the sliding windows of the tiny models.
 _NEW_TOKENS = 8
 _MOST_PARAMETERS = 8_000_000
 _MAPPINGS = {
@@ -55,18 +55,18 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The model type, said to be image-text where images enter beside text."""
+        """The model type, marked if it is of the image-text class."""
         causal = self.auto_class == "AutoModelForCausalLM"
         return self.model_type if causal else f"{self.model_type} (image-text)"
 
     @property
     def factory(self) -> Any:
-        """The auto class itself."""
+        """The auto class."""
         return getattr(transformers, self.auto_class)
 
 
 def entries() -> list[Entry]:
-    """All entries of the installed transformers."""
+    """Return all entries of the installed transformers."""
     return [
         Entry(model_type, auto_class)
         for auto_class, mapping in _MAPPINGS.items()
@@ -76,20 +76,20 @@ def entries() -> list[Entry]:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one architecture.
+    """The result for one architecture.
 
     Args:
         name: a family, or a model type with its auto class.
         outcome: ``"passed"``, ``"refused"``, ``"failed"`` or ``"not built"``.
         kinds: block kinds, with their counts.
         rows: legality rows, in words.
-        states: states cut and compared.
-        difference: largest relative logit difference seen.
+        states: number of states cut and compared.
+        difference: largest relative logit difference.
         sublayer: whether the sublayer gate works (else only the block gate does).
         reason: why it was refused, failed or was not built.
-        unseen: why it takes images and was proven on text only; empty else.
-        mtp: its layers for multi-token prediction, which every cut kept unless it failed.
-        drafts: whether transformers generates with them, and did the same tokens as without.
+        unseen: why a model that takes images was proven on text only; else empty.
+        mtp: its MTP layers, which every cut kept unless the outcome is ``"failed"``.
+        drafts: whether transformers generates with them, with the same tokens as without.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Report:
 
 
 class NotBuilt(Exception):
-    """No tiny model could be made: nothing is known of the architecture."""
+    """No tiny model could be made, so that the architecture was not checked."""
 
 
 def check_family(family: str, folder: Path, *, states: int = 6, **changes: Any) -> Report:
@@ -115,7 +115,7 @@ def check_family(family: str, folder: Path, *, states: int = 6, **changes: Any) 
     Args:
         family: a key of `FAMILIES`.
         folder: an empty folder to write checkpoints to.
-        states: how many legal states are cut.
+        states: number of legal states to cut.
         changes: configuration fields to set.
     """
 
@@ -144,11 +144,11 @@ def check_entry(entry: Entry, folder: Path, *, states: int = 2) -> Report:
 
 
 def _refuse_unreadable(factory: Any, source: Path) -> None:
-    """Nothing can be said of an architecture whose checkpoints transformers itself gets wrong."""
+    """Raise `NotBuilt` if transformers reads its own checkpoint back incompletely."""
     try:
         _, found = factory.from_pretrained(source, output_loading_info=True)
     except Exception:
-        return  # Of another auto class, maybe: the checks will tell.
+        return  # Maybe a checkpoint of another auto class: the checks will show.
     if found["missing_keys"]:
         raise NotBuilt(
             f"transformers saves it and reads it back without {len(found['missing_keys'])} of its "
@@ -181,7 +181,7 @@ def _report(name: str, build: Callable[[], Any], folder: Path, states: int) -> R
         outcome = "failed" if isinstance(error, VerificationError) else "refused"
         reason = str(error)
     except Exception as error:
-        # A library's error that the product lets through is a failure of the product.
+        # A library's error that isingcut does not catch is a failure of isingcut.
         outcome, reason = "failed", one_line(error)
     return Report(name, outcome, reason=reason.replace(f"{folder}/", ""), mtp=mtp)
 
@@ -193,7 +193,7 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
     if shown.refusal:
         raise ArchitectureError(shown.refusal)
     stack = find_stack(model)
-    # Discovery needs no weights.
+    # Inspection finds the blocks without weights.
     assert shown.stack.kinds == stack.kinds, "inspection shows other blocks than the model has"
     rows = legality(model.config, stack)
     tokens = random_tokens(model, 2, 20)
@@ -236,7 +236,7 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
 
 
 def _two_cards_are_one(model: Any, stack: BlockStack, tokens: torch.Tensor) -> None:
-    """A model placed over two cards gives the logits of one card."""
+    """Check that a model placed over two cards gives the logits of one card."""
     found: list[list[Any]] = []
     for count in (1, 2):
         with fake_cards(count) as cards, torch.no_grad():
@@ -254,7 +254,7 @@ def _two_cards_are_one(model: Any, stack: BlockStack, tokens: torch.Tensor) -> N
 
 
 def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[list[int]]:
-    """Different legal states: with the first block, the last, both, and random ones.
+    """Return different legal states: with the first block, the last, both, and random ones.
 
     Raises:
         ArchitectureError: the legality rows leave no state but the original.
@@ -279,8 +279,8 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[li
 def _replay_is_forward(
     model: Any, stack: BlockStack, tokens: torch.Tensor, states: Sequence[Sequence[int]]
 ) -> float:
-    """Largest relative difference of replayed from real passes: each state, then the original
-    again, so that nothing a state leaves behind in the recorded calls goes unseen."""
+    """Return the largest relative difference of replayed from real passes. The original comes
+    after all states, to show changes that a state leaves in the recorded calls."""
     model.requires_grad_(False)
     replay = Replay(model, stack_modules(model, stack))
     recording = replay.record(tokens)

@@ -22,7 +22,7 @@ from isingcut.models.cutting.verify import relative_difference
 from isingcut.models.replay import Recording, Replay
 
 _ROUNDING = 1e-9
-# With float64, so small that a loss with jumps (routers, sparse attention) rarely has one in it.
+# With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).
 _STEP, _CURVED = 1e-6, 1e-5
 
 
@@ -43,7 +43,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     """
     model = copy.deepcopy(model).double().requires_grad_(False)
     with _InFloat64():
-        # The fused products of experts know no float64.
+        # The fused products of experts do not support float64.
         model.set_experts_implementation("eager")
         replay = Replay(model, stack_modules(model, stack))
         rows = TokenSet.from_rows(tokens.tolist())
@@ -104,9 +104,9 @@ def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Te
 
 
 def _losses(recording: Recording, block: int, entered: list[Tensor], alpha: float) -> Any:
-    """(B,) float64 mean NLL with the sublayer gates of a block set to a number.
+    """Return the (B,) float64 mean NLL with the sublayer gates of a block set to a number.
 
-    ``entered`` are the streams in front of that block and of each behind it, and the last.
+    ``entered`` holds the residual stream before that block, before each later one, and at the end.
     """
     stream = _gated(recording, block, entered[0], alpha)
     with torch.no_grad():
@@ -125,13 +125,13 @@ def _nll(logits: Tensor, ids: Tensor) -> Tensor:
 def gated_loss(
     replay: Replay, tokens: TokenSet, added: Sequence[str], alpha: Tensor, *, kl: bool = False
 ) -> Tensor:
-    """Mean token loss of passes of the whole model with gates as hooks, one sample at a time.
+    """Return the mean token loss of the whole model with gates as hooks, one sample at a time.
 
     Args:
-        added: modules whose output a block adds to the stream: gates are on them; with none, on
-            whole blocks.
-        alpha: (N,) the gates.
-        kl: of the KL to the original, else of the NLL.
+        added: modules whose output a block adds to the stream, which get the gates; if empty,
+            whole blocks get them.
+        alpha: (N,) gates.
+        kl: whether the loss is the KL to the original instead of the NLL.
     """
 
     def gate(alpha: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """Two prompts with an image each, made by rule: tiny models have no processor.
 
-Pixels are as large as the configuration says, in the forms that transformers' models take them, and
-there are as many image tokens in the prompt as the model makes features of them. The model itself
-says which form is right: with another one it fails.
+Images have the size that the configuration states, in the forms that transformers' models take.
+The prompt has as many image tokens as the model computes features of an image. The right form is
+found by trial, because the model fails with any other.
 """
 
 from collections.abc import Iterator
@@ -23,27 +23,27 @@ _TOKENS = (
     "img_context_token_id",
     "video_token_id",
 )
-# Where an image stands, told by a mask instead of a token (Kosmos-2).
+# Mask that marks the place of an image, instead of a token (Kosmos-2).
 _PLACES = "image_embeds_position_mask"
 _CHANNELS = ("num_channels", "in_channels", "in_chans", "num_image_channels")
 _SIDES = ("image_size", "resolution", "force_image_size")
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size")
-# Tiles of one image, where a model takes more than one.
+# Numbers of tiles per image, for models that take more than one.
 _TILES = (1, 2, 3, 5)
-# Words before and behind an image.
+# Number of words before and after an image.
 WORDS = 6
 
 
 def invent_images(model: Any, folder: Path, words: Tensor, **ignored: Any) -> ImageInputs:
-    """Two prompts that a model takes; for `models.cutting.verify.verify`.
+    """Return two prompts that a model accepts, for `models.cutting.verify.verify`.
 
     Args:
-        model: it takes images.
+        model: a model that takes images.
         folder: not used.
         words: (2, T) token ids to put around the images.
 
     Raises:
-        ModelError: it takes none of the prompts; what went wrong with the likeliest.
+        ModelError: the model accepts no prompt; the message is the error of the likeliest one.
     """
     token = _image_token(model)
     reason = ""
@@ -69,9 +69,9 @@ def _image_token(model: Any) -> int | None:
 
 
 def _features(model: Any, pixels: ImageInputs) -> int:
-    """How many feature vectors the model makes of one image: so many tokens stand for it."""
+    """Return the number of feature vectors, and so of image tokens, of one image."""
     if "aspect_ratio_ids" in pixels:
-        return 1  # The text attends to the image: mllama.
+        return 1  # mllama: the text attends to the image.
     names = ("get_image_features", "get_video_features")
     places = (model, getattr(model, "model", model))
     found = (getattr(place, name, None) for name in names for place in places)
@@ -80,7 +80,7 @@ def _features(model: Any, pixels: ImageInputs) -> int:
 
 
 def _rows(found: Any) -> int:
-    """Feature vectors in what a model makes of its images."""
+    """Return the number of feature vectors in the image features that a model returned."""
     if isinstance(found, Tensor):
         return found.shape[:-1].numel()
     if isinstance(found, (list, tuple)) and not hasattr(found, "pooler_output"):
@@ -88,15 +88,15 @@ def _rows(found: Any) -> int:
     for name in ("pooler_output", "deepstack_features", "last_hidden_state"):
         value = getattr(found, name, None)
         if value is not None:
-            # Of features for several text blocks, (block, features), the first.
+            # Pairs (block, features) for several text blocks: count those of the first.
             return _rows(value[0][1] if name == "deepstack_features" else value)
     return 0
 
 
 def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageInputs:
-    """Token ids of both rows: words, the image between its marks, words.
+    """Return the inputs of both rows: words, the image tokens between their marks, words.
 
-    Where nothing stands for an image in the text, the words alone: the blocks look at it.
+    With a ``count`` of 0 there are only words: the blocks then attend to the image.
     """
     words = words[:1, : 2 * WORDS].cpu()
     marks = [
@@ -124,7 +124,7 @@ def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageIn
 
 
 def first_number(config: Any, names: tuple[str, ...]) -> int | None:
-    """The first of these fields that a configuration has; of a height and a width, the height."""
+    """Return the first of these fields that is a number; of height and width, the height."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)) and value:
@@ -137,7 +137,7 @@ def first_number(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _vision(config: Any) -> Any:
-    """The configuration of the part that sees: the first one inside with the size of a patch."""
+    """Return the vision configuration: the first inner one with a patch or image size."""
     parts = [part for part in vars(config).values() if hasattr(part, "to_dict")]
     sizes = ("patch_size", "patch_embed_hidden_size", *_SIDES)
     named = [p for p in parts if first_number(p, sizes) is not None]
@@ -146,10 +146,10 @@ def _vision(config: Any) -> Any:
 
 
 def image_forms(model: Any) -> Iterator[ImageInputs]:
-    """Two images in the forms that models of transformers take, and what goes with them."""
+    """Yield two images in each form that models of transformers take, with the inputs they need."""
     beside = {}
     if "qformer_input_ids" in parameters(model.forward):
-        # A question to the part between the image and the text.
+        # Text for the Q-Former between the image and the text model.
         beside["qformer_input_ids"] = torch.arange(2 * WORDS).view(2, WORDS)
     if "image_merge_sizes" in parameters(model.forward):
         beside["image_merge_sizes"] = torch.tensor([_merge(model)] * 2)
@@ -164,7 +164,7 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
     merge = _merge(model)
     whole = first_number(vision, _SIDES)
     flat = channels * patch * patch
-    side = 2 * merge  # In patches; so each image has 2 x 2 features where patches are merged.
+    side = 2 * merge  # In patches: each image has 2 x 2 features after merging.
     n = side * side
     for grid in ("image_grid_thw", "image_grid_hw"):
         if grid in names:
@@ -191,7 +191,7 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
         width = first_number(vision, ("patch_embed_hidden_size",)) or flat
         yield {"flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), dim=-1)}
     small = side * patch
-    # A model that is told the sizes takes small images, and attention is square in them.
+    # Models that are given the sizes accept small images, and attention is quadratic in the size.
     order = [small, whole or small] if "image_sizes" in names else [whole or small, small]
     for size in dict.fromkeys(order):
         sizes = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in names else {}
@@ -218,7 +218,7 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
 
 
 def _merge(model: Any) -> int:
-    """Patches along a side of what becomes one feature."""
+    """Return the number of patches along a side of one feature."""
     vision = _vision(model.config)
     return first_number(vision, _MERGES) or first_number(model.config, _MERGES) or 2
 

@@ -26,9 +26,9 @@ class MtpLayers:
     """The MTP layers of a checkpoint.
 
     Args:
-        prefix: in front of their number, in the names of their tensors.
-        numbered_on: whether their numbers go on after those of the blocks.
-        count: how many there are.
+        prefix: start of the names of their tensors, before the layer number.
+        numbered_on: whether their numbers continue those of the blocks.
+        count: number of MTP layers.
         runs: whether transformers drafts tokens with them.
     """
 
@@ -38,7 +38,7 @@ class MtpLayers:
     runs: bool
 
     def name(self, number: int, depth: int) -> str:
-        """What the names of the tensors of one begin with, in a model of so many blocks."""
+        """Return the prefix of the tensors of one layer, in a model of ``depth`` blocks."""
         return f"{self.prefix}{number + depth * self.numbered_on}."
 
 
@@ -46,7 +46,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     """Give a saved tiny checkpoint random MTP layers, in the form of its architecture.
 
     Returns:
-        None for an architecture that has none.
+        the layers, or None for an architecture that has none.
     """
     patterns = [
         p
@@ -57,7 +57,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     if not patterns and not any(hasattr(text, field) for field in MTP):
         return None
     config = json.loads((folder / "config.json").read_text())
-    count = 1 if text.model_type == "mellum" else 2  # Mellum may have no more.
+    count = 1 if text.model_type == "mellum" else 2  # Mellum allows only one.
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
     n = depth(read_decoder(config))
@@ -81,7 +81,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
 
 
 def _write_fields(config: dict[str, Any], text: Any, count: int) -> None:
-    """Say in a configuration that there are MTP layers, like the last block."""
+    """Set the fields of a configuration for MTP layers, of the same type as the last block."""
     part = text_part(config, config_object(config))
     known = [field for field in MTP if hasattr(text, field)]
     part.update(dict.fromkeys(known[:1] or ["num_nextn_predict_layers"], count))
@@ -94,7 +94,7 @@ def _write_fields(config: dict[str, Any], text: Any, count: int) -> None:
 
 
 def _random_weights(model: Any, folder: Path, count: int) -> dict[str, torch.Tensor] | None:
-    """Weights of transformers' own MTP model; None where it makes none for an architecture."""
+    """Return random weights of transformers' MTP model, or None if it does not support this one."""
     try:
         torch.manual_seed(1)
         mtp = MtpModel(type(model).from_pretrained(folder), count)
@@ -110,13 +110,13 @@ def _random_weights(model: Any, folder: Path, count: int) -> dict[str, torch.Ten
 def check_mtp_layers(
     found: MtpLayers, model: Any, removed: Sequence[int], source: Path, cut: Path
 ) -> bool:
-    """Check that a cut keeps the MTP layers, and that they draft what they draft from the same
-    hidden states of the original without the removed blocks.
+    """Check that a cut keeps the MTP layers, and that their drafts are those of the original with
+    the removed blocks skipped.
 
     Args:
-        found: as from `add_mtp_layers`, of ``source``.
-        model: a model of the class to load both with.
-        removed: the blocks that ``cut`` lacks.
+        found: result of `add_mtp_layers` for ``source``.
+        model: a model of the class that loads both.
+        removed: blocks that ``cut`` lacks.
 
     Returns:
         whether transformers generates with them, in which case the tokens were compared as well.
@@ -136,14 +136,14 @@ def check_mtp_layers(
     try:
         MtpModel.from_pretrained(whole)
     except RuntimeError:
-        return False  # transformers does not find the original's either.
+        return False  # transformers cannot load the original's either.
     tokens = random_tokens(model, 1, 12)
     with skip_blocks(whole, find_stack(whole), removed):
         expected = _draft(whole, tokens)
     difference = relative_difference(expected, _draft(smaller, tokens))
     assert difference <= _TOLERANCE, f"the drafts differ by {difference:.1e}"
     if smaller._is_stateful:
-        return False  # transformers does not generate with drafts there.
+        return False  # transformers does not generate with drafts for these.
     how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     greedy = smaller.generate(tokens, **how)
     assert torch.equal(smaller.generate(tokens, use_mtp=True, **how), greedy), "generation differs"
@@ -162,7 +162,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _load(model: Any, found: MtpLayers, folder: Path) -> Any:
     loaded = type(model).from_pretrained(folder)
     if found.numbered_on:
-        # Its class knows the numbers that they have in one released model.
+        # The class lists the layer numbers of one released model.
         first = depth(read_decoder(_config(folder)))
         numbers = "|".join(str(first + i) for i in range(found.count))
         loaded._keys_to_ignore_on_load_unexpected = [rf"{re.escape(found.prefix)}({numbers})\."]
@@ -171,7 +171,7 @@ def _load(model: Any, found: MtpLayers, folder: Path) -> Any:
 
 @torch.no_grad()
 def _draft(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the drafts (1, MTP layers, V) after the tokens (1, L)."""
+    """Return the logits of the drafts (1, MTP layers, V) after the tokens (1, L)."""
     hidden = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
     positions = torch.arange(1, tokens.shape[1])[None]
     mtp = MtpModel.from_pretrained(model)

@@ -1,10 +1,10 @@
 """Tiny configurations of any class of transformers, derived by rule from its own defaults.
 
-A field is shrunk by its name and by what its default is. All widths become one width, all head
-counts one count, and so on, so that fields which have to agree agree without being known to
-belong together: a vision tower is as wide as the decoder that reads it. What a class derives
-from other fields (``layer_types`` from the depth, ``head_dim`` from the width) it derives anew.
-`HANDS` has the configurations for which these rules are not enough.
+A field is shrunk according to its name and its default. All widths become one width, all head
+counts one count, and so on. Fields that must agree then agree without a rule that relates them:
+a vision tower is as wide as its decoder. Fields that a class derives from others (``layer_types``
+from the depth, ``head_dim`` from the width) are derived again. `HANDS` has the configurations for
+which these rules are not enough.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any, cast
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 WIDTH, HEADS, HEAD_DIM, INNER = 64, 4, 16, 96
-# Ids of an image and the like come first, where random tokens are not drawn from.
+# Special ids, such as of an image, come first; random tokens are drawn from the others.
 VOCABULARY = 256 + 6
 DEPTH, TOWER_DEPTH = 6, 4
 
@@ -25,8 +25,8 @@ _DEPTH = re.compile(
     r"|num_(encoder|decoder|lstm)_layers|num_blocks|resampler_depth"
     r"|(conf|decoder|resampler)_num_(hidden_)?layers"
 )
-# The patterns behind a size match whole names; the first that does decides. Only numbers are
-# shrunk: switches and fractions stay.
+# The patterns of a size match whole names; the first match decides. Only integers are shrunk:
+# switches and fractions stay.
 _SIZES: tuple[tuple[int, str], ...] = (
     # Ids of tokens.
     (0, "pad_token_id"),
@@ -37,7 +37,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (5, "audio_token(_id|_index)?"),
     (6, r"(vision|image|im)_(start|bos)_token_id boi_token_(id|index)"),
     (7, r"\w*(token|start|end|newline|bos|eos|pad)_(id|index) (unk|mask)_index \w*_token"),
-    # Tables.
+    # Vocabularies, positions and windows.
     (2, "(type|task_type|additional)_vocab_size"),
     (64, r"(codebook|audio_vocab|mel_vocab|num_embeddings|num_embeds)\w* num_position_embeddings"),
     (VOCABULARY, r"\w*vocab_size\w* encoder_hash_byte_group_vocab"),
@@ -69,7 +69,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (1, "(mamba_)?n_?groups"),
     (8, "(mamba_)?chunk_size"),
     (2 * WIDTH, "mamba_d_ssm lru_width"),
-    # Towers of convolutions.
+    # Convolutional towers.
     (32, "base_channels"),
     (1, "num_res_blocks"),
     (2, "channel_multiplier depths"),
@@ -83,21 +83,21 @@ _SIZES: tuple[tuple[int, str], ...] = (
 )
 _NAMED = [(re.compile("|".join(names.split())), size) for size, names in _SIZES]
 _BLOCK_LISTS = re.compile(r".*(index|idx|_layers?|_ids|layer_ids|block).*")
-# Left open by default, though no model can be built without.
+# Fields that are None by default, although no model can be built without them.
 _NEEDED = re.compile(
     r"(attention_)?head_dim|num_key_value_heads|num_experts|n_routed_experts|n_shared_experts"
     r"|num_experts_per_tok|top_k_experts"
 )
-# The first is as the second where a class has them so.
+# If a class has equal defaults for both, the first field gets the value of the second.
 _ALIKE = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
 _TOWER = re.compile(r"vision|audio|image|speech|protein|encoder|vq|perceiver|qformer")
 
 
 def tiny_configuration(model_type: str) -> Any:
-    """The configuration of a tiny model of any model type of transformers.
+    """Return the configuration of a tiny model of any model type of transformers.
 
     Raises:
-        Exception: whatever its class raises where the derived arguments are none for it.
+        Exception: any error of its class, if it rejects the derived arguments.
     """
     cls = CONFIG_MAPPING[model_type]
     return cls(**_tiny_values(_default(cls), DEPTH))
@@ -113,7 +113,7 @@ def _default(cls: Any) -> Any:
 
 
 def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
-    """Arguments that make the class of a default configuration describe a tiny model."""
+    """Return arguments that make the class of a default configuration describe a tiny model."""
     cls = type(default)
     plain = _default(cls)
     old = _depth_of(default)
@@ -126,9 +126,9 @@ def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
     for name, value in declared.items():
         if name in values:
             continue
-        # Not by attribute: where a field differs by layer, that is an error.
+        # Not by attribute, which raises an error if a field differs by layer.
         actual = vars(default).get(name)
-        # What the configuration around it has set is none of the class's own defaults.
+        # A value set by the surrounding configuration replaces the class's own default.
         found = value if actual == vars(plain).get(name) else actual
         if found is None and actual is None and _NEEDED.fullmatch(name):
             found = _named(name)
@@ -151,7 +151,7 @@ _KEEP: Any = object()
 
 
 def _declared(cls: type[Any]) -> dict[str, Any]:
-    """What a class declares: field -> its default, before anything is derived from others."""
+    """Return the declared defaults of a class by field, before any is derived from others."""
     common = {f.name for f in dataclasses.fields(cast(Any, PreTrainedConfig))}
     found = {}
     for field in dataclasses.fields(cls):
@@ -171,7 +171,7 @@ def _depth_of(config: Any) -> int:
 
 
 def _small(name: str, value: Any, old: int, depth: int) -> Any:
-    """The size of a field in a tiny model; `_KEEP` where it may stay as it is."""
+    """Return the size of a field in a tiny model, or `_KEEP` if it may stay as it is."""
     if isinstance(value, (bool, str, float)):
         return _KEEP
     size = depth if _DEPTH.fullmatch(name) else _named(name)
@@ -192,7 +192,7 @@ def _named(name: str) -> int | None:
 
 
 def _sections(rope: dict[str, Any], values: dict[str, Any]) -> list[int]:
-    """Shares of time, height and width that fill half of the tiny model's rotary dimensions."""
+    """Return shares of time, height and width that fill half of the tiny rotary dimensions."""
     width = values.get("qk_rope_head_dim") or HEAD_DIM
     wanted = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
     old = rope.get("mrope_section", (1, 1, 1))
@@ -211,7 +211,7 @@ def _join(values: dict[str, Any], hand: dict[str, Any]) -> None:
 
 
 def _all_kinds(default: Any, values: dict[str, Any], old: int, depth: int) -> dict[str, Any]:
-    """The arguments, with per-layer lists written out where a short model lacks a kind of block."""
+    """Return the arguments, with per-layer lists if a short model would lack a kind of block."""
     lists = {
         name: value
         for name, value in vars(default).items()
@@ -232,7 +232,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def spread(values: list[Any], count: int) -> list[Any]:
-    """``count`` of a longer list's entries, in order, with as many different ones as can be."""
+    """Return ``count`` entries of a longer list, in order, as many different ones as possible."""
     kept = [round(i * (len(values) - 1) / (count - 1)) for i in range(count)]
     first: dict[str, int] = {}
     for i, entry in enumerate(values):
@@ -240,7 +240,7 @@ def spread(values: list[Any], count: int) -> list[Any]:
     for name, i in list(first.items())[:count]:
         there = [repr(values[k]) for k in kept]
         if name not in there and not _differ(there):
-            # One of two alike makes room.
+            # Remove one of two equal entries.
             kept.remove(
                 next(k for k, seen in zip(kept, there, strict=True) if there.count(seen) > 1)
             )
@@ -258,17 +258,17 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-# Two merged patches a side.
+# Two merged patches per side.
 _WINDOWS = {"window_size": 56}
 _VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
-# Model type of a configuration, whole or part -> arguments that join or replace those derived;
-# dictionaries join recursively.
+# Model type of a configuration, whole or part -> arguments added to the derived ones or replacing
+# them; dictionaries are merged recursively.
 HANDS: dict[str, dict[str, Any]] = {
-    # No block of the default is attention, and transformers cannot generate with such a model.
+    # The default has no attention block, and transformers cannot generate with such a model.
     "bamba": {"attn_layer_indices": [1, 4]},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
-    # The default leaves open what the model needs.
+    # The default does not set fields that the model needs.
     "apertus1p5": {"image_token_offset": 8, "audio_token_offset": 72},
     "blip-2": {"image_token_index": 3},
     "instructblip": {"image_token_index": 3},
@@ -310,7 +310,7 @@ HANDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
     },
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
-    # Images of as many patches as what reads them takes.
+    # Sizes of images and of the modules that read them must agree.
     "aria": {"projector_patch_to_query_dict": {49: 4}},
     "aya_vision": {"vision_config": {"image_size": 56}},
     "exaone4_5_vision": _WINDOWS,
@@ -327,7 +327,7 @@ HANDS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 3,
     },
-    # Its images pass one norm more where the text model has MTP layers.
+    # Its images pass one more norm if the text model has MTP layers.
     "nemotron_h_omni": {"image_token_id": 3, "text_config": {"num_nextn_predict_layers": 2}},
     "qwen2_5_omni_vision_encoder": _WINDOWS,
     "qwen2_5_vl_vision": _WINDOWS,
@@ -346,7 +346,7 @@ HANDS: dict[str, dict[str, Any]] = {
     },
     "step3p5": {"sliding_window": 8},
     "xmod": {"default_language": "en_XX"},
-    # Sizes under names of their own.
+    # Sizes in fields with unusual names.
     "dory": {"n_input_layers": 2, "n_output_layers": 2},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
@@ -369,12 +369,12 @@ HANDS: dict[str, dict[str, Any]] = {
     },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 6}},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
-    # Half the width has to be whole 64s, or the cache has other shapes than the states.
+    # Half the width must be a multiple of 64, or cache and states have different shapes.
     "xlstm": {"hidden_size": 128},
     "zamba": {
         "layers_block_type": [*["linear_attention"] * 2, "hybrid"] * 2,
     },
-    # As many features as pixels are shuffled into one.
+    # Width of the features after the pixel shuffle.
     "llama4_vision_model": {"intermediate_size": 256},
     "kosmos-2.5": {"latent_query_num": 16},
     "inkling_vision": {"patch_size": 8},
