@@ -30,9 +30,7 @@ from isingcut.cli.verb import (
 )
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
-from isingcut.files.ownership import check_output
-from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import lock_place
+from isingcut.files.results import read_document
 from isingcut.healing import RECORD
 from isingcut.models.processes import Processes
 from isingcut.options.config import HealConfig, RunConfig
@@ -330,13 +328,13 @@ def evaluate(
         typed |= select_given({k: v for k, v in options.items() if k not in ("remove", "budget")})
         config = RunConfig(**{**typed, "model": original}).validate()
         if gguf and not config.tasks:
-            found, file = _score_gguf(directory, config, out)
+            found, file = evaluating.evaluate_gguf(config, directory, out)
             return Output(
                 {"file": str(file), **found.content()},
                 lambda: show.show_evaluation(found, last="GGUF"),
                 brief=f"{found.kl:.4f}",
             )
-        scores, file = _score_checkpoint(directory, config, out)
+        scores, file = benchmarking.benchmark_checkpoint(config, directory, out)
         return Output(
             {"benchmarks": {"file": str(file), **scores.content()}},
             lambda: show.show_benchmarks(scores, file),
@@ -371,42 +369,6 @@ def evaluate(
 
     warnings = words.patch_warnings(found)
     return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
-
-
-def _score_gguf(
-    gguf: Path, config: RunConfig, out: Path | None
-) -> tuple[evaluations.EvaluationFile, Path]:
-    """Compare a GGUF file with its original model."""
-    from isingcut.runs.session import Session
-
-    file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
-    check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
-    with lock_place(file):
-        found = evaluating.evaluate_gguf(Session(config), gguf)
-        write_document(file, found, seal=True)
-    return found, file
-
-
-def _score_checkpoint(
-    folder: Path, config: RunConfig, out: Path | None
-) -> tuple[evaluations.BenchmarksFile, Path]:
-    """Compare a checkpoint in any folder, or a GGUF file, with its original model."""
-    from isingcut.models.sources import resolve
-    from isingcut.runs.session import Session
-
-    file = out or folder.with_name(f"{folder.name.removesuffix('.gguf')}-benchmarks.json")
-    if folder.suffix.lower() == ".gguf":
-        folder = resolve(str(folder))
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
-    sources = [str(folder), config.model, *([config.data] if config.data else [])]
-    check_output(file, overwrite=config.overwrite, sources=sources)
-    # The harness takes seconds to list its tasks.
-    benchmarking.check_run_tasks(config)
-    with lock_place(file):
-        content = benchmarking.score_both(Session(config), folder)
-        write_document(file, content, seal=True)
-    return content, file
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)

@@ -13,8 +13,11 @@ from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, s
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
+from isingcut.files.ownership import check_output
 from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.writing import lock_place
 from isingcut.measure.work import Work
+from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.report.words import join_blocks
 from isingcut.runs import solving
@@ -142,7 +145,7 @@ def benchmarks(
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
-        write_document(path, score_both(session, checkpoint, but=but, kept=work))
+        write_document(path, _score_both(session, checkpoint, but=but, kept=work))
 
     return folder.stage(
         "benchmarks",
@@ -154,7 +157,38 @@ def benchmarks(
     )
 
 
-def score_both(
+def benchmark_checkpoint(
+    config: RunConfig, checkpoint: Path, out: Path | None = None
+) -> tuple[evaluations.BenchmarksFile, Path]:
+    """Score a checkpoint in any folder, or a GGUF file, and its original on the options' tasks.
+
+    Args:
+        config: options, whose ``model`` is the original.
+        out: the file for the scores; by default `NAME-benchmarks.json` next to the checkpoint.
+
+    Returns:
+        the scores, and the file that they were written to.
+
+    Raises:
+        InputError: it is not a checkpoint, or as `check_run_tasks`.
+        OutputExistsError: the file exists and may not be replaced.
+    """
+    file = out or checkpoint.with_name(f"{checkpoint.name.removesuffix('.gguf')}-benchmarks.json")
+    if checkpoint.suffix.lower() == ".gguf":
+        checkpoint = resolve(str(checkpoint))
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint} is not a checkpoint: it has no config.json")
+    sources = [str(checkpoint), config.model, *([config.data] if config.data else [])]
+    check_output(file, overwrite=config.overwrite, sources=sources)
+    # The harness takes seconds to list its tasks.
+    check_run_tasks(config)
+    with lock_place(file):
+        content = _score_both(Session(config), checkpoint)
+        write_document(file, content, seal=True)
+    return content, file
+
+
+def _score_both(
     session: Session,
     checkpoint: Path,
     *,

@@ -23,8 +23,9 @@ from isingcut.evaluation.quality import (
 )
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations
+from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import temporary_prefix
+from isingcut.files.writing import lock_place, temporary_prefix
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
@@ -33,6 +34,7 @@ from isingcut.models.cutting.sharing import fits
 from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import convert_file, unpack_gguf
 from isingcut.models.load import LoadedModel
+from isingcut.options.config import RunConfig
 from isingcut.runs import measuring, solving
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
@@ -146,12 +148,31 @@ def _add_drafts(
     )
 
 
-def evaluate_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
-    """Measure a GGUF file and its original, the session's model, on text of the session's options.
+def evaluate_gguf(
+    config: RunConfig, gguf: Path, out: Path | None = None
+) -> tuple[evaluations.EvaluationFile, Path]:
+    """Compare a GGUF file with its original, on text of the given options.
+
+    Args:
+        config: options, whose ``model`` is the original.
+        out: the file for the scores; by default `NAME-evaluation.json` next to the GGUF file.
+
+    Returns:
+        the scores, and the file that they were written to.
 
     Raises:
         InputError: they have different vocabularies.
+        OutputExistsError: the file exists and may not be replaced.
     """
+    file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
+    check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
+    with lock_place(file):
+        found = _compare_gguf(Session(config), gguf)
+        write_document(file, found, seal=True)
+    return found, file
+
+
+def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
     cut, streamed = session.open_cut(convert_file(gguf), [])
     ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
     if ours != theirs:
