@@ -457,8 +457,8 @@ def test_settings_are_read_with_the_type_of_their_default():
     ("name", "setting", "words"),
     [
         ("sleb", "keep_ends=3", "expected a value like True"),
-        ("sleb", "iterative=true", "sleb has: loss, keep_ends"),
-        ("random", "x=1", "random has: none"),
+        ("sleb", "iterative=true", "sleb has loss, keep_ends"),
+        ("random", "x=1", "random has none"),
         ("evopress", "generations=many", "expected a value like"),
         ("evopress", "survivors", "expected OPTION=VALUE"),
         ("evopress", "survivors=[", "cannot read the value"),

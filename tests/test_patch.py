@@ -19,7 +19,7 @@ from isingcut.healing.patch import checkpoint as tuning
 from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint, split_samples, tune
 from isingcut.healing.patch.files import apply_patches, runs
-from isingcut.healing.patch.layers import find_write, gained_writes, observe, token_gains
+from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
 from isingcut.healing.patch.linear import Moments, _Fitting, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
@@ -550,7 +550,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)
         entered = recording.block(0, recording.entered)
-        gained = gained_writes(recording, block, 1, entered)[0]
+        gained = find_gained(recording, block, 1, entered)[0]
         _, _, written = observe(recording, 1, entered, gained.write)
         found = token_gains(recording, 1, entered, gained, written)[..., None] * gained.channels
         rms = written.square().mean(-1, keepdim=True).sqrt()
@@ -568,7 +568,7 @@ def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
 
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
-    monkeypatch.setattr(linear, "gained_writes", lambda *args: [])
+    monkeypatch.setattr(linear, "find_gained", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())

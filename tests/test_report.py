@@ -309,7 +309,7 @@ def test_the_card_says_what_how_and_from_whom(folder):
     assert "patent" in card
     assert "The energy used here, `pairwise`, is not that paper's." in card
     figures = f"{chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token."
-    assert f"{figures} As the choice was made on it" in card
+    assert f"{figures} Because the choice was made on it" in card
     assert "GGUF" not in card
 
 
@@ -332,7 +332,7 @@ def test_the_card_of_a_local_model_tells_no_path(folder):
 def test_the_card_without_a_ranking_claims_no_measurement(folder):
     (folder / "candidates.json").unlink()
     card = model_card(folder, [1, 2])
-    assert "no measured ranking behind this choice" in card
+    assert "no measured ranking for this choice" in card
     assert "KL divergence" not in card
 
 
@@ -381,13 +381,13 @@ def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     parts = card_parts(folder, [10, 11]).model_copy(update={"loads_with": "AutoModelForX"})
     file = folder / "model" / "isingcut.json"
-    assert card.kept_parts(folder / "model") is None
-    assert card.kept_parts(folder) is None
+    assert card.read_parts(folder / "model") is None
+    assert card.read_parts(folder) is None
     assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
     change(file, "removal", card=parts.content())
-    assert card.kept_parts(folder / "model") == parts
+    assert card.read_parts(folder / "model") == parts
     assert "from transformers import AutoModelForX\n" in card.model_card(parts)
     assert RunFiles(folder).loads_with == "AutoModelForX"
     change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
     with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
-        card.kept_parts(folder / "model")
+        card.read_parts(folder / "model")

@@ -26,7 +26,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import Options, flag, from_yaml, given_options, plain_type
+from isingcut.options.declaration import Options, flag, from_yaml, plain_type, read_options
 from isingcut.options.spellings import BlockList
 
 if TYPE_CHECKING:
@@ -233,9 +233,9 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
 
 def _check(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
-    found = given_options(of, {k: v for k, v in typed.items() if k not in repeat})
+    found = read_options(of, {k: v for k, v in typed.items() if k not in repeat})
     for name in typed.keys() & {*repeat}:
-        found[name] = [given_options(of, {name: value})[name] for value in typed[name]]
+        found[name] = [read_options(of, {name: value})[name] for value in typed[name]]
     return found
 
 

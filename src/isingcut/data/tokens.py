@@ -91,7 +91,7 @@ class TokenSet:
         return (self.mask if self.counted is None else self.counted)[:, 1:]
 
     @property
-    def looked_at(self) -> torch.Tensor:
+    def compared(self) -> torch.Tensor:
         """(S, T) bool: the positions at which activations are compared.
 
         These are all real positions or, if only some tokens count, those that predict them.
@@ -101,10 +101,10 @@ class TokenSet:
         return torch.nn.functional.pad(self.predicted, (0, 1))
 
     @property
-    def last_looked_at(self) -> torch.Tensor:
-        """(S, T) bool: the last position of `looked_at` in each sample."""
-        left = self.looked_at.flip(1).cumsum(1).flip(1)
-        return self.looked_at & (left == 1)
+    def last_compared(self) -> torch.Tensor:
+        """(S, T) bool: the last position of `compared` in each sample."""
+        left = self.compared.flip(1).cumsum(1).flip(1)
+        return self.compared & (left == 1)
 
     @property
     def tokens(self) -> int:

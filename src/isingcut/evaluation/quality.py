@@ -192,7 +192,7 @@ def _sums_by_sample(original: AnyModel, cut: AnyModel, batches: Sequence[TokenSe
         sums = []
         for row in range(batch.samples):
             counts = batch.predicted[row]
-            at = slice(int(counts.sum())) if batch.counted is None else batch.looked_at[row]
+            at = slice(int(counts.sum())) if batch.counted is None else batch.compared[row]
             first, second = before(row)[at], after(row)[at]
             labels = batch.input_ids[row, 1:][counts].to(first.device)
             sums.append(sum_losses(first, second.to(first.device), labels))

@@ -34,11 +34,11 @@ from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
 from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
-from isingcut.healing.removed import check_pair, original_of, recorded_removal, removal_by_weights
+from isingcut.healing.removed import check_pair, original_of, read_removal, removal_by_weights
 from isingcut.healing.work_folder import (
     check_places,
     claim_work,
-    described_options,
+    describe_options,
     identity_of,
     keep_result,
     work_of,
@@ -52,7 +52,7 @@ from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.report.card import healed_card, kept_parts
+from isingcut.report.card import healed_card, read_parts
 
 
 @convert_memory_errors()
@@ -87,7 +87,7 @@ def heal(
             raise InputError(f"--{name} is missing" if name != "student" else "STUDENT is missing")
     corpora.check(config.text)
     student, out = user_path(config.student), user_path(config.out)
-    known = recorded_removal(student)
+    known = read_removal(student)
     if not config.teacher:
         original = None if known is None else original_of(known).get("name")
         if original is None:
@@ -182,7 +182,7 @@ def heal_checkpoint(
     config, processes, student, work = job.config, job.processes, job.start, work_of(out)
     sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
-    parts = kept_parts(student)
+    parts = read_parts(student)
     identity = identity_of(job, text)
     shown = silent if processes.rank else job.progress
     judge = job.judge or Domains(text.report)
@@ -274,7 +274,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},
-        options=HealOptions(**{**described_options(config), "patch": patch}),
+        options=HealOptions(**{**describe_options(config), "patch": patch}),
         seconds=round(time.monotonic() - began, 1),
         provenance={**versions(), **named},
     )
@@ -315,7 +315,7 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
     """Return the state of a checkpoint by its records: ``cut``, ``patched`` or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
-    parts = kept_parts(student)
+    parts = read_parts(student)
     patched = parts is not None and parts.patch is not None and parts.patch.cuts
     return "patched" if patched else "cut"
 

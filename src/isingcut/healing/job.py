@@ -316,7 +316,7 @@ def sizes(
     return batch, length, float(settings.get("learning_rate", rate))
 
 
-def bought_recipe(
+def choose_recipe(
     config: HealConfig,
     text: TokenSet,
     tokens: float | None,

@@ -38,7 +38,7 @@ Removal = CutRecord | HealingFile
 """The record of a cut: the removed blocks, and the number of blocks before the cut."""
 
 
-def recorded_removal(folder: Path) -> Removal | None:
+def read_removal(folder: Path) -> Removal | None:
     """Read the removed blocks from the record in a checkpoint; None without a record.
 
     Raises:

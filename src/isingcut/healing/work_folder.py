@@ -48,7 +48,7 @@ def work_of(out: Path) -> Path:
     return out.parent / f".{out.name}.healing"
 
 
-def described_options(config: HealConfig) -> dict[str, Any]:
+def describe_options(config: HealConfig) -> dict[str, Any]:
     """Return the options of a healing that affect its result."""
     return {
         k: v
@@ -60,7 +60,7 @@ def described_options(config: HealConfig) -> dict[str, Any]:
 def identity_of(job: Job, text: HealingText) -> str:
     """Return the identity of a healing: a fingerprint of everything that its work depends on."""
     config, teacher = job.config, job.teacher
-    options = {k: v for k, v in described_options(config).items() if k != "device"}
+    options = {k: v for k, v in describe_options(config).items() if k != "device"}
     settings = trainer_settings(config)
     settings.pop("save_steps", None)
     both = (text.train, text.report)

@@ -97,7 +97,7 @@ def block_means(
         (N,) float64; infinite for removed blocks.
     """
     means = _sum_scores(replay, tokens, work, score, removed)[-1, :-1]
-    means = means / int(tokens.looked_at.sum())
+    means = means / int(tokens.compared.sum())
     means[list(removed)] = np.inf
     return np.asarray(means)
 
@@ -111,7 +111,7 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
     """
     total = _sum_scores(replay, tokens, work, influence, angles=True)
     angles = total[:-1]
-    influences = total[-1, :-1] / int(tokens.looked_at.sum())
+    influences = total[-1, :-1] / int(tokens.compared.sum())
     return influences, (angles + angles.T) / tokens.samples
 
 
@@ -135,11 +135,11 @@ def _sum_scores(
             found = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
             for b, i, before, after in boundaries(replay, some, removed):
-                real, own = some[b].looked_at.to(after.device), streams[b]
+                real, own = some[b].compared.to(after.device), streams[b]
                 values = score(before[real].float(), after[real].float())
                 found[b, -1, i] = float(values.sum(dtype=torch.float64))
                 if angles:
-                    end = some[b].last_looked_at.to(after.device)
+                    end = some[b].last_compared.to(after.device)
                     new = [before] * (not own) + [after]
                     own += [x[end].float().to(replay.device) for x in new]
                 bar.advance(1)

@@ -14,7 +14,7 @@ from annotated_types import Interval as Bounds
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options import spellings
-from isingcut.options.declaration import Options, Section, Then, given_options, option, options_from
+from isingcut.options.declaration import Options, Section, Then, option, options_from, read_options
 
 
 def _at_home(text: str) -> str:
@@ -398,7 +398,7 @@ def heal_config(config: RunConfig) -> HealConfig:
     Raises:
         InputError: an option that the run itself sets, or an unknown one.
     """
-    values = given_options(HealConfig, config.healing.values, "--healing")
+    values = read_options(HealConfig, config.healing.values, "--healing")
     set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
     set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
     if taken := sorted(set_by_run & values.keys()):

@@ -142,7 +142,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         words = ", ".join(map(str, get_args(_types(kind)[f.name])))
-        context = {**first.get("ctx", {}), "words": words, "shown": shown(first["input"])}
+        context = {**first.get("ctx", {}), "words": words, "shown": shorten(first["input"])}
         raise OptionError(f, _WRONG[first["type"]].format(**context)) from None
     except ValueError as e:
         raise OptionError(f, str(e)) from None
@@ -167,18 +167,18 @@ def _text(value: Any, default: str) -> str:
     if isinstance(value, dict) and isinstance(default, Section):
         value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
-        raise ValueError(f"must be text, got {shown(value)}")
+        raise ValueError(f"must be text, got {shorten(value)}")
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
-    text = shown(value) if isinstance(value, int) else str(value)
+    text = shorten(value) if isinstance(value, int) else str(value)
     if default and not text.strip():
         raise ValueError("is empty; give a value, or remove the option")
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"must be UTF-8 text, got {shown(text)}") from e
+        raise ValueError(f"must be UTF-8 text, got {shorten(text)}") from e
     if "\0" in text:
-        raise ValueError(f"must not contain a NUL byte, got {shown(text)}")
+        raise ValueError(f"must not contain a NUL byte, got {shorten(text)}")
     return text
 
 
@@ -199,7 +199,7 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"{source}: unknown option {shown(raw)}{hint} known: {', '.join(known)}"
+                f"{source}: unknown option {shorten(raw)}{hint} known: {', '.join(known)}"
             )
         if name in found:
             raise InputError(f"{source}: {name} appears twice, with a dash and an underscore")
@@ -210,7 +210,7 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
         raise InputError(f"{source}: {e.name}{e.wrong}" if source else str(e)) from e
 
 
-def given_options(
+def read_options(
     kind: type[Options], values: Mapping[str, Any], source: str = ""
 ) -> dict[str, Any]:
     """Check the given options, look up the parts that they name, and return only these options.
@@ -236,7 +236,7 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Read options from a YAML file.
 
     Raises:
-        InputError: the file cannot be read, an option must be typed, or as for `given_options`.
+        InputError: the file cannot be read, an option must be typed, or as for `read_options`.
     """
     content = load_yaml(path)
     for f in dataclasses.fields(kind):
@@ -244,7 +244,7 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: {f.name} cannot be set in a file; type {flag(f)} on each command line"
             )
-    return given_options(kind, content, str(path))
+    return read_options(kind, content, str(path))
 
 
 def flag(f: dataclasses.Field[Any]) -> str:
@@ -252,7 +252,7 @@ def flag(f: dataclasses.Field[Any]) -> str:
     return f.name.upper() if f.metadata["argument"] else "--" + f.name.replace("_", "-")
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return any value as short text, for messages."""
     if isinstance(value, int) and abs(value) >= 10**60:
         # Python does not convert numbers with many thousand digits to text.
@@ -317,7 +317,7 @@ class Section(Spelling):
         self.values = parse_yaml(text) if text else {}
         if not isinstance(self.values, dict):
             words = "must be a section of the --config file, or typed as {name: value}"
-            raise ValueError(f"{words}; got {shown(text)}")
+            raise ValueError(f"{words}; got {shorten(text)}")
 
 
 @functools.cache

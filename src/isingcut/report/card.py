@@ -75,7 +75,7 @@ def card_parts(
     )
 
 
-def kept_parts(checkpoint: Path) -> CardParts | None:
+def read_parts(checkpoint: Path) -> CardParts | None:
     """Read the card parts in the record of a checkpoint; return None if it has none.
 
     Raises:

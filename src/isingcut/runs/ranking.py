@@ -30,7 +30,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work, forget
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import parse_yaml, shown
+from isingcut.options.declaration import parse_yaml, shorten
 from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
 from isingcut.runs import measuring, solving
 from isingcut.runs.benchmarking import check_run_tasks, check_whole, choose_by_tasks, last_blocks
@@ -244,21 +244,21 @@ def baseline_part(name: str, settings: Sequence[str]) -> Any:
         option, equals, text = setting.partition("=")
         option = option.strip().replace("-", "_")
         if not equals or option not in known:
-            listed = ", ".join(known) or "none"
-            raise InputError(f"--set {shown(setting)}: expected OPTION=VALUE; {name} has: {listed}")
+            names = ", ".join(known) or "none"
+            raise InputError(f"--set {shorten(setting)}: expected OPTION=VALUE; {name} has {names}")
         try:
             value = parse_yaml(text)
         except ValueError as e:
-            raise InputError(f"--set {shown(setting)}: cannot read the value ({e})") from e
+            raise InputError(f"--set {shorten(setting)}: cannot read the value ({e})") from e
         value = tuple(value) if isinstance(value, list) else value
         try:
             TypeAdapter(kinds[option], config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as e:
-            expected = f"expected a value like {known[option]!r}, got {shown(text)}"
-            raise InputError(f"--set {shown(setting)}: {expected}") from e
+            expected = f"expected a value like {known[option]!r}, got {shorten(text)}"
+            raise InputError(f"--set {shorten(setting)}: {expected}") from e
         items = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, int) and abs(v) > _LARGEST for v in items):
-            raise InputError(f"--set {shown(setting)}: the largest number is {_LARGEST:,}")
+            raise InputError(f"--set {shorten(setting)}: the largest number is {_LARGEST:,}")
         chosen[option] = value
     return part(**chosen)
 

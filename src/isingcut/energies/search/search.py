@@ -173,7 +173,7 @@ class Search:
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
-        self.rungs = rungs(tokens.samples, int(tokens.looked_at.sum()))
+        self.rungs = rungs(tokens.samples, int(tokens.compared.sum()))
         self.one_pass = one_pass_samples(self.budget, tokens.samples)
         self.trace: list[dict[str, Any]] = []
         self._rng = np.random.default_rng([seed, 0x5EA2C4])

@@ -244,7 +244,7 @@ class Gained:
     unexplained: float
 
 
-def gained_writes(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
+def find_gained(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:

@@ -49,8 +49,8 @@ from isingcut.healing.patch.files import Patch, StoredLayers, apply_patches, fin
 from isingcut.healing.patch.layers import (
     Gained,
     Write,
+    find_gained,
     find_write,
-    gained_writes,
     observe,
     token_gains,
 )
@@ -234,7 +234,7 @@ class _Fitting:
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self._sweep(p, p):
-            for gained in gained_writes(self._recordings[0], block, p, entered[0]):
+            for gained in find_gained(self._recordings[0], block, p, entered[0]):
                 if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
                 else:

@@ -120,7 +120,7 @@ def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) in behind]
 
 
-def trained_weights(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
+def load_trained(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
     """Return the float32 weights of a training, with LoRA matrices merged.
 
     Args:

@@ -49,7 +49,7 @@ from isingcut.files.writing import atomic_folder, clear_os_errors
 from isingcut.healing.job import (
     SHORT,
     Job,
-    bought_recipe,
+    choose_recipe,
     is_sharded,
     stored_dtype,
     trainer_settings,
@@ -59,9 +59,9 @@ from isingcut.healing.training.batches import Steps, batch_of, plan_memory, shar
 from isingcut.healing.training.student import (
     install,
     load_student,
+    load_trained,
     narrow,
     prepare_training,
-    trained_weights,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.architectures.blocks import language_model, text_config
@@ -477,7 +477,7 @@ def _spend(job: Job) -> Job:
 
     width = int(text_config(job.teacher.model).hidden_size)
     size = {"width": width, "processes": job.processes.size}
-    make = partial(bought_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
+    make = partial(choose_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
     kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
     recipe = HealingRecipe(**kept)
     return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
@@ -502,7 +502,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     """Write the trained weights as a plain checkpoint in the start's dtype, and verify the file."""
     dtype = DTYPES[stored_dtype(job.start)]
     trust = job.config.trust_remote_code
-    weights = trained_weights(job.start, trained, job.config)
+    weights = load_trained(job.start, trained, job.config)
     if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
         raise ModelError(f"the last step left NaN or infinite weights; {lower_rate(job)}")
     # Load into a model of that dtype, because transformers keeps some tensors in float32.
