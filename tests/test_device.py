@@ -2,7 +2,8 @@
 
 The values must be those of the CPU up to rounding: the losses over the vocabulary are compiled
 for the CPU, but computed another way on a device. A model placed over several devices gives the
-bits of one. `benchmarks/cards.py` says what these tests cannot detect.
+bits of one, in a distillation up to rounding. `benchmarks/cards.py` says what these tests cannot
+detect.
 """
 
 import itertools
