@@ -325,7 +325,8 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=ranking.trial_tokens(run.config))
-    cutting.write_model(pipeline.session_of(run, again), run, best["removed"], tmp_path / "again")
+    session = pipeline.session_of(run, again)
+    cutting.write_model(session, run, best["removed"], tmp_path / "again", overwrite=False)
     both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens

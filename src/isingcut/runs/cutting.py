@@ -116,13 +116,8 @@ def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int])
     )
 
 
-def write_checkpoint(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int],
-    out: Path,
-    *,
-    overwrite: bool = False,
+def _write_exact(
+    session: Session, folder: RunFolder, removed: Sequence[int], out: Path, *, overwrite: bool
 ) -> None:
     """Write the checkpoint without the blocks ``removed``, with its model card, and verify it.
 
@@ -250,12 +245,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
 
 
 def write_model(
-    session: Session,
-    folder: RunFolder,
-    removed: Sequence[int],
-    out: Path,
-    *,
-    overwrite: bool = False,
+    session: Session, folder: RunFolder, removed: Sequence[int], out: Path, *, overwrite: bool
 ) -> None:
     """Write the patched checkpoint to any folder, or the exact cut if nothing can be patched.
 
@@ -264,7 +254,7 @@ def write_model(
         VerificationError: a proof failed; nothing is left at ``out``.
     """
     if session.config.patch == "none":
-        write_checkpoint(session, folder, removed, out, overwrite=overwrite)
+        _write_exact(session, folder, removed, out, overwrite=overwrite)
         return
     with writing.clear_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +262,7 @@ def write_model(
     sources = [session.source, *folder.sources]
     with aside as place:
         cut = Path(place) / "cut"
-        write_checkpoint(session, folder, removed, cut)
+        _write_exact(session, folder, removed, cut, overwrite=False)
         with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
             temporary.rmdir()
             try:
