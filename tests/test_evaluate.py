@@ -118,37 +118,30 @@ def test_a_loss_without_a_finite_perplexity_is_refused(tokens):
 
 
 def test_decoding_never_stops_early_and_matches_uncached(pair):
-    model = pair[0]
-    own = model.generation_config
-    prompt = torch.tensor([[7, 8, 9]])
+    model, own = pair[0], pair[0].generation_config
+    prompt = ids = torch.tensor([[7, 8, 9]])
     out = decode_tokens(model, prompt, 12)
     assert out.shape == (1, 12)
     assert model.generation_config is own
-    ids = prompt
     for _ in range(12):
         with torch.no_grad():
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair):
-    tokenizer = tiny_tokenizer()
-    seen = []
-    plain = pair[0].generate
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, monkeypatch):
+    tokenizer, seen, plain = tiny_tokenizer(), [], pair[0].generate
 
     def generate(ids, **options):
         seen.append(tokenizer.decode(ids[0]))
         return plain(ids, **options)
 
-    pair[0].generate = generate
-    try:
-        prompt = prompt_ids(tokenizer, "hello")
-        chat = generate_text(pair[0], tokenizer, prompt, 5)
-        assert generate_text(pair[0], tokenizer, prompt, 5) == chat
-        tokenizer.chat_template = None
-        generate_text(pair[0], tokenizer, prompt_ids(tokenizer, "hello"), 5)
-    finally:
-        del pair[0].generate
+    monkeypatch.setattr(pair[0], "generate", generate)
+    prompt = prompt_ids(tokenizer, "hello")
+    chat = generate_text(pair[0], tokenizer, prompt, 5)
+    assert generate_text(pair[0], tokenizer, prompt, 5) == chat
+    tokenizer.chat_template = None
+    generate_text(pair[0], tokenizer, prompt_ids(tokenizer, "hello"), 5)
     assert seen[0].replace(" ", "") == "<|user|>hello</s><|assistant|>"
     assert seen[2].replace(" ", "").endswith("hello")
     assert "<|user|>" not in seen[2]

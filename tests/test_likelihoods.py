@@ -274,15 +274,6 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 
 
-def test_the_head_s_input_is_contiguous(model):
-    """Otherwise PyTorch copies the head's frozen weights for each prompt of a batch."""
-    found, head = list[bool](), model.loaded.model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda _, given, out: found.append(given[0].is_contiguous()))
-    written(model, Work(100))
-    hook.remove()
-    assert set(found) == {True}
-
-
 def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkeypatch):
     work = Work(10, journal=tmp_path / "texts.journal")
     whole = [written(model, Work(10), state) for state in (0, 1)]

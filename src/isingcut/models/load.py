@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
-from isingcut.models.architectures.blocks import stop_rescaling
+from isingcut.models.architectures.blocks import language_model, stop_rescaling
 from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
@@ -141,7 +142,7 @@ def load(
     if not places:
         model.to(devices[0])
     connect(model, places)
-    model.requires_grad_(False)
+    freeze(model)
     reuse_freed_memory()
     return LoadedModel(model, tokenizer, Path(folder), number, devices[0])
 
@@ -278,8 +279,25 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
-    model.requires_grad_(False)
+    freeze(model)
     return model
+
+
+def freeze(model: Any) -> None:
+    """Freeze a model's parameters, and pass its head a batch of positions as a matrix.
+
+    `generate` gives the head the last positions alone, a view with gaps. For such a view PyTorch
+    multiplies frozen weights once per sample, and in bfloat16 on a CPU copies them each time
+    (https://github.com/pytorch/pytorch/issues/186148).
+    """
+    model.requires_grad_(False)
+    if head := language_model(model).get_output_embeddings():
+        head.register_forward_pre_hook(_fold)
+
+
+def _fold(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    stream, *rest = given
+    return stream.flatten(0, -2).contiguous().view(stream.shape), *rest
 
 
 def _refuse_packed(folder: Path, raw: Mapping[str, Any]) -> None:

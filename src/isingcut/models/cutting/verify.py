@@ -29,7 +29,7 @@ from isingcut.models.architectures.blocks import (
 from isingcut.models.architectures.cuts import read_decoder
 from isingcut.models.cutting.sharing import fits, share
 from isingcut.models.fit import is_mtp
-from isingcut.models.load import load_plain
+from isingcut.models.load import freeze, load_plain
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -218,18 +218,13 @@ def check_generation(
     Raises:
         VerificationError: the tokens differ, or `generate` fails.
     """
-    options = {
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-    }
+    greedy = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     for row in torch.split(tokens, 1):
-        with_mask = {**options, "attention_mask": torch.ones_like(row)}
+        options = {**greedy, "num_beams": 1, "attention_mask": torch.ones_like(row)}
         try:
             with torch.no_grad():
-                cached = model.generate(row, use_cache=True, **with_mask)[0]
-                plain = model.generate(row, use_cache=False, **with_mask)[0]
+                cached = model.generate(row, use_cache=True, **options)[0]
+                plain = model.generate(row, use_cache=False, **options)[0]
         except Exception as error:
             raise_if_exhausted(error)
             raise VerificationError(
@@ -248,7 +243,7 @@ def check_generation(
             )
             if gap <= max(_TIE, tolerance(model.dtype)):
                 continue
-            if reference is not None and torch.equal(reference(row, with_mask)[0], cached):
+            if reference is not None and torch.equal(reference(row, options)[0], cached):
                 continue
         raise VerificationError(
             f"{name}: greedy generation with a cache differs from generation without at token "
@@ -366,7 +361,7 @@ def _open_cut(
     """Open a cut next to its original; also return whether it is streamed."""
     if buffers is None and fits(out, original.dtype):
         cut = reload(out, dtype=original.dtype, trust_remote_code=trust)
-        cut.requires_grad_(False)
+        freeze(cut)
         if share(cut, original, removed):
             return cut, False
         del cut
