@@ -195,6 +195,27 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     assert verify(model, [0, 2], out).difference == 0.0
 
 
+def test_fp8_with_experts_in_one_tensor(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    plain = composite_checkpoint("qwen3_vl_moe", source)
+    experts = [n for n, p in plain.named_parameters() if ".experts." in n and p.ndim == 3]
+    with edit_tensors(source) as tensors:
+        for name in experts:
+            scale = tensors[name].abs().amax((1, 2), keepdim=True) / 448
+            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+            tensors[f"{name}_activation_scale"] = torch.ones(())
+    with edit_config(source) as config:
+        config["quantization_config"] = {"quant_method": "fp8"}
+    model, found = load_plain(source, torch.float32)
+    assert found["unexpected_keys"] == set()
+    wanted = dict(plain.named_parameters())
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
+    excise(source, [3, 5], out)
+    assert verify(model, [3, 5], out).difference == 0.0
+
+
 def test_int4_packs_are_cut_as_bytes(tmp_path):
     source, out = tiny_checkpoint("llama", tmp_path / "source"), tmp_path / "out"
     int4(source)

@@ -32,7 +32,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_SCALES = ("weight_scale_inv", "weight_scale")
+# "x.weight" has "x.weight_scale", and fused experts' "x.up_proj" has "x.up_proj_scale".
+_SCALES = ("_scale_inv", "_scale")
 # Scales of activations and caches, which dequantised weights do not need.
 _DROPPED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
 
@@ -163,10 +164,8 @@ def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _is_scale(name: str, stored: Mapping[str, StoredTensor]) -> bool:
-    parent, _, last = name.rpartition(".")
-    if last in _SCALES:
-        return f"{parent}.weight" in stored
-    return any(name.endswith(s) and name.removesuffix(s[6:]) in stored for s in _SCALES)
+    suffixes = (*_SCALES, "_activation_scale")
+    return any(name.endswith(s) and name.removesuffix(s) in stored for s in suffixes)
 
 
 def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
@@ -175,8 +174,7 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     Raises:
         CheckpointError: the weight has no scale.
     """
-    # "x.weight" with "x.weight_scale", and fused experts' "x.up_proj" with "x.up_proj_scale".
-    for suffix in ("_scale_inv", "_scale"):
+    for suffix in _SCALES:
         if name + suffix in stored:
             return stored[name + suffix]
     raise CheckpointError(f"the float8 tensor {name!r} has no scale; get the checkpoint again")
