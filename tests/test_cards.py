@@ -64,8 +64,9 @@ def test_a_card_answers_what_memory_is_there():
         assert (found.used, found.left) == (1000, 9000)
         assert allowance("100%", cards[0].device).left == 10_000
         del kept
-    with pytest.raises(InputError, match="not on this machine"):
-        pick_device("lazy:1")
+    for device in ("lazy:1", "lazy:01", "lazy:200"):
+        with pytest.raises(InputError, match="not on this machine"):
+            pick_device(device)
 
 
 def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):

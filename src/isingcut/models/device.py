@@ -38,16 +38,17 @@ def pick_device(device: str) -> torch.device:
         name = Device(device).partition(",")[0]
     except InputError as e:
         raise InputError(f"--device: {e}") from e
-    chosen = torch.device(name)
+    kind, _, number = name.partition(":")
     try:
-        present = 1 if chosen.type == "cpu" else torch.get_device_module(chosen).device_count()
+        present = 1 if kind == "cpu" else torch.get_device_module(kind).device_count()
     except (RuntimeError, AttributeError):
         present = 0
-    if (chosen.index or 0) >= present:
+    # The text is compared, because torch keeps only eight bits of the number.
+    if int(number or 0) >= present:
         raise InputError(f"--device {name} is not on this machine; choose auto or cpu")
-    if chosen.type == "mps":
+    if kind == "mps":
         raise InputError("--device mps has no float64, which losses are summed in; choose cpu")
-    return chosen
+    return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
 def pick_devices(
