@@ -74,7 +74,7 @@ def pick_devices(
     if len(set(found)) < len(found):
         raise InputError(f"--device {device} names a device twice")
     first, launched = found[0], is_launched()
-    if cards and (first.type == "cpu" or len(found) > 1):
+    if cards and (first.type == "cpu" or ":" in device):
         raise InputError(f"--cards-per-process needs --device cuda or auto on GPUs; got {device}")
     if first.type == "cpu" or ":" in device or (launched and not cards):
         return found
