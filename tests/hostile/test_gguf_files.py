@@ -11,6 +11,7 @@ from arena import Row
 from damage import linked, pipe, written
 
 from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
+from isingcut.errors import InputError
 from isingcut.files.writing import lock_place
 from isingcut.models import gguf_files
 from shared import snapshot
@@ -185,6 +186,19 @@ def test_a_converted_model_that_was_changed_is_refused(arena):
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkeypatch):
     monkeypatch.setenv("ISINGCUT_CACHE", str(arena.text / "cache"))
     arena.try_row(Row("no folder", LOOK, "cannot be stored .*set ISINGCUT_CACHE", file()))
+
+
+def test_the_cache_may_be_named_where_there_is_no_home(monkeypatch, tmp_path):
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
+    with pytest.raises(InputError, match="no home folder"):
+        gguf_files.gguf_cache()
+    monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))
+    assert gguf_files.gguf_cache() == tmp_path / "gguf-2"
 
 
 def test_a_full_disk_leaves_no_half_made_model(arena):

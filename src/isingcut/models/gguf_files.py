@@ -209,9 +209,9 @@ def gguf_cache() -> Path:
 
     Folders named ``gguf`` are from versions that replaced missing tensors by random numbers.
     """
-    home = Path.home()
     if override := os.environ.get("ISINGCUT_CACHE"):
         return user_path(override) / "gguf-2"
+    home = user_path("~")
     if os.name == "nt":
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     elif (home / "Library" / "Caches").is_dir():
