@@ -182,6 +182,7 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
         ("model.layers.*.mlp.gate", ["model.layers.*.mlp.gate"]),
         ("re:.*layers\\.4\\.mlp.*", ["re:.*layers\\.3\\.mlp.*"]),
         ("re:model\\.layers\\.\\d+\\.mlp", ["re:model\\.layers\\.\\d+\\.mlp"]),
+        ("re:.*layers\\.([0-9]+)\\.mlp", ["re:.*layers\\.([0-9]+)\\.mlp"]),
         ("transformer.h.2.attn", ["transformer.h.1.attn"]),
         ("vision_tower.encoder.layers.3.mlp", ["vision_tower.encoder.layers.3.mlp"]),
         ("mtp.layers.0.mlp", ["mtp.layers.0.mlp"]),
@@ -194,9 +195,10 @@ def test_names_in_quantisation_lists(entry, expected):
     assert rename_pattern(entry, mapping) == expected
 
 
-def test_a_pattern_that_cannot_be_renumbered_is_refused():
+@pytest.mark.parametrize("numbers", ["[0-3]", "(0|3)", "(?:\\d|1[01])"])
+def test_a_pattern_that_cannot_be_renumbered_is_refused(numbers):
     with pytest.raises(ArchitectureError, match="cannot be renumbered exactly"):
-        rename_pattern("re:model\\.layers\\.[0-3]\\.mlp", renumber_blocks(12, [1]))
+        rename_pattern(f"re:model\\.layers\\.{numbers}\\.mlp", renumber_blocks(12, [1]))
 
 
 def test_inspection_reads_no_weights(tmp_path):

@@ -232,9 +232,10 @@ def _change_each(value: Any, change: Callable[[int], int]) -> Any:
 # Kinds of mixer that write keys and values.
 _CACHED = {"attention", "sliding-attention", "chunked-attention"}
 _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
-# "model.layers.3.mlp", "re:.*layers\\.3\\.mlp", "layers.1*": the number after the list's name.
+# "model.layers.3.mlp", "re:.*layers\\.(3|4)\\.mlp", "layers.1*": the number after the list's name.
 _NUMBERED = re.compile(
-    rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?)"
+    rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)"
+    r"(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?|\([^)]*[|\[][^)]*\))"
 )
 OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 """Words in the names of modules of encoders and other modalities."""
@@ -387,7 +388,7 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
         else:
             rest = entry[match.end(3) :]
             return [f"{head}{mapping[old]}{rest}"] if old in mapping else []
-    if number in {"*", r"\d+", "[0-9]+"}:
+    if number in {"*", r"\d+", "[0-9]+", "([0-9]+)"}:
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
         raise ArchitectureError(
