@@ -167,6 +167,15 @@ def in_pieces(q, reference, columns, method):
 
 
 @pytest.mark.parametrize("method", ["_add_compiled", "_add"])
+def test_masked_tokens_have_no_probability(method):
+    reference, q = logits(torch.float32)
+    reference[:, :3000] = q[:, :3000] = -torch.inf
+    sums = in_pieces(q, reference, 700, method)
+    p, other = (x[:, 3000:].double().log_softmax(-1) for x in (reference, q))
+    torch.testing.assert_close(sums.kl, (p.exp() * (p - other)).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
 @pytest.mark.parametrize("columns", [97, 700, WORDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, method):

@@ -249,7 +249,8 @@ class RowSums:
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
         self._labels, self._reference_log_z = labels, reference_log_z
         rows, device = len(labels), labels.device
-        self._top = torch.full((rows,), -torch.inf, device=device)
+        # Finite, because the first piece may be masked completely, and inf - inf is NaN.
+        self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
         self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
         self._picked = torch.zeros(rows, device=device)
