@@ -177,6 +177,11 @@ OVERFLOW = (
 )
 
 
+def misnumbered(held):
+    """Add tensors with block numbers that are not decimal, or too long for Python."""
+    held |= {f"model.layers.{number}.x": held[UP] for number in ("²", "9" * 5000)}
+
+
 def _rows():
     for energy in ENERGIES:
         command = f"{ENERGY} --remove 2 --energy {energy}"
@@ -210,6 +215,7 @@ def _rows():
             yield Row(f"{verb}: {what}", command, line, config(**fields))
     for what, prepare, line in FILES:
         yield Row(f"inspect: {what}", LOOK, line, prepare)
+    yield Row("inspect: names that are no block's", LOOK, "", tensors(misnumbered), code=0)
     for what, fields, line in UNREAD:
         yield Row(f"energy: {what}", ENERGY, line, config(**fields))
     for what, prepare, line in LOADED:

@@ -39,7 +39,7 @@ _FORMS = {
     "quantization_config": dict,
     "text_config": dict,
 }
-_NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.(\d+)\.")
+_NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.([0-9]{1,9})\.")
 # A model may have more parameters than its file has elements: tied weights, and missing tensors,
 # which a later message names.
 _MORE, _SPARE = 4, 2**20
@@ -170,12 +170,12 @@ def group_by_block(
     Args and errors are those of `find_prefix`.
     """
     prefix = find_prefix(stored.values(), count, heads)
-    found: list[dict[str, StoredTensor]] = [{} for _ in range(count)]
+    found: dict[str, dict[str, StoredTensor]] = {str(i): {} for i in range(count)}
     for name, tensor in stored.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit() and int(number) < count:
-            found[int(number)][rest] = tensor
-    return found
+        if name.startswith(prefix) and number in found:
+            found[number][rest] = tensor
+    return list(found.values())
 
 
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
@@ -213,7 +213,7 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
     sizes: dict[str, int] = {}
     for tensor in tensors:
         match = _NUMBERED.match(tensor.name)
-        if match is None or len(match.group(3)) > 9:
+        if match is None:
             continue
         before = match.group(1) or ""
         if is_mtp(before):
