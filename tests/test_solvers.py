@@ -58,6 +58,9 @@ def test_unknown_solvers_and_options_are_refused():
         solve(problem, "taboo")
     with pytest.raises(InputError, match="heat"):
         solve(problem, "tabu", heat=3)
+    with pytest.raises(InputError, match="'tabu' is already registered") as caught:
+        registry.register("tabu", None)
+    assert caught.type is InputError
 
 
 def test_tabu_depends_on_nothing_but_seed_and_options():

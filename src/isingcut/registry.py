@@ -56,19 +56,16 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return all names, sorted, without importing a part."""
-        parts = {*self._files(), *self._entry_points(), *self._registered}
-        return sorted({*parts, *self.choices})
+        return sorted({*self._files(), *self._entry_points(), *self._registered, *self.choices})
 
     def register(self, name: str, part: Any) -> None:
         """Add ``part`` for this process under a new name.
 
         Raises:
-            UnknownNameError: the name is taken.
+            InputError: the name is taken.
         """
         if name in self.names():
-            raise UnknownNameError(
-                f"{self.noun} {name!r} is already registered; choose another name"
-            )
+            raise InputError(f"{self.noun} {name!r} is already registered; choose another name")
         self._registered[name] = part
 
     def get(self, name: str) -> Any:
