@@ -239,8 +239,8 @@ def loss_gradient(
     recording: Recording,
     hidden: Tensor,
     batch: TokenSet,
-    label_seed: int | None = None,
-    head: OutputHead | None = None,
+    label_seed: int | None,
+    head: OutputHead,
 ) -> Tensor:
     """Compute the gradient of the loss with respect to the residual stream after the blocks.
 
@@ -251,13 +251,13 @@ def loss_gradient(
         hidden: (B, T, D), the residual stream after the blocks.
         batch: the samples; padding does not count.
         label_seed: seed to draw the labels from the model; None takes the next tokens of the text.
-        head: the model's output head; without one, or if it is not plain, the model computes
-            its logits itself, one sample at a time.
+        head: the model's output head; if it is not plain, the model computes its logits itself, one
+            sample at a time.
 
     Returns:
         (B, T, D), zero at positions without a prediction.
     """
-    if head is None or not head.plain:
+    if not head.plain:
         return _by_sample(recording, hidden, batch, label_seed)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
@@ -306,8 +306,7 @@ def divergence_gradient(
         leaf = stream[s].detach().requires_grad_(True)
         logits = recording.logits(leaf, s)  # (T, V)
         difference = torch.softmax(logits.detach().float(), dim=-1) - p
-        predicted = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        predicted[: batch.predicted.shape[1]] = batch.predicted[s].to(logits.device)
+        predicted = nn.functional.pad(batch.predicted[s], (0, 1)).to(logits.device)
         difference[~predicted] = 0.0
         (out[s],) = torch.autograd.grad(logits, leaf, difference.to(logits.dtype))
     return out
