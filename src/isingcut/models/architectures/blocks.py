@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +89,7 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
         path: its module path.
         config: the decoder's configuration.
     """
-    parameters = {id(p): p for p in module.parameters()}.values()
+    parameters = list(module.parameters())
     total = sum(p.numel() for p in parameters)
     mixers = _mixers(module, index, config)
     names = list(dict.fromkeys(name for name, _, _ in mixers if name))
@@ -354,7 +353,7 @@ def stop_rescaling(model: Any) -> None:
         config.rescale_every = 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
     """Skip the removed blocks within the context: each returns its input hidden states.
 
