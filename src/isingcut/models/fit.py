@@ -190,7 +190,7 @@ def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
     match = _NUMBERED.match(name)
     if text is None or match is None or any(word in match[0] for word in OTHER_STACKS):
         return False
-    return 0 <= int(match[3]) - depth(dict(text)) < mtp_layers(text)
+    return 0 <= int(match[3]) - depth(text) < mtp_layers(text)
 
 
 def count_mtp_layers(folder: Path) -> int:

@@ -415,7 +415,7 @@ def refuse_packing(config: Mapping[str, Any]) -> None:
         )
 
 
-def depth(text: dict[str, Any]) -> int:
+def depth(text: Mapping[str, Any]) -> int:
     """Return the number of blocks in a decoder's configuration dictionary.
 
     Raises:
