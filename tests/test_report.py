@@ -147,8 +147,11 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     ],
 )
 def test_an_absent_stage_is_said_to_be_not_run(folder, missing, title, stage):
+    proof = {**patch()["proof"], "remarks": ["text only"]}
+    change(folder / "model" / "isingcut.json", "removal", proof=proof)
     (folder / missing).unlink()
     page = page_of(folder)
+    assert page.count("**Warning.** text only") == (stage != "excise")
     part = section(page, title)
     assert part.strip().startswith("Not run")
     assert f"`isingcut {stage} r`" in part
