@@ -314,6 +314,9 @@ def test_the_card_says_what_how_and_from_whom(folder):
     figures = f"{chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token."
     assert f"{figures} Because the choice was made on it" in card
     assert "GGUF" not in card
+    rows = read_json(folder / "candidates.json", "candidates")["candidates"]
+    other = next(row["removed"] for row in rows if row["removed"] != chosen["removed"])
+    assert "Because the choice" not in model_card(folder, other)
 
 
 def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder):
