@@ -169,6 +169,10 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     assert "| calibration | `calibration.safetensors` | 1.2 |" in page
     assert "| solve | `spectrum.json` |" not in page
     assert not (folder / "report.md").exists()
+    stages = read_json(folder / "run.json", "run")["stages"]
+    stages["remove-5/spectrum.json"]["options"] = {"remove": "", "budget": "params=25%"}
+    change(folder / "run.json", "run", stages=stages)
+    assert "`isingcut rank r --budget params=25%`" in page_of(folder, folder / "remove-5")
 
 
 @pytest.mark.parametrize(

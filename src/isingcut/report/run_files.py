@@ -263,8 +263,10 @@ class RunFiles:
         if self.target == self.folder:
             return name
         key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
-        solved = self.run.stages.get(key)
-        return name if solved is None else f"{name} --remove {solved.options.remove}"
+        if (solved := self.run.stages.get(key)) is None:
+            return name
+        remove, budget = solved.options.remove, solved.options.budget
+        return f"{name} --remove {remove}" if remove else f"{name} --budget {budget}"
 
     @property
     def loads_with(self) -> str:
