@@ -10,7 +10,7 @@ import pytest
 
 from isingcut.errors import OutputExistsError
 from isingcut.files.results import read_json, write_json
-from isingcut.report.figures import front
+from isingcut.report.figures import block_ticks, front
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
 from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
@@ -305,6 +305,10 @@ def test_the_front_holds_what_nothing_beats(more, expected):
     if more:
         points = [(1.0, 0.5), (1.2, 0.4), (1.1, 0.6), (1.0, 0.0)]
     assert front(points, more=more) == sorted(points[k] for k in expected)
+
+
+def test_the_block_axis_of_a_deep_model_has_few_numbers():
+    assert [len(block_ticks(n)) for n in (1, 30, 901, 4096)] == [1, 6, 5, 9]
 
 
 def test_code_is_marked_and_signs_are_minus_signs():

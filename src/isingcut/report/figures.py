@@ -59,7 +59,7 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
 
 def block_ticks(n: int) -> list[int]:
     """Return the block numbers to print along the axis, at most nine."""
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if n <= 9 * s)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= 9 * s)
     return list(range(0, n, step))
 
 
