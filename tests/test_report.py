@@ -254,6 +254,7 @@ def test_what_is_not_patched_is_said_once_or_cut_by_cut():
     for found, expected in (
         (patch(unpatched=refused, cuts=[]), "not patched: a norm"),
         (patch(unpatched=refused[:1]), "not patched at blocks 3 to 4: a norm"),
+        (patch(unpatched=[{**refused[0], "removed": [3, 3]}]), "not patched at block 3: a norm"),
     ):
         record = CutRecord.model_validate({**cut, "patch": found})
         assert words.patch_warnings(record) == [expected]
