@@ -10,11 +10,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from isingcut.errors import InputError, OutputExistsError
+from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.files.documents import check_blocks
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER, edges_sha256
 from isingcut.files.results import write_json
+from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder, clear_os_errors
+from run_files import baseline
+
+
+def test_blocks_are_named_by_known_keys_alone(tmp_path):
+    found = BaselineFile.model_validate(baseline("mine", [1, 7], 0.5, info={"removed": 99}))
+    check_blocks(tmp_path, found, 8)
+    with pytest.raises(StageFileError, match="names block 7"):
+        check_blocks(tmp_path, found, 7)
 
 
 def test_not_a_number_is_never_written(tmp_path):

@@ -59,14 +59,13 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
 
 
 def _list_blocks(value: Any) -> Iterator[int]:
-    """Yield every block number in a document."""
+    """Yield every block number in a document; unknown keys and free dictionaries name none."""
     if isinstance(value, Strict):
-        value = dict(value)
-    if isinstance(value, dict):
-        for key, inner in value.items():
+        for key in type(value).model_fields:
+            inner = getattr(value, key)
             yield from (inner or ()) if key == "removed" else _list_blocks(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _list_blocks(inner)
 
 
