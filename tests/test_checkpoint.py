@@ -104,7 +104,11 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
     for path in list(snapshot.iterdir()):
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
+    (blobs / "t").write_text("{{ x }}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "t.jinja").symlink_to("../../../blobs/t")
     excise(snapshot, [1], tmp_path / "out")
+    assert (tmp_path / "out/additional_chat_templates/t.jinja").read_text() == "{{ x }}"
     assert len(read_checkpoint(tmp_path / "out")) == len(read_checkpoint(snapshot)) - 9
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
 
@@ -224,6 +228,9 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|user|>hi</s><|assistant|>"
+    (templates / "mine.jinja").symlink_to(tmp_path / "out" / "LICENSE")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        excise(source, [1], tmp_path / "again")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def find_contained(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the file is missing, outside the folder, or not a regular file.
     """
-    if not _is_plain(name):
+    if not all(map(_is_plain, name.split("/"))):
         raise CheckpointError(
             f"the file name {name!r} leaves the checkpoint folder {folder}; expected a plain name"
         )

@@ -134,16 +134,15 @@ def plan(
 
 
 def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> None:
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if path.is_dir():
-            if name == "additional_chat_templates" and not path.is_symlink():
-                shutil.copytree(path, folder / name)
-            continue
+    templates = source / "additional_chat_templates"
+    nested = [] if templates.is_symlink() else sorted(templates.glob("*.jinja"))
+    for path in [*sorted(source.iterdir()), *nested]:
+        name = path.relative_to(source).as_posix()
         wanted = path.suffix in _COPIED_SUFFIXES or _COPIED_NAMES.match(name)
-        if not wanted or _NOT_COPIED.search(name) or name.startswith("."):
+        if path.is_dir() or not wanted or _NOT_COPIED.search(name) or name.startswith("."):
             continue
         real = find_contained(source, name)
+        (folder / name).parent.mkdir(exist_ok=True)
         if name in _QUANTISATION_FILES:
             content = cuts.cut_quantisation(
                 load_json(real, "the quantisation file", CheckpointError), mapping
