@@ -14,6 +14,7 @@ from isingcut.errors import InputError, OutputExistsError, StageFileError
 from isingcut.files.documents import check_blocks
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER, edges_sha256
+from isingcut.files.provenance import versions
 from isingcut.files.results import write_json
 from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder, clear_os_errors
@@ -25,6 +26,11 @@ def test_blocks_are_named_by_known_keys_alone(tmp_path):
     check_blocks(tmp_path, found, 8)
     with pytest.raises(StageFileError, match="names block 7"):
         check_blocks(tmp_path, found, 7)
+
+
+def test_the_command_line_of_a_result_can_be_typed_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/isingcut", "run", "my model"])
+    assert versions()["command_line"] == "isingcut run 'my model'"
 
 
 def test_not_a_number_is_never_written(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def versions() -> dict[str, Any]:
         **found,
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "command_line": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
