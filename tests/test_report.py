@@ -340,6 +340,13 @@ def test_the_card_of_a_local_model_tells_no_path(folder):
     assert "unpacked to bfloat16" in card
 
 
+def test_the_card_of_a_model_in_the_current_folder_has_its_name(folder):
+    run = run_content(".", "pairwise", N, 3, 0)
+    run["provenance"]["model_path"] = {"absolute": "/home/someone/mine", "relative": "../mine"}
+    write_json(folder / "run.json", "run", run)
+    assert "\n# mine without 2 of its 12 blocks\n" in model_card(folder, [10, 11])
+
+
 def test_the_card_without_a_ranking_claims_no_measurement(folder):
     (folder / "candidates.json").unlink()
     card = model_card(folder, [1, 2])

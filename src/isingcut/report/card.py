@@ -42,6 +42,9 @@ def card_parts(
     """
     files = RunFiles(folder, target)
     provenance, base, ranking = files.run.provenance, hub_id(files.model), files.candidates
+    name, place = Path(files.model).name, provenance.model_path
+    if name in ("", "..") and place is not None:
+        name = Path(place.absolute).name
     rows = [
         ["original weights and config, SHA-256 of headers and edges", provenance.model.sha256],
         ["energy", files.energy],
@@ -62,7 +65,7 @@ def card_parts(
     return CardParts(
         base_model=base,
         # A local path is useless to others, and may contain private names.
-        name=base or Path(files.model).name,
+        name=base or name,
         removed=list(removed),
         total=len(files.blocks),
         how=sentence("summary", files, removed),
