@@ -294,7 +294,7 @@ def test_wrong_layer_numbers_break_cached_generation_and_are_noticed(source, tmp
     model = tiny_model("llama")
     excise(source, [0, 2], tmp_path / "out")
     good = reload(tmp_path / "out", dtype=model.dtype)
-    tokens = random_tokens(model, 2, 12, 0)
+    tokens = random_tokens(model, 2, 12)
     check_generation(good, tokens, 6, "good")
     del model.model.layers[2], model.model.layers[0]
     model.config.num_hidden_layers = 4

@@ -262,7 +262,6 @@ def verify(
     *,
     cut: Any = None,
     length: int = 24,
-    prompts: int = 2,
     new_tokens: int = 16,
     images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
@@ -279,8 +278,7 @@ def verify(
         out: the checkpoint to verify.
         cut: the loaded model of ``out``; None loads it.
         length: number of tokens of each of the two compared sequences.
-        prompts: number of sequences to continue by generation.
-        new_tokens: number of generated tokens to compare.
+        new_tokens: number of tokens to generate after each of them; a streamed cut continues one.
         images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
 
@@ -291,11 +289,11 @@ def verify(
     buffers = source.store.buffers if isinstance(source, StreamedReplay) else None
     model: Any = source.model if isinstance(source, StreamedReplay) else source
     model.eval()
+    prompts = tokens = random_tokens(model, 2, length)
     if cut is None:
         cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
         if streamed:
-            prompts, new_tokens = 1, min(new_tokens, _STREAMED_TOKENS)
-    tokens = random_tokens(model, 2, length)
+            prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
     stack = find_stack(model)
     allowed = tolerance(model.dtype)
 
@@ -337,7 +335,7 @@ def verify(
             f"the text was given to the {type(inner).__name__} inside the {type(model).__name__}"
         )
     difference = compare("text", on_text)
-    check_generation(language_model(cut), tokens[:prompts], new_tokens, str(out), generate)
+    check_generation(language_model(cut), prompts, new_tokens, str(out), generate)
     # A model that takes images.
     if not parameters(model.forward).isdisjoint(_PIXELS):
         try:
@@ -405,12 +403,12 @@ def reload(out: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) ->
     return model
 
 
-def random_tokens(model: Any, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_tokens(model: Any, batch: int, length: int) -> torch.Tensor:
     """Draw (batch, length) token ids from the model's vocabulary, on its device.
 
     Ids that the configuration reserves, such as those of images, are not drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     size = int(text_config(model).vocab_size)
     low = min(8, size // 2)  # special ids come first in most vocabularies
     tokens = torch.randint(low, size, (batch, length), generator=generator)
