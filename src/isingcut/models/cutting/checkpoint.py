@@ -17,7 +17,7 @@ from typing import Any
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
 from isingcut.files.ownership import check_output
-from isingcut.files.writing import atomic_folder, clear_os_errors
+from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
 from isingcut.models.cutting.verify import verify
@@ -71,7 +71,6 @@ def excise(
         CheckpointError: the checkpoint is damaged or contradicts itself.
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
-    source, out = Path(source), Path(out)
     check_output(out, overwrite=False, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
@@ -82,7 +81,7 @@ def excise(
     if not drop_mtp:
         mapping = cuts.number_mtp_layers(mapping, count, cuts.mtp_layers(text))
     tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
-    with clear_os_errors(out), atomic_folder(out, overwrite=False) as folder:
+    with atomic_folder(out) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
         _copy_companions(source, folder, mapping)
         # Written last, so that a folder without it is incomplete.

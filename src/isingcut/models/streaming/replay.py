@@ -59,7 +59,7 @@ def load_streamed(
         buffers=buffers,
     )
     replay = StreamedReplay(model, store, memory)
-    return LoadedModel(model, tokenizer, Path(folder), number, place), replay
+    return LoadedModel(model, tokenizer, folder, number, place), replay
 
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
