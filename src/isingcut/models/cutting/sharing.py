@@ -6,7 +6,7 @@ one, plus that of the layers that a patch changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,12 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
-    device, places = original.device, _places(cut, original, removed)
+    named, known = _original_names(cut, original, removed), places_of(original)
+    # The devices of the cut's parts are those of the same parts of the original.
+    names = (name for name, _ in cut.named_modules())
+    places = {name: known[named(name)] for name in names if named(name) in known}
+    device = original.device
     theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
-    named = _original_names(cut, original, removed)
     # By the id of the replaced tensor, so that tied tensors stay tied.
     equal: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
@@ -113,14 +116,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _places(cut: Any, original: Any, removed: Sequence[int]) -> dict[str, torch.device]:
-    """Return the devices of a cut's parts, which are those of the same parts of the original."""
-    places, named = places_of(original), _original_names(cut, original, removed)
-    names = (name for name, _ in cut.named_modules())
-    return {name: places[named(name)] for name in names if named(name) in places}
-
-
-def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Any:
+def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack, gone = find_stack(original), set(removed)
     kept = [i for i in range(len(stack)) if i not in gone]
