@@ -95,7 +95,7 @@ class PackedScores(FurtherScores):
     bytes: Some
 
 
-class EvaluationFile(Document, kind="evaluation"):
+class EvaluationFile(MixedScores, Document, kind="evaluation"):
     """`evaluation.json`; older files lack ``last``.
 
     Attributes:
@@ -119,10 +119,6 @@ class EvaluationFile(Document, kind="evaluation"):
     tokens: Some
     before: ModelScores
     after: ModelScores
-    kl: Number
-    kl_se: Positive | None
-    nll_change_se: Positive | None = None
-    parts: dict[str, PartScores] = Field(default_factory=dict)
     elsewhere: dict[str, PartScores] = Field(default_factory=dict)
     generation: Generation | None
     device: str

@@ -182,17 +182,13 @@ class CandidatesFile(Document, kind="candidates"):
     by_tasks: ByTasks | None = None
 
 
-class BaselineFile(Document, kind="baseline"):
+class BaselineFile(MeasuredLoss, Document, kind="baseline"):
     """`baseline-NAME.json`."""
 
     baseline: str
     options: dict[str, Any] = Field(default_factory=dict)
     settings: list[str] = Field(default_factory=list)
     removed: Blocks
-    kl: Number
-    kl_se: Positive | None
-    nll: Number
-    nll_se: Positive | None
     passes: Positive
     heads: Positive = 0.0
     tokens_searched: Count

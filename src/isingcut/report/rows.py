@@ -192,7 +192,7 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile, *, last: str = "cut"
 
 
 def _collect(
-    found: evaluations.EvaluationFile | evaluations.PartScores,
+    found: evaluations.PairScores,
     between: Mapping[str, evaluations.Perplexity],
     last: str,
     packed: evaluations.Perplexity | None,
@@ -294,7 +294,7 @@ def _value(found: Figures, key: str, scale: float) -> Value | None:
     return Value(figure / scale, None if error is None else error / scale)
 
 
-def kl_of(row: states.MeasuredLoss | states.BaselineFile) -> Value:
+def kl_of(row: states.MeasuredLoss) -> Value:
     """Return the measured KL of a state."""
     return Value(row.kl, row.kl_se)
 
