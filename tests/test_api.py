@@ -154,6 +154,23 @@ def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
+    monkeypatch.chdir(place)
+    given = []
+
+    def rank(session, folder):
+        given.append((session.loaded, session.config.remove))
+        return folder
+
+    monkeypatch.setattr("isingcut.runs.ranking.rank", rank)
+    run = isingcut.open_run("my-run")
+    few, many = run.at(4), run.at(7)
+    for one in (few, many):
+        assert one._ranked
+    assert given == [(given[0][0], "4"), (given[0][0], "7")]
+    assert run._session.config.remove == "3"
+
+
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
     found = read_json(place / "my-run" / "candidates.json", "candidates")

@@ -10,6 +10,7 @@ import torch
 import isingcut
 from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
+from isingcut.evaluation import candidates
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
@@ -19,6 +20,8 @@ from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
 from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
+from isingcut.models.replay import Replay
+from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.runs import evaluating
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
@@ -265,6 +268,22 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
         isingcut.run(out=str(tmp_path / "off"), stream="off", **options)
+
+
+@pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+def test_ranking_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
+    rank, replays = candidates.rank, []
+
+    def exhausted(replay, *args, **kwargs):
+        replays.append(type(replay))
+        if len(replays) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rank(replay, *args, **kwargs)
+
+    monkeypatch.setattr(candidates, "rank", exhausted)
+    options = {**OPTIONS, **FEW, "model": str(shared.checkpoint()), "calibration": str(text)}
+    isingcut.prune(out=tmp_path / "run", **options)
+    assert replays == [Replay, StreamedReplay]
 
 
 def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +93,14 @@ class Run:
     ) -> None:
         self._folder, self._open, self.config = folder, session, config
 
-    @cached_property
+    @property
     def _session(self) -> Session:
-        return self._open()
+        """The session that all removals share, with the options of this one."""
+        session = self._open()
+        session.config = session.config.replace(
+            remove=self.config.remove, budget=self.config.budget
+        )
+        return session
 
     def __repr__(self) -> str:
         go = " go" if self.config.removal.isdecimal() else ""
@@ -232,7 +237,7 @@ class Run:
             [4, 4]
         """
         config = self.config.replace(remove=remove, budget="")
-        return Run(self._folder, config, lambda: self._session.at(config))
+        return Run(self._folder, config, lambda: self._session)
 
     @convert_memory_errors()
     def save(
@@ -435,4 +440,4 @@ def open_run(
     if remove is not None:
         changed |= {"remove": remove, "budget": ""}
     config = found.config.replace(**changed).validate()
-    return Run(found, config, lambda: session_of(found, config, shown))
+    return Run(found, config, cache(lambda: session_of(found, config, shown)))

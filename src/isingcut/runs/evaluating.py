@@ -167,7 +167,7 @@ def evaluate_gguf(
     file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
     check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
     with lock_place(file):
-        found = _compare_gguf(Session(config), gguf)
+        found = _compare_gguf(Session(measuring.concrete(config)), gguf)
         write_document(file, found, seal=True)
     return found, file
 
@@ -183,9 +183,7 @@ def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
     found = before_and_after(
         session.streamed[1] if session.streaming else session.loaded,
         streamed or cut,
-        measuring.build_calibration(session.at(measuring.concrete(session.config))).splits[
-            "report"
-        ],
+        measuring.build_calibration(session).splits["report"],
         batch_tokens=session.tuning.batch_tokens,
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         skip_speed=True,

@@ -86,9 +86,10 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
 def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile]:
     """Rank all removals of the options, with all processes."""
     measuring.measure_energy(session, folder)
-    rankings = [
-        solve_and_rank(session.at(one), folder) for one in solving.each_removal(session.config)
-    ]
+    rankings = []
+    for one in solving.each_removal(session.config):
+        with session.at(one):
+            rankings.append(solve_and_rank(session, folder))
     part(session, folder)
     return rankings
 

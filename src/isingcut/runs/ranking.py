@@ -90,13 +90,14 @@ def choose_by_patch(
     config, count = session.config, trial_tokens(session.config)
     kind = config.patch if deep else "linear"
     # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
-    trial = session.at(config.replace(patch=kind, patch_tokens=count, heal=""))
+    trial = config.replace(patch=kind, patch_tokens=count, heal="")
     work = measuring.work_of(session, journal)
     ledger = Ledger(session.replay, text, work)
     for row in (rows[i] for i in near):
 
         def make(removed: Sequence[int] = row.removed) -> Floats:
-            new = fit_patch(trial, folder, removed)
+            with session.at(trial):
+                new = fit_patch(session, folder, removed)
             named = f"without {join_blocks(removed)}, patched"
             return changed_losses(
                 session.replay, text, lambda name, _: new.get(name), work, named, removed

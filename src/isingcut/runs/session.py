@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,15 @@ class Session:
         self.config, self.progress, self._recorded = config, as_progress(progress), dtype
         self.processes = ALONE
 
-    def at(self, config: RunConfig) -> Session:
-        """Return a session on the same model with other options for the stages."""
-        other = copy.copy(self)
-        other.config = config
-        return other
+    @contextlib.contextmanager
+    def at(self, config: RunConfig) -> Iterator[None]:
+        """Use other options for the stages within the context."""
+        # Not a copy: it would keep the weights in memory after `leave_device`.
+        before, self.config = self.config, config
+        try:
+            yield
+        finally:
+            self.config = before
 
     @cached_property
     def tuning(self) -> Tuning:
