@@ -186,6 +186,8 @@ def test_blocks_counted_from_one(run, capsys):
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
         assert call("excise", run, "--blocks", *wrong.split()) == 2
         assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
+    assert call("excise", run, "--blocks", "") == 2
+    assert "--blocks is empty" in capsys.readouterr().err
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):

@@ -325,6 +325,8 @@ def reopen_at(
         typed = BlockList(blocks).numbers
     except InputError as e:
         raise InputError(f"--blocks: {e}") from e
+    if not typed:
+        raise InputError("--blocks is empty; write for example 3,4,9")
     total = len(RunFolder.open(directory).run.blocks.blocks)
     named = [block - one_based for block in typed]
     if named[0] < 0 or named[-1] >= total:
