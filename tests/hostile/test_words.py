@@ -92,6 +92,7 @@ WORDS = [
 ]
 HEALING = [
     ("--method magic", r"--method must be one of full, last:N .*, lora or lora:RANK, none"),
+    ("--patch cubic", "--patch must be one of none, linear, tuned; got 'cubic'"),
     ("--effort 9", "--effort: '9': expected a time"),
     ("--device gpu", "--device: must be auto"),
     ("--trainer t.yaml", "--trainer must be a section of the --config file, or .*; got 't.yaml'"),

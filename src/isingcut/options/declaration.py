@@ -32,7 +32,6 @@ _WRONG = {
     "literal_error": "must be one of {words}; got {shown}",
     "finite_number": "must be a finite number, got {shown}",
     "greater_than_equal": "must be at least {ge:.0f}, got {shown}",
-    "greater_than": "must be above {gt:.0f}, got {shown}",
     "less_than_equal": "must be at most {le:.0f}, got {shown}",
     "value_error": "{error}",
 }
@@ -141,9 +140,10 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         return _validator(kind, f.name)(_plain(value, plain_type(kind, f.name), f.default))
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        words = ", ".join(map(str, get_args(_types(kind)[f.name])))
-        context = {**first.get("ctx", {}), "words": words, "shown": shorten(first["input"])}
-        raise OptionError(f, _WRONG[first["type"]].format(**context)) from None
+        context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
+        # Pydantic lists choices as 'a', 'b' or 'c'.
+        words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
+        raise OptionError(f, _WRONG[first["type"]].format(**context, words=words)) from None
     except ValueError as e:
         raise OptionError(f, str(e)) from None
 
