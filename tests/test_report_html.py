@@ -13,7 +13,7 @@ from isingcut.files.results import read_json, write_json
 from isingcut.report.figures import block_ticks, front
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
-from run_files import baseline, hamiltonian, write_comparison, write_report, write_run
+from run_files import baseline, change, hamiltonian, write_comparison, write_report, write_run
 from shared import call
 
 VOID = {"meta", "link", "br", "col", "img"}
@@ -363,3 +363,7 @@ def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
         assert line in capsys.readouterr().err
     assert call("report", run) == 0
     assert "report.html" in capsys.readouterr().out
+    # A folder of a removal needs no --remove, even if the run has none.
+    config = read_json(run / "run.json", "run")["config"]
+    change(run / "run.json", "run", config={**config, "remove": ""})
+    assert call("report", run / "remove-2", run / "remove-2", "--overwrite") == 0

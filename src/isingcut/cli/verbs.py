@@ -407,9 +407,12 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Out
 
     places = []
     for directory in directories:
-        inside = not (directory / MANIFEST).exists() and (directory.parent / MANIFEST).exists()
-        folder, config = reopen(directory.parent if inside else directory, options)
-        target = directory if inside else folder.target(config.removal)
+        of_run = (directory / MANIFEST).exists()
+        if directory.is_dir() and not of_run and (directory.parent / MANIFEST).exists():
+            places.append((directory.parent, directory))
+            continue
+        folder, config = reopen(directory, options)
+        target = folder.target(config.removal)
         if not target.is_dir():
             raise InputError(
                 f"{directory} has no results for --remove {config.removal}; "
