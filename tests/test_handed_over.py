@@ -55,7 +55,7 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert model.model.layers[0]._forward_hooks
     before = {k: v.clone() for k, v in model.state_dict().items()}
     named = isingcut.prune(
-        folder / "model", 2, calibration=str(folder / "texts.jsonl"), out=tmp_path / "a", **OPTIONS
+        folder / "model", 2, calibration=folder / "texts.jsonl", out=tmp_path / "a", **OPTIONS
     )
     given = isingcut.prune(
         model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS

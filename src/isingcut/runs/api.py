@@ -383,7 +383,7 @@ def prune(
         raise InputError("tokenizer is only for a loaded model; a folder or hub id has its own")
     # Temporary folders are deleted with the returned object.
     with contextlib.ExitStack() as kept:
-        if not isinstance(options.get("calibration", ""), str):
+        if not isinstance(options.get("calibration", ""), str | Path):
             options["calibration"] = kept.enter_context(register_texts(options["calibration"]))
         if out is None:
             out = kept.enter_context(writing.temporary_folder()) / "run"
