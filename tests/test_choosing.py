@@ -1,6 +1,7 @@
 """Ranking and choosing: random states, fidelity, and the choice by questions."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ from isingcut.report.words import chosen_by_tasks, one_pass_words
 from isingcut.runs import benchmarking, cutting, pipeline, ranking
 from isingcut.runs.benchmarking import check_run_tasks
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS, write_jsonl
+from shared import OPTIONS, call, write_jsonl
 from tiny import random_tokens, tiny_replay
 
 
@@ -458,6 +459,16 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
     assert computed.count("mine.jsonl") == before > 0
+
+
+def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_path, capsys):
+    run, own = shutil.copytree(finished, tmp_path / "run"), tmp_path / "own.jsonl"
+    text = questions.read_text(encoding="utf-8")
+    own.write_text(text, encoding="utf-8")
+    assert call("evaluate", run, "--tasks", own, "--skip-speed") == 0
+    own.write_text(text.replace("river", "brook"), encoding="utf-8")
+    assert call("evaluate", run, "--tasks", own, "--skip-speed") == 2
+    assert "benchmarks.json was made with other options (files: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked(questions):

@@ -9,11 +9,17 @@ from typing import Any
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark
-from isingcut.evaluation.questions import WIKITEXT, check_tasks, prepare_task, split_names
+from isingcut.evaluation.questions import (
+    WIKITEXT,
+    check_tasks,
+    is_file,
+    prepare_task,
+    split_names,
+)
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
-from isingcut.files.ownership import check_output
+from isingcut.files.ownership import check_output, file_sha256
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.writing import lock_place
 from isingcut.measure.work import Work
@@ -141,6 +147,8 @@ def benchmarks(
         "data": bool(config.data),
         **({"left_out": fingerprint(but)} if but else {}),
     }
+    # Records of older versions have no hashes; their scores are replaced.
+    hashes = {name: file_sha256(user_path(name)) for name in tasks if is_file(name)}
     work = checkpoint.with_name(".benchmarks")
 
     def make(path: Path) -> None:
@@ -150,9 +158,10 @@ def benchmarks(
     return folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
-        options,
+        {**options, "files": hashes} if hashes else options,
         make,
         lambda path: read_document(path, evaluations.BenchmarksFile),
+        completes=[options],
         forget=lambda: benchmark.forget_scores(work, tasks),
     )
 
