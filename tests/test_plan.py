@@ -175,6 +175,14 @@ def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
     assert {e["name"] for e in plan["energies"] if e["impossible"]} == {"hessian", "gauss-newton"}
 
 
+def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama):
+    config = RunConfig(model=str(llama), length=16, batch_tokens=64)
+    # The card computes all six blocks in the same time.
+    most = 128 * sum(Prices(config, "h100").latency)
+    budget = f"latency={1e6 * 0.45 * most:.12f}us"
+    assert Prices(config.replace(budget=budget), "h100").remove == 3
+
+
 @pytest.mark.parametrize(
     ("seconds", "remove", "energy", "effort"),
     [

@@ -37,7 +37,7 @@ from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.ranking import is_deep
 from isingcut.runs.session import Session
-from isingcut.runs.solving import describe_blocks, each_removal, removal_rows
+from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
 
 CARDS = {
     "a10": (24e9, 125e12, 0.6e12),
@@ -102,8 +102,10 @@ class Prices:
         # By default, a fifth of the blocks is removed.
         self.remove = max(1, self.n // 5)
         if config.removal:
-            parameters, last = found.parameters, each_removal(config)[-1]
-            blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, self.latency)
+            last, parameters = each_removal(config)[-1], found.parameters
+            timed = min(TIMED_TOKENS, found.positions or TIMED_TOKENS)
+            seconds = [timed * each for each in self.latency]
+            blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
             self.remove = Target.of(last.removal, removal_rows(blocks, last), self.n).size
         self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
         # Bytes per token for a backward pass: half of the working memory of a block.

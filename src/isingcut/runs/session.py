@@ -31,7 +31,7 @@ from isingcut.models.sources import check_unchanged, model_identity, resolve, we
 from isingcut.models.streaming.replay import StreamedReplay, load_streamed
 from isingcut.options.config import BATCH_TOKENS, RunConfig
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.solving import describe_blocks
+from isingcut.runs.solving import TIMED_TOKENS, describe_blocks
 
 
 class Session:
@@ -238,8 +238,8 @@ class Session:
         """Describe blocks and legality rows for `run.json`."""
         model = self.loaded.model
         legal = legality(model.config, self.stack)
-        longest = getattr(text_config(model), "max_position_embeddings", None) or 128
-        seconds = self.replay.latency(min(128, int(longest)))
+        longest = getattr(text_config(model), "max_position_embeddings", None)
+        seconds = self.replay.latency(min(TIMED_TOKENS, int(longest or TIMED_TOKENS)))
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return describe_blocks(self.stack, legal, sum(p.numel() for p in parameters), size, seconds)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from isingcut.models.architectures.blocks import BlockStack
 
 
+TIMED_TOKENS = 128
+"""Most tokens of the sequence that blocks are timed on."""
+
+
 def each_removal(config: RunConfig) -> list[RunConfig]:
     """Return the options of each removal: one per number of a range such as `4..15`."""
     counts = config.remove.counts
@@ -175,7 +179,7 @@ def describe_blocks(
 
     Args:
         parameters: parameters of the whole model; ``size`` its bytes, 0 if unknown.
-        seconds: time of each block per token, if measured.
+        seconds: time of each block on a sequence of `TIMED_TOKENS`, if measured.
     """
     times: Sequence[float | None] = seconds or [None] * len(stack)
     return BlockList(
