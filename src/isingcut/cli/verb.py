@@ -203,8 +203,6 @@ def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspe
         default = "" if f.default in ("", None, False) else f" (default: {f.default})"
         room = f.metadata["room"]
         called = flag_or_name if name != flag_or_name else flag(f)
-        if plain_type(of, name) is bool and f.default is None:
-            called += f"/--no-{called.removeprefix('--')}"
         info = typer.Option(
             called,
             help=f.metadata["help"] + default,
