@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,10 +28,9 @@ from isingcut.cli.verb import (
     verb,
 )
 from isingcut.errors import InputError
-from isingcut.files.inputs import user_path
 from isingcut.files.results import read_document
 from isingcut.healing import RECORD
-from isingcut.models.processes import Processes
+from isingcut.models.processes import Processes, launched_rank
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import from_yaml
 
@@ -248,7 +246,6 @@ def excise(
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
-        gguf = user_path(gguf)
         cutting.check_gguf(session, folder, gguf)
     model = cutting.make_model(session, folder, removed)
     packed = cutting.make_gguf(session, folder, model, gguf)
@@ -277,7 +274,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     values = {**(from_yaml(HealConfig, config) if config else {}), **select_given(options)}
     folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
-    if os.environ.get("RANK", "0") != "0":
+    if launched_rank():
         # Only rank 0 prints the result.
         raise typer.Exit
     found = read_document(folder / RECORD, healings.HealingFile)
