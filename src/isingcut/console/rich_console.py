@@ -28,6 +28,6 @@ def console(*, stderr: bool = False) -> Console:
     Without a terminal it is wide, so that no table in a file or pipe is cut off.
     """
     stream = sys.stderr if stderr else sys.stdout
-    own = _Literal(file=stream, stderr=stderr, markup=False, emoji=False)
-    width = max(own.width, _NARROWEST) if own.is_terminal else _PIPE
-    return _Literal(file=stream, stderr=stderr, markup=False, emoji=False, width=width)
+    own = _Literal(file=stream, markup=False, emoji=False)
+    own.width = max(own.width, _NARROWEST) if own.is_terminal else _PIPE
+    return own
