@@ -132,9 +132,7 @@ def benchmarks(
     """
     config = session.config
     checkpoint = product(folder, config, removed)
-    made = folder.find_record(checkpoint)
-    if made is None or not checkpoint.exists():
-        raise InputError(f"{checkpoint} does not exist; run excise (and heal) first")
+    made = folder.record(checkpoint)
     ranked = folder.target(config.removal) / "candidates.json"
     chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
     # Questions that were used for the choice must not be used to score it.
