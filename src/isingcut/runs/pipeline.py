@@ -29,7 +29,7 @@ from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import benchmarking, cutting, evaluating, measuring, packing, ranking, solving
 from isingcut.runs.folder import MANIFEST, RunFolder
-from isingcut.runs.session import Session, part, take_up
+from isingcut.runs.session import Session, take_up
 
 
 @convert_memory_errors()
@@ -90,7 +90,8 @@ def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile
     for one in solving.each_removal(session.config):
         with session.at(one):
             rankings.append(solve_and_rank(session, folder))
-    part(session, folder)
+    # From now on, each process works alone.
+    session.processes = session.replay.processes = folder.processes = ALONE
     return rankings
 
 

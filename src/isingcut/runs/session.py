@@ -271,11 +271,6 @@ def take_up(session: Session, processes: Processes) -> None:
         session.config = session.config.replace(**chosen)
 
 
-def part(session: Session, folder: RunFolder) -> None:
-    """Stop sharing measurements: from now on, each process works alone."""
-    session.processes = session.replay.processes = folder.processes = ALONE
-
-
 def _choices(session: Session, size: int) -> dict[str, Any]:
     """Return the settings that all processes must share."""
     # Printed because a launcher with wrong options silently starts one process.
