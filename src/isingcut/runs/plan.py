@@ -33,6 +33,7 @@ from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
 from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
+from isingcut.options.declaration import flag
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.ranking import is_deep
@@ -354,8 +355,7 @@ def command(config: RunConfig, energy: str, effort: str = "") -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and field.name not in own:
-            flag = f"--{field.name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag(field)] if value is True else [flag(field), str(value)]
     words += ["--energy", energy, *(["--effort", effort] if effort else [])]
     name = Path(config.model).name.removesuffix(".gguf") or "model"
     return shlex.join([*words, "--out", f"{name}-run"])
