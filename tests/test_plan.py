@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from isingcut.energies.pairwise import list_removals
+from isingcut.errors import InputError
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.runs.plan import PASSES, Prices, advise, command, make_plan
+from isingcut.runs.plan import CARDS, PASSES, Prices, advise, command, make_plan
 from shared import call
 from tiny import random_tokens, replay_of, tiny_checkpoint
 
@@ -181,6 +182,12 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama):
     most = 128 * sum(Prices(config, "h100").latency)
     budget = f"latency={1e6 * 0.45 * most:.12f}us"
     assert Prices(config.replace(budget=budget), "h100").remove == 3
+
+
+def test_a_card_that_does_not_hold_two_blocks_is_refused(llama, monkeypatch):
+    monkeypatch.setitem(CARDS, "h100", (3e4, 1e12, 1e12))
+    with pytest.raises(InputError, match=r"--card h100 allows 24\.0 kB, but two parts"):
+        make_plan(RunConfig(model=str(llama), length=16), "h100")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import list_removals
@@ -134,6 +135,11 @@ class Prices:
             device=name, dtype=torch.bfloat16, largest=size * max(largest, head)
         )
         self.room = allowed - 2 * self.store.largest
+        if self.streamed and self.room <= 0:
+            raise InputError(
+                f"--card {name} allows {decimal(allowed)}, but two parts of this model, which are "
+                f"streamed at a time, have {decimal(2 * self.store.largest)}; name a larger card"
+            )
 
     def _time(self, session: Session, found: Inspection, text: Any) -> None:
         """Time one block of each kind, the output head and the disk of this machine.
