@@ -171,6 +171,11 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
     assert run._session.config.remove == "3"
 
 
+def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert repr(isingcut.open_run("my-run", "")) == "<isingcut run of my-model: 10 blocks>"
+
+
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
     found = read_json(place / "my-run" / "candidates.json", "candidates")

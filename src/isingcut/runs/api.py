@@ -103,8 +103,9 @@ class Run:
         return session
 
     def __repr__(self) -> str:
-        go = " go" if self.config.removal.isdecimal() else ""
-        what = f"{self.config.removal} of {self.blocks} blocks{go}"
+        removal = self.config.removal
+        go = " go" if removal.isdecimal() else ""
+        what = f"{removal} of {self.blocks} blocks{go}" if removal else f"{self.blocks} blocks"
         return f"<isingcut run of {self.config.model}: {what}>"
 
     @property
