@@ -266,7 +266,8 @@ def write_model(
         with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
             temporary.rmdir()
             try:
-                patch = _patch(session, folder, removed, cut, temporary)
+                job, text = _patch_job(session, folder, removed, cut, temporary.parent)
+                patch = patch_checkpoint(job, temporary).model_copy(update={"text": text})
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
@@ -275,18 +276,6 @@ def write_model(
             card = record.card.model_copy(update={"patch": patch})
             with writing.clear_os_errors(out):
                 write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
-
-
-def _patch(
-    session: Session, folder: RunFolder, removed: Sequence[int], cut: Path, out: Path
-) -> cuts.PatchRecord:
-    """Patch a checkpoint; return the record of the layers, the text and the proof.
-
-    Raises:
-        ArchitectureError, FitError: nothing can be patched, with the reason.
-    """
-    job, text = _patch_job(session, folder, removed, cut, out.parent)
-    return patch_checkpoint(job, out).model_copy(update={"text": text})
 
 
 def _patch_job(
