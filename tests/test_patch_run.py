@@ -19,11 +19,13 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_document, read_json
+from isingcut.files.runs import StageOptions
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import OPTIONS, leave_speed_out, write_jsonl, write_words
@@ -145,6 +147,17 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     done = CliRunner().invoke(app, plain)
     made = Path(json.loads(done.stdout)["checkpoint"])
     assert "patch" not in read_json(made / "isingcut.json", "removal")
+
+
+def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
+    folder = RunFolder.open(run)
+    made = folder.record(run / "model")
+    other = made.model_copy(update={"options": StageOptions(removed=[0, 4])})
+    folder.run.stages["remove-params-20_/model"] = other
+    place = cutting.product(folder, folder.config, [4, 0])
+    assert place == run / "remove-params-20_" / "model"
+    with pytest.raises(InputError, match="has no checkpoint without the blocks 0,5"):
+        cutting.product(folder, folder.config, [0, 5])
 
 
 def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):

@@ -104,8 +104,10 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
 
 
 def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
-    """Find the checkpoint without these blocks among its possible folders."""
-    for place in (folder.target(config.removal), _own_place(folder, config, removed)):
+    """Find the checkpoint without these blocks, first in the folders for their number."""
+    places = [folder.target(config.removal), _own_place(folder, config, removed)]
+    places += [(folder.path / key).parent for key in folder.run.stages if key.endswith("model")]
+    for place in places:
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
             return place
