@@ -15,7 +15,7 @@ from healings import write_text
 from isingcut.cli.main import app
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.errors import InputError, OutputExistsError
+from isingcut.errors import FitError, InputError, OutputExistsError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_document, read_json
@@ -28,7 +28,8 @@ from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import OPTIONS, leave_speed_out, write_jsonl, write_words
+from run_files import change
+from shared import OPTIONS, call, leave_speed_out, write_jsonl, write_words
 from test_tasks import arc
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -147,6 +148,24 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     done = CliRunner().invoke(app, plain)
     made = Path(json.loads(done.stdout)["checkpoint"])
     assert "patch" not in read_json(made / "isingcut.json", "removal")
+
+
+def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypatch):
+    out, sizes = Path(shutil.copytree(run, tmp_path / "run")), []
+    made = read_json(out / "run.json", "run")
+    # As a run records it that chose the micro-batch for its device.
+    (computed,) = made["provenance"]["computed"].values()
+    computed["asked"]["batch_tokens"], computed["batch_tokens"] = None, 48
+    config = {**made["config"], "batch_tokens": None}
+    change(out / "run.json", "run", config=config, provenance=made["provenance"])
+
+    def patch_checkpoint(job, path):
+        sizes.append(job.config.batch_tokens)
+        raise FitError("noted")
+
+    monkeypatch.setattr(cutting, "patch_checkpoint", patch_checkpoint)
+    assert call("excise", out, "--blocks", "1,4") == 0
+    assert sizes == [48]
 
 
 def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):

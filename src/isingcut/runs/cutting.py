@@ -240,6 +240,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
         stage, options["patch"] = "patch", {**how, **calibration_options(folder)}
 
     def make(path: Path) -> None:
+        session.choose_tuning(folder)
         write_model(session, folder, blocks, path, overwrite=True)
 
     file = place_of(folder, config, removed) / "model"
