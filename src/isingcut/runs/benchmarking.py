@@ -151,7 +151,7 @@ def benchmarks(
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
-        write_document(path, _score_both(session, checkpoint, but=but, kept=work))
+        write_document(path, _score_both(session, checkpoint, tasks, but=but, kept=work))
 
     return folder.stage(
         "benchmarks",
@@ -188,9 +188,9 @@ def benchmark_checkpoint(
     sources = [str(checkpoint), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
     # The harness takes seconds to list its tasks.
-    check_run_tasks(config)
+    tasks = check_run_tasks(config)
     with lock_place(file):
-        content = _score_both(Session(config), checkpoint)
+        content = _score_both(Session(config), checkpoint, tasks)
         write_document(file, content, seal=True)
     return content, file
 
@@ -198,6 +198,7 @@ def benchmark_checkpoint(
 def _score_both(
     session: Session,
     checkpoint: Path,
+    tasks: Sequence[str],
     *,
     but: Sequence[str] = (),
     kept: Path | None = None,
@@ -212,7 +213,6 @@ def _score_both(
 
     check_whole(session)
     config = session.config
-    tasks = list(dict.fromkeys(split_names(config.tasks)))
     given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
     given["progress"] = session.progress
     original = ScoredModel(session.loaded, session.replay)
