@@ -100,7 +100,7 @@ def build_calibration(session: Session) -> Calibration:
     )
 
 
-def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> Calibration:
+def calibrate(session: Session, folder: RunFolder, built: Calibration | None) -> None:
     """Run stage `calibration`: write the three token splits to `calibration.safetensors`."""
     config = session.config
 
@@ -120,7 +120,6 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         overlap=found.meta.get("overlap", {}),
     )
     folder.save()
-    return found
 
 
 def _texts(
