@@ -239,6 +239,13 @@ def test_paired_bootstrap_of_graded_scores():
     assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_few_graded_scores_are_no_proof(n):
+    found = compare_scores(np.zeros(n), np.linspace(0.4, 0.5, n))
+    assert (found.test, found.p_value) == ("bootstrap", 2.0 ** (1 - n))
+    assert not found.more_than_noise
+
+
 def test_rows_resume_and_refuse_other_questions(models, tmp_path, monkeypatch):
     records = [arc(i)[1] for i in range(8)]
     write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
