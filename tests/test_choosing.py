@@ -176,6 +176,7 @@ def drawn(rng, keys, *rates):
 def test_looks_grow_and_end_with_all():
     assert looks(30) == [30]
     assert looks(120) == [50, 75, 112, 120]
+    assert looks(169) == [50, 75, 112, 169]
     assert len(looks(10_000)) < 16
 
 

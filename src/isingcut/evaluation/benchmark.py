@@ -277,7 +277,7 @@ class _Contender:
 def looks(total: int) -> list[int]:
     """Return the number of questions at each look, ascending; the last is all questions."""
     ends, size = [], float(FIRST)
-    while size < total:
+    while round(size) < total:
         ends.append(round(size))
         size *= GROWTH
     return [*ends, total]
