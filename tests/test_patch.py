@@ -567,6 +567,16 @@ def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
         fitted(tiny_model("gemma2"), [2], tokens())
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[2].get_submodule(name).weight.zero_()
+    with pytest.raises(ArchitectureError, match=r"no map of block 1's .* is better than none"):
+        fitted(model, [2], tokens())
+
+
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     monkeypatch.setattr(linear, "find_gained", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"

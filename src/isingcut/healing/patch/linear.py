@@ -263,6 +263,9 @@ class _Fitting:
     def _solve(self, p: int, entered: Sequence[Tensor], gained: Gained) -> RidgeFit | None:
         """Return the map of one layer whose block output has the least validation error."""
         before = self._error(p, entered, None)
+        if not before:
+            # The removed blocks change nothing.
+            return None
 
         def left(change: Tensor) -> float:
             path = gained.write.path
