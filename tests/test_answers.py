@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -118,6 +119,17 @@ def test_a_token_over_the_edge_counts_where_an_answer_begins():
     row = row_of(given, found, 100)
     # The line break after the answer is one token with the next line break.
     assert [words[i] for i in row if i >= 0] == [" b"]
+
+
+def test_a_conversation_is_searched_up_to_its_last_kept_token_only():
+    tokenizer = tiny_tokenizer()
+    found = mark_answers(talk(*["a question", "yes"] * 20), partial(render_chat, tokenizer))
+    encode = mock.Mock(side_effect=Encoder(tokenizer))
+    whole = row_of(encode, found, 1000)
+    assert encode.call_count == 1 + 2 * 20
+    encode.reset_mock()
+    assert row_of(encode, found, 60) == whole[:60]
+    assert encode.call_count < 1 + 2 * 20 / 2
 
 
 def test_what_cannot_be_told_is_refused(tmp_path):

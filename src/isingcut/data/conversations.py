@@ -131,9 +131,10 @@ def row_of(encode: Encoder, text: str, most: int) -> Row:
     ids = encode(text)
     row = [~token for token in ids]
     for first, last in text.spans:
-        if first >= last:
-            continue
-        start, stop = (_tokens_before(encode, text, ids, place) for place in (first, last))
+        # Each count tokenizes the text before a position, so stop at the last token that is kept.
+        if (start := _tokens_before(encode, text, ids, first)) >= most:
+            break
+        stop = _tokens_before(encode, text, ids, last)
         row[start:stop] = ids[start:stop]
     return row[:most]
 
