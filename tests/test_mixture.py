@@ -84,6 +84,12 @@ def test_what_is_no_mixture_either_names_the_part(source, part):
         corpora.check(source)
 
 
+@pytest.mark.parametrize("source", ["wiki=1e308,self=1e308", "wiki=1e-200,self=1e200"])
+def test_weights_that_leave_no_share_are_refused(source):
+    with pytest.raises(CalibrationError, match="too large or too unequal"):
+        corpora.check(source)
+
+
 def test_a_text_is_named_once():
     with pytest.raises(CalibrationError, match="names 'wiki' twice"):
         corpora.check("wiki=1,wiki=1")

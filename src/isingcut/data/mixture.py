@@ -108,7 +108,8 @@ def parts_of(source: str) -> tuple[Part, ...]:
     An existing file or folder is never a mixture, whatever its name.
 
     Raises:
-        CalibrationError: a part has no positive weight or no name, or occurs twice.
+        CalibrationError: a part has no positive weight or no name, or occurs twice; or the share of
+            one rounds to zero.
     """
     if "=" not in source or is_object_name(source) or _exists(source):
         return (Part(source, source, 1.0),)
@@ -119,6 +120,10 @@ def parts_of(source: str) -> tuple[Part, ...]:
             raise CalibrationError(f"the mixture {source!r} names {name!r} twice")
     files = [_without_folder(name) for name in sources]
     whole = sum(weight for _, weight in named)
+    if not min(weight for _, weight in named) / whole:
+        raise CalibrationError(
+            f"the weights of the mixture {source!r} are too large or too unequal"
+        )
     return tuple(
         Part(name, file if files.count(file) == 1 else name, weight / whole)
         for (name, weight), file in zip(named, files, strict=True)
