@@ -65,6 +65,16 @@ def test_random_states_are_feasible_distinct_new_and_uniform():
     np.testing.assert_array_equal(states, again)
 
 
+def test_with_several_sizes_the_states_of_a_size_are_equally_likely():
+    problem = flat(6, LinearConstraint("most", np.ones(6), "<=", 5, "at most 5"))
+    none = np.zeros((0, 6), dtype=bool)
+    first = [random_feasible(problem, 1, seed, none) for seed in range(300)]
+    assert {words for _, words in first} == {"uniform over the feasible states of each size"}
+    sizes = np.bincount([int(states.sum()) for states, _ in first])
+    # Of the 63 states one is empty and six have one block: 5 and 29 of 300 if all were as likely.
+    assert sizes.min() > 30
+
+
 def test_there_are_never_more_random_states_than_exist():
     problem = flat(5, count(5, 1))
     states, _ = random_feasible(problem, 30, 0, np.zeros((0, 5), dtype=bool))

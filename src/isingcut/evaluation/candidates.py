@@ -142,8 +142,9 @@ def few_samples(samples: int) -> list[int]:
 def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
     """Draw distinct feasible states outside ``besides``; return them and their distribution.
 
-    They are uniform over the feasible states, by rejection. If the constraints reject nearly every
-    draw, the remaining states are ground states of random fields. The distribution is a text.
+    They are uniform over the feasible states of each size, by rejection. If the constraints reject
+    nearly every draw, the remaining states are ground states of random fields. The distribution is
+    a text.
     """
     rng = np.random.default_rng([seed, 0x5EED])
     low, high = problem.cardinality
@@ -166,7 +167,7 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
         _, first = np.unique(np.packbits(fit, axis=1), axis=0, return_index=True)
         for i in np.sort(first):
             add(fit[i])
-    distribution = "uniform over the feasible states"
+    distribution = "uniform over the feasible states" + " of each size" * (low < high)
     if len(states) < count:
         before = len(states)
         for _ in range(4 * count):
