@@ -282,6 +282,14 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
     assert len(chosen(15)) == 15
 
 
+def test_the_last_word_is_asked_for_whatever_space_follows(tmp_path):
+    write_jsonl(tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}])
+    (task,) = prepare_task("lambada", tmp_path).make().values()
+    (question,) = task.eval_docs
+    assert task.doc_to_text(question) == "They crossed the"
+    assert task.doc_to_target(question) == " mill"
+
+
 def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
     both = [{**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))]
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
