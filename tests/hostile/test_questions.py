@@ -111,6 +111,8 @@ OTHERS = [
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
     ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
+    ("a name twice", evaluate("{here}/own.jsonl,{here}/data/own.jsonl", data=""),
+     "two files named own.jsonl", EMPTY),
     ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
     ("no blank", evaluate("winogrande"), "line 1: expected '_' in 'context'",
      asked(GOOD, task="winogrande/dev")),

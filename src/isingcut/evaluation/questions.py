@@ -109,7 +109,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
         the tasks' names, without duplicates.
 
     Raises:
-        InputError: an unknown task, a task without questions, or an invalid question.
+        InputError: an unknown task, two files of one name, a task without questions, or an invalid
+            question.
         MissingExtraError: the package lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -117,6 +118,10 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data} is not a folder; give the folder with the questions")
     names = list(dict.fromkeys(tasks))
+    shown = [short_name(name) for name in names]
+    for name in shown:
+        if shown.count(name) > 1:
+            raise InputError(f"--tasks has two files named {name}, as results call them; rename one")
     for name in names:
         if name == WIKITEXT:
             if data is None:
