@@ -1,16 +1,19 @@
 """Benchmarks: our task files against the harness's own, and the paired comparison."""
 
+import functools
 import importlib
 import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from isingcut.errors import InputError
+from isingcut.evaluation import questions
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar, row
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import ScoredModel, score_states
@@ -288,6 +291,29 @@ def test_the_last_word_is_asked_for_whatever_space_follows(tmp_path):
     (question,) = task.eval_docs
     assert task.doc_to_text(question) == "They crossed the"
     assert task.doc_to_target(question) == " mill"
+
+
+def test_the_harness_lists_its_tasks_once(monkeypatch):
+    made = []
+
+    class Manager:
+        task_index = ("theirs",)
+
+        def __init__(self):
+            made.append(self)
+
+        def load(self, names):
+            return {
+                "tasks": {name: SimpleNamespace(OUTPUT_TYPE="multiple_choice") for name in names}
+            }
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    monkeypatch.setattr(questions, "_manager", functools.cache(questions._manager.__wrapped__))
+    assert questions.check_tasks(["theirs", "theirs"], None, None) == ["theirs"]
+    assert not prepare_task("theirs", None).generates
+    with pytest.raises(InputError, match="has no task 'zorp'"):
+        questions.check_tasks(["zorp"], None, None)
+    assert len(made) == 1
 
 
 def test_mmlu_shows_examples_of_its_own_subject(tmp_path):

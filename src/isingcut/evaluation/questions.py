@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -121,7 +122,9 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
     shown = [short_name(name) for name in names]
     for name in shown:
         if shown.count(name) > 1:
-            raise InputError(f"--tasks has two files named {name}, as results call them; rename one")
+            raise InputError(
+                f"--tasks has two files named {name}, as results call them; rename one"
+            )
     for name in names:
         if name == WIKITEXT:
             if data is None:
@@ -129,27 +132,25 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
             articles(data)
         elif is_file(name) or data is not None:
             prepare_task(name, data, questions)
-        else:
-            _refuse_unknown(name)
+        elif name not in _manager().task_index:
+            raise InputError(
+                f"lm-evaluation-harness has no task {name!r}; tasks with --data are: "
+                f"{', '.join(task_names())}"
+            )
     return names
 
 
-def _refuse_unknown(name: str) -> Any:
+@functools.cache
+def _manager() -> Any:
+    """Return the harness's task manager, which reads thousands of files when it is created."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    if name not in manager.task_index:
-        raise InputError(
-            f"lm-evaluation-harness has no task {name!r}; tasks with --data are: "
-            f"{', '.join(task_names())}"
-        )
-    return manager
+    return TaskManager()
 
 
 def _hub(name: str) -> dict[str, Any]:
-    manager = _refuse_unknown(name)
     try:
-        found: dict[str, Any] = manager.load([name])["tasks"]
+        found: dict[str, Any] = _manager().load([name])["tasks"]
     except Exception as e:
         words = " ".join(str(e).split())
         raise InputError(
