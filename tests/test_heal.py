@@ -1,5 +1,6 @@
 """Healing: its text, training, resuming, LoRA, memory plans and budgets."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -74,6 +75,29 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, 
     for name, tensor in one.items():
         pair = [t.file.read_bytes()[t.start : t.start + t.size] for t in (tensor, two[name])]
         assert pair[0] == pair[1], name
+
+
+def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
+    shown = []
+
+    class Bar:
+        def advance(self, steps=1, note=""):
+            if shown[-1].startswith("healing, "):
+                raise Killed
+
+    @contextlib.contextmanager
+    def progress(description, total):
+        shown.append(description)
+        try:
+            yield Bar()
+        finally:
+            shown.pop()
+
+    # The exception is kept, with the frames that hold the bar.
+    with pytest.raises(Killed) as stopped:
+        heal(options(models, tmp_path / "healed"), progress=progress)
+    assert stopped.traceback
+    assert shown == []
 
 
 def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):

@@ -213,10 +213,12 @@ def _run(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except ImportError as e:
-        raise _make_error(e) from e
+    # The bar is closed after an error too, or it would stay on the terminal.
+    with watch.shown:
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except ImportError as e:
+            raise _make_error(e) from e
 
 
 def _last_state(job: Job) -> Path | None:
@@ -425,9 +427,6 @@ class Watch(TrainerCallback):
         if self.checks and self.job.judge is not None:
             self.verdict = self.job.judge.verdict(self.checks)
         return self.verdict
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown.close()
 
 
 def lower_rate(job: Job) -> str:
