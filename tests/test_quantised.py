@@ -11,6 +11,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import patch_checkpoint
+from isingcut.healing.patch.files import _list_plain
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
@@ -99,6 +100,16 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
         assert patch_checkpoint(job, tmp_path / "streamed") == record
         for name, tensor in read_checkpoint(tmp_path / "streamed").items():
             assert tensor.data() == after[name].data()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])]
+)
+def test_the_head_is_listed_as_plain_only_where_there_was_no_list(given, told, tmp_path):
+    content = {"quantization_config": {"modules_to_not_convert": given}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    _list_plain(tmp_path, "fp8", ["new"], set())
+    assert quantisation(tmp_path)["modules_to_not_convert"] == told
 
 
 def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):

@@ -189,7 +189,8 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
     names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
     for name in names:
         # Without a list, loaders exclude the output head by default; with a list they do not.
-        content[name] = [*(content.get(name) or ["lm_head"]), *modules]
+        given = content.get(name)
+        content[name] = [*(["lm_head"] if given is None else given), *modules]
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
