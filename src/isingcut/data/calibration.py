@@ -284,7 +284,7 @@ def open_parts(
                     raise CalibrationError(
                         "healing needs real text; choose another source than 'self'"
                     )
-                corpora.append(Corpus("self", "generated", generate()))
+                corpora.append(Corpus("generated", generate()))
             else:
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
                 # Skip the documents of a calibration with the same seed, in all sources before any

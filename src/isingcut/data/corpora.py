@@ -56,14 +56,12 @@ class Corpus:
     """Calibration text, read lazily.
 
     Args:
-        name: the name in messages.
         kind: ``"text"``: consecutive pieces of one running text; ``"documents"``: distinct
             documents in random order; ``"chat"``: distinct conversations, rendered by the
             tokenizer's chat template, in random order; ``"generated"``: samples of the model.
         documents: the texts, or samples of tokens.
     """
 
-    name: str
     kind: Kind
     documents: Iterator[Any]
 
@@ -90,7 +88,7 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
         if next(records) == ".txt":
             if place != source:
                 raise _no_answers(place)
-            return Corpus(name, "text", records)
+            return Corpus("text", records)
     else:
         # Rows are shuffled within a buffer, because a hub data set may be huge.
         records, seed = _dataset(place, seed), -1
@@ -250,7 +248,7 @@ def _records_corpus(
             if is_new(value, seen):
                 yield value
 
-    return Corpus(source, "chat" if key == "messages" else "documents", texts())
+    return Corpus("chat" if key == "messages" else "documents", texts())
 
 
 def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
