@@ -248,10 +248,8 @@ def _check_optimiser(config: HealConfig) -> None:
 
 def is_sharded(settings: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
-    is_launched = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
-    return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(
-        str.lower, is_launched
-    )
+    told = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in map(str.lower, told)
 
 
 EPOCHS = 4.0
