@@ -80,11 +80,12 @@ def test_a_cqm_has_the_energies_and_the_rows():
         assert cqm.check_feasible(sample) == feasible
 
 
+@pytest.mark.parametrize("rhs", [4.0, 4.5])
 @pytest.mark.parametrize("sense", ["<=", ">="])
-def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense):
+def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense, rhs):
     import dimod
 
-    weights = con.LinearConstraint("w", np.array([1.0, 2.0, 1.0, 3.0, 2.0]), sense, 4.0)
+    weights = con.LinearConstraint("w", np.array([1.0, 2.0, 1.0, 3.0, 2.0]), sense, rhs)
     problem = Problem(hamiltonian(5), [con.count(5, 2), weights])
     bqm, penalty = problem.to_bqm()
     assert penalty > 0

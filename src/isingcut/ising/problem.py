@@ -172,19 +172,19 @@ class Problem:
             support = np.flatnonzero(row.coefficients)
             if support.size == 0:
                 continue
-            unit = float(np.abs(row.coefficients[support]).min())
-            terms: list[tuple[Any, float]] = [
-                (int(i), float(row.coefficients[i] / unit)) for i in support
-            ]
-            rhs = row.rhs / unit
+            # A row with >= is one with <= after a change of sign.
+            sign = -1.0 if row.sense == ">=" else 1.0
+            unit = sign * float(np.abs(row.coefficients[support]).min())
+            values, rhs = row.coefficients[support] / unit, row.rhs / unit
+            terms: list[tuple[Any, float]] = list(
+                zip(support.tolist(), values.tolist(), strict=True)
+            )
             if row.sense != "==":
-                values = np.array([a for _, a in terms])
-                reach_row = (
-                    rhs - values[values < 0].sum()
-                    if row.sense == "<="
-                    else values[values > 0].sum() - rhs
-                )
-                terms += _slack(place, max(float(reach_row), 0.0), row.sense, values, slack_bits)
+                whole = bool((values == np.round(values)).all())
+                if whole:
+                    # Of whole sums, one half above the limit would cost as little as one half below.
+                    rhs = float(math.floor(rhs + row.tolerance / abs(unit)))
+                terms += _slack(place, rhs - float(values[values < 0].sum()), whole, slack_bits)
             bqm.add_linear_equality_constraint(terms, penalty, -rhs)
         return Penalised(bqm, penalty)
 
@@ -196,19 +196,15 @@ class Penalised(NamedTuple):
     penalty: float
 
 
-def _slack(
-    place: int, reach: float, sense: str, values: Floats, bits: int
-) -> list[tuple[Any, float]]:
-    whole = bool((values == np.round(values)).all())
-    size = math.floor(reach + 1e-9) if whole else 2**bits - 1
-    if size < 1:
+def _slack(place: int, reach: float, whole: bool, bits: int) -> list[tuple[Any, float]]:
+    """Return slack variables that sum to anything from 0 to ``reach``: in steps of 1 if whole."""
+    size = int(reach) if whole else 2**bits - 1
+    if reach <= 0 or size < 1:
         return []
-    step = 1.0 if whole else reach / size
-    sign = 1.0 if sense == "<=" else -1.0
     width = min(size.bit_length(), 62)
     weights = [2**b for b in range(width - 1)]
     weights.append(size - sum(weights))
-    return [((f"slack {place}", b), sign * step * w) for b, w in enumerate(weights)]
+    return [((f"slack {place}", b), reach / size * w) for b, w in enumerate(weights)]
 
 
 def is_count(row: LinearConstraint) -> bool:
