@@ -55,6 +55,10 @@ def test_budgets_in_bytes_conflict_too():
         Problem(hamiltonian(6), rows).check()
     rows[1] = con.budget("bytes", np.full(6, 3e9), amount=6e9)
     Problem(hamiltonian(6), rows).check()
+    with pytest.raises(InfeasibleError, match="half a block"):
+        Problem(
+            hamiltonian(6), [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)]
+        ).check()
 
 
 def test_a_state_is_feasible():

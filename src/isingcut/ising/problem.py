@@ -212,8 +212,7 @@ def is_count(row: LinearConstraint) -> bool:
     first = row.coefficients[0]
     if row.sense != "==" or first == 0 or not (row.coefficients == first).all():
         return False
-    m = row.rhs / first
-    return bool(abs(m - round(m)) <= row.tolerance)
+    return bool(abs(row.rhs - round(row.rhs / first) * first) <= row.tolerance)
 
 
 def _extreme(problem: Problem, objective: Floats) -> Bools | None:
