@@ -162,14 +162,17 @@ def test_save_and_load(tmp_path):
         ([0.0, 1.0], [[0.0, 1.0], [2.0, 0.0]], "J must be symmetric"),
         ([0.0, 1.0], [[1.0, 1.0], [1.0, 0.0]], "zero diagonal"),
         ([0.0, 1.0], np.zeros((3, 3)), r"J must have shape \(2, 2\)"),
-        ([[0.0, 1.0]], np.zeros((1, 1)), r"h must have shape \(1,\)"),
+        ([[0.0, 1.0]], np.zeros((1, 1)), r"h must be a vector .*, got shape \(1, 2\)"),
         ([], np.zeros((0, 0)), "at least one entry"),
-        (["a", "b"], np.zeros((2, 2)), "array of real numbers"),
+        (["a", "b"], np.zeros((2, 2)), "h must be an array of real numbers"),
+        ([[1.0], [1.0, 2.0]], np.zeros((2, 2)), "h must be an array of real numbers"),
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
     with pytest.raises(InputError, match=message):
         Hamiltonian(h, J)
+    with pytest.raises(InputError, match="a quadratic form must be an array of real numbers"):
+        Hamiltonian.from_quadratic([[1.0], [1.0, 2.0]])
 
 
 @pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])

@@ -38,12 +38,12 @@ class Ising(NamedTuple):
     offset: float
 
 
-def _finite(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Floats:
+def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> Floats:
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be an array of real numbers: {error}") from None
-    if array.shape != shape:
+    if shape is not None and array.shape != shape:
         raise InputError(f"{name} must have shape {shape}, got {array.shape}")
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
@@ -97,10 +97,11 @@ class Hamiltonian:
     J_error: Floats | None = None
 
     def __post_init__(self) -> None:
-        n = np.asarray(self.h).shape[0] if np.asarray(self.h).ndim else 0
-        if n == 0:
-            raise InputError("h must be a vector with at least one entry")
-        object.__setattr__(self, "h", _finite("h", self.h, (n,)))
+        h = _finite("h", self.h)
+        if h.ndim != 1 or not h.size:
+            raise InputError(f"h must be a vector with at least one entry, got shape {h.shape}")
+        n = h.size
+        object.__setattr__(self, "h", h)
         coupling = _symmetric("J", _finite("J", self.J, (n, n)))
         if np.diagonal(coupling).any():
             raise InputError("J must have a zero diagonal; put own terms into h (x_i^2 = x_i)")
@@ -118,7 +119,7 @@ class Hamiltonian:
         cls, matrix: ArrayLike, c: float = 0.0, unit: str = "arbitrary", **rest: Any
     ) -> Hamiltonian:
         """Make the Hamiltonian of E(x) = c + x^T Q x, for any square Q (x_i^2 = x_i)."""
-        q = np.asarray(matrix, dtype=np.float64)
+        q = _finite("a quadratic form", matrix)
         if q.ndim != 2 or q.shape[0] != q.shape[1]:
             raise InputError(f"a quadratic form needs a square matrix, got shape {q.shape}")
         coupling = q + q.T

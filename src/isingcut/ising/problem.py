@@ -182,7 +182,7 @@ class Problem:
             if row.sense != "==":
                 whole = bool((values == np.round(values)).all())
                 if whole:
-                    # Of whole sums, one half above the limit would cost as little as one half below.
+                    # A whole sum half above the limit would cost as little as one half below.
                     rhs = float(math.floor(rhs + row.tolerance / abs(unit)))
                 terms += _slack(place, rhs - float(values[values < 0].sum()), whole, slack_bits)
             bqm.add_linear_equality_constraint(terms, penalty, -rhs)
