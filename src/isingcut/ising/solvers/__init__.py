@@ -110,7 +110,7 @@ def solve(
     if diverse:
         spectrum = _diverse(problem, solver, part, k, diverse, began)
     else:
-        spectrum = _run_one(problem, solver, part, k, k, began)
+        spectrum = _run_one(problem, solver, part, k, began)
     if not len(spectrum):
         raise InputError(
             f"solver {solver!r} found no state that satisfies the constraints; choose another "
@@ -119,7 +119,7 @@ def solve(
     return spectrum
 
 
-def _run_one(problem: Problem, name: str, part: Any, k: int, keep: int, began: float) -> Spectrum:
+def _run_one(problem: Problem, name: str, part: Any, k: int, began: float) -> Spectrum:
     solution = part.solve(problem, k)
     states = np.asarray(solution.states) if isinstance(solution, Solution) else None
     if states is None or states.ndim != 2 or states.shape[1] != problem.n:
@@ -130,7 +130,7 @@ def _run_one(problem: Problem, name: str, part: Any, k: int, keep: int, began: f
     return Spectrum.from_states(
         problem,
         solution.states,
-        keep,
+        k,
         proven=solution.proven,
         lower_bound=solution.lower_bound,
         solver=name,
@@ -154,7 +154,7 @@ def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: 
             part = dataclasses.replace(part, seconds=left)
         rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
         try:
-            spectrum = _run_one(problem.with_constraints(rows), name, part, wanted, wanted, began)
+            spectrum = _run_one(problem.with_constraints(rows), name, part, wanted, began)
         except InfeasibleError:
             if not rounds:
                 raise

@@ -84,8 +84,7 @@ class Reduced:
 
     def shrink(self, states: States) -> NDArray[np.uint8]:
         """Convert feasible states (S, N) to reduced states (S, V)."""
-        first = np.argmax(self.lift, axis=1) if self.n else np.zeros(0, dtype=np.int64)
-        return np.asarray(states)[:, first].astype(np.uint8)
+        return np.asarray(states)[:, np.argmax(self.lift, axis=1)].astype(np.uint8)
 
     def as_problem(self) -> Problem:
         """Return a `Problem` over the V variables (without c)."""
@@ -155,18 +154,9 @@ def reduce(problem: Problem) -> Reduced:
     if rows and m_low < m_high:
         blank = Hamiltonian(np.zeros(v), np.zeros((v, v)))
         m_low, m_high = Problem(blank, _as_rows(matrix[rows], low[rows], high[rows])).cardinality
-    return Reduced(
-        np.ascontiguousarray(h),
-        np.ascontiguousarray(J),
-        c,
-        np.ascontiguousarray(matrix[rows]),
-        np.ascontiguousarray(low[rows]),
-        np.ascontiguousarray(high[rows]),
-        m_low,
-        m_high,
-        lift,
-        base.astype(np.int8),
-    )
+    # The columns were picked from `matrix`; compiled code takes one memory order.
+    A = np.ascontiguousarray(matrix[rows])
+    return Reduced(h, J, c, A, low[rows], high[rows], m_low, m_high, lift, base)
 
 
 def _is_tie(row: LinearConstraint) -> bool:
