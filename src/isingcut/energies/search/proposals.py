@@ -242,17 +242,6 @@ def grow(states: Iterable[Bools], target: Target) -> States:
     return children[target.extendable(children)]
 
 
-def select_unseen(states: States, seen: Callable[[Bools], bool], count: int) -> list[Bools]:
-    """Return the first ``count`` distinct states for which ``seen`` is False."""
-    out: dict[str, Bools] = {}
-    for state in states:
-        if len(out) == count:
-            break
-        if not seen(state):
-            out.setdefault(key_of(state), state)
-    return list(out.values())
-
-
 def pair_energy(
     evaluator: Evaluator, passes: float, most_samples: int, influence: Floats
 ) -> Hamiltonian:

@@ -281,13 +281,14 @@ class Search:
         picked: dict[str, Bools] = {}
 
         def take(states: States, count: int, origin: str) -> None:
-            fresh = proposals.select_unseen(
-                states,
-                lambda s: self.evaluator.samples(s) >= self.rungs[0] or key_of(s) in picked,
-                count,
-            )
-            picked.update({key_of(s): s for s in fresh})
-            self._origins.update({key_of(s): origin for s in fresh})
+            """Propose the first ``count`` states that are neither proposed nor measured."""
+            most = len(picked) + count
+            for state in states:
+                if len(picked) == most:
+                    break
+                if self.evaluator.samples(state) < self.rungs[0] and key_of(state) not in picked:
+                    picked[key_of(state)] = state
+                    self._origins[key_of(state)] = origin
 
         if goal.rounds == 1:
             for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
