@@ -59,10 +59,8 @@ class Cbo:
         if self.top < 1:
             raise InputError(f"top must be at least 1, got {self.top}")
         n = len(replay)
-        rows = None
-        if work.journal is not None:
-            # A journal belongs to one measurement, and the ledger uses the caller's.
-            rows = work.journal.with_name(f"{work.journal.name}-gradients")
+        # A journal belongs to one measurement, and the ledger uses the caller's.
+        rows = work.journal and work.journal.with_name(f"{work.journal.name}-gradients")
         energy = EmpiricalFisher().measure(replay, tokens, replace(work, journal=rows))
         spectrum = solve(Problem(energy, [count(n, remove)]), k=self.top, seed=seed)
         # The ledger already counts the gradient's forward pass, which is that of the original.
