@@ -17,6 +17,7 @@ from isingcut.ising.solvers._relaxation import SIGNS, Relaxation, Subproblem, sp
 from isingcut.ising.solvers.base import Solution, Solver, reduce
 from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
+from isingcut.testing.solvers import main as kit
 
 
 def hamiltonian(kind, n, seed):
@@ -302,6 +303,13 @@ def test_the_kit_wants_infeasibility_reported():
 
     with pytest.raises(VerificationError, match="must raise InfeasibleError"):
         check_solver(Silent())
+
+
+def test_the_kit_ends_with_one_line_about_a_fault(monkeypatch, capsys):
+    monkeypatch.setitem(registry._registered, "fake", lambda: Fake("shape"))
+    for name, code, words in (("taboo", 2, "did you mean 'tabu'"), ("fake", 1, "must be bool")):
+        assert kit([name]) == code
+        assert words in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.errors import InfeasibleError, VerificationError
+from isingcut.errors import InfeasibleError, InputError, IsingcutError, VerificationError
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -115,11 +115,18 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
 
 
 def main(words: list[str]) -> int:
-    """Check the named solvers, or all that need no further argument; return the exit code 0."""
+    """Check the named solvers, or all that need no further argument; return the exit code.
+
+    It is 1 if a solver failed, 2 if its name or class cannot be used; no further one is checked.
+    """
     from isingcut.ising.solvers import registry
 
     for name in words or [n for n in registry.names() if n != "dimod"]:
-        figures = check_solver(registry.get(name)())
+        try:
+            figures = check_solver(registry.get(name)())
+        except IsingcutError as error:
+            print(error)
+            return 2 if isinstance(error, InputError) else 1
         for figure, value in figures.items():
             print(f"{name.replace('-', '_')}_{figure}: {value:.3f}")
     return 0
