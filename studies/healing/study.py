@@ -140,7 +140,7 @@ class Healing(RepairStudy):
             return OURS
         trials = {p: self.trial(rows[p]) for p in TRIED if p in rows}
         kl = {p: mean_loss([t], "kl") for p, t in trials.items() if t}
-        return min(TRIED, key=kl.__getitem__) if len(kl) == len(TRIED) else None
+        return min(kl, key=kl.__getitem__) if len(kl) == len(trials) else None
 
     def collect(self) -> Content:
         removals = {}

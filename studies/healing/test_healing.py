@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,18 @@ def test_every_stage_is_judged_and_the_best_candidate_healed(content: Content) -
         "healed_ppl_over_best_peer_2_4.6e-05M_se",
         "kl_over_best_peer_2",
     } <= set(figures)
+
+
+def test_the_trial_is_among_the_given_methods(tmp_path: Path) -> None:
+    words = ["--work", str(tmp_path), "--methods", "isingcut", "angular-window", "sleb"]
+    study = Healing(runner.parse(Healing, words))
+    for i, method in enumerate(study.options.methods):
+        runner.write(study.path(f"states/{method}/9"), {"removed": [i]})
+    for i, kl in enumerate((2.0, 1.0)):
+        assert study.after_trial(9) is None
+        losses = {"held out": {"kl": [kl], "counts": [1]}}
+        runner.write(study.path(f"tried/{i}"), {"losses": losses})
+    assert study.after_trial(9) == "angular-window"
 
 
 def stage(nll: float) -> Content:
