@@ -21,9 +21,10 @@ def show(content: Content) -> dict[str, float]:
     print(f"states: {content['states_from']}; settings: {settings}")
     for m, rows in content["removals"].items():
         _table(m, rows)
-        _tuning(rows)
-        _trial(rows)
-        figures |= _figures(m, rows)
+        if OURS in rows:
+            _tuning(rows)
+            _trial(rows)
+            figures |= _figures(m, rows)
     return {settings["prefix"] + name: value for name, value in figures.items()}
 
 

@@ -118,6 +118,7 @@ def test_no_figure_is_made_up_for_what_was_not_measured() -> None:
     assert not any(name.startswith("healed_ppl") for name in found)
     del ours["stages"]["healed 9M"]
     assert not any("9M" in name for name in figures(isingcut=ours, **OTHERS))
+    assert not figures(**OTHERS)
 
 
 def test_differences_are_paired() -> None:
