@@ -90,17 +90,18 @@ class Accuracy(RepairStudy):
                 found[name] = next(row for row in rows if row["remove"] == m)
         return found
 
-    def best_peers(self, m: int) -> list[str]:
-        """Return the other methods that are repaired: those of lowest KL over all evaluation
-        texts, of equal states the first."""
+    def repaired(self, m: int) -> list[str]:
+        """Return the methods that are repaired: ours, if it is given, and those of lowest KL over
+        all evaluation texts, of equal states the first."""
         rows = {p: c["removed"] for p, c in self.chosen(m).items()}
         losses = [self.rows(f"losses/{t}") for t in self.judged]
         kl = {p: mean_loss([r[key(s)] for r in losses], "kl") for p, s in rows.items()}
-        found = dict[str, list[int]]()
+        found = {p: s for p, s in rows.items() if p == OURS}
+        most = len(found) + self.options.repaired_peers
         for p in sorted(rows, key=kl.__getitem__):
-            if p != OURS and rows[p] not in [rows[OURS], *found.values()]:
+            if len(found) < most and rows[p] not in found.values():
                 found[p] = rows[p]
-        return list(found)[: self.options.repaired_peers]
+        return list(found)
 
     def repaired_tasks(self, stage: str) -> Sequence[str]:
         return [t for t in self.options.tasks if self.count(t) and stage != "patched"]
@@ -116,8 +117,7 @@ class Accuracy(RepairStudy):
         found = losses + [p for t in tasks for p in self.answers(t, [(), *states])]
         if losses:
             return found
-        repaired = {m: [OURS, *self.best_peers(m)] for m in o.remove}
-        rows = [self.chosen(m)[p]["removed"] for m, those in repaired.items() for p in those]
+        rows = [self.chosen(m)[p]["removed"] for m in o.remove for p in self.repaired(m)]
         found += [self.repair(s, "patched") for s in rows] * ("healed" in o.stages)
         found += [self.repair(s, stage) for stage in o.stages for s in rows]
         generated = [t for t in self.repaired_tasks("cut") if t in GENERATED]
@@ -136,7 +136,7 @@ class Accuracy(RepairStudy):
 
         removals: Content = {}
         for m in self.options.remove:
-            removals[str(m)], repaired = {}, (OURS, *self.best_peers(m))
+            removals[str(m)], repaired = {}, self.repaired(m)
             for method, choice in self.chosen(m).items():
                 name = key(choice["removed"])
                 stages = {"cut": cut(name)}

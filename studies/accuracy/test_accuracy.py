@@ -59,6 +59,18 @@ def test_a_task_is_graded_as_by_hand(content: Content, model: Path, data: Path) 
     assert content["original"]["accuracy"]["piqa"]["right"] == right
 
 
+def test_ours_need_not_be_given(tmp_path: Path) -> None:
+    words = ["--work", str(tmp_path), "--methods", "last", "sleb", "--repaired-peers", "1"]
+    study = Accuracy(runner.parse(Accuracy, words))
+    for i, method in enumerate(("last", "sleb")):
+        choices = {method: [{"remove": 4, "removed": [i]}]}
+        runner.write(study.path(f"states/{method}"), {"choices": choices})
+    rows = {str(i): {"kl": [2.0 - i], "counts": [1]} for i in range(2)}
+    for text in study.judged:
+        runner.write(study.path(f"losses/{text}/all"), {"rows": rows})
+    assert study.repaired(4) == ["sleb"]
+
+
 def stages(**right: str) -> Content:
     return {
         "removed": [1, 2],
