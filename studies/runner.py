@@ -83,10 +83,9 @@ class Study(ABC):
         if not path.exists():
             write(path, given)
         for name, there in read(path).items():
-            if given[name] != there:
+            if (now := given.get(name)) != there:
                 raise InputError(
-                    f"{self.work} was made with {name} {there}, not {given[name]}; choose another "
-                    "--work"
+                    f"{self.work} was made with {name} {there}, not {now}; choose another --work"
                 )
 
     @classmethod  # noqa: B027

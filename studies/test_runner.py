@@ -85,6 +85,9 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(SystemExit, match="was made with first 1, not 4; choose another --work"):
         run(tmp_path, "--first", "4")
+    runner.write(tmp_path / "settings.json", {"pool": 8})
+    with pytest.raises(SystemExit, match="was made with pool 8, not None; choose another --work"):
+        run(tmp_path)
 
 
 def test_a_killed_part_goes_on_from_its_journal(tmp_path: Path) -> None:
