@@ -1,12 +1,12 @@
 """Which loss should be minimised? Rank correlations of losses on texts with task accuracy.
 
-Many states of one model remove the same number of blocks. For SmolLM2 they are the choices of all
-methods in the results of the quality study, and three states with one or two blocks exchanged; for
-another model (`--model coder`: the one of the accuracy study, with its own `--results`) runs of
-blocks and exchanges in them. Each state is measured on each text (KL to the original and NLL, nats
-per token) and evaluated on each task, as `isingcut run --tasks` does. Some states, evenly spread
-over the order by KL, are repaired and evaluated again: with the fitted patch, and after `--steps`
-of healing.
+Many states of one model remove the same number of blocks. For SmolLM2 without 6 blocks they are the
+choices of all methods in the results of the quality study, and three states with one or two blocks
+exchanged; otherwise (`--model coder`: the one of the accuracy study, with its own `--results`) runs
+of blocks and exchanges in them. Each state is measured on each text (KL to the original and NLL,
+nats per token) and evaluated on each task, as `isingcut run --tasks` does. Some states, evenly
+spread over the order by KL, are repaired and evaluated again: with the fitted patch, and after
+`--steps` of healing.
 
 Figures, over the states; `coder_` is in front of them for the second model:
 
@@ -71,9 +71,10 @@ class Objectives(RepairStudy):
 
     @cached_property
     def states(self) -> list[list[int]]:
-        o = self.options
-        drawn = chosen_states if o.model == "smollm2" else windows
-        return drawn(o.remove, o.states, len(self.replay))
+        o, n = self.options, len(self.replay)
+        if (o.model, o.remove) == ("smollm2", 6):
+            return chosen_states(o.states, n)
+        return windows(o.remove, o.states, n)
 
     def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
         return {name: self.judged_text(name) for name in UNSEEN}
@@ -134,24 +135,24 @@ def spread(values: Any, count: int) -> list[int]:
     return [int(i) for i in order[np.linspace(0, len(order) - 1, count).round().astype(int)]]
 
 
-def chosen_states(m: int, count: int, n: int) -> list[list[int]]:
+def chosen_states(count: int, n: int) -> list[list[int]]:
     """Return the states chosen in the quality study, and three states with blocks exchanged."""
-    tables = [t for t in read(QUALITY)["tables"] if t["remove"] == m]
+    tables = [t for t in read(QUALITY)["tables"] if t["remove"] == 6]
     choices = [c for t in tables for entry in t["methods"] for c in (entry, *entry["runs"])]
     found = dict.fromkeys(tuple(choice["removed"]) for choice in choices)
     starts = [list(range(13, 19)), [12, 13, 14, 17, 25, 26], [5, 12, 14, 16, 17, 18]]
-    return exchanged([list(s) for s in found], starts, m, count, n)
+    return exchanged([list(s) for s in found], starts, count, n)
 
 
 def windows(m: int, count: int, n: int) -> list[list[int]]:
     """Return runs of blocks without a sixth at both ends, and exchanges in the middle three."""
     states = [list(range(a, a + m)) for a in range(n // 6, n - n // 6 - m + 1)]
     middle = len(states) // 2
-    return exchanged(states[:count], states[middle - 1 : middle + 2], m, count, n)
+    return exchanged(states[:count], states[middle - 1 : middle + 2], count, n)
 
 
 def exchanged(
-    states: list[list[int]], starts: list[list[int]], m: int, count: int, n: int
+    states: list[list[int]], starts: list[list[int]], count: int, n: int
 ) -> list[list[int]]:
     """Extend states to ``count`` with starts that have one or two blocks exchanged."""
     draw = random.Random(0)
@@ -159,6 +160,6 @@ def exchanged(
         state, k = set(draw.choice(starts)), draw.choice((1, 2))
         state -= set(draw.sample(sorted(state), k))
         state |= set(draw.sample([i for i in range(1, n - 1) if i not in state], k))
-        if len(state) == m and sorted(state) not in states:
+        if sorted(state) not in states:
             states.append(sorted(state))
     return states

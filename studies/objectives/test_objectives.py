@@ -31,10 +31,17 @@ def test_a_tiny_study_runs_to_its_figures(
 
 
 def test_states_are_distinct_and_of_one_size() -> None:
-    found = study.chosen_states(6, 44, 30)
+    found = study.chosen_states(44, 30)
     assert len({tuple(s) for s in found}) == 44
     assert all(len(set(s)) == 6 and set(s) <= set(range(30)) and s == sorted(s) for s in found)
     assert found == runner.read(runner.STUDIES / "objectives/results/objectives.json")["states"]
+
+
+def test_any_number_of_blocks_has_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objectives, "replay", range(30))
+    words = ["--work", str(tmp_path), "--remove", "9"]
+    states = Objectives(runner.parse(Objectives, words)).states
+    assert [len(set(s)) for s in states] == [9] * 44
 
 
 def test_states_of_other_models_are_runs_and_exchanges_in_the_middle() -> None:
