@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,13 +148,8 @@ class ModelStudy(Study):
         """Return parts that measure states' KL to the original and NLL, summed by sample."""
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
-            tokens, work = self.judged_text(text), self.working(journal)
-            found = measure(
-                self.replay,
-                tokens,
-                states_of(len(self.replay), [tuple(s) for s in rest.values()]),
-                replace(work, journal=journal),
-            )
+            tokens, wanted = self.judged_text(text), states_of(len(self.replay), rest.values())
+            found = measure(self.replay, tokens, wanted, self.working(journal))
             rows = zip(found.kl_sums, found.nll_sums, strict=True)
             return [loss_row(kl, nll, tokens) for kl, nll in rows]
 
