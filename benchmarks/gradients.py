@@ -66,11 +66,6 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
     return replay, calibration.splits["energy"]
 
 
-def attention_of(replay: Replay) -> str:
-    """Return the attention that all sides use."""
-    return replay.attention or replay.model.config._attn_implementation
-
-
 def forward(replay: Replay, tokens: TokenSet, batch_tokens: int) -> None:
     """Run the reference: a plain forward pass with the NLL, without gradients."""
     with torch.inference_mode(), use_attention(replay):
@@ -126,7 +121,7 @@ def main() -> None:
 
     replay, tokens = prepare(arguments)
     # The processes that measure memory use the same attention.
-    arguments.attention = attention_of(replay)
+    arguments.attention = replay.attention or replay.model.config._attn_implementation
     print(
         f"{arguments.model}, {len(replay)} blocks, {tokens.samples} samples, "
         f"{tokens.tokens} tokens, "
