@@ -256,6 +256,8 @@ def test_distance_counts_swaps():
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
     with pytest.raises(InputError, match="finite"):
         con.LinearConstraint("bad", np.array([np.nan]), "==", 0)
+    with pytest.raises(InputError, match="a finite rhs"):
+        con.LinearConstraint("bad", np.zeros(1), "==", np.inf)
     with pytest.raises(InputError, match="sense"):
         con.LinearConstraint("bad", np.zeros(2), "<", 0)
 

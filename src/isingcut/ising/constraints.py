@@ -42,7 +42,9 @@ class LinearConstraint:
     def __post_init__(self) -> None:
         row = np.array(self.coefficients, dtype=np.float64)
         if row.ndim != 1 or not np.isfinite(row).all() or not np.isfinite(self.rhs):
-            raise InputError(f"constraint {self.name!r} needs a vector of finite coefficients")
+            raise InputError(
+                f"constraint {self.name!r} needs a vector of finite coefficients and a finite rhs"
+            )
         if self.sense not in ("==", "<=", ">="):
             raise InputError(f"constraint {self.name!r}: sense must be ==, <= or >=")
         row.setflags(write=False)
