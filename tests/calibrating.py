@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from isingcut.data.calibration import TokenSet, build
+from isingcut.data.calibration import build
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import CalibrationError
 
 SIZES: dict[str, Any] = {"samples": 5, "rank_samples": 3, "report_samples": 2}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from isingcut.data.calibration import TokenSet
 from isingcut.data.generation import decode_tokens, generate_text, prompt_ids
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import tree_nodes
 from isingcut.measure.streams import block_means, find_lowest, influence

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from isingcut.baselines.base import Outcome, check_count, open_ledger
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import InputError
 from isingcut.ising.constraints import count

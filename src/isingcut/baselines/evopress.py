@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isingcut.baselines.base import Outcome, check_count, open_ledger
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Bools, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from isingcut.baselines.base import Outcome, check_count
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.measure.streams import block_means, find_lowest
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay

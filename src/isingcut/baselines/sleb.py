@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isingcut.baselines.base import Outcome, check_count, open_ledger
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 

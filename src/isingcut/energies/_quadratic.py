@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.measure.curvature import gate_curvature

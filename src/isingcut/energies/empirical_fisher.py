@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.energies._quadratic import describe_energy
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.energies._quadratic import describe_energy, quadratic
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.gradients import gate_gradients

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.energies._quadratic import describe_energy
 from isingcut.energies.search import Search, Target
 from isingcut.energies.search.proposals import one_pass_states

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InfeasibleError
 from isingcut.files.results import without_infinities
 from isingcut.files.states import (

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isingcut.console.progress import Bar
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import run_gated

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.losses import measure_together, tree_nodes

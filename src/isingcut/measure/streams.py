@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Bools, Floats, States, key_of
 from isingcut.measure.gradients import GATE_SLOPES_PASSES, gate_slopes
 from isingcut.measure.ledger import Ledger

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.data.calibration import TokenSet
+from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import proposals
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import (
