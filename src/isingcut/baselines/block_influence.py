@@ -18,7 +18,7 @@ from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import tree_nodes
-from isingcut.measure.streams import block_means, find_lowest, influence
+from isingcut.measure.streams import block_means, influence, pick_blocks
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -44,13 +44,13 @@ class BlockInfluence:
         scores = block_means(replay, tokens, work, influence)
         if not self.iterative:
             info = {"influence": scores.tolist()}
-            return Outcome(find_lowest(scores, remove), passes=1.0, heads=0.0, info=info)
-        order = [find_lowest(scores, 1)[0]]
+            return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)
+        order = [pick_blocks(scores, 1)[0]]
         runs = n
         while len(order) < remove:
             # Before the first removed block, the scores equal the original's.
             runs += tree_nodes(states_of(n, [order]))
             again = block_means(replay, tokens, work, influence, removed=order)
-            order.append(find_lowest(again, 1)[0])
+            order.append(pick_blocks(again, 1)[0])
         info = {"influence": scores.tolist(), "order": order}
         return Outcome(tuple(sorted(order)), passes=runs / n, heads=0.0, info=info)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isingcut.baselines.base import Outcome, check_count
 from isingcut.data.tokens import TokenSet
-from isingcut.measure.streams import block_means, find_lowest
+from isingcut.measure.streams import block_means, pick_blocks
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -35,7 +35,7 @@ class NormRatio:
         check_count(replay, remove)
         scores = block_means(replay, tokens, work, ratio)
         info = {"norm_ratio": scores.tolist()}
-        return Outcome(find_lowest(scores, remove), passes=1.0, heads=0.0, info=info)
+        return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)
 
 
 def ratio(before: Tensor, after: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _sum_scores(
     return np.asarray(sum(itertools.chain.from_iterable(sums)))
 
 
-def find_lowest(scores: Floats, count: int) -> tuple[int, ...]:
+def pick_blocks(scores: Floats, count: int) -> tuple[int, ...]:
     """Return the ``count`` blocks with the lowest scores, ascending; of ties, the earlier block."""
     return tuple(sorted(int(i) for i in np.argsort(scores, kind="stable")[:count]))
 
