@@ -1,5 +1,7 @@
 """Answers of many states at once: against the harness, against single models, after a kill."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from isingcut.console.progress import terminal
+from isingcut.errors import ModelError
+from isingcut.evaluation import answers
 from isingcut.evaluation.answers import MICRO_BATCHES, Likelihoods, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
@@ -95,6 +99,22 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
     assert len({tuple(s.values) for s in found}) > 1
+
+
+def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch):
+    # Two answers of one pass come first, so that rows and samples differ.
+    rows = [((9, 10, 11), 1), ((9, 10, 12), 1), ((40, 41, 42), 1)]
+    read = answers._Places.read
+
+    def damaged(self, replay, stream):
+        found = read(self, replay, stream)
+        found[0, -1] = np.nan
+        return found
+
+    monkeypatch.setattr(answers._Places, "read", damaged)
+    shown = re.escape(repr(model.loaded.tokenizer.decode([40, 41])))
+    with pytest.raises(ModelError, match=f"that begins {shown}"):
+        answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
 
 
 def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):

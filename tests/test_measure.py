@@ -13,6 +13,7 @@ from isingcut.files.journal import Journal
 from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure, standard_error
+from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
@@ -101,6 +102,17 @@ def test_a_loss_that_is_not_finite_names_state_block_and_text():
     begins = re.escape(str(tokens.input_ids[0].tolist())[:9])
     with pytest.raises(ModelError, match=rf"^a loss or gradient of .* that begins {begins}"):
         gate_gradients(replay, tokens)
+
+
+def test_the_text_of_a_number_that_is_not_finite_is_named():
+    replay, tokens = tiny_replay("llama"), random_tokens()
+    states = states_of(len(replay), [(1,), (2,)])
+    of_states = np.zeros((2, 2, 4))
+    of_states[0, 1, 2] = np.nan
+    for found, row in ((np.array([[0.0], [np.nan], [0.0], [0.0]]), 1), (of_states, 2)):
+        begins = re.escape(str(tokens.input_ids[row].tolist())[:9])
+        with pytest.raises(ModelError, match=f"that begins {begins}"):
+            check_finite(replay, tokens, found, states if row == 2 else None)
 
 
 def test_standard_error_of_equal_samples_is_that_of_the_mean():

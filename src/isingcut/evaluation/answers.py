@@ -142,6 +142,7 @@ class _Places:
     Attributes:
         sample, position, label: (K,) int64; position t predicts token t + 1, the label.
         owner: (K,) index of the row.
+        samples: the sample index of each row.
     """
 
     def __init__(self, rows: Sequence[tuple[int, Row]]) -> None:
@@ -152,7 +153,7 @@ class _Places:
         ]
         columns = [torch.tensor(column) for column in zip(*where, strict=True)]
         self.sample, self.position, self.label, owner = columns
-        self.owner, self.rows = owner.numpy(), len(rows)
+        self.owner, self.samples = owner.numpy(), [sample for sample, _ in rows]
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
         """Return (2, R) log-likelihoods and greedy flags, from the hidden states (B, T, D).
@@ -166,7 +167,7 @@ class _Places:
             label = label.to(logits.device)
             likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
             best.append((logits.argmax(-1) == label).double())
-        found = np.stack([np.zeros(self.rows), np.ones(self.rows)])
+        found = np.stack([np.zeros(len(self.samples)), np.ones(len(self.samples))])
         np.add.at(found[0], self.owner, torch.cat(likely).cpu().numpy())
         np.minimum.at(found[1], self.owner, torch.cat(best).cpu().numpy())
         return found
@@ -177,7 +178,7 @@ def _scores(
 ) -> list[Floats]:
     """Return (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
     recordings = [replay.record(batch.input_ids) for batch in batches]
-    found = [np.zeros((2, len(states), read.rows)) for read in places]
+    found = [np.zeros((2, len(states), len(read.samples))) for read in places]
 
     def run(tree: int, block: int, stream: Tensor) -> Tensor:
         return recordings[tree].block(block, stream)
@@ -185,8 +186,8 @@ def _scores(
     trees = [(states, recording.entered) for recording in recordings]
     for tree, first, last, end in walk(trees, run, by_block=replay.streamed):
         found[tree][:, first:last] = places[tree].read(replay, end)[:, None]
-    for batch, of_batch in zip(batches, found, strict=True):
-        check_finite(replay, batch, of_batch, states)
+    for batch, read, of_batch in zip(batches, places, found, strict=True):
+        check_finite(replay, batch.select(read.samples), of_batch, states)
     return found
 
 

@@ -68,7 +68,7 @@ def check_finite(
     The model then runs again, block by block, to find the first block whose output is not finite.
 
     Args:
-        found: numbers of the original model, or numbers (K, S, R) of S states.
+        found: numbers (R, ...) of the original model, or (K, S, R) of S states; R samples.
         states: (S, N) states, if ``found`` is of states.
 
     Raises:
@@ -77,11 +77,15 @@ def check_finite(
     bad = ~np.isfinite(found)
     if not bad.any():
         return
-    removed = [] if states is None else blocks_of(states[int(bad.any((0, 2)).argmax())])
+    removed = list[int]()
+    if states is not None:
+        state = int(bad.any((0, 2)).argmax())
+        bad, removed = bad[:, state].T, blocks_of(states[state])
     with torch.no_grad():
         for _ in boundaries(replay, [batch], removed):
             pass
-    raise explain_nan(replay.model, "a loss or gradient", batch.input_ids[0].tolist(), removed)
+    ids = batch.input_ids[np.argwhere(bad)[0, 0]].tolist()
+    raise explain_nan(replay.model, "a loss or gradient", ids, removed)
 
 
 Score = Callable[[Tensor, Tensor], Tensor]
