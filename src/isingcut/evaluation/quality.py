@@ -55,6 +55,7 @@ _CHUNK_ELEMENTS = 1 << 23
 _STREAMS = 6
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
 _MOST_NATS = 700
+_PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def before_and_after(
@@ -64,7 +65,6 @@ def before_and_after(
     *,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
     batch_tokens: int = BATCH_TOKENS,
-    prompt: str = "Explain in two sentences why the sky is blue.",
     new_tokens: int = 48,
     skip_speed: bool = False,
     progress: Progress = silent,
@@ -79,7 +79,7 @@ def before_and_after(
         tokens: the report split.
         elsewhere: further texts by name, measured one by one.
         batch_tokens: tokens per micro-batch.
-        prompt: prompt for one greedy generation of at most ``new_tokens`` by each model.
+        new_tokens: maximum tokens of one greedy generation by each model.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
@@ -95,13 +95,13 @@ def before_and_after(
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
-        ids, texts = prompt_ids(original.tokenizer, prompt), {}
+        ids, texts = prompt_ids(original.tokenizer, _PROMPT), {}
         with progress("one generation", len(both)) as bar:
             for name, m in models.items():
                 texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
-        rest["generation"] = Generation(prompt=prompt, **texts)
+        rest["generation"] = Generation(prompt=_PROMPT, **texts)
     if found.parts:
         rest["parts"] = found.parts
     rest["elsewhere"] = {

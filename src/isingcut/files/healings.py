@@ -72,10 +72,10 @@ class HealingCheck(Strict):
 
 
 class HealingStop(Strict):
-    """The reason why a training ended early, and the step of the kept weights (None: the last)."""
+    """The reason why a training ended early, and the step of the kept weights."""
 
     why: str
-    kept: Count | None
+    kept: Count
 
 
 class HealOptions(Strict):

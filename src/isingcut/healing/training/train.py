@@ -117,9 +117,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         # Free the student and its optimiser before other objects need the memory.
         del student
         BatchLimit(job.teacher.device).release()
-    step = watch.curve[-1].step
-    if watch.verdict and watch.verdict.kept is not None:
-        step = watch.verdict.kept
+    step = watch.verdict.kept if watch.verdict else watch.curve[-1].step
     found = {
         "steps": watch.curve,
         "tokens_seen": watch.curve[-1].tokens,
