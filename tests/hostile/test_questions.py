@@ -103,6 +103,7 @@ ARTICLE = asked({"text": 7}, task="wikitext2/test_raw")
 ONE_WORD = asked({"text": "one"}, task="lambada/test")
 EMPTY = asked(GOOD, "", {**GOOD, "choices": ["one", ""]}, task="own")
 OWN = r"data/own.jsonl line 3: expected 'choices', .* none empty, got \['one', ''\]"
+BLANK = "line 1: expected '_' and then text in 'context'"
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
@@ -114,10 +115,11 @@ OTHERS = [
     ("a name twice", evaluate("{here}/own.jsonl,{here}/data/own.jsonl", data=""),
      "two files named own.jsonl", EMPTY),
     ("an article", evaluate("wikitext2"), "line 1: expected a text 'text', got 7", ARTICLE),
-    ("no blank", evaluate("winogrande"), "line 1: expected '_' in 'context'",
-     asked(GOOD, task="winogrande/dev")),
+    ("no blank", evaluate("winogrande"), BLANK, asked(GOOD, task="winogrande/dev")),
+    ("a blank at the end", evaluate("winogrande"), BLANK,
+     asked({**GOOD, "context": "It was _ "}, task="winogrande/dev")),
     ("two of four", evaluate("mmlu_0shot"), "line 1: expected 4 'choices', got 2", MMLU),
-    ("one word", evaluate("lambada"), "line 1: expected ' ' in 'text'", ONE_WORD),
+    ("one word", evaluate("lambada"), "line 1: expected ' ' and then text in 'text'", ONE_WORD),
     ("a run", "evaluate {run} --tasks zorp --data {here}/data", "unknown local task 'zorp'",
      asked(GOOD)),
 ]  # fmt: skip

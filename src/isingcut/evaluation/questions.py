@@ -326,9 +326,9 @@ def _find_fault(
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
             return f"a text {name!r}, got {value!r:.60}"
-    marker, text = own.get("holds", ""), record[texts[0]]
-    if marker not in text.strip():
-        return f"{marker!r} in {texts[0]!r}, got {text[:60]!r}"
+    marker, text = own.get("holds"), record[texts[0]]
+    if marker and not text.strip().partition(marker)[2].strip():
+        return f"{marker!r} and then text in {texts[0]!r}, got {text[:60]!r}"
     if not choices:
         return ""
     given, answer = record.get("choices"), record.get("answer")
