@@ -168,6 +168,10 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
         f"answers:{file}", "answers:chat.jsonl", 0.5
     )
     assert describe_source(f"answers:{file}") == "answers:chat.jsonl"
+    gone = f"{tmp_path}/gone/a.txt"
+    assert describe_source(gone) == describe_source(f"{tmp_path}/a=b,c/a.txt") == "a.txt"
+    assert describe_source(f"{gone}=1,{tmp_path}/other/a.txt=1") == "50% a.txt, 50% a.txt"
+    assert describe_source("owner/name/configuration") == "owner/name/configuration"
     assert places_in(f"wiki=1,answers:{file}=1") == ["wiki", file]
     assert places_in("answers:-") == ["-"]
     monkeypatch.chdir(tmp_path)
@@ -231,7 +235,7 @@ def test_pieces_and_beginnings_hold_something_that_counts(tokenizer):
     asked = [~i for i in encode("q" * 300)]
     tokens = TokenSet.from_rows([asked + encode("a" * 50), encode("b" * 300)], parts=["x", "y"])
     cut = pieces(tokens, 100)
-    assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == ["a" * 50 + "<pad>" * 50]
+    assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == ["qqq" + "a" * 50 + "<pad>" * 47]
     assert cut.parts == ("x", "y", "y", "y")
     few = keep_beginnings(tokens)
     assert few.predicted.sum(1).tolist() == [50, 255]

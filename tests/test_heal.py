@@ -301,9 +301,12 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
     assert rows == [[7, 10, 11, 12, 13], [7, 14, 15, 16, 17], [7, 18], [7, 30, 31, 32, 33]]
     assert found.parts == ("a", "a", "a", "b")
     assert pieces(whole, 10) is whole
-    # Without a common first token, none is repeated.
+    # Without a common first token, each predicts the next from the last one before.
     other = pieces(TokenSet.from_rows([[1, 2, 3, 4], [5, 6]]), 2)
-    assert other.input_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert other.input_ids.tolist() == [[1, 2], [2, 3], [3, 4], [5, 6]]
+    # The only token that counts is not lost at a boundary.
+    answers = pieces(TokenSet.from_rows([[~1, ~2, ~3, ~4, 5], [~6, 7]]), 4)
+    assert [answers.samples, answers.tokens] == [2, 2]
 
 
 def test_a_budget_in_tokens_is_spent(models, tmp_path):

@@ -167,19 +167,20 @@ class TokenSet:
 
 
 def pieces(tokens: TokenSet, length: int) -> TokenSet:
-    """Split samples into pieces of at most ``length`` tokens, each with the sample's start token.
+    """Split samples into pieces of at most ``length`` tokens, so that every prediction is in one.
 
-    A first token that all samples share is the tokenizer's start token.
+    Each piece begins with the sample's start token, or without one with the token before. A first
+    token that all samples share is the tokenizer's start token.
     """
     whole, ids = tokens.rows, tokens.input_ids
     if max(map(len, whole)) <= length:
         return tokens
     shared = len(whole) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
-    size = length - shared
+    size = length - 1
     rows, names = [], []
     for i, row in enumerate(whole):
-        start, body = row[:shared], row[shared:]
-        found = [start + body[at : at + size] for at in range(0, len(body), size)]
+        starts = range(1, len(row), size)
+        found = [row[0 if shared else at - 1 :][:1] + row[at : at + size] for at in starts]
         found = [piece for piece in found if has_prediction(piece)]
         # Drop short last pieces, which add little to a training.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
