@@ -30,7 +30,7 @@ from isingcut.data.mixture import (
     place_of,
     places_in,
 )
-from isingcut.data.text_files import FORMATS, Record, clear_errors, read_text
+from isingcut.data.text_files import FORMATS, Record, clear_errors, has_format, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
@@ -169,7 +169,7 @@ def _check_one(source: str) -> None:
     if source == "-" or _is_file(path):
         text_files.check(path, words_for(source), _SOURCES)
         return
-    named_as_file = path.name.lower().removesuffix(".gz").endswith(FORMATS)
+    named_as_file = has_format(path)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():
         if named_as_file or not _data_files(folder):

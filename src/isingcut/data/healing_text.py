@@ -110,9 +110,9 @@ def to_fit(
             drawn, ended = draw_split(parts, texts, 0, length, f"{seed} further", None, missing)
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
-        except IsingcutError as e:
-            # The source may no longer exist: a moved file, or texts passed in Python.
-            short = f"the source cannot be read further: {e}"
+        except IsingcutError:
+            # A moved file, or texts passed in Python. The error may name a private folder.
+            short = "the source was changed or can no longer be read"
     found = TokenSet.from_rows(rows, encode.pad)
     return found, FittedText(
         source=describe_source(used.source),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isingcut.data.text_files import has_format
 from isingcut.errors import CalibrationError, InputError, IsingcutError
 from isingcut.files.inputs import user_path
 
@@ -148,10 +149,10 @@ def describe_source(source: str) -> str:
     try:
         parts = parts_of(source)
     except CalibrationError:
-        return source
+        return _without_folder(source)
     if len(parts) == 1:
         return _without_folder(source)
-    return ", ".join(f"{part.share:.0%} {part.name}" for part in parts)
+    return ", ".join(f"{part.share:.0%} {_without_folder(part.source)}" for part in parts)
 
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
@@ -179,7 +180,9 @@ def _parse_weights(source: str) -> list[tuple[str, float]]:
 
 def _without_folder(source: str) -> str:
     place = place_of(source)
-    return source.removesuffix(place) + (Path(place).name if _exists(place) else place)
+    # A path may no longer exist.
+    path = _exists(place) or has_format(Path(place)) or place.startswith((".", "/", "~"))
+    return source.removesuffix(place) + (Path(place).name if path else place)
 
 
 def _exists(source: str) -> bool:

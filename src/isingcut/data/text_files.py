@@ -240,6 +240,11 @@ def check(path: Path, name: str, advice: str) -> None:
         raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
 
 
+def has_format(path: Path) -> bool:
+    """Whether a file name has the ending of one of `FORMATS`, compressed or not."""
+    return _kind(path)[0] in FORMATS
+
+
 def _kind(path: Path) -> tuple[str, bool]:
     """Return the format of a file name, and whether it is compressed."""
     words = path.name.lower()
