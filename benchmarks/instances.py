@@ -1,6 +1,6 @@
 """Instances of the solver benchmark: a published recipe, and measured Hamiltonians.
 
-Recipe, for N blocks and a seed: own terms d_i = 0.02 x 10^(p_i), where p is the profile
+Recipe, for N blocks: own terms d_i = 0.02 x 10^(p_i), where p is the profile
 1.5 (2 t - 1)^2 over the depth t in [0, 1] plus normal noise of 0.15, rescaled to exactly
 [0, 1.5]. The terms span a decade and a half and are largest at both ends, as in measured
 models. Blocks are correlated as C_ij = 0.8^|i-j|.
@@ -37,9 +37,9 @@ class Instance:
     problem: Problem
 
 
-def generate(n: int, family: str, seed: int = 0) -> Hamiltonian:
+def generate(n: int, family: str) -> Hamiltonian:
     """Return the Hamiltonian of the recipe above."""
-    rng = np.random.default_rng([seed, n, {"psd": 0, "indefinite": 1}[family]])
+    rng = np.random.default_rng([0, n, {"psd": 0, "indefinite": 1}[family]])
     t = np.linspace(0, 1, n)
     profile = 1.5 * np.abs(2 * t - 1) ** 2 + rng.normal(scale=0.15, size=n)
     profile = 1.5 * (profile - profile.min()) / (profile.max() - profile.min())
@@ -54,45 +54,34 @@ def generate(n: int, family: str, seed: int = 0) -> Hamiltonian:
         W = (W + W.T) / np.sqrt(2)
         Q = (0.3 * C + 0.15 * W) * np.sqrt(np.outer(d, d))
         np.fill_diagonal(Q, d)
-    return Hamiltonian.from_quadratic(Q, meta={"family": family, "seed": seed})
+    return Hamiltonian.from_quadratic(Q, meta={"family": family})
 
 
-def generated(size: str, seed: int = 0) -> list[Instance]:
+def generated(size: str) -> list[Instance]:
     """Return the instances of a size ``NxM``, one per family; N = 52 is the three-kind hybrid."""
     n, m = (int(v) for v in size.split("x"))
     if n == 52:
         kinds = ["attention" if i % 13 == 6 else ("mamba", "mlp")[i % 2] for i in range(n)]
-        attention = 1
-        rows = kind_counts(
-            kinds,
-            {"attention": attention, "mlp": (m - 1) // 2, "mamba": m - attention - (m - 1) // 2},
-        )
-        return [Instance(size, "kinds", Problem(generate(n, "indefinite", seed), rows))]
+        mlp = (m - 1) // 2
+        rows = kind_counts(kinds, {"attention": 1, "mlp": mlp, "mamba": m - 1 - mlp})
+        return [Instance(size, "kinds", Problem(generate(n, "indefinite"), rows))]
     return [
-        Instance(size, family, Problem(generate(n, family, seed), [count(n, m)]))
+        Instance(size, family, Problem(generate(n, family), [count(n, m)]))
         for family in ("psd", "indefinite")
     ]
 
 
-def measured(path: Path | None = None) -> list[Instance]:
-    """Return instances of a Hamiltonian file, by default of the two SmolLM2-135M ones in `data`."""
-    if path is not None:
-        found = {path.stem if path.stem != "hamiltonian" else path.parent.name: _read(path)}
-    else:
-        found = {
-            p.stem.removeprefix("smollm2-135m-"): _read(p) for p in sorted(DATA.glob("*.json"))
-        }
+def measured() -> list[Instance]:
+    """Return instances of the two Hamiltonians of SmolLM2-135M in `data`."""
+    found = {p.stem.removeprefix("smollm2-135m-"): _read(p) for p in sorted(DATA.glob("*.json"))}
     return [
         Instance(f"{ham.n}x{m}", name, Problem(ham, [count(ham.n, m)]))
         for name, ham in found.items()
         for m in MEASURED_M
-        if m <= ham.n
     ]
 
 
 def _read(path: Path) -> Hamiltonian:
-    if path.suffix != ".json":
-        return Hamiltonian.load(path)
     data = json.loads(path.read_text(encoding="utf-8"))
     J = np.zeros((len(data["h"]),) * 2)
     J[np.triu_indices(len(data["h"]), 1)] = data["J_upper"]

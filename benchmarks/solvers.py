@@ -1,6 +1,6 @@
 """Compare all solvers: time to the best state, and time to the proof.
 
-    python benchmarks/solvers.py [--only 32x16,80x40] [--hamiltonian FILE]
+    python benchmarks/solvers.py [--only 32x16,80x40]
 
 Our exact solver proves the K best states (100 by default); its rivals search for the ground state
 only. Times exclude compilation. Every size NxM has several families (see instances.py). The figures
@@ -90,17 +90,15 @@ def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, 
     full = f"{hits} of {args.tabu_seeds} seeds, {text(figures['tabu_seconds'])} s each"
     print(f"{label} tabu          {text(reached):>9} {'-':>9}  {full}", flush=True)
     figures["best_rival_seconds"] = figures["best_rival_found"] = math.inf
-    for name in () if args.no_rivals else RIVALS:
+    for name, rival in RIVALS.items():
         try:
-            reached, proof = RIVALS[name](problem, args.rival_seconds, best + tolerance)
+            reached, proof = rival(problem, args.rival_seconds, best + tolerance)
         except ModuleNotFoundError as error:
             print(f"{label} {name:13} not installed: {error.name}")
             continue
         print(f"{label} {name:13} {text(reached):>9} {text(proof):>9}", flush=True)
         figures["best_rival_seconds"] = min(figures["best_rival_seconds"], proof or math.inf)
         figures["best_rival_found"] = min(figures["best_rival_found"], reached or math.inf)
-    if args.no_rivals:
-        del figures["best_rival_seconds"], figures["best_rival_found"]
     if heavy:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(peak_mb, instance, args.k, args.seconds)
@@ -113,15 +111,12 @@ def main() -> None:
     """Run the instances and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="sizes, for example 32x16,80x40; all without it")
-    parser.add_argument("--families", help="for example psd,pairwise; all of a size without it")
-    parser.add_argument("--hamiltonian", type=Path, help="also M = 4, 8, 12, 15 of this file")
     parser.add_argument("--k", type=int, default=100, help="states to prove")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
     parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
     parser.add_argument("--tabu-seeds", type=int, default=100)
-    parser.add_argument("--no-rivals", action="store_true")
     args = parser.parse_args()
-    extra = measured(args.hamiltonian)
+    extra = measured()
     known = list(dict.fromkeys([*SIZES, *(i.size for i in extra)]))
     sizes = args.only.split(",") if args.only else known
     for size in sizes:
@@ -131,13 +126,8 @@ def main() -> None:
     print(f"{'size':7} {'family':18} solver        {'best (s)':>9} {'proof (s)':>9}")
     figures: dict[str, dict[str, float]] = {}
     for size in sizes:
-        instances = [
-            *(generated(size) if size in SIZES else []),
-            *(i for i in extra if i.size == size),
-        ]
-        for instance in instances:
-            if args.families and instance.family not in args.families.split(","):
-                continue
+        own = generated(size) if size in SIZES else []
+        for instance in (*own, *(i for i in extra if i.size == size)):
             got = run(instance, args, heavy=size == "80x16")
             figures[f"{size}_{instance.family.replace('-', '_')}"] = got
             total = figures.setdefault(size, {})
