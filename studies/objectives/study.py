@@ -39,6 +39,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
+from isingcut.errors import InputError
 from studies.objectives.summary import REPAIRED, show
 from studies.runner import STUDIES, Content, Part, read
 from studies.runner_models import key, mean_loss
@@ -156,10 +157,13 @@ def exchanged(
 ) -> list[list[int]]:
     """Extend states to ``count`` with starts that have one or two blocks exchanged."""
     draw = random.Random(0)
-    while len(states) < count:
+    for _ in range(100 * count):
+        if len(states) >= count:
+            return states
         state, k = set(draw.choice(starts)), draw.choice((1, 2))
-        state -= set(draw.sample(sorted(state), k))
-        state |= set(draw.sample([i for i in range(1, n - 1) if i not in state], k))
+        state -= set(draw.sample(sorted(state), min(k, len(state))))
+        more = len(starts[0]) - len(state)
+        state |= set(draw.sample([i for i in range(1, n - 1) if i not in state], more))
         if sorted(state) not in states:
             states.append(sorted(state))
-    return states
+    raise InputError(f"found only {len(states)} states of the {count}; lower --states")

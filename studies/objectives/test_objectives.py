@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from isingcut.errors import InputError
 from studies import runner
 from studies.objectives import study, summary
 from studies.objectives.study import Objectives
@@ -52,6 +53,12 @@ def test_states_of_other_models_are_runs_and_exchanges_in_the_middle() -> None:
     assert (runs[0][0], runs[-1][-1]) == (4, 23)
     assert 0 < len(found) - len(runs) < 4
     assert study.windows(7, 3, 28) == found[:3]
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_more_states_than_exist_are_refused(m: int) -> None:
+    with pytest.raises(InputError, match="lower --states"):
+        study.windows(m, 99, 8)
 
 
 def test_repaired_states_are_spread_over_the_order() -> None:
