@@ -176,6 +176,20 @@ def make_parts(study: Study) -> None:
         raise IsingcutError(f"{len(failed)} parts failed: {', '.join(failed)}")
 
 
+def collect(study: Study) -> Content:
+    """Return the content of the results file.
+
+    Raises:
+        InputError: it needs parts that are not finished.
+    """
+    try:
+        return study.collect()
+    except (FileNotFoundError, KeyError) as error:
+        if not study.left():
+            raise
+        raise InputError("the results need parts that are not finished; see --plan") from error
+
+
 def numbers(text: str) -> list[int]:
     """Parse a list of integers such as ``3,6,9``."""
     return [int(item) for item in text.split(",")]
@@ -207,7 +221,7 @@ def run(study: type[Study], words: Sequence[str]) -> None:
     try:
         if options.collect:
             shown = [options.results or folder / f"{study.name}.json"]
-            write(shown[0], study(options).collect())
+            write(shown[0], collect(study(options)))
         elif not options.summary:
             shown = []
             (show_plan if options.plan else make_parts)(study(options))

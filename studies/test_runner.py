@@ -68,6 +68,11 @@ def test_parts_are_made_once_in_order_and_collected(
     assert capsys.readouterr().out.splitlines()[-2:] == ["total: 3", "half: 1.5"]
 
 
+def test_results_of_unfinished_parts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="parts that are not finished; see --plan"):
+        run(tmp_path, "--collect")
+
+
 def test_a_part_that_does_not_fit_waits(tmp_path: Path) -> None:
     assert run(tmp_path, "--minutes", "2") == ["a"]
 
