@@ -95,10 +95,12 @@ class Healing(RepairStudy):
     def trainings(self, removed: list[int]) -> dict[str, Content]:
         """Return a state's finished trainings by tokens, and by recipe if it is not the usual."""
         found = {}
-        for path in (self.work / "parts/healed").glob(f"*/{key(removed)}.json"):
-            usual, recipe = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")[0]
+        for path in sorted((self.work / "parts/healed").glob(f"*/{key(removed)}.json")):
+            usual, (recipe, _, steps) = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")
             tokens = f"{(content := read(path))['tokens_seen'] / 1e6:.2g}M"
-            found[tokens + f" {recipe}" * (recipe != usual)] = content
+            name = tokens + f" {recipe}" * (recipe != usual)
+            # Two lengths may round to the same tokens.
+            found[name + f" {steps} steps" * (name in found)] = content
         return dict(sorted(found.items()))
 
     def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
@@ -117,9 +119,9 @@ class Healing(RepairStudy):
             found += [self.repair(rows[p], "tuned") for p in TRIED[:2] if p in rows and o.top_steps]
             tried = [p for p in TRIED if p in rows and o.top_steps]
             found += [self.repair(rows[p], "tried", steps=o.top_steps) for p in tried]
-            healed = dict(rows)
+            healed = {p: s for p, s in rows.items() if p != OURS}
             if OURS in rows and (ours := self.after_trial(m)):
-                healed[OURS] = rows[ours]
+                healed = {OURS: rows[ours], **healed}
             for steps in o.steps:
                 name = self.training(steps)
                 found += [self.repair(s, "healed", steps, name) for s in healed.values()]

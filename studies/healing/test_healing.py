@@ -55,13 +55,18 @@ def test_every_stage_is_judged_and_the_best_candidate_healed(content: Content) -
     } <= set(figures)
 
 
-def test_the_trial_is_among_the_given_methods(tmp_path: Path) -> None:
+def test_the_trial_is_among_the_given_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Healing, "replay", range(12))
     words = ["--work", str(tmp_path), "--methods", "isingcut", "angular-window", "sleb"]
-    study = Healing(runner.parse(Healing, words))
+    study = Healing(runner.parse(Healing, [*words, "--remove", "9"]))
     for i, method in enumerate(study.options.methods):
         runner.write(study.path(f"states/{method}/9"), {"removed": [i]})
     for i, kl in enumerate((2.0, 1.0)):
         assert study.after_trial(9) is None
+        # Our own state is not trained before the trial has chosen.
+        assert "healed/full-0.0003-40/0" not in [part.name for part in study.parts()]
         losses = {"held out": {"kl": [kl], "counts": [1]}}
         runner.write(study.path(f"tried/{i}"), {"losses": losses})
     assert study.after_trial(9) == "angular-window"
@@ -89,6 +94,15 @@ OTHERS = {
     "angular-window": method(4.2, 4.1, 3.6),
     "sleb": method(4.1, 4.05, 3.7),
 }
+
+
+def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path: Path) -> None:
+    found = Healing(runner.parse(Healing, ["--work", str(tmp_path)]))
+    for steps in (10, 11):
+        runner.write(found.path(f"healed/full-0.0003-{steps}/1-2"), {"tokens_seen": 20000 * steps})
+    assert [*found.trainings([1, 2])] == ["0.22M", "0.2M"]
+    runner.write(found.path("healed/full-0.0003-12/1-2"), {"tokens_seen": 221000})
+    assert [*found.trainings([1, 2])] == ["0.22M", "0.22M 12 steps", "0.2M"]
 
 
 def test_figures() -> None:
