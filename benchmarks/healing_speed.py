@@ -373,6 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.steps <= WARM_UP:
         parser().error(f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up")
+    if options.batch % (options.micro_batch or 1):
+        parser().error("--micro-batch must divide --batch")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(bench.described(), flush=True)

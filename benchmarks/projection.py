@@ -244,7 +244,10 @@ def main() -> None:
     """Print the arithmetic, and the table."""
     head = ["model", "machine", "weights; processes x cards", "search", "rank", "cut", "patch"]
     rows = [[*head, "evaluate", "a run", "LoRA", "full"], ["---"] * 11]
-    for name in sys.argv[1:] or MODELS:
+    names = sys.argv[1:] or [*MODELS]
+    if unknown := [name for name in names if name not in MODELS]:
+        sys.exit(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
+    for name in names:
         print(f"\n# {name}", end="")
         model = Projection(MODELS[name])
         rows += [[name, machine, *model.machine(machine)] for machine in MACHINES]

@@ -28,6 +28,9 @@ def test_steps_that_are_all_warm_up_are_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         healing_speed.main(["--tiny", "--steps", "2"])
     assert "--steps must be 3 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        healing_speed.main(["--tiny", "--batch", "8", "--micro-batch", "3"])
+    assert "--micro-batch must divide --batch" in capsys.readouterr().err
 
 
 def test_the_figures_are_ratios_of_medians() -> None:
