@@ -321,12 +321,12 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
 ):
     monkeypatch.setattr(gpu, "CHECKS", {"fine": lambda place: "yes", "one": check})
     with fake_cards() as (card,):
-        given = ["--device", str(card.device), "--out", str(tmp_path / "found.json")]
+        given = ["--device", str(card.device), "--out", str(tmp_path / "new" / "found.json")]
         assert gpu.main([*given, "--only", "fine,one"]) == code
     shown = capsys.readouterr().out
     assert f"gpu_checks_failed: {code}" in shown
     assert outcome in shown
-    row = json.loads((tmp_path / "found.json").read_text())["checks"][1]
+    row = json.loads((tmp_path / "new" / "found.json").read_text())["checks"][1]
     assert (row["check"], row["outcome"]) == ("one", outcome)
     assert row["words"].startswith(words)
     assert ("Traceback" in row["traceback"]) == (outcome == "failed")

@@ -29,6 +29,7 @@ import isingcut
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import IsingcutError
 from isingcut.files.provenance import versions
+from isingcut.files.writing import atomic_file
 from isingcut.healing.heal import heal as healing
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
@@ -306,10 +307,12 @@ def main(arguments: Sequence[str]) -> int:
     module = device_module(device)
     card = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
     print(f"{card}, torch {torch.__version__}")
-    rows = carry_out(device, names)
+    # Opened before the checks, so that a place that cannot be written costs none.
+    with atomic_file(options.out) as file:
+        rows = carry_out(device, names)
+        content = {"card": card, "versions": versions(), "checks": rows}
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     failed = sum(row["outcome"] == "failed" for row in rows)
-    content = {"card": card, "versions": versions(), "checks": rows}
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written to {options.out}: attach it to an issue")
     print(f"gpu_checks_failed: {failed}")
     return int(failed > 0)
