@@ -65,6 +65,15 @@ UNREAD = [
     ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
     ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
     ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
+    ("a place beyond the blocks", {"ple_layer_ids": [1, 200]}, "'ple_layer_ids' has an unknown"),
+    ("a place before the blocks", {"ple_layer_ids": [0, 1]}, "'ple_layer_ids' has an unknown form"),
+    ("places in text", {"ple_layer_ids": "0,1,9"}, "'ple_layer_ids' has an unknown form"),
+    ("indexers in a number", {"indexer_types": -1}, "'indexer_types' has an unknown form"),
+    ("a half source", {"kv_source_layers": [0.0] * 6}, "'kv_source_layers' has an unknown form"),
+    ("images at a name", {"deepstack_layer_map": ["a"]}, "'deepstack_layer_map' has an unknown"),
+    ("images at 1.5", {"spatial_target_layers": [1.5]}, "'spatial_target_layers' has an unknown"),
+    ("images nowhere", {"deepstack_layer_map": [[]]}, "'deepstack_layer_map' has an unknown form"),
+    ("an object of images", {"spatial_target_layers": [{}]}, "'spatial_target_layers' has an"),
 ]
 BILLION = b'{"num_hidden_layers": ' + b"9" * 100_000 + b"}"
 DEEP = "nested deeper than 200"

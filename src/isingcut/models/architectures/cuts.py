@@ -17,6 +17,7 @@ from isingcut.models.architectures.fields import (
     COUNTED_BY,
     PER_MODALITY,
     UNCUTTABLE,
+    catch_unknown_form,
     config_object,
     count_of,
     counted_by,
@@ -150,12 +151,8 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     for key, value in part.items():
         if value is None or key in per_modality:
             continue
-        try:
+        with catch_unknown_form(key, value):
             part[key] = _cut_field(key, value, count, mapping, often)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ArchitectureError(
-                f"the configuration field {key!r} has an unknown form; got {value!r:.60}"
-            ) from error
     _drop_generators(part)
 
 

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
+from isingcut.models.architectures.fields import (
+    STAY,
+    TWO_STAY,
+    catch_unknown_form,
+    config_object,
+    of_type,
+)
 
 # Model types whose config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -82,30 +88,23 @@ def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
     return {}
 
 
-def sources(text: dict[str, Any], count: int) -> list[tuple[int, int, str]]:
-    """Return pairs of blocks where the first may stay only if the second stays, and why.
-
-    Args:
-        text: the decoder's configuration with its per-layer fields written out.
-        count: its number of blocks.
-    """
-    found: list[tuple[int, int, str]] = []
-    full = None
-    for i, kind in enumerate((text.get("indexer_types") or ())[:count]):
-        if kind != "shared":
+def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]]:
+    """Yield the pairs of blocks of one field where the first may stay only if the second stays, and
+    why. Errors of an unknown form are not converted."""
+    blocks, full = range(count), None
+    if name in fields.RANKED:
+        for before, after in pairwise(sorted(blocks.index(i - 1) for i in value)):
+            reason = f"what block {after} computes depends on how many of {name} come before it"
+            yield after, before, reason
+        return
+    for i, source in enumerate(value[:count]):
+        if name in fields.SOURCES:
+            if source != i:
+                yield i, source, f"block {i} reads the keys and values of {source}"
+        elif source != "shared":
             full = i
         elif full is not None:
-            reason = f"block {i} attends to the tokens that the indexer of {full} picks"
-            found.append((i, full, reason))
-    for name in fields.SOURCES:
-        for i, source in enumerate((text.get(name) or ())[:count]):
-            if source != i:
-                found.append((i, source, f"block {i} reads the keys and values of {source}"))
-    for name in fields.RANKED:
-        for before, after in pairwise(sorted(i - 1 for i in text.get(name) or ())):
-            reason = f"what block {after} computes depends on how many of {name} come before it"
-            found.append((after, before, reason))
-    return found
+            yield i, full, f"block {i} attends to the tokens that the indexer of {full} picks"
 
 
 def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
@@ -147,20 +146,25 @@ def legality(
         n: number of blocks of the decoder.
         attention: blocks that fill an attention cache, if known.
     """
-    rows = [
-        LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
-        for i, reason in find_fixed_blocks(config, text, n).items()
-    ]
-    for i, source, reason in sources(text, n):
-        row = _unit(n, [source])
-        row[i] = -1.0
-        rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
+    types = text.get("layer_types")
+    with catch_unknown_form("layer_types", types):
+        rows = [
+            LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
+            for i, reason in find_fixed_blocks(config, text, n).items()
+        ]
+        if text.get("model_type") in _LAST_IS_FULL:
+            rows.extend(_full_attention_last(types))
+    for name in ("indexer_types", *fields.SOURCES, *fields.RANKED):
+        value = text.get(name) or ()
+        with catch_unknown_form(name, value):
+            for i, source, reason in _sources(name, value, n):
+                row = _unit(n, [source])
+                row[i] = -1.0
+                rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
     if 0 < len(attention) < n:
         rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
-    if text.get("model_type") in _LAST_IS_FULL:
-        rows.extend(_full_attention_last(list(text["layer_types"])))
     if _has_periods(text):
         rows.extend(_whole_periods(n, lcm(*(int(text[p]) for p in fields.PERIODS))))
     places, reason = _image_places(config, n)
@@ -224,12 +228,12 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
 def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]:
     """Return the blocks from each place where image features join to the next place, and the
     reason to keep one of them."""
-    joined = {
-        item[-1] if isinstance(item, (list, tuple)) else item
-        for _, value in _find(config, fields.IMAGE_ENTRIES)
-        for item in value
-    }
-    blocks = sorted(i for i in joined if 0 <= i < count)
+    joined: set[int] = set()
+    for path, value in _find(config, fields.IMAGE_ENTRIES):
+        with catch_unknown_form(path[-1], value):
+            ends = (item[-1] if isinstance(item, (list, tuple)) else item for item in value)
+            joined.update(range(count)[i] for i in ends if 0 <= i < count)
+    blocks = sorted(joined)
     reason = _ENTERS.format(", ".join(map(str, blocks)))
     return [range(*ends) for ends in pairwise([*blocks, count])], reason
 

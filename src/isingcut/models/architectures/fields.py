@@ -7,6 +7,7 @@ errors that name the field, never guesses. `families` handles what does not fit 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -356,6 +357,21 @@ def config_object(config: dict[str, Any]) -> Any | None:
     except Exception as error:
         raise ArchitectureError(
             f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def catch_unknown_form(key: str, value: Any) -> Iterator[None]:
+    """Convert errors of code that reads a field, within the context, to one that names the field.
+
+    Raises:
+        ArchitectureError: the field has another form than the code expects.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"the configuration field {key!r} has an unknown form; got {value!r:.60}"
         ) from error
 
 
