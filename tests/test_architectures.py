@@ -183,6 +183,10 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
         ("re:.*layers\\.4\\.mlp.*", ["re:.*layers\\.3\\.mlp.*"]),
         ("re:model\\.layers\\.\\d+\\.mlp", ["re:model\\.layers\\.\\d+\\.mlp"]),
         ("re:.*layers\\.([0-9]+)\\.mlp", ["re:.*layers\\.([0-9]+)\\.mlp"]),
+        ("re:.*(layers|blocks)\\.4\\.mlp", ["re:.*(layers|blocks)\\.3\\.mlp"]),
+        ("re:(?:.*\\.)?layers\\.4\\.mlp", ["re:(?:.*\\.)?layers\\.3\\.mlp"]),
+        ("re:.*(layers|x)\\.\\d+\\.(a|b)", ["re:.*(layers|x)\\.\\d+\\.(a|b)"]),
+        ("re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b", ["re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b"]),
         ("transformer.h.2.attn", ["transformer.h.1.attn"]),
         ("vision_tower.encoder.layers.3.mlp", ["vision_tower.encoder.layers.3.mlp"]),
         ("mtp.layers.0.mlp", ["mtp.layers.0.mlp"]),
@@ -195,10 +199,23 @@ def test_names_in_quantisation_lists(entry, expected):
     assert rename_pattern(entry, mapping) == expected
 
 
-@pytest.mark.parametrize("numbers", ["[0-3]", "(0|3)", "(?:\\d|1[01])"])
-def test_a_pattern_that_cannot_be_renumbered_is_refused(numbers):
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "model\\.layers\\.[0-3]\\.mlp",
+        "model\\.layers\\.(0|3)\\.mlp",
+        "model\\.layers\\.(?:\\d|1[01])\\.mlp",
+        "(layers|other)\\.3\\.mlp",
+        "(model\\.layers|blocks)\\.3\\.mlp",
+        "(model\\.(layers|blocks))\\.3\\.mlp",
+        "(model\\.layers\\.)3\\.mlp",
+        "(layers\\.3\\.mlp|layers\\.4\\.mlp)",
+        "layers\\.\\d+\\.mlp|layers\\.3\\.attn",
+    ],
+)
+def test_a_pattern_that_cannot_be_renumbered_is_refused(pattern):
     with pytest.raises(ArchitectureError, match="cannot be renumbered exactly"):
-        rename_pattern(f"re:model\\.layers\\.{numbers}\\.mlp", renumber_blocks(12, [1]))
+        rename_pattern(f"re:{pattern}", renumber_blocks(12, [1]))
 
 
 def test_inspection_reads_no_weights(tmp_path):

@@ -229,11 +229,14 @@ def _change_each(value: Any, change: Callable[[int], int]) -> Any:
 # Kinds of mixer that write keys and values.
 _CACHED = {"attention", "sliding-attention", "chunked-attention"}
 _LIST_NAMES = r"(?:layers|layer|h|blocks|block|blk)"
-# "model.layers.3.mlp", "re:.*layers\\.(3|4)\\.mlp", "layers.1*": the number after the list's name.
+# "model.layers.3.mlp", "re:.*layers\\.(3|4)\\.mlp", "layers.1*", "re:.*(layers|blocks)\\.3": what
+# stands between the list's name and the number, and the number.
 _NUMBERED = re.compile(
-    rf"(?:^|(?<=[.*:]))({_LIST_NAMES})(\\?\.)"
+    rf"(?<!\w)(?:{_LIST_NAMES}|\((?:\?:)?{_LIST_NAMES}(?:\|{_LIST_NAMES})*\))"
+    r"((?:(?:\|[^()]{0,200})?\))*\\?\.\)?)"
     r"(\d+(?=$|[.\\*])|\\d\+|[0-9*?\[\]\-]+\+?|\([^)]*[|\[][^)]*\))"
 )
+_ANY_NUMBER = {"*", r"\d+", "[0-9]+", "([0-9]+)"}
 OTHER_STACKS = ("vision", "visual", "audio", "tower", "encoder")
 """Words in the names of modules of encoders and other modalities."""
 
@@ -376,23 +379,26 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     match = _NUMBERED.search(entry)
     if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
-    number, head = match.group(3), entry[: match.start(3)]
-    if number.isdigit():
+    number, head = match.group(2), entry[: match.start(2)]
+    numbers = [number]
+    if entry.startswith("re:"):
+        numbers += (more.group(2) for more in _NUMBERED.finditer(entry, match.end()))
+    if number.isdigit() and len(numbers) == 1 and ")" not in match.group(1):
         old = int(number)
         # A glob directly after the digits ("layers.1*") also matches 10 to 19.
         if entry[match.end() :].startswith("*") and not entry.startswith("re:"):
             number += "*"
         else:
-            rest = entry[match.end(3) :]
+            rest = entry[match.end(2) :]
             return [f"{head}{mapping[old]}{rest}"] if old in mapping else []
-    if number in {"*", r"\d+", "[0-9]+", "([0-9]+)"}:
+    if _ANY_NUMBER.issuperset(numbers):
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
         raise ArchitectureError(
             f"quantisation entry {entry!r} names blocks by a pattern that cannot be renumbered "
             "exactly; write one entry per block"
         )
-    rest = entry[match.start(3) + len(number) :] or ".*"
+    rest = entry[match.start(2) + len(number) :] or ".*"
     return [
         f"{head}{new}{rest}" for i, new in mapping.items() if fnmatch.fnmatchcase(str(i), number)
     ]
