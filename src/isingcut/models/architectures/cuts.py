@@ -17,7 +17,6 @@ from isingcut.models.architectures.fields import (
     COUNTED_BY,
     PER_MODALITY,
     UNCUTTABLE,
-    catch_unknown_form,
     config_object,
     count_of,
     counted_by,
@@ -151,7 +150,7 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     for key, value in part.items():
         if value is None or key in per_modality:
             continue
-        with catch_unknown_form(key, value):
+        with fields.catch_unknown_form(key, value):
             part[key] = _cut_field(key, value, count, mapping, often)
     _drop_generators(part)
 
@@ -380,9 +379,8 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
     number, head = match.group(2), entry[: match.start(2)]
-    numbers = [number]
-    if entry.startswith("re:"):
-        numbers += (more.group(2) for more in _NUMBERED.finditer(entry, match.end()))
+    others = _NUMBERED.finditer(entry, match.end()) if entry.startswith("re:") else ()
+    numbers = [number, *(other.group(2) for other in others)]
     if number.isdigit() and len(numbers) == 1 and ")" not in match.group(1):
         old = int(number)
         # A glob directly after the digits ("layers.1*") also matches 10 to 19.
@@ -473,8 +471,7 @@ def materialise(config: dict[str, Any]) -> dict[str, Any]:
         if key in ("layer_types", "layers_block_type") and has_types:
             continue
         text[key] = copy.deepcopy(value)
-    if "model_type" not in text:
-        text["model_type"] = values.get("model_type", "")
+    text.setdefault("model_type", values.get("model_type", ""))
     return text
 
 

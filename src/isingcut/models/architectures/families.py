@@ -20,13 +20,7 @@ from numpy.typing import NDArray
 from isingcut.errors import ArchitectureError
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.fields import (
-    STAY,
-    TWO_STAY,
-    catch_unknown_form,
-    config_object,
-    of_type,
-)
+from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
 # Model types whose config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}
@@ -147,7 +141,7 @@ def legality(
         attention: blocks that fill an attention cache, if known.
     """
     types = text.get("layer_types")
-    with catch_unknown_form("layer_types", types):
+    with fields.catch_unknown_form("layer_types", types):
         rows = [
             LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
             for i, reason in find_fixed_blocks(config, text, n).items()
@@ -156,7 +150,7 @@ def legality(
             rows.extend(_full_attention_last(types))
     for name in ("indexer_types", *fields.SOURCES, *fields.RANKED):
         value = text.get(name) or ()
-        with catch_unknown_form(name, value):
+        with fields.catch_unknown_form(name, value):
             for i, source, reason in _sources(name, value, n):
                 row = _unit(n, [source])
                 row[i] = -1.0
@@ -230,7 +224,7 @@ def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]
     reason to keep one of them."""
     joined: set[int] = set()
     for path, value in _find(config, fields.IMAGE_ENTRIES):
-        with catch_unknown_form(path[-1], value):
+        with fields.catch_unknown_form(path[-1], value):
             ends = (item[-1] if isinstance(item, (list, tuple)) else item for item in value)
             joined.update(range(count)[i] for i in ends if 0 <= i < count)
     blocks = sorted(joined)
