@@ -16,7 +16,7 @@ from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise, verify
 from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
-from isingcut.models.load import load, load_dequantised, load_plain
+from isingcut.models.load import load, load_plain
 from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
@@ -35,13 +35,29 @@ def test_every_layout_is_read_and_cut(layout, tmp_path):
     quantise(source, layout)
     config = json.loads((source / "config.json").read_text())
     assert fp8_layout(source, config) == layout
-    model, _ = load_dequantised(source, torch.float32)
+    model, _ = load_plain(source, torch.float32)
     plain = dict(tiny_model("qwen3").named_parameters())
     for name, value in model.named_parameters():
         # FP8 keeps 3 bits of mantissa, so half a step is 1/16 of a number.
         torch.testing.assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
+
+
+def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
+    source = tiny_checkpoint("qwen3", tmp_path / "source")
+    quantise(source, "fp8")
+    with edit_config(source) as config:
+        classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        config.update(model_type="own", architectures=["OwnModel"], auto_map=classes)
+    (source / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    model, found = load_plain(source, torch.float32, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert not found["missing_keys"] | found["unexpected_keys"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +106,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     }[layout]
     told = [json.loads((tmp_path / n / file).read_text())[part][name] for n in ("cut", "patched")]
     assert told[1] == [*told[0], module]
-    again, _ = load_dequantised(tmp_path / "patched", torch.float32)
+    again, _ = load_plain(tmp_path / "patched", torch.float32)
     weight = again.get_submodule(module).weight
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
@@ -151,7 +167,7 @@ def nemotron(folder):
 
 def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
     source = nemotron(tmp_path / "source")
-    model, _ = load_dequantised(source, torch.float32)
+    model, _ = load_plain(source, torch.float32)
     stack = find_stack(model)
     assert [stack.kinds.count(k) for k in ("mamba2", "moe", "attention")] == [23, 23, 6]
     for removed in ([5, 42], [1, 20, 51], [0, 5, 12, 51]):

@@ -60,9 +60,7 @@ def find_auto_class(config: Any) -> Any:
 
 def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Return the name of the class that loads a checkpoint with plain transformers."""
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    name: str = find_auto_class(config).__name__
-    return name
+    return str(find_auto_class(load_config(folder, trust_remote_code=trust_remote_code)).__name__)
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -184,22 +182,28 @@ def load_plain(
         the model and transformers' loading info. Callers must check it for tensors that are
         missing, unexpected or of another shape. Errors of transformers are not converted.
     """
-    if fp8_layout(folder, read_config(folder)):
-        return load_dequantised(folder, dtype)
     from accelerate.hooks import remove_hook_from_module
+    from transformers import GenerationConfig
 
-    loader = find_auto_class(load_config(folder, trust_remote_code=trust_remote_code))
+    raw, config = read_config(folder), load_config(folder, trust_remote_code=trust_remote_code)
+    loader, source = find_auto_class(config), folder if fp8_layout(folder, raw) is None else None
     options: dict[str, Any] = {}
-    if places and all(device.type != "cpu" for device in places.values()):
+    if source is None:
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            # The auto class takes no tensors, and does not list classes of a model's own code.
+            loader = type(loader.from_config(config, trust_remote_code=trust_remote_code))
+        weights = dict(dequantise_checkpoint(folder, raw, dtype))
+        options = {"config": config, "state_dict": weights}
+    elif places and all(device.type != "cpu" for device in places.values()):
         options["device_map"] = dict(places)
-    packed = read_config(folder).get("quantization_config") or {}
-    if packed.get("quant_method") == "mxfp4":
+    if (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
         from transformers.utils.quantization_config import Mxfp4Config
 
         # Otherwise measurements would depend on the installed kernels.
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     model, found = loader.from_pretrained(
-        folder,
+        source,
         **options,
         dtype=dtype,
         use_safetensors=True,
@@ -207,29 +211,12 @@ def load_plain(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    if source is None and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     # Hooks of accelerate move the input of every layer, and the logits back to the first device.
     remove_hook_from_module(model, recurse=True)
     stop_rescaling(model)
     return model.eval(), found
-
-
-def load_dequantised(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Load an FP8 checkpoint dequantised; return the model and transformers' loading info.
-
-    Errors of transformers are not converted.
-    """
-    from transformers import GenerationConfig
-
-    config = load_config(folder)
-    config.__dict__.pop("quantization_config", None)
-    weights = dict(dequantise_checkpoint(folder, read_config(folder), dtype))
-    kind = model_classes(find_auto_class(config))[type(config)]
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), report
 
 
 def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
