@@ -14,7 +14,7 @@ from isingcut.memory import raise_if_exhausted
 if TYPE_CHECKING:
     import torch
 
-_EDGE = 1 << 20
+_PIECE = 1 << 20
 _LONGEST = 300
 # Errors whose messages are sentences; messages of others are unclear without the class name.
 _SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
@@ -122,7 +122,7 @@ def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], source: Path) -
         numbers: Any = tensor.detach()
         total = numbers.sum(dtype=torch.float32)
         if not torch.isfinite(total) and not all(
-            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_EDGE)
+            bool(torch.isfinite(part).all()) for part in numbers.flatten().split(_PIECE)
         ):
             raise CheckpointError(
                 f"the tensor {name} in {source} has NaN or infinite values; download the weights "
