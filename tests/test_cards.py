@@ -86,6 +86,9 @@ def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
         assert pick_devices("lazy:3,lazy:1", 1) == [four, two]
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert pick_devices("lazy", 1, cards=2) == [three, four]
+        monkeypatch.delenv("LOCAL_RANK")
+        monkeypatch.setenv("SLURM_LOCALID", "1")
+        assert pick_devices("lazy", 1, cards=2) == [three, four]
         for device, cards in [("lazy:1,lazy:1", None), ("lazy", 3), ("cpu", 2), ("lazy:2", 2)]:
             with pytest.raises(InputError, match=r"twice|needs"):
                 pick_devices(device, 1, cards=cards)

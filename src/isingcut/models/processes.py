@@ -38,7 +38,10 @@ def launched_rank() -> int:
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine; 0 without a launcher."""
+    """Return the number of this process on its machine, as its launcher or Slurm says; else 0.
+
+    It also keeps independent tasks of one `srun` on GPUs of their own.
+    """
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
