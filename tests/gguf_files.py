@@ -20,7 +20,7 @@ def named(held):
 
 
 def write_gguf(
-    path: Path, metadata, held, *, architecture="llama", more=lambda writer: None
+    path: Path, metadata, held, *, architecture="llama", more=lambda writer: None, **writing
 ) -> Path:
     """Write a GGUF file of these tensors, and of the architecture's own metadata.
 
@@ -28,8 +28,9 @@ def write_gguf(
         metadata: values by key; None omits a key.
         held: tensors by name, each an array or a pair (data, type).
         more: function that writes further entries.
+        writing: options of the writer.
     """
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **writing)
     add = {
         bool: writer.add_bool,
         int: writer.add_uint32,

@@ -24,7 +24,7 @@ from shared import OPTIONS, call
 from tiny import edit_tensors
 
 
-def make(path, architecture="llama", blocks=4, **extra):
+def make(path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE, **extra):
     """Write a tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
     generator, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
     numbers = generator.standard_normal((blocks + 1, 8, 64)).astype(np.float32)
@@ -36,7 +36,7 @@ def make(path, architecture="llama", blocks=4, **extra):
     metadata = {"block_count": blocks, "context_length": 128, **heads, "flag": True, **extra}
     tokens = [b"a", b"b", b"c", b"d"]
     more = {"architecture": architecture, "more": lambda writer: writer.add_token_list(tokens)}
-    return write_gguf(path, metadata, held, **more)
+    return write_gguf(path, metadata, held, endianess=endianess, **more)
 
 
 def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
@@ -61,6 +61,14 @@ def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
     assert after.get_field("llama.leading_dense_block_count").contents() == 1
     for key in ("llama.context_length", "tokenizer.ggml.tokens", "llama.flag"):
         assert after.get_field(key).contents() == before.get_field(key).contents()
+
+
+def test_a_file_of_another_byte_order_gets_no_new_values(tmp_path):
+    source = make(tmp_path / "in.gguf", endianess=gguf.GGUFEndian.BIG)
+    cut_gguf(source, [0, 2], tmp_path / "out.gguf")
+    assert gguf.GGUFReader(tmp_path / "out.gguf").endianess == gguf.GGUFEndian.BIG
+    with pytest.raises(ArchitectureError, match="is big-endian and this machine is not"):
+        cut_gguf(source, [0, 2], tmp_path / "new.gguf", packed="Q8_0")
 
 
 def test_mtp_layers_behind_the_blocks_stay(tmp_path):

@@ -54,11 +54,6 @@ class GgufHeader:
         return None if field is None else field.contents()
 
     @property
-    def big_endian(self) -> bool:
-        """Whether the byte order is swapped: big-endian on a little-endian machine."""
-        return bool(self.reader.byte_order == "S")
-
-    @property
     def architecture(self) -> str:
         """Name of the architecture in llama.cpp.
 

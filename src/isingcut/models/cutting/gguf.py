@@ -276,14 +276,14 @@ def cut_gguf(
         mapping = number_mtp_layers(mapping, count - mtp, mtp)
     refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
-    if (changed or packed) and header.big_endian:
+    reader = header.reader
+    if (changed or packed) and reader.byte_order == "S":
         raise ArchitectureError(
-            f"{source} is big-endian, but only little-endian files can get new values; cut it "
-            "without a patch (--patch none)"
+            f"{source} is {reader.endianess.name.lower()}-endian and this machine is not, so its "
+            "tensors cannot get new values; cut it without a patch (--patch none)"
         )
     import gguf
 
-    reader = header.reader
     fields = {k: header.value(k) for k in reader.fields if not k.startswith("GGUF.")}
     architecture = header.architecture
     _refuse_unwritable(header, fields)
