@@ -474,12 +474,21 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_path, capsys):
     run, own = shutil.copytree(finished, tmp_path / "run"), tmp_path / "own.jsonl"
+    data = tmp_path / "data" / "arc_easy" / "test.jsonl"
+    data.parent.mkdir(parents=True)
     text = questions.read_text(encoding="utf-8")
-    own.write_text(text, encoding="utf-8")
-    assert call("evaluate", run, "--tasks", own, "--skip-speed") == 0
-    own.write_text(text.replace("river", "brook"), encoding="utf-8")
-    assert call("evaluate", run, "--tasks", own, "--skip-speed") == 2
-    assert "benchmarks.json was made with other options (files: " in capsys.readouterr().err
+    for file, line in (
+        (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
+        (
+            data,
+            ["evaluate", run, "--skip-speed", "--tasks", "arc_easy", "--data", tmp_path / "data"],
+        ),
+    ):
+        file.write_text(text, encoding="utf-8")
+        assert call(*line, "--overwrite") == 0
+        file.write_text(text.replace("river", "brook"), encoding="utf-8")
+        assert call(*line) == 2
+        assert "was made with other options (files: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked(questions):

@@ -25,7 +25,6 @@ from isingcut.data.corpora import quiet_logs
 from isingcut.data.text_files import json_lines
 from isingcut.errors import InputError, MissingExtraError, UnknownNameError
 from isingcut.files.inputs import read_bytes, user_path
-from isingcut.files.ownership import file_sha256
 from isingcut.files.results import fingerprint
 
 WIKITEXT = "wikitext2"
@@ -38,7 +37,7 @@ class Prepared:
 
     Attributes:
         metric: the metric to report; None for the harness's usual one.
-        source: ``hub``, ``local``, or the hash of a file of questions.
+        source: ``hub``, or the hash of the questions.
         limit: maximum number of questions per harness object; None if limited already.
         configurations: harness configurations, one or one per subject, with `custom_dataset`; None
             for a task of the harness.
@@ -201,7 +200,7 @@ def _read_file(path: Path, questions: int | None) -> Prepared:
     records = _spread(_read_records(path, "multiple_choice", {}), questions)
     config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
     config["custom_dataset"] = _dataset(records, [])
-    return Prepared(path.name, "acc_norm", file_sha256(path), configurations=[config])
+    return Prepared(path.name, "acc_norm", fingerprint(records), configurations=[config])
 
 
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
@@ -244,7 +243,8 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
         if shots:
             one["fewshot_split"] = "fewshot"
         configurations.append(one)
-    return Prepared(name, str(own["metric"]), "local", configurations=configurations)
+    source = fingerprint([records, examples])
+    return Prepared(name, str(own["metric"]), source, configurations=configurations)
 
 
 def _configuration(name: str) -> dict[str, Any]:

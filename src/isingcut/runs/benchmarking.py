@@ -11,15 +11,15 @@ from isingcut.errors import InputError
 from isingcut.evaluation import benchmark
 from isingcut.evaluation.questions import (
     WIKITEXT,
+    articles,
     check_tasks,
-    is_file,
     prepare_task,
     split_names,
 )
 from isingcut.evaluation.scores import ScoredModel, Scores, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
-from isingcut.files.ownership import check_output, file_sha256
+from isingcut.files.ownership import check_output
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.files.writing import lock_place
 from isingcut.measure.work import Work
@@ -69,6 +69,22 @@ def check_whole(session: Session) -> None:
 def data_of(config: RunConfig) -> Path | None:
     """Return the folder of the questions in a run's options."""
     return user_path(config.data) if config.data else None
+
+
+def hashes_of(config: RunConfig) -> dict[str, Any]:
+    """Return a stage option with the hash of each task's questions; empty if all are of the hub.
+
+    Records of older versions lack it; their scores are replaced.
+    """
+    data = data_of(config)
+    found = {
+        name: fingerprint(articles(data))
+        if name == WIKITEXT and data
+        else prepare_task(name, data, config.questions).source
+        for name in split_names(config.tasks)
+    }
+    hashes = {name: source for name, source in found.items() if source != "hub"}
+    return {"files": hashes} if hashes else {}
 
 
 def last_blocks(size: int, count: int) -> list[int]:
@@ -145,8 +161,6 @@ def benchmarks(
         "data": bool(config.data),
         **({"left_out": fingerprint(but)} if but else {}),
     }
-    # Records of older versions have no hashes; their scores are replaced.
-    hashes = {name: file_sha256(user_path(name)) for name in tasks if is_file(name)}
     work = checkpoint.with_name(".benchmarks")
 
     def make(path: Path) -> None:
@@ -156,7 +170,7 @@ def benchmarks(
     return folder.stage(
         "benchmarks",
         checkpoint.with_name("benchmarks.json"),
-        {**options, "files": hashes} if hashes else options,
+        options | hashes_of(config),
         make,
         lambda path: read_document(path, evaluations.BenchmarksFile),
         completes=[options],

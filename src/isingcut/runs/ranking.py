@@ -33,7 +33,13 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shorten
 from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
 from isingcut.runs import measuring, solving
-from isingcut.runs.benchmarking import check_run_tasks, check_whole, choose_by_tasks, last_blocks
+from isingcut.runs.benchmarking import (
+    check_run_tasks,
+    check_whole,
+    choose_by_tasks,
+    hashes_of,
+    last_blocks,
+)
 from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names
@@ -129,10 +135,12 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     }
     if tokens := trial_tokens(config):
         options |= {"patch_tokens": tokens, "patch": config.patch}
-    if config.choose == "tasks":
-        options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
     check_run_tasks(config)
     check_whole(session)
+    hashes: dict[str, Any] = {}
+    if config.choose == "tasks":
+        options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
+        hashes = hashes_of(config)
     journal, scores = target / "candidates.journal", target / ".asked"
     patched = target / "patched.journal"
 
@@ -180,7 +188,14 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         benchmark.forget_scores(scores, split_names(config.tasks))
 
     return folder.stage(
-        "rank", file, options, make, solving.load_candidates, together=True, forget=drop
+        "rank",
+        file,
+        options | hashes,
+        make,
+        solving.load_candidates,
+        completes=[options],
+        together=True,
+        forget=drop,
     )
 
 
