@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
+from isingcut.errors import InputError
 from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
@@ -123,6 +124,12 @@ def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
 
 
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
+
+
+def test_a_range_beyond_the_model_is_refused_before_it_is_built(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(isingcut.runs.solving, "each_removal", None)
+    with pytest.raises(InputError, match="from 1 to 5 for this model of 6 blocks, got 99999"):
+        job(llama, text, tmp_path / "run", remove="4..99999")
 
 
 def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     wanted = collect(config, options)
     target = pipeline.run(wanted, progress=progress)
-    if len(solving.each_removal(wanted)) == 1:
+    if len(wanted.remove.counts) < 2:
         return _make_output(target)
 
     rows = show.curve_data(target)

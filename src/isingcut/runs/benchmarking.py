@@ -43,7 +43,7 @@ def check_run_tasks(config: RunConfig) -> list[str]:
     """
     if not config.tasks:
         return []
-    if config.choose != "tasks" and len(solving.each_removal(config)) > 1:
+    if config.choose != "tasks" and len(config.remove.counts) > 1:
         raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
     names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:

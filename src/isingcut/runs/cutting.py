@@ -48,7 +48,7 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug
 from isingcut.runs.measuring import calibration_options
 from isingcut.runs.session import Session
-from isingcut.runs.solving import chosen_blocks, each_removal, load_candidates
+from isingcut.runs.solving import chosen_blocks, load_candidates
 
 HEALED = "healed"
 
@@ -339,7 +339,7 @@ def check_healing(session: Session) -> None:
     if not config.heal:
         return
     check_training(heal_config(config))
-    if len(each_removal(config)) > 1:
+    if len(config.remove.counts) > 1:
         raise InputError(
             "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
             "number with --remove"

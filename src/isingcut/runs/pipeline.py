@@ -208,13 +208,13 @@ def open_session(
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
         if before is not None:
             before.model_places(config.model)
-        if need_removal:
-            for one in solving.each_removal(config):
-                check_report(out if before is None else before.target(one.removal))
         session = Session(config, progress, before.run.provenance.dtype if before else None)
         ownership.refuse_source(out, [session.source])
         benchmarking.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
+        if need_removal:
+            for one in solving.each_removal(config):
+                check_report(out if before is None else before.target(one.removal))
         take_up(session, processes)
         blocks = session.describe_blocks()
         if config.budget.packed:
@@ -272,9 +272,11 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
         raise ArchitectureError(found.refusal)
     if needed or config.removal:
         blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
-        several = solving.each_removal(config)
-        # Check the end of a range first, before solving for its other numbers.
-        for one in several[-1:] + several[:-1]:
+        if len(config.remove.counts) > 1:
+            # Check the end of a range first: thousands of impossible removals take long to build.
+            last = config.replace(remove=config.remove.counts[-1])
+            solving.removal_rows(blocks, last, early=True)
+        for one in solving.each_removal(config):
             solving.removal_rows(blocks, one, early=True)
     else:
         solving.kept_and_dropped(len(found.stack), config)

@@ -57,7 +57,7 @@ def removal_rows(
         InputError: an unreadable option, or no block or every block would be removed.
         InfeasibleError: the constraints conflict; the message has them and the largest budgets.
     """
-    if len(each_removal(config)) > 1:
+    if len(config.remove.counts) > 1:
         raise InputError(
             f"--remove {config.remove} is a range, which only `run` and the search accept; "
             "give one number here"
