@@ -227,6 +227,26 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
 
 
 def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
+def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
+    line = ["evaluate", run / "model", "--original", "any", "--tasks", "piqa"]
+    for option in ("--remove=2", "--budget=params=9%", "--model=m", "--one-based", "--blocks=1"):
+        assert call(*line, option) == 2
+        said = capsys.readouterr().err
+        assert f"{option.partition('=')[0]} is for a run folder, --original for a check" in said
+
+
+def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch):
+    manifest = json.loads((run / "run.json").read_text())
+    cut = manifest["stages"]["model"]
+    manifest["stages"]["remove-2/model.gguf"] = cut
+    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "remove-2" / "model").mkdir(parents=True)
+    removed = ",".join(map(str, cut["options"]["removed"]))
+    for place, name in (("remove-2", "model.gguf"), ("remove-2/model", "../model.gguf")):
+        monkeypatch.chdir(run / place)
+        assert find_run(Path(name)) == (run, removed)
+
+
     out = tmp_path / "budget"
     shutil.copytree(run, out)
     manifest = json.loads((out / "run.json").read_text())

@@ -318,12 +318,15 @@ def evaluate(
     if gguf and original is None and blocks is None:
         directory, blocks = find_run(directory)
     if original is not None:
-        if blocks is not None:
-            raise InputError("--blocks is for a run folder, --original for a checkpoint; use one")
+        of_run = {name: options.pop(name) for name in ("model", "remove", "budget")}
+        of_run |= {"one-based": one_based or None, "blocks": blocks}
+        if given := list(select_given(of_run)):
+            raise InputError(
+                f"--{given[-1]} is for a run folder, --original for a checkpoint; use one"
+            )
         if not typed and not gguf:
             raise InputError("--original needs benchmarks to compare; name some with --tasks")
-        typed |= select_given({k: v for k, v in options.items() if k not in ("remove", "budget")})
-        config = RunConfig(**{**typed, "model": original}).validate()
+        config = RunConfig(**typed, **select_given(options), model=original).validate()
         if gguf and not config.tasks:
             found, file = evaluating.evaluate_gguf(config, directory, out)
             return Output(
