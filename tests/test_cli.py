@@ -29,6 +29,7 @@ from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
+from isingcut.runs.folder import find_run
 from isingcut.runs.plan import make_plan
 from run_files import change, write_report, write_run
 from shared import OPTIONS, call
@@ -226,7 +227,6 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     assert "type: isingcut excise" in capsys.readouterr().err
 
 
-def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
 def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
     line = ["evaluate", run / "model", "--original", "any", "--tasks", "piqa"]
     for option in ("--remove=2", "--budget=params=9%", "--model=m", "--one-based", "--blocks=1"):
@@ -247,6 +247,7 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch):
         assert find_run(Path(name)) == (run, removed)
 
 
+def test_a_number_takes_the_place_of_a_budget_alone(run, tmp_path, capsys):
     out = tmp_path / "budget"
     shutil.copytree(run, out)
     manifest = json.loads((out / "run.json").read_text())

@@ -367,3 +367,5 @@ def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
     config = read_json(run / "run.json", "run")["config"]
     change(run / "run.json", "run", config={**config, "remove": ""})
     assert call("report", run / "remove-2", run / "remove-2", "--overwrite") == 0
+    monkeypatch.chdir(run / "remove-2")
+    assert call("report", ".", ".") == 0

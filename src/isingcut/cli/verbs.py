@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -408,8 +409,10 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Out
     places = []
     for directory in directories:
         of_run = (directory / MANIFEST).exists()
-        if directory.is_dir() and not of_run and (directory.parent / MANIFEST).exists():
-            places.append((directory.parent, directory))
+        # The parent of "." is ".".
+        whole = Path(os.path.abspath(directory))
+        if directory.is_dir() and not of_run and (whole.parent / MANIFEST).exists():
+            places.append((whole.parent, whole))
             continue
         folder, config = reopen(directory, options)
         target = folder.target(config.removal)

@@ -412,7 +412,9 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
     Raises:
         InputError: no run wrote it.
     """
-    for place in (gguf.parent, gguf.parent.parent):
+    # Of a relative path, some parents have no name: the parent of "." is ".".
+    gguf = Path(os.path.abspath(gguf))
+    for place in gguf.parents[:2]:
         if (place / MANIFEST).is_file():
             record = RunFolder.open(place).find_record(gguf)
             if record is not None and record.done:
