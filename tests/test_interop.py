@@ -130,6 +130,13 @@ def test_a_card_without_valid_metadata_is_refused(cut):
         interop_hub.prepare(cut, "me/cut")
 
 
+def test_a_checkpoint_that_was_changed_is_not_pushed(cut):
+    mark(cut)
+    (cut / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(InputError, match="was changed after isingcut wrote it"):
+        interop_hub.prepare(cut, "me/cut")
+
+
 def test_only_a_checkpoint_of_ours_is_pushed(tmp_path):
     with pytest.raises(StageFileError, match="does not exist"):
         interop_hub.prepare(tmp_path, "me/cut")

@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from isingcut.errors import InputError, first_line
 from isingcut.files.cuts import CutRecord
-from isingcut.files.ownership import MARKER
+from isingcut.files.ownership import MARKER, refuse_changed
 from isingcut.files.results import read_document
 from isingcut.report.card import hub_results
 from isingcut.report.run_files import RunFiles
@@ -37,8 +37,8 @@ def prepare(
             `model.gguf` and that file's card are among the files.
 
     Raises:
-        StageFileError: ``checkpoint`` was not written by isingcut, or a file was changed since.
-        InputError: the model card has no valid metadata.
+        StageFileError, InputError: ``checkpoint`` was not written by isingcut, a file other than
+            Markdown was changed since, or the model card has no valid metadata.
     """
     read_document(checkpoint / "isingcut.json", CutRecord)
     # The marker has a meaning on this machine only.
@@ -48,7 +48,9 @@ def prepare(
         card = ModelCard.load(checkpoint / "README.md")
     except (OSError, ValueError, YAMLError) as e:
         raise InputError(f"{checkpoint}/README.md is no model card ({first_line(e)})") from e
-    if folder is not None:
+    if folder is None:
+        refuse_changed(checkpoint)
+    else:
         folder.check(checkpoint)
         run = RunFiles(folder.path, checkpoint.parent)
         card.data.model_name = repository.rpartition("/")[2]
