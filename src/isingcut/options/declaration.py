@@ -15,6 +15,7 @@ import json
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,8 +341,8 @@ def _loader() -> Any:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [str(key.value) for key, _ in node.value]
-            if twice := [name for name in names if names.count(name) > 1]:
+            names = Counter(str(key.value) for key, _ in node.value)
+            if twice := [name for name, count in names.items() if count > 1]:
                 raise yaml.YAMLError(f"{twice[0]!r} appears twice")
             return super().construct_mapping(node, deep)
 
