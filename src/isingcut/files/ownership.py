@@ -221,16 +221,12 @@ def hash_of(content: Mapping[str, object]) -> str:
 # Stages of a run folder ------------------------------------------------------------------
 
 
-def check_recorded(stages: Mapping[str, StageRecord], folder: Path, file: Path) -> None:
-    """Raise if a file of a run folder differs from what the run wrote.
-
-    Args:
-        stages: the records in `run.json`.
+def check_recorded(record: StageRecord | None, file: Path) -> None:
+    """Raise if a file of a run folder differs from its record in `run.json`.
 
     Raises:
         StageFileError: the file has no record, its stage is unfinished, or it was changed.
     """
-    record = stages.get(str(file.relative_to(folder)))
     if record is None:
         raise StageFileError(f"{file} was not written by this run; move it away")
     if not record.done:

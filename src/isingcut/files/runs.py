@@ -5,6 +5,7 @@ Two more documents describe a whole run: `packing.json` and `report.json`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -253,6 +254,11 @@ class PackingFile(Document, kind="packing"):
         return self.types[self.chosen]
 
 
+def stage_key(folder: Path, file: Path) -> str:
+    """Return the key of a stage's file or folder among the ``stages`` of the run in ``folder``."""
+    return file.relative_to(folder).as_posix()
+
+
 class RunFile(Document, kind="run"):
     """`run.json`: options, provenance, blocks, and one record per stage by its file's name."""
 
@@ -261,6 +267,10 @@ class RunFile(Document, kind="run"):
     blocks: BlockList
     provenance: Provenance
     complete: bool = False
+
+    def find_record(self, folder: Path, file: Path) -> StageRecord | None:
+        """Return the record of the stage that writes ``file`` in the run's folder, or None."""
+        return self.stages.get(stage_key(folder, file))
 
     @model_validator(mode="after")
     def _below(self) -> Self:

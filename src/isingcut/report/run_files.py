@@ -70,7 +70,7 @@ class RunFiles:
 
     def record(self, path: Path) -> runs.StageRecord | None:
         """Return the record in `run.json` of a finished stage's file or folder, or None."""
-        found = self.run.stages.get(path.relative_to(self.folder).as_posix())
+        found = self.run.find_record(self.folder, path)
         return found if found is not None and found.done else None
 
     def is_outdated(self, path: Path) -> bool:
@@ -87,12 +87,12 @@ class RunFiles:
                 the file has its own record.
         """
         recorded = self.target / made_with if made_with else path
-        begun = recorded.relative_to(self.folder).as_posix() in self.run.stages
-        unfinished = self.record(recorded) is None and (begun or made_with)
+        begun = self.run.find_record(self.folder, recorded)
+        unfinished = not begun.done if begun else made_with
         if unfinished or not os.path.lexists(path) or self.is_outdated(recorded):
             return None
         if not made_with:
-            check_recorded(self.run.stages, self.folder, path)
+            check_recorded(begun, path)
         found = read(path)
         documents.check_blocks(path, found, len(self.blocks))
         return found
@@ -260,10 +260,8 @@ class RunFiles:
     def arguments(self) -> str:
         """Command-line arguments that select this removal, to type after a stage's verb."""
         name = self.folder.resolve().name
-        if self.target == self.folder:
-            return name
-        key = (self.target / "spectrum.json").relative_to(self.folder).as_posix()
-        if (solved := self.run.stages.get(key)) is None:
+        solved = self.run.find_record(self.folder, self.target / "spectrum.json")
+        if self.target == self.folder or solved is None:
             return name
         remove, budget = solved.options.remove, solved.options.budget
         return f"{name} --remove {remove}" if remove else f"{name} --budget {budget}"

@@ -201,7 +201,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed later.
         """
-        ownership.check_recorded(self.run.stages, self.path, file)
+        ownership.check_recorded(self.find_record(file), file)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """Read the file or folder of a finished stage, after `check`.
@@ -215,7 +215,7 @@ class RunFolder:
 
     def find_record(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that writes a file or folder; None if it never began."""
-        return self.run.stages.get(str(file.relative_to(self.path)))
+        return self.run.find_record(self.path, file)
 
     def find_finished(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
@@ -293,7 +293,7 @@ class RunFolder:
                 self.processes.decide(lambda: False)
                 self.share()
                 return self.load(file, load)
-            key = str(file.relative_to(self.path))
+            key = runs.stage_key(self.path, file)
             wanted = self._fingerprint(options)
             record = self.find_record(file)
             if os.path.lexists(file):
