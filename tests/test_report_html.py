@@ -171,6 +171,13 @@ def test_a_run_without_extras_says_what_to_type(tmp_path):
     assert "Benchmarks" not in text
 
 
+def test_a_folder_with_spaces_is_quoted_in_commands(tmp_path):
+    text = page_of(write_run(tmp_path / "my run", extras=False)).text
+    assert "isingcut baseline block-influence 'my run'" in text
+    assert "isingcut solve 'my run' --remove 4 --remove 8" in text
+    assert "isingcut heal 'my run/model' --out healed" in text
+
+
 def test_an_energy_alone_and_states_alone_still_make_a_page(tmp_path):
     run = write_run(tmp_path / "bare", extras=False)
     for name in ("evaluation", "candidates", "spectrum", "model/isingcut"):

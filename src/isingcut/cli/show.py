@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def show_energy(data: dict[str, Any]) -> None:
     """Print the path of the Hamiltonian, and the next command."""
     # A searched energy is for the given removals; other energies are for any.
     removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
-    show_lines(data["hamiltonian"], f"next: isingcut solve {data['folder']}{removal}")
+    show_lines(data["hamiltonian"], f"next: isingcut solve {shlex.quote(data['folder'])}{removal}")
 
 
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
@@ -263,7 +264,8 @@ def show_curve(folder: Path) -> None:
     title = "the best state of each size, on the ranking text"
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(
-        f"cut one: isingcut excise {folder} --remove {found[len(found) // 2]['remove']}",
+        f"cut one: isingcut excise {shlex.quote(str(folder))} --remove "
+        f"{found[len(found) // 2]['remove']}",
         "reports (each shows the whole curve):",
         *(f"{row['remove']}: {row['report']}" for row in found if row["report"] is not None),
     )

@@ -6,6 +6,7 @@ Reads files only, never a model, and does not import torch. A missing file is No
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -259,7 +260,7 @@ class RunFiles:
     @property
     def arguments(self) -> str:
         """Command-line arguments that select this removal, to type after a stage's verb."""
-        name = self.folder.resolve().name
+        name = shlex.quote(self.folder.resolve().name)
         solved = self.run.find_record(self.folder, self.target / "spectrum.json")
         if self.target == self.folder or solved is None:
             return name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from importlib.resources import files as resources
@@ -93,6 +94,7 @@ def _sentences() -> TemplateModule:
     environment.filters |= {
         "numbers": numbers,
         "join_blocks": join_blocks,
+        "quote": shlex.quote,
         "kl": lambda row: kl_of(row).text(),
     }
     environment.globals |= {
@@ -189,7 +191,7 @@ def _pages() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=_in_markdown,
     )
-    filters = (code, cell, cells, fence_text, join_blocks, numbers)
+    filters = (code, cell, cells, fence_text, join_blocks, numbers, shlex.quote)
     environment.filters |= {function.__name__: function for function in filters}
     environment.globals |= {**vars(report_rows), **globals()}
     return environment
