@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,7 @@ def data_of(config: RunConfig) -> Path | None:
 
 
 def hashes_of(config: RunConfig) -> dict[str, Any]:
-    """Return a stage option with the hash of each task's questions; empty if all are of the hub.
-
-    Records of older versions lack it; their scores are replaced.
-    """
+    """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
     data = data_of(config)
     found = {
         name: fingerprint(articles(data))
@@ -160,6 +158,7 @@ def benchmarks(
         "questions": config.questions,
         "data": bool(config.data),
         **({"left_out": fingerprint(but)} if but else {}),
+        **hashes_of(config),
     }
     work = checkpoint.with_name(".benchmarks")
 
@@ -167,15 +166,10 @@ def benchmarks(
         session.choose_tuning(folder)
         write_document(path, _score_both(session, checkpoint, tasks, but=but, kept=work))
 
-    return folder.stage(
-        "benchmarks",
-        checkpoint.with_name("benchmarks.json"),
-        options | hashes_of(config),
-        make,
-        lambda path: read_document(path, evaluations.BenchmarksFile),
-        completes=[options],
-        forget=lambda: benchmark.forget_scores(work, tasks),
-    )
+    file = checkpoint.with_name("benchmarks.json")
+    read = partial(read_document, model=evaluations.BenchmarksFile)
+    drop = partial(benchmark.forget_scores, work, tasks)
+    return folder.stage("benchmarks", file, options, make, read, forget=drop)
 
 
 def benchmark_checkpoint(

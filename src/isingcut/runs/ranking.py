@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -32,14 +33,7 @@ from isingcut.measure.work import Work, forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shorten
 from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
-from isingcut.runs import measuring, solving
-from isingcut.runs.benchmarking import (
-    check_run_tasks,
-    check_whole,
-    choose_by_tasks,
-    hashes_of,
-    last_blocks,
-)
+from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.measuring import names
@@ -135,12 +129,11 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     }
     if tokens := trial_tokens(config):
         options |= {"patch_tokens": tokens, "patch": config.patch}
-    check_run_tasks(config)
-    check_whole(session)
-    hashes: dict[str, Any] = {}
+    benchmarking.check_run_tasks(config)
+    benchmarking.check_whole(session)
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
-        hashes = hashes_of(config)
+        options |= benchmarking.hashes_of(config)
     journal, scores = target / "candidates.journal", target / ".asked"
     patched = target / "patched.journal"
 
@@ -165,7 +158,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             found = found.model_copy(update={"one_pass": quick})
         if config.choose == "tasks" and not folder.processes.rank:
             rows = found.candidates
-            position, by_tasks = choose_by_tasks(session, rows, scores)
+            position, by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
             why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
             chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
@@ -188,14 +181,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         benchmark.forget_scores(scores, split_names(config.tasks))
 
     return folder.stage(
-        "rank",
-        file,
-        options | hashes,
-        make,
-        solving.load_candidates,
-        completes=[options],
-        together=True,
-        forget=drop,
+        "rank", file, options, make, solving.load_candidates, together=True, forget=drop
     )
 
 
@@ -210,7 +196,8 @@ def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spect
     found = [row["removed"] for row in (*mine.get("finalists", []), *mine.get("one_pass", []))]
     solver = f"{spectrum.solver} and search" if found else spectrum.solver
     if config.choose == "tasks":
-        last = states_of(problem.n, [last_blocks(problem.n, len(spectrum.removed(0)))])
+        blocks = benchmarking.last_blocks(problem.n, len(spectrum.removed(0)))
+        last = states_of(problem.n, [blocks])
         found += [blocks_of(state) for state in last[problem.feasible(last)]]
     if not found:
         return spectrum
@@ -338,12 +325,5 @@ def compare(
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
-    return folder.stage(
-        "baseline",
-        file,
-        options,
-        make,
-        lambda path: read_document(path, states.BaselineFile),
-        together=True,
-        forget=lambda: forget(journal),
-    )
+    read, drop = partial(read_document, model=states.BaselineFile), partial(forget, journal)
+    return folder.stage("baseline", file, options, make, read, together=True, forget=drop)
