@@ -95,11 +95,9 @@ def prepare_task(name: str, data: Path | None, questions: int | None = None) -> 
     """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
     if is_file(name):
         return _read_file(user_path(name), questions)
-    return (
-        Prepared(name, None, "hub", questions)
-        if data is None
-        else _read_task(name, data, questions)
-    )
+    if data is None:
+        return Prepared(name, None, "hub", questions)
+    return _read_task(name, data, questions)
 
 
 def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:

@@ -37,8 +37,7 @@ _WRONG = {
     "value_error": "{error}",
 }
 """Messages for the error types of pydantic."""
-_FURTHER: dict[str, Any] = {"room": "", "bare": "", "metavar": None}
-_FURTHER |= dict.fromkeys(("typed", "argument"), False)
+_FURTHER = {"room": "", "bare": "", "metavar": None, "typed": False, "argument": False}
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:

@@ -104,14 +104,12 @@ class RunFiles:
     removal = _document("model/isingcut.json", cuts.CutRecord, "model")
     healing = _document("healing.json", healings.HealingFile, "healed")
     packing = _document("packing.json", runs.PackingFile)
+    _solved = _document("spectrum.json", states.SpectrumFile)
 
     @cached_property
     def spectrum(self) -> states.SpectrumFile | None:
         """Content of `spectrum.json`, with the further states that a search found."""
-        found = self.read(
-            self.target / "spectrum.json", partial(read_document, model=states.SpectrumFile)
-        )
-        return found and with_searched(found, self.candidates)
+        return self._solved and with_searched(self._solved, self.candidates)
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:

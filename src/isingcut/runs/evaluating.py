@@ -106,14 +106,9 @@ def evaluate(
             )
         write_document(path, found)
 
-    return folder.stage(
-        "evaluate",
-        file,
-        without_speed if skip else whole,
-        make,
-        lambda path: read_document(path, evaluations.EvaluationFile),
-        completes=completes,
-    )
+    wanted = without_speed if skip else whole
+    read = partial(read_document, model=evaluations.EvaluationFile)
+    return folder.stage("evaluate", file, wanted, make, read, completes=completes)
 
 
 def _add_drafts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +200,8 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
             folder.run.provenance.reading |= {name: WeightsRead(sweeps=sweeps)}
         measured.save(path)
 
-    return folder.stage(
-        "energy",
-        file,
-        options,
-        make,
-        Hamiltonian.load,
-        together=True,
-        forget=lambda: forget(journal),
-    )
+    drop = partial(forget, journal)
+    return folder.stage("energy", file, options, make, Hamiltonian.load, together=True, forget=drop)
 
 
 def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
