@@ -140,7 +140,7 @@ def legality(
         n: number of blocks of the decoder.
         attention: blocks that fill an attention cache, if known.
     """
-    types = text.get("layer_types")
+    types: Any = text.get("layer_types")
     with fields.catch_unknown_form("layer_types", types):
         rows = [
             LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
