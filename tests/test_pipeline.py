@@ -1,6 +1,5 @@
 """The whole job on tiny models: every stage, resuming, refusing, and the command line's errors."""
 
-import json
 import shutil
 
 import numpy as np
@@ -86,23 +85,6 @@ def test_a_second_call_changes_nothing(finished, llama, text):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
     job(llama, text, finished, remove=2, also="empirical-fisher")
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
-
-
-def test_a_killed_run_goes_on_from_what_is_there(finished, llama, text, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    manifest = json.loads((out / "run.json").read_text())
-    # The state that a kill during the ranking leaves.
-    for name in ("candidates.json", "evaluation.json", "report.md", "report.json", "report.html"):
-        (out / name).unlink()
-        manifest["stages"].pop(name, None)
-    shutil.rmtree(out / "model")
-    manifest["stages"].pop("model")
-    manifest["complete"] = False
-    (out / "run.json").write_text(json.dumps(manifest))
-    job(llama, text, out, remove=2, also="empirical-fisher")
-    again, first = (read_json(p / "candidates.json", "candidates") for p in (out, finished))
-    assert again == first
 
 
 def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
