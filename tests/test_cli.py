@@ -7,11 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
 
@@ -24,8 +21,6 @@ from isingcut.files.ownership import MARKER
 from isingcut.files.results import read_document, read_json
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
@@ -33,7 +28,6 @@ from isingcut.runs.folder import find_run
 from isingcut.runs.plan import make_plan
 from run_files import change, write_report, write_run
 from shared import OPTIONS, call
-from tiny import in_memory, samples
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -430,17 +424,6 @@ def test_differences_come_with_their_paired_errors(finished):
     assert 0 < found.nll_change_se < found.before.nll_se + found.after.nll_se
     page = (finished / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| perplexity \|.* [+-][\d.]+ ± [\d.]+ % \|", page)
-
-
-def test_progress_does_not_call_a_running_mean_the_lowest_so_far(llama):
-    said = []
-
-    def progress(description, total):
-        return nullcontext(SimpleNamespace(advance=lambda n, words="": said.append(words)))
-
-    replay = in_memory(llama)
-    measure(replay, samples(), np.eye(len(replay), dtype=bool), Work(progress=progress))
-    assert any("running mean of KL" in words for words in said)
 
 
 def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
