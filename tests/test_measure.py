@@ -52,28 +52,6 @@ def test_pairwise_is_exact_up_to_two_blocks():
     assert (energy.h_error > 0).all()
 
 
-def test_each_node_of_the_prefix_tree_is_run_once():
-    replay, tokens = tiny_replay("llama"), random_tokens()
-    n = len(replay)
-    ran = []
-    handles = [
-        b.self_attn.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
-        for i, b in enumerate(replay.blocks)
-    ]
-    rng = np.random.default_rng(5)
-    states = rng.random((9, n)) < 0.4
-    found = measure(replay, tokens, states, work=Work(10_000))
-    for handle in handles:
-        handle.remove()
-    prefixes = {
-        (i, tuple(state[:i]))
-        for state in [np.zeros(n, dtype=bool), *states]
-        for i in range(n)
-        if not state[i]
-    }
-    assert len(ran) == found.blocks_run == len(prefixes)
-
-
 def test_micro_batches_and_padding_do_not_change_the_losses():
     replay, tokens = tiny_replay("llama"), random_tokens()
     states = states_of(len(replay), [(1,), (0, 3)])
