@@ -248,24 +248,6 @@ def test_impossible_states_are_refused(source, tmp_path, removed, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("drop", [False, True])
-def test_mtp_layers_stay_unless_they_are_dropped(drop, tmp_path):
-    source = tiny_checkpoint("deepseek_v3", tmp_path / "source", num_mtp_layers=1)
-    with edit_tensors(source) as tensors:
-        last = {n: t for n, t in tensors.items() if n.startswith("model.layers.5.")}
-        tensors.update({n.replace("layers.5.", "layers.6."): t.clone() for n, t in last.items()})
-        tensors["model.layers.6.eh_proj.weight"] = torch.ones(32, 64)
-    excise(source, [0, 5], tmp_path / "out", drop_mtp=drop)
-    config = read(tmp_path / "out" / "config.json")
-    assert config["num_hidden_layers"] == 4
-    assert config["first_k_dense_replace"] == 1
-    assert config["num_nextn_predict_layers"] == int(not drop)
-    names = load_file(tmp_path / "out" / "model.safetensors")
-    assert sum("layers.4." in n for n in names) == (0 if drop else len(last) + 1)
-    assert not any("layers.5." in n or "layers.6." in n for n in names)
-    assert verify(tiny_model("deepseek_v3"), [0, 5], tmp_path / "out").difference <= 1e-6
-
-
 def test_depth_shaped_weights_are_sliced(tmp_path):
     source = tiny_checkpoint("gemma3n", tmp_path / "source")
     excise(source, [0, 7], tmp_path / "out")

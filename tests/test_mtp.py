@@ -79,6 +79,7 @@ def test_a_healing_keeps_mtp_layers(source, tmp_path):
 def test_dropped_mtp_layers_are_gone_everywhere_and_it_is_said(source, text, tmp_path):
     target = run(source, text, tmp_path / "run", patch="none", drop_mtp=True)
     assert count_mtp_layers(target / "model") == 0
+    assert not bytes_of(target / "model", OF_MTP)
     four = {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}
     assert [is_mtp(f"model.layers.{i}.x", four) for i in range(3, 7)] == [False, True, True, False]
     assert "draft_acceptance" not in read_json(target / "evaluation.json", "evaluation")["after"]
