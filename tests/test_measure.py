@@ -157,15 +157,6 @@ def in_pieces(q, reference, columns, method):
 
 
 @pytest.mark.parametrize("method", ["_add_compiled", "_add"])
-def test_masked_tokens_have_no_probability(method):
-    reference, q = logits(torch.float32)
-    reference[:, :3000] = q[:, :3000] = -torch.inf
-    sums = in_pieces(q, reference, 700, method)
-    p, other = (x[:, 3000:].double().log_softmax(-1) for x in (reference, q))
-    torch.testing.assert_close(sums.kl, (p.exp() * (p - other)).sum(-1), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
 @pytest.mark.parametrize("columns", [97, 700, WORDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, method):
@@ -189,9 +180,10 @@ def test_equal_logits_have_no_divergence_however_large(method):
 def test_masked_words_have_no_weight_and_nan_is_not_lost(method):
     reference, q = logits(torch.float32)
     masked = [x.clone() for x in (reference, q)]
+    # All of the first piece, and a part of the second.
     for x in masked:
-        x[:, 10:20] = -torch.inf
-    shown = [torch.cat([x[:, :10], x[:, 20:]], 1) for x in (reference, q)]
+        x[:, :1500] = -torch.inf
+    shown = [x[:, 1500:] for x in (reference, q)]
     p, other = (x.double().log_softmax(-1) for x in shown)
     sums = in_pieces(masked[1], masked[0], 1000, method)
     np.testing.assert_allclose(sums.kl, (p.exp() * (p - other)).sum(-1).numpy(), atol=2e-6)
