@@ -56,12 +56,8 @@ def test_every_number_has_both_ends(kind):
 
 WORDS = [
     ("--remove two", "--remove: cannot read 'two' as a removal"),
-    ("--remove 1..1000000000", "--remove: '1000000000' is too large; .* is 99,999"),
     ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
-    ("--budget params=0", "--budget: .*'0' is nothing; give more than 0"),
-    ("--budget memory=2GB", "--budget: .*expected a context .*, as memory=2GB@8k"),
     ("--remove 2 --budget file=9MB", "--budget file=9MB chooses the blocks .*; omit --remove"),
-    ("--keep 0-900000000", "--keep: '900000000' is too large; .* is 99,999"),
     ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
     ("--energy zorp", "unknown energy 'zorp'"),
     ("--also fisher,zorp", "unknown energy 'zorp'"),
@@ -79,9 +75,7 @@ WORDS = [
     ("--calibration ''", "--calibration is empty"),
     ("--samples many", "(?i)invalid value for '--samples'"),
     ("--zorp 1", "(?i)no such option: --zorp"),
-    ("--remove 2 --config /dev/zero", "/dev/zero is a device; expected a regular file"),
     ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a regular file"),
-    ("--remove 2 --config {here}", "is a folder; expected a regular file"),
     ("--remove 2 --config none.yaml", "none.yaml does not exist; expected a file"),
     ("--remove 2 --heal --healing heal.yaml", "--healing must be a section of the --config file"),
     ("--remove 2 --heal --healing 'seed: ['", "--healing while parsing"),
@@ -117,7 +111,6 @@ OTHERS = [
     ("baseline evopress gone --set step_tokens=[2048,1000000000]", "the largest number is 1,000"),
     (f"baseline cbo gone --set top={LONG}", "Exceeds the limit"),
     (f"baseline sleb gone --set loss={'[' * 5000}", "nested too deeply"),
-    ("excise gone --blocks 0-1000000000", "'1000000000' is too large; .* is 99,999"),
     ("excise gone --blocks three", "cannot read 'three' as block numbers"),
 ]
 
@@ -160,9 +153,7 @@ FILES = [
         "could not determine a constructor for the tag",
     ),
     ("a list", "- remove", "must have 'option: value' lines, got list"),
-    ("nothing", "", "must have 'option: value' lines, got NoneType"),
     ("tab", "remove:\n\t2", "not a readable YAML file"),
-    ("NUL", "remove: 2\0", "not a readable YAML file"),
     ("not UTF-8", b"remove: \xff", "is not UTF-8"),
     ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
     ("stream true", "stream: true", "stream must be text, got True"),
@@ -172,13 +163,11 @@ FILES = [
     ("samples of many digits", f"samples: {LONG}", "not a readable YAML file: Exceeds the limit"),
     ("samples of 90 digits", "samples: " + "9" * 90, "at most 1000000, got a number of more than"),
     ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
-    ("keep and drop", "keep: 3\ndrop: 2-5", "--keep and --drop both name block 3"),
     ("trust", "trust_remote_code: true", "cannot be set in a file; type --trust-remote-code"),
 ]
 HEAL_FILES = [
     ("trust", "trust_remote_code: true", "cannot be set in a file; type --trust-remote-code"),
     ("rate", "learning_rate: 1", "unknown option 'learning_rate'"),
-    ("samples", "samples: 0", "samples must be at least 1"),
 ]
 
 
@@ -238,7 +227,6 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
         ),
         ({"solve_seconds": 10**400}, r"solve.seconds must be a finite number"),
         ({"keep": [2], "drop": [2]}, "both name block 2"),
-        ({"remove": "1..1000000000"}, "too large"),
         ({"states": True}, "states must be a whole number, got True"),
         ({"calibration": "a\0b"}, r"(--|isingcut\.run: )calibration must not contain a NUL byte"),
         ({"calibration": "a\udc80"}, r"(--|isingcut\.run: )calibration must be UTF-8 text"),
@@ -259,7 +247,6 @@ def test_python_is_checked_alike(nothing, options, line):
 EARLY = [
     ("--remove 6", "--remove must be from 1 to 5 for this model of 6 blocks, got 6"),
     ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
-    ("--remove 99999", "from 1 to 5 for this model of 6 blocks, got 99999"),
     ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
     ("--remove attention+mlp=6", "--remove must be from 1 to 5 for this model"),
     ("--remove 2 --keep 0,17", "cannot keep block 17: blocks are numbered 0 to 5"),
@@ -329,21 +316,3 @@ def test_a_path_of_python_may_begin_at_home(arena):
     arena.run.rename(arena.home / "run")
     assert isingcut.open_run("~/run").path == arena.home / "run"
     assert RunConfig(model="~/m", out="~/o").validate().out == str(arena.home / "o")
-
-
-def test_a_curve_says_where_each_report_is(arena, capsys):
-    import json
-
-    from isingcut.cli.show import curve_data, show_curve
-
-    found = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
-    for size in ("1", "2"):
-        place = arena.run / f"remove-{size}"
-        place.mkdir()
-        (place / "candidates.json").write_text(json.dumps({**found, "remove": size}))
-        (place / "report.html").write_text("")
-    show_curve(arena.run)
-    said = capsys.readouterr().out
-    pages = [str(arena.run / f"remove-{size}" / "report.html") for size in ("1", "2")]
-    assert all(page in said for page in pages)
-    assert sorted(row["report"] for row in curve_data(arena.run)) == pages
