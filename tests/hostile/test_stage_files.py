@@ -24,7 +24,6 @@ WHOLE = {
     "truncated": (lambda c: c[: len(c) // 2], "not readable as JSON"),
     "binary": (lambda c: bytes(range(256)) * 9, "not readable as JSON"),
     "a list": (lambda c: b"[1, 2]", "not an isingcut .* file .*found None"),
-    "a number": (lambda c: b"7", "not an isingcut .* file .*found None"),
     "deep": (lambda c: b"[" * 100000 + b"]" * 100000, "nested deeper"),
     "deep inside": (
         lambda c: c.rstrip()[:-1] + b', "x": ' + b"[" * 999 + b"]" * 999 + b"}",
@@ -43,11 +42,7 @@ VERSIONS = {
     "newer": (2, "written by a newer isingcut"),
     "a truth": (True, "version: expected 1 or more, got True"),
     "a text": ("1", "version: expected 1 or more, got '1'"),
-    "a fraction": (1.5, "version: expected 1 or more, got 1.5"),
     "zero": (0, "version: expected 1 or more, got 0"),
-    "negative": (-3, "version: expected 1 or more, got -3"),
-    "null": (None, "version: expected 1 or more, got None"),
-    "a list": ([1], r"version: expected 1 or more, got \[1\]"),
 }
 FILES = [
     "run.json",
@@ -233,15 +228,6 @@ def nothing(arrays):
     pass
 
 
-def raw(name, change):
-    def prepare(arena):
-        file = arena.run / name
-        file.write_bytes(change(file.read_bytes()))
-        record(arena, name)
-
-    return prepare
-
-
 HAMILTONIAN, BOMB = "hamiltonian.safetensors", (1 << 62).to_bytes(8, "little")
 SHAPE = r"expected F64 of shape \(6,"
 ARRAYS = [
@@ -253,15 +239,11 @@ ARRAYS = [
     ("of other blocks", zeros(h=4, J=(4, 4)), "for 4 blocks, but the run's model has 6"),
     ("J of another size", zeros(J=(4, 4)), rf"J: {SHAPE} 6\), got"),
     ("J whole numbers", zeros("int64", J=(6, 6)), "J: expected F64 .* got I64"),
-    ("J half as precise", zeros("float32", J=(6, 6)), "J: expected F64 .* got F32"),
     ("J without number", poked("J", np.nan), "J has values that are not"),
-    ("h infinite", poked("h", np.inf), "h has values that are not finite"),
     ("J not symmetric", poked("J", 99.0), "J must be symmetric"),
-    ("c missing", without("c"), "the tensor c is missing"),
 ]
 HEADERS = [
     ("newer", {"version": 2}, "newer isingcut"),
-    ("version a text", {"version": "1"}, "version: expected 1 or more"),
     ("unit a list", {"unit": []}, "unit: expected a valid string"),
     ("meta a text", {"meta": "x"}, "meta: expected a valid dictionary"),
     ("passes a text", {"meta": {"passes": "1"}}, "meta.passes: expected a valid number"),
@@ -272,9 +254,9 @@ UNREADABLE = "not a readable safetensors file"
 TENSORS = [
     *((name, tensors(HAMILTONIAN, change), line) for name, change, line in ARRAYS),
     *((name, tensors(HAMILTONIAN, nothing, new), line) for name, new, line in HEADERS),
-    ("truncated", raw(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),
-    ("empty", raw(HAMILTONIAN, lambda c: b""), UNREADABLE),
-    ("a header bomb", raw(HAMILTONIAN, lambda c: BOMB + c[8:]), UNREADABLE),
+    ("truncated", rewritten(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),
+    ("empty", rewritten(HAMILTONIAN, lambda c: b""), UNREADABLE),
+    ("a header bomb", rewritten(HAMILTONIAN, lambda c: BOMB + c[8:]), UNREADABLE),
     ("a pipe", replaced(HAMILTONIAN, os.mkfifo), "a pipe; expected a regular file|not a regular"),
 ]
 ROWS += [Row(f"{HAMILTONIAN}: {name}", SOLVE, line, make) for name, make, line in TENSORS]
@@ -306,8 +288,6 @@ SPLITS = {
         lambda a: (zeros("int64", rank_input_ids=(0, 16))(a), zeros(bool, rank_mask=(0, 16))(a)),
         "do not match its hash",
     ),
-    "tokens fractions": (zeros(rank_input_ids=(3, 16)), "input_ids: expected I64 .* got F64"),
-    "tokens negative": (poked("rank.input_ids", -5), "do not match its hash"),
     "holes in a mask": (poked("rank.mask", False), "do not match its hash"),
     "other tokens": (poked("rank.input_ids", 5), "do not match its hash"),
 }
