@@ -14,6 +14,7 @@ from arena import Row
 from damage import both, edited, linked, truncated, written
 from transformers import AutoTokenizer
 
+from calibrating import chats, sentences
 from isingcut.data import text_files
 from isingcut.data.calibration import build
 from shared import snapshot
@@ -22,14 +23,8 @@ SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype flo
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "
 WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
 LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
-ITEMS = [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(60)]
-CHATS = "".join(
-    json.dumps(
-        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "y"}]}
-    )
-    + "\n"
-    for t in ITEMS
-)
+ITEMS = sentences(60)
+CHATS = "".join(json.dumps(chat) + "\n" for chat in chats(60))
 
 
 def packed(content):
@@ -64,19 +59,13 @@ HALF_CHAT = b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n'
 TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
-    ("a.txt", "a mark and no more", b"\xef\xbb\xbf", "a.txt is too short: .*found 0;"),
     ("a.txt", "utf-16", WORDS.encode("utf-16"), UTF8.format(0xFF)),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
-    ("a.txt", "binary", bytes(range(256)), UTF8.format(0x80)),
-    ("a.txt", "packed unnamed", packed(WORDS.encode()), UTF8.format(0x8B)),
     ("a.txt", "cut in a character", b"abc \xe2\x82", UTF8.format(0xE2)),
     ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),
     ("a.jsonl", "empty", b"", "a.jsonl has no records"),
     ("a.jsonl", "broken", TWO_LINES, r"a\.jsonl line 2 is not valid JSON"),
     ("a.jsonl", "two on a line", b'{"text": "a"}{"text": "b"}', "line 1 is not valid JSON: Extra"),
-    ("a.jsonl", "not a number", b'{"text": "a", "x": NaN}\n', "line 1 .*NaN is not JSON"),
-    ("a.jsonl", "a name twice", b'{"text": "a", "text": "b"}\n', "the key 'text' appears twice"),
-    ("a.jsonl", "a huge number", b'{"text": ' + b"9" * 9999 + b"}\n", "line 1 is not valid JSON"),
     ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "nested deeper than 200 levels"),
     ("a.jsonl", "a list", b"[1]\n", NO_OBJECT + "list"),
     ("a.jsonl", "other fields", b'{"body": "a"}\n', "neither 'text' nor 'messages' .it has body"),
@@ -92,8 +81,6 @@ CONTENTS = [
     ("a.json", "empty", b"", "a.json is not valid JSON"),
     ("a.json", "no records", b"[]", "a.json has no records"),
     ("a.json", "an object", b'{"text": "a"}', "a.json must be a list .*found dict"),
-    ("a.json", "lines", LINES.encode(), "a.json is not valid JSON: Extra data"),
-    ("a.json", "deep", DEEP, "a.json is not valid JSON: it is nested deeper than 200"),
     ("a.json", "mixed", b'["a", {"body": "b"}]', "item 1 has no 'text'"),
     ("a.csv", "empty", b"", "must have a column 'text'.* has nothing"),
     ("a.csv", "no text", b"id,body\n1,a\n", "must have a column 'text'.* has id, body"),
@@ -105,8 +92,6 @@ CONTENTS = [
     ("a.csv", "NUL", b"text\na\0b\n", NUL),
     ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is not a complete gzip file .Not a"),
     ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is not a complete gzip file"),
-    ("a.jsonl.gz", "empty", b"", "a.jsonl.gz has no records"),
-    ("a.txt.gz", "packed twice", packed(packed(WORDS.encode())), UTF8.format(0x8B)),
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
     ("a.jsonl.gz", "a bomb of one line", packed(b" " * (1 << 24)), "line 1 is longer than 524288"),
     ("a.jsonl.gz", "a bomb of lines", packed(b"\n" * (1 << 24)), "unpacks to more than 2097152"),
@@ -144,13 +129,11 @@ LOOP = "cannot (read|resolve) .*a.txt: (Too many levels|Symlink loop)"
 # Values of `--calibration`: name, value, expected line, preparation.
 PLACES = [
     ("a device", "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
-    ("the null device", "/dev/null", "/dev/null is a device"),
     ("a link to a device", "a.txt", "a.txt is a device", linked("a.txt", "/dev/zero")),
     ("a socket", "a.txt", "cannot read .*a.txt: No such device", bound_socket),
     ("a link to nothing", "a.txt", GONE, linked("a.txt", "none")),
     ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
     ("nothing", "none.txt", GONE),
-    ("no table", "none.csv", GONE),
     ("nothing at home", "~/none", GONE),
     ("no such user", "~nobody-there/a.txt", "no home folder of that name"),
     ("no name", "''", "--calibration is empty"),
@@ -211,6 +194,7 @@ def test_the_same_records_in_any_file_are_the_same_tokens(tokens_of):
     found = {name: tokens_of(name, content) for name, content in same.items()}
     assert len(set(found.values())) == 1, found
     plain = tokens_of("a.txt", WORDS.encode())
+    assert plain == tokens_of("b.txt", WORDS.encode("utf-8-sig"))
     assert plain == tokens_of("a.txt.gz", packed(WORDS.encode()))
 
 
@@ -285,7 +269,6 @@ def pipe_of(content, *, again=False):
 
 STREAMED = [
     ("nothing", b"", {}, "standard input is too short: .*found 0"),
-    ("a word", b"word", {}, "standard input is too short: .*found 0"),
     ("endless blanks", b" " * 65536, {"again": True}, None),
     ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
@@ -295,7 +278,6 @@ STREAMED = [
     ("a text", WORDS.encode(), {}, None),
     ("records", LINES.encode(), {}, None),
     ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
-    ("a packed text", packed(WORDS.encode()), {}, None),
     ("packed records", packed(LINES.encode()), {}, None),
 ]
 
@@ -367,10 +349,8 @@ def template(text):
 TEMPLATES = [
     ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
-    ("refuses", "{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
     ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
-    ("divides by nothing", "{{ 1 // 0 }}", "refuses these messages .*division"),
     ("writes half a character", "{{ '\\ud800' }}", "contains .*half of a character"),
 ]
 
