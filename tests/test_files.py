@@ -54,17 +54,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_failed_folder_leaves_nothing(tmp_path):
-    def half():
-        with atomic_folder(tmp_path / "d") as temporary:
-            (temporary / "x").write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        half()
-    assert not os.listdir(tmp_path)
-
-
 def test_whoever_may_read_the_folder_may_read_the_weights_in_it(tmp_path):
     """safetensors makes files that only their owner can read."""
     save_file({"a": torch.zeros(3)}, tmp_path / "alone.safetensors")
