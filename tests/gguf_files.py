@@ -58,6 +58,9 @@ NUMBERS = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
 }
+# A tiny llama whose rows can be packed, and its metadata.
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+WIDE_NUMBERS = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
 
 
 def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import isingcut
-from gguf_files import NUMBERS, named, write, write_gguf
+from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.models.cutting import gguf as gguf_cuts
 from isingcut.models.cutting.checkpoint import excise
@@ -249,15 +249,12 @@ def test_norms_that_a_converter_adds_one_to_get_it_too():
 @pytest.fixture(scope="module")
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
-    kind, wide = Kind.Q4_1, {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-    model = tiny_model("llama", **wide)
-    held = named({n: t.numpy() for n, t in model.state_dict().items()})
+    held = named({n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()})
     for name, values in held.items():
         if name.startswith("blk.") and values.ndim == 2:
-            held[name] = (gguf.quantize(values, kind), kind)
-    sizes = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
+            held[name] = (gguf.quantize(values, Kind.Q4_1), Kind.Q4_1)
     file = tmp_path_factory.mktemp("packed") / "tiny-Q4_1.gguf"
-    write(file, held, **sizes)
+    write(file, held, **WIDE_NUMBERS)
     return file
 
 

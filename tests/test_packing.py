@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import named, write
+from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from isingcut.console.progress import silent
 from isingcut.errors import ArchitectureError
 from isingcut.files.results import read_document
@@ -28,7 +28,6 @@ from shared import OPTIONS, call
 from tiny import in_memory, plain_sums, random_tokens, streamed, without
 
 pytestmark = pytest.mark.usefixtures("no_speed")
-WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 IDLE = 3
 """Index of the block that adds nothing to the stream, the only one that is free to remove."""
 
@@ -45,9 +44,8 @@ def file(tmp_path_factory):
     for name, values in held.items():
         packed = (gguf.quantize(values, kind), kind) if "ffn_down" in name else values
         held[name] = values.astype(np.float16) if values.ndim == 2 and packed is values else packed
-    sizes = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
     out = tmp_path_factory.mktemp("packing") / "tiny.gguf"
-    write(out, held, **sizes)
+    write(out, held, **WIDE_NUMBERS)
     return out
 
 
