@@ -93,16 +93,20 @@ def everything(folder, dtype):
     return values
 
 
-@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
-def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
-    folder = tiny_checkpoint(family, tmp_path)
-    model = load(folder, dtype="bfloat16", device="cpu").model
+def reads_what_is_loaded(folder, dtype):
+    """Check that streaming reads the tensors that transformers loads."""
+    model = load(folder, dtype=dtype, device="cpu").model
     expected = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
-    found = everything(folder, torch.bfloat16)
+    found = everything(folder, getattr(torch, dtype))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
+def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
+    reads_what_is_loaded(tiny_checkpoint(family, tmp_path), "bfloat16")
 
 
 @pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
@@ -110,10 +114,7 @@ def test_reads_float8_weights_and_others_in_pieces(layout, tmp_path, monkeypatch
     monkeypatch.setattr("isingcut.models.streaming.reader._STAGE", 256)
     folder = tiny_checkpoint("qwen3", tmp_path)
     quantise(folder, layout)
-    model = load(folder, dtype="bfloat16", device="cpu").model
-    found = everything(folder, torch.bfloat16)
-    for name, value in model.state_dict(keep_vars=True).items():
-        assert torch.equal(found[name], value), name
+    reads_what_is_loaded(folder, "bfloat16")
 
 
 def test_reads_shards_and_old_names(tmp_path):
@@ -151,11 +152,7 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
 
 def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.streaming.reader._slices", lambda *a: None)
-    folder = tiny_checkpoint("mixtral", tmp_path)
-    model = load(folder, dtype="float32", device="cpu").model
-    found = everything(folder, torch.float32)
-    for name, value in model.state_dict(keep_vars=True).items():
-        assert torch.equal(found[name], value), name
+    reads_what_is_loaded(tiny_checkpoint("mixtral", tmp_path), "float32")
 
 
 def test_weights_that_can_only_be_loaded_whole_are_refused(tmp_path):
