@@ -15,7 +15,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, left
 from ranks import join, start, type_in
-from shared import write_words
+from shared import call, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -84,9 +84,7 @@ def _all(place, out, notes):
         _typed(place, out / "fisher", "fisher"),
         _typed(place, out / "refined", "refined"),
     ):
-        with pytest.raises(SystemExit) as end:
-            type_in(*arguments)
-        assert end.value.code == 0
+        assert call(*arguments) == 0
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
     path.write_text(json.dumps(computed), encoding="utf-8")
 
@@ -134,13 +132,9 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
 def _measure(place, out, given):
     with fake_cards(4) if "--device" in given else nullcontext():
         for name in ("pairwise", "fisher", "refined"):
-            with pytest.raises(SystemExit) as end:
-                type_in(*_typed(place, out / name, name, also=False), *given)
-            assert end.value.code == 0
+            assert call(*_typed(place, out / name, name, also=False), *given) == 0
         whole = ["run", *_typed(place, out / "whole", "refined")[1:], "--patch-tokens", 256]
-        with pytest.raises(SystemExit) as end:
-            type_in(*whole, "--skip-speed", *given)
-        assert end.value.code == 0
+        assert call(*whole, "--skip-speed", *given) == 0
 
 
 @pytest.mark.parametrize(
