@@ -107,7 +107,6 @@ def test_evaluator_resumes_from_its_journal(replay, tokens, tmp_path, monkeypatc
     [
         (16, 4096, [2, 6, 16]),
         (22, 4200, [3, 8, 22]),
-        (16, 2048, [2, 6, 16]),
         (128, 32768, [2, 6, 18, 54, 128]),
         (2, 512, [1, 2]),
     ],
