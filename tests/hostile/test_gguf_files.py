@@ -14,6 +14,7 @@ from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_mod
 from isingcut.errors import InputError
 from isingcut.files.writing import lock_place
 from isingcut.models import gguf_files
+from isingcut.models.sources import model_identity
 from shared import snapshot
 
 FILE = "m.gguf"
@@ -44,16 +45,12 @@ def empty_list(data):
 # Errors in the header, for `inspect` (which converts) and for `excise --gguf` (which cuts).
 HEADERS = [
     ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
-    ("an empty block", lacking("blk.3."), "says 6 blocks but has tensors of 5"),
     ("a block more", file(seventh), "says 6 blocks but has tensors of 7"),
     ("no block at all", lacking("blk."), "says 6 blocks but has tensors of 0"),
-    ("few blocks", file(block_count=3), "says 3 blocks but has tensors of 6"),
     ("billions of blocks", file(block_count=2**32 - 1), "says 4294967295 blocks but has tensors"),
     ("no number of blocks", file(block_count=None), "'llama.block_count' with a whole number"),
-    ("blocks in words", file(block_count="six"), "'llama.block_count' with a whole number"),
     ("blocks in pieces", file(block_count=6.0), "'llama.block_count' with a whole number"),
     ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
-    ("half of the file", changed(lambda d: d[: len(d) // 2]), BAD + "it ends early"),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
     ("the magic alone", written(FILE, b"GGUF"), BAD + "it ends early"),
     ("version 9", at(4, "I", 9), BAD + ".*version 9"),
@@ -69,7 +66,6 @@ HEADERS = [
     ("no architecture", raw([], [info()]), "no metadata 'general.architecture'"),
     ("architecture in digits", raw([pair("general.architecture", WORD, bytes(4))]), "no metad"),
     ("a dangling file", linked(FILE, "nowhere"), "m.gguf is a broken link"),
-    ("a device", linked(FILE, "/dev/zero"), "m.gguf is a device; expected a regular file"),
     ("a pipe", pipe(FILE), "m.gguf is a pipe"),
     ("a folder", lambda arena: (arena.here / "m.gguf").mkdir(), "no config.json|is a folder"),
     ("an empty file", written(FILE, b""), "no(t a)? GGUF file"),
@@ -78,15 +74,12 @@ HEADERS = [
 # Errors that only building the model reveals.
 CONVERTED = [
     ("blocks that all lack a tensor", lacking("ffn_up"), "lacks 6 tensors .*0.mlp.up_proj.weight"),
-    ("no norm", lacking("output_norm"), "lacks 1 tensors .*model.norm.weight"),
     ("no embedding", lacking("token_embd"), "lacks 1 tensors .*embed_tokens"),
     ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], but"),
     ("another width", file(embedding_length=64), r"has the shape .*, but its model expects .*64"),
     ("a huge width", file(embedding_length=2**30), "more than its weights have"),
-    ("a huge feed-forward", file(feed_forward_length=2**31), "more than its weights have"),
     ("no width", file(embedding_length=0), "m.gguf"),
     ("a width in words", file(embedding_length="wide"), "cannot load m.gguf with transformers"),
-    ("heads in words", file(**{"attention.head_count": "four"}), "cannot load m.gguf with transf"),
     ("no heads", file(**{"attention.head_count": 0}), "cannot load m.gguf with transformers"),
     ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
     ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values"),
@@ -166,6 +159,7 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
         mine = gguf_files.convert_file(arena.here / "m.gguf")
     other.join(60)
     assert found == [mine]
+    assert model_identity(mine)["gguf_sha256"] == mine.name
     assert len(converted) == 1
 
 
