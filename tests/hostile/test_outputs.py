@@ -41,7 +41,6 @@ PLACES = {
     "around the model": ("{here}", None, OF_SOURCE),
     "a link to the model": ("{here}/link", linked("link", "model"), OF_SOURCE),
     "the text": ("{text}", None, OF_SOURCE),
-    "a link to the text": ("{here}/link", linked("link", "text.txt"), OF_SOURCE),
 }
 RUNS = [
     Row(
