@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models import device, gguf_files
+from isingcut.models import device
 from isingcut.models import load as models
 from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
@@ -31,11 +31,6 @@ def _no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
-
-
-def test_a_local_folder_is_itself(folder):
-    assert resolve(str(folder)) == folder
-    assert hub_id(str(folder)) is None
 
 
 @pytest.mark.parametrize(
@@ -118,31 +113,6 @@ def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path
     with edit_config(copy) as config:
         config["rope_theta"] = 5.0
     assert model_identity(copy)["sha256"] != first["sha256"]
-
-
-def test_a_failed_conversion_leaves_nothing_and_a_good_one_is_kept(tmp_path, monkeypatch):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF and more")
-
-    def fails(path, folder):
-        (folder / "half").write_text("done")
-        raise ModelError("cannot")
-
-    monkeypatch.setattr(gguf_files, "_count_numbers", lambda path: 0)
-    monkeypatch.setattr(gguf_files, "unpack_gguf", fails)
-    with pytest.raises(ModelError, match="cannot"):
-        resolve(str(file))
-    assert not (tmp_path / "cache").exists()
-    calls = []
-    monkeypatch.setattr(
-        gguf_files,
-        "unpack_gguf",
-        lambda path, folder: calls.append(tiny_checkpoint("llama", folder)),
-    )
-    first = resolve(str(file))
-    assert resolve(str(file)) == first
-    assert len(calls) == 1
-    assert model_identity(first)["gguf_sha256"] == first.name
 
 
 def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
