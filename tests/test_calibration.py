@@ -8,7 +8,7 @@ import torch
 
 from calibrating import COUNTS, SIZES, chats, refused, sentences
 from isingcut.data import corpora
-from isingcut.data.calibration import Calibration, build
+from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError, InputError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import write_jsonl
@@ -40,13 +40,6 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
     for tokens in found.splits.values():
         assert (tokens.input_ids[:, 0] == tokenizer.bos_token_id).all()
         assert (tokens.input_ids[:, 1:] != tokenizer.bos_token_id).all()
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)), encoding="utf-8-sig")
-    (tmp_path / "b.txt").write_text("".join(sentences(40)), encoding="utf-8")
-    first, second = (build(str(tmp_path / f"{n}.txt"), tokenizer, **SIZES) for n in "ab")
-    assert first.sha256 == second.sha256
 
 
 # documents ----------------------------------------------------------------------------
@@ -112,22 +105,6 @@ def test_counts_and_length_are_checked(tokenizer):
 
 
 # files --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)), encoding="utf-8")
-    built = build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
-    built.save(tmp_path / "calibration.safetensors")
-    return built, tmp_path / "calibration.safetensors"
-
-
-def test_saved_and_loaded_are_the_same(saved):
-    built, path = saved
-    found = Calibration.load(path)
-    assert found.sha256 == built.sha256
-    assert found.source == built.source
-    assert dict(found.meta) == dict(built.meta)
 
 
 def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):

@@ -177,7 +177,8 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
     path = tmp_path / "calibration.safetensors"
     built.save(path)
     found = Calibration.load(path)
-    assert found.sha256 == built.sha256
+    assert (found.sha256, found.source) == (built.sha256, built.source)
+    assert dict(found.meta) == dict(built.meta)
     assert {k: s.parts for k, s in found.splits.items()} == {
         k: s.parts for k, s in built.splits.items()
     }
