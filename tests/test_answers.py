@@ -24,7 +24,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.results import read_json
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
-from isingcut.healing.training.student import install
+from isingcut.healing.training.student import install, split_head
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
@@ -318,9 +318,10 @@ def test_activations_are_compared_where_answers_are_predicted():
     np.testing.assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_healing_learns_the_answers_in_their_context(family):
+@pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
+def test_healing_learns_the_answers_in_their_context(family, parts):
     teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    assert (split_head(student) is not None) == parts
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)
     install(student, student, teacher)
