@@ -198,9 +198,6 @@ def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
     got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
     assert got.info["order"] == order
     assert got.info["evaluations"] == (4 + 3 + 2 if ends else 6 + 5 + 4)
-    # States share prefixes, so a step costs less than its states one by one.
-    assert got.passes < got.info["evaluations"] * 5 / 6
-    assert got.heads == got.info["evaluations"] + (loss == "kl")
 
 
 def test_sleb_keeps_the_ends_to_the_last():
@@ -440,10 +437,6 @@ def test_a_broken_constraint_is_said(capsys, folder):
     found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
     assert found["violated"] == expected
-    # SLEB keeps two blocks, so it cannot remove five of six.
-    code, shown = call(capsys, "baseline", "sleb", folder, "--remove", "5")
-    assert code == 2
-    assert "cannot remove 5 of 6" in shown
 
 
 def test_settings_are_read_with_the_type_of_their_default():
