@@ -145,10 +145,3 @@ def test_differences_are_paired() -> None:
     # Residuals of the gaps 1 and 0 around 1/12 per token: 2/3 and -2/3.
     assert gap == pytest.approx(1 / 12)
     assert error == pytest.approx(math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
-
-
-def test_committed_results_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    runner.run(Healing, ["--summary"])
-    shown = capsys.readouterr().out
-    assert "patches_patch_percent_6: 43.68" in shown
-    assert "coder_recovered_percent_7_at_0.041M: " in shown
