@@ -220,7 +220,7 @@ class Bench:
                 (each[mask[:, 1:]].sum() / count).backward()
             optimiser.step()
             optimiser.zero_grad()
-            clock.tick()
+            clock.advance()
         return self.per_token(clock)
 
     def trl(self, distilling: bool) -> list[float]:
@@ -250,9 +250,8 @@ class Bench:
             "remove_unused_columns": False,
             "gradient_checkpointing": False,
         }
-        student = reload(self.cut, dtype=torch.float32)
         given: dict[str, Any] = {
-            "model": student,
+            "model": reload(self.cut, dtype=torch.float32),
             "train_dataset": Dataset.from_dict({"input_ids": rows}),
             "processing_class": self.original.tokenizer,
             "data_collator": padded,
@@ -285,15 +284,12 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def tick(self) -> None:
-        self.ends.append(now())
-
     def steps(self) -> list[float]:
         """Return the seconds of every step after the warm-up."""
         return [b - a for a, b in itertools.pairwise(self.ends[WARM_UP - 1 :])]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.tick()
+        self.advance()
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float) -> Iterator[Any]:
@@ -301,7 +297,7 @@ class Clock(TrainerCallback):
         yield self if description.startswith("healing") else Mock()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
-        self.tick()
+        self.ends.append(now())
 
 
 def parser() -> argparse.ArgumentParser:
