@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 
 from isingcut.models.sources import PACKAGED, PACKAGED_DISTRIBUTION, resolve
 from isingcut.testing.tiny import tiny_model
-from studies.runner import STUDIES, Content
+from studies.runner import STUDIES, Content, read, write
 
 # The smallest shape that vLLM's attention supports on CPUs; the vocabulary is SmolLM2's.
 SHAPE: dict[str, Any] = {
@@ -140,25 +139,19 @@ def _write_source(subject: Subject, folder: Path) -> None:
     AutoTokenizer.from_pretrained(resolve(PACKAGED)).save_pretrained(folder)
     # The class name on hubs, the only one that transformers 4 of the converter supports.
     named = folder / "tokenizer_config.json"
-    told = json.loads(named.read_text(encoding="utf-8"))
-    _write(named, told | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write(named, read(named) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     if subject.pattern:
         _as_on_hubs(folder / "config.json", subject.pattern)
 
 
 def _as_on_hubs(path: Path, pattern: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    dropped = {"layers_block_type"}
+    config, dropped = read(path), {"layers_block_type"}
     if "E" not in pattern:
         dropped |= {
             k for k in config if k in ROUTER or "expert" in k or k.startswith(("moe_", "mtp_"))
         }
     config = {k: v for k, v in config.items() if k not in dropped}
-    _write(path, config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(path, config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)})
 
 
 def packed_model() -> Path:
