@@ -143,17 +143,16 @@ def main() -> None:
             work()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
+
+    def ratio(name: str, base: str) -> float:
+        pairs = zip(seconds[name], seconds[base], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
     difference = np.abs(rows["batched"] - rows["one"]).max() / np.abs(rows["one"]).max()
     print(f"\n{'side':<10}{'ms/token':>10}{'ratio to forward':>18}")
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {
-        name: statistics.median(
-            value / base for value, base in zip(values, seconds["forward"], strict=True)
-        )
-        for name, values in seconds.items()
-    }
     for name in sides:
-        print(f"{name:<10}{1000 * median[name] / tokens.tokens:>10.3f}{ratios[name]:>18.2f}")
+        each = 1000 * statistics.median(seconds[name]) / tokens.tokens
+        print(f"{name:<10}{each:>10.3f}{ratio(name, 'forward'):>18.2f}")
     # In bfloat16 the difference is the rounding of thirty blocks; in float32 the sides agree.
     print(f"largest difference between the two gradient matrices: {difference:.1e} of the largest")
     peak, added, held = in_process(peak_of, "batched", arguments)
@@ -162,11 +161,8 @@ def main() -> None:
         f"peak memory: batched {peak:.0f} MB ({added:.0f} MB above the loaded model), "
         f"forward {base:.0f} MB ({base_added:.0f} MB above); parameter gradients held: {held}"
     )
-    speedup = statistics.median(
-        one / batched for one, batched in zip(seconds["batch 1"], seconds["batched"], strict=True)
-    )
-    print(f"\ngradients_forward_ratio: {ratios['batched']:.3f}")
-    print(f"gradients_batch1_speedup: {speedup:.3f}")
+    print(f"\ngradients_forward_ratio: {ratio('batched', 'forward'):.3f}")
+    print(f"gradients_batch1_speedup: {ratio('batch 1', 'batched'):.3f}")
     print(f"gradients_peak_mb: {peak:.0f}")
 
 
