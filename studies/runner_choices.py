@@ -67,9 +67,6 @@ class Setting:
         journal = self.work.journal
         return replace(self.work, journal=journal and journal.with_name(f"{journal.name}-{what}"))
 
-    def budget(self, remove: int) -> float:
-        return self.budgets.get(remove) or greedy_price(len(self.replay), remove)
-
     def priced(self, removed: Sequence[int], passes: float, heads: float) -> Outcome:
         """Return a choice; its cost is converted from passes over ``wide`` to ``tokens``."""
         scale = float(self.wide.mask.sum() / self.tokens.mask.sum())
@@ -150,13 +147,14 @@ def _evolution(s: Setting, remove: int) -> Outcome:
     held, evopress = int(s.wide.mask.sum()), registry.get("evopress")
     first = FIRST_STEP if held >= 4 * FIRST_STEP else max(1, held // 4)
     steps, best = (first, min(LAST_STEP, held)), None
+    budget = s.budgets.get(remove) or greedy_price(len(s.replay), remove)
     published = math.ceil(remove * (len(s.replay) - remove) / 1.5)
     for initial in (64, 32, 16, 8, 4, 2, 1):
         for generations in range(published + 1):
             part = evopress(generations=generations, step_tokens=steps, initial=initial)
             found = part.choose(s.replay, s.wide, remove, s.working("wide"), s.seed)
             longer = s.priced(found.removed, found.passes, found.heads)
-            if longer.passes > s.budget(remove):
+            if longer.passes > budget:
                 break
             best = longer
         if best:
