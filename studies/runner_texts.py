@@ -82,9 +82,8 @@ class Texts:
         """Return the paths of two files: first and second half of a data file's documents."""
         records, name = self._records(file), Path(file).name
         middle = len(records) // 2
-        parts = {f"{name}-first": records[:middle], f"{name}-second": records[middle:]}
-        first, second = (self._write(*item) for item in parts.items())
-        return first, second
+        first = self._write(f"{name}-first", records[:middle])
+        return first, self._write(f"{name}-second", records[middle:])
 
     def training(self, samples: int, report_samples: int, seed: int) -> healing_text.HealingText:
         """Return the healing text: 50 % Wikipedia leads, 30 % conversations, 20 % code."""
