@@ -94,11 +94,9 @@ class RepairStudy(ModelStudy):
                 heal_checkpoint(job, text, out)
             record = read(out / "healing.json")
             found = {
-                "removed": list(removed),
                 "tokens_seen": record.get("tokens_seen"),
                 "stopped": record.get("stopped"),
                 "training": [step["loss"] for step in record["steps"]],
-                "patch": record.get("patch", {}).get("cuts"),
                 **self._judged(out, stage, journal),
             }
             if stage != "patched":
