@@ -31,10 +31,8 @@ def test_a_tiny_study_runs_to_its_figures(
     assert [len(row["healed"]["right"]["piqa"]) for row in content["repaired"]] == [6] * 3
 
 
-def test_states_are_distinct_and_of_one_size() -> None:
+def test_states_are_those_of_the_committed_results() -> None:
     found = study.chosen_states(44, 30)
-    assert len({tuple(s) for s in found}) == 44
-    assert all(len(set(s)) == 6 and set(s) <= set(range(30)) and s == sorted(s) for s in found)
     assert found == runner.read(runner.STUDIES / "objectives/results/objectives.json")["states"]
 
 
