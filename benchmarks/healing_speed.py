@@ -96,6 +96,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
+        self.micro = options.micro_batch or options.batch
         source = tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
         self.original = load(resolve(str(source)), dtype=options.dtype)
         self.removed = (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
@@ -116,15 +117,6 @@ class Bench:
             seed=0,
         ).train
 
-    def described(self) -> str:
-        """Return the conditions in one line."""
-        o = self.options
-        return (
-            f"{'tiny' if o.tiny else o.model} without {len(self.removed)} blocks, "
-            f"{str(self.original.dtype).removeprefix('torch.')}, steps of {o.batch} x {o.length}, "
-            f"{torch.get_num_threads()} threads, {self.original.device}, torch {torch.__version__}"
-        )
-
     def run(self, side: str) -> list[float]:
         """Return the seconds per real token of every step of one side."""
         changed = {
@@ -142,10 +134,7 @@ class Bench:
         o = self.options
         flat = self.tokens.input_ids[self.tokens.mask]
         rows = flat[: len(flat) // o.length * o.length].view(-1, o.length)
-        return list(rows.to(self.original.device).split(self.micro()))
-
-    def micro(self) -> int:
-        return self.options.micro_batch or self.options.batch
+        return list(rows.to(self.original.device).split(self.micro))
 
     def teacher(self) -> list[float]:
         """Time the teacher's forward pass."""
@@ -181,7 +170,7 @@ class Bench:
         o, clock = self.options, Clock()
         work = self.folder / f"work-{next(self.numbers)}"
         settings = {"max_steps": o.steps, "save_steps": 10**6}
-        settings["per_device_train_batch_size"] = self.micro()
+        settings["per_device_train_batch_size"] = self.micro
         if o.micro_batch is not None:
             settings["gradient_accumulation_steps"] = o.batch // o.micro_batch
         config = HealConfig(length=o.length, trainer=settings, **changes)
@@ -194,7 +183,7 @@ class Bench:
 
     def batches(self) -> list[list[TokenSet]]:
         """Return the samples in order: steps of micro-batches, padded to their longest sample."""
-        o, micro = self.options, self.micro()
+        o, micro = self.options, self.micro
         return [
             [self.tokens.select(range(b, b + micro)) for b in range(a, a + o.batch, micro)]
             for a in range(0, self.tokens.samples, o.batch)
@@ -229,7 +218,7 @@ class Bench:
         from trl import SFTConfig, SFTTrainer
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-        o, clock, micro = self.options, Clock(), self.micro()
+        o, clock, micro = self.options, Clock(), self.micro
         rows = [
             ids[m].tolist() for ids, m in zip(self.tokens.input_ids, self.tokens.mask, strict=True)
         ]
@@ -373,7 +362,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser().error("--micro-batch must divide --batch")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
-        print(bench.described(), flush=True)
+        print(
+            f"{'tiny' if options.tiny else options.model} without {len(bench.removed)} blocks, "
+            f"{str(bench.original.dtype).removeprefix('torch.')}, "
+            f"steps of {options.batch} x {options.length}, {torch.get_num_threads()} threads, "
+            f"{bench.original.device}, torch {torch.__version__}",
+            flush=True,
+        )
         found: dict[str, float] = {}
         for text in options.text:
             bench.take(text)
