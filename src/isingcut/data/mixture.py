@@ -122,9 +122,7 @@ def parts_of(source: str) -> tuple[Part, ...]:
     files = [_without_folder(name) for name in sources]
     whole = sum(weight for _, weight in named)
     if not min(weight for _, weight in named) / whole:
-        raise CalibrationError(
-            f"the weights of the mixture {source!r} are too large or too unequal"
-        )
+        raise CalibrationError(f"the weights in {source!r} are too large or too unequal")
     return tuple(
         Part(name, file if files.count(file) == 1 else name, weight / whole)
         for (name, weight), file in zip(named, files, strict=True)
