@@ -240,13 +240,14 @@ def deep_cuts() -> plt.Figure:
     colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
     colours |= {"cbo": "purple", "random": "brown"}
     for axes, m in zip(all_axes, ("12", "15", "18"), strict=True):
-        for method, rows in healed_rows(m).items():
+        methods = healed_rows(m)
+        for method, rows in methods.items():
             if len(rows) > 1:
                 colour, kl = colours.get(method, GREY), [s["pooled"]["kl"] for _, s in rows]
                 style = "o--" if method == "sleb" else "o-"
                 axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=method)
         axes.set(title=f"{m} of 30 blocks removed", yscale="log")
-        healed = [f"healed,\n{t / 1e6:.1g} M" for t, _ in healed_rows(m)["isingcut"][2:]]
+        healed = [f"healed,\n{t / 1e6:.1g} M" for t, _ in max(methods.values(), key=len)[2:]]
         axes.set_xticks(range(2 + len(healed)), ["cut", "patched", *healed])
         axes.set_yticks(ticks := [1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
