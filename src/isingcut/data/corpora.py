@@ -23,14 +23,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from isingcut.data import text_files
 from isingcut.data.conversations import Render, mark_answers, render_chat
 from isingcut.data.mixture import (
+    FORMATS,
     find_object,
+    has_format,
     is_object_name,
     name_part,
     parts_of,
     place_of,
     places_in,
 )
-from isingcut.data.text_files import FORMATS, Record, clear_errors, has_format, read_text
+from isingcut.data.text_files import Record, clear_errors, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
@@ -169,12 +171,11 @@ def _check_one(source: str) -> None:
     if source == "-" or _is_file(path):
         text_files.check(path, words_for(source), _SOURCES)
         return
-    named_as_file = has_format(path)
     folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
     if folder.is_dir():
-        if named_as_file or not _data_files(folder):
+        if has_format(path) or not _data_files(folder):
             raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
-    elif named_as_file or source.startswith((".", "/", "~")):
+    elif has_format(path) or source.startswith((".", "/", "~")):
         raise CalibrationError(f"the calibration file {source!r} does not exist; {_SOURCES}")
 
 

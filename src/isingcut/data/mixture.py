@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isingcut.data.text_files import has_format
 from isingcut.errors import CalibrationError, InputError, IsingcutError
 from isingcut.files.inputs import user_path
 
+FORMATS = (".txt", ".jsonl", ".json", ".csv")
+"""Endings of text files; each may be compressed, with `.gz`."""
 _NAME = re.compile(r".* in memory \([0-9a-f]{16}\)")
 _objects: dict[str, list[Any]] = {}
+
+
+def has_format(path: Path) -> bool:
+    """Whether a file name has the ending of one of `FORMATS`, compressed or not."""
+    return path.name.lower().removesuffix(".gz").endswith(FORMATS)
 
 
 def is_object_name(word: str) -> bool:

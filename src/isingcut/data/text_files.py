@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from isingcut.data.mixture import FORMATS
 from isingcut.data.tokens import LONGEST, cut
 from isingcut.errors import CalibrationError, IsingcutError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
@@ -25,7 +26,6 @@ from isingcut.files.inputs import SMALL, parse_json, user_path
 Record = tuple[str, dict[str, Any]]
 """The location of a record (file and line), for messages, and its fields."""
 
-FORMATS = (".txt", ".jsonl", ".json", ".csv")
 RECORD = SMALL
 """Largest size of one record, and of a whole .json, in bytes."""
 UNPACKED = 1 << 30
@@ -238,11 +238,6 @@ def check(path: Path, name: str, advice: str) -> None:
     nameless = typed == "-" or typed.startswith(("/dev/", "/proc/"))
     if stat.S_ISREG(mode) and not (suffix in FORMATS or packed or nameless):
         raise CalibrationError(f"{name} is not one of {', '.join(FORMATS)}; {advice}")
-
-
-def has_format(path: Path) -> bool:
-    """Whether a file name has the ending of one of `FORMATS`, compressed or not."""
-    return _kind(path)[0] in FORMATS
 
 
 def _kind(path: Path) -> tuple[str, bool]:

@@ -105,8 +105,7 @@ class Prices:
         self.remove = max(1, self.n // 5)
         if config.removal:
             last, parameters = each_removal(config)[-1], found.parameters
-            timed = min(TIMED_TOKENS, found.positions or TIMED_TOKENS)
-            seconds = [timed * each for each in self.latency]
+            seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
             blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
             self.remove = Target.of(last.removal, removal_rows(blocks, last), self.n).size
         self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
