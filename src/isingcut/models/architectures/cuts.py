@@ -382,13 +382,13 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     others = _NUMBERED.finditer(entry, match.end()) if entry.startswith("re:") else ()
     numbers = [number, *(other.group(2) for other in others)]
     if number.isdigit() and len(numbers) == 1 and ")" not in match.group(1):
-        old = int(number)
-        # A glob directly after the digits ("layers.1*") also matches 10 to 19.
-        if entry[match.end() :].startswith("*") and not entry.startswith("re:"):
-            number += "*"
-        else:
-            rest = entry[match.end(2) :]
-            return [f"{head}{mapping[old]}{rest}"] if old in mapping else []
+        rest, regular = entry[match.end(2) :], entry.startswith("re:")
+        # After the digits, "*" in a glob and ".*" or the end in an expression match 10 to 19 too.
+        if regular and re.match(r"$|\.[*+?{]", rest):
+            number, rest = f"{number}*", rf"(?!\d){rest}"
+        elif rest.startswith("*") and not regular:
+            number, rest = f"{number}*", rest[1:] or ".*"
+        return [f"{head}{mapping[int(i)]}{rest}" for i in fnmatch.filter(map(str, mapping), number)]
     if _ANY_NUMBER.issuperset(numbers):
         return [entry]
     if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
