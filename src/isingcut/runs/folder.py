@@ -301,9 +301,7 @@ class RunFolder:
                     raise OutputExistsError(
                         f"{file} was not written by this run and is not replaced; move it away"
                     )
-                # Records of older versions lack the hashes of questions; they are replaced.
-                older = {k: v for k, v in options.items() if k != "files"}
-                fits = [wanted, *map(self._fingerprint, (older, *completes))]
+                fits = [wanted, *map(self._fingerprint, completes)]
                 if record.fingerprint not in fits and not self.overwrite:
                     raise OutputExistsError(
                         f"{file} was made with other options ({_difference(record, options)}); "
