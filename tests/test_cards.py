@@ -296,6 +296,15 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "found.json").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_checks(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "carry_out", None)
+    (tmp_path / "file").touch()
+    with fake_cards() as (card,):
+        out = str(tmp_path / "file" / "found.json")
+        assert gpu.main(["--device", str(card.device), "--out", out]) == 2
+    assert "cannot write" in capsys.readouterr().out
+
+
 def test_an_unknown_check_is_named(capsys):
     assert gpu.main(["--only", "agree,agre"]) == 2
     assert "unknown check 'agre'" in capsys.readouterr().out

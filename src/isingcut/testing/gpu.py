@@ -307,11 +307,15 @@ def main(arguments: Sequence[str]) -> int:
     module = device_module(device)
     card = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
     print(f"{card}, torch {torch.__version__}")
-    # Opened before the checks, so that a place that cannot be written costs none.
-    with atomic_file(options.out) as file:
-        rows = carry_out(device, names)
-        content = {"card": card, "versions": versions(), "checks": rows}
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        # Opened before the checks, so that a place that cannot be written costs none.
+        with atomic_file(options.out) as file:
+            rows = carry_out(device, names)
+            content = {"card": card, "versions": versions(), "checks": rows}
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except IsingcutError as e:
+        print(e)
+        return 2
     failed = sum(row["outcome"] == "failed" for row in rows)
     print(f"written to {options.out}: attach it to an issue")
     print(f"gpu_checks_failed: {failed}")
