@@ -112,7 +112,7 @@ def to_fit(
             short = "" if ended is None else "the source has no more"
         except IsingcutError:
             # A moved file, or texts passed in Python. The error may name a private folder.
-            short = "the source was changed or can no longer be read"
+            short = "the source was changed or cannot be read; restore the old text to fit on more"
     found = TokenSet.from_rows(rows, encode.pad)
     return found, FittedText(
         source=describe_source(used.source),
