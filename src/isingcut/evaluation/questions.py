@@ -117,11 +117,8 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
         raise InputError(f"--data {data} is not a folder; give the folder with the questions")
     names = list(dict.fromkeys(tasks))
     shown = [short_name(name) for name in names]
-    for name in shown:
-        if shown.count(name) > 1:
-            raise InputError(
-                f"--tasks has two files named {name}, as results call them; rename one"
-            )
+    if twice := [name for name in shown if shown.count(name) > 1]:
+        raise InputError(f"--tasks has two files named {twice[0]}; rename one of them")
     for name in names:
         if name == WIKITEXT:
             if data is None:

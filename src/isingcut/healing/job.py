@@ -248,7 +248,7 @@ def _check_optimiser(config: HealConfig) -> None:
 
 def is_sharded(settings: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
-    given = [str(os.environ.get(f"ACCELERATE_USE_{n}")).lower() for n in ("FSDP", "DEEPSPEED")]
+    given = [os.environ.get(f"ACCELERATE_USE_{n}", "").lower() for n in ("FSDP", "DEEPSPEED")]
     return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in given
 
 
