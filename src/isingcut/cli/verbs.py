@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -417,9 +418,9 @@ def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Out
         folder, config = reopen(directory, options)
         target = folder.target(config.removal)
         if not target.is_dir():
+            command = shlex.join(["isingcut", "solve", str(directory), "--remove", config.removal])
             raise InputError(
-                f"{directory} has no results for --remove {config.removal}; "
-                f"type: isingcut solve {directory} --remove {config.removal}"
+                f"{directory} has no results for --remove {config.removal}; type: {command}"
             )
         places.append((folder.path, target))
     warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))

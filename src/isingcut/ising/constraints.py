@@ -154,11 +154,9 @@ def budget(
         if not 0 <= share <= 1:
             raise InputError(f"budget {name!r}: share must be from 0% to 100%, got {share:.1%}")
         amount = share * (float(cost.sum()) if total is None else total)
-        words = f"at least {share:.4g} of the {name} removed ({amount:.6g})"
-    else:
-        words = f"at least {amount:.6g} {name} removed"
     assert amount is not None
-    return LinearConstraint(f"budget {name}", cost, ">=", amount, words)
+    reason = f"at least {amount:.6g} of {name} removed"
+    return LinearConstraint(f"budget {name}", cost, ">=", amount, reason)
 
 
 def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearConstraint:

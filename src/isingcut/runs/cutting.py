@@ -9,6 +9,7 @@ measured.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int])
     named = ",".join(map(str, sorted(removed)))
     raise InputError(
         f"{folder.path} has no checkpoint without the blocks {named}; "
-        f"type: isingcut excise {folder.path} --blocks {named}"
+        f"type: isingcut excise {shlex.quote(str(folder.path))} --blocks {named}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,10 @@ def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
         return LinearConstraint(f"budget {wanted.name}", each, ">=", now - most, reason)
     costs = [getattr(b, quantity.cost) for b in blocks.blocks]
     total = float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
-    return rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
+    row = rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
+    unit = quantity.unit
+    amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
+    return dataclasses.replace(row, reason=f"{wanted.name} of at least {amount} removed")
 
 
 def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
@@ -245,8 +249,9 @@ def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
     """Return a file of an earlier stage of this removal."""
     path = folder.target(config.removal) / name
     if not path.exists():
-        which = f"--remove {config.remove}" if config.remove else f"--budget {config.budget}"
-        raise StageFileError(f"{path} does not exist; type: isingcut {stage} {folder.path} {which}")
+        which = ["--remove", config.remove] if config.remove else ["--budget", config.budget]
+        command = shlex.join(["isingcut", stage, *map(str, (folder.path, *which))])
+        raise StageFileError(f"{path} does not exist; type: {command}")
     return path
 
 
