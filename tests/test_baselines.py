@@ -478,5 +478,4 @@ def test_where_a_number_is_not_asked_for_as_many_go_as_were_chosen(capsys, folde
     assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0
     place = out / "remove-params-30_"
     chosen = read_json(place / "candidates.json", "candidates")["chosen"]["removed"]
-    found = read_json(place / "baseline-random.json", "baseline")
-    assert len(found["removed"]) == len(chosen)
+    assert len(read_json(place / "baseline-random.json", "baseline")["removed"]) == len(chosen)

@@ -75,7 +75,6 @@ def test_json_keys_are_those_documented(finished, run, capsys):
     """Verbs that find all their work done print the results again; the others are fast here."""
     model = read_json(finished / "run.json", "run")["config"]["model"]
     keys = documented_keys()
-    known = {"verb", "warnings"}
     config = run.parent / "run.yaml"
     stored = read_json(run / "run.json", "run")["config"]
     stored.pop("trust_remote_code", None)
@@ -94,7 +93,7 @@ def test_json_keys_are_those_documented(finished, run, capsys):
         verb = arguments[0]
         found = answer(capsys, *arguments)
         assert found["verb"] == verb
-        assert set(found) == keys[verb] | known, verb
+        assert set(found) == keys[verb] | {"verb", "warnings"}, verb
     found = answer(capsys, "solve", run, "--remove", 1, "--remove", 3)
     assert [r["removal"] for r in found["removals"]] == ["1", "3"]
     assert all({"removals", *r} == keys["solve"] for r in found["removals"])
@@ -150,14 +149,12 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     assert captured.err.count("poorly (Spearman 0.12") == 1
     assert re.search(r"isingcut: warning: .*--energy", captured.err)
     assert "warning" not in captured.out
-    document = answer(capsys, "rank", run)
-    assert any("poorly" in w for w in document["warnings"])
+    assert any("poorly" in w for w in answer(capsys, "rank", run)["warnings"])
 
 
 def test_without_random_states_it_is_said_that_nothing_judged_the_energy(run, capsys):
     assert call("rank", run, "--random-states", 0, "--overwrite") == 0
-    captured = capsys.readouterr()
-    assert "energy: rank correlation not measured (--random-states 0)" in captured.out
+    assert "energy: rank correlation not measured (--random-states 0)" in capsys.readouterr().out
     assert not list(run.glob("*.journal*"))
     removed = read_json(run / "candidates.json", "candidates")["chosen"]["removed"]
     card = model_card(card_parts(run, run, removed))
@@ -337,13 +334,12 @@ def test_shell_completion_knows_verbs_and_parts():
             "COMP_WORDS": words,
             "COMP_CWORD": str(len(words.split(" ")) - 1),
         }
-        ended = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             env={**os.environ, **asked},
-        )
-        return ended.stdout.split()
+        ).stdout.split()
 
     assert "excise" in complete("isingcut ex")
     assert "tabu" in complete("isingcut solve my-run --solver ta")
@@ -406,8 +402,7 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     assert (row["split"], row["model"], row["report"]) == ("rank", "cut", str(report))
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
-    page = (finished / "report.html").read_text(encoding="utf-8")
-    assert "perplexity (patched, unseen text)" in page
+    assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text("utf-8")
 
 
 def test_differences_come_with_their_paired_errors(finished):
@@ -463,8 +458,7 @@ def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):
     titles = ["Start with these", "What to remove", "Text", "Model and machine", "Choosing"]
     places = [text.index(f"─ {title} ─") for title in [*titles, "Repair", "Judging", "Output"]]
     assert places == sorted(places)
-    first = text[places[0] : places[1]]
-    assert len(re.findall(r"│ --[a-z]", first)) == 12
+    assert len(re.findall(r"│ --[a-z]", text[places[0] : places[1]])) == 12
 
 
 def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
@@ -495,8 +489,7 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
 def test_a_plan_for_a_card_needs_the_configuration_alone(llama, tmp_path, printed):
     shutil.copy(llama / "config.json", tmp_path)
     assert call("plan", tmp_path, "--remove", "2", "--length", "32", "--card", "l4") == 0
-    text = printed()
-    assert "nothing was timed" in text
+    assert "nothing was timed" in printed()
     slow, fast = (make_plan(RunConfig(model=str(tmp_path), length=32), c) for c in ("l4", "h100"))
     assert slow["forward"] < fast["forward"]
     assert call("plan", tmp_path, "--card", "abacus") == 2

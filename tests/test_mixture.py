@@ -113,8 +113,7 @@ def test_every_beginning_has_the_shares_and_the_order_no_period():
 
 def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
-    talk = write_jsonl(tmp_path / "chat.jsonl", chats(200))
-    source = f"{documents}=0.6,{talk}=0.4"
+    source = f"{documents}=0.6,{write_jsonl(tmp_path / 'chat.jsonl', chats(200))}=0.4"
     found = build(source, tokenizer, **MANY)
     sizes = {"energy": 40, "rank": 12, "report": 12}
     assert {k: s.samples for k, s in found.splits.items()} == sizes
@@ -210,8 +209,7 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
     keys = [row.key for row in rows]
     assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
     assert keys.index("b.jsonl: kl") < keys.index("blocks")
-    last = {row.key: row.plain("cut") for row in rows}
-    assert last["a.jsonl: kl"] == f"{alone.kl:.4f}"
+    assert {row.key: row.plain("cut") for row in rows}["a.jsonl: kl"] == f"{alone.kl:.4f}"
 
 
 def test_a_part_of_one_sample_has_no_standard_error(llama, tmp_path, no_speed):

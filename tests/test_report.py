@@ -157,8 +157,7 @@ def test_an_absent_stage_is_said_to_be_not_run(folder, missing, title, stage):
     assert f"`isingcut {stage} r`" in part
     assert page.count("Not run") == 1
     assert read_json(folder / "report.json", "report")["not_run"] == [stage]
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    assert f"isingcut {stage} r" in html
+    assert f"isingcut {stage} r" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_another_removal_has_its_own_report_and_commands(folder):

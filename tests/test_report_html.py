@@ -163,8 +163,7 @@ def test_the_script_knows_the_energy_and_the_states(run, page):
 
 
 def test_a_run_without_extras_says_what_to_type(tmp_path):
-    run = write_run(tmp_path / "bare", extras=False)
-    text = page_of(run).text
+    text = page_of(write_run(tmp_path / "bare", extras=False)).text
     assert "None was run. Type isingcut baseline block-influence bare" in text
     assert "Only one removal is here: isingcut solve bare --remove 4 --remove 8" in text
     assert "Healing" not in text
@@ -266,8 +265,7 @@ def test_names_and_texts_cannot_become_markup(tmp_path):
 
 
 def test_an_energy_in_arbitrary_units_is_never_drawn_as_a_loss(tmp_path):
-    run = write_run(tmp_path / "run", unit="arbitrary")
-    page = page_of(run)
+    page = page_of(write_run(tmp_path / "run", unit="arbitrary"))
     assert all("--e" not in a.get("style", "") for a in page.classed("dots"))
     # No hollow mark for a removal with an energy only.
     marks = Counter(kind for a in page.classed("mark") for kind in a["class"].split())

@@ -70,7 +70,8 @@ class Evopress:
             generations = max(1, int(remove * (n - remove) / 1.5))
         parent = _best(
             ledger,
-            _random_states(rng, n, remove, self.initial),
+            # Uniformly random states.
+            rng.random((self.initial, n)).argsort(1).argsort(1) < remove,
             _rows(rng, tokens, self.step_tokens[0]),
             1,
             "the first parent",
@@ -120,12 +121,6 @@ def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
     order = rng.permutation(tokens.samples)
     total = np.cumsum(tokens.mask.sum(1).numpy()[order])
     return [int(r) for r in order[: int(np.searchsorted(total, wanted)) + 1]]
-
-
-def _random_states(rng: np.random.Generator, n: int, remove: int, count: int) -> States:
-    """Draw uniformly random states (count, n)."""
-    ranks = rng.random((count, n)).argsort(1).argsort(1)
-    return np.asarray(ranks < remove)
 
 
 def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:

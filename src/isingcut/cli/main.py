@@ -58,12 +58,6 @@ importlib.import_module("isingcut.cli.verbs")
 _program: Any = typer.main.get_command(app)
 
 
-def _read_verb() -> tuple[str, bool]:
-    """Return the typed verb, and whether `--debug` precedes it; the rest is not checked here."""
-    before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
-    return "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
-
-
 def _run() -> None:
     """Run the command line; usage errors become `InputError`."""
     try:
@@ -83,7 +77,9 @@ def _run() -> None:
 
 def _outcome() -> tuple[int, str]:
     """Run the command; return its exit code and the error message."""
-    verb, debug = _read_verb()
+    # Options before the verb; the rest is not checked here.
+    before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
+    verb, debug = "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
     if launched_rank() and verb not in TOGETHER:
         return 0, ""
     try:

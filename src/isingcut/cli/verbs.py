@@ -62,7 +62,6 @@ else:
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
 """Split and model of the losses of a ranking, for `--json`."""
 _FIELDS = dataclasses.fields(RunConfig)
-_ALL = tuple(f.name for f in _FIELDS)
 # The energy search needs the removal before it measures anything.
 _NEAR = ("remove", "budget", "keep", "drop")
 _MEASURE = tuple(
@@ -73,7 +72,7 @@ _MEASURE = tuple(
 )
 
 
-@verb(*_ALL, group=WHOLE, together=True)
+@verb(*(f.name for f in _FIELDS), group=WHOLE, together=True)
 def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """Measure, solve, rank, cut, patch, evaluate and report.
 
@@ -85,8 +84,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     if len(wanted.remove.counts) < 2:
         return _make_output(target)
 
-    rows = show.curve_data(target)
-    data = {"folder": str(target), "curve": rows}
+    data = {"folder": str(target), "curve": show.curve_data(target)}
     return Output(data, lambda: show.show_curve(target), brief=str(target))
 
 

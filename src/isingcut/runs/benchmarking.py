@@ -112,8 +112,7 @@ def choose_by_tasks(
         for task in [prepare_task(name, data_of(config), config.questions)]
     }
     pool = {name: task.pool() for name, task in tasks.items()}
-    last = last_blocks(len(session.stack), len(rows[0].removed))
-    best = benchmark.contenders(rows, last)
+    best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
     drawn = benchmark.draw_half(pool, config.seed)
     model = ScoredModel(session.loaded, session.replay)
     # Fewer if one candidate is clearly ahead early.
