@@ -361,7 +361,7 @@ def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
     assert call("report", run, run / "remove-2", "--json") == 0
     assert json.loads(capsys.readouterr().out)["comparison"] == "compare.html"
     for words, line in (
-        ((run, run, "--remove", "7"), "no results for --remove 7"),
+        ((run, run, "--remove", "7"), f"solve {run} --remove 7"),
         ((run, "--out", "x.html"), "--out"),
     ):
         assert call("report", *words) == 2
@@ -371,6 +371,7 @@ def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
     # A folder of a removal needs no --remove, even if the run has none.
     config = read_json(run / "run.json", "run")["config"]
     change(run / "run.json", "run", config={**config, "remove": ""})
-    assert call("report", run / "remove-2", run / "remove-2", "--overwrite") == 0
+    assert call("report", run / "remove-2") == 0
     monkeypatch.chdir(run / "remove-2")
+    assert "2 of its 12 blocks" in Path("report.md").read_text(encoding="utf-8")
     assert call("report", ".", ".") == 0

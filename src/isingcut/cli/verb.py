@@ -284,11 +284,16 @@ def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**{**values, **select_given(options)})
 
 
-def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunConfig]:
+def reopen(
+    directory: Path, options: Mapping[str, Any], *, several: bool = False
+) -> tuple[RunFolder, RunConfig]:
     """Open a run folder, and combine its options with those typed now, which win.
 
     A budget typed without --remove replaces the folder's --remove. A --remove typed for a folder
     that has only a budget replaces the budget.
+
+    Args:
+        several: allow a range of removals.
 
     Raises:
         InputError: neither the folder nor the command line has --remove or --budget.
@@ -305,6 +310,8 @@ def reopen(directory: Path, options: Mapping[str, Any]) -> tuple[RunFolder, RunC
     config = folder.config.replace(**typed).validate()
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; add --remove M")
+    if not several and len(config.remove.counts) > 1:
+        raise InputError(f"expected one removal, got {config.remove}; choose one with --remove M")
     return folder, config
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from isingcut.files import cuts, evaluations, healings
     from isingcut.report import words
     from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
+    from isingcut.runs.folder import RunFolder
 else:
 
     class LazyModule:
@@ -142,7 +142,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
 
     found = []
     for remove in options.pop("remove") or [None]:
-        folder, combined = reopen(directory, {**options, "remove": remove})
+        folder, combined = reopen(directory, {**options, "remove": remove}, several=True)
         for config in solving.each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
@@ -388,42 +388,32 @@ def report(
     Example: isingcut report my-run
     Example: isingcut report my-run other-run --out compare.html
     """
-    if len(directories) > 1:
-        return _compare(directories, out or Path("compare.html"), options)
-    if out is not None:
-        raise InputError("--out is for the comparison page; give two or more DIRs")
-
-    folder, config = reopen(directories[0], options)
-    file = solving.report(folder, config.removal)
-    page = file.with_suffix(".html")
-    data = {"report": str(file), "html": str(page)}
-    return Output(data, lambda: show.show_lines(str(page), str(file)), brief=str(file))
-
-
-def _compare(directories: list[Path], out: Path, options: dict[str, Any]) -> Output:
-    """Write one page about several runs; a folder `remove-SPEC` in a run selects that removal."""
     from isingcut.report.write import write_comparison
-    from isingcut.runs.folder import MANIFEST
 
-    places = []
-    for directory in directories:
-        of_run = (directory / MANIFEST).exists()
-        # The parent of "." is ".".
-        whole = Path(os.path.abspath(directory))
-        if directory.is_dir() and not of_run and (whole.parent / MANIFEST).exists():
-            places.append((whole.parent, whole))
-            continue
-        folder, config = reopen(directory, options)
-        target = folder.target(config.removal)
-        if not target.is_dir():
-            command = shlex.join(["isingcut", "solve", str(directory), "--remove", config.removal])
-            raise InputError(
-                f"{directory} has no results for --remove {config.removal}; type: {command}"
-            )
-        places.append((folder.path, target))
-    warnings = write_comparison(places, out, overwrite=bool(options.get("overwrite")))
-    data = {"comparison": str(out), "folders": [str(target) for _, target in places]}
-    return Output(data, lambda: show.show_lines(str(out)), brief=str(out), warnings=warnings)
+    if out is not None and len(directories) == 1:
+        raise InputError("--out is for the comparison page; give two or more DIRs")
+    found = [_removal_at(directory, options) for directory in directories]
+    if len(found) == 1:
+        file = solving.report(*found[0])
+        data: dict[str, Any] = {"report": str(file), "html": str(file.with_suffix(".html"))}
+        return Output(data, lambda: show.show_lines(data["html"], str(file)), brief=str(file))
+    whole = out or Path("compare.html")
+    places = [(folder.path, target) for folder, target in found]
+    warnings = write_comparison(places, whole, overwrite=bool(options.get("overwrite")))
+    data = {"comparison": str(whole), "folders": [str(target) for _, target in places]}
+    return Output(data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings)
+
+
+def _removal_at(directory: Path, options: dict[str, Any]) -> tuple[RunFolder, Path]:
+    """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
+    from isingcut.runs.folder import MANIFEST, RunFolder
+
+    # The parent of "." is ".".
+    whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
+    if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
+        return RunFolder.open(whole.parent), whole
+    folder, config = reopen(directory, options, several=True)
+    return folder, solving.needs(folder, config, "", "solve")
 
 
 @verb("remove", "budget", group=RESULT)

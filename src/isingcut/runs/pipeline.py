@@ -75,7 +75,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
                 if wanted.tasks:
                     benchmarking.benchmarks(session, folder)
             for one in several:
-                solving.report(folder, one.removal)
+                solving.report(folder, folder.target(one.removal))
             if target == folder.path:
                 folder.run.complete = True
                 folder.save()

@@ -246,7 +246,7 @@ def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
-    """Return a file of an earlier stage of this removal."""
+    """Return a file of an earlier stage of this removal; with an empty name, its folder."""
     path = folder.target(config.removal) / name
     if not path.exists():
         which = ["--remove", config.remove] if config.remove else ["--budget", config.budget]
@@ -266,9 +266,8 @@ def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     return found.chosen.removed
 
 
-def report(folder: RunFolder, remove: str) -> Path:
-    """Run stage `report`: write `report.html`, `.md` and `.json` from the folder's files."""
-    target = folder.target(remove)
+def report(folder: RunFolder, target: Path) -> Path:
+    """Run stage `report`: write `report.html`, `.md` and `.json` of the removal in ``target``."""
     with folder.lock():
         write_report(folder.path, target)
     return target / "report.md"
