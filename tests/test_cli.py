@@ -233,6 +233,8 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch):
     for place, name in (("remove-2", "model.gguf"), ("remove-2/model", "../model.gguf")):
         monkeypatch.chdir(run / place)
         assert find_run(Path(name)) == (run, removed)
+    # The recorded blocks are numbered from 0, whatever the list on the command line would be.
+    assert call("evaluate", name, "--one-based", "--skip-speed") == 0
 
 
 def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):

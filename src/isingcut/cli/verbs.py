@@ -316,7 +316,7 @@ def evaluate(
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
-        directory, blocks = find_run(directory)
+        (directory, blocks), one_based = find_run(directory), False
     if original is not None:
         of_run = {name: options.pop(name) for name in ("model", "remove", "budget")}
         of_run |= {"one-based": one_based or None, "blocks": blocks}
