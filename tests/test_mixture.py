@@ -47,7 +47,7 @@ def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.txt").write_text("a", encoding="utf-8")
     names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
-    assert names == [str(file), str(tmp_path / "b" / "a.txt")]
+    assert names == ["a.txt (1)", "a.txt (2)"]
 
 
 @pytest.mark.parametrize(

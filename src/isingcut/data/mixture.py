@@ -100,7 +100,8 @@ class Part:
 
     Attributes:
         source: a source of text.
-        name: the name in tables: a file's name without its folder, else the source.
+        name: the name in tables: a file's name without its folder, numbered if others have it; else
+            the source.
         share: share of all tokens; the shares of all parts sum to 1.
     """
 
@@ -129,9 +130,14 @@ def parts_of(source: str) -> tuple[Part, ...]:
     whole = sum(weight for _, weight in named)
     if not min(weight for _, weight in named) / whole:
         raise CalibrationError(f"the weights in {source!r} are too large or too unequal")
+    # Files of one name are numbered, because their folders may be private.
+    names = [
+        file if files.count(file) == 1 else f"{file} ({files[: k + 1].count(file)})"
+        for k, file in enumerate(files)
+    ]
     return tuple(
-        Part(name, file if files.count(file) == 1 else name, weight / whole)
-        for (name, weight), file in zip(named, files, strict=True)
+        Part(source, name, weight / whole)
+        for (source, weight), name in zip(named, names, strict=True)
     )
 
 
