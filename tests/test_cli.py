@@ -207,6 +207,8 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     assert not (run / "remove-3-blocks-1-2-3" / "evaluation.json").exists()
     other = answer(capsys, "evaluate", run, "--blocks", "1-3", "--skip-speed")
     assert other["file"] == str(run / "remove-3-blocks-1-2-3" / "evaluation.json")
+    page = Path(answer(capsys, "report", run / "remove-3-blocks-1-2-3")["report"])
+    assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text(encoding="utf-8")
     assert (
         read_json(run / "remove-3-blocks-1-2-3" / "evaluation.json", "evaluation")["kl"]
         != (read_json(run / "remove-3" / "evaluation.json", "evaluation")["kl"])
@@ -242,6 +244,10 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):
     change(run / "run.json", "run", config={**config, "remove": "", "budget": "params=40%"})
     found = answer(capsys, "solve", run, "--remove", "1")
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
+    assert call("report", run) == 0
+    assert "is met" not in (run / "report.md").read_text("utf-8"), "it was solved for no budget"
+    assert call("evaluate", run, "--remove", "1..2") == 2
+    assert "got 1..2; choose one with --remove M" in capsys.readouterr().err
 
 
 def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
@@ -479,7 +485,8 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
-    for words in ("fewer parameters", "On unseen text the patched model has perplexity", "Next: "):
+    heal = f"Next: win back more with `isingcut heal {finished}/model --out healed`"
+    for words in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
         assert words in verdict
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))

@@ -174,8 +174,10 @@ def show_inspection(found: Inspection) -> None:
 
 
 def open_finished(target: Path) -> RunFiles:
-    """Return the files of a finished run."""
-    return RunFiles(target if (target / MANIFEST).is_file() else target.parent, target)
+    """Return the files of a finished run, whose printed commands have its path as typed."""
+    files = RunFiles(target if (target / MANIFEST).is_file() else target.parent, target)
+    files.called = str(files.folder)
+    return files
 
 
 def run_data(files: RunFiles) -> dict[str, Any]:

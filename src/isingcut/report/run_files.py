@@ -50,6 +50,7 @@ class RunFiles:
         calibration: record of the calibration text, or None.
         gguf: path of the cut GGUF file of the current checkpoint, or None.
         healed: whether a healed checkpoint exists.
+        called: the run folder in commands, by default its name, because a path may be private.
 
     Raises:
         StageFileError: `run.json` is missing, or an existing file is damaged, was changed
@@ -60,6 +61,7 @@ class RunFiles:
         self, folder: Path, target: Path | None = None, run: runs.RunFile | None = None
     ) -> None:
         self.folder, self.target = folder, target or folder
+        self.called = folder.resolve().name
         self.run = run or read_document(folder / "run.json", runs.RunFile)
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
@@ -148,12 +150,17 @@ class RunFiles:
         return sorted(found, key=lambda r: 0 if r.best is None else len(r.best.removed))
 
     @property
+    def solved(self) -> runs.StageOptions | None:
+        """The options that this removal was solved with; None for blocks named by hand."""
+        found = self.record(self.target / "spectrum.json")
+        return None if found is None else found.options
+
+    @property
     def name(self) -> str:
         """The requested removal, for example ``"6"`` or ``"params=25%"``."""
         if self.target == self.folder:
             return self.run.config.remove or self.run.config.budget
-        solved = self.record(self.target / "spectrum.json")
-        requested = solved and (solved.options.remove or solved.options.budget)
+        requested = self.solved and (self.solved.remove or self.solved.budget)
         return str(requested or self.target.name.removeprefix("remove-"))
 
     @property
@@ -258,12 +265,13 @@ class RunFiles:
     @property
     def arguments(self) -> str:
         """Command-line arguments that select this removal, to type after a stage's verb."""
-        name = shlex.quote(self.folder.resolve().name)
-        solved = self.run.find_record(self.folder, self.target / "spectrum.json")
-        if self.target == self.folder or solved is None:
+        name = shlex.quote(self.called)
+        if self.target == self.folder:
             return name
-        remove, budget = solved.options.remove, solved.options.budget
-        return f"{name} --remove {remove}" if remove else f"{name} --budget {budget}"
+        if self.solved is None and not self.name.isdigit():
+            return f"{name} --blocks {','.join(map(str, self.removed or ()))}"
+        flag = "--budget" if self.solved and not self.solved.remove else "--remove"
+        return f"{name} {flag} {self.name}"
 
     @property
     def loads_with(self) -> str:
@@ -281,8 +289,7 @@ class RunFiles:
         """Path of the final checkpoint from the run folder's parent, or None before a cut."""
         if self.removal is None:
             return None
-        below = self.product.relative_to(self.folder)
-        return (Path(self.folder.resolve().name) / below).as_posix()
+        return (Path(self.called) / self.product.relative_to(self.folder)).as_posix()
 
 
 def with_searched(
