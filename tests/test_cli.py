@@ -408,6 +408,9 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     assert f"2: {report}" in said
     (row,) = show.curve_data(curve)
     assert (row["split"], row["model"], row["report"]) == ("rank", "cut", str(report))
+    record(curve)
+    show.show_run(show.open_finished(curve))
+    assert "benchmarks, the same questions for both models" in printed()
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
     assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text("utf-8")

@@ -185,6 +185,8 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     target, ranking, evaluation = files.target, files.candidates, files.evaluation
     pages = {"report": str(target / "report.md"), "html": str(target / "report.html")}
     packing = {"packing": files.packing.content()} if files.packing else {}
+    scores, file = files.benchmarks, str(target / "benchmarks.json")
+    more = {"benchmarks": {"file": file, **scores.content()}} if scores else {}
     if ranking is None or evaluation is None:
         # No cut: the whole model meets the budget best.
         whole = {"folder": str(target), "checkpoint": None, "gguf": None}
@@ -201,6 +203,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
         "proven": ranking.proven,
         "evaluation": evaluation.content(),
+        **more,
     }
 
 
@@ -328,6 +331,8 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
         return
     show_ranking(files.candidates)
     show_evaluation(files.evaluation, last=files.last)
+    if files.benchmarks is not None:
+        show_benchmarks(files.benchmarks, files.target / "benchmarks.json", last=files.last)
     texts = files.evaluation.generation
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
     if files.gguf:
