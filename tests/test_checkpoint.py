@@ -120,7 +120,7 @@ def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"12345")
     with (tmp_path / "y").open("wb") as f, pytest.raises(CheckpointError, match="ended early"):
-        copy_bytes(f.fileno(), path, 2, 10)
+        copy_bytes(f, path, 2, 10)
 
 
 def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -64,15 +64,15 @@ class StoredTensor:
         """Largest number of weights in the tensor: its elements or, if packed, eight per byte."""
         return 8 * self.size if self.packed else math.prod(self.shape)
 
-    def data(self, first: int = 0, size: int | None = None) -> bytearray:
-        """Read the bytes of the tensor, or ``size`` of them from byte ``first`` on.
+    def data(self) -> bytearray:
+        """Read the bytes of the tensor.
 
         Raises:
             CheckpointError: the file became shorter.
         """
-        found = bytearray(self.size if size is None else size)
+        found = bytearray(self.size)
         with self.file.open("rb") as f:
-            f.seek(self.start + first)
+            f.seek(self.start)
             if f.readinto(found) != len(found):
                 raise CheckpointError(f"{self.file} ended early, inside {self.name!r}")
         return found
@@ -326,17 +326,16 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
     text += b" " * (-len(text) % 8)
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        f.flush()
         for tensor in ordered:
             if tensor.axis is None:
                 source = tensor.source
-                copy_bytes(f.fileno(), source.file, source.start, source.size)
+                copy_bytes(f, source.file, source.start, source.size)
             else:
-                _write_sliced(f.fileno(), tensor)
+                _write_sliced(f, tensor)
 
 
-def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
-    """Append ``size`` bytes of ``file`` from ``start`` to a file descriptor.
+def copy_bytes(target: BinaryIO, file: Path, start: int, size: int) -> None:
+    """Append ``size`` bytes of ``file`` from ``start`` to another file.
 
     The bytes pass through one small buffer that stays in the CPU's cache. On Linux this is faster
     than `copy_file_range` and `sendfile`, and it works between any two file systems.
@@ -352,33 +351,20 @@ def copy_bytes(target: int, file: Path, start: int, size: int) -> None:
             done = f.readinto(buffer[: min(len(buffer), left)])
             if not done:
                 raise CheckpointError(f"{file} ended early, {left} bytes before {start + size}")
-            _write_all(target, buffer[:done])
+            target.write(buffer[:done])
             left -= done
 
 
-def _write_all(target: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
-
-
-def _write_sliced(target: int, tensor: NewTensor) -> None:
+def _write_sliced(target: BinaryIO, tensor: NewTensor) -> None:
     """Write the kept slices, with the bytes viewed as an array (outer, count, width)."""
-    source, axis = tensor.source, tensor.axis
-    assert axis is not None
-    outer = int(np.prod(source.shape[:axis], dtype=np.int64))
-    width = source.size // max(outer, 1) // tensor.count
-    kept = np.asarray(tensor.kept)
-    rows = max(1, _CHUNK // (width * tensor.count))
+    source, count = tensor.source, tensor.count
+    outer = math.prod(source.shape[: tensor.axis])
+    width = source.size // max(outer, 1) // count
+    rows = max(1, _CHUNK // (width * count))
     with source.file.open("rb") as f:
         f.seek(source.start)
         for first in range(0, outer, rows):
             n = min(rows, outer - first)
-            if n == 1 and width * tensor.count > _CHUNK:
-                for i in tensor.kept:
-                    begin = source.start + (first * tensor.count + i) * width
-                    copy_bytes(target, source.file, begin, width)
-                continue
-            data = np.frombuffer(f.read(n * tensor.count * width), dtype=np.uint8)
-            block = data.reshape(n, tensor.count, width)[:, kept]
-            _write_all(target, np.ascontiguousarray(block).data.cast("B"))
+            data = np.frombuffer(f.read(n * count * width), dtype=np.uint8)
+            kept = data.reshape(n, count, width)[:, list(tensor.kept)]
+            target.write(np.ascontiguousarray(kept).data)
