@@ -17,7 +17,8 @@ from isingcut.models.architectures.cuts import (
     rename_pattern,
     renumber_blocks,
 )
-from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from shared import call

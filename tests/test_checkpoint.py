@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, VerificationError
-from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import verify
 from isingcut.models.safetensors_files import (
     NewTensor,
     copy_bytes,

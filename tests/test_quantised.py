@@ -13,7 +13,8 @@ from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import _list_plain
 from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.cutting.checkpoint import excise, verify
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.models.cutting.verify import verify
 from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load, load_plain

@@ -16,11 +16,9 @@ from typing import Any
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
-from isingcut.files.ownership import check_output
 from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
-from isingcut.models.cutting.verify import verify
 from isingcut.models.fit import find_prefix, is_mtp
 from isingcut.models.safetensors_files import (
     NewTensor,
@@ -30,8 +28,6 @@ from isingcut.models.safetensors_files import (
     read_config,
     write_checkpoint,
 )
-
-__all__ = ["excise", "plan", "verify"]
 
 _QUANTISATION_FILES = (
     "hf_quant_config.json",
@@ -71,7 +67,6 @@ def excise(
         CheckpointError: the checkpoint is damaged or contradicts itself.
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
-    check_output(out, overwrite=False, sources=[source])
     config = read_config(source)
     stored = read_checkpoint(source)
     new_config = cuts.cut_config(config, removed, drop_mtp=drop_mtp)
@@ -81,7 +76,7 @@ def excise(
     if not drop_mtp:
         mapping = cuts.number_mtp_layers(mapping, count, cuts.mtp_layers(text))
     tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, sources=[source]) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
         _copy_companions(source, folder, mapping)
         # Written last, so that a folder without it is incomplete.
