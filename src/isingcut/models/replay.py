@@ -156,14 +156,11 @@ def learn_outputs(
         streams.append(stream)
         rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
 
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
-    handles += [b.register_forward_hook(after) for b in blocks]
-    try:
-        with torch.no_grad(), catch_text_errors(model):
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), catch_text_errors(model), contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after))
+        model(input_ids=ids, use_cache=False)
     _refuse_uncalled(blocks, [module for module, _ in calls])
     if any(watched.handed_on for watched in shared.values()):
         raise ArchitectureError(_HANDED_ON)
@@ -351,8 +348,7 @@ class Replay:
         seconds: dict[Any, float] = {}
         with torch.inference_mode():
             recording = self.record(ids)
-            for i in self.store.sweep(sorted(examples.values())):
-                assert isinstance(i, int)
+            for i in map(int, self.store.sweep(sorted(examples.values()))):
                 times = []
                 for _ in range(repeats + 1):
                     began = time.perf_counter()

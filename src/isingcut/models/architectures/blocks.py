@@ -367,14 +367,11 @@ def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> 
     if outside:
         raise ArchitectureError(f"blocks are 0 to {len(stack) - 1}; got {outside}")
     modules = stack_modules(model, stack)
-    handles = [
-        modules[i].register_forward_hook(_pass_through, with_kwargs=True) for i in sorted(removed)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for i in removed:
+            hook = modules[i].register_forward_hook(_pass_through, with_kwargs=True)
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _pass_through(
