@@ -86,12 +86,12 @@ def gate_rows(
     Complexity: each block is loaded twice. For a model in memory, the graphs of the last blocks are
     kept, as many as fit; the other blocks are computed once more.
     """
-    n, resident = len(replay), not replay.streamed
+    n = len(replay)
     # Hidden states before and after every block, the input of the blocks (in the recording), those
     # of the original before and after one block, and two gradients. Kept graphs need fewer.
     streams = n + 6
     order = [EMBED, *range(n), HEAD, *reversed(range(n))]
-    for chunk, room in chunks(replay, batches, streams, together=not resident):
+    for chunk, room in chunks(replay, batches, streams):
 
         def compute(some: Sequence[TokenSet], room: int = room) -> list[Tensor]:
             each = [replay.stream_bytes(batch) for batch in some]
@@ -104,7 +104,8 @@ def gate_rows(
                 )
             # Graphs cannot be kept when weights are unloaded. A streamed model recomputes blocks
             # while the next weights load.
-            graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices if resident else 0
+            graphs = left // (BLOCK_STREAMS * max(each)) // replay.devices
+            graphs = 0 if replay.streamed else graphs
             ways = [_Way(replay, batch, gate, removed, graphs) for batch in some]
             for step, part in enumerate(replay.store.sweep(order)):
                 for way in ways:

@@ -20,8 +20,6 @@ def chunks(
     replay: Replay,
     batches: Sequence[TokenSet],
     streams: int | Sequence[int],
-    *,
-    together: bool | None = None,
 ) -> Iterator[tuple[slice, int]]:
     """Divide micro-batches into chunks that go through the blocks together.
 
@@ -31,7 +29,6 @@ def chunks(
 
     Args:
         streams: hidden-state tensors to keep per micro-batch, one number or one for each.
-        together: whether a chunk may have several micro-batches; None: if the model is streamed.
 
     Yields:
         the indices of a chunk, and the bytes allowed for its hidden states.
@@ -41,12 +38,10 @@ def chunks(
     """
     each = [streams] * len(batches) if isinstance(streams, int) else streams
     sizes = [k * replay.stream_bytes(batch) for k, batch in zip(each, batches, strict=True)]
-    if together is None:
-        together = replay.streamed
     first = 0
     while first < len(batches):
         last, used, room = first + 1, sizes[first], replay.room(batches[first])
-        while together and last < len(batches):
+        while replay.streamed and last < len(batches):
             used, least = used + sizes[last], min(room, replay.room(batches[last]))
             if used > least:
                 break
