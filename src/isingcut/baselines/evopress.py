@@ -68,14 +68,9 @@ class Evopress:
         generations = self.generations
         if generations is None:
             generations = max(1, int(remove * (n - remove) / 1.5))
-        parent = _best(
-            ledger,
-            # Uniformly random states.
-            rng.random((self.initial, n)).argsort(1).argsort(1) < remove,
-            _rows(rng, tokens, self.step_tokens[0]),
-            1,
-            "the first parent",
-        )[0]
+        drawn = rng.random((self.initial, n)).argsort(1).argsort(1) < remove
+        rows = _rows(rng, tokens, self.step_tokens[0])
+        parent = _best(ledger, drawn, rows, 1, "the first parent")[0]
         improved = 0
         for g in range(generations):
             pool = _children(rng, parent, self.offspring)
