@@ -25,7 +25,7 @@ from isingcut.data.conversations import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed, text_hashes, words_for
 from isingcut.data.generation import sample_from_model
 from isingcut.data.mixture import Part, Turns, name_part, parts_of, place_of
-from isingcut.data.tokens import Encoder, Row, TokenSet, count_tokens, distinct, ids_of, overlap
+from isingcut.data.tokens import Encoder, Row, TokenSet, distinct, ids_of, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.results import read_tensors, tensor_header
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("energy", "rank", "report")
-
-__all__ = ["SPLITS", "Calibration", "TokenSet", "build"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +348,7 @@ def draw_split(
             row = next(texts[i].readers[split], None)
         if row is None:
             return drawn, i
-        turns.took(i, count_tokens(row))
+        turns.took(i, sum(token >= 0 for token in row))
         drawn.append((i, row))
         tokens += len(row)
     return drawn, None

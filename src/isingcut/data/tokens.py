@@ -189,11 +189,6 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     return TokenSet.from_rows(rows, parts=names)
 
 
-def count_tokens(row: Row) -> int:
-    """Count the tokens of a sample that count, including its first."""
-    return sum(token >= 0 for token in row)
-
-
 def has_prediction(row: Sequence[int]) -> bool:
     """Whether a sample has a prediction that counts."""
     return any(token >= 0 for token in row[1:])
