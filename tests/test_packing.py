@@ -51,7 +51,7 @@ def file(tmp_path_factory):
 
 def whole(file, kind, folder):
     """Return the size of the file with every block, packed in a type."""
-    cut_gguf(file, [], folder / "whole.gguf", overwrite=True, packed=kind)
+    cut_gguf(file, [], folder / "whole.gguf", packed=kind)
     return (folder / "whole.gguf").stat().st_size
 
 

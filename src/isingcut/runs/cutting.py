@@ -212,7 +212,7 @@ def make_gguf(
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
         how: dict[str, Any] = {"changed": changed, "packed": packed and packed.type}
         drop = session.config.drop_mtp
-        gguf.cut_gguf(found, removed, path, overwrite=True, drop_mtp=drop, **how)
+        gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
 
     ownership.refuse_source(out, [found])
     try:

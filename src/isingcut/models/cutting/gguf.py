@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from isingcut.errors import ArchitectureError, CheckpointError, InputError, OutputExistsError
-from isingcut.files.ownership import refuse_source
+from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.cuts import (
     depth,
@@ -242,7 +240,6 @@ def cut_gguf(
     removed: Sequence[int],
     out: Path,
     *,
-    overwrite: bool = False,
     drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
     packed: str | None = None,
@@ -252,23 +249,18 @@ def cut_gguf(
     Args:
         source: a single GGUF file.
         removed: block numbers, in any order.
-        out: the new file; it appears only when it is complete.
-        overwrite: allow ``out`` to be replaced.
+        out: the new file; it appears only when it is complete, and replaces an old one.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
             their type is finer.
         packed: type of all tensors, changed ones too, by `packed_type`; None: as they are.
 
     Raises:
-        OutputExistsError: ``out`` exists and ``overwrite`` is false.
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
         CheckpointError: the source is not a GGUF file, is damaged, is one part of a split file, or
             lacks tensors.
-        InputError: ``out`` cannot be written or is the source.
+        InputError: ``out`` cannot be written.
     """
-    refuse_source(out, [source])
-    if os.path.lexists(out) and not overwrite:
-        raise OutputExistsError(f"{out} already exists; nothing was written")
     header = read_gguf(source)
     count, mtp = header.number("block_count"), header.mtp_layers
     mapping = renumber_blocks(count - mtp, removed)
