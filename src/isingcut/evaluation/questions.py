@@ -159,10 +159,9 @@ def quiet() -> Iterator[None]:
     """Silence the logs and progress bars of the harness."""
     with (
         quiet_logs("lm_eval"),
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        warnings.simplefilter("ignore")
         yield
 
 

@@ -189,8 +189,7 @@ def read_gguf(path: Path) -> GgufHeader:
 
     regular_file(path, "the GGUF file", CheckpointError)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             reader = Reader(path)
     except Exception as error:
         # Counts and lengths in a damaged file may be any numbers.

@@ -34,8 +34,7 @@ def catch_errors(what: str) -> Iterator[None]:
         MemoryExhaustedError: there is not enough memory.
     """
     try:
-        with quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_transformers(), warnings.catch_warnings(action="ignore"):
             yield
     except IsingcutError:
         raise
