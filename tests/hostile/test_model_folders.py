@@ -11,7 +11,6 @@ from damage import (
     config,
     deep,
     entry,
-    header,
     linked,
     more_blocks,
     number,
@@ -29,31 +28,23 @@ from damage import (
 LOOK = "inspect {model}"
 UP = "model.layers.2.mlp.up_proj.weight"
 TOKENIZER = "model/tokenizer.json"
-INDEX = "model/model.safetensors.index.json"
 
 INVALID = "the configuration is not a valid llama configuration: "
 FILLS = "describes a model with more than .* more than its weights have"
-LAYER_TYPE = f"{INVALID}.*The `layer_types` entries must be in"
 RUNS = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}
 MORE = f"says num_.*={10**9}; expected at most 100000"
 # Each is run with `inspect` and with `energy`: name, changed fields, expected line.
 CONFIGS = [
     ("a depth in words", {"num_hidden_layers": "six"}, f"{INVALID}.*expected int, got str"),
-    ("a negative depth", {"num_hidden_layers": -6}, "says num_hidden_layers=-6; expected at least"),
     ("no block", {"num_hidden_layers": 0}, "says num_hidden_layers=0; expected at least 1"),
     ("a billion blocks", {"num_hidden_layers": 10**9}, MORE),
-    ("a depth beyond 64 bits", {"num_hidden_layers": 10**30}, "=10{30}; expected at most 100000"),
     ("another width", {"hidden_size": 64}, r"shape \[.*32\], but its model expects \[.*64\]"),
     ("a huge width", {"hidden_size": 10**7}, FILLS),
-    ("a width beyond 64 bits", {"hidden_size": 10**25}, "cannot load the model in .*Overflow"),
-    ("no heads", {"num_attention_heads": 0}, f"{INVALID}ZeroDivisionError"),
-    ("an unknown layer type", {"layer_types": ["of_a_kind"] * 6}, LAYER_TYPE),
     ("an unknown activation", {"hidden_act": "swishish"}, "cannot load the model in .*'swishish'"),
     ("an unknown model type", {"model_type": "lama"}, "has model type `lama` but Transformers"),
     ("a list of model types", {"model_type": ["llama"]}, r"=\['llama'\]; expected a text"),
     ("an encoder-decoder", {"model_type": "t5"}, "no text-generating decoder of .* type 't5'"),
     ("quantised in a word", {"quantization_config": "fp8"}, "config='fp8'; expected an object"),
-    ("a map that is a list", {"per_layer_config": [1]}, f"{INVALID}.*has no attribute 'items'"),
     ("code of its own", RUNS, "it needs its own Python code; .* pass --trust-remote-code"),
 ]
 # Fields that the model's class ignores, but a cut would use.
@@ -66,31 +57,20 @@ UNREAD = [
     ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
     ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
     ("a place beyond the blocks", {"ple_layer_ids": [1, 200]}, "'ple_layer_ids' has an unknown"),
-    ("a place before the blocks", {"ple_layer_ids": [0, 1]}, "'ple_layer_ids' has an unknown form"),
-    ("places in text", {"ple_layer_ids": "0,1,9"}, "'ple_layer_ids' has an unknown form"),
     ("indexers in a number", {"indexer_types": -1}, "'indexer_types' has an unknown form"),
     ("a half source", {"kv_source_layers": [0.0] * 6}, "'kv_source_layers' has an unknown form"),
-    ("images at a name", {"deepstack_layer_map": ["a"]}, "'deepstack_layer_map' has an unknown"),
     ("images at 1.5", {"spatial_target_layers": [1.5]}, "'spatial_target_layers' has an unknown"),
     ("images nowhere", {"deepstack_layer_map": [[]]}, "'deepstack_layer_map' has an unknown form"),
-    ("an object of images", {"spatial_target_layers": [{}]}, "'spatial_target_layers' has an"),
 ]
-BILLION = b'{"num_hidden_layers": ' + b"9" * 100_000 + b"}"
 DEEP = "nested deeper than 200"
 DAMAGED = "is damaged, truncated or not a safetensors file"
 FILES = [
     ("a deep config", deep(CONFIG), DEEP),
-    ("a deep index", both(sharded(), deep(INDEX)), DEEP),
     ("a deep generation config", deep("model/generation_config.json"), DEEP),
     ("a config that is a list", written(CONFIG, "[]"), "is not a JSON object"),
     ("a config of NaN", written(CONFIG, '{"a": NaN}'), "NaN is not JSON"),
-    ("a config in two minds", written(CONFIG, '{"a": 1, "a": 2}'), "'a' appears twice"),
-    ("a config of digits", written(CONFIG, BILLION), "not readable as JSON"),
     ("a pipe for a config", pipe(CONFIG), "config.json is not a regular file"),
-    ("a device for a config", linked(CONFIG, "/dev/zero"), "not a regular file"),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
-    ("a device for weights", linked(WEIGHTS, "/dev/zero"), "model.safetensors is a device"),
-    ("a pipe for a template", pipe("model/chat_template.jinja"), "chat_template.jinja is a pipe"),
     ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),
     ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a broken link"),
     ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
@@ -100,30 +80,17 @@ FILES = [
         both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
         r"PEFT adapter.*from_pretrained\(BASE\).*merge_and_unload",
     ),
-    ("an adapter beside a model", written("model/adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
     ("long names", sharded(lambda i: {"weight_map": {UP: "x" * 5000}}), "lacks 1 of the"),
-    ("an index of a folder", sharded(lambda i: {"weight_map": {UP: "."}}), "leaves the checkpoint"),
     (
         "an index with more",
         sharded(lambda i: {"weight_map": {"more": next(iter(i["weight_map"].values()))}}),
         "says that tensor 'more' is in",
     ),
-    ("a huge header", written(WEIGHTS, (2**40).to_bytes(8, "little") + bytes(99)), DAMAGED),
     ("a noisy header", written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), DAMAGED),
-    ("a deep header", written(WEIGHTS, (20000).to_bytes(8, "little") + b"[" * 20000), DAMAGED),
-    ("an empty weight file", written(WEIGHTS, b""), DAMAGED),
-    ("a header that is a list", written(WEIGHTS, b"\x02" + bytes(7) + b"[]"), DAMAGED),
-    ("a shape in words", entry(shape="32"), DAMAGED),
-    ("a shape of nothing", entry(shape=None), DAMAGED),
-    ("a negative shape", entry(shape=[-32]), DAMAGED),
-    ("a shape beyond 64 bits", entry(shape=[10**20]), DAMAGED),
-    ("a shape of many axes", entry(shape=[1] * 10**5), DAMAGED),
     ("another shape", entry(shape=[31]), DAMAGED),
-    ("a dtype that is a list", entry(dtype=["F32"]), DAMAGED),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), DAMAGED),
-    ("an entry in digits", header(lambda h: h.update({"model.norm.weight": 3})), DAMAGED),
     ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
     ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
@@ -132,20 +99,16 @@ FILES = [
 LOADED = [
     ("no weights", removed(WEIGHTS), "has no weights"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
-    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* has NaN or infinite values"),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
     (
         "another shape",
         tensors(lambda t: t.update({UP: ones(40, 32)})),
         rf"{UP} in .* has the shape \[40, 32\], but its model expects \[48, 32\]",
     ),
-    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks, but .* has tensors of 5"),
-    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
     ("no tokenizer", removed(TOKENIZER, "model/tokenizer_config.json"), "has no tokenizer"),
     ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
-    ("no model in it", written(TOKENIZER, '{"version": "1.0"}'), "load the tokenizer"),
 ]
 # A few of each sort, for `run` and `heal`.
 RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
@@ -154,13 +117,9 @@ HEAL = (
 )
 SOME = [
     ("a depth in words", config(num_hidden_layers="six"), INVALID),
-    ("a billion blocks", config(num_hidden_layers=10**9), MORE),
-    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("a huge width", config(hidden_size=10**7), FILLS),
-    ("a deep config", deep(CONFIG), DEEP),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
-    ("code of its own", config(**RUNS), "it needs its own Python code; .* pass --trust-remote"),
 ]
 # A healing finds first that the two models do not match.
 OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}

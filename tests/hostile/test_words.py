@@ -59,36 +59,26 @@ WORDS = [
     ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
     ("--remove 2 --budget file=9MB", "--budget file=9MB chooses the blocks .*; omit --remove"),
     ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
-    ("--energy zorp", "unknown energy 'zorp'"),
     ("--also fisher,zorp", "unknown energy 'zorp'"),
     ("--also auto", "'auto' lets a run choose; here, name one energy"),
-    ("--solver zorp", "unknown solver 'zorp'"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
     ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
-    ("--attention flash", "--attention must be one of auto, sdpa"),
-    ("--choose best", "--choose must be one of measured, ground"),
-    ("--patch cubic", "--patch must be one of none, linear"),
     ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
     ("--calibration ''", "--calibration is empty"),
     ("--samples many", "(?i)invalid value for '--samples'"),
     ("--zorp 1", "(?i)no such option: --zorp"),
     ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a regular file"),
-    ("--remove 2 --config none.yaml", "none.yaml does not exist; expected a file"),
     ("--remove 2 --heal --healing heal.yaml", "--healing must be a section of the --config file"),
     ("--remove 2 --heal --healing 'seed: ['", "--healing while parsing"),
-    ("--remove 2 --patch linear --healing '[seed]'", "--healing must be a section"),
-    ("--remove 2 --calibration none.txt", "the calibration file 'none.txt' does not exist"),
     ("--remove 2 --calibration ~/none.txt", "the calibration file '.*home/none.txt' does not"),
     ("--remove 2 --calibration {here}/home", "home is a folder without data files"),
 ]
 HEALING = [
     ("--method magic", r"--method must be one of full, last:N .*, lora or lora:RANK, none"),
-    ("--patch cubic", "--patch must be one of none, linear, tuned; got 'cubic'"),
     ("--effort 9", "--effort: '9': expected a time"),
-    ("--device gpu", "--device: must be auto"),
     ("--trainer t.yaml", "--trainer must be a section of the --config file, or .*; got 't.yaml'"),
     ("--config /dev/zero", "/dev/zero is a device"),
     ("--text ''", "--text is empty"),
@@ -98,14 +88,9 @@ OTHERS = [
     ("solve gone --remove two", "--remove: cannot read 'two'"),
     ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
     ("solve gone --solver zorp", "unknown solver 'zorp'"),
-    ("solve gone --states 1000000000", "--states must be at most 100000"),
     ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
-    ("evaluate gone --memory-limit much", "--memory-limit: memory 'much'"),
     ("report gone --budget params=0", "'0' is nothing"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
-    ("push gone me/it --remove two", "--remove: cannot read 'two'"),
-    ("plan gone --memory-limit much", "--memory-limit: memory 'much'"),
-    ("energy gone --out new --keep 0-900000000", "--keep: '900000000' is too large"),
     ("baseline zorp gone", "unknown baseline 'zorp'"),
     ("baseline evopress gone --set initial=1000000000000", "the largest number is 1,000,000"),
     ("baseline evopress gone --set step_tokens=[2048,1000000000]", "the largest number is 1,000"),
@@ -165,10 +150,6 @@ FILES = [
     ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
     ("trust", "trust_remote_code: true", "cannot be set in a file; type --trust-remote-code"),
 ]
-HEAL_FILES = [
-    ("trust", "trust_remote_code: true", "cannot be set in a file; type --trust-remote-code"),
-    ("rate", "learning_rate: 1", "unknown option 'learning_rate'"),
-]
 
 
 SECTIONS = [
@@ -176,16 +157,11 @@ SECTIONS = [
     ("{learning_rate: 1}", "unknown option 'learning_rate'"),
     ("{samples: 0}", "samples must be at least 1"),
     ("{trainer: [optim]}", "trainer must be a section"),
-    ("3", "healing must be a section"),
 ]
 FILE_ROWS = [
     *(
         Row(f"run: {name}", f"{RUN} --config o.yaml", line, written("o.yaml", text))
         for name, text, line in FILES
-    ),
-    *(
-        Row(f"heal: {name}", f"{HEAL} --config o.yaml", line, written("o.yaml", text))
-        for name, text, line in HEAL_FILES
     ),
     *(
         Row(f"healing: {text}", f"{RUN} --remove 2 --heal --config o.yaml", line,
@@ -226,20 +202,16 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
             r"(--|isingcut\.run: )samples must be at most .*more than 60 digits",
         ),
         ({"solve_seconds": 10**400}, r"solve.seconds must be a finite number"),
-        ({"keep": [2], "drop": [2]}, "both name block 2"),
         ({"states": True}, "states must be a whole number, got True"),
         ({"calibration": "a\0b"}, r"(--|isingcut\.run: )calibration must not contain a NUL byte"),
         ({"calibration": "a\udc80"}, r"(--|isingcut\.run: )calibration must be UTF-8 text"),
-        ({"seed": -1}, r"(--|isingcut\.run: )seed must be at least 0"),
-        ({"zorp": 1}, "unknown option 'zorp'"),
     ],
 )
 def test_python_is_checked_alike(nothing, options, line):
     with pytest.raises(IsingcutError, match=line):
         isingcut.run(**{"model": "gone", "out": "new", "remove": 2, **options})
-    if "zorp" not in options:
-        with pytest.raises(IsingcutError, match=line):
-            isingcut.run(RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options}))
+    with pytest.raises(IsingcutError, match=line):
+        isingcut.run(RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options}))
 
 
 # What the model's configuration rules out ---------------------------------------------------------
@@ -249,10 +221,8 @@ EARLY = [
     ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
     ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
     ("--remove attention+mlp=6", "--remove must be from 1 to 5 for this model"),
-    ("--remove 2 --keep 0,17", "cannot keep block 17: blocks are numbered 0 to 5"),
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
     ("--remove 5 --keep 0,1", "no state satisfies all constraints; these conflict: .*keep"),
-    ("--remove 1 --drop 0,1", "no state satisfies all constraints; these conflict: .*drop"),
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
     ("--budget params=99M", r"the largest possible is params=0\.\d+M$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
