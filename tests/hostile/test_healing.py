@@ -62,7 +62,6 @@ OUTPUTS = [
      changed_since),
     ("below a file", "{text}/healed", "lies in .*text.txt"),
     ("below another file", "{home}/diary.txt/healed", "cannot write"),
-    ("a name too long", "{here}/" + 250 * "x", "cannot write"),
 ]  # fmt: skip
 # Contents of the work folder's path that are not replaced.
 KEPT = [
@@ -223,8 +222,6 @@ PAIRS += rows([
      "block 0 of .*student has a .* of shape", another_student),
     ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
     ("a text as teacher", heal(teacher="{text}"), "text.txt is not a model"),
-    ("no student", heal(student="{here}/gone"), "gone is not a checkpoint"),
-    ("a file as student", heal(student="{text}"), "text.txt is not a checkpoint"),
     ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
     ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
 ])  # fmt: skip

@@ -59,7 +59,6 @@ HALF_CHAT = b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n'
 TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
-    ("a.txt", "utf-16", WORDS.encode("utf-16"), UTF8.format(0xFF)),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
     ("a.txt", "cut in a character", b"abc \xe2\x82", UTF8.format(0xE2)),
     ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),
@@ -88,7 +87,6 @@ CONTENTS = [
     ("a.csv", "semicolons", b"id;text\n1;a\n", "has id;text .columns are separated by commas"),
     ("a.csv", "a bare comma", b"id,text\n1,a, b\n", "line 2 has 3 fields, but .* has 2 columns"),
     ("a.csv", "an open quote", b'text\n"a\nb\n', "line 3 is not valid CSV: unexpected end of data"),
-    ("a.csv", "a stray quote", b'text\n"a"b\n', "line 2 is not valid CSV"),
     ("a.csv", "NUL", b"text\na\0b\n", NUL),
     ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is not a complete gzip file .Not a"),
     ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is not a complete gzip file"),
@@ -133,12 +131,10 @@ PLACES = [
     ("a socket", "a.txt", "cannot read .*a.txt: No such device", bound_socket),
     ("a link to nothing", "a.txt", GONE, linked("a.txt", "none")),
     ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
-    ("nothing", "none.txt", GONE),
     ("nothing at home", "~/none", GONE),
     ("no such user", "~nobody-there/a.txt", "no home folder of that name"),
     ("no name", "''", "--calibration is empty"),
     ("a long name", "x" * 300 + ".txt", "cannot read x.*: File name too long"),
-    ("an empty folder", "data", "data is a " + FOLDER, folder_of("data")),
     ("a folder of others", "data", FOLDER, folder_of("data", "a.py")),
     ("a folder like a file", "a.txt", FOLDER, folder_of("a.txt", "b.txt")),
     ("a list that is gone", "'2 texts in memory (0123456789abcdef)'", "is not kept; pass it again"),
@@ -275,10 +271,7 @@ STREAMED = [
     ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
     ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is not a complete gzip file"),
     ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
-    ("a text", WORDS.encode(), {}, None),
-    ("records", LINES.encode(), {}, None),
     ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
-    ("packed records", packed(LINES.encode()), {}, None),
 ]
 
 
@@ -350,7 +343,6 @@ TEMPLATES = [
     ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
     ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
-    ("lacks a field", "{{ messages[0].more.and_more }}", "refuses these messages .*more"),
     ("writes half a character", "{{ '\\ud800' }}", "contains .*half of a character"),
 ]
 
