@@ -149,11 +149,6 @@ def test_without_random_states_the_energy_is_not_judged(ranked):
     assert found.chosen.kl == min(row.kl for row in found.candidates)
 
 
-def test_a_few_random_states_are_refused():
-    with pytest.raises(InputError, match="--random-states must be 0 or at least 30, got 29"):
-        RunConfig(random_states=29)
-
-
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
     pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning"),

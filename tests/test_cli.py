@@ -15,7 +15,7 @@ import yaml
 import isingcut
 from isingcut.cli import main as cli
 from isingcut.cli import show
-from isingcut.errors import InputError, OutputExistsError
+from isingcut.errors import InputError
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import MARKER
 from isingcut.files.results import read_document, read_json
@@ -444,12 +444,6 @@ def test_a_spectrum_prints_its_states(finished):
     lines = str(Spectrum.load(finished / "spectrum.json")).splitlines()
     assert lines[0].startswith("5 states by ")
     assert re.fullmatch(r" +0 +[\d.e+-]+ +without \d \d", lines[1])
-
-
-def test_a_refused_output_names_the_options_of_both_ways(finished, tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(OutputExistsError, match=r"--overwrite \(overwrite=True\)"):
-        isingcut.open_run(finished).save(tmp_path / "there")
 
 
 def test_a_demo_without_its_packages_and_hub_names_all_in_one_line(monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """Results files and journals: complete or absent, and never in place of foreign files."""
 
-import errno
 import os
 import shutil
 import stat
@@ -17,7 +16,7 @@ from isingcut.files.ownership import MARKER, edges_sha256
 from isingcut.files.provenance import versions
 from isingcut.files.results import write_json
 from isingcut.files.states import BaselineFile
-from isingcut.files.writing import atomic_file, atomic_folder, clear_os_errors
+from isingcut.files.writing import atomic_file, atomic_folder
 from run_files import baseline
 
 
@@ -87,14 +86,6 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
             (temporary / content).write_text(content)
         assert set(os.listdir(target)) == {content, MARKER}
     assert os.listdir(tmp_path) == ["d"]
-
-
-@pytest.mark.parametrize(
-    ("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot write")]
-)
-def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code, words):
-    with pytest.raises(InputError, match=words), clear_os_errors(tmp_path):
-        raise OSError(code, os.strerror(code))
 
 
 @pytest.mark.parametrize(("place", "noticed"), [(0, True), (-1, True), (9, False)])

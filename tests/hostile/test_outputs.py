@@ -181,7 +181,7 @@ def test_save_replaces_nothing_of_the_users(arena, place):
 def test_save_replaces_what_it_wrote(arena):
     run = isingcut.open_run("run")
     run.save("mine", blocks=[0, 1])
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with pytest.raises(OutputExistsError, match=r"already exists.*overwrite=True"):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
     record = json.loads((arena.here / "mine" / "isingcut.json").read_text(encoding="utf-8"))

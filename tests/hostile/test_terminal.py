@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -75,18 +74,6 @@ def test_a_name_is_printed_as_it_is(arena, name):
     code, _, err = call(["report", str(run / "nothing")])
     assert code == 2
     assert f"isingcut: {shown}/nothing is not an isingcut run folder" in err
-
-
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_a_model_is_shown_as_it_is_called(arena, name):
-    model = shutil.move(arena.model, arena.here / name)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    code, out, err = call(["inspect", str(model)])
-    assert code == 0, err
-    assert config["model_type"] in out
-    code, _, err = call(["inspect", str(model / "nothing")])
-    assert code == 2
-    assert printable(err) == err
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
