@@ -35,7 +35,7 @@ not fit the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -166,7 +166,7 @@ class _Fitting:
         p = first - 1
         write: Write | None = None
         entered = self._patched
-        for i in self._sweep(self._at, last):
+        for i in map(int, self.replay.store.sweep(range(self._at, last + 1))):
             if i == p:
                 self._original = self._bring(p, self._original)
                 entered = self._patched = self._bring(p, self._patched)
@@ -176,7 +176,11 @@ class _Fitting:
                     write = None
                 if write is not None:
                     self._choose_maps([write])
-                    seen = self._observe(p, write)
+                    # The output of block p in the patched model, and the features of the map.
+                    seen = []
+                    for recording, stream in zip(self._recordings, self._patched, strict=True):
+                        output, read, written = observe(recording, p, stream, write)
+                        seen.append((output, write.features(read, written)))
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
             self._original = self._after(i, self._original)
@@ -195,15 +199,6 @@ class _Fitting:
 
     def _obstacle(self, p: int, write: Write) -> str:
         return find_obstacle(self.replay, self.stored, p, write.path, write.module)
-
-    def _observe(self, p: int, write: Write) -> list[tuple[Tensor, Tensor]]:
-        """Return for each batch the output (B, T, D) of block p in the patched model, and the
-        features (B, T, F') of the map."""
-        found = []
-        for recording, stream in zip(self._recordings, self._patched, strict=True):
-            output, read, written = observe(recording, p, stream, write)
-            found.append((output, write.features(read, written)))
-        return found
 
     def _fit_exactly(
         self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
@@ -233,7 +228,7 @@ class _Fitting:
         block, reasons, usable = self.replay.blocks[p], [], []
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
-        for _ in self._sweep(p, p):
+        for _ in self.replay.store.sweep([p]):
             for gained in find_gained(self._recordings[0], block, p, entered[0]):
                 if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
@@ -339,11 +334,6 @@ class _Fitting:
 
     def _bring(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.bring(i, s) for r, s in zip(self._recordings, streams, strict=True)]
-
-    def _sweep(self, first: int, last: int) -> Iterator[int]:
-        for i in self.replay.store.sweep(range(first, last + 1)):
-            assert isinstance(i, int)
-            yield i
 
     def _choose_maps(self, writes: Sequence[Write]) -> None:
         """Map the inputs of layers, or their outputs if the moments of the inputs do not fit.
