@@ -147,10 +147,9 @@ def pair(key, kind, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
-def info(name="a", shape=(32,), kind=0, offset=0, axes=None) -> bytes:
+def info(name="a", shape=(32,), kind=0, offset=0) -> bytes:
     """Return one entry of the tensor list."""
-    axes = len(shape) if axes is None else axes
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", axes, *shape, kind, offset)
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
 def raw(pairs=(), infos=(), *, version=3, tail=4096):
