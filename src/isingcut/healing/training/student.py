@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,8 @@ from isingcut.models.compute.head import find_head_input
 from isingcut.models.cutting.verify import reload
 from isingcut.options.config import HealConfig
 
-
-@contextlib.contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Silence peft's warning, for every layer, about an older name for gradient checkpointing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+# Silences peft's warning, for every layer, about an older name for gradient checkpointing.
+_quiet_peft = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 def load_student(folder: Path, config: HealConfig) -> Any:
