@@ -138,7 +138,7 @@ class RunFolder:
         if not (path / MANIFEST).is_file():
             raise StageFileError(
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
-                "make one with: isingcut energy MODEL --out DIR"
+                "give the --out of a run, or make one with: isingcut run MODEL --remove M"
             )
         return cls(path, results.read_document(path / MANIFEST, runs.RunFile), overwrite=overwrite)
 
