@@ -114,7 +114,7 @@ class RunConfig(Options):
     effort: spellings.Effort = option(
         spellings.Effort(),
         "Search limit of refined and auto: passes over the text (150) or a time (20min); default: "
-        "0.4 of the cost of a greedy search, of which most take half.",
+        "0.4 of the cost of a greedy search; most searches take half of that.",
         "energy",
     )
     linear: bool = option(
