@@ -16,7 +16,8 @@ from isingcut.options.declaration import Options, flag
 HEAD = """# Options
 
 In a YAML file and in Python, leave out the leading dashes and write `_` instead of `-`:
-`--rank-samples 8`, `rank_samples: 8`, `rank_samples=8`. Each verb has the options that apply to it
+`--rank-samples 8`, `rank_samples: 8`, `rank_samples=8`. A list may be a list there: `--keep 0,29`,
+`keep: [0, 29]`, `keep=[0, 29]`. Each verb has the options that apply to it
 (`isingcut VERB --help`).
 """
 _TYPES = {

@@ -378,6 +378,7 @@ def test_a_runs_budget_is_that_of_its_healing():
     assert RunConfig(heal=False) == RunConfig()
     assert heal_config(config.replace(heal="10min")).effort == "10min"
     assert heal_config(config.replace(heal=True)).effort == ""
+    assert heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
     with pytest.raises(InputError, match=r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
         config.replace(heal="soon")
 

@@ -13,7 +13,6 @@ import functools
 import importlib
 import json
 import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,11 +24,11 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import read_text
 from isingcut.options.spellings import Spelling
 
-_AS_TEXT = (str, Path, numbers.Real, list, tuple)
 _WRONG = {
     "int_type": "must be a whole number, got {shown}",
     "float_type": "must be a number, got {shown}",
     "bool_type": "must be true or false, got {shown}",
+    "string_type": "must be text, got {shown}",
     "literal_error": "must be one of {words}; got {shown}",
     "finite_number": "must be a finite number, got {shown}",
     "greater_than_equal": "must be at least {ge:.0f}, got {shown}",
@@ -149,27 +148,23 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _plain(value: Any, kind: type, default: Any) -> Any:
-    """Convert numbers of any library to Python's, and numbers, paths and lists to text."""
+    """Convert arrays and numbers of NumPy and PyTorch to Python's, and paths and lists to text."""
+    value = getattr(value, "tolist", lambda: value)()
     if kind is str:
         return _text(value, default)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if kind is int and number and isinstance(value, numbers.Integral):
-        return int(value)
-    if kind is float and number:
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
-    return value
+    # Python does not convert integers of more than 308 digits to floats.
+    return math.inf if kind is float and isinstance(value, int) and value >= 10**308 else value
 
 
-def _text(value: Any, default: str) -> str:
+def _text(value: Any, default: str) -> Any:
     if isinstance(value, dict) and isinstance(default, Section):
-        value = json.dumps(value, ensure_ascii=False, default=str)
-    if isinstance(value, bool) or not isinstance(value, _AS_TEXT):
-        raise ValueError(f"must be text, got {shorten(value)}")
-    if isinstance(value, list | tuple):
+        value = json.dumps(
+            value, ensure_ascii=False, default=lambda v: getattr(v, "tolist", v.__str__)()
+        )
+    if isinstance(value, list | tuple | range | set):
         value = ",".join(map(str, value))
+    if isinstance(value, bool) or not isinstance(value, str | Path | int | float):
+        return value
     text = shorten(value) if isinstance(value, int) else str(value)
     if default and not text.strip():
         raise ValueError("is empty; give a value, or remove the option")
