@@ -18,7 +18,7 @@ LAST_BLOCK = 99_999
 
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_BYTES = {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
+_BYTES = {"b": 1.0} | {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
 _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
 # `lazy` is the fake device of the tests.
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
