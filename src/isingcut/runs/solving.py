@@ -61,7 +61,7 @@ def removal_rows(
     if len(config.remove.counts) > 1:
         raise InputError(
             f"--remove {config.remove} is a range, which only `run` and the search accept; "
-            "give one number here"
+            "give one number here (in Python: Run.at)"
         )
     kinds = [b.kind for b in blocks.blocks]
     n = len(kinds)
