@@ -28,9 +28,10 @@ def test_feasible_and_violations():
     assert [text.split(" (")[0] for text in broken] == ["count", "keep 0"]
 
 
-def test_row_length_must_fit():
-    with pytest.raises(InputError, match="is for 5 blocks"):
-        Problem(hamiltonian(4), [con.count(5, 2)])
+def test_constraints_are_rows_of_the_hamiltonians_length():
+    for rows, words in (([con.count(5, 2)], "is for 5 blocks"), ([con.keep(4, [0])], "unpack a")):
+        with pytest.raises(InputError, match=words):
+            Problem(hamiltonian(4), rows)
 
 
 def test_conflicting_constraints_are_named_and_no_others():
@@ -254,12 +255,10 @@ def test_distance_counts_swaps():
 
 
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
-    with pytest.raises(InputError, match="finite"):
-        con.LinearConstraint("bad", np.array([np.nan]), "==", 0)
-    with pytest.raises(InputError, match="a finite rhs"):
-        con.LinearConstraint("bad", np.zeros(1), "==", np.inf)
-    with pytest.raises(InputError, match="sense"):
-        con.LinearConstraint("bad", np.zeros(2), "<", 0)
+    wrong = [([np.nan], "==", 0, "finite"), ([0], "==", np.inf, "finite"), ([0], "<", 0, "sense")]
+    for row, sense, rhs, words in wrong:
+        with pytest.raises(InputError, match=words):
+            con.LinearConstraint("bad", row, sense, rhs)
 
 
 @pytest.fixture

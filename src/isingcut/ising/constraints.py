@@ -113,8 +113,7 @@ def _unit_rows(n: int, indices: Iterable[int], verb: str, value: int) -> list[Li
     for i in sorted(set(indices)):
         if not 0 <= i < n:
             raise InputError(f"cannot {verb} block {i}: blocks are numbered 0 to {n - 1}")
-        row = np.zeros(n)
-        row[i] = 1.0
+        row = np.eye(1, n, i)[0]
         what = "stays" if verb == "keep" else "is removed"
         rows.append(LinearConstraint(f"{verb} {i}", row, "==", value, f"block {i} {what}"))
     return rows

@@ -34,7 +34,7 @@ class Problem:
         constraints: rows over the same N blocks.
 
     Raises:
-        InputError: a row has another length than the Hamiltonian.
+        InputError: not a row, or a row of another length than the Hamiltonian.
 
     Examples:
         >>> from isingcut import constraints
@@ -50,6 +50,8 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "constraints", tuple(self.constraints))
         for row in self.constraints:
+            if not isinstance(row, LinearConstraint):
+                raise InputError(f"expected rows; unpack a list of rows with *; got {row!r:.60}")
             if row.coefficients.shape != (self.n,):
                 raise InputError(
                     f"constraint {row.name!r} is for {row.coefficients.shape[0]} blocks, but the "
