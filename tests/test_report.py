@@ -363,6 +363,7 @@ def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
     said = model_card(folder, [10, 11], patch=found)
     assert ("tuned on the loss for a few steps" in said) == tuned
     assert ("Nothing was trained by gradients" in said) != tuned
+    assert ("linear layers of block 2 were tuned" in said) == bool(held_out)
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
