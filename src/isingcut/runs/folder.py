@@ -397,13 +397,12 @@ class RunFolder:
 
 
 def _difference(record: runs.StageRecord, options: dict[str, Any]) -> str:
-    before, changed = record.options.content(), []
-    for key in dict.fromkeys([*options, *before]):
-        values = before.get(key), options.get(key)
-        # The options of a search contain its removals, with all constraints.
-        labels = [", ".join(re.findall(r"Target\((.*?): ", str(v))) for v in values]
-        key, (was, now) = (key, values) if labels[0] == labels[1] else ("remove", labels)
-        changed.extend([f"{key}: was {was!r}, now {now!r}"] * (was != now))
+    before = record.options.content()
+    changed = [
+        f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"
+        for k in dict.fromkeys([*options, *before])
+        if before.get(k) != options.get(k)
+    ]
     return "; ".join(changed) or "the model differs"
 
 
