@@ -37,7 +37,6 @@ from sweep.mtp import MtpLayers, add_mtp_layers, check_mtp_layers
 from sweep.shrink import tiny_configuration
 
 _TOLERANCE = 1e-5
-# Width of the sliding windows of the tiny models.
 _NEW_TOKENS = 8
 _MOST_PARAMETERS = 8_000_000
 _MAPPINGS = {
