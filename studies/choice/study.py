@@ -127,14 +127,15 @@ class Choice(ModelStudy):
         ):
             longer = self._search_on(run, folder)
             (ranked,) = pipeline.measure_and_rank(run, folder)
-            few = ranking.trial_tokens(config)
-            trial = run.at(config.replace(patch="linear", patch_tokens=few))
             made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
             rows = sorted(ranked.candidates, key=lambda row: row.kl)[: ranking.TRIED]
+            few = ranking.trial_tokens(config)
+            # A study that goes on after the ranking fits the patches again.
+            with run.at(config.replace(patch="linear", patch_tokens=few)):
+                patches = [fit_once(run, folder, row.removed) for row in rows]
             near = [
-                row.content()
-                | {"unseen": self._judge(run, row.removed, fit_once(trial, folder, row.removed))}
-                for row in rows
+                row.content() | {"unseen": self._judge(run, row.removed, new)}
+                for row, new in zip(rows, patches, strict=True)
             ]
         return {"text": text, "ended": made["trace"][-1], "longer": longer, "near": near}
 
