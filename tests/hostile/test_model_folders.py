@@ -57,6 +57,7 @@ UNREAD = [
     ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
     ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
     ("a place beyond the blocks", {"ple_layer_ids": [1, 200]}, "'ple_layer_ids' has an unknown"),
+    ("a place before the blocks", {"ple_layer_ids": [0, 1]}, "'ple_layer_ids' has an unknown form"),
     ("indexers in a number", {"indexer_types": -1}, "'indexer_types' has an unknown form"),
     ("a half source", {"kv_source_layers": [0.0] * 6}, "'kv_source_layers' has an unknown form"),
     ("images at 1.5", {"spatial_target_layers": [1.5]}, "'spatial_target_layers' has an unknown"),
@@ -80,6 +81,7 @@ FILES = [
         both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
         r"PEFT adapter.*from_pretrained\(BASE\).*merge_and_unload",
     ),
+    ("an adapter beside a model", written("model/adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
     ("long names", sharded(lambda i: {"weight_map": {UP: "x" * 5000}}), "lacks 1 of the"),
@@ -99,6 +101,7 @@ FILES = [
 LOADED = [
     ("no weights", removed(WEIGHTS), "has no weights"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
+    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* has NaN or infinite values"),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
     (
         "another shape",

@@ -164,6 +164,8 @@ FILE_ROWS = [
         Row(f"run: {name}", f"{RUN} --config o.yaml", line, written("o.yaml", text))
         for name, text, line in FILES
     ),
+    Row("heal: trust", f"{HEAL} --config o.yaml", "cannot be set in a file",
+        written("o.yaml", "trust_remote_code: true")),
     *(
         Row(f"healing: {text}", f"{RUN} --remove 2 --heal --config o.yaml", line,
             written("o.yaml", f"healing: {text}"))
