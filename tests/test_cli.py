@@ -177,6 +177,8 @@ def test_blocks_counted_from_one(run, capsys):
         assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "") == 2
     assert "--blocks is empty" in capsys.readouterr().err
+    assert call("excise", run, "--one-based") == 2
+    assert "--one-based is for the numbers of --blocks" in capsys.readouterr().err
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
@@ -225,7 +227,7 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
         assert f"{option.partition('=')[0]} is for a run folder, --original for a check" in said
 
 
-def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch):
+def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
     manifest = json.loads((run / "run.json").read_text())
     cut = manifest["stages"]["model"]
     manifest["stages"]["remove-2/model.gguf"] = cut
@@ -237,6 +239,10 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch):
         assert find_run(Path(name)) == (run, removed)
     # The recorded blocks are numbered from 0, whatever the list on the command line would be.
     assert call("evaluate", name, "--one-based", "--skip-speed") == 0
+    assert call("evaluate", name, "--remove", "3") == 2
+    assert "a .gguf file has its own" in capsys.readouterr().err
+    assert call("report", run / "remove-2", "--remove", "3") == 2
+    assert f"with --remove give {run}" in capsys.readouterr().err
 
 
 def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):

@@ -67,6 +67,7 @@ WORDS = [
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
     ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
+    ("--solve-seconds 0", "--solve-seconds must be above 0, got 0"),
     ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
     ("--calibration ''", "--calibration is empty"),
     ("--samples many", "(?i)invalid value for '--samples'"),

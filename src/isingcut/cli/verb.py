@@ -324,6 +324,8 @@ def reopen_at(
     """
     from isingcut.runs.folder import RunFolder
 
+    if one_based and blocks is None:
+        raise InputError("--one-based is for the numbers of --blocks; give both")
     if blocks is None:
         return (*reopen(directory, options), None)
     try:

@@ -316,6 +316,8 @@ def evaluate(
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
+        if options["remove"] or options["budget"]:
+            raise InputError("--remove and --budget are for a run folder; a .gguf file has its own")
         (directory, blocks), one_based = find_run(directory), False
     if original is not None:
         of_run = {name: options.pop(name) for name in ("model", "remove", "budget")}
@@ -392,7 +394,7 @@ def report(
 
     if out is not None and len(directories) == 1:
         raise InputError("--out is for the comparison page; give two or more DIRs")
-    found = [_removal_at(directory, options) for directory in directories]
+    found = [_removal_at(directory, options, len(directories) == 1) for directory in directories]
     if len(found) == 1:
         file = solving.report(*found[0])
         data: dict[str, Any] = {"report": str(file), "html": str(file.with_suffix(".html"))}
@@ -404,13 +406,15 @@ def report(
     return Output(data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings)
 
 
-def _removal_at(directory: Path, options: dict[str, Any]) -> tuple[RunFolder, Path]:
+def _removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[RunFolder, Path]:
     """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
     from isingcut.runs.folder import MANIFEST, RunFolder
 
     # The parent of "." is ".".
     whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
+        if alone and (options["remove"] or options["budget"]):
+            raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)
     return folder, solving.needs(folder, config, "", "solve")

@@ -171,7 +171,7 @@ class RunConfig(Options):
     diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
         0, "Least number of swaps between two candidates (0: no limit).", "solve"
     )
-    solve_seconds: Annotated[float, Bounds(ge=0, le=3600 * 24 * 365)] = option(
+    solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds.", "solve"
     )
     keep: spellings.BlockList = option(

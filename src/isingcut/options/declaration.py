@@ -31,6 +31,7 @@ _WRONG = {
     "string_type": "must be text, got {shown}",
     "literal_error": "must be one of {words}; got {shown}",
     "finite_number": "must be a finite number, got {shown}",
+    "greater_than": "must be above {gt:.0f}, got {shown}",
     "greater_than_equal": "must be at least {ge:.0f}, got {shown}",
     "less_than_equal": "must be at most {le:.0f}, got {shown}",
     "value_error": "{error}",
