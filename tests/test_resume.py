@@ -1,24 +1,18 @@
-"""A run killed at any moment ends with the same bytes; a run of an earlier version opens."""
+"""A run killed at any moment ends with the same bytes."""
 
 import contextlib
-import copy
-import hashlib
 import json
 import os
+import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import isingcut
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER
-from isingcut.files.results import read_json
 from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside, lock_place
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.spectrum import Spectrum
 from isingcut.report.write import write_report
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
@@ -150,64 +144,14 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     assert not is_leftover(tmp_path / ".model.part")
 
 
-# Written by commit e3a11f7 for a model of six tiny blocks; a few of its states.
-DOCUMENTS = json.loads(Path(__file__).with_name("old_run.json").read_text(encoding="utf-8"))
-KINDS = {
-    "run.json": "run",
-    "spectrum.json": "spectrum",
-    "candidates.json": "candidates",
-    "evaluation.json": "evaluation",
-    "model/isingcut.json": "removal",
-}
-META = {"energy": "fisher", "gate": "sublayer", "label_seed": 0, "loss": "KL(original || gated)"}
-HEADER = {
-    "format": "isingcut-hamiltonian",
-    "meta": {**META, "samples": 256, "tokens": 3840},
-    "unit": "nats/token",
-    "version": 1,
-}
-
-
-@pytest.fixture
-def old(tmp_path):
-    """The run folder, with the hashes of its files in run.json, but none of folders."""
-    folder = tmp_path / "run"
-    (folder / "model").mkdir(parents=True)
-    tensors = {"h": np.arange(6.0), "J": np.zeros((6, 6)), "c": np.zeros(1)}
-    header = {"isingcut": json.dumps(HEADER, sort_keys=True)}
-    for name in ("hamiltonian.safetensors", "hamiltonian.fisher.safetensors"):
-        save_file(tensors, folder / name, header)
-    for name, content in DOCUMENTS.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    run = copy.deepcopy(DOCUMENTS["run.json"])
-    for name, record in run["stages"].items():
-        file = folder / name
-        plain = file.is_file()
-        record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if plain else None
-    (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
-    return folder
-
-
-def test_every_file_of_it_is_read(old):
-    for name, kind in KINDS.items():
-        assert read_json(old / name, kind)["format"] == f"isingcut-{kind}"
-    assert Hamiltonian.load(old / "hamiltonian.safetensors").meta["energy"] == "fisher"
-    assert Spectrum.load(old / "spectrum.json").removed(0) == [4, 5]
-
-
-def test_it_is_reported_and_its_choice_handed_on(old, capsys):
-    write_report(old)
-    assert "model without 2 of its 6 blocks" in (old / "report.md").read_text(encoding="utf-8")
-    assert call("solve", old, "--remove", 2, "--quiet") == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.strip() == str(old / "spectrum.json")
-
-
-def test_a_solver_that_is_gone_costs_no_report(old, capsys):
-    run = json.loads((old / "run.json").read_text(encoding="utf-8"))
-    run["config"]["solver"] = "anneal"
-    (old / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    write_report(old)
-    assert call("solve", old, "--remove", 3) == 2
+def test_a_solver_that_is_gone_costs_no_report(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    stored = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    stored["config"]["solver"] = "anneal"
+    (run / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    write_report(run)
+    assert call("solve", run, "--remove", 3) == 2
     said = capsys.readouterr().err
     assert "unknown solver 'anneal'" in said
     assert len(said.splitlines()) == 1

@@ -11,7 +11,7 @@ from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar
 
 
 class PatchedCut(Strict):
-    """The map that was folded into the block before one cut; older files lack `changed`."""
+    """The map that was folded into the block before one cut."""
 
     removed: list[Index] | None = None
     block: Index
@@ -94,7 +94,6 @@ class CardParts(Strict):
     how: str
     measured: str
     from_gguf: bool
-    # Older records lack it.
     loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")] = "AutoModelForCausalLM"
     isingcut: str
     energy: str

@@ -242,7 +242,7 @@ def check_recorded(record: StageRecord | None, file: Path) -> None:
 def find_change_since(file: Path, record: StageRecord) -> str | None:
     """Describe how a file or folder differs from its record; None if it does not.
 
-    Interrupted stages, and folders in records of older versions, have no hash: no change is found.
+    Interrupted stages have no hash: no change is found.
     """
     if record.sha256 is None:
         return None

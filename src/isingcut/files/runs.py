@@ -111,7 +111,7 @@ class StageOptions(Strict):
     remove: str | int | None = None
     budget: str = ""
     removed: Blocks | None = None
-    texts: dict[str, Any] | None = None
+    texts: dict[str, Any] = Field(default_factory=dict)
 
 
 class StageRecord(Strict):

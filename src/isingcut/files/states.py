@@ -107,8 +107,7 @@ class ScoredCandidate(Strict):
     removed: Blocks
     questions: Count
     accuracy: Number | None
-    # Missing in older files, which chose by accuracy.
-    certainty: Number | None = None
+    certainty: Number | None
     dropped: bool
     difference: Number | None
     difference_se: Positive | None

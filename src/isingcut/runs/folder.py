@@ -145,15 +145,10 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The options the folder was made with."""
-        # Drop options of older versions, and trust, which is never stored.
-        gone = ("trust_remote_code", "heal_top", "keep_cut", "heal_options")
-        options = self.run.config.content()
-        stored = {k: v for k, v in options.items() if k not in gone}
-        if options.get("heal_options"):
-            # An option of an older version: the folder can be read, but not healed again.
-            stored["healing"] = {"heal_options": options["heal_options"]}
-        # Folders of versions before the patch have no such option.
-        found = options_from(RunConfig, {"patch": "none", **stored}, str(self.path / MANIFEST))
+        stored = self.run.config.content()
+        # It is never stored, but another person may have edited the file.
+        stored.pop("trust_remote_code", None)
+        found = options_from(RunConfig, stored, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
 
     @property

@@ -135,9 +135,6 @@ def _texts(
     if built is not None:
         return {"texts": built.meta["texts"]}
     known = record.options.texts if record else {}
-    if known is None:
-        # From an older version.
-        return {}
     if not folder.overwrite:
         refuse_changed(known, config.calibration)
     known = {place: known[place] for place in places_in(config.calibration) if place in known}
