@@ -1,8 +1,6 @@
 """GGUF files whose bytes and metadata disagree are refused, never converted or cut in part."""
 
-import hashlib
 import resource
-import shutil
 import struct
 import threading
 
@@ -11,7 +9,6 @@ from arena import Row
 from damage import linked, pipe, written
 
 from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
-from isingcut.errors import InputError
 from isingcut.files.writing import lock_place
 from isingcut.models import gguf_files
 from isingcut.models.sources import model_identity
@@ -97,9 +94,7 @@ def _rows():
         yield Row(f"inspect: {what}", LOOK, line, prepare)
         yield Row(f"excise: {what}", CUT, line, prepare)
     for what, prepare, line in CONVERTED:
-        yield Row(
-            f"inspect: {what}", LOOK, line, prepare, makes=("home/cache", "home/cache/gguf-2")
-        )
+        yield Row(f"inspect: {what}", LOOK, line, prepare, makes=("home/cache", "home/cache/gguf"))
     for what, prepare, line in OTHERS:
         yield Row(f"excise: {what}", CUT, line, prepare)
     yield Row("energy: a block that lacks a tensor", ENERGY, f"lacks the tensor {UP}", lacking(UP))
@@ -123,7 +118,7 @@ def test_a_whole_file_is_cut_beside_the_run(arena):
 
 
 def test_a_conversion_clears_what_killed_ones_left(arena):
-    left = arena.home / "cache" / "gguf-2" / f".{'a' * 64}.isingcut-x.part"
+    left = arena.home / "cache" / "gguf" / f".{'a' * 64}.isingcut-x.part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(1000))
     arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
@@ -155,16 +150,9 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     assert len(converted) == 1
 
 
-def test_what_the_old_cache_holds_is_not_believed(arena):
-    lacking(UP)(arena)
-    digest = hashlib.sha256((arena.here / "m.gguf").read_bytes()).hexdigest()
-    shutil.copytree(arena.model, arena.home / "cache" / "gguf" / digest)
-    arena.try_row(Row("old", LOOK, f"lacks the tensor {UP}", makes=("home/cache/gguf-2",)))
-
-
 def test_a_converted_model_that_was_changed_is_refused(arena):
     arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
-    (config,) = (arena.home / "cache").glob("gguf-2/*/config.json")
+    (config,) = (arena.home / "cache").glob("gguf/*/config.json")
     config.write_text(config.read_text().replace("silu", "gelu"))
     arena.try_row(Row("changed", LOOK, "was changed: config.json in it was changed"))
 
@@ -174,17 +162,12 @@ def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkey
     arena.try_row(Row("no folder", LOOK, "cannot be stored .*set ISINGCUT_CACHE", file()))
 
 
-def test_the_cache_may_be_named_where_there_is_no_home(monkeypatch, tmp_path):
-    def unknown(user):
-        raise KeyError(user)
-
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", unknown)
+def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
-    with pytest.raises(InputError, match="no home folder"):
-        gguf_files.gguf_cache()
+    assert gguf_files.gguf_cache() == tmp_path / "assets" / "isingcut" / "gguf"
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))
-    assert gguf_files.gguf_cache() == tmp_path / "gguf-2"
+    assert gguf_files.gguf_cache() == tmp_path / "gguf"
 
 
 def test_a_full_disk_leaves_no_half_made_model(arena):
@@ -197,4 +180,4 @@ def test_a_full_disk_leaves_no_half_made_model(arena):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     made = snapshot(arena.here).keys() - before.keys()
-    assert made <= {"home/cache", "home/cache/gguf-2"}
+    assert made <= {"home/cache", "home/cache/gguf"}

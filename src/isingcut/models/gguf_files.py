@@ -199,20 +199,11 @@ def read_gguf(path: Path) -> GgufHeader:
 
 
 def gguf_cache() -> Path:
-    """Return the cache of converted files, in `$ISINGCUT_CACHE` or else in the platform's cache.
+    """Return the cache of converted files, in `$ISINGCUT_CACHE` or else in that of the hub."""
+    from huggingface_hub.constants import HF_ASSETS_CACHE
 
-    Folders named ``gguf`` are from versions that replaced missing tensors by random numbers.
-    """
-    if override := os.environ.get("ISINGCUT_CACHE"):
-        return user_path(override) / "gguf-2"
-    home = user_path("~")
-    if os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif (home / "Library" / "Caches").is_dir():
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "isingcut" / "gguf-2"
+    own = os.environ.get("ISINGCUT_CACHE")
+    return user_path(own or f"{HF_ASSETS_CACHE}/isingcut") / "gguf"
 
 
 def convert_file(path: Path) -> Path:
