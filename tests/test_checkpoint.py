@@ -138,7 +138,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
     stored = read_header(tmp_path / "in.safetensors")
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, [NewTensor(t.name, t) for t in stored], 10**9, {"format": "pt"})
+    write_checkpoint(out, [NewTensor(t.name, t) for t in stored], 10**9)
     loaded = load_file(out / "model.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -156,7 +156,7 @@ def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
     new = [NewTensor("x", x, 1, 4, (0, 2)), NewTensor("y", y, 0, 4, (1, 3))]
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, new, 10**9, {})
+    write_checkpoint(out, new, 10**9)
     loaded = load_file(out / "model.safetensors")
     assert torch.equal(loaded["x"], value.reshape(7, 4, 3)[:, [0, 2]].reshape(7, 6))
     assert torch.equal(loaded["y"], value.T.reshape(4, 3, 7)[[1, 3]].reshape(6, 7))

@@ -12,12 +12,13 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from isingcut.errors import CheckpointError
@@ -264,9 +265,7 @@ class NewTensor:
         return self.source.size // self.count * len(self.kept)
 
 
-def write_checkpoint(
-    folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int, metadata: Mapping[str, str]
-) -> None:
+def write_checkpoint(folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int) -> None:
     """Write tensors as one safetensors file, or as shards with an index.
 
     Needs at most 32 MiB of memory, and only for sliced tensors.
@@ -276,44 +275,30 @@ def write_checkpoint(
         tensors: tensors to write; their order decides the shards.
         max_shard_bytes: largest size of the tensors in one shard; a larger tensor gets a shard of
             its own.
-        metadata: the header's ``__metadata__``.
 
     Raises:
         OSError: the disk is full or the folder read-only.
     """
-    shards: list[list[NewTensor]] = [[]]
-    room = max_shard_bytes
-    for tensor in tensors:
-        if shards[-1] and tensor.size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.size
-    if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0], metadata)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, metadata)
-        weight_map.update({tensor.name: file for tensor in shard})
-    index = {
-        "metadata": {"total_size": sum(tensor.size for tensor in tensors)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    named = {tensor.name: tensor for tensor in tensors}
+    split: Any = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_file(folder / file, [named[name] for name in names])
+    if split.is_sharded:
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        index = {"metadata": split.metadata, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as one safetensors file.
-
-    Args:
-        path: the new file; it must not be a file that the tensors are read from.
-        metadata: the header's ``__metadata__``.
-    """
+def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
+    """Write tensors as one safetensors file; it must not be a file that they are read from."""
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
     ordered = sorted(tensors, key=lambda t: -BITS[t.source.dtype])
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
         header[tensor.name] = {

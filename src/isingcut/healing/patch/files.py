@@ -157,7 +157,7 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
                 if t.file == file and t.name not in dropped
             ]
             if kept:
-                write_file(temporary / file.name, kept, {"format": "pt"})
+                write_file(temporary / file.name, kept)
         values.unlink()
         if stored.layout and modules:
             _list_plain(temporary, stored.layout, modules, dropped)

@@ -77,7 +77,7 @@ def excise(
         mapping = cuts.number_mtp_layers(mapping, count, cuts.mtp_layers(text))
     tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
     with atomic_folder(out, sources=[source]) as folder:
-        write_checkpoint(folder, tensors, max_shard_bytes, {"format": "pt"})
+        write_checkpoint(folder, tensors, max_shard_bytes)
         _copy_companions(source, folder, mapping)
         # Written last, so that a folder without it is incomplete.
         text_of_config = json.dumps(new_config, indent=2) + "\n"
