@@ -66,17 +66,21 @@ class StoredTensor:
         return 8 * self.size if self.packed else math.prod(self.shape)
 
     def data(self) -> bytearray:
-        """Read the bytes of the tensor.
+        """Read the bytes of the tensor."""
+        found = bytearray(self.size)
+        self.read_into(memoryview(found))
+        return found
+
+    def read_into(self, buffer: memoryview, first: int = 0) -> None:
+        """Fill a buffer with the tensor's bytes, starting at its byte ``first``.
 
         Raises:
             CheckpointError: the file became shorter.
         """
-        found = bytearray(self.size)
         with self.file.open("rb") as f:
-            f.seek(self.start)
-            if f.readinto(found) != len(found):
+            f.seek(self.start + first)
+            if f.readinto(buffer) != len(buffer):
                 raise CheckpointError(f"{self.file} ended early, inside {self.name!r}")
-        return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

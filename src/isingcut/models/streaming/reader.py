@@ -9,20 +9,18 @@ buffer has a known size.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isingcut.errors import CheckpointError, ModelError
+from isingcut.errors import ModelError
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
 from isingcut.models.loading import explain_shape, refuse_incomplete, refuse_infinite
@@ -293,7 +291,6 @@ class Reader:
         self._tile = tile_of(raw)
         self._stored = read_checkpoint(folder)
         self._dtype = dtype
-        self._files: dict[Path, FileIO] = {}
         self._stage = bytearray(_STAGE)
         self._lock = threading.Lock()
         self._checked: set[Part] = set()
@@ -317,8 +314,7 @@ class Reader:
         plan = self.plans[part]
         views = plan_views(plan, buffer)
         # `Store.keep` may read a part while the thread of `Buffers` reads another one.
-        with self._lock, torch.no_grad(), contextlib.ExitStack() as self._opened:
-            self._files.clear()
+        with self._lock, torch.no_grad():
             for step in plan.steps:
                 if isinstance(step, CopyStep):
                     self._copy(step.source, step.place(views[step.target]))
@@ -365,16 +361,7 @@ class Reader:
 
     def _read(self, source: StoredTensor, first: int, data: memoryview) -> None:
         """Fill ``data`` with a tensor's bytes, starting at its byte ``first``."""
-        file = self._files.get(source.file)
-        if file is None:
-            file = self._files[source.file] = self._opened.enter_context(FileIO(source.file))
-        file.seek(source.start + first)
-        done = 0
-        while done < len(data):
-            got = file.readinto(data[done:])
-            if not got:
-                raise CheckpointError(f"{source.file} ended early, inside {source.name!r}")
-            done += got
+        source.read_into(data, first)
         self.bytes_read += len(data)
 
 
