@@ -35,6 +35,7 @@ from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import measure_batches
 from isingcut.measure.splitting import split_to_fit
 from isingcut.measure.work import PLAIN, Work
+from isingcut.models.compute.divergence import widen
 from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay
 
@@ -188,7 +189,7 @@ def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
 
     A custom kernel whose backward pass builds no graph is otherwise left out without an error.
     """
-    again = (_wide(tangents) * _wide(toward)).flatten(2).sum(2).T
+    again = (widen(tangents) * widen(toward)).flatten(2).sum(2).T
     tolerance = 0.2 if toward.element_size() < 4 else 0.01
     off, size = (again - gradient).norm(), gradient.norm()
     if off > tolerance * size:
@@ -208,11 +209,11 @@ def _through_head(
     positions = predicted.nonzero()[:, 0]
     labels = batch.input_ids[sample, 1:].to(logits.device)[positions]
     if kind == "hessian":
-        logp = torch.log_softmax(_wide(logits[positions]), dim=-1)
+        logp = torch.log_softmax(widen(logits[positions]), dim=-1)
         loss = -logp.gather(1, labels[:, None]).mean()
         (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
     else:
-        p = torch.softmax(_wide(logits.detach()[positions]), dim=-1)
+        p = torch.softmax(widen(logits.detach()[positions]), dim=-1)
         dual = torch.zeros_like(logits, requires_grad=True)
         # `slope` is linear in `dual`; d slope / d dual is the forward derivative of the head.
         (slope,) = torch.autograd.grad(logits, leaf, dual, create_graph=True)
@@ -222,15 +223,10 @@ def _through_head(
             (bent,) = torch.autograd.grad(slope, leaf, tangent, retain_graph=True)
         else:
             (moved,) = torch.autograd.grad(slope, dual, tangent, retain_graph=True)
-            step = _wide(moved[positions])
+            step = widen(moved[positions])
             pushed = torch.zeros_like(logits)
             change = p * (step - (p * step).sum(-1, keepdim=True)) / len(positions)
             pushed[positions] = change.to(pushed.dtype)
             (bent,) = torch.autograd.grad(logits, leaf, pushed, retain_graph=True)
-        rows.append(_wide(tangents).flatten(1) @ _wide(bent).flatten())
+        rows.append(widen(tangents).flatten(1) @ widen(bent).flatten())
     return torch.stack(rows)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Convert to float32 (float64 stays), for sums over the vocabulary and the hidden states."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -285,7 +285,7 @@ class RowSums:
         run_in_threads(part, rows, q.size)
 
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
-        q = _wide(logits)
+        q = widen(logits)
         label = self._labels - offset
         inside = (label >= 0) & (label < q.shape[1])
         found = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
@@ -296,7 +296,7 @@ class RowSums:
         self._top = top
         if reference is not None:
             assert self._reference_log_z is not None
-            same = _wide(reference)
+            same = widen(reference)
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
             self._difference += torch.linalg.vecdot(p, apart).double()
@@ -318,7 +318,8 @@ class RowSums:
         return (self._difference + (self.log_z - self._reference_log_z)).double()
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Convert to float32 (float64 stays), for sums over the vocabulary and the hidden states."""
     return x if x.dtype == torch.float64 else x.float()
 
 

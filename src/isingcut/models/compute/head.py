@@ -31,6 +31,7 @@ from isingcut.models.compute.divergence import (
     can_compile,
     run_in_threads,
     softmax_gradient,
+    widen,
 )
 from isingcut.models.replay import Recording, Replay, replace_forwards
 
@@ -381,7 +382,7 @@ def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, log_z: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widen(logits)
     return (wide - log_z.to(wide.dtype)[:, None]).exp_()
 
 
