@@ -80,7 +80,7 @@ class Session:
         )
         device, made = name_devices(self.replay), folder.run.provenance
 
-        def read_record() -> dict[str, Any]:
+        def read_record() -> Computed:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
                 devices = devices_of(self.loaded.model)
@@ -92,9 +92,9 @@ class Session:
                 )
                 made.computed = {**made.computed, device: record}
                 folder.save()
-            return record.content()
+            return record
 
-        record = Computed.model_validate(self.processes.decide(read_record))
+        record = self.processes.decide(read_record)
         self.tuning = Tuning(record.attention, record.batch_tokens)
         self.replay.attention = self.tuning.attention
 

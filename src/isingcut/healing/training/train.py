@@ -172,14 +172,13 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
     make = partial(plan_memory, job, student, batch, placed=placed)
 
-    def plan() -> dict[str, Any]:
+    def plan() -> HealingMemory:
         # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
         file = job.work / "memory.json"
-        found = keep_result(file, HealingMemory, make) if placed or sharded else make()
-        return found.content()
+        return keep_result(file, HealingMemory, make) if placed or sharded else make()
 
     with quiet_transformers():
-        yield student, HealingMemory(**job.processes.decide(plan))
+        yield student, job.processes.decide(plan)
 
 
 def _run(
@@ -475,8 +474,7 @@ def _spend(job: Job) -> Job:
     width = int(text_config(job.teacher.model).hidden_size)
     size = {"width": width, "processes": job.processes.size}
     make = partial(choose_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
-    kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
-    recipe = HealingRecipe(**kept)
+    recipe = job.processes.decide(lambda: keep_result(file, HealingRecipe, make))
     return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
 
 
