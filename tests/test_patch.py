@@ -247,17 +247,17 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     removed = (0, 2, 3)
     job = job_of(tmp_path, family, removed)
     expected = patch_checkpoint(job, tmp_path / "in-memory")
-    teacher, replay = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
+    teacher = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
     read = []
     fill = StoredPart.fill
     monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
     stack = find_stack(teacher.model)
     text = tokens(32)
-    fit_patches(replay, stack.kinds, text, removed, Work(96))
+    fit_patches(teacher.streamed, stack.kinds, text, removed, Work(96))
     # Block 0 may be read ahead; blocks after the last cut are not needed. A block that is patched
     # by gains is read again when its target is known.
     assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
-    job = dataclasses.replace(job, teacher=teacher, replay=replay)
+    job = dataclasses.replace(job, teacher=teacher)
     record = patch_checkpoint(job, tmp_path / "streamed")
     assert record == expected
     a, b = (tmp_path / n / "model.safetensors" for n in ("in-memory", "streamed"))
@@ -288,7 +288,8 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
 
 def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, monkeypatch):
     source = tiny_checkpoint("llama", tmp_path / "source")
-    teacher, replay = load_streamed(source, dtype="float32", device="cpu")
+    teacher = load_streamed(source, dtype="float32", device="cpu")
+    replay = teacher.streamed
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
     kinds = find_stack(teacher.model).kinds
     with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):

@@ -22,7 +22,7 @@ from isingcut.models.device import Allowance, allowance, container_room, weight_
 from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import load_streamed, open_model
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
@@ -268,10 +268,9 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     pair = [load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)]
     expected = evaluate.quality(*pair, samples(), batch_tokens=24)
-    original = streamed(llama)
-    smaller = StreamedReplay(
-        *open_model(cut, dtype=torch.float32, device=CPU, buffers=original.store.buffers)
-    )
+    place = {"dtype": "float32", "device": "cpu"}
+    original = load_streamed(llama, **place)
+    smaller = load_streamed(cut, **place, buffers=original.streamed.store.buffers)
     found = evaluate.before_and_after(original, smaller, samples(), batch_tokens=24)
     for key in ("kl", "kl_se"):
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)

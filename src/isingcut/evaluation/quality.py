@@ -59,8 +59,8 @@ _PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def before_and_after(
-    original: LoadedModel | StreamedReplay,
-    cut: LoadedModel | StreamedReplay,
+    original: LoadedModel,
+    cut: LoadedModel,
     tokens: TokenSet,
     *,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
@@ -83,21 +83,20 @@ def before_and_after(
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
-    first, second = (m if isinstance(m, StreamedReplay) else m.model for m in both.values())
+    first, second = original.runnable, cut.runnable
     found = quality(first, second, tokens, batch_tokens, progress=progress)
     speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
-    if not isinstance(cut, StreamedReplay) and not isinstance(original, StreamedReplay):
-        models = {"before": original, "after": cut}
+    if not (original.streamed or cut.streamed):
         if not skip_speed:
             with progress("speed", 1) as bar:
-                plain = {name: language_model(m.model) for name, m in models.items()}
+                plain = {name: language_model(m.model) for name, m in both.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
         ids, texts = prompt_ids(original.tokenizer, _PROMPT), {}
         with progress("one generation", len(both)) as bar:
-            for name, m in models.items():
+            for name, m in both.items():
                 texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}

@@ -67,9 +67,9 @@ class ScoredModel:
 
     @classmethod
     def whole(cls, loaded: LoadedModel) -> ScoredModel:
-        """Create a `ScoredModel` from a model in memory."""
+        """Create a `ScoredModel` of a model with all its blocks."""
         blocks = stack_modules(loaded.model, find_stack(loaded.model))
-        return cls(loaded, Replay(loaded.model, blocks))
+        return cls(loaded, loaded.streamed or Replay(loaded.model, blocks))
 
 
 def score_states(

@@ -323,9 +323,8 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
     trust, model = job.config.trust_remote_code, job.teacher.model
-    cut, streamed = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
-    other = streamed or cut.model
-    found = quality(model, other, report, job.config.batch_tokens, progress=job.progress)
+    cut = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
+    found = quality(model, cut.runnable, report, job.config.batch_tokens, progress=job.progress)
     scores = HealedScores(**_figures(found))
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}

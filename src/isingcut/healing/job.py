@@ -34,7 +34,6 @@ from isingcut.models.load import LoadedModel
 from isingcut.models.loading import one_line
 from isingcut.models.processes import ALONE, Processes, is_launched
 from isingcut.models.safetensors_files import PLAIN, read_checkpoint
-from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import LENGTH, HealConfig
 
 # Tokens of each sample that a check uses.
@@ -114,7 +113,6 @@ class Job:
         work: work folder, for resuming.
         config: all options.
         progress: progress display.
-        replay: the streamed blocks of the original, if it is streamed for the patch.
         processes: the processes that train together.
         judge: judge of the checks, which may stop the training; None never stops it.
         recipe: settings of the training; None takes them from the options.
@@ -128,7 +126,6 @@ class Job:
     work: Path
     config: HealConfig
     progress: Progress = silent
-    replay: StreamedReplay | None = None
     processes: Processes = ALONE
     judge: Domains | None = None
     recipe: HealingRecipe | None = None

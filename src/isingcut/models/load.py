@@ -88,6 +88,7 @@ class LoadedModel:
 
     Attributes:
         device: device of the input; the first one of several.
+        streamed: its `StreamedReplay`, if the model is without weights; else None.
     """
 
     model: PreTrainedModel
@@ -95,6 +96,12 @@ class LoadedModel:
     folder: Path
     dtype: torch.dtype
     device: torch.device
+    streamed: Any = None
+
+    @property
+    def runnable(self) -> Any:
+        """The model; if it is without weights, its `StreamedReplay`."""
+        return self.streamed or self.model
 
     @property
     def place(self) -> dict[str, str]:

@@ -223,9 +223,8 @@ def _score_both(
     given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
     given["progress"] = session.progress
     original = ScoredModel(session.loaded, session.replay)
-    loaded, streamed = session.open_cut(checkpoint)
-    cut = ScoredModel.whole(loaded) if streamed is None else ScoredModel(loaded, streamed)
-    if streamed is None:
+    cut = ScoredModel.whole(session.open_cut(checkpoint))
+    if not cut.loaded.streamed:
         cut.replay.attention = original.replay.attention
     models = {"original": original, "cut": cut}
     rows = benchmark.benchmark(

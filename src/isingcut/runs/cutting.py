@@ -138,8 +138,7 @@ def _write_exact(
     with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
         temporary.rmdir()
         write_cut(session.source, blocks, temporary, drop_mtp=session.config.drop_mtp)
-        original = session.streamed[1] if session.streaming else session.loaded.model
-        proof = verify(original, blocks, temporary, trust_remote_code=trust)
+        proof = verify(session.loaded.runnable, blocks, temporary, trust_remote_code=trust)
         mtp = count_mtp_layers(session.source)
         further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": session.config.drop_mtp}
         parts = parts.model_copy(update=further)
@@ -289,9 +288,7 @@ def _patch_job(
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     tokens, text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
     how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
-    replay = session.streamed[1] if session.streaming else None
-    given = (loaded, tuple(removed), cut, tokens, work, how, session.progress, replay)
-    return Job(*given), text
+    return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
 
 
 def fit_patch(session: Session, folder: RunFolder, removed: Sequence[int]) -> dict[str, Tensor]:

@@ -80,20 +80,20 @@ def evaluate(
                 further["gguf"] = score_gguf(session, gguf, blocks, tokens, elsewhere)
             except ModelError as e:
                 further["gguf_unread"] = str(e)
-        cut, streamed = session.open_cut(checkpoint)
+        cut = session.open_cut(checkpoint)
         progress = session.progress
         found = before_and_after(
-            session.streamed[1] if session.streaming else session.loaded,
-            streamed or cut,
+            session.loaded,
+            cut,
             tokens,
             elsewhere=elsewhere,
             batch_tokens=session.tuning.batch_tokens,
             skip_speed=skip,
             progress=progress,
         ).model_copy(update=further)
-        if not session.streaming and streamed is None:
+        if not session.streaming and not cut.streamed:
             found = _add_drafts(session, found, cut, checkpoint, tokens)
-        if streamed is None and not skip:
+        if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
                 session.leave_device()
@@ -168,7 +168,7 @@ def evaluate_gguf(
 
 
 def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
-    cut, streamed = session.open_cut(convert_file(gguf), [])
+    cut = session.open_cut(convert_file(gguf), [])
     ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
     if ours != theirs:
         raise InputError(
@@ -176,8 +176,8 @@ def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
             "original with --original"
         )
     found = before_and_after(
-        session.streamed[1] if session.streaming else session.loaded,
-        streamed or cut,
+        session.loaded,
+        cut,
         measuring.build_calibration(session).splits["report"],
         batch_tokens=session.tuning.batch_tokens,
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
@@ -222,8 +222,7 @@ def _further_scores(
     if last != "cut":
         judges["cut"] = partial(_score_exact_cut, session, record.removed)
     if healed and changed:
-        loaded, streamed = session.open_cut(model)
-        judges["patched"] = partial(_score_cut, session, streamed or loaded.model)
+        judges["patched"] = partial(_score_cut, session, session.open_cut(model))
     return found | {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
 
 
@@ -243,8 +242,7 @@ def score_gguf(
         raise ModelError("it does not fit the host's memory beside the original")
     with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
         unpack_gguf(gguf, Path(aside))
-        loaded, streamed = session.open_cut(Path(aside), removed)
-        judge = partial(_score_cut, session, streamed or loaded.model)
+        judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
         scores = dict(_score_texts(judge, tokens, elsewhere))
     return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)
 
@@ -262,11 +260,12 @@ def _score_texts(
     )
 
 
-def _score_cut(session: Session, cut: Any, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
+def _score_cut(
+    session: Session, cut: LoadedModel, tokens: TokenSet
+) -> dict[str, evaluations.FurtherPart]:
     """Score a cut on a text (key "") and on each part of a mixture."""
-    original = session.streamed[1] if session.streaming else session.loaded.model
     size, progress = session.tuning.batch_tokens, session.progress
-    scores = quality(original, cut, tokens, size, progress=progress)
+    scores = quality(session.loaded.runnable, cut.runnable, tokens, size, progress=progress)
     return {
         name: evaluations.FurtherPart(
             **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se

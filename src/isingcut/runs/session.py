@@ -28,7 +28,8 @@ from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
-from isingcut.models.streaming.replay import StreamedReplay, load_streamed
+from isingcut.models.streaming.replay import load_streamed
+from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks
@@ -144,7 +145,7 @@ class Session:
     def loaded(self) -> models.LoadedModel:
         """The model: in memory, or without weights if streamed."""
         if self.streaming:
-            return self.streamed[0]
+            return self.open_streamed(self.source)
         return models.load(
             self.source,
             dtype=self.dtype,
@@ -181,38 +182,25 @@ class Session:
             self.__dict__.pop(name, None)
         devices.BatchLimit(pick_device(self.device)).release()
 
-    @cached_property
-    def streamed(self) -> tuple[models.LoadedModel, StreamedReplay]:
-        """The model without weights, and its streamed blocks."""
-        return self.open_streamed(self.source)
-
-    def open_streamed(
-        self, folder: Path, other: StreamedReplay | None = None
-    ) -> tuple[models.LoadedModel, StreamedReplay]:
-        """Open a checkpoint without weights, and its streamed blocks.
-
-        Args:
-            other: another model, to share its buffers.
-        """
+    def open_streamed(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
+        """Open a checkpoint whose blocks are streamed, with buffers of another one if given."""
         return load_streamed(
             folder,
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.config.trust_remote_code,
             memory_limit=self.config.memory_limit,
-            buffers=other.store.buffers if other else None,
+            buffers=buffers,
         )
 
-    def open_cut(
-        self, folder: Path, removed: Sequence[int] | None = None
-    ) -> tuple[models.LoadedModel, StreamedReplay | None]:
+    def open_cut(self, folder: Path, removed: Sequence[int] | None = None) -> models.LoadedModel:
         """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
 
         Args:
             removed: its removed blocks; None: those in its record, or none without a record.
         """
         if self.streaming:
-            return self.open_streamed(folder, self.streamed[1])
+            return self.open_streamed(folder, self.loaded.streamed.store.buffers)
         record = folder / "isingcut.json"
         if removed is None:
             removed = read_document(record, CutRecord).removed if record.is_file() else []
@@ -227,10 +215,8 @@ class Session:
     @cached_property
     def replay(self) -> Replay:
         """The model's blocks, to run one at a time."""
-        if self.streaming:
-            replay: Replay = self.streamed[1]
-        else:
-            replay = Replay(self.loaded.model, stack_modules(self.loaded.model, self.stack))
+        model = self.loaded.model
+        replay: Replay = self.loaded.streamed or Replay(model, stack_modules(model, self.stack))
         replay.processes = self.processes
         return replay
 

@@ -68,9 +68,9 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     layers = StoredLayers(job.start, job.removed)
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
-    trust, model = job.config.trust_remote_code, job.teacher.model
+    trust, original = job.config.trust_remote_code, job.teacher.runnable
     with apply_patches(_replay(job).blocks, stored):
-        proof = verify(job.replay or model, job.removed, out, trust_remote_code=trust)
+        proof = verify(original, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
         maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
@@ -83,7 +83,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
 
 def _replay(job: Job) -> Replay:
     model = job.teacher.model
-    return job.replay or Replay(model, stack_modules(model, find_stack(model)))
+    return job.teacher.streamed or Replay(model, stack_modules(model, find_stack(model)))
 
 
 def make_patches(
@@ -106,7 +106,7 @@ def make_patches(
     held_out, why = None, ""
     if job.config.tunes:
         try:
-            if job.replay is not None:
+            if job.teacher.streamed:
                 raise FitError("the model is streamed from disk, but tuning needs it in memory")
             tokens, held_out = split_samples(tokens)
         except FitError as e:

@@ -18,19 +18,18 @@ from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.placement import as_parameter, connect, place_of, places_of
-from isingcut.models.streaming.replay import StreamedReplay, load_streamed
+from isingcut.models.streaming.replay import load_streamed
 
 _CHUNK_BYTES = 64 * 2**20
 
 
 def open_cut(
     original: LoadedModel, removed: Sequence[int], folder: Path, *, trust_remote_code: bool = False
-) -> tuple[LoadedModel, StreamedReplay | None]:
+) -> LoadedModel:
     """Load a cut checkpoint on the device of its original in memory; equal tensors share memory.
 
-    Returns:
-        the model and None; or, if the checkpoint does not fit host memory or its own tensors do
-        not fit the device, the model without weights and its replay, which streams the blocks.
+    If the checkpoint does not fit host memory, or its own tensors do not fit the device, its blocks
+    are streamed.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
@@ -39,7 +38,7 @@ def open_cut(
     if fits(folder, original.dtype):
         cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
         if share(cut.model, original.model, removed):
-            return replace(cut, device=original.device), None
+            return replace(cut, device=original.device)
         del cut
     return load_streamed(
         folder, dtype=dtype, device=str(original.device), trust_remote_code=trust_remote_code

@@ -34,7 +34,7 @@ def load_streamed(
     trust_remote_code: bool = False,
     memory_limit: str = "",
     buffers: Buffers | None = None,
-) -> tuple[LoadedModel, StreamedReplay]:
+) -> LoadedModel:
     """Load a model without its weights; each block is read from disk when it runs.
 
     Args:
@@ -59,7 +59,7 @@ def load_streamed(
         buffers=buffers,
     )
     replay = StreamedReplay(model, store, memory)
-    return LoadedModel(model, tokenizer, folder, number, place), replay
+    return LoadedModel(model, tokenizer, folder, number, place, replay)
 
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
@@ -85,18 +85,12 @@ class StreamedReplay(Replay):
         self.memory = memory
         self._embedding: Any = language_model(model).get_input_embeddings()
         stack = find_stack(model)
-        self.dtype = store.dtype
         super().__init__(model, stack_modules(model, stack), store.device, store)
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.store.folder
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
         config: Any = self.model.config
-        digest = model_identity(self.folder)["sha256"]
+        digest = model_identity(self.store.folder)["sha256"]
         return {"model": config.to_dict(), "sha256": digest, "streamed": True}
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
@@ -115,7 +109,7 @@ class StreamedReplay(Replay):
         longest, count = int(batch.input_ids.shape[1]), int(batch.input_ids.numel())
         vocabulary = int(text_config(self.model).vocab_size)
         # A comparison keeps the original's logits of the batch, in the model's dtype.
-        logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.dtype.itemsize * count)
+        logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.store.dtype.itemsize * count)
         work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
         slack = _slack(self.memory, self.device)
