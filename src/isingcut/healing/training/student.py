@@ -139,9 +139,7 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
     Tested on a few tokens: for a model that scales or caps its logits (Granite, Gemma 2) it returns
     None, and the logits come from the model's own forward pass.
     """
-    decoder, output = (
-        getattr(model, name, lambda: None)() for name in ("get_decoder", "get_output_embeddings")
-    )
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or output is None or decoder is model:
         return None
     ids = torch.arange(5, device=model.device)[None] % int(text_config(model).vocab_size)

@@ -261,19 +261,9 @@ def _expert_count(module: nn.Module, config: Any) -> int | None:
     return next((v for k in _EXPERTS if isinstance(v := getattr(config, k, None), int)), None)
 
 
-def text_config(model: nn.Module) -> Any:
-    """Return the configuration of the decoder: the model's own, or that of its text part.
-
-    Raises:
-        ArchitectureError: the model has no configuration.
-    """
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ArchitectureError(
-            f"expected a transformers model with a config, got {type(model).__name__}"
-        )
-    getter = getattr(config, "get_text_config", None)
-    return getter(decoder=True) if getter is not None else config
+def text_config(model: Any) -> Any:
+    """Return the configuration of the decoder: the model's own, or that of its text part."""
+    return model.config.get_text_config(decoder=True)
 
 
 def find_stack(model: nn.Module) -> BlockStack:
@@ -333,10 +323,9 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
     return best[2] if best else None
 
 
-def _decoder_path(model: nn.Module) -> str:
+def _decoder_path(model: Any) -> str:
     """Return the path of the module from `get_decoder`, or "" for the root."""
-    getter = getattr(model, "get_decoder", None)
-    decoder: nn.Module | None = getter() if getter is not None else None
+    decoder = model.get_decoder()
     if decoder is None or decoder is model:
         return ""
     return next((str(path) for path, module in model.named_modules() if module is decoder), "")

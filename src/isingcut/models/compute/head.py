@@ -85,7 +85,7 @@ class OutputHead:
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
-        found: Any = getattr(replay.text, "get_output_embeddings", lambda: None)()
+        found: Any = replay.text.get_output_embeddings()
         if replay.plain_head is None:
             # Tested once for each model: for a streamed one it reads embedding and head.
             replay.plain_head = type(found) is nn.Linear and self._is_last(found)
