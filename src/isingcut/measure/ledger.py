@@ -82,7 +82,8 @@ class Ledger:
         self.pay(key, runs, heads)
         row = self._row(key, length)
         if row is None:
-            row = self._replay.processes.gather(make().astype(np.float64))[0]
+            found = self._replay.processes.gather(make().astype(np.float64).tobytes())
+            row = np.frombuffer(found[0], dtype=np.float64).copy()
             self._kept.put(key, row)
         return row
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load, save
+
 from isingcut.console.progress import Bar, Progress, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
@@ -103,13 +105,18 @@ class SharedJournal(Journal):
         Raises:
             ModelError, RankError: as for the constructor.
         """
-        for theirs, rows in self._processes.gather((self.fingerprint, self._new)):
-            if theirs != self.fingerprint:
-                raise ModelError(
-                    "the processes have different inputs; give every machine the same model, "
-                    "options, package versions and kind of device"
-                )
-            self._rows |= rows
+        if self._processes.size == 1:
+            self._rows |= self._new
+        else:
+            own = f"{self.fingerprint}\n".encode() + save(self._new)
+            for data in self._processes.gather(own):
+                fingerprint, _, rows = data.partition(b"\n")
+                if fingerprint.decode() != self.fingerprint:
+                    raise ModelError(
+                        "the processes have different inputs; give every machine the same model, "
+                        "options, package versions and kind of device"
+                    )
+                self._rows |= load(rows)
         self._new = {}
 
 

@@ -4,7 +4,7 @@
 
 All run the same program on the same model, and each measures its share. Only rank 0 makes decisions
 that may vary (by a timing, or files in the run folder), writes the run folder and prints. Processes
-exchange objects by one collective over gloo, on CPUs and GPUs alike, because they are small and in
+exchange bytes by one collective over gloo, on CPUs and GPUs alike, because the data is small and in
 host memory.
 """
 
@@ -16,7 +16,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from isingcut.errors import RankError
 
@@ -77,34 +77,49 @@ class Processes:
             torch.cuda.set_device(found.local_rank)
         return found
 
-    def gather(self, value: T) -> list[T]:
-        """Gather the values of all processes, in rank order; every process must call this.
+    def gather(self, data: bytes = b"") -> list[bytes]:
+        """Gather the data of all processes, in rank order; every process must call this.
 
         Raises:
             RankError: another process has failed or ended.
         """
         if self.size == 1:
-            return [value]
+            return [data]
+        import torch
+
+        lengths = [int(n) for n in self._gather_tensors(torch.tensor([len(data)], device="cpu"))]
+        own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
+        if data:
+            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = self._gather_tensors(own)
+        return [p[:n].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
+
+    def _gather_tensors(self, own: Any) -> list[Any]:
+        import torch
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
+        parts = [torch.empty_like(own) for _ in range(self.size)]
         try:
-            dist.all_gather_object(found, value, self._group)
+            dist.all_gather(parts, own, group=self._group)
         except RuntimeError as e:
             why = " ".join(str(e).split())[:200]
             raise last_word() or RankError(
                 f"the {self.size} processes lost contact ({why}); finished work is kept, run the "
                 "same command again to resume"
             ) from e
-        return found
+        return parts
 
     def decide(self, make: Callable[[], T]) -> T:
-        """Return the value that rank 0 computes, in every process."""
-        return self.gather(make() if self.rank == 0 else cast(T, None))[0]
+        """Return the JSON-serialisable value that rank 0 computes, in every process."""
+        if self.size == 1:
+            return make()
+        own = b"" if self.rank else json.dumps(make()).encode()
+        found: T = json.loads(self.gather(own)[0])
+        return found
 
     def wait(self) -> None:
         """Wait for all processes."""
-        self.gather(None)
+        self.gather()
 
 
 ALONE = Processes()

@@ -81,7 +81,7 @@ class Session:
         )
         device, made = name_devices(self.replay), folder.run.provenance
 
-        def read_record() -> Computed:
+        def read_record() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.asked != requested:
                 devices = devices_of(self.loaded.model)
@@ -93,9 +93,9 @@ class Session:
                 )
                 made.computed = {**made.computed, device: record}
                 folder.save()
-            return record
+            return record.content()
 
-        record = self.processes.decide(read_record)
+        record = Computed.model_validate(self.processes.decide(read_record))
         self.tuning = Tuning(record.attention, record.batch_tokens)
         self.replay.attention = self.tuning.attention
 

@@ -172,13 +172,14 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
     make = partial(plan_memory, job, student, batch, placed=placed)
 
-    def plan() -> HealingMemory:
+    def plan() -> dict[str, Any]:
         # Reuse the recorded plan; for a student that does not fit now, `make` raises an error.
         file = job.work / "memory.json"
-        return keep_result(file, HealingMemory, make) if placed or sharded else make()
+        found = keep_result(file, HealingMemory, make) if placed or sharded else make()
+        return found.content()
 
     with quiet_transformers():
-        yield student, job.processes.decide(plan)
+        yield student, HealingMemory(**job.processes.decide(plan))
 
 
 def _run(
@@ -474,7 +475,8 @@ def _spend(job: Job) -> Job:
     width = int(text_config(job.teacher.model).hidden_size)
     size = {"width": width, "processes": job.processes.size}
     make = partial(choose_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
-    recipe = job.processes.decide(lambda: keep_result(file, HealingRecipe, make))
+    kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
+    recipe = HealingRecipe(**kept)
     return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
 
 
