@@ -342,6 +342,15 @@ def test_the_same_command_does_nothing_again(folder, healed_run, monkeypatch):
     pipeline.run(config(folder, "run", heal=True))
 
 
+def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tmp_path):
+    out = Path(shutil.copytree(healed_run, tmp_path / "run"))
+    again = {"remove": "1", "patch": "none", "out": str(out), "overwrite": True}
+    pipeline.run(config(folder, "run", **again))
+    found = read_json(out / "evaluation.json", "evaluation")
+    assert (found["last"], found["after"]["blocks"]) == ("cut", 5)
+    assert "| | original | cut | change |" in (out / "report.md").read_text(encoding="utf-8")
+
+
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
     command = ["evaluate", str(healed_run), "--tasks", "arc_easy,wikitext2"]
     command += ["--data", str(folder / "data"), "--json"]

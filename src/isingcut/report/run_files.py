@@ -49,7 +49,7 @@ class RunFiles:
         model: name or path of the model, as given in the options.
         calibration: record of the calibration text, or None.
         gguf: path of the cut GGUF file of the current checkpoint, or None.
-        healed: whether a healed checkpoint exists.
+        healed: whether a healed checkpoint of this cut exists.
         called: the run folder in commands, by default its name, because a path may be private.
 
     Raises:
@@ -66,8 +66,10 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
-        # If it exists, the evaluation is of the healed checkpoint.
-        self.healed = (self.target / "healed").is_dir()
+        # If it is of this cut, the evaluation is of the healed checkpoint.
+        self.healed = False
+        place = self.target / "healed"
+        self.healed = place.is_dir() and not self.is_outdated(place)
         packed = self.target / "model.gguf"
         self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 

@@ -99,8 +99,10 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    # Older versions wrote the patched model to `healed/` too.
-    healed = config.heal or folder.find_finished(target / HEALED) is not None
+    made, cut = folder.find_finished(target / HEALED), folder.find_record(target / "model")
+    # An earlier command may have left the healed checkpoint of another cut.
+    own = made and cut and made.options.content().get("model") == cut.fingerprint
+    healed = own or (config.heal and made is None)
     return place / (HEALED if healed and place == target else "model")
 
 

@@ -234,7 +234,8 @@ class RunFolder:
         return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        return results.fingerprint({**options, "model": self.run.provenance.model.sha256})
+        # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads.
+        return results.fingerprint({**options, "original": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
