@@ -153,6 +153,7 @@ def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = Tr
         "tokens": 333,
         "candidates": rows,
         "random": [measured(s) for s in random],
+        "random_tokens": 333,
         "fidelity": {k: fidelity(0.9, 50) for k in ("kl", "nll", "kl_random_only")},
         "fidelity_of_others": {"empirical-fisher": {"kl": fidelity(-0.25, 50)}},
         "chosen": {**rows[best], "position": best, "why": "lowest measured KL"},

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 
 import numpy as np
@@ -13,11 +12,10 @@ import isingcut
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER
 from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside, lock_place
-from isingcut.report.write import write_report
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
 from shared import OPTIONS as USUAL
-from shared import call, leave_speed_out, write_words
+from shared import leave_speed_out, write_words
 
 OPTIONS = {**USUAL, "remove": 2, "also": "hessian", "attention": "sdpa", "batch_tokens": 32}
 
@@ -142,16 +140,3 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     assert set(os.listdir(tmp_path / "model")) == {"old", MARKER}, "the old folder came back"
     assert is_leftover(other)
     assert not is_leftover(tmp_path / ".model.part")
-
-
-def test_a_solver_that_is_gone_costs_no_report(place, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(place / "run", run)
-    stored = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    stored["config"]["solver"] = "anneal"
-    (run / "run.json").write_text(json.dumps(stored), encoding="utf-8")
-    write_report(run)
-    assert call("solve", run, "--remove", 3) == 2
-    said = capsys.readouterr().err
-    assert "unknown solver 'anneal'" in said
-    assert len(said.splitlines()) == 1

@@ -166,6 +166,12 @@ REMEMBERED = [
 ]
 
 
+REMEMBERED.append(
+    Row("a solver that is gone", "report {run}", code=0, prepare=asks("anneal"),
+        makes=("run/report.*",))
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("row", REMEMBERED, ids=[r.name for r in REMEMBERED])
 def test_a_run_folder_chooses_no_code_to_import(place, row):
     place.try_row(row)

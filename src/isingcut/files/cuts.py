@@ -94,7 +94,7 @@ class CardParts(Strict):
     how: str
     measured: str
     from_gguf: bool
-    loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")] = "AutoModelForCausalLM"
+    loads_with: Annotated[str, Field(pattern=r"^[A-Za-z]\w{0,99}$")]
     isingcut: str
     energy: str
     rows: list[Annotated[list[str], Field(min_length=2, max_length=2)]]

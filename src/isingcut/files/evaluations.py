@@ -96,10 +96,11 @@ class PackedScores(FurtherScores):
 
 
 class EvaluationFile(MixedScores, Document, kind="evaluation"):
-    """`evaluation.json`; older files lack ``last``.
+    """`evaluation.json`.
 
     Attributes:
-        last: name of the final model, whose scores are in ``after``.
+        last: name of the final model, whose scores are in ``after``; None for a GGUF file that no
+            run cut.
         cut, patched: scores of the exact cut and of the patched model, if these are not the last.
         gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
         no_drafts: reason why the drafts of the MTP layers were not measured.

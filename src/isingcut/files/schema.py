@@ -1,8 +1,8 @@
 """The base classes of all documents, and of the objects in them.
 
-A pydantic model lists the keys that version 1 always has, with types, sizes and ranges, so that
-code that reads a document can rely on them. Unknown keys are allowed, so that older and newer files
-of the same version can be read.
+A pydantic model lists the keys of version 1, with types, sizes and ranges, so that code that reads
+a document can rely on them. Unknown keys are allowed, so that newer files of the same version can
+be read.
 """
 
 from __future__ import annotations

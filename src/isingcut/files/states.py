@@ -168,8 +168,7 @@ class CandidatesFile(Document, kind="candidates"):
     tokens: Some
     candidates: Annotated[list[MeasuredState], Field(min_length=1)]
     random: list[MeasuredState]
-    # Older files measured them on all tokens and lack this key.
-    random_tokens: Count | None = None
+    random_tokens: Count
     random_distribution: str = ""
     fidelity: Judged
     fidelity_of_others: dict[str, Judged]

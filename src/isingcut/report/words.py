@@ -110,8 +110,8 @@ def _known_rows(
     found: states.CandidatesFile, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
     """Return the first ranking row of a state and its number of tokens, or an empty list."""
-    few = found.random_tokens or found.tokens
-    rows = [(row, found.tokens) for row in found.candidates] + [(row, few) for row in found.random]
+    rows = [(row, found.tokens) for row in found.candidates]
+    rows += [(row, found.random_tokens) for row in found.random]
     return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
 
 
