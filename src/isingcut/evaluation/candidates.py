@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,12 +208,9 @@ def fidelity(energies: Floats, losses: Floats) -> Correlations:
 
 def _spearman(a: Floats, b: Floats, picks: NDArray[np.int64]) -> Floats:
     """Compute (P,) Spearman's rho of the resamples ``picks`` (P, S); NaN if all values are tied."""
-    from scipy.stats import rankdata
+    from scipy.stats import ConstantInputWarning, pearsonr, rankdata
 
-    middle, scale = (len(a) + 1) / 2, 1 / (len(a) - 1)
-    ranks_a, ranks_b = (rankdata(x[picks], axis=1) - middle for x in (a, b))
-    covariance = (ranks_a * ranks_b).sum(1) * scale
-    deviations = [np.sqrt((r * r).sum(1) * scale) for r in (ranks_a, ranks_b)]
-    with np.errstate(invalid="ignore"):
-        found: Floats = np.clip(covariance / deviations[0] / deviations[1], -1.0, 1.0)
+    ranks = [rankdata(x[picks], axis=1) for x in (a, b)]
+    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+        found: Floats = pearsonr(*ranks, axis=1).statistic
     return found
