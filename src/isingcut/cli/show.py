@@ -21,13 +21,12 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words
 from isingcut.report.rows import (
-    RANKING,
+    CUT_RANKING,
     Row,
     benchmark_rows,
     evaluation_rows,
     healing_rows,
     kl_of,
-    label_figure,
     plus_minus,
 )
 from isingcut.report.run_files import RunFiles
@@ -123,7 +122,7 @@ def show_ranking(found: states.CandidatesFile) -> None:
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
-        f"{chosen.why}): {label_figure('KL', 'cut', RANKING)} {kl_of(chosen).text()} nats/token",
+        f"{chosen.why}): KL ({CUT_RANKING}) {kl_of(chosen).text()} nats/token",
     )
 
 
@@ -132,7 +131,7 @@ def show_baseline(found: states.BaselineFile, file: Path) -> None:
     broken = f"it breaks constraints it does not know: {', '.join(found.violated)}"
     show_lines(
         f"{found.baseline}: blocks {words.join_blocks(found.removed)}: "
-        f"{label_figure('KL', 'cut', RANKING)} {kl_of(found).text()} nats/token; found "
+        f"KL ({CUT_RANKING}) {kl_of(found).text()} nats/token; found "
         f"with {found.passes:.3g} forward passes over {found.tokens_searched} tokens",
         *([broken] if found.violated else []),
         f"wrote {file}",
@@ -259,7 +258,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def show_curve(folder: Path) -> None:
     """Print the quality for each number of blocks, and the command that cuts one of the states."""
-    names = [label_figure(name, "cut", RANKING) for name in ("KL, nats/token", "perplexity")]
+    names = [f"{name} ({CUT_RANKING})" for name in ("KL, nats/token", "perplexity")]
     found, rows = curve_data(folder), []
     for row in found:
         # Infinite on overflow.
