@@ -77,7 +77,7 @@ def test_cardinality():
 
 def test_a_cqm_has_the_energies_and_the_rows():
     rows = [con.count(5, 2), con.budget("b", np.arange(5.0), amount=3), *con.keep(5, [1])]
-    problem = Problem(hamiltonian(5), rows)
+    problem = Problem(random_hamiltonian(5), rows)
     cqm = problem.to_cqm()
     for x, feasible in zip(all_states(5), problem.feasible(all_states(5)), strict=True):
         sample = dict(enumerate(x))
@@ -132,13 +132,6 @@ def test_the_ising_form_has_the_same_energies():
     s = 2 * x - 1
     energies = ising.offset + s @ ising.h + 0.5 * np.einsum("si,ij,sj->s", s, ising.J, s)
     np.testing.assert_allclose(energies, ham.energies(x), atol=1e-12)
-
-
-def test_a_bqm_has_the_same_energies():
-    ham = random_hamiltonian(6)
-    bqm = ham.to_bqm()
-    x = all_states(6)
-    np.testing.assert_allclose(bqm.energies((x, range(6))), ham.energies(x), atol=1e-12)
 
 
 def test_save_and_load(tmp_path):
