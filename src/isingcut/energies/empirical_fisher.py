@@ -13,13 +13,13 @@ curvature that it is often mistaken for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy
+from isingcut.energies._quadratic import describe_energy, quadratic
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.measure.gradients import gate_gradients
@@ -52,45 +52,17 @@ class EmpiricalFisher:
             nats), and ``"nats/token"`` with the linear term.
         """
         rows = gate_gradients(replay, tokens, work, gate=self.gate)
-        h, J = energy_terms(rows, linear=self.linear)
         options = {"gate": self.gate, "linear": self.linear}
         meta = describe_energy("empirical-fisher", "mean token NLL per sample", tokens, **options)
-        h_error = J_error = None
-        if tokens.samples > 1:
-            h_error, J_error = energy_errors(rows, linear=self.linear)
-        unit = "nats/token" if self.linear else "arbitrary"
-        return Hamiltonian(h, J, unit=unit, meta=meta, h_error=h_error, J_error=J_error)
+        return form_energy(rows, meta, linear=self.linear)
 
 
-def energy_terms(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
-    """Compute own terms (N,) and couplings (N, N) from gradient rows (m, N).
+def form_energy(rows: Floats, meta: dict[str, Any], *, linear: bool) -> Hamiltonian:
+    """Form the energy of gradient rows (m, N).
 
-    Because x_i^2 = x_i, the diagonal of the quadratic form is added to the own terms. Each pair
-    counts once in J and twice in the form.
+    The paper's form is the Taylor expansion with a zero gradient and twice the curvature.
     """
-    fisher = rows.T @ rows / len(rows)
-    diagonal = np.diag(fisher).copy()
-    couplings = 2 * fisher
-    np.fill_diagonal(couplings, 0.0)
+    outer, each = rows[:, :, None] * rows[:, None, :], np.ones(len(rows), dtype=np.int64)
     if linear:
-        return diagonal / 2 - rows.mean(0), couplings / 2
-    return diagonal, couplings
-
-
-def energy_errors(rows: Floats, *, linear: bool) -> tuple[Floats, Floats]:
-    """Compute standard errors over samples of `energy_terms`, (N,) and (N, N); needs m > 1.
-
-    Every term is a mean over samples, of a_i^2 or a_i^2 / 2 - a_i and of 2 a_i a_j or a_i a_j.
-    Its standard error is the square root of its sample variance over m, exactly as by jackknife.
-
-    Complexity: O(m N^2) time, O(m N + N^2) memory: var(a_i a_j) comes from a product of squares.
-    """
-    m = len(rows)
-    squares = rows**2
-    own = squares / 2 - rows if linear else squares
-    h_error = own.std(0, ddof=1) / np.sqrt(m)
-    products = squares.T @ squares / m - (rows.T @ rows / m) ** 2
-    # Rounding may make a zero variance slightly negative.
-    J_error = (1 if linear else 2) * np.sqrt(np.maximum(products, 0.0) / (m - 1))
-    np.fill_diagonal(J_error, 0.0)
-    return h_error, J_error
+        return quadratic(rows, outer, each, meta)
+    return replace(quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary")
