@@ -79,12 +79,12 @@ class ModelStudy(Study):
         return models.load(resolve(source), dtype=self.options.dtype)
 
     @cached_property
-    def asked(self) -> ScoredModel:
+    def scored(self) -> ScoredModel:
         return ScoredModel.whole(self.original)
 
     @property
     def replay(self) -> Replay:
-        return self.asked.replay
+        return self.scored.replay
 
     @cached_property
     def texts(self) -> Texts:
@@ -160,7 +160,7 @@ class ModelStudy(Study):
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
             found = score_states(
-                self.asked, self.prepared(task), [*rest.values()], self.working(journal)
+                self.scored, self.prepared(task), [*rest.values()], self.working(journal)
             )
             return [self.answer_row(s) for s in found]
 

@@ -223,8 +223,8 @@ def test_a_clear_leader_ends_it_early():
     found = choose([[0], [1], [2]], {"t": keys}, answers(table))
     assert found["chosen"] == 1
     assert found["ahead"]
-    assert len(found["asked"]) == found["by_task"]["t"] < 200
-    assert found["asked"] == keys[: len(found["asked"])]
+    assert len(found["questions"]) == found["by_task"]["t"] < 200
+    assert found["questions"] == keys[: len(found["questions"])]
     loser, winner, _ = found["candidates"]
     assert loser["dropped"]
     assert not winner["dropped"]
@@ -241,7 +241,7 @@ def test_of_equals_the_one_of_lower_loss_after_all_questions():
     found = choose([[0], [1], [2]], {"t": keys}, answers(table))
     assert found["chosen"] == 0
     assert not found["ahead"]
-    assert len(found["asked"]) == 90
+    assert len(found["questions"]) == 90
 
 
 def test_tasks_take_turns_until_the_shortest_is_through():
@@ -250,12 +250,12 @@ def test_tasks_take_turns_until_the_shortest_is_through():
     table = {(i,): dict.fromkeys(both, 1.0) for i in range(2)}
     found = choose([[0], [1]], keys, answers(table))
     assert found["by_task"] == {"long": 100, "short": 10}
-    assert found["asked"][:4] == ["l0", "s0", "l1", "s1"]
+    assert found["questions"][:4] == ["l0", "s0", "l1", "s1"]
 
 
 def test_one_candidate_is_asked_nothing():
     found = choose([[3]], {"t": ["a", "b"]}, answers({}))
-    assert (found["chosen"], found["asked"], found["looks"]) == (0, [], 0)
+    assert (found["chosen"], found["questions"], found["looks"]) == (0, [], 0)
 
 
 @pytest.mark.parametrize("kind", ["right or wrong", "probabilities"])
@@ -398,13 +398,13 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert chosen["difference"] is None
     assert not chosen["dropped"]
     assert "questions of mine.jsonl" in found["chosen"]["why"]
-    assert len(asked["asked"]) == 30
-    assert not (target / ".asked").exists()
+    assert len(asked["questions"]) == 30
+    assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
     cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
     task = prepare_task(str(questions), None)
-    (own,) = score_states(cut, task, [()], wanted=set(asked["asked"]).__contains__)
+    (own,) = score_states(cut, task, [()], wanted=set(asked["questions"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])
     assert own.certainties.mean() == pytest.approx(chosen["certainty"])
     assert len(own.values) == 30
@@ -413,14 +413,14 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     judged = read_json(target / "benchmarks.json", "benchmarks")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
-    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in asked["asked"])
+    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in asked["questions"])
     assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
     page = (target / "report.md").read_text(encoding="utf-8")
     assert "## Choice by questions" in page
     assert "30 of mine.jsonl" in page
-    assert 'id="asked"' in (target / "report.html").read_text(encoding="utf-8")
+    assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
     files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
     before = {p: p.stat().st_mtime_ns for p in files}
     isingcut.run(**options)
@@ -461,7 +461,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)
     before = computed.count("mine.jsonl")
-    assert list((tmp_path / "run" / ".asked").glob("mine.jsonl-*.journal"))
+    assert list((tmp_path / "run" / ".questions").glob("mine.jsonl-*.journal"))
     isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
     assert computed.count("mine.jsonl") == before > 0
@@ -549,7 +549,7 @@ def test_certainties_tell_apart_what_scores_do_not():
 
     found = choose([[0], [1]], {"t": keys}, ask)
     assert (found["chosen"], found["ahead"]) == (1, True)
-    assert len(found["asked"]) == 50
+    assert len(found["questions"]) == 50
     first, second = found["candidates"]
     assert first["accuracy"] == second["accuracy"]
     assert first["difference"] == 0

@@ -155,7 +155,7 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
     made = read_json(out / "run.json", "run")
     # As a run records it that chose the micro-batch for its device.
     (computed,) = made["provenance"]["computed"].values()
-    computed["asked"]["batch_tokens"], computed["batch_tokens"] = None, 48
+    computed["requested"]["batch_tokens"], computed["batch_tokens"] = None, 48
     config = {**made["config"], "batch_tokens": None}
     change(out / "run.json", "run", config=config, provenance=made["provenance"])
 

@@ -119,6 +119,6 @@ def to_fit(
         samples=found.samples,
         searched=own.samples,
         tokens=int(found.mask.sum()),
-        asked=most,
+        requested=most,
         short=short,
     )

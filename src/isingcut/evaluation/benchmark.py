@@ -373,7 +373,7 @@ def choose_by_questions(
         looks=looked,
         looks_planned=len(ends),
         by_task={task: sum(t == task for t, _ in used) for task in questions},
-        asked=list(dict.fromkeys(key for _, key in used)),
+        questions=list(dict.fromkeys(key for _, key in used)),
         candidates=[_row(c, best, tasks) for c in all_of_them],
         tasks=list(questions),
     )

@@ -63,7 +63,7 @@ class FittedText(Strict):
     samples: Count
     searched: Count
     tokens: Count
-    asked: Count
+    requested: Count
     short: str
 
 

@@ -53,7 +53,7 @@ class RequestedCompute(Strict):
 class Computed(Strict):
     """The settings with which measurements were computed on one device."""
 
-    asked: RequestedCompute
+    requested: RequestedCompute
     # For any other name transformers would download code from the hub.
     attention: Literal["sdpa", "eager", "causal"] | None
     batch_tokens: Some

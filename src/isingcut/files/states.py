@@ -120,7 +120,7 @@ class ByTasks(Strict):
     Attributes:
         tasks: names of the tasks.
         by_task: number of questions used of each task.
-        asked: keys of the questions used.
+        questions: keys of the questions used.
         ahead: whether all other candidates were dropped.
         alpha: probability of wrongly dropping a candidate.
         looks: number of comparisons made, of ``looks_planned``.
@@ -131,7 +131,7 @@ class ByTasks(Strict):
     looks: Count
     looks_planned: Count
     by_task: dict[str, Count]
-    asked: list[str]
+    questions: list[str]
     candidates: Annotated[list[ScoredCandidate], Field(min_length=1)]
     tasks: list[str]
 

@@ -149,7 +149,7 @@ def benchmarks(
     ranked = folder.target(config.removal) / "candidates.json"
     chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
     # Questions that were used for the choice must not be used to score it.
-    but = chosen.asked if chosen else []
+    but = chosen.questions if chosen else []
     tasks = list(dict.fromkeys(split_names(config.tasks)))
     options = {
         "model": made.fingerprint,

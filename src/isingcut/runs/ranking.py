@@ -134,7 +134,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
         options |= benchmarking.hashes_of(config)
-    journal, scores = target / "candidates.journal", target / ".asked"
+    journal, scores = target / "candidates.journal", target / ".questions"
     patched = target / "patched.journal"
 
     def make(path: Path) -> None:

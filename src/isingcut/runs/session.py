@@ -83,11 +83,11 @@ class Session:
 
         def read_record() -> dict[str, Any]:
             record = made.computed.get(device)
-            if record is None or record.asked != requested:
+            if record is None or record.requested != requested:
                 devices = devices_of(self.loaded.model)
                 room = least_left(devices, self.config.memory_limit) // 2
                 record = Computed(
-                    asked=requested,
+                    requested=requested,
                     attention=self.tuning.attention,
                     batch_tokens=requested.batch_tokens or choose_batch_tokens(self.replay, room),
                 )
