@@ -204,7 +204,7 @@ def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
     alone = quality(first, second, tokens.select(own))
     assert alone.parts == {}
     assert dict(found.parts["a.jsonl"].after) == pytest.approx(dict(alone.after))
-    rows = evaluation_rows(EvaluationFile.model_construct(**dict(found)))
+    rows = evaluation_rows(EvaluationFile.model_construct(last="cut", **dict(found)))
     # Values by part come right after those of the whole, before sizes.
     keys = [row.key for row in rows]
     assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]

@@ -275,10 +275,10 @@ def show_curve(folder: Path) -> None:
     )
 
 
-def show_evaluation(found: evaluations.EvaluationFile, *, last: str = "cut") -> None:
+def show_evaluation(found: evaluations.EvaluationFile) -> None:
     """Print the before/after table, without the NLL (the report has it)."""
     title = f"unseen text: {found.tokens} tokens in {found.samples} samples"
-    rows = evaluation_rows(found, last=last)
+    rows = evaluation_rows(found)
     _show_rows(title, [row for row in rows if row.key != "nll"], "change")
 
 
@@ -329,7 +329,7 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
         show_lines(f"report:     {page} (and report.md)", files.verdict.replace("`", ""))
         return
     show_ranking(files.candidates)
-    show_evaluation(files.evaluation, last=files.last)
+    show_evaluation(files.evaluation)
     if files.benchmarks is not None:
         show_benchmarks(files.benchmarks, files.target / "benchmarks.json", last=files.last)
     texts = files.evaluation.generation

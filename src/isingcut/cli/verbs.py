@@ -333,7 +333,7 @@ def evaluate(
             found, file = evaluating.evaluate_gguf(config, directory, out)
             return Output(
                 {"file": str(file), **found.content()},
-                lambda: show.show_evaluation(found, last="GGUF"),
+                lambda: show.show_evaluation(found),
                 brief=f"{found.kl:.4f}",
             )
         scores, file = benchmarking.benchmark_checkpoint(config, directory, out)
@@ -364,10 +364,9 @@ def evaluate(
         output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
 
     def show_all() -> None:
-        last = found.last or ("healed" if (target / "healed").is_dir() else "cut")
-        show.show_evaluation(found, last=last)
+        show.show_evaluation(found)
         if rows is not None:
-            show.show_benchmarks(rows, target / "benchmarks.json", last=last)
+            show.show_benchmarks(rows, target / "benchmarks.json", last=found.last or "cut")
 
     warnings = words.patch_warnings(found)
     return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)

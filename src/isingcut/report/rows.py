@@ -165,15 +165,12 @@ _SIZE_AND_SPEED = (
 )
 
 
-def evaluation_rows(evaluation: evaluations.EvaluationFile, *, last: str = "cut") -> list[Row]:
+def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     """Return the rows of the original, the exact cut and the models made from it.
 
     Models with the same blocks have the same size and speed, which only the last one lists.
-
-    Args:
-        last: name of the last model, if the file does not have it.
     """
-    last, packed = evaluation.last or last, evaluation.gguf
+    last, packed = evaluation.last or "GGUF", evaluation.gguf
     between = {
         name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
     }

@@ -222,7 +222,7 @@ class RunFiles:
     @cached_property
     def scores(self) -> list[Row]:
         """Rows of the evaluation of the original and the cut models; empty without one."""
-        return [] if self.evaluation is None else evaluation_rows(self.evaluation, last=self.last)
+        return [] if self.evaluation is None else evaluation_rows(self.evaluation)
 
     @property
     def judged(self) -> dict[str, states.Judged]:
