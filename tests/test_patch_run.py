@@ -217,19 +217,6 @@ def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
         assert torch.equal(weights_of(out / "model")[name], tensor)
 
 
-def test_a_folder_from_before_the_patch_stays_unpatched(run, exact, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    manifest = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    for name in ("patch", "patch_tokens"):
-        del manifest["config"][name]
-    (out / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
-    found = isingcut.open_run(out)
-    assert found.config.patch == "none"
-    saved = found.save(tmp_path / "saved")
-    assert (saved / "model.safetensors").read_bytes() == (exact / "model.safetensors").read_bytes()
-
-
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
     assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
