@@ -78,6 +78,8 @@ def exact(run, tmp_path_factory):
     done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
     assert done.exit_code == 0, done.output
     assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
+    done = CliRunner().invoke(app, ["evaluate", str(out)])
+    assert "made with other options (the checkpoint changed)" in str(done.exception)
     return out / "model"
 
 

@@ -395,7 +395,9 @@ class RunFolder:
 def _difference(record: runs.StageRecord, options: dict[str, Any]) -> str:
     before = record.options.content()
     changed = [
-        f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"
+        "the checkpoint changed"
+        if k == "model"
+        else f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"
         for k in dict.fromkeys([*options, *before])
         if before.get(k) != options.get(k)
     ]
