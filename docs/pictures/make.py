@@ -229,7 +229,7 @@ def healing_curve() -> plt.Figure:
     for axes, name in zip((left, right), names, strict=True):
         axes.set(xscale="log", xlabel="tokens, millions (white: the patch alone)", ylabel=name)
         axes.minorticks_off()
-        axes.set_xticks(ticks := [0.03, 0.1, 0.3], [f"{t:g}" for t in ticks])
+        axes.set_xticks(ticks := [0.03, 0.1, 0.3, 1], [f"{t:g}" for t in ticks])
     left.legend(frameon=False, fontsize=8)
     return figure
 
