@@ -186,14 +186,8 @@ def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str,
 
 
 def patch(**more: Any) -> dict[str, Any]:
-    text = {
-        "source": "-",
-        "samples": 7,
-        "searched": 4,
-        "tokens": 700,
-        "requested": 900,
-        "short": "",
-    }
+    text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700}
+    text |= {"requested": 900, "short": ""}
     cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
     proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
     found = {"cuts": [cut], "changed": True, "unpatched": [], "text": text, "proof": proof}

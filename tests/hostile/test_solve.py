@@ -164,15 +164,10 @@ REMEMBERED = [
     }.items()
     for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")
 ]
+REPORTED = Row("report", "report {run}", code=0, prepare=asks("bad.Bad"), makes=("run/report.*",))
 
 
-REMEMBERED.append(
-    Row("a solver that is gone", "report {run}", code=0, prepare=asks("anneal"),
-        makes=("run/report.*",))
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("row", REMEMBERED, ids=[r.name for r in REMEMBERED])
+@pytest.mark.parametrize("row", [*REMEMBERED, REPORTED], ids=lambda row: row.name)
 def test_a_run_folder_chooses_no_code_to_import(place, row):
     place.try_row(row)
 
