@@ -66,10 +66,9 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
+        made, cut = (self.record(self.target / name) for name in ("healed", "model"))
         # If it is of this cut, the evaluation is of the healed checkpoint.
-        self.healed = False
-        place = self.target / "healed"
-        self.healed = place.is_dir() and not self.is_outdated(place)
+        self.healed = bool(made and cut and made.is_of(cut)) and (self.target / "healed").is_dir()
         packed = self.target / "model.gguf"
         self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
@@ -81,8 +80,7 @@ class RunFiles:
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier checkpoint than the current one."""
         made, product = self.record(path), self.record(self.product)
-        model = made and path != self.product and made.options.content().get("model")
-        return bool(model and product and model != product.fingerprint)
+        return bool(made and product and path != self.product and not made.is_of(product))
 
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
         """Read a file; return None if it is missing, unfinished or of an earlier checkpoint.

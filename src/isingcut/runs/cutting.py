@@ -101,7 +101,7 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     place = target if removed is None else _place_without(folder, config, removed)
     made, cut = folder.find_finished(target / HEALED), folder.find_record(target / "model")
     # An earlier command may have left the healed checkpoint of another cut.
-    own = made and cut and made.options.content().get("model") == cut.fingerprint
+    own = made and cut and made.is_of(cut)
     healed = own or (config.heal and made is None)
     return place / (HEALED if healed and place == target else "model")
 

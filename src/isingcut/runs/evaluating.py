@@ -59,7 +59,7 @@ def evaluate(
     gguf = checkpoint.with_name("model.gguf")
     packed = folder.find_record(gguf)
     # The GGUF file may be of a model that was replaced.
-    if packed and packed.options.content().get("model") != excised.fingerprint:
+    if packed and not packed.is_of(excised):
         packed = None
     whole = {**plain, "gguf": packed.fingerprint} if packed else plain
     # A result without speed or GGUF may be replaced; one with speed has everything requested.
