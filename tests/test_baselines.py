@@ -467,12 +467,12 @@ def test_an_unknown_baseline_is_refused():
         baseline_part("slep", [])
 
 
-def test_where_a_number_is_not_asked_for_as_many_go_as_were_chosen(capsys, folder, tmp_path):
+def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(capsys, folder, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(folder, out)
     code, shown = call(capsys, "baseline", "random", out, "--budget", "params=30%")
     assert code == 2
-    assert f"type: isingcut rank {out} --budget params=30%" in shown
+    assert f"first type: isingcut solve {out} --budget params=30%" in shown
     for verb in ("solve", "rank"):
         assert call(capsys, verb, out, "--budget", "params=30%")[0] == 0
     assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0

@@ -416,7 +416,7 @@ def _removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[
             raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)
-    return folder, solving.needs(folder, config, "", "solve")
+    return folder, solving.needs(folder, config, "")
 
 
 @verb("remove", "budget", group=RESULT)

@@ -198,10 +198,11 @@ def make_gguf(
     if found is None:
         return None
     removed = folder.record(checkpoint.with_name("model")).options.removed or []
-    options: dict[str, Any] = {"removed": removed, "model": folder.record(checkpoint).fingerprint}
+    read = folder.record(checkpoint)
+    options: dict[str, Any] = {"removed": removed, "model": read.fingerprint}
     out = checkpoint.with_name("model.gguf")
     made = folder.find_finished(out)
-    if source is None and made and made.options.content().get("model") == options["model"]:
+    if source is None and made and made.is_of(read):
         return out  # also if it was made from another GGUF file
     options["source"] = ownership.file_sha256(found)
     packed = folder.run.blocks.packed if session.config.budget.packed else None
@@ -221,7 +222,7 @@ def make_gguf(
     except ArchitectureError as e:
         if source is not None:
             raise
-        say(f"isingcut: no GGUF file is written beside {checkpoint}: {e}")
+        say(f"isingcut: no GGUF file is written for {checkpoint}: {e}")
         return None
 
 

@@ -51,7 +51,7 @@ def evaluate(
     """
     config = session.config
     if removed is None:
-        solving.needs(folder, config, "model", "excise")
+        solving.needs(folder, config, "model")
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
@@ -239,7 +239,7 @@ def score_gguf(
         ModelError: transformers cannot read it, it does not fit the memory, or it computes NaN.
     """
     if not fits(gguf.with_name("model"), torch.float32):
-        raise ModelError("it does not fit the host's memory beside the original")
+        raise ModelError("it does not fit the host's memory together with the original")
     with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
         unpack_gguf(gguf, Path(aside))
         judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))

@@ -117,7 +117,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
     config = session.config
     target = folder.target(config.removal)
-    spectrum = folder.load(solving.needs(folder, config, "spectrum.json", "solve"), Spectrum.load)
+    spectrum = folder.load(solving.needs(folder, config, "spectrum.json"), Spectrum.load)
     others = {
         name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
         for name in names(config.also)

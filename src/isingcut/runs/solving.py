@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TIMED_TOKENS = 128
 """Most tokens of the sequence that blocks are timed on."""
 
+_WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
+
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
     """Return the options of each removal: one per number of a range such as `4..15`."""
@@ -245,13 +247,19 @@ def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 
 
-def needs(folder: RunFolder, config: RunConfig, name: str, stage: str) -> Path:
-    """Return a file of an earlier stage of this removal; with an empty name, its folder."""
-    path = folder.target(config.removal) / name
+def needs(folder: RunFolder, config: RunConfig, name: str) -> Path:
+    """Return a file of an earlier stage of this removal; with an empty name, its folder.
+
+    Raises:
+        StageFileError: it does not exist; the message names the first stage that is missing.
+    """
+    target = folder.target(config.removal)
+    path = target / name
     if not path.exists():
         which = ["--remove", config.remove] if config.remove else ["--budget", config.budget]
+        stage = next(stage for stage, file in _WRITES.items() if not (target / file).exists())
         command = shlex.join(["isingcut", stage, *map(str, (folder.path, *which))])
-        raise StageFileError(f"{path} does not exist; type: {command}")
+        raise StageFileError(f"{path} does not exist; first type: {command}")
     return path
 
 
@@ -262,7 +270,7 @@ def load_candidates(path: Path) -> CandidatesFile:
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     """Return the blocks that the ranking of one removal chose."""
-    found = folder.load(needs(folder, config, "candidates.json", "rank"), load_candidates)
+    found = folder.load(needs(folder, config, "candidates.json"), load_candidates)
     return found.chosen.removed
 
 
