@@ -62,13 +62,14 @@ class Exact:
         """Find the ``k`` lowest states, proven unless a limit was reached."""
         if self.threads < 0 or (self.seconds is not None and self.seconds <= 0):
             raise InputError("exact needs threads >= 0 and a time limit above 0")
+        deadline = math.inf if self.seconds is None else time.perf_counter() + self.seconds
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
         search = _BranchAndBound(reduced, min(k, reduced.count_states()), self.memory_mb)
         search.warm_start(problem, self.seed)
         # The search threads use all cores; additional BLAS threads would only wait.
         with threadpool_limits(limits=1, user_api="blas"):
-            search.run(threads, self.seconds, self.nodes)
+            search.run(threads, deadline, self.nodes)
         states = search.pool.states(reduced.n)
         energies = search.energies(states)
         # Every feasible state outside the pool has at least this energy.
@@ -194,9 +195,8 @@ class _BranchAndBound:
             node.dual = None
         heapq.heappush(self.open, node)
 
-    def run(self, threads: int, seconds: float | None, nodes: int | None) -> None:
+    def run(self, threads: int, deadline: float, nodes: int | None) -> None:
         """Run until the tree is empty or a limit is reached."""
-        began = time.perf_counter()
         running: dict[Future[list[_Node] | None], _Node] = {}
         with ThreadPoolExecutor(threads) as workers:
             try:
@@ -211,7 +211,7 @@ class _BranchAndBound:
                             running[workers.submit(self._process, node)] = node
                     if not running:
                         return
-                    left = math.inf if seconds is None else seconds - time.perf_counter() + began
+                    left = deadline - time.perf_counter()
                     if left <= 0:
                         self._halt("time limit")
                     try:
