@@ -50,6 +50,13 @@ def test_conflicting_constraints_are_named_and_no_others():
     assert "attention" not in text
 
 
+def test_conflicting_constraints_of_one_reason_are_named_together():
+    each = [("a", "why"), ("b", "why"), ("c", "")]
+    rows = [con.LinearConstraint(x, np.eye(3)[i], "==", 1, y) for i, (x, y) in enumerate(each)]
+    with pytest.raises(InfeasibleError, match=r"removed\); a, b \(why\); c; relax"):
+        Problem(hamiltonian(3), [con.count(3, 2), *rows]).check()
+
+
 def test_budgets_in_bytes_conflict_too():
     rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
     with pytest.raises(InfeasibleError, match="budget bytes"):

@@ -114,22 +114,29 @@ class Problem:
             raise InfeasibleError("no state satisfies all constraints")
         return state
 
+    def has_states(self) -> bool:
+        """Whether any state is feasible."""
+        return _extreme(self, np.zeros(self.n)) is not None
+
     def check(self) -> None:
         """Raise an error if no state is feasible.
 
         Raises:
             InfeasibleError: no state is feasible; lists a minimal set of conflicting constraints.
         """
-        if _extreme(self, np.zeros(self.n)) is not None:
+        if self.has_states():
             return
         clash = list(self.constraints)
         for row in self.constraints:
             without = [other for other in clash if other is not row]
-            if _extreme(Problem(self.hamiltonian, without), np.zeros(self.n)) is None:
+            if not Problem(self.hamiltonian, without).has_states():
                 clash = without
+        names: dict[str, list[str]] = {}
+        for row in clash:
+            names.setdefault(row.reason, []).append(row.name)
         raise InfeasibleError(
             "no state satisfies all constraints; these conflict: "
-            + "; ".join(row.describe() for row in clash)
+            + "; ".join(", ".join(of) + f" ({why})" * bool(why) for why, of in names.items())
             + "; relax one of them"
         )
 

@@ -58,7 +58,8 @@ def removal_rows(
 
     Raises:
         InputError: an unreadable option, or no block or every block would be removed.
-        InfeasibleError: the constraints conflict; the message has them and the largest budgets.
+        InfeasibleError: the constraints conflict; the message has them and the nearest possible
+            number of blocks or the largest budgets.
     """
     if len(config.remove.counts) > 1:
         raise InputError(
@@ -77,13 +78,19 @@ def removal_rows(
     others += [LinearConstraint(**dict(row)) for row in blocks.legality]
     budgets = [b for b in config.budget.parts if b.quantity.early or not early]
     bounds = [budget_row(blocks, b) for b in budgets]
-    plain = Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), [*counts, *others])
+    blank = Hamiltonian(np.zeros(n), np.zeros((n, n)))
+    plain = Problem(blank, [*counts, *others])
     if bounds and config.budget.packed and all(row.rhs <= 0 for row in bounds):
         raise InputError(f"the whole model meets --budget {config.budget}; nothing has to go")
     try:
         plain.with_constraints(bounds).check()
     except InfeasibleError as e:
-        plain.check()
+        if not plain.has_states():
+            near = sorted(range(1, n), key=lambda m: abs(m - int(counts[0].rhs)))
+            legal = (m for m in near if Problem(blank, [rows.count(n, m), *others]).has_states())
+            possible = next(legal, None) if config.remove.counts else None
+            hint = f"; the nearest possible number of blocks is {possible}" if possible else ""
+            raise InfeasibleError(f"{e}{hint}") from e
         pairs = zip(bounds, budgets, strict=True)
         each = [_furthest(blocks, plain, row, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
