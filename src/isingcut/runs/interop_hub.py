@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from isingcut.errors import InputError, first_line
@@ -38,8 +39,13 @@ def prepare(
 
     Raises:
         StageFileError, InputError: ``checkpoint`` was not written by isingcut, a file other than
-            Markdown was changed since, or the model card has no valid metadata.
+            Markdown was changed since, the model card has no valid metadata, or the hub does not
+            allow the repository's name.
     """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as e:
+        raise InputError(f"{first_line(e)}; write owner/name") from e
     read_document(checkpoint / "isingcut.json", CutRecord)
     # The marker has a meaning on this machine only.
     found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
