@@ -94,11 +94,11 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
     The run's choice is listed if it was measured. Without a baseline, the list is empty.
 
     Returns:
-        for each choice the ``name`` of the method, ``state``, ``measured`` losses, ``passes`` and
-        ``tokens`` (empty if they were not counted), and the ``file`` of a baseline.
+        for each choice the ``name`` of the method, the ``state``, and the ``passes`` and ``tokens``
+        that finding it took, None if they were not counted.
     """
-    found = [
-        _rival(b.baseline, state, f"{b.passes:.3g}", str(b.tokens_searched), b)
+    found: list[dict[str, Any]] = [
+        {"name": b.baseline, "state": state, "passes": b.passes, "tokens": b.tokens_searched}
         for state, b in zip(states.of("baseline"), files.baselines, strict=True)
     ]
     ranked = (*states.of("candidate"), *states.of("random"))
@@ -107,14 +107,6 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
         meta, passes = files.meta, files.meta.passes
         if passes is None and meta.blocks_run is not None:
             passes = meta.blocks_run / len(files.blocks)
-        paid = "" if passes is None else f"{passes:.3g}"
-        tokens = "" if meta.tokens is None else str(meta.tokens)
-        found.append(_rival(files.energy, chosen, paid, tokens))
-    return sorted(found, key=lambda rival: rival["measured"].kl)
-
-
-def _rival(
-    name: str, state: KnownState, passes: str, tokens: str, file: BaselineFile | None = None
-) -> dict[str, Any]:
-    costs = {"passes": passes, "tokens": tokens, "file": file}
-    return {"name": name, "state": state, "measured": state.measured, **costs}
+        costs = {"passes": passes, "tokens": meta.tokens}
+        found.append({"name": files.energy, "state": chosen, **costs})
+    return sorted(found, key=lambda rival: rival["state"].measured.kl)
