@@ -29,7 +29,7 @@ from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
-from isingcut.report.words import chosen_by_tasks, one_pass_words
+from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, cutting, pipeline, ranking
 from isingcut.runs.benchmarking import check_run_tasks
 from isingcut.runs.folder import RunFolder
@@ -211,10 +211,10 @@ def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
 def test_a_choice_against_the_loss_is_told():
     parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
     found = ByTasks.model_construct(**parts, ahead=True)
-    assert chosen_by_tasks(found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
-    within = chosen_by_tasks(found.model_copy(update={"ahead": False}), 0.9, 0.8)
+    assert sentence("chosen_by_tasks", found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
+    within = sentence("chosen_by_tasks", found.model_copy(update={"ahead": False}), 0.9, 0.8)
     assert within == "lowest KL within a standard error of the best of 2 on 9 questions of a"
-    assert "its KL is 2.67, the lowest 0.231" in chosen_by_tasks(found, 2.671, 0.231)
+    assert "its KL is 2.67, the lowest 0.231" in sentence("chosen_by_tasks", found, 2.671, 0.231)
 
 
 def test_a_clear_leader_ends_it_early():
@@ -375,9 +375,9 @@ def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
     assert found["chosen"]["removed"] == quick["removed"]
     assert found["chosen"]["why"].startswith("compared in a deep cut with state ")
     ranked = read_document(out / "candidates.json", CandidatesFile)
-    assert "but a patch repairs that state less" in one_pass_words(ranked)
+    assert "but a patch repairs that state less" in sentence("one_pass_words", ranked)
     ranked.chosen.patched_kl = None
-    said = one_pass_words(ranked)
+    said = sentence("one_pass_words", ranked)
     assert "a patch" not in said
     assert "The choice was not made by this KL" in said
 

@@ -18,7 +18,7 @@ from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_document
 from isingcut.report.rows import evaluation_rows, healing_rows
-from isingcut.report.words import healing_warnings, part_warnings
+from isingcut.report.words import healing_warnings, paragraphs
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
 from shared import OPTIONS, write_jsonl
@@ -231,13 +231,13 @@ def test_a_state_that_ruins_one_part_is_warned_of():
     }
     parts = {k: PartScores.model_construct(kl=v, kl_se=se) for k, (v, se) in measured.items()}
     mixed = EvaluationFile.model_construct(kl=0.4, last="patched", parts=parts)
-    found = part_warnings(mixed)
+    found = paragraphs("part_warnings", mixed)
     assert [line.split(",")[0] for line in found] == [
         "on code the patched model's KL is 0.9000 ± 0.0400",
         "on one sample the patched model's KL is 0.8100",
     ]
     assert "more than 2 times the 0.4000 of all text" in found[0]
-    assert part_warnings(mixed.model_copy(update={"parts": {}})) == []
+    assert paragraphs("part_warnings", mixed.model_copy(update={"parts": {}})) == []
 
 
 def test_a_healing_that_makes_one_part_worse_is_warned_of():

@@ -112,10 +112,10 @@ def show_ranking(found: states.CandidatesFile) -> None:
                 f"{name}: Spearman {words.correlation_text(figures)}, with the measured KL of "
                 f"n = {figures.n} states"
             )
-    if said := words.one_pass_words(found):
+    if said := words.sentence("one_pass_words", found):
         lines.append(said.replace("`", ""))
     if found.by_tasks is not None:
-        for blocks, *cells in words.question_rows(found.by_tasks):
+        for blocks, *cells in words.table("question_rows", found.by_tasks):
             names = ("questions", "right", "difference", "log-probability", "p")
             shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
             lines.append(f"without {blocks}: {', '.join(shown)}")

@@ -240,7 +240,7 @@ class RunFiles:
         patched = (f for f in (self.removal, self.evaluation) if f is not None)
         said += dict.fromkeys(line for f in patched for line in words.patch_warnings(f))
         if self.evaluation is not None:
-            said += words.part_warnings(self.evaluation)
+            said += words.paragraphs("part_warnings", self.evaluation)
         text = self.calibration
         return said + words.overlap_warnings({} if text is None else text.overlap)
 

@@ -63,15 +63,9 @@ def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in row) for row in rows]
 
 
-fact_rows = partial(table, columns=2)
-question_rows = partial(table, "question_rows")
-one_pass_words = partial(sentence, "one_pass_words")
-chosen_by_tasks = partial(sentence, "chosen_by_tasks")
-chosen_by_patch = partial(sentence, "chosen_by_patch")
 search_warnings = partial(paragraphs, "search_warnings")
 ranking_warnings = partial(paragraphs, "ranking_warnings")
 overlap_warnings = partial(paragraphs, "overlap_warnings")
-part_warnings = partial(paragraphs, "part_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 

@@ -26,7 +26,7 @@ from isingcut.report.card import gguf_card
 from isingcut.report.rows import CUT_RANKING, Row, kl_of
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, list_rivals, number_states
-from isingcut.report.words import fact_rows, paragraphs, render, render_page, table
+from isingcut.report.words import paragraphs, render, render_page, table
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -99,7 +99,7 @@ def report_view(files: RunFiles) -> dict[str, Any]:
         "title": files.title,
         "states": states,
         "rivals": list_rivals(files, states),
-        "provenance": fact_rows("provenance", files),
+        "provenance": table("provenance", files, columns=2),
         "timings": table("timing_rows", files),
     }
 

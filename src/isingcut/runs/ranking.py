@@ -32,7 +32,7 @@ from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work, forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shorten
-from isingcut.report.words import chosen_by_patch, chosen_by_tasks, join_blocks
+from isingcut.report.words import join_blocks, sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
@@ -159,7 +159,8 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         if config.choose == "tasks" and not folder.processes.rank:
             rows = found.candidates
             position, by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
-            why = chosen_by_tasks(by_tasks, rows[position].kl, min(row.kl for row in rows))
+            lowest = min(row.kl for row in rows)
+            why = sentence("chosen_by_tasks", by_tasks, rows[position].kl, lowest)
             chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
             found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
         elif tokens:
@@ -168,7 +169,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             near = choose_by_patch(session, folder, rows, split, patched, known)
             if len(near) > 1:
                 deep = is_deep(len(rows[0].removed), len(session.replay))
-                why = chosen_by_patch(rows, near, found.samples, deep)
+                why = sentence("chosen_by_patch", rows, near, found.samples, deep)
                 best = rows[near[0]].content()
                 found.chosen = states.ChosenState(**best, position=near[0], why=why)
         write_document(path, found)
