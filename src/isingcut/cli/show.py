@@ -35,6 +35,9 @@ from isingcut.runs.folder import MANIFEST
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
 
+CUT_ON_RANKING = {"split": "rank", "model": "cut"}
+"""Split and model of the losses of a ranking, for `--json`."""
+
 
 def show_lines(*lines: str) -> None:
     """Print plain lines without wrapping them, so that paths can be copied."""
@@ -197,7 +200,7 @@ def run_data(files: RunFiles) -> dict[str, Any]:
         **pages,
         "verdict": files.verdict,
         **packing,
-        "chosen": {**ranking.chosen.content(), "split": "rank", "model": "cut"},
+        "chosen": {**ranking.chosen.content(), **CUT_ON_RANKING},
         "fidelity": ranking.fidelity.kl.content(),
         "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
         "proven": ranking.proven,

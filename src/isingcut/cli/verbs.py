@@ -59,8 +59,6 @@ else:
         LazyModule(f"runs.{name}") for name in runs
     )
 
-CUT_ON_RANKING = {"split": "rank", "model": "cut"}
-"""Split and model of the losses of a ranking, for `--json`."""
 _FIELDS = dataclasses.fields(RunConfig)
 # The energy search needs the removal before it measures anything.
 _NEAR = ("remove", "budget", "keep", "drop")
@@ -179,7 +177,7 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     found = ranking.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
     return Output(
-        {"file": str(file), **CUT_ON_RANKING, **found.content()},
+        {"file": str(file), **show.CUT_ON_RANKING, **found.content()},
         lambda: show.show_ranking(found),
         brief=",".join(map(str, found.chosen.removed)),
         warnings=words.ranking_warnings(config.energy, found),
@@ -216,7 +214,7 @@ def baseline(
     found = ranking.compare(session, folder, name, settings or [])
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
-        {"file": str(file), **CUT_ON_RANKING, **found.content()},
+        {"file": str(file), **show.CUT_ON_RANKING, **found.content()},
         lambda: show.show_baseline(found, file),
         brief=str(file),
     )
