@@ -408,13 +408,13 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     curve = write_run(tmp_path / "r")
     report = curve / "remove-2" / "report.html"
     report.touch()
+    record(curve)
     show.show_curve(curve)
     said = printed()
     assert "KL, nats/token (cut, ranking text)" in said
     assert f"2: {report}" in said
-    (row,) = show.curve_data(curve)
+    row, _ = show.curve_data(curve)
     assert (row["split"], row["model"], row["report"]) == ("rank", "cut", str(report))
-    record(curve)
     show.show_run(show.open_finished(curve))
     assert "benchmarks, the same questions for both models" in printed()
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))

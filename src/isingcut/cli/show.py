@@ -16,7 +16,6 @@ from isingcut.console.printing import printable
 from isingcut.console.progress import duration
 from isingcut.console.rich_console import console
 from isingcut.files import evaluations, healings, states
-from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.report import words
@@ -34,6 +33,7 @@ from isingcut.runs.folder import MANIFEST
 
 if TYPE_CHECKING:
     from isingcut.models.inspect import Inspection
+
 
 CUT_ON_RANKING = {"split": "rank", "model": "cut"}
 """Split and model of the losses of a ranking, for `--json`."""
@@ -211,19 +211,17 @@ def run_data(files: RunFiles) -> dict[str, Any]:
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
     """Return the chosen state of every ranked removal of a run folder, fewest blocks first."""
-    files = folder.glob("remove-*/candidates.json")
-    found = [(f, read_document(f, states.CandidatesFile)) for f in files]
     rows = [
         {
-            "remove": r.remove,
-            "removed": r.chosen.removed,
-            "split": "rank",
-            "model": "cut",
-            **{k: getattr(r.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
-            "spearman": r.fidelity.kl.spearman,
-            "report": str(page) if (page := file.with_name("report.html")).is_file() else None,
+            "remove": found.remove,
+            "removed": found.chosen.removed,
+            **CUT_ON_RANKING,
+            **{k: getattr(found.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
+            "spearman": found.fidelity.kl.spearman,
+            "report": str(page) if (page := files.target / "report.html").is_file() else None,
         }
-        for file, r in found
+        for files in RunFiles(folder).removals
+        if (found := files.candidates) is not None
     ]
     return sorted(rows, key=lambda row: (len(row["removed"]), row["kl"]))
 

@@ -34,6 +34,7 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.processes import Processes
 from isingcut.models.sources import save_loaded_model
 from isingcut.options.config import RunConfig
+from isingcut.report.run_files import RunFiles
 from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
 from isingcut.runs import cutting, evaluating, solving
 from isingcut.runs.folder import RunFolder
@@ -197,10 +198,8 @@ class Run:
             >>> [len(state.removed) for state in isingcut.open_run("my-run").curve]
             [3]
         """
-        home = self._folder.path
-        files = [home / "candidates.json", *home.glob("remove-*/candidates.json")]
-        chosen = [self._folder.load(f, solving.load_candidates).chosen for f in files if f.exists()]
-        states = [_state(row, row.position) for row in chosen]
+        ranked = [files.candidates for files in RunFiles(self._folder.path).removals]
+        states = [_state(f.chosen, f.chosen.position) for f in ranked if f is not None]
         return sorted(states, key=lambda s: (len(s.removed), s.kl))
 
     @property
