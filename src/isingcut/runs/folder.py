@@ -81,6 +81,7 @@ class RunFolder:
         """
         cls.refuse_foreign(path, config)
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
+        now = {"model": model, **model_path(path, config.model)}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
             before = folder.run.provenance.model
@@ -97,15 +98,13 @@ class RunFolder:
             if not folder.config.removal or config.overwrite:
                 folder.run.config = runs.Config(**options)
             made = folder.run.provenance.content()
+            folder.run.provenance = runs.Provenance(**{**made, **now})
         else:
-            made, kept = versions(), runs.Config(**options)
-            origin = runs.Provenance(**made, model=model)
+            kept, origin = runs.Config(**options), runs.Provenance(**versions(), **now)
             run = runs.RunFile(
                 config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
             )
             folder = cls(path, run, overwrite=config.overwrite)
-        made |= {"model": model, **model_path(path, config.model)}
-        folder.run.provenance = runs.Provenance(**made)
         folder.typed_solver = config.solver
         folder.save()
         return folder
@@ -328,10 +327,9 @@ class RunFolder:
             except BaseException as e:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
-            done: dict[str, Any] = {"done": True, "seconds": round(time.monotonic() - began, 3)}
-            done["sha256"] = (
-                ownership.folder_hash(file) if file.is_dir() else ownership.file_sha256(file)
-            )
+            seconds = round(time.monotonic() - began, 3)
+            sha256 = ownership.folder_hash(file) if file.is_dir() else ownership.file_sha256(file)
+            done = {"done": True, "seconds": seconds, "sha256": sha256}
             self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
             self.save()
             self.share()
