@@ -29,19 +29,13 @@ def model_path(folder: Path, name: str) -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """Return versions, platform and command line, for the provenance of results."""
     # Imported here because `--help` does not need it.
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
     packages = ("torch", "transformers", "numpy", "safetensors", "numba", "dimod")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return {
         "isingcut": __version__,
         "python": platform.python_version(),
-        **found,
+        **{package: version(package) for package in packages},
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "command_line": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
