@@ -37,8 +37,6 @@ def raise_if_exhausted(error: BaseException) -> None:
     Raises:
         MemoryExhaustedError: with the bytes that were requested, if the error has them.
     """
-    if isinstance(error, MemoryExhaustedError):
-        raise error
     if is_memory_exhausted(error):
         raise exhausted_error(error) from error
 
