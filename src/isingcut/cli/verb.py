@@ -322,8 +322,6 @@ def reopen_at(
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
     """
-    from isingcut.runs.folder import RunFolder
-
     if one_based and blocks is None:
         raise InputError("--one-based is for the numbers of --blocks; give both")
     if blocks is None:
@@ -334,12 +332,12 @@ def reopen_at(
         raise InputError(f"--blocks: {e}") from e
     if not typed:
         raise InputError("--blocks is empty; write for example 3,4,9")
-    total = len(RunFolder.open(directory).run.blocks.blocks)
     named = [block - one_based for block in typed]
+    folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
+    total = len(folder.run.blocks.blocks)
     if named[0] < 0 or named[-1] >= total:
         raise InputError(
             f"--blocks {','.join(map(str, typed))[:60]}: this model's blocks are numbered "
             f"{one_based:d} to {total - 1 + one_based}; add --one-based if your list starts at 1"
         )
-    folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
     return folder, config, named
