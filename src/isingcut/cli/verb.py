@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -26,7 +26,7 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import Options, flag, from_yaml, plain_type, read_options
+from isingcut.options.declaration import Kind, Options, flag, from_yaml, plain_type, read_options
 from isingcut.options.spellings import BlockList
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Output:
     data: Mapping[str, Any]
     show: Callable[[], None]
     brief: str = ""
-    warnings: Sequence[str] = field(default=())
+    warnings: Sequence[str] = ()
 
 
 class _Command(TyperCommand):
@@ -278,10 +278,10 @@ def select_given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v is not None}
 
 
-def collect(config: Path | None, options: Mapping[str, Any]) -> RunConfig:
-    """Combine a run's options from a config file and the command line, which wins."""
-    values = from_yaml(RunConfig, config) if config else {}
-    return RunConfig(**{**values, **select_given(options)})
+def collect(kind: type[Kind], config: Path | None, options: Mapping[str, Any]) -> Kind:
+    """Combine the options from a config file and from the command line, which wins."""
+    values = from_yaml(kind, config) if config else {}
+    return kind(**{**values, **select_given(options)})
 
 
 def reopen(

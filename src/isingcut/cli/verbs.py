@@ -33,7 +33,6 @@ from isingcut.files.results import read_document
 from isingcut.healing import RECORD
 from isingcut.models.processes import Processes, launched_rank
 from isingcut.options.config import HealConfig, RunConfig
-from isingcut.options.declaration import from_yaml
 
 if TYPE_CHECKING:
     from isingcut.cli import show
@@ -76,8 +75,7 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
-
-    wanted = collect(config, options)
+    wanted = collect(RunConfig, config, options)
     target = pipeline.run(wanted, progress=progress)
     if len(wanted.remove.counts) < 2:
         return _make_output(target)
@@ -117,7 +115,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.report.run_files import RunFiles
 
-    folder = pipeline.energy(collect(config, options), progress=progress)
+    folder = pipeline.energy(collect(RunConfig, config, options), progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
     warnings = words.overlap_warnings(text.overlap if text else {})
@@ -270,8 +268,8 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.healing.heal import heal as run_heal
 
-    values = {**(from_yaml(HealConfig, config) if config else {}), **select_given(options)}
-    folder = run_heal(HealConfig(**values), progress=progress, sources=[config] if config else [])
+    wanted = collect(HealConfig, config, options)
+    folder = run_heal(wanted, progress=progress, sources=[config] if config else [])
     if launched_rank():
         # Only rank 0 prints the result.
         raise typer.Exit
