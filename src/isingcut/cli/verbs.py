@@ -94,7 +94,6 @@ def demo(progress: Any, **options: Any) -> Output:
 
 
 def _make_output(target: Path, *, generation: bool = False) -> Output:
-
     files = show.open_finished(target)
     healing = [] if files.healing is None else words.healing_warnings(files.healing)
     return Output(
@@ -169,7 +168,6 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
 
     Example: isingcut rank my-run --remove 8
     """
-
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
     found = ranking.rank(session, folder)
@@ -204,7 +202,6 @@ def baseline(
 
     Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
     """
-
     # Check the typed options before the run folder.
     ranking.baseline_part(name, settings or [])
     folder, config = reopen(directory, options)
@@ -238,7 +235,6 @@ def excise(
     Examples: isingcut excise my-run --remove 8;
     isingcut excise my-run --blocks 3,4,9 --one-based
     """
-
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     session = pipeline.session_of(folder, config, progress)
     if gguf is not None:
