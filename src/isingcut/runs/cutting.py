@@ -222,7 +222,7 @@ def make_gguf(
     except ArchitectureError as e:
         if source is not None:
             raise
-        say(f"isingcut: no GGUF file is written for {checkpoint}: {e}")
+        say(f"isingcut: no GGUF file is written next to {checkpoint}: {e}")
         return None
 
 

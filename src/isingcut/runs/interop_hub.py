@@ -63,8 +63,8 @@ def prepare(
         card.data.eval_results = hub_results(run) or None
         if run.gguf is not None:
             folder.check(run.gguf)
-            beside = (run.gguf, run.gguf.with_suffix(".gguf.md"))
-            files |= {p.name: p for p in beside if p.is_file()}
+            packed = (run.gguf, run.gguf.with_suffix(".gguf.md"))
+            files |= {p.name: p for p in packed if p.is_file()}
     files["README.md"] = str(card).encode()
     return card, files
 
