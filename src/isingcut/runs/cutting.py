@@ -122,44 +122,28 @@ def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int])
 
 
 def _write_exact(
-    session: Session, folder: RunFolder, removed: Sequence[int], out: Path, *, overwrite: bool
-) -> None:
-    """Write the checkpoint without the blocks ``removed``, with its model card, and verify it.
+    session: Session, folder: RunFolder, removed: Sequence[int], out: Path
+) -> cuts.CutRecord:
+    """Write the checkpoint without the blocks ``removed`` and verify it; return its record.
 
     Raises:
-        OutputExistsError: ``out`` exists and ``overwrite`` is false.
-        VerificationError: its logits differ from those of the original with these blocks skipped;
-            nothing is left at ``out``.
+        VerificationError: its logits differ from those of the original with these blocks skipped.
     """
-    blocks = list(removed)
-    trust = session.config.trust_remote_code
+    config, blocks = session.config, list(removed)
+    trust = config.trust_remote_code
     loads_with = find_loading_class(session.source, trust_remote_code=trust)
-    target = folder.target(session.config.removal)
-    parts = card_parts(folder.path, target, blocks, loads_with)
-    sources = [session.source, *folder.sources]
-    with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
-        temporary.rmdir()
-        write_cut(session.source, blocks, temporary, drop_mtp=session.config.drop_mtp)
-        proof = verify(session.loaded.runnable, blocks, temporary, trust_remote_code=trust)
-        mtp = count_mtp_layers(session.source)
-        further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": session.config.drop_mtp}
-        parts = parts.model_copy(update=further)
-        record = cuts.CutRecord(
-            removed=blocks,
-            of=len(session.stack),
-            model=folder.run.provenance.model.content(),
-            card=parts,
-            proof=proof,
-        )
-        with writing.clear_os_errors(out):
-            write_record(temporary, record)
-
-
-def write_record(checkpoint: Path, record: cuts.CutRecord) -> None:
-    """Write the record of a cut into its folder, and the model card."""
-    assert record.card is not None
-    results.write_document(checkpoint / RECORD, record)
-    (checkpoint / "README.md").write_text(model_card(record.card), encoding="utf-8")
+    parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
+    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp)
+    proof = verify(session.loaded.runnable, blocks, out, trust_remote_code=trust)
+    mtp = count_mtp_layers(session.source)
+    further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
+    return cuts.CutRecord(
+        removed=blocks,
+        of=len(session.stack),
+        model=folder.run.provenance.model.content(),
+        card=parts.model_copy(update=further),
+        proof=proof,
+    )
 
 
 def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
@@ -259,29 +243,29 @@ def write_model(
         OutputExistsError: ``out`` exists and ``overwrite`` is false.
         VerificationError: a proof failed; nothing is left at ``out``.
     """
-    if session.config.patch == "none":
-        _write_exact(session, folder, removed, out, overwrite=overwrite)
-        return
-    with writing.clear_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(".part", writing.temporary_prefix(out), out.parent)
     sources = [session.source, *folder.sources]
-    with aside as place:
-        cut = Path(place) / "cut"
-        _write_exact(session, folder, removed, cut, overwrite=False)
-        with writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary:
-            temporary.rmdir()
+    with (
+        writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary,
+        tempfile.TemporaryDirectory(".part", writing.temporary_prefix(out), out.parent) as aside,
+    ):
+        temporary.rmdir()
+        cut = Path(aside) / "cut"
+        record = _write_exact(session, folder, removed, cut)
+        card = record.card
+        assert card is not None
+        if session.config.patch == "none":
+            cut.rename(temporary)
+        else:
             try:
-                job, text = _patch_job(session, folder, removed, cut, temporary.parent)
+                job, text = _patch_job(session, folder, removed, cut, out.parent)
                 patch = patch_checkpoint(job, temporary).model_copy(update={"text": text})
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
-            record = results.read_document(temporary / RECORD, cuts.CutRecord)
-            assert record.card is not None
-            card = record.card.model_copy(update={"patch": patch})
-            with writing.clear_os_errors(out):
-                write_record(temporary, record.model_copy(update={"card": card, "patch": patch}))
+            card = card.model_copy(update={"patch": patch})
+            record = record.model_copy(update={"card": card, "patch": patch})
+        results.write_document(temporary / RECORD, record)
+        (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
 def _patch_job(
