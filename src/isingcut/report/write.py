@@ -68,29 +68,6 @@ def check_report(target: Path) -> dict[str, Path]:
     return texts
 
 
-def write_comparison(
-    folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
-) -> list[str]:
-    """Write one page that compares several runs.
-
-    Args:
-        folders: for each run, the run folder and the folder with the files of the removal to show.
-        out: the HTML file.
-        overwrite: allow replacing an existing file.
-
-    Returns:
-        the warnings about the comparison, which are on the page too.
-
-    Raises:
-        OutputExistsError: ``out`` exists and may not be replaced.
-        StageFileError: a `run.json` is missing, or an existing file is damaged.
-    """
-    check_output(out, overwrite=overwrite)
-    page, warnings = comparison_page([RunFiles(*places) for places in folders])
-    write_sealed(out, page)
-    return warnings
-
-
 def report_view(files: RunFiles) -> dict[str, Any]:
     """Return the values for both templates: files, states, methods, provenance and timings."""
     states = number_states(files)
@@ -234,15 +211,31 @@ class Side:
         return None if self.files.candidates is None else self.files.candidates.chosen
 
 
-def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
-    """Render the page of several runs, in the given order; return it with its warnings."""
-    runs = _sides(found)
+def write_comparison(
+    folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
+) -> list[str]:
+    """Write one page that compares several runs.
+
+    Args:
+        folders: for each run, the run folder and the folder with the files of the removal to show.
+        out: the HTML file.
+        overwrite: allow replacing an existing file.
+
+    Returns:
+        the warnings about the comparison, which are on the page too.
+
+    Raises:
+        OutputExistsError: ``out`` exists and may not be replaced.
+        StageFileError: a `run.json` is missing, or an existing file is damaged.
+    """
+    check_output(out, overwrite=overwrite)
+    runs = _sides([RunFiles(*places) for places in folders])
     warnings = paragraphs("comparison_warnings", runs)
     ranked = [r for r in runs if r.loss is not None]
     ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
-    html = render_page(
+    page = render_page(
         "compare.html.j2",
-        title=f"{len(runs)} run{'s' * (len(runs) != 1)} compared",
+        title=f"{len(runs)} runs compared",
         runs=runs,
         differences=differences(runs),
         warnings=warnings,
@@ -254,7 +247,8 @@ def comparison_page(found: Sequence[RunFiles]) -> tuple[str, list[str]]:
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
         data={"n": 0, "kinds": [], "parameters": [], "states": []},
     )
-    return html, warnings
+    write_sealed(out, page)
+    return warnings
 
 
 def _sides(found: Sequence[RunFiles]) -> list[Side]:
@@ -305,7 +299,7 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
             tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
             plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
             rows.append((run.name, removal, at, loss.text()))
-    words = f"{len(flat)} measured removals of {len(runs)} run{'s' * (len(runs) != 1)}."
+    words = f"{len(flat)} measured removals of {len(runs)} runs."
     return plots.Figure(
         axis.key,
         axis.title,
