@@ -141,17 +141,17 @@ class Session:
         too_large = self._bytes > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
+    @property
+    def _how_to_load(self) -> dict[str, Any]:
+        trust = self.config.trust_remote_code
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": trust}
+
     @cached_property
     def loaded(self) -> models.LoadedModel:
         """The model: in memory, or without weights if streamed."""
         if self.streaming:
             return self.open_streamed(self.source)
-        return models.load(
-            self.source,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        return models.load(self.source, **self._how_to_load)
 
     def serve(self, folder: RunFolder) -> None:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
@@ -184,14 +184,8 @@ class Session:
 
     def open_streamed(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
         """Open a checkpoint whose blocks are streamed, with buffers of another one if given."""
-        return load_streamed(
-            folder,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.config.trust_remote_code,
-            memory_limit=self.config.memory_limit,
-            buffers=buffers,
-        )
+        limit = self.config.memory_limit
+        return load_streamed(folder, **self._how_to_load, memory_limit=limit, buffers=buffers)
 
     def open_cut(self, folder: Path, removed: Sequence[int] | None = None) -> models.LoadedModel:
         """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
@@ -275,8 +269,6 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
 
 
 def _check_gpu(config: RunConfig, processes: Processes) -> None:
-    import torch
-
     device = config.device
     if device.startswith("cuda:"):
         raise InputError(
