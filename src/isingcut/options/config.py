@@ -248,6 +248,11 @@ class RunConfig(Options):
         """The text of `remove`, or of `budget` if only that is given."""
         return self.remove or self.budget
 
+    @property
+    def energies(self) -> list[str]:
+        """The names of all energies to measure, the main one first."""
+        return [self.energy, *(name.strip() for name in self.also.split(",") if name.strip())]
+
     if TYPE_CHECKING:
 
         def __init__(self, **options: Any) -> None:

@@ -29,11 +29,6 @@ from isingcut.runs.session import Session
 from isingcut.runs.solving import each_removal, removal_rows
 
 
-def names(text: str) -> list[str]:
-    """Split a comma-separated list of names."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def concrete(config: RunConfig) -> RunConfig:
     """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
     if config.energy != "auto":
@@ -62,7 +57,7 @@ def samples_of(config: RunConfig, name: str) -> int:
 
 def _samples(config: RunConfig) -> int:
     """Return the samples of the energy split: the maximum over energies; each uses the first."""
-    return max(samples_of(config, name) for name in (config.energy, *names(config.also)))
+    return max(samples_of(config, name) for name in config.energies)
 
 
 def _check_streaming(session: Session) -> None:
@@ -70,7 +65,7 @@ def _check_streaming(session: Session) -> None:
     config = session.config
     if not session.streaming:
         return
-    for name in (config.energy, *names(config.also)):
+    for name in config.energies:
         if not getattr(energy_part(config, name), "streams", True):
             raise InputError(
                 f"the energy {name!r} needs all blocks in memory and cannot be streamed; use "
@@ -162,7 +157,7 @@ def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
     """Run stage `energy`: write `hamiltonian.safetensors`, and one file per energy of `also`."""
     config = session.config
     result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
-    for name in names(config.also):
+    for name in config.energies[1:]:
         _measure_one(session, folder, name, other_path(folder, name))
     return result
 

@@ -194,7 +194,7 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
-    for name in (config.energy, *measuring.names(config.also)):
+    for name in config.energies:
         measuring.energy_part(config, name)
     solvers.check(config.solver)
     cutting.check_healing_options(config)

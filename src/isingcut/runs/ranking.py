@@ -36,7 +36,6 @@ from isingcut.report.words import join_blocks, sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.measuring import names
 from isingcut.runs.session import Session
 
 NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
@@ -120,7 +119,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     spectrum = folder.load(solving.needs(folder, config, "spectrum.json"), Spectrum.load)
     others = {
         name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
-        for name in names(config.also)
+        for name in config.energies[1:]
     }
     options = solving.solve_options(folder, config) | {
         "random_states": config.random_states,
