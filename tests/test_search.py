@@ -30,7 +30,7 @@ from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
-from isingcut.runs.measuring import concrete
+from isingcut.runs.measuring import resolve_energy
 from shared import OPTIONS, call
 from tiny import count_rows, keep_rows, tiny_replay
 
@@ -441,7 +441,7 @@ def inputs(shared, text):
     ],
 )
 def test_auto_is_the_search_where_a_removal_is_given(asked, energy):
-    assert concrete(RunConfig(model="m", calibration="c", out="o", **asked)).energy == energy
+    assert resolve_energy(RunConfig(model="m", calibration="c", out="o", **asked)).energy == energy
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):

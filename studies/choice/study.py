@@ -113,7 +113,7 @@ class Choice(ModelStudy):
             random_states=0,
             **options,
         )
-        config, fits = measuring.concrete(config.validate()), dict[tuple[int, ...], Any]()
+        config, fits = measuring.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
 
         def fit_once(run: Session, folder: RunFolder, removed: State) -> Any:
             found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed)

@@ -408,7 +408,7 @@ def _removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[
             raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)
-    return folder, solving.needs(folder, config, "")
+    return folder, solving.require(folder, config, "")
 
 
 @verb("remove", "budget", group=RESULT)

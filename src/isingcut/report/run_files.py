@@ -111,7 +111,7 @@ class RunFiles:
     @cached_property
     def spectrum(self) -> states.SpectrumFile | None:
         """Content of `spectrum.json`, with the further states that a search found."""
-        return self._solved and with_searched(self._solved, self.candidates)
+        return self._solved and add_searched_states(self._solved, self.candidates)
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:
@@ -292,7 +292,7 @@ class RunFiles:
         return (Path(self.called) / self.product.relative_to(self.folder)).as_posix()
 
 
-def with_searched(
+def add_searched_states(
     spectrum: states.SpectrumFile, candidates: states.CandidatesFile | None
 ) -> states.SpectrumFile:
     """Add the candidates that a search found beyond a spectrum, and rank all by energy.

@@ -51,7 +51,7 @@ def evaluate(
     """
     config = session.config
     if removed is None:
-        solving.needs(folder, config, "model")
+        solving.require(folder, config, "model")
     checkpoint = product(folder, config, removed)
     excised = folder.record(checkpoint)
     file = checkpoint.with_name("evaluation.json")
@@ -162,7 +162,7 @@ def evaluate_gguf(
     file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
     check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
     with lock_place(file):
-        found = _compare_gguf(Session(measuring.concrete(config)), gguf)
+        found = _compare_gguf(Session(measuring.resolve_energy(config)), gguf)
         write_document(file, found, seal=True)
     return found, file
 

@@ -29,7 +29,7 @@ from isingcut.runs.session import Session
 from isingcut.runs.solving import each_removal, removal_rows
 
 
-def concrete(config: RunConfig) -> RunConfig:
+def resolve_energy(config: RunConfig) -> RunConfig:
     """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
     if config.energy != "auto":
         return config

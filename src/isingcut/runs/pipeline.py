@@ -178,7 +178,7 @@ def check_options(config: RunConfig | None, options: Mapping[str, Any], source: 
         raise InputError("--out is missing; give a folder for the run")
     if config.budget.packed and source != "isingcut.run":
         raise InputError(f"--budget {config.budget} is only for `isingcut run`; give --remove M")
-    return measuring.concrete(config)
+    return measuring.resolve_energy(config)
 
 
 @contextlib.contextmanager

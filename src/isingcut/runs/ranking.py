@@ -116,7 +116,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
     config = session.config
     target = folder.target(config.removal)
-    spectrum = folder.load(solving.needs(folder, config, "spectrum.json"), Spectrum.load)
+    spectrum = folder.load(solving.require(folder, config, "spectrum.json"), Spectrum.load)
     others = {
         name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
         for name in config.energies[1:]
@@ -139,7 +139,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     def make(path: Path) -> None:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
-        considered = with_found(spectrum, problem, config)
+        considered = add_found_states(spectrum, problem, config)
         session.choose_tuning(folder)
         found = candidates.rank(
             session.replay,
@@ -185,7 +185,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     )
 
 
-def with_found(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
+def add_found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
     """Return the candidates to measure: a spectrum, and a search's states for the same removal.
 
     For a choice by questions, the state without the last blocks is added if it is feasible: a model

@@ -249,12 +249,13 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 
 
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
     keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 
 
-def needs(folder: RunFolder, config: RunConfig, name: str) -> Path:
+def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     """Return a file of an earlier stage of this removal; with an empty name, its folder.
 
     Raises:
@@ -277,7 +278,7 @@ def load_candidates(path: Path) -> CandidatesFile:
 
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     """Return the blocks that the ranking of one removal chose."""
-    found = folder.load(needs(folder, config, "candidates.json"), load_candidates)
+    found = folder.load(require(folder, config, "candidates.json"), load_candidates)
     return found.chosen.removed
 
 
