@@ -36,7 +36,7 @@ from isingcut.errors import InputError, IsingcutError
 from isingcut.evaluation import quality, speed
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.streaming import replay as streamed
@@ -81,7 +81,7 @@ def checkpoint(folder: Path, family: str, quiet: tuple[int, ...]) -> Path:
     kind, changes = FAMILIES[family]
     model: Any = tiny_model(kind, num_hidden_layers=BLOCKS, **changes)
     with torch.no_grad():
-        for i, block in enumerate(stack_modules(model, find_stack(model))):
+        for i, block in enumerate(stack_modules(model)):
             for module in block.modules():
                 weight = getattr(module, "weight", None)
                 if weight is not None and weight.ndim == 2 and len(weight) == 256:

@@ -30,7 +30,6 @@ from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
 from isingcut.models import load as models
-from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay, use_attention
 from isingcut.models.sources import resolve
 
@@ -61,7 +60,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Replay, TokenSet]:
         length=arguments.length,
         seed=0,
     )
-    replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    replay = Replay(loaded.model)
     replay.attention = None if arguments.attention == "auto" else arguments.attention
     return replay, calibration.splits["energy"]
 

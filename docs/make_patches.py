@@ -24,7 +24,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.healing.patch.files import StoredLayers
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import FAMILIES, VOCABULARY, tiny_checkpoint
@@ -63,7 +63,7 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
     source = tiny_checkpoint(family, folder)
     model = load(source, dtype="float32", device="cpu").model
     stack = find_stack(model)
-    replay = Replay(model, stack_modules(model, stack))
+    replay = Replay(model)
     stored = StoredLayers(source, ())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(8, VOCABULARY, (_SAMPLES, _LENGTH), generator=generator)

@@ -14,7 +14,7 @@ import torch
 from isingcut.console.progress import terminal
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, Scores, score_states
+from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint
 from isingcut.ising.states import states_of
@@ -78,13 +78,9 @@ class ModelStudy(Study):
         source = str(coder_file()) if name == "coder" else name
         return models.load(resolve(source), dtype=self.options.dtype)
 
-    @cached_property
-    def scored(self) -> ScoredModel:
-        return ScoredModel.whole(self.original)
-
     @property
     def replay(self) -> Replay:
-        return self.scored.replay
+        return self.original.replay
 
     @cached_property
     def texts(self) -> Texts:
@@ -160,7 +156,7 @@ class ModelStudy(Study):
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
             found = score_states(
-                self.scored, self.prepared(task), [*rest.values()], self.working(journal)
+                self.original, self.prepared(task), [*rest.values()], self.working(journal)
             )
             return [self.answer_row(s) for s in found]
 

@@ -17,7 +17,7 @@ from typing import Any
 from isingcut.data.healing_text import HealingText
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.quality import sample_sums
-from isingcut.evaluation.scores import ScoredModel, score_states
+from isingcut.evaluation.scores import score_states
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import Job
 from isingcut.models import load as models
@@ -127,6 +127,6 @@ class RepairStudy(ModelStudy):
             losses[name] = loss_row(kl, nll, tokens)
         for task in self.repaired_tasks(stage):
             work = self.working(journal.with_name(f"{journal.name}-{task}"))
-            (scores,) = score_states(ScoredModel.whole(loaded), self.prepared(task), [()], work)
+            (scores,) = score_states(loaded, self.prepared(task), [()], work)
             accuracy[task] = self.answer_row(scores)
         return {"losses": losses, "accuracy": accuracy}

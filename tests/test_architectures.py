@@ -67,16 +67,15 @@ def test_models_without_a_decoder_stack_are_refused():
 
 def test_skipping_leaves_the_model_as_it_was():
     model = tiny_model("llama")
-    stack = find_stack(model)
     tokens = torch.arange(10, 22)[None]
     with torch.no_grad():
         before = model(tokens).logits
-        with skip_blocks(model, stack, [0]):
+        with skip_blocks(model, [0]):
             assert not torch.equal(model(tokens).logits, before)
         assert torch.equal(model(tokens).logits, before)
     with (
         pytest.raises(ArchitectureError, match="blocks are 0 to 5"),
-        skip_blocks(model, stack, [6]),
+        skip_blocks(model, [6]),
     ):
         pass
 

@@ -28,7 +28,7 @@ from isingcut.files.results import read_json
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
@@ -100,7 +100,7 @@ def streams(replay, tokens, removed=()):
     """Return the residual stream at each block boundary, unpadded, for each sample, by hooks."""
     model = without(replay.model, removed) if removed else replay.model
     found = []
-    blocks = stack_modules(model, find_stack(model))
+    blocks = stack_modules(model)
     for s in range(tokens.samples):
         ids = tokens.input_ids[s : s + 1, : int(tokens.mask[s].sum())]
         seen = []

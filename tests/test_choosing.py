@@ -17,7 +17,7 @@ from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, score_states
+from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_document, read_json
 from isingcut.files.states import ByTasks, CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
@@ -402,7 +402,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
-    cut = ScoredModel.whole(load(target / "model", dtype="float32", device="cpu"))
+    cut = load(target / "model", dtype="float32", device="cpu")
     task = prepare_task(str(questions), None)
     (own,) = score_states(cut, task, [()], wanted=set(asked["questions"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])

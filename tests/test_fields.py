@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.models.architectures import cuts, families, fields
-from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
+from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.cutting.checkpoint import excise
@@ -81,7 +81,6 @@ READERS = {
 )
 def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, reader):
     model = odd_model(family, **READERS.get(family, {}))
-    stack = find_stack(model)
     readers = list(range(source + 1, reader + 1))
     assert forbids(model, [source, *readers[:-1]])
     assert not forbids(model, [source, *readers])
@@ -89,7 +88,7 @@ def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, r
     with pytest.raises(ArchitectureError, match=f"keep {source} for {reader} "):
         cut_config(model.config.to_dict(), [source, *readers[:-1]])
     with pytest.raises(ArchitectureError, match="more than the residual stream"):
-        Replay(model, stack_modules(model, stack))
+        Replay(model)
 
 
 PLACES = {"ple_layer_ids": [1, 2, 5], "eos_token_id": 2}
@@ -112,7 +111,7 @@ def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     stream = recording.entered
     for i in (0, 2, 3, 5):
         stream = recording.block(i, stream)
-    with torch.no_grad(), skip_blocks(model, find_stack(model), [1, 4]):
+    with torch.no_grad(), skip_blocks(model, [1, 4]):
         expected = model(tokens, use_cache=False).logits[0]
     assert relative_difference(expected, recording.logits(stream[0], 0)) <= 1e-5
 

@@ -16,7 +16,6 @@ from isingcut.models.architectures.blocks import (
     find_stack,
     language_model,
     skip_blocks,
-    stack_modules,
 )
 from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
@@ -203,12 +202,11 @@ def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     tokens = random_tokens(model, 2, 12)
     store = open_model(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
-    stack = find_stack(model)
-    resident = Replay(model, stack_modules(model, stack)).record(tokens)
+    resident = Replay(model).record(tokens)
     streamed = StreamedReplay(*store)
     recording = streamed.record(tokens)
     streams = [resident.entered, recording.entered]
-    with skip_blocks(model, stack, [2]):
+    with skip_blocks(model, [2]):
         expected = language_model(model)(input_ids=tokens, use_cache=False).logits
         for i in (0, 1, 3, 4, 5):
             streams = [r.block(i, s) for r, s in zip((resident, recording), streams, strict=True)]

@@ -14,11 +14,11 @@ from isingcut.evaluation import answers
 from isingcut.evaluation.answers import MICRO_BATCHES, Likelihoods, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, certainties, score_states, temper_margins
+from isingcut.evaluation.scores import certainties, score_states, temper_margins
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.architectures.blocks import find_stack, skip_blocks
+from isingcut.models.architectures.blocks import skip_blocks
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from shared import write_jsonl
@@ -31,7 +31,7 @@ REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 @pytest.fixture(scope="module")
 def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
-    return ScoredModel.whole(load(folder, dtype="float32", device="cpu"))
+    return load(folder, dtype="float32", device="cpu")
 
 
 def some_rows():
@@ -47,13 +47,13 @@ def some_rows():
 
 
 def test_likelihoods_are_the_harness_s(model):
-    loaded, rows = model.loaded, some_rows()
+    rows = some_rows()
     # Longer than the model's context: both cut it on the left.
     rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
     requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
-    plain = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
+    plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4)
     answers = Likelihoods(model.replay, states_of(len(model.replay), [()]), Work(128))
-    ours = Harness(loaded, lambda asked: answers.of(0, asked), lambda prompts, write: [])
+    ours = Harness(model, lambda asked: answers.of(0, asked), lambda prompts, write: [])
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [best for _, best in found] == [best for _, best in expected]
@@ -93,8 +93,8 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
         if blocks:
             cut = tmp_path / "-".join(map(str, blocks))
             if not cut.exists():
-                excise(model.loaded.folder, blocks, cut)
-            one = ScoredModel.whole(load(cut, dtype="float32", device="cpu"))
+                excise(model.folder, blocks, cut)
+            one = load(cut, dtype="float32", device="cpu")
         (alone,) = score_states(one, task, [()])
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
@@ -112,7 +112,7 @@ def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch
         return found
 
     monkeypatch.setattr(answers._Places, "read", damaged)
-    shown = re.escape(repr(model.loaded.tokenizer.decode([40, 41])))
+    shown = re.escape(repr(model.tokenizer.decode([40, 41])))
     with pytest.raises(ModelError, match=f"that begins {shown}"):
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
 
@@ -159,10 +159,10 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     found = score_states(model, prepare_task(name, tmp_path), [()])[0].certainties
 
     def likely(context, answer):
-        ids = model.loaded.tokenizer(context + answer, return_tensors="pt").input_ids
-        start = len(model.loaded.tokenizer(context).input_ids)
+        ids = model.tokenizer(context + answer, return_tensors="pt").input_ids
+        start = len(model.tokenizer(context).input_ids)
         with torch.no_grad():
-            logp = model.loaded.model(input_ids=ids).logits[0].double().log_softmax(-1)
+            logp = model.model(input_ids=ids).logits[0].double().log_softmax(-1)
         return sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
 
     if name == "lambada":
@@ -245,13 +245,11 @@ def requests():
 
 
 def written(model, work, state=0):
-    stack = find_stack(model.loaded.model)
-
     def write(prompts, some):
-        with skip_blocks(model.loaded.model, stack, STATES[state]):
+        with skip_blocks(model.model, STATES[state]):
             return generate_texts(model.replay, STATES[state], prompts, some, work)
 
-    return Harness(model.loaded, lambda rows: [], write).generate_until(requests())
+    return Harness(model, lambda rows: [], write).generate_until(requests())
 
 
 def kill_after(goes, monkeypatch):
@@ -271,8 +269,8 @@ def kill_after(goes, monkeypatch):
 
 @pytest.mark.parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
-    plain = HFLM(pretrained=model.loaded.model, tokenizer=model.loaded.tokenizer, batch_size=2)
-    with skip_blocks(model.loaded.model, find_stack(model.loaded.model), STATES[state]):
+    plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=2)
+    with skip_blocks(model.model, STATES[state]):
         expected = plain.generate_until(requests(), disable_tqdm=True)
     assert written(model, Work(16), state) == expected
     assert any(expected)

@@ -146,11 +146,10 @@ def test_one_cut_solves_its_least_squares_problem(reads):
 
 def assert_stationary(model, text, patch, removed, patches=()):
     """Check that the objective's gradient vanishes at the fitted change, given earlier patches."""
-    stack = find_stack(model)
     target = streams(model, text, patch.block + 1)
     with (
-        apply_patches(stack_modules(model, stack), list(patches)),
-        skip_blocks(model, stack, removed),
+        apply_patches(stack_modules(model), list(patches)),
+        skip_blocks(model, removed),
         watched(model, patch.block, patch.path) as seen,
         torch.no_grad(),
     ):
@@ -343,13 +342,13 @@ def tuned(model, text, removed=REMOVED):
 
 def divergence(model, text, found, removed=REMOVED):
     """Return KL(original || patched) from plain forward passes over the held-out samples."""
-    stack, total, count = find_stack(model), 0.0, 0
+    total, count = 0.0, 0
     for s in range(7, text.samples, 8):
         ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
         with torch.no_grad():
             p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            blocks = stack_modules(model, stack)
-            with skip_blocks(model, stack, removed), apply_patches(blocks, found.patches):
+            blocks = stack_modules(model)
+            with skip_blocks(model, removed), apply_patches(blocks, found.patches):
                 q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
         count += ids.shape[1] - 1
@@ -402,7 +401,7 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
     with pytest.raises(FitError, match="GB of host memory"):
         tuned(tiny_model("llama"), tokens(16))
     model = tiny_model("llama")
-    blocks = stack_modules(model, find_stack(model))
+    blocks = stack_modules(model)
     both = [
         blocks[i].get_submodule(p) for i in (1, 4) for p in ("self_attn.o_proj", "mlp.down_proj")
     ]
@@ -493,7 +492,7 @@ def test_half_precision_does_not_hide_gains(family):
 def block_error(model, patches, p, last, text):
     """Return weighted squared errors of block p's output against the original's after the cut."""
     found = {}
-    blocks = stack_modules(model, find_stack(model))
+    blocks = stack_modules(model)
 
     def keep(name):
         def hook(m, args, output):

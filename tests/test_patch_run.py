@@ -20,7 +20,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_document, read_json
 from isingcut.files.runs import StageOptions
-from isingcut.models.architectures.blocks import find_stack, skip_blocks
+from isingcut.models.architectures.blocks import skip_blocks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings
@@ -100,7 +100,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
     original = load(llama, dtype="float32", device="cpu").model
     kept = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
-    with torch.no_grad(), skip_blocks(original, find_stack(original), REMOVED):
+    with torch.no_grad(), skip_blocks(original, REMOVED):
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 

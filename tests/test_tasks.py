@@ -15,7 +15,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import questions
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
-from isingcut.evaluation.scores import ScoredModel, score_states
+from isingcut.evaluation.scores import score_states
 from isingcut.models.load import load
 from shared import write_jsonl
 
@@ -121,12 +121,8 @@ OURS = {
 @pytest.fixture(scope="module")
 def models(shared):
     return {
-        name: ScoredModel.whole(
-            load(
-                shared.checkpoint(seed=i, max_position_embeddings=2048),
-                dtype="float32",
-                device="cpu",
-            )
+        name: load(
+            shared.checkpoint(seed=i, max_position_embeddings=2048), dtype="float32", device="cpu"
         )
         for i, name in enumerate(("original", "cut"))
     }
@@ -177,8 +173,7 @@ def test_our_task_is_the_harness_s_own(name, models, tmp_path):
 
     model = models["original"]
     official.set_fewshot_seed(seed=1234)
-    plain = model.loaded
-    engine = HFLM(pretrained=plain.model, tokenizer=plain.tokenizer, batch_size=8)
+    engine = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8)
     found = evaluate(
         lm=engine,
         task_dict={"tasks": {"official": official}, "groups": {}, "group_map": {}},

@@ -26,7 +26,7 @@ __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 def replay_of(model: Any) -> Replay:
     """Freeze the weights of a model and return its replay."""
     model.requires_grad_(False)
-    return Replay(model, stack_modules(model, find_stack(model)))
+    return Replay(model)
 
 
 def tiny_replay(
@@ -70,7 +70,7 @@ def without(model: Any, removed: Sequence[int]) -> Any:
     """Return a copy of a model without the removed blocks, for forward passes without a cache."""
     cut = copy.deepcopy(model)
     stack = find_stack(cut)
-    blocks = stack_modules(cut, stack)
+    blocks = stack_modules(cut)
     kept = [i for i in range(len(stack)) if i not in set(removed)]
     parent, _, name = stack.path.rpartition(".")
     setattr(cut.get_submodule(parent), name, nn.ModuleList(blocks[i] for i in kept))

@@ -17,7 +17,6 @@ import torch
 from isingcut.data.calibration import build
 from isingcut.measure.gates import run_gated
 from isingcut.models import load as models
-from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 
@@ -41,7 +40,7 @@ def main() -> None:
         length=arguments.length,
         seed=0,
     ).splits["energy"]
-    replay = Replay(loaded.model, stack_modules(loaded.model, find_stack(loaded.model)))
+    replay = Replay(loaded.model)
     n = len(replay)
     alphas = torch.linspace(0, 1, STEPS).tolist()
     sums = torch.zeros(len(arguments.blocks), STEPS, dtype=torch.float64)

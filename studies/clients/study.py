@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isingcut.models.architectures.blocks import find_stack, skip_blocks, stop_rescaling
+from isingcut.models.architectures.blocks import skip_blocks, stop_rescaling
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.sources import PACKAGED, resolve
 from studies.clients.models import SUBJECTS, Subject, make_files
@@ -191,7 +191,7 @@ def greedy(
         model = factory.from_pretrained(source, dtype=torch.float32).eval()
     stop_rescaling(model)
     liked = []
-    with torch.no_grad(), skip_blocks(model, find_stack(model), removed):
+    with torch.no_grad(), skip_blocks(model, removed):
         for ids in prompts:
             grown, steps = list(ids), []
             for _ in range(new_tokens):

@@ -20,7 +20,6 @@ from isingcut.models.architectures.blocks import (
     BlockStack,
     find_stack,
     skip_blocks,
-    stack_modules,
     stop_rescaling,
 )
 from isingcut.models.architectures.cuts import legality
@@ -241,7 +240,7 @@ def _two_cards_are_one(model: Any, stack: BlockStack, tokens: torch.Tensor) -> N
         with fake_cards(count) as cards, torch.no_grad():
             placed = copy.deepcopy(model).requires_grad_(False)
             connect(placed, place(placed, [card.device for card in cards]))
-            replay = Replay(placed, stack_modules(placed, stack))
+            replay = Replay(placed)
             recording = replay.record(tokens.to(replay.device))
             stream = recording.entered
             for i in range(len(stack)):
@@ -281,12 +280,12 @@ def _replay_is_forward(
     """Return the largest relative difference of replayed from real passes. The original comes
     after all states, to show changes that a state leaves in the recorded calls."""
     model.requires_grad_(False)
-    replay = Replay(model, stack_modules(model, stack))
+    replay = Replay(model)
     recording = replay.record(tokens)
     worst = 0.0
     for removed in [*states, []]:
         with torch.no_grad():
-            with skip_blocks(model, stack, removed):
+            with skip_blocks(model, removed):
                 expected = replay.text(input_ids=tokens, use_cache=False).logits
             stream = recording.entered
             for i in range(len(stack)):

@@ -17,7 +17,7 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
-from isingcut.models.architectures.blocks import BlockStack, stack_modules
+from isingcut.models.architectures.blocks import BlockStack
 from isingcut.models.cutting.verify import relative_difference
 from isingcut.models.replay import Recording, Replay
 
@@ -45,7 +45,7 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
     with _InFloat64():
         # The fused products of experts do not support float64.
         model.set_experts_implementation("eager")
-        replay = Replay(model, stack_modules(model, stack))
+        replay = Replay(model)
         rows = TokenSet.from_rows(tokens.tolist())
         block = gate_gradients(replay, rows, gate="block")
         expected = [

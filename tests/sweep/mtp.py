@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
-from isingcut.models.architectures.blocks import find_stack, skip_blocks
+from isingcut.models.architectures.blocks import skip_blocks
 from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.architectures.fields import MTP, config_object, text_part
 from isingcut.models.cutting.verify import random_tokens, relative_difference
@@ -138,7 +138,7 @@ def check_mtp_layers(
     except RuntimeError:
         return False  # transformers cannot load the original's either.
     tokens = random_tokens(model, 1, 12)
-    with skip_blocks(whole, find_stack(whole), removed):
+    with skip_blocks(whole, removed):
         expected = _draft(whole, tokens)
     difference = relative_difference(expected, _draft(smaller, tokens))
     assert difference <= _TOLERANCE, f"the drafts differ by {difference:.1e}"

@@ -36,7 +36,7 @@ from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
-from isingcut.evaluation.scores import ScoredModel, Scores, score_states
+from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint
 from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    models: Mapping[str, ScoredModel],
+    models: Mapping[str, LoadedModel],
     tasks: Sequence[str],
     *,
     data: Path | None = None,
@@ -85,7 +85,7 @@ def benchmark(
             pair = []
             for name, model in models.items():
                 depends = [questions, *sorted(left_out)]
-                journal = None if kept is None else journal_of(kept, task, model.loaded, depends)
+                journal = None if kept is None else journal_of(kept, task, model, depends)
                 part = Part(bar, 1)
                 work = Work(batch_tokens, part, journal)
                 (found,) = score_states(model, task, [()], work, wanted=wanted)

@@ -19,8 +19,7 @@ from isingcut.evaluation.answers import Likelihood, Likelihoods, Prompt, Row, Wr
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
-from isingcut.models.replay import Replay
+from isingcut.models.architectures.blocks import skip_blocks
 
 if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
@@ -53,27 +52,8 @@ class Scores:
     shots: int
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredModel:
-    """A model to score.
-
-    Attributes:
-        loaded: the model; without weights if it is streamed.
-        replay: its blocks.
-    """
-
-    loaded: LoadedModel
-    replay: Replay
-
-    @classmethod
-    def whole(cls, loaded: LoadedModel) -> ScoredModel:
-        """Create a `ScoredModel` of a model with all its blocks."""
-        blocks = stack_modules(loaded.model, find_stack(loaded.model))
-        return cls(loaded, loaded.streamed or Replay(loaded.model, blocks))
-
-
 def score_states(
-    model: ScoredModel,
+    loaded: LoadedModel,
     task: Prepared,
     removed: Sequence[Sequence[int]],
     work: Work | None = None,
@@ -86,6 +66,7 @@ def score_states(
     other.
 
     Args:
+        loaded: the model, in memory or streamed.
         removed: the removed blocks of each state.
         work: batch size, progress display and journal; the journal belongs to one task.
         wanted: function of a question's key, whether to use the question; None uses all.
@@ -94,10 +75,10 @@ def score_states(
         InputError: no question is left, or none has a score.
         ModelError: a log-likelihood is not finite.
     """
-    work, (loaded, replay) = work or Work(), (model.loaded, model.replay)
+    work, replay = work or Work(), loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     answers = Likelihoods(replay, states, work, task.name)
-    stack, shown = find_stack(loaded.model), sys.stderr
+    shown = sys.stderr
 
     # Stderr is hidden for the harness only; these functions show progress.
     def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
@@ -105,7 +86,7 @@ def score_states(
             return answers.of(state, rows)
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, stack, removed[state]):
+        with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, removed[state]):
             return generate_texts(replay, removed[state], prompts, write, work, task.name)
 
     with quiet():

@@ -24,7 +24,7 @@ from isingcut.files.inputs import load_json
 from isingcut.healing import RECORD as HEALED
 from isingcut.healing.job import check_last
 from isingcut.healing.patch.files import RECORD
-from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.fit import check_fit, group_by_block
 from isingcut.models.load import LoadedModel, load, load_tokenizer
@@ -171,7 +171,7 @@ def removal_by_weights(
     # On the CPU, so that the device needs memory for one model only.
     dtype = teacher.place["dtype"]
     student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    ours, theirs = (stack_modules(m.model, find_stack(m.model)) for m in (student, teacher))
+    ours, theirs = (stack_modules(m.model) for m in (student, teacher))
     kept: list[int] = []
     for place, block in enumerate(ours):
         first = kept[-1] + 1 if kept else 0

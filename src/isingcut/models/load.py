@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
 from isingcut.models.placement import connect, name_devices, place, place_of
-from isingcut.models.replay import reuse_freed_memory
+from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
 
@@ -102,6 +103,11 @@ class LoadedModel:
     def runnable(self) -> Any:
         """The model; if it is without weights, its `StreamedReplay`."""
         return self.streamed or self.model
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The model's blocks, to run one at a time."""
+        return self.streamed or Replay(self.model)
 
     @property
     def place(self) -> dict[str, str]:

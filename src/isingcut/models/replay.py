@@ -29,7 +29,12 @@ from torch import Tensor, nn
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import catch_text_errors, language_model, stop_rescaling
+from isingcut.models.architectures.blocks import (
+    catch_text_errors,
+    language_model,
+    stack_modules,
+    stop_rescaling,
+)
 from isingcut.models.device import BatchLimit, least_left, synchronise
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import move
@@ -233,7 +238,7 @@ class Replay:
 
     Args:
         model: a causal language model; it is put in evaluation mode.
-        blocks: the model's removable blocks, in order.
+        blocks: blocks of the model, in order; None takes all removable ones.
         device: device of the input; None takes that of the parameters.
         store: store of the weights; None if they are in memory.
 
@@ -256,14 +261,14 @@ class Replay:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[nn.Module],
+        blocks: Sequence[nn.Module] | None = None,
         device: torch.device | None = None,
         store: Weights | None = None,
     ) -> None:
         reuse_freed_memory()
         self.model = model.eval()
         stop_rescaling(model)
-        self.blocks = list(blocks)
+        self.blocks = list(blocks or stack_modules(model))
         self.device = device or next(model.parameters()).device
         # A block that is streamed or has no weights takes the device of the input.
         homes = [next((p.device for p in b.parameters()), self.device) for b in self.blocks]

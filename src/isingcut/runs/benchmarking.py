@@ -17,7 +17,7 @@ from isingcut.evaluation.questions import (
     prepare_task,
     split_names,
 )
-from isingcut.evaluation.scores import ScoredModel, Scores, score_states
+from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import check_output
@@ -114,13 +114,13 @@ def choose_by_tasks(
     pool = {name: task.pool() for name, task in tasks.items()}
     best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
     drawn = benchmark.draw_half(pool, config.seed)
-    model = ScoredModel(session.loaded, session.replay)
+    model = session.loaded
     # Fewer if one candidate is clearly ahead early.
     most = len(best) * sum(map(len, drawn.values()))
     with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
 
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
-            journal = benchmark.journal_of(kept, tasks[name], model.loaded, [*left, *keys])
+            journal = benchmark.journal_of(kept, tasks[name], model, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
             work = Work(session.tuning.batch_tokens, part, journal)
             only = frozenset(keys).__contains__
@@ -222,11 +222,10 @@ def _score_both(
     config = session.config
     given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
     given["progress"] = session.progress
-    original = ScoredModel(session.loaded, session.replay)
-    cut = ScoredModel.whole(session.open_cut(checkpoint))
-    if not cut.loaded.streamed:
-        cut.replay.attention = original.replay.attention
-    models = {"original": original, "cut": cut}
+    cut = session.open_cut(checkpoint)
+    models = {"original": session.loaded, "cut": cut}
+    if not cut.streamed:
+        cut.replay.attention = session.replay.attention
     rows = benchmark.benchmark(
         models,
         [t for t in tasks if t != WIKITEXT],
@@ -238,6 +237,7 @@ def _score_both(
     )
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
-        both = {name: model.loaded for name, model in models.items()}
-        found["wikitext2"] = benchmark.text_scores(both, data_of(config), config.questions, **given)
+        found["wikitext2"] = benchmark.text_scores(
+            models, data_of(config), config.questions, **given
+        )
     return evaluations.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

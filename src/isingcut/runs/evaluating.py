@@ -131,7 +131,7 @@ def _add_drafts(
         }
         if found.cut is not None:
             removed = read_document(folder / "isingcut.json", cuts.CutRecord).removed
-            with skip_blocks(original, session.stack, removed):
+            with skip_blocks(original, removed):
                 scores["cut"] = draft_acceptance(original, of_original, text, size)
         bar.advance(1)
     keys = ("draft_acceptance", "draft_acceptance_se")

@@ -19,7 +19,7 @@ from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity, RequestedCompute
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.architectures.blocks import BlockStack, find_stack, stack_modules, text_config
+from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
@@ -209,8 +209,7 @@ class Session:
     @cached_property
     def replay(self) -> Replay:
         """The model's blocks, to run one at a time."""
-        model = self.loaded.model
-        replay: Replay = self.loaded.streamed or Replay(model, stack_modules(model, self.stack))
+        replay = self.loaded.replay
         replay.processes = self.processes
         return replay
 

@@ -35,7 +35,6 @@ from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models import placement
-from isingcut.models.architectures.blocks import find_stack, stack_modules
 from isingcut.models.device import device_module, pick_device, synchronise
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
@@ -84,7 +83,7 @@ def replay_on(*devices: torch.device, family: str = "llama") -> Replay:
     """Make a tiny model on a device, or placed over several, and return its blocks."""
     model: Any = tiny_model(family, num_hidden_layers=8).requires_grad_(False)
     placement.connect(model, placement.place(model, devices))
-    return Replay(model, stack_modules(model, find_stack(model)))
+    return Replay(model)
 
 
 def tokens() -> TokenSet:
@@ -149,7 +148,7 @@ def half(place: Place) -> str:
 def streamed(place: Place) -> str:
     """Check that a streamed model gives bitwise the results of the model in memory."""
     model = load(place.model, dtype="float32", device=str(place.device)).model
-    resident = Replay(model, stack_modules(model, find_stack(model)))
+    resident = Replay(model)
     opened = open_model(place.model, dtype=torch.float32, device=place.device)
     other = StreamedReplay(*opened)
     close(measure(other, tokens(), states()).kl, measure(resident, tokens(), states()).kl, 0.0)

@@ -39,7 +39,7 @@ from isingcut.healing.patch.linear import Fitted, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
-from isingcut.models.architectures.blocks import find_stack, stack_modules
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance
@@ -69,7 +69,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
-    with apply_patches(_replay(job).blocks, stored):
+    with apply_patches(job.teacher.replay.blocks, stored):
         proof = verify(original, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
         maps=fitted.maps,
@@ -79,11 +79,6 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
         unpatched=fitted.unpatched,
         proof=proof,
     )
-
-
-def _replay(job: Job) -> Replay:
-    model = job.teacher.model
-    return job.teacher.streamed or Replay(model, stack_modules(model, find_stack(model)))
 
 
 def make_patches(
@@ -100,7 +95,7 @@ def make_patches(
     Raises:
         ArchitectureError, FitError: as `fit_patches`.
     """
-    replay, kinds = _replay(job), find_stack(job.teacher.model).kinds
+    replay, kinds = job.teacher.replay, find_stack(job.teacher.model).kinds
     tokens = job.tokens.first(job.config.patch_tokens, 2)
     work = Work(job.config.batch_tokens, job.progress)
     held_out, why = None, ""

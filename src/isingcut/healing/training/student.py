@@ -94,7 +94,7 @@ def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:
     A head that is tied to the embeddings is excluded, because the input of the first block depends
     on it too. Earlier layers need no gradients, so the backward pass ends before them.
     """
-    stack = stack_modules(model, find_stack(model))
+    stack = stack_modules(model)
     read = language_model(model)
     first = {id(p) for p in read.get_input_embeddings().parameters()}
     within = [p for block in stack[-blocks:] for p in block.parameters()]

@@ -299,9 +299,9 @@ def find_stack(model: nn.Module) -> BlockStack:
     return BlockStack(path=path, blocks=blocks)
 
 
-def stack_modules(model: nn.Module, stack: BlockStack) -> list[nn.Module]:
+def stack_modules(model: nn.Module) -> list[nn.Module]:
     """Return the block modules of ``model``, in order."""
-    return [model.get_submodule(block.path) for block in stack.blocks]
+    return list(model.get_submodule(find_stack(model).path).children())
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
@@ -343,7 +343,7 @@ def stop_rescaling(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> Iterator[None]:
+def skip_blocks(model: nn.Module, removed: Sequence[int]) -> Iterator[None]:
     """Skip the removed blocks within the context: each returns its input hidden states.
 
     The blocks still run, and only their output is replaced, so that caches stay consistent and the
@@ -352,10 +352,10 @@ def skip_blocks(model: nn.Module, stack: BlockStack, removed: Sequence[int]) -> 
     Raises:
         ArchitectureError: a block number does not exist.
     """
-    outside = [i for i in removed if not 0 <= i < len(stack)]
+    modules = stack_modules(model)
+    outside = [i for i in removed if not 0 <= i < len(modules)]
     if outside:
-        raise ArchitectureError(f"blocks are 0 to {len(stack) - 1}; got {outside}")
-    modules = stack_modules(model, stack)
+        raise ArchitectureError(f"blocks are 0 to {len(modules) - 1}; got {outside}")
     with contextlib.ExitStack() as hooks:
         for i in removed:
             hook = modules[i].register_forward_hook(_pass_through, with_kwargs=True)

@@ -21,7 +21,6 @@ from isingcut.files.cuts import CutProof
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.blocks import (
     catch_text_errors,
-    find_stack,
     language_model,
     skip_blocks,
     text_config,
@@ -294,11 +293,10 @@ def verify(
         cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
         if streamed:
             prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
-    stack = find_stack(model)
     allowed = tolerance(model.dtype)
 
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
-        with torch.no_grad(), skip_blocks(model, stack, removed):
+        with torch.no_grad(), skip_blocks(model, removed):
             expected = logits(model)
         try:
             with torch.no_grad():
@@ -319,7 +317,7 @@ def verify(
         return difference
 
     def generate(row: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        with skip_blocks(model, stack, removed):
+        with skip_blocks(model, removed):
             result: torch.Tensor = inner.generate(row, use_cache=True, **options)
         return result
 

@@ -13,7 +13,6 @@ from isingcut.errors import InputError
 from isingcut.models.architectures.blocks import (
     find_stack,
     language_model,
-    stack_modules,
     text_config,
 )
 from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
@@ -84,8 +83,7 @@ class StreamedReplay(Replay):
     def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
         self.memory = memory
         self._embedding: Any = language_model(model).get_input_embeddings()
-        stack = find_stack(model)
-        super().__init__(model, stack_modules(model, stack), store.device, store)
+        super().__init__(model, device=store.device, store=store)
 
     def identity(self) -> dict[str, Any]:
         """Return values that identify this model, cheap to compute, for a journal's fingerprint."""
