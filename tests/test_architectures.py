@@ -13,7 +13,6 @@ from isingcut.files.results import read_json
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, text_config
 from isingcut.models.architectures.cuts import (
     cut_config,
-    number_mtp_layers,
     rename_pattern,
     renumber_blocks,
 )
@@ -196,7 +195,7 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
     ],
 )
 def test_names_in_quantisation_lists(entry, expected):
-    mapping = number_mtp_layers(renumber_blocks(12, [1]), 12, 1)
+    mapping = renumber_blocks(12, [1], 1)
     assert rename_pattern(entry, mapping) == expected
 
 

@@ -269,7 +269,7 @@ def cut_config(
             )
     families.move_images(result, count, mapping)
     read, types = _read_depth(config)
-    numbers = mapping if drop_mtp else number_mtp_layers(mapping, count, mtp_layers(text))
+    numbers = renumber_blocks(count, removed, 0 if drop_mtp else mtp_layers(text))
     for part, _ in find_parts(result, text):
         cut_fields(part, count, numbers)
         if drop_mtp:
@@ -332,8 +332,14 @@ def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
     return value
 
 
-def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
+def renumber_blocks(count: int, removed: Sequence[int], layers: int = 0) -> dict[int, int]:
     """Return the new number of each block that stays, by its old number.
+
+    Args:
+        count: number of blocks before the cut.
+        removed: block numbers, in any order.
+        layers: number of MTP layers to include; in some checkpoints their numbers follow those of
+            the blocks.
 
     Raises:
         ArchitectureError: a removed block does not exist, is named twice, or none would stay.
@@ -348,18 +354,7 @@ def renumber_blocks(count: int, removed: Sequence[int]) -> dict[int, int]:
         )
     if len(chosen) == count:
         raise ArchitectureError(f"all {count} blocks would be removed; keep at least one")
-    return {old: new for new, old in enumerate(i for i in range(count) if i not in chosen)}
-
-
-def number_mtp_layers(mapping: dict[int, int], count: int, layers: int) -> dict[int, int]:
-    """Return a mapping with the MTP layers, whose numbers follow the blocks in some checkpoints.
-
-    Args:
-        mapping: mapping of the blocks, as from `renumber_blocks`.
-        count: number of blocks before the cut.
-        layers: number of MTP layers, as from `mtp_layers`.
-    """
-    return mapping | {count + i: len(mapping) + i for i in range(layers)}
+    return {old: new for new, old in enumerate(i for i in range(count + layers) if i not in chosen)}
 
 
 def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
@@ -367,7 +362,7 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
 
     Args:
         entry: a module name, a glob, or a regular expression marked ``re:``.
-        mapping: new numbers, as from `renumber_blocks` or `number_mtp_layers`; others are dropped.
+        mapping: new numbers, as from `renumber_blocks`; others are dropped.
 
     Returns:
         the entry itself if it names no block; an empty list if it names only removed blocks.

@@ -72,9 +72,7 @@ def excise(
     new_config = cuts.cut_config(config, removed, drop_mtp=drop_mtp)
     text = cuts.read_decoder(config)
     count = cuts.depth(text)
-    mapping = cuts.renumber_blocks(count, removed)
-    if not drop_mtp:
-        mapping = cuts.number_mtp_layers(mapping, count, cuts.mtp_layers(text))
+    mapping = cuts.renumber_blocks(count, removed, 0 if drop_mtp else cuts.mtp_layers(text))
     tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
     with atomic_folder(out, sources=[source]) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes)
@@ -96,7 +94,7 @@ def plan(
     Args:
         stored: the source's tensors.
         text: the decoder's configuration before the cut, per-layer fields written out.
-        mapping: old block number to new, as from `cuts.number_mtp_layers`.
+        mapping: old block number to new, as from `cuts.renumber_blocks`.
         drop_mtp: leave out the layers for multi-token prediction.
 
     Raises:

@@ -26,13 +26,7 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
-from isingcut.models.architectures.cuts import (
-    depth,
-    mtp_layers,
-    number_mtp_layers,
-    read_decoder,
-    renumber_blocks,
-)
+from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder, renumber_blocks
 from isingcut.models.fit import find_prefix
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
 from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
@@ -143,10 +137,9 @@ def changed_tensors(
     old, new = _Side(original), _Side(cut)
     known = names_in_gguf(header, old.count, old.stored)
     theirs = {tensor.name: name for name, tensor in known.items()}
-    mapping = renumber_blocks(old.count, removed)
     places = {
         f"{new.prefix}{place}.": f"{old.prefix}{i}."
-        for i, place in number_mtp_layers(mapping, old.count, old.mtp).items()
+        for i, place in renumber_blocks(old.count, removed, old.mtp).items()
     }
     found = {}
     for name, stored in new.stored.items():
@@ -263,9 +256,7 @@ def cut_gguf(
     """
     header = read_gguf(source)
     count, mtp = header.number("block_count"), header.mtp_layers
-    mapping = renumber_blocks(count - mtp, removed)
-    if not drop_mtp:
-        mapping = number_mtp_layers(mapping, count - mtp, mtp)
+    mapping = renumber_blocks(count - mtp, removed, 0 if drop_mtp else mtp)
     refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
     reader = header.reader
