@@ -29,15 +29,14 @@ from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.models.architectures.blocks import find_stack, language_model, text_config
-from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
-from isingcut.models.fit import is_mtp
+from isingcut.models.fit import Checkpoint, is_mtp
 from isingcut.models.load import explain_nan
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD, Recording
-from isingcut.models.safetensors_files import read_checkpoint, read_config, weight_files
+from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.transformers_private import load_mtp
 from isingcut.options.config import BATCH_TOKENS
@@ -294,12 +293,12 @@ def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
     Returns:
         the layers; None if there are none, or if transformers has no code that runs them.
     """
-    text = read_decoder(read_config(folder))
-    names = [name for name in read_checkpoint(folder) if is_mtp(name, text)]
+    checkpoint = Checkpoint.read(folder)
+    names = checkpoint.mtp_tensors()
     if not names or getattr(text_config(model), "num_mtp_layers", None) is None:
         return None
-    numbered_on = not any(is_mtp(name) for name in names)
-    numbers = range(depth(text), depth(text) + mtp_layers(text)) if numbered_on else []
+    first = checkpoint.depth
+    numbers = range(first, first + checkpoint.mtp_layers) if not any(map(is_mtp, names)) else []
     with quiet_transformers():
         return load_mtp(model, language_model(model), numbers)
 

@@ -25,10 +25,8 @@ from isingcut.healing import RECORD as HEALED
 from isingcut.healing.job import check_last
 from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures.blocks import stack_modules
-from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
-from isingcut.models.fit import check_fit, group_by_block
+from isingcut.models.fit import Checkpoint, check_fit
 from isingcut.models.load import LoadedModel, load, load_tokenizer
-from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
 from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
@@ -87,8 +85,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         InputError: the teacher is not the recorded model, vocabulary, width or tokenizer differ,
             the record does not fit the checkpoint, or the options do not fit the model.
     """
-    for folder in (student, teacher):
-        check_fit(folder)
+    ours, theirs = map(check_fit, (student, teacher))
     if removal is not None:
         # Old records do not name the original.
         if (wanted := original_of(removal)) and not config.other_teacher:
@@ -100,15 +97,15 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
                     f"{found['sha256'][:12]}); give the original as --teacher, or add "
                     "--other-teacher if it replaces it (a quantised copy, for example)"
                 )
-        _check_cut(student, removal, config.teacher, teacher)
-    ours, theirs = (read_decoder(read_config(folder)) for folder in (student, teacher))
+        _check_cut(ours, removal, config.teacher, theirs)
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
-        if ours.get(name) != theirs.get(name):
+        mine, other = ours.text.get(name), theirs.text.get(name)
+        if mine != other:
             raise InputError(
-                f"{student} has a {words} of {ours.get(name)}, but the teacher {config.teacher} "
-                f"has {theirs.get(name)}; give the original of the cut model"
+                f"{student} has a {words} of {mine}, but the teacher {config.teacher} has {other}; "
+                "give the original of the cut model"
             )
-    check_last(config, depth(ours))
+    check_last(config, ours.depth)
     trust = config.trust_remote_code
     first, second = (
         Encoder(load_tokenizer(folder, trust_remote_code=trust))(_PROBE)
@@ -121,7 +118,7 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         )
 
 
-def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> None:
+def _check_cut(student: Checkpoint, removal: Removal, name: str, teacher: Checkpoint) -> None:
     """Check a checkpoint against its record, without loading it.
 
     Its number of blocks must fit, and its tensors must have the shapes of the original's.
@@ -129,16 +126,16 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
     """
-    ours, theirs = map(_block_tensors, (student, teacher))
+    folder, ours, theirs = student.folder, student.by_block(), teacher.by_block()
     if removal.of != len(theirs):
         raise InputError(
-            f"{student} was cut from a model of {removal.of} blocks, but the teacher {name} has "
+            f"{folder} was cut from a model of {removal.of} blocks, but the teacher {name} has "
             f"{len(theirs)}; give the original of the cut model"
         )
     kept = [i for i in range(removal.of) if i not in set(removal.removed)]
     if len(ours) != len(kept):
         raise InputError(
-            f"{student} has {len(ours)} blocks, but its record says that {len(removal.removed)} "
+            f"{folder} has {len(ours)} blocks, but its record says that {len(removal.removed)} "
             f"of {removal.of} were removed; give the checkpoint that the record belongs to"
         )
     for place, block in enumerate(kept):
@@ -146,14 +143,9 @@ def _check_cut(student: Path, removal: Removal, name: str, teacher: Path) -> Non
             mine, other = (t[rest].shape for t in (ours[place], theirs[block]))
             if mine != other:
                 raise InputError(
-                    f"block {place} of {student} has a {rest} of shape {list(mine)}, but block "
+                    f"block {place} of {folder} has a {rest} of shape {list(mine)}, but block "
                     f"{block} of the teacher {name} has {list(other)}; give the original"
                 )
-
-
-def _block_tensors(folder: Path) -> list[dict[str, StoredTensor]]:
-    text = read_decoder(read_config(folder))
-    return group_by_block(read_checkpoint(folder), depth(text), mtp_layers(text))
 
 
 def removal_by_weights(

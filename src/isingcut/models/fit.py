@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,53 @@ class Checkpoint:
     config: dict[str, Any]
     stored: Mapping[str, StoredTensor]
 
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Read a checkpoint's configuration and headers, which may contradict each other.
+
+        Raises:
+            CheckpointError: configuration or headers are missing or damaged.
+        """
+        return cls(folder, read_config(folder), read_checkpoint(folder))
+
+    @cached_property
+    def text(self) -> dict[str, Any]:
+        """The decoder's configuration, with per-layer fields written out."""
+        return read_decoder(self.config)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks in the configuration."""
+        return depth(self.text)
+
+    @property
+    def mtp_layers(self) -> int:
+        """Number of layers for multi-token prediction in the configuration."""
+        return mtp_layers(self.text)
+
+    @cached_property
+    def prefix(self) -> str:
+        """Common prefix of the names of all block tensors, up to the block number.
+
+        Raises:
+            CheckpointError: no tensor has such a name, or the tensors have another number of
+                blocks than the configuration.
+        """
+        return find_prefix(self.stored.values(), self.depth, self.mtp_layers)
+
+    def by_block(self) -> list[dict[str, StoredTensor]]:
+        """Return the tensors of each block, with their names inside it; errors as `prefix`."""
+        found: dict[str, dict[str, StoredTensor]] = {str(i): {} for i in range(self.depth)}
+        for name, tensor in self.stored.items():
+            number, _, rest = name.removeprefix(self.prefix).partition(".")
+            if name.startswith(self.prefix) and number in found:
+                found[number][rest] = tensor
+        return list(found.values())
+
+    def mtp_tensors(self) -> dict[str, StoredTensor]:
+        """Return the tensors of the layers for multi-token prediction, by name."""
+        return {name: t for name, t in self.stored.items() if is_mtp(name, self.text)}
+
     @property
     def most_numbers(self) -> int:
         """Largest number of parameters that its model may have."""
@@ -98,8 +146,8 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
     if weights:
         refuse_packing(config)
-    text = read_decoder(config)
-    count, heads = depth(text), mtp_layers(text)
+    checkpoint = Checkpoint(folder, config, stored)
+    count, heads = checkpoint.depth, checkpoint.mtp_layers
     numbers = _stack(stored.values(), count, heads)[1]
     if numbers and not config.get("is_encoder_decoder"):
         found = max(numbers) + 1
@@ -113,11 +161,11 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
             )
         if found != count:
             raise ModelError(
-                explain_uncuttable(text)
+                explain_uncuttable(checkpoint.text)
                 or f"config.json says {count} blocks, but the checkpoint has tensors of {found}; "
                 f"write {found} into {folder / 'config.json'}, or get its weights"
             )
-    return Checkpoint(folder, config, stored)
+    return checkpoint
 
 
 def check_sizes(seen: Checkpoint, model: Any) -> None:
@@ -162,22 +210,6 @@ def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> 
     return prefix
 
 
-def group_by_block(
-    stored: Mapping[str, StoredTensor], count: int, heads: int = 0
-) -> list[dict[str, StoredTensor]]:
-    """Group a checkpoint's tensors by block, with their names inside it.
-
-    Args and errors are those of `find_prefix`.
-    """
-    prefix = find_prefix(stored.values(), count, heads)
-    found: dict[str, dict[str, StoredTensor]] = {str(i): {} for i in range(count)}
-    for name, tensor in stored.items():
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number in found:
-            found[number][rest] = tensor
-    return list(found.values())
-
-
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
     """Whether a tensor belongs to the layers for multi-token prediction.
 
@@ -195,9 +227,8 @@ def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
 
 def count_mtp_layers(folder: Path) -> int:
     """Return the number of layers for multi-token prediction, or 0 if none has tensors."""
-    text = read_decoder(read_config(folder))
-    stored = any(is_mtp(name, text) for name in read_checkpoint(folder))
-    return max(1, mtp_layers(text)) if stored else 0
+    checkpoint = Checkpoint.read(folder)
+    return max(1, checkpoint.mtp_layers) if checkpoint.mtp_tensors() else 0
 
 
 def _fits(numbers: set[int], count: int, heads: int) -> bool:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -30,11 +30,10 @@ from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, 
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
-from isingcut.models.fit import check_fit, check_sizes, group_by_block
+from isingcut.models.fit import Checkpoint, check_fit, check_sizes
 from isingcut.models.load import build_on_meta, find_auto_class
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import place
-from isingcut.models.safetensors_files import StoredTensor
 
 # Attributes with a block's own number, which a cut changes.
 _NUMBER = re.compile(r"(layer|block)_?(idx|id|index|num|number|block_map)$")
@@ -238,7 +237,7 @@ def inspect_model(
         check_same_blocks(seen.config, stack, rows)
     except ArchitectureError as error:
         refusal = str(error)
-    stack, other = _stored_bytes(seen.stored, stack)
+    stack, other = _stored_bytes(seen, stack)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
     devices = pick_devices(device, size, memory_limit, cards_per_process)
@@ -261,14 +260,13 @@ def inspect_model(
     )
 
 
-def _stored_bytes(stored: Mapping[str, StoredTensor], stack: BlockStack) -> tuple[BlockStack, int]:
+def _stored_bytes(seen: Checkpoint, stack: BlockStack) -> tuple[BlockStack, int]:
     """Return the stack with the bytes that the checkpoint stores, and the bytes outside it."""
-    if not stored:
+    if not seen.stored:
         return stack, 0
-    found = group_by_block(stored, len(stack), heads=len(stack))
-    sizes = [sum(tensor.size for tensor in block.values()) for block in found]
+    sizes = [sum(tensor.size for tensor in block.values()) for block in seen.by_block()]
     blocks = tuple(
         dataclasses.replace(block, bytes=size)
         for block, size in zip(stack.blocks, sizes, strict=True)
     )
-    return BlockStack(stack.path, blocks), sum(t.size for t in stored.values()) - sum(sizes)
+    return BlockStack(stack.path, blocks), sum(t.size for t in seen.stored.values()) - sum(sizes)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder, renumber_blocks
-from isingcut.models.fit import find_prefix
+from isingcut.models.architectures.cuts import renumber_blocks
+from isingcut.models.fit import Checkpoint
 from isingcut.models.fp8 import DTYPES, fp8_layout
 from isingcut.models.replay import Replay
 from isingcut.models.safetensors_files import (
@@ -30,8 +30,6 @@ from isingcut.models.safetensors_files import (
     PLAIN,
     NewTensor,
     StoredTensor,
-    read_checkpoint,
-    read_config,
     read_header,
     write_file,
 )
@@ -58,14 +56,10 @@ class StoredLayers:
     """
 
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
-        self.folder = folder
-        self.tensors = read_checkpoint(folder)
-        config = read_config(folder)
-        text = read_decoder(config)
-        kept = depth(text)
-        self.layout = fp8_layout(folder, config)
-        self._places = renumber_blocks(kept + len(removed), removed)
-        self._prefix = find_prefix(self.tensors.values(), kept, mtp_layers(text))
+        cut = Checkpoint.read(folder)
+        self.folder, self.tensors, self._prefix = folder, cut.stored, cut.prefix
+        self.layout = fp8_layout(folder, cut.config)
+        self._places = renumber_blocks(cut.depth + len(removed), removed)
 
     def layer(
         self, block: int, path: str, shape: Sequence[int], *, bias: bool

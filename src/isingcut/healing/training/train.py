@@ -65,14 +65,12 @@ from isingcut.healing.training.student import (
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.architectures.blocks import language_model, text_config
-from isingcut.models.architectures.cuts import read_decoder
 from isingcut.models.cutting.sharing import share
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
-from isingcut.models.fit import is_mtp
+from isingcut.models.fit import Checkpoint
 from isingcut.models.fp8 import DTYPES, read_tensor
 from isingcut.models.loading import one_line, quiet_transformers
-from isingcut.models.safetensors_files import read_checkpoint, read_config
 from isingcut.models.transformers_private import get_checkpointing
 
 # Number of timed steps with one sample.
@@ -508,8 +506,7 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     tokens = random_tokens(model, 2, 24)
     with atomic_folder(out) as temporary, quiet_transformers():
         # The model was loaded without its layers for multi-token prediction: copy them unchanged.
-        text = read_decoder(read_config(job.start))
-        mtp = {n: read_tensor(t) for n, t in read_checkpoint(job.start).items() if is_mtp(n, text)}
+        mtp = {n: read_tensor(t) for n, t in Checkpoint.read(job.start).mtp_tensors().items()}
         model.save_pretrained(temporary, state_dict=model.state_dict() | mtp if mtp else None)
         for path in sorted(job.start.iterdir()):
             copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN

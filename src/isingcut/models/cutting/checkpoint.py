@@ -12,22 +12,14 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
 from isingcut.models.architectures import cuts
 from isingcut.models.architectures.fields import DEPTH_SHAPED
-from isingcut.models.fit import find_prefix, is_mtp
-from isingcut.models.safetensors_files import (
-    NewTensor,
-    StoredTensor,
-    find_contained,
-    read_checkpoint,
-    read_config,
-    write_checkpoint,
-)
+from isingcut.models.fit import Checkpoint, is_mtp
+from isingcut.models.safetensors_files import NewTensor, find_contained, write_checkpoint
 
 _QUANTISATION_FILES = (
     "hf_quant_config.json",
@@ -67,13 +59,10 @@ def excise(
         CheckpointError: the checkpoint is damaged or contradicts itself.
         InputError: ``out`` cannot be written, or lies inside ``source``.
     """
-    config = read_config(source)
-    stored = read_checkpoint(source)
-    new_config = cuts.cut_config(config, removed, drop_mtp=drop_mtp)
-    text = cuts.read_decoder(config)
-    count = cuts.depth(text)
-    mapping = cuts.renumber_blocks(count, removed, 0 if drop_mtp else cuts.mtp_layers(text))
-    tensors = plan(stored, text, mapping, drop_mtp=drop_mtp)
+    whole = Checkpoint.read(source)
+    new_config = cuts.cut_config(whole.config, removed, drop_mtp=drop_mtp)
+    mapping = cuts.renumber_blocks(whole.depth, removed, 0 if drop_mtp else whole.mtp_layers)
+    tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
     with atomic_folder(out, sources=[source]) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes)
         _copy_companions(source, folder, mapping)
@@ -82,30 +71,24 @@ def excise(
         (folder / "config.json").write_text(text_of_config, encoding="utf-8")
 
 
-def plan(
-    stored: Mapping[str, StoredTensor],
-    text: Mapping[str, Any],
-    mapping: Mapping[int, int],
-    *,
-    drop_mtp: bool = False,
+def _list_tensors(
+    whole: Checkpoint, mapping: Mapping[int, int], *, drop_mtp: bool
 ) -> list[NewTensor]:
     """Return the tensors of the new checkpoint, in the source's order.
 
     Args:
-        stored: the source's tensors.
-        text: the decoder's configuration before the cut, per-layer fields written out.
+        whole: the source.
         mapping: old block number to new, as from `cuts.renumber_blocks`.
         drop_mtp: leave out the layers for multi-token prediction.
 
     Raises:
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
-    count = cuts.depth(dict(text))
-    prefix = find_prefix(stored.values(), count, cuts.mtp_layers(text))
-    axes = DEPTH_SHAPED.get(str(text.get("model_type")), {})
+    count, prefix = whole.depth, whole.prefix
+    axes = DEPTH_SHAPED.get(str(whole.text.get("model_type")), {})
     kept = tuple(i for i in mapping if i < count)
     tensors = []
-    for name, tensor in stored.items():
+    for name, tensor in whole.stored.items():
         if name.startswith(prefix):
             number, _, rest = name[len(prefix) :].partition(".")
             if number.isdigit() and int(number) in mapping:

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
-from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder, renumber_blocks
-from isingcut.models.fit import find_prefix
+from isingcut.models.architectures.cuts import renumber_blocks
+from isingcut.models.fit import Checkpoint
 from isingcut.models.fp8 import read_plain, read_tensor, tile_of
 from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
-from isingcut.models.safetensors_files import PLAIN, StoredTensor, read_checkpoint, read_config
+from isingcut.models.safetensors_files import PLAIN, StoredTensor
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 # Tables that llama.cpp computes itself: a checkpoint may have them, a GGUF file need not.
@@ -48,13 +48,13 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         InputError: the number of blocks, the width or the values of a norm differ.
         CheckpointError: the GGUF file or the checkpoint is damaged.
     """
-    text = read_decoder(read_config(model))
-    count = header.check_blocks()
-    _same(header, "blocks", count, depth(text))
+    theirs, count = Checkpoint.read(model), header.check_blocks()
+    _same(header, "blocks", count, theirs.depth)
+    text = theirs.text
     width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
     if width is not None:
         _same(header, "numbers in its stream", header.number("embedding_length"), width)
-    for name, stored in names_in_gguf(header, count, read_checkpoint(model)).items():
+    for name, stored in names_in_gguf(header, count, theirs.stored).items():
         tensor = header.tensors.get(name)
         if tensor is not None and name.endswith("norm.weight") and not _is_equal(tensor, stored):
             raise InputError(
@@ -134,12 +134,12 @@ def changed_tensors(
     Raises:
         ArchitectureError: the file has no tensor for one of them.
     """
-    old, new = _Side(original), _Side(cut)
-    known = names_in_gguf(header, old.count, old.stored)
+    old, new = map(Checkpoint.read, (original, cut))
+    known = names_in_gguf(header, old.depth, old.stored)
     theirs = {tensor.name: name for name, tensor in known.items()}
     places = {
         f"{new.prefix}{place}.": f"{old.prefix}{i}."
-        for i, place in renumber_blocks(old.count, removed, old.mtp).items()
+        for i, place in renumber_blocks(old.depth, removed, old.mtp_layers).items()
     }
     found = {}
     for name, stored in new.stored.items():
@@ -151,23 +151,15 @@ def changed_tensors(
         if was is None or theirs.get(before) not in header.tensors:
             raise ArchitectureError(_cannot(header.path, before))
         found[theirs[before]] = Changed(
-            before, partial(old.values, before), partial(new.values, name)
+            before, partial(_values, old, before), partial(_values, new, name)
         )
     return found
 
 
-class _Side:
-    def __init__(self, folder: Path) -> None:
-        config = read_config(folder)
-        self._tile = tile_of(config)
-        self.stored: Mapping[str, StoredTensor] = read_checkpoint(folder)
-        text = read_decoder(config)
-        self.count, self.mtp = depth(text), mtp_layers(text)
-        self.prefix = find_prefix(self.stored.values(), self.count, self.mtp)
-
-    def values(self, name: str) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = read_plain(name, self.stored, self._tile).float().numpy()
-        return found
+def _values(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
+    value = read_plain(name, checkpoint.stored, tile_of(checkpoint.config))
+    found: NDArray[np.float32] = value.float().numpy()
+    return found
 
 
 def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
