@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -72,9 +73,9 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     if (folder := find_object(name)) is not None:
         return _check_folder(folder)
     path = user_path(name)
-    if is_there(path) and path.is_dir():
+    if os.path.isdir(path):
         return _check_folder(path, weights)
-    if is_there(path):
+    if os.path.lexists(path):
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
@@ -88,19 +89,9 @@ def hub_id(name: str) -> str | None:
     """Return the hub id of a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if is_object_name(name) or is_there(user_path(name)) or _looks_like_a_path(name):
+    if is_object_name(name) or os.path.lexists(user_path(name)) or _looks_like_a_path(name):
         return None
     return name
-
-
-def is_there(path: Path) -> bool:
-    """Whether the path exists, even as a broken link."""
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        # The file does not exist, or the name is not valid for a file.
-        return False
-    return True
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -181,18 +172,18 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
 
 def _check_folder(folder: Path, weights: bool = True) -> Path:
     """Return ``folder`` after checking that it has a readable checkpoint."""
-    if is_there(folder / "adapter_config.json"):
+    if os.path.lexists(folder / "adapter_config.json"):
         raise ModelError(
             f"{folder} is a PEFT adapter, not a model; merge it into its base model first, in "
             "Python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
             f"{str(folder)!r}).merge_and_unload().save_pretrained('merged'), and give that folder "
             "(a merged model: delete its adapter_config.json)"
         )
-    if not is_there(folder / "config.json"):
+    if not os.path.lexists(folder / "config.json"):
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     read_config(folder)
     for name in _READ_BY_TRANSFORMERS:
-        if is_there(folder / name):
+        if os.path.lexists(folder / name):
             load_json(folder / name, "the model's", ModelError, infinite=True)
     for path in folder.iterdir():
         # Reading a pipe would block.
