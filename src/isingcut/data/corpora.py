@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import random
@@ -25,6 +24,7 @@ from isingcut.data.conversations import Render, mark_answers, render_chat
 from isingcut.data.mixture import (
     FORMATS,
     find_object,
+    find_packaged,
     has_format,
     is_object_name,
     name_part,
@@ -358,23 +358,14 @@ _CODE = 8000
 _NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 
 
-def _wiki_file() -> Path | None:
-    try:
-        files = importlib.metadata.distribution(WIKI_DISTRIBUTION).files or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    located = (Path(str(f.locate())) for f in files if f.name == WIKI_FILE)
-    return next((path for path in located if path.is_file()), None)
-
-
 def has_wiki() -> bool:
     """Whether the source ``wiki`` is installed."""
-    return _wiki_file() is not None
+    return find_packaged(WIKI_DISTRIBUTION, WIKI_FILE) is not None
 
 
 def wiki() -> Iterator[str]:
     """Yield the lead sections of ten thousand articles of the English Wikipedia (CC BY-SA)."""
-    located = _wiki_file()
+    located = find_packaged(WIKI_DISTRIBUTION, WIKI_FILE)
     if located is None:
         raise CalibrationError(
             "the calibration source 'wiki' needs a data package that is not installed; type: pip "

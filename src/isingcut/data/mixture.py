@@ -1,4 +1,5 @@
-"""Names of texts: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``, and objects.
+"""Names of texts: mixtures ``SOURCE=WEIGHT,SOURCE=WEIGHT``, ``answers:SOURCE``,
+objects passed in Python, and files of installed packages.
 
 A model or a list of texts that a Python caller passes gets a name with a hash of its content. This
 name replaces a path in the options and in `run.json`; the object is found by it during the call.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import math
 import os
 import random
@@ -88,6 +90,19 @@ def register_object(name: str, thing: Any) -> Iterator[str]:
         yield name
     finally:
         _objects[name].pop()
+
+
+def find_packaged(distribution: str, ending: str) -> Path | None:
+    """Return the file of an installed package whose name has this ending; None if there is none.
+
+    The package is only read as data; importing it may need further packages.
+    """
+    try:
+        files = importlib.metadata.distribution(distribution).files or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    located = (Path(str(f.locate())) for f in files if f.name.endswith(ending))
+    return next((path for path in located if path.is_file()), None)
 
 
 ANSWERS = "answers:"

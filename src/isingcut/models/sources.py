@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from isingcut.data.mixture import find_object, is_object_name, register_object
+from isingcut.data.mixture import find_object, find_packaged, is_object_name, register_object
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
@@ -105,17 +104,10 @@ def _looks_like_a_path(name: str) -> bool:
 
 def find_gguf(name: str) -> Path | None:
     """Return the GGUF file for a model's name, or None if the name is not that of a GGUF file."""
-    if name != PACKAGED:
-        path = user_path(name)
-        return path if path.suffix.lower() == ".gguf" and path.is_file() else None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        # The package is only read as data, because importing it needs llama.cpp bindings.
-        distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
-        for file in distribution.files or ():
-            located = Path(str(distribution.locate_file(file)))
-            if located.suffix == ".gguf" and located.is_file():
-                return located
-    return None
+    if name == PACKAGED:
+        return find_packaged(PACKAGED_DISTRIBUTION, ".gguf")
+    path = user_path(name)
+    return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
 def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
