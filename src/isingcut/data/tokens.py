@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from isingcut.errors import CalibrationError, first_line
@@ -105,6 +106,11 @@ class TokenSet:
         """(S, T) bool: the last position of `compared` in each sample."""
         left = self.compared.flip(1).cumsum(1).flip(1)
         return self.compared & (left == 1)
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """(S,) the number of predictions that count, in each sample."""
+        return np.asarray(self.predicted.sum(1).numpy())
 
     @property
     def tokens(self) -> int:

@@ -55,8 +55,8 @@ class Fisher:
         Complexity: about 2 to 2.5 forward passes.
         """
         rows = gate_gradients(replay, tokens, work, gate=self.gate, label_seed=self.seed)
-        counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-        sums = rows * counts[:, None]
+        sums = rows * tokens.counts[:, None]
         options = {"gate": self.gate, "label_seed": self.seed}
         meta = describe_energy("fisher", "KL(original || gated)", tokens, **options)
-        return quadratic(np.zeros_like(sums), sums[:, :, None] * sums[:, None, :], counts, meta)
+        outer = sums[:, :, None] * sums[:, None, :]
+        return quadratic(np.zeros_like(sums), outer, tokens.counts, meta)

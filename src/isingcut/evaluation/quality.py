@@ -146,7 +146,7 @@ def quality(
         ModelError: a loss is not finite, or has no finite perplexity.
     """
     sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
-    most = _MOST_NATS * tokens.predicted.sum(1).numpy()
+    most = _MOST_NATS * tokens.counts
     for model, losses in zip((original, cut, cut), sums, strict=True):
         # Comparisons with NaN are false.
         if len(bad := np.flatnonzero(~(losses <= most))):
@@ -232,10 +232,9 @@ def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Ten
 
 def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
     """Compute `quality` from sums (3, m) per sample: NLL of both models and KL."""
-    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    nll_before, nll_after, kl = (sums.sum(1) / counts.sum()).tolist()
-    errors = standard_error(sums, counts).tolist()
-    change = float(standard_error(sums[1] - sums[0], counts))
+    nll_before, nll_after, kl = (sums.sum(1) / tokens.tokens).tolist()
+    errors = standard_error(sums, tokens.counts).tolist()
+    change = float(standard_error(sums[1] - sums[0], tokens.counts))
     parts = {}
     for name, rows in tokens.rows_by_part.items():
         own = tokens.select(rows)

@@ -81,7 +81,7 @@ class Domains:
         if len(checks) < 3:
             return None
         begin, before, now = checks[0], checks[-2], checks[-1]
-        counts = self.tokens.predicted.sum(1).numpy()
+        counts = self.tokens.counts
         for name, rows in self._parts.items():
             if len(rows) < 2:
                 continue

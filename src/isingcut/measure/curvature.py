@@ -109,9 +109,8 @@ def gate_curvature(
     rows = measure_batches(
         replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
     )
-    counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-    rows *= counts[:, None, None]
-    return Curvature(rows[:, 0], rows[:, 1:], counts)
+    rows *= tokens.counts[:, None, None]
+    return Curvature(rows[:, 0], rows[:, 1:], tokens.counts)
 
 
 def _batch_curvature(

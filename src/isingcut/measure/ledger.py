@@ -47,8 +47,8 @@ class Ledger:
         self._replay, self._tokens, self._loss = replay, tokens, loss
         # The ledger has its own journal.
         self._work = replace(work, journal=None)
-        self.counts = tokens.predicted.sum(1).numpy().astype(np.int64)
-        self._real = tokens.mask.sum(1).numpy().astype(np.int64)
+        self.counts = tokens.counts
+        self._real = tokens.mask.sum(1).numpy()
         measured = identity(replay, tokens, loss=loss, batch_tokens=work.batch_tokens)
         self._kept = SharedJournal(work.journal, measured, processes=replay.processes)
         self._paid: set[str] = set()

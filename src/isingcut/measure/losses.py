@@ -350,7 +350,7 @@ class _Task:
         )
         fits = _of_pieces(self.batches, len(wanted))
         self.kept = SharedJournal(work.journal, measured, fits, replay.processes)
-        self._counts = tokens.predicted.sum(1).numpy().astype(np.int64)
+        self._counts = tokens.counts
         self._sums = np.zeros((2, len(wanted) + 1, tokens.samples))
         self._seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
 
