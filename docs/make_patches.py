@@ -73,7 +73,7 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
         # The last of its kind, because the first blocks of many families are special.
         p = max(i for i, k in enumerate(stack.kinds[:-1]) if k == kind)
         try:
-            fitted = fit_patches(replay, stack.kinds, text, [p + 1], Work(1024), stored)
+            fitted = fit_patches(replay, text, [p + 1], Work(1024), stored)
         except ArchitectureError as refusal:
             found.append(Absorbs(kind, reason=str(refusal)))
             continue

@@ -139,7 +139,7 @@ def timed(place):
 
 
 def patched(place, reads):
-    given = (place.replay(), ["attention+mlp"] * 4, random_tokens(), [1, 3], Work(32))
+    given = (place.replay(), random_tokens(), [1, 3], Work(32))
 
     def chosen(fitting, writes):
         for write in writes:

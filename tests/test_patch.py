@@ -41,14 +41,13 @@ def tokens(samples=12, length=24, seed=0):
 
 def fitted(model, removed, text, *, reads=True):
     """Return patches that map a layer's inputs, or its outputs, as with little memory."""
-    stack, replay = find_stack(model), replay_of(model)
 
     def chosen(fitting, writes):
         for write in writes:
             write.reads = reads
 
     with mock.patch.object(_Fitting, "_choose_maps", chosen):
-        return fit_patches(replay, stack.kinds, text, removed, Work(96)).patches
+        return fit_patches(replay_of(model), text, removed, Work(96)).patches
 
 
 @contextmanager
@@ -229,8 +228,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
         return fit_ridge(fit, held_out)
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
-    stack, replay = find_stack(model), replay_of(model)
-    found = fit_patches(replay, stack.kinds, tokens(), [2, 4], Work(96))
+    found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
     assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
@@ -250,9 +248,8 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     read = []
     fill = StoredPart.fill
     monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
-    stack = find_stack(teacher.model)
     text = tokens(32)
-    fit_patches(teacher.streamed, stack.kinds, text, removed, Work(96))
+    fit_patches(teacher.streamed, text, removed, Work(96))
     # Block 0 may be read ahead; blocks after the last cut are not needed. A block that is patched
     # by gains is read again when its target is known.
     assert [read.count(i) for i in range(1, 6)] == [1 + again, 1, 1, 0, 0]
@@ -290,9 +287,8 @@ def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, m
     teacher = load_streamed(source, dtype="float32", device="cpu")
     replay = teacher.streamed
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
-    kinds = find_stack(teacher.model).kinds
     with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):
-        fit_patches(replay, kinds, tokens(), [3], Work(96))
+        fit_patches(replay, tokens(), [3], Work(96))
 
 
 @pytest.mark.parametrize(
@@ -331,11 +327,10 @@ REMOVED = (2, 3)
 
 
 def tuned(model, text, removed=REMOVED):
-    stack, replay = find_stack(model), replay_of(model)
-    patches = []
+    replay, patches = replay_of(model), []
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
-        patches = fit_patches(replay, stack.kinds, rest, removed, Work(96)).patches
+        patches = fit_patches(replay, rest, removed, Work(96)).patches
     found, record = tune(replay, rest, held_out, removed, patches, Work(96))
     return SimpleNamespace(patches=found, record=record)
 
@@ -454,7 +449,7 @@ def test_the_scale_of_a_family_is_found(monkeypatch):
     stack, replay = find_stack(model), replay_of(model)
     with torch.no_grad():
         recording = replay.record(tokens().input_ids[:2, :8])
-        write = find_write(recording, replay.blocks[0], 0, recording.entered, stack.kinds[0])
+        write = find_write(recording, 0, recording.entered, stack.kinds[0])
     assert write.scale == pytest.approx(0.5, rel=1e-5)
     text = tokens(16)
     (patch,) = fitted(model, [3], text)
@@ -474,7 +469,7 @@ def test_half_precision_does_not_hide_who_absorbs():
         with torch.no_grad():
             recording = replay.record(tokens().input_ids[:2, :8])
             entered = recording.entered
-            assert find_write(recording, replay.blocks[0], 0, entered, stack.kinds[0]) is None
+            assert find_write(recording, 0, entered, stack.kinds[0]) is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
@@ -550,7 +545,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)
         entered = recording.block(0, recording.entered)
-        gained = find_gained(recording, block, 1, entered)[0]
+        gained = find_gained(recording, 1, entered)[0]
         _, _, written = observe(recording, 1, entered, gained.write)
         found = token_gains(recording, 1, entered, gained, written)[..., None] * gained.channels
         rms = written.square().mean(-1, keepdim=True).sqrt()

@@ -402,6 +402,7 @@ class Recording:
     """Recorded calls of all blocks for one micro-batch.
 
     Attributes:
+        blocks: modules of the blocks.
         input_ids: (B, T) int64.
         entered: hidden states (B, T, D) that enter block 0.
     """
@@ -409,7 +410,7 @@ class Recording:
     def __init__(
         self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[BlockCall]
     ) -> None:
-        self._replay, self._calls = replay, calls
+        self._replay, self._calls, self.blocks = replay, calls, replay.blocks
         self.input_ids, self.entered = input_ids, entered
 
     def bring(self, i: int, hidden: Tensor) -> Tensor:
@@ -421,7 +422,7 @@ class Recording:
 
         In a model on several devices, each block moves its input to its own device.
         """
-        output = self._calls[i].repeat(self._replay.blocks[i], hidden)
+        output = self._calls[i].repeat(self.blocks[i], hidden)
         out: Tensor = output if isinstance(output, Tensor) else output[0]
         return out
 

@@ -39,7 +39,6 @@ from isingcut.healing.patch.linear import Fitted, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance
@@ -95,7 +94,7 @@ def make_patches(
     Raises:
         ArchitectureError, FitError: as `fit_patches`.
     """
-    replay, kinds = job.teacher.replay, find_stack(job.teacher.model).kinds
+    replay = job.teacher.replay
     tokens = job.tokens.first(job.config.patch_tokens, 2)
     work = Work(job.config.batch_tokens, job.progress)
     held_out, why = None, ""
@@ -109,7 +108,7 @@ def make_patches(
 
     def fit_with(count: int) -> Fitted:
         work = Work(count, job.progress)
-        return fit_patches(replay, kinds, tokens, job.removed, work, layers)
+        return fit_patches(replay, tokens, job.removed, work, layers)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
         given = (job.removed, fitted.patches, work, layers)
@@ -338,7 +337,7 @@ class _Text:
                 if i == adjacent[0] and not any(b < i for b in removed):
                     entered = stream
                 if i in adjacent and batch is self.batches[0]:
-                    layers, _ = list_linear_layers(call, replay.blocks[i], i, stream)
+                    layers, _ = list_linear_layers(call, i, stream)
                     width = stream.shape[-1]
                     found += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
                 stream = call.block(i, stream)

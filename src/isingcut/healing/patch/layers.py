@@ -106,18 +106,15 @@ class Write:
         return (weight.T if self.transposed else weight).contiguous(), bias
 
 
-def find_write(
-    recording: Recording, block: nn.Module, i: int, hidden: Tensor, kind: str
-) -> Write | None:
+def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write | None:
     """Find the last layer of block ``i`` that writes directly to the residual stream, if any.
 
     Args:
         recording: a recording of a few tokens.
-        block: the module of block ``i``.
         hidden: the hidden states (B, T, D) before the block.
         kind: the kind of the block.
     """
-    usable, plain = list_linear_layers(recording, block, i, hidden)
+    usable, plain = list_linear_layers(recording, i, hidden)
     for path, module, written in reversed(usable):
         if written.shape[-1] != hidden.shape[-1]:
             continue
@@ -131,9 +128,9 @@ def find_write(
 
 
 def list_linear_layers(
-    recording: Recording, block: nn.Module, i: int, hidden: Tensor
+    recording: Recording, i: int, hidden: Tensor
 ) -> tuple[list[tuple[str, Any, Tensor]], Tensor]:
-    """List the linear layers that a block calls once, for all tokens, in the order of the calls.
+    """List the linear layers that block ``i`` calls once, for all tokens, in the order of calls.
 
     Excludes experts, which are called for some tokens only, and layers that are not called because
     a kernel reads their weights.
@@ -141,9 +138,8 @@ def list_linear_layers(
     Returns:
         path, module and output of each, and the block's output.
     """
-    candidates = {
-        path: m for path, m in block.named_modules() if path and isinstance(m, nn.Linear | Conv1D)
-    }
+    modules = recording.blocks[i].named_modules()
+    candidates = {path: m for path, m in modules if path and isinstance(m, nn.Linear | Conv1D)}
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
     found = [
@@ -244,14 +240,14 @@ class Gained:
     unexplained: float
 
 
-def find_gained(recording: Recording, block: nn.Module, i: int, hidden: Tensor) -> list[Gained]:
+def find_gained(recording: Recording, i: int, hidden: Tensor) -> list[Gained]:
     """Find the layers of block ``i`` that write to the stream with a gain, most linear first.
 
     Args:
         hidden: the hidden states (B, T, D) before the block.
     """
     found = []
-    for path, module, written in list_linear_layers(recording, block, i, hidden)[0]:
+    for path, module, written in list_linear_layers(recording, i, hidden)[0]:
         if written.shape[-1] != hidden.shape[-1]:
             continue
         written = written.reshape(hidden.shape)

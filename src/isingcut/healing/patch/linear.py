@@ -55,6 +55,7 @@ from isingcut.healing.patch.layers import (
     token_gains,
 )
 from isingcut.measure.work import Work
+from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
@@ -81,7 +82,6 @@ class Fitted:
 
 def fit_patches(
     replay: Replay,
-    kinds: Sequence[str],
     tokens: TokenSet,
     removed: Sequence[int],
     work: Work,
@@ -94,7 +94,6 @@ def fit_patches(
 
     Args:
         replay: the original model.
-        kinds: the kind of each block.
         tokens: every fourth sample is for validation, to choose the ridge.
         removed: the removed blocks.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
@@ -113,7 +112,7 @@ def fit_patches(
         torch.inference_mode(),
         work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar,
     ):
-        fitting = _Fitting(replay, kinds, batches, stored, bar.advance)
+        fitting = _Fitting(replay, batches, stored, bar.advance)
         for first, last in cuts:
             patch = fitting.fit_cut(first, last)
             if isinstance(patch, Patch):
@@ -140,20 +139,19 @@ class _Fitting:
 
     Args:
         replay: the original model.
-        kinds: the kind of each block.
         batches: the tokens.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
         done: function called with the number of block runs that were finished.
     """
 
     replay: Replay
-    kinds: Sequence[str]
     batches: Sequence[TokenSet]
     stored: StoredLayers | None
     done: Callable[[int], None]
     maps: str = "reads"
 
     def __post_init__(self) -> None:
+        self._kinds = find_stack(self.replay.model).kinds
         self._recordings = [self.replay.record(b.input_ids) for b in self.batches]
         self._tokens = sum(int(b.mask.sum()) for b in self.batches)
         # The original's and the patched model's hidden states before block `_at`.
@@ -170,8 +168,7 @@ class _Fitting:
             if i == p:
                 self._original = self._bring(p, self._original)
                 entered = self._patched = self._bring(p, self._patched)
-                block, kind = self.replay.blocks[p], self.kinds[p]
-                write = find_write(self._recordings[0], block, p, self._original[0], kind)
+                write = find_write(self._recordings[0], p, self._original[0], self._kinds[p])
                 if write is not None and self._obstacle(p, write):
                     write = None
                 if write is not None:
@@ -225,11 +222,11 @@ class _Fitting:
         Args:
             entered: for each batch the patched model's hidden states before block p.
         """
-        block, reasons, usable = self.replay.blocks[p], [], []
+        reasons, usable = list[str](), list[Gained]()
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self.replay.store.sweep([p]):
-            for gained in find_gained(self._recordings[0], block, p, entered[0]):
+            for gained in find_gained(self._recordings[0], p, entered[0]):
                 if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
                 else:
@@ -251,7 +248,7 @@ class _Fitting:
             return _no_better(p, [gained.write.path for gained in tried])
         why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
-            f"block {p} ({self.kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
+            f"block {p} ({self._kinds[p]}) cannot absorb a patch: {'; '.join(why)}; heal by "
             "distillation instead"
         )
 
