@@ -1,4 +1,4 @@
-"""Convert gate derivatives to a Hamiltonian with standard errors over samples."""
+"""Convert sums of each sample, or gate derivatives, to a Hamiltonian with standard errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,31 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
 
+def join_samples(
+    own: Floats, coupled: Floats, counts: npt.NDArray[np.int64], meta: dict[str, Any]
+) -> Hamiltonian:
+    """Form the energy whose terms are sums over samples, divided by the number of tokens.
+
+    Args:
+        own: (m, N) own terms of each sample, summed over its tokens, nats.
+        coupled: (m, N, N) symmetric couplings, summed in the same way; diagonals have no effect.
+        counts: (m,) tokens of each sample.
+        meta: provenance of the energy.
+
+    Returns:
+        Hamiltonian in ``"nats/token"``; with standard errors for two samples or more.
+    """
+    total = counts.sum()
+    J = coupled.sum(0) / total
+    np.fill_diagonal(J, 0.0)
+    h_error = J_error = None
+    if counts.size > 1:
+        h_error = standard_error(own.T, counts)
+        J_error = standard_error(np.moveaxis(coupled, 0, -1), counts)
+        np.fill_diagonal(J_error, 0.0)
+    return Hamiltonian(own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error)
+
+
 def quadratic(
     gradient_sums: Floats,
     curvature_sums: Floats,
@@ -30,23 +55,11 @@ def quadratic(
     Args:
         gradient_sums: (m, N) gradient of each sample's loss, summed over its tokens, nats.
         curvature_sums: (m, N, N) second derivatives of the same sums; symmetrised here.
-        counts: (m,) tokens of each sample; g and C are sums over samples divided by all tokens.
-        meta: provenance of the energy.
-
-    Returns:
-        Hamiltonian in ``"nats/token"``; with standard errors for two samples or more.
+        counts, meta: as for `join_samples`, which also describes the result.
     """
     curvature = (curvature_sums + curvature_sums.transpose(0, 2, 1)) / 2
     own = np.diagonal(curvature, axis1=1, axis2=2) / 2 - gradient_sums  # (m, N)
-    total = counts.sum()
-    J = curvature.sum(0) / total
-    np.fill_diagonal(J, 0.0)
-    h_error = J_error = None
-    if counts.size > 1:
-        h_error = standard_error(own.T, counts)
-        J_error = standard_error(np.moveaxis(curvature, 0, -1), counts)
-        np.fill_diagonal(J_error, 0.0)
-    return Hamiltonian(own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error)
+    return join_samples(own, curvature, counts, meta)
 
 
 def describe_energy(energy: str, loss: str, tokens: TokenSet, **options: Any) -> dict[str, Any]:

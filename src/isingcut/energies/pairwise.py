@@ -17,10 +17,10 @@ from typing import ClassVar
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy
+from isingcut.energies._quadratic import describe_energy, join_samples
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import States, states_of
-from isingcut.measure.losses import measure, standard_error
+from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
@@ -47,18 +47,11 @@ class Pairwise:
         found = measure(replay, tokens, states, work, f"measuring {len(states)} removals")
         own = found.kl_sums[:n]  # (N, m)
         i, j = np.triu_indices(n, 1)
-        coupled = found.kl_sums[n:] - own[i] - own[j]  # (pairs, m)
-        total = found.counts.sum()
-        J = np.zeros((n, n))
-        J[i, j] = J[j, i] = coupled.sum(1) / total
-        h_error = J_error = None
-        if found.counts.size > 1:
-            h_error = standard_error(own, found.counts)
-            J_error = np.zeros((n, n))
-            J_error[i, j] = J_error[j, i] = standard_error(coupled, found.counts)
+        coupled = np.zeros((tokens.samples, n, n))
+        coupled[:, i, j] = coupled[:, j, i] = (found.kl_sums[n:] - own[i] - own[j]).T
         meta = describe_energy("pairwise", "KL(original || cut)", tokens)
         meta |= {"blocks_run": found.blocks_run, "blocks_unshared": found.blocks_unshared}
-        return Hamiltonian(own.sum(1) / total, J, meta=meta, h_error=h_error, J_error=J_error)
+        return join_samples(own.T, coupled, found.counts, meta)
 
 
 def list_removals(n: int) -> States:
