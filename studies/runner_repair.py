@@ -120,7 +120,7 @@ class RepairStudy(ModelStudy):
 
     def _judged(self, folder: Path, stage: str, journal: Path) -> Content:
         """Return the losses and answers of a checkpoint."""
-        loaded = models.load(folder, dtype=str(self.original.dtype).removeprefix("torch."))
+        loaded = models.load(folder, dtype=self.original.dtype_name)
         both, losses, accuracy = (self.original.model, loaded.model), {}, {}
         for name, tokens in self.repaired_texts(stage).items():
             _, nll, kl = sample_sums(*both, tokens, self.options.batch_tokens)

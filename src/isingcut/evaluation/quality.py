@@ -121,7 +121,7 @@ def before_and_after(
         kl_se=found.kl_se,
         nll_change_se=found.nll_change_se,
         device=name_devices(original),
-        dtype=str(original.dtype).removeprefix("torch."),
+        dtype=original.dtype_name,
         threads=torch.get_num_threads(),
         **rest,
     )

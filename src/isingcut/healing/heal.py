@@ -118,7 +118,7 @@ def heal(
         dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
         teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
         if known is None:
-            removed = removal_by_weights(student, teacher, trust_remote_code=trust)
+            removed = removal_by_weights(student, teacher)
         else:
             removed = tuple(sorted(known.removed))
         text = healing_text.build(
@@ -322,9 +322,10 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
-    trust, model = job.config.trust_remote_code, job.teacher.model
-    cut = open_cut(job.teacher, job.removed, folder, trust_remote_code=trust)
-    found = quality(model, cut.runnable, report, job.config.batch_tokens, progress=job.progress)
+    cut = open_cut(job.teacher, job.removed, folder)
+    found = quality(
+        job.teacher.model, cut.runnable, report, job.config.batch_tokens, progress=job.progress
+    )
     scores = HealedScores(**_figures(found))
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}

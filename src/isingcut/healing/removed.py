@@ -148,9 +148,7 @@ def _check_cut(student: Checkpoint, removal: Removal, name: str, teacher: Checkp
                 )
 
 
-def removal_by_weights(
-    folder: Path, teacher: LoadedModel, *, trust_remote_code: bool = False
-) -> tuple[int, ...]:
+def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
     """Find the removed blocks of a checkpoint, by comparing its blocks with the original's.
 
     Args:
@@ -161,8 +159,8 @@ def removal_by_weights(
         InputError: the blocks are not a subsequence of the original's, or no block is missing.
     """
     # On the CPU, so that the device needs memory for one model only.
-    dtype = teacher.place["dtype"]
-    student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    dtype, trust = teacher.dtype_name, teacher.trusted
+    student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust)
     ours, theirs = (stack_modules(m.model) for m in (student, teacher))
     kept: list[int] = []
     for place, block in enumerate(ours):

@@ -18,7 +18,7 @@ from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
 from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
-from isingcut.models.placement import connect, name_devices, place, place_of
+from isingcut.models.placement import connect, place, place_of
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.safetensors_files import read_config
 from isingcut.models.transformers_private import model_classes
@@ -89,6 +89,7 @@ class LoadedModel:
 
     Attributes:
         device: device of the input; the first one of several.
+        trusted: whether the model's own Python code may run.
         streamed: its `StreamedReplay`, if the model is without weights; else None.
     """
 
@@ -97,6 +98,7 @@ class LoadedModel:
     folder: Path
     dtype: torch.dtype
     device: torch.device
+    trusted: bool = False
     streamed: Any = None
 
     @property
@@ -110,9 +112,9 @@ class LoadedModel:
         return self.streamed or Replay(self.model)
 
     @property
-    def place(self) -> dict[str, str]:
-        """Options of `load` for another model on these devices, in this dtype."""
-        return {"dtype": str(self.dtype).removeprefix("torch."), "device": name_devices(self)}
+    def dtype_name(self) -> str:
+        """Name of the dtype, as an option of `load`."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def load(
@@ -155,7 +157,7 @@ def load(
     connect(model, places)
     freeze(model)
     reuse_freed_memory()
-    return LoadedModel(model, tokenizer, Path(folder), number, devices[0])
+    return LoadedModel(model, tokenizer, Path(folder), number, devices[0], trust)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -198,8 +198,7 @@ class Session:
         record = folder / "isingcut.json"
         if removed is None:
             removed = read_document(record, CutRecord).removed if record.is_file() else []
-        trust = self.config.trust_remote_code
-        return open_cut(self.loaded, removed, folder, trust_remote_code=trust)
+        return open_cut(self.loaded, removed, folder)
 
     @cached_property
     def stack(self) -> BlockStack:

@@ -23,9 +23,7 @@ from isingcut.models.streaming.replay import load_streamed
 _CHUNK_BYTES = 64 * 2**20
 
 
-def open_cut(
-    original: LoadedModel, removed: Sequence[int], folder: Path, *, trust_remote_code: bool = False
-) -> LoadedModel:
+def open_cut(original: LoadedModel, removed: Sequence[int], folder: Path) -> LoadedModel:
     """Load a cut checkpoint on the device of its original in memory; equal tensors share memory.
 
     If the checkpoint does not fit host memory, or its own tensors do not fit the device, its blocks
@@ -34,15 +32,14 @@ def open_cut(
     Raises:
         ModelError: the checkpoint cannot be loaded.
     """
-    dtype = original.place["dtype"]
+    dtype, trust = original.dtype_name, original.trusted
     if fits(folder, original.dtype):
-        cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+        cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust)
         if share(cut.model, original.model, removed):
             return replace(cut, device=original.device)
         del cut
-    return load_streamed(
-        folder, dtype=dtype, device=str(original.device), trust_remote_code=trust_remote_code
-    )
+    device = str(original.device)
+    return load_streamed(folder, dtype=dtype, device=device, trust_remote_code=trust)
 
 
 def fits(folder: Path, dtype: torch.dtype) -> bool:

@@ -58,7 +58,7 @@ def load_streamed(
         buffers=buffers,
     )
     replay = StreamedReplay(model, store, memory)
-    return LoadedModel(model, tokenizer, folder, number, place, replay)
+    return LoadedModel(model, tokenizer, folder, number, place, trust_remote_code, replay)
 
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
