@@ -75,7 +75,8 @@ def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     losses = measure(replay, tokens, states, work=Work(batch))
     seconds["states"] = time.perf_counter() - began
     assert np.isfinite(losses.kl).all()
-    found = {"seconds": seconds, "peak": resident_peak(), "bytes_read": store.reader.bytes_read}
+    read = store.count_sweeps() * store.weights
+    found = {"seconds": seconds, "peak": resident_peak(), "bytes_read": read}
     return {**found, "blocks_run": losses.blocks_run, "dtype": dtype}
 
 

@@ -281,7 +281,6 @@ class Reader:
     Attributes:
         plans: plan of each part.
         unexpected: names of stored tensors that the model does not use.
-        bytes_read: bytes read from the files so far.
     """
 
     def __init__(self, folder: Path, model: object, blocks: list[str], dtype: torch.dtype) -> None:
@@ -296,7 +295,6 @@ class Reader:
         self._checked: set[Part] = set()
         stored = weights_of(self._stored) if self._fp8 else self._stored
         self.plans, self.unexpected = plan_parts(folder, stored, model, blocks, dtype)
-        self.bytes_read = 0
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
         """Read one part. The first time, also check it for NaN and infinity.
@@ -333,7 +331,6 @@ class Reader:
         if not view.numel():
             return
         if source.dtype.startswith("F8_"):
-            self.bytes_read += source.size
             view.copy_(read_plain(source.name, self._stored, self._tile).to(self._dtype))
             return
         if not view.is_contiguous():
@@ -342,13 +339,13 @@ class Reader:
         dtype, flat = torch_dtype(source), view.view(-1)
         if dtype is view.dtype:
             plain: Any = flat.view(torch.uint8).numpy()
-            self._read(source, 0, memoryview(plain))
+            source.read_into(memoryview(plain))
             return
         # In an FP8 checkpoint, such weights are first converted to the model's dtype.
         narrowed = self._fp8 and source.dtype in ("BF16", "F16")
         for first in range(0, source.size, _STAGE):
             data = memoryview(self._stage)[: min(_STAGE, source.size - first)]
-            self._read(source, first, data)
+            source.read_into(data, first)
             piece = torch.frombuffer(data, dtype=dtype)
             start = first // dtype.itemsize
             flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
@@ -358,11 +355,6 @@ class Reader:
         found = torch.empty(source.shape, dtype=dtype)
         self._copy(source, found)
         return found
-
-    def _read(self, source: StoredTensor, first: int, data: memoryview) -> None:
-        """Fill ``data`` with a tensor's bytes, starting at its byte ``first``."""
-        source.read_into(data, first)
-        self.bytes_read += len(data)
 
 
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
