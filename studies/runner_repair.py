@@ -20,6 +20,7 @@ from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.scores import score_states
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import Job
+from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
@@ -123,7 +124,7 @@ class RepairStudy(ModelStudy):
         loaded = models.load(folder, dtype=self.original.dtype_name)
         both, losses, accuracy = (self.original.model, loaded.model), {}, {}
         for name, tokens in self.repaired_texts(stage).items():
-            _, nll, kl = sample_sums(*both, tokens, self.options.batch_tokens)
+            _, nll, kl = sample_sums(*both, tokens, Work(self.options.batch_tokens))
             losses[name] = loss_row(kl, nll, tokens)
         for task in self.repaired_tasks(stage):
             work = self.working(journal.with_name(f"{journal.name}-{task}"))

@@ -274,7 +274,7 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
         assert found.kl[0] == pytest.approx(kl, rel=1e-4)
         assert found.nll[0] == pytest.approx(nll, rel=1e-4)
         assert found.counts.tolist() == [7, 4, 11]
-    after = quality(replay.model, cut, tokens, 30)
+    after = quality(replay.model, cut, tokens, Work(30))
     assert after.kl == pytest.approx(kl, rel=1e-4)
     assert after.after.nll == pytest.approx(nll, rel=1e-4)
 

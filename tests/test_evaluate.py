@@ -13,6 +13,7 @@ from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.files.evaluations import EvaluationFile
+from isingcut.measure.work import Work
 from isingcut.models import load as models
 from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -32,7 +33,7 @@ def tokens():
 
 
 def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
-    found = evaluation.quality(*pair, tokens, batch_tokens=30)
+    found = evaluation.quality(*pair, tokens, Work(30))
     sums = plain_sums(*pair, tokens)
     counts = np.array([11, 4, 19, 11, 2, 8])
     means = sums.sum(1) / counts.sum()
@@ -51,11 +52,11 @@ def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
 
 
 def test_quality_depends_neither_on_batches_nor_chunks_nor_padding(pair, tokens, monkeypatch):
-    whole = evaluation.quality(*pair, tokens, batch_tokens=10_000)
+    whole = evaluation.quality(*pair, tokens, Work(10_000))
     monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 3 * 262)
     wide = torch.nn.functional.pad(tokens.input_ids, (0, 7), value=200)
     mask = torch.nn.functional.pad(tokens.mask, (0, 7))
-    other = evaluation.quality(*pair, TokenSet(wide, mask, tokens.index), batch_tokens=20)
+    other = evaluation.quality(*pair, TokenSet(wide, mask, tokens.index), Work(20))
     assert other.kl == pytest.approx(whole.kl, rel=1e-5)
     assert other.after.nll == pytest.approx(whole.after.nll, rel=1e-6)
 

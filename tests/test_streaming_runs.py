@@ -15,6 +15,7 @@ import isingcut
 from isingcut.errors import CheckpointError, InputError, ModelError, VerificationError
 from isingcut.evaluation import quality as evaluate
 from isingcut.measure.losses import measure
+from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
@@ -267,11 +268,11 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
 
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
     pair = [load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)]
-    expected = evaluate.quality(*pair, samples(), batch_tokens=24)
+    expected = evaluate.quality(*pair, samples(), Work(24))
     place = {"dtype": "float32", "device": "cpu"}
     original = load_streamed(llama, **place)
     smaller = load_streamed(cut, **place, buffers=original.streamed.store.buffers)
-    found = evaluate.before_and_after(original, smaller, samples(), batch_tokens=24)
+    found = evaluate.before_and_after(original, smaller, samples(), work=Work(24))
     for key in ("kl", "kl_se"):
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-6)
     for side, model in zip(("before", "after"), pair, strict=True):

@@ -23,14 +23,14 @@ import contextlib
 import glob
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isingcut.console.progress import Part, Progress, silent
+from isingcut.console.progress import Part
 from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
@@ -41,10 +41,9 @@ from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint
 from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
 from isingcut.ising.states import Floats, swaps
-from isingcut.measure.work import Work
+from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.sources import model_identity
-from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel
@@ -56,10 +55,9 @@ def benchmark(
     *,
     data: Path | None = None,
     questions: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     but: Collection[str] = (),
     kept: Path | None = None,
-    progress: Progress = silent,
+    work: Work = PLAIN,
 ) -> list[TaskRow]:
     """Score two models on tasks, and return the rows of `benchmarks.json` that compare them.
 
@@ -68,9 +66,9 @@ def benchmark(
         tasks: files of questions, and names of local tasks, or of harness tasks without ``data``.
         data: folder of the local tasks' questions; None uses the hub.
         questions: maximum number of questions per task.
-        batch_tokens: tokens per micro-batch.
         but: keys (`question_key`) of questions to leave out.
         kept: folder for journals, for resuming.
+        work: batch size and progress display.
 
     Raises:
         InputError: as `questions.check_tasks`, or a task has no score per question.
@@ -80,15 +78,15 @@ def benchmark(
     left_out = frozenset(but)
     wanted = (lambda key: key not in left_out) if left_out else None
     rows = []
-    with progress("benchmarks", 2 * len(prepared)) as bar:
+    with work.progress("benchmarks", 2 * len(prepared)) as bar:
         for task in prepared:
             pair = []
             for name, model in models.items():
                 depends = [questions, *sorted(left_out)]
                 journal = None if kept is None else journal_of(kept, task, model, depends)
                 part = Part(bar, 1)
-                work = Work(batch_tokens, part, journal)
-                (found,) = score_states(model, task, [()], work, wanted=wanted)
+                own = replace(work, progress=part, journal=journal)
+                (found,) = score_states(model, task, [()], own, wanted=wanted)
                 part.finish(f"{task.name}, {name}: {found.values.mean():.3f}")
                 pair.append(found)
             rows.append(row(*pair))
@@ -129,10 +127,9 @@ def text_scores(
     models: Mapping[str, LoadedModel],
     data: Path | None,
     samples: int | None,
+    work: Work = PLAIN,
     *,
-    batch_tokens: int = BATCH_TOKENS,
     length: int = 1024,
-    progress: Progress = silent,
 ) -> TextScores:
     """Measure the perplexity of both models on WikiText-2's raw test text, and compare them.
 
@@ -155,7 +152,7 @@ def text_scores(
     if not rows:
         raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
     windows = TokenSet.from_rows(rows)
-    found = quality(original.model, cut.model, windows, batch_tokens, progress=progress)
+    found = quality(original.model, cut.model, windows, work)
     return TextScores(
         samples=windows.samples,
         tokens=windows.tokens,

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isingcut.console.progress import Progress, silent
 from isingcut.data.generation import generate_text, prompt_ids
 from isingcut.data.tokens import TokenSet
 from isingcut.evaluation.speed import SPEED_KEYS, speed
@@ -28,6 +27,7 @@ from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
+from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import find_stack, language_model, text_config
 from isingcut.models.compute.divergence import row_kl
 from isingcut.models.device import BatchLimit
@@ -39,7 +39,6 @@ from isingcut.models.replay import HEAD, Recording
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.models.transformers_private import load_mtp
-from isingcut.options.config import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,11 +61,10 @@ def before_and_after(
     cut: LoadedModel,
     tokens: TokenSet,
     *,
+    work: Work = PLAIN,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
-    batch_tokens: int = BATCH_TOKENS,
     new_tokens: int = 48,
     skip_speed: bool = False,
-    progress: Progress = silent,
 ) -> EvaluationFile:
     """Measure quality, size and speed of both models.
 
@@ -76,25 +74,25 @@ def before_and_after(
     Args:
         original: the original, in memory or streamed with the same buffers as the cut.
         tokens: the report split.
+        work: settings of the measurement, without a journal.
         elsewhere: further texts by name, measured one by one.
-        batch_tokens: tokens per micro-batch.
         new_tokens: maximum tokens of one greedy generation by each model.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
     first, second = original.runnable, cut.runnable
-    found = quality(first, second, tokens, batch_tokens, progress=progress)
+    found = quality(first, second, tokens, work)
     speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
     if not (original.streamed or cut.streamed):
         if not skip_speed:
-            with progress("speed", 1) as bar:
+            with work.progress("speed", 1) as bar:
                 plain = {name: language_model(m.model) for name, m in both.items()}
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
         ids, texts = prompt_ids(original.tokenizer, _PROMPT), {}
-        with progress("one generation", len(both)) as bar:
+        with work.progress("one generation", len(both)) as bar:
             for name, m in both.items():
                 texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
                 bar.advance(1)
@@ -103,8 +101,7 @@ def before_and_after(
     if found.parts:
         rest["parts"] = found.parts
     rest["elsewhere"] = {
-        name: _part(text, quality(first, second, text, batch_tokens, progress=progress))
-        for name, text in elsewhere.items()
+        name: _part(text, quality(first, second, text, work)) for name, text in elsewhere.items()
     }
     for name, side in both.items():
         rest[name] = ModelScores(
@@ -127,14 +124,7 @@ def before_and_after(
     )
 
 
-def quality(
-    original: AnyModel,
-    cut: AnyModel,
-    tokens: TokenSet,
-    batch_tokens: int = BATCH_TOKENS,
-    *,
-    progress: Progress = silent,
-) -> MixedScores:
+def quality(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> MixedScores:
     """Measure NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
@@ -145,7 +135,7 @@ def quality(
     Raises:
         ModelError: a loss is not finite, or has no finite perplexity.
     """
-    sums = sample_sums(original, cut, tokens, batch_tokens, progress=progress)
+    sums = sample_sums(original, cut, tokens, work)
     most = _MOST_NATS * tokens.counts
     for model, losses in zip((original, cut, cut), sums, strict=True):
         # Comparisons with NaN are false.
@@ -155,19 +145,13 @@ def quality(
     return quality_of(sums, tokens)
 
 
-def sample_sums(
-    original: AnyModel,
-    cut: AnyModel,
-    tokens: TokenSet,
-    batch_tokens: int = BATCH_TOKENS,
-    *,
-    progress: Progress = silent,
-) -> Floats:
+def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> Floats:
     """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
     sums = np.zeros((3, tokens.samples))
     compute = partial(_sums_by_sample, original, cut)
-    batches, limit = tokens.batches(batch_tokens), BatchLimit(original.device)
-    with progress("perplexity and KL on unseen text", len(batches)) as bar, torch.inference_mode():
+    batches, limit = tokens.batches(work.batch_tokens), BatchLimit(original.device)
+    description = "perplexity and KL on unseen text"
+    with work.progress(description, len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
             found = split_to_fit(
                 limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b])

@@ -43,6 +43,7 @@ from isingcut.healing.work_folder import (
     keep_result,
     work_of,
 )
+from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
@@ -293,7 +294,7 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     times = []
     for _ in range(2):
         began = time.monotonic()
-        quality(job.teacher.model, job.teacher.model, sample, job.config.batch_tokens)
+        quality(job.teacher.model, job.teacher.model, sample, Work(job.config.batch_tokens))
         times.append(time.monotonic() - began)
     token = min(times) / (2 * int(sample.mask.sum()))
     # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
@@ -323,9 +324,8 @@ def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
     cut = open_cut(job.teacher, job.removed, folder)
-    found = quality(
-        job.teacher.model, cut.runnable, report, job.config.batch_tokens, progress=job.progress
-    )
+    work = Work(job.config.batch_tokens, job.progress)
+    found = quality(job.teacher.model, cut.runnable, report, work)
     scores = HealedScores(**_figures(found))
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}

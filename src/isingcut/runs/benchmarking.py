@@ -220,8 +220,7 @@ def _score_both(
 
     check_whole(session)
     config = session.config
-    given: dict[str, Any] = {"batch_tokens": session.tuning.batch_tokens}
-    given["progress"] = session.progress
+    work = Work(session.tuning.batch_tokens, session.progress)
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:
@@ -233,11 +232,9 @@ def _score_both(
         questions=config.questions,
         but=but,
         kept=kept,
-        **given,
+        work=work,
     )
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in tasks:
-        found["wikitext2"] = benchmark.text_scores(
-            models, data_of(config), config.questions, **given
-        )
+        found["wikitext2"] = benchmark.text_scores(models, data_of(config), config.questions, work)
     return evaluations.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)

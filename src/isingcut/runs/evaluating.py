@@ -86,10 +86,9 @@ def evaluate(
             session.loaded,
             cut,
             tokens,
+            work=Work(session.tuning.batch_tokens, progress),
             elsewhere=elsewhere,
-            batch_tokens=session.tuning.batch_tokens,
             skip_speed=skip,
-            progress=progress,
         ).model_copy(update=further)
         if not session.streaming and not cut.streamed:
             found = _add_drafts(session, found, cut, checkpoint, tokens)
@@ -179,10 +178,9 @@ def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
         session.loaded,
         cut,
         measuring.build_calibration(session).splits["report"],
-        batch_tokens=session.tuning.batch_tokens,
+        work=Work(session.tuning.batch_tokens, session.progress),
         # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
         skip_speed=True,
-        progress=session.progress,
     )
     after = found.after.model_copy(update={"bytes": gguf.stat().st_size})
     return found.model_copy(update={"after": after})
@@ -264,8 +262,8 @@ def _score_cut(
     session: Session, cut: LoadedModel, tokens: TokenSet
 ) -> dict[str, evaluations.FurtherPart]:
     """Score a cut on a text (key "") and on each part of a mixture."""
-    size, progress = session.tuning.batch_tokens, session.progress
-    scores = quality(session.loaded.runnable, cut.runnable, tokens, size, progress=progress)
+    work = Work(session.tuning.batch_tokens, session.progress)
+    scores = quality(session.loaded.runnable, cut.runnable, tokens, work)
     return {
         name: evaluations.FurtherPart(
             **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
