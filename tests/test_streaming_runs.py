@@ -16,7 +16,6 @@ from isingcut.errors import CheckpointError, InputError, ModelError, Verificatio
 from isingcut.evaluation import quality as evaluate
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
@@ -85,7 +84,7 @@ def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monk
 
 def everything(folder, dtype):
     model = build_skeleton(folder, dtype)
-    reader = Reader(folder, model, [b.path for b in find_stack(model).blocks], dtype)
+    reader = Reader(folder, model, dtype)
     values = {}
     for part, plan in reader.plans.items():
         values |= reader.fill(part, torch.zeros(plan.size, dtype=torch.uint8))
@@ -143,10 +142,7 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
         model = build_skeleton(folder, torch.float32)
-        paths = [b.path for b in find_stack(model).blocks]
-        steps = [
-            s for p in Reader(folder, model, paths, torch.float32).plans.values() for s in p.steps
-        ]
+        steps = [s for p in Reader(folder, model, torch.float32).plans.values() for s in p.steps]
         assert any(isinstance(s, CopyStep) and s.item is not None for s in steps)
         assert not any(isinstance(s, ConversionStep) for s in steps)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.architectures.blocks import language_model
+from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
 from isingcut.models.loading import explain_shape, refuse_incomplete, refuse_infinite
 from isingcut.models.replay import EMBED, HEAD, Part
@@ -104,11 +104,7 @@ class PartPlan:
 
 
 def plan_parts(
-    folder: Path,
-    stored: Mapping[str, StoredTensor],
-    model: Any,
-    blocks: Sequence[str],
-    dtype: torch.dtype,
+    folder: Path, stored: Mapping[str, StoredTensor], model: Any, dtype: torch.dtype
 ) -> tuple[dict[Part, PartPlan], list[str]]:
     """Plan how to fill each block, the embedding, the head and the rest of a model.
 
@@ -116,7 +112,6 @@ def plan_parts(
         folder: folder of the checkpoint, for messages.
         stored: tensors of the checkpoint.
         model: the model without its weights.
-        blocks: paths of the block modules.
         dtype: dtype of the model.
 
     Returns:
@@ -129,8 +124,8 @@ def plan_parts(
     groups, unexpected = _groups(folder, stored, names)
     group_of = {name: group for group in groups for name in group.targets}
     kept = _resolve_names(folder, names, set(group_of))
-    paths = _paths(model, blocks)
-    members: dict[Part, dict[str, str]] = {p: {} for p in (*range(len(blocks)), EMBED, HEAD, REST)}
+    paths = _paths(model)
+    members: dict[Part, dict[str, str]] = {p: {} for p in (*paths.values(), EMBED, HEAD, REST)}
     for name, target in kept.items():
         stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
         part = next((paths[stem] for stem in stems if stem in paths), REST)
@@ -138,8 +133,9 @@ def plan_parts(
     return {part: _layout(found, group_of) for part, found in members.items()}, unexpected
 
 
-def _paths(model: Any, blocks: Sequence[str]) -> dict[str, Part]:
-    paths: dict[str, Part] = {path: i for i, path in enumerate(blocks)}
+def _paths(model: Any) -> dict[str, Part]:
+    """Return the part of each module that is a block, the embedding or the head, by its path."""
+    paths: dict[str, Part] = {block.path: block.index for block in find_stack(model).blocks}
     decoder = language_model(model)
     outer = {
         id(decoder.get_input_embeddings()): EMBED,
@@ -275,7 +271,6 @@ class Reader:
     Args:
         folder: folder of the checkpoint.
         model: the model without its weights.
-        blocks: paths of the block modules.
         dtype: dtype of the model.
 
     Attributes:
@@ -283,7 +278,7 @@ class Reader:
         unexpected: names of stored tensors that the model does not use.
     """
 
-    def __init__(self, folder: Path, model: object, blocks: list[str], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, model: object, dtype: torch.dtype) -> None:
         raw = read_config(folder)
         self._folder = folder
         self._fp8 = fp8_layout(folder, raw) is not None
@@ -294,7 +289,7 @@ class Reader:
         self._lock = threading.Lock()
         self._checked: set[Part] = set()
         stored = weights_of(self._stored) if self._fp8 else self._stored
-        self.plans, self.unexpected = plan_parts(folder, stored, model, blocks, dtype)
+        self.plans, self.unexpected = plan_parts(folder, stored, model, dtype)
 
     def fill(self, part: Part, buffer: Tensor) -> dict[str, Tensor]:
         """Read one part. The first time, also check it for NaN and infinity.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from isingcut.errors import InputError
 from isingcut.models.architectures.blocks import (
-    find_stack,
     language_model,
     text_config,
 )
@@ -145,8 +144,7 @@ def open_model(
     """
     memory = allowance(memory_limit, device)
     model = build_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
-    paths = [block.path for block in find_stack(model).blocks]
-    store = Store(folder, model, paths, dtype, device, buffers)
+    store = Store(folder, model, dtype, device, buffers)
     if store.buffers is buffers:
         # Not used memory: `room` counts the buffers for each of the models that share them.
         memory = replace(memory, used=memory.used - buffers.allocated)

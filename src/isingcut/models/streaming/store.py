@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.blocks import language_model
+from isingcut.models.architectures.blocks import language_model, stack_modules
 from isingcut.models.device import device_module
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
@@ -147,7 +147,6 @@ class Store(Weights):
     Args:
         folder: folder of the checkpoint.
         model: the model without weights; its modules get a ``forward`` or hooks that install parts.
-        blocks: paths of the block modules.
         dtype: dtype of the weights.
         device: device for the computation.
         buffers: buffers of another store, to share; then only one model may run at a time.
@@ -160,13 +159,12 @@ class Store(Weights):
         self,
         folder: Path,
         model: Any,
-        blocks: Sequence[str],
         dtype: torch.dtype,
         device: torch.device,
         buffers: Buffers | None = None,
     ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
-        self.reader = Reader(folder, model, list(blocks), dtype)
+        self.reader, blocks = Reader(folder, model, dtype), stack_modules(model)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
         self._kept: set[Part] = set()
         self._parts = {
@@ -181,7 +179,7 @@ class Store(Weights):
         self.buffers = buffers
         self._settle_rest(model)
         _compute_on(model, device)
-        modules: dict[Part, Any] = {i: model.get_submodule(p) for i, p in enumerate(blocks)}
+        modules: dict[Part, Any] = dict(enumerate(blocks))
         decoder = language_model(model)
         modules[EMBED] = decoder.get_input_embeddings()
         for part, module in modules.items():
