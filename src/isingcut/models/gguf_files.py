@@ -223,29 +223,15 @@ def convert_file(path: Path) -> Path:
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     target = gguf_cache() / digest
-    if target.is_dir():
-        return _check_unchanged(target, path)
-    _count_numbers(path)
     try:
-        # One process at a time. The lock deletes the large leftovers of a killed process.
-        with lock_place(target.parent, inside=True, wait=True):
-            if target.is_dir():
-                # Another process has created it meanwhile.
-                return _check_unchanged(target, path)
-            # Overwrite, because a file system may have no locks.
-            with atomic_folder(target, overwrite=True) as temporary:
-                unpack_gguf(path, temporary)
+        if not target.is_dir():
+            _convert(path, target)
     except InputError as e:
         why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
             f"the converted model cannot be stored in {target.parent}: {why}; set "
             "ISINGCUT_CACHE to a writable folder with enough space"
         ) from e
-    return target
-
-
-def _check_unchanged(target: Path, path: Path) -> Path:
-    """Return the folder of the converted file after checking that it was not changed."""
     changed = foreign_in(target)
     if changed is not None:
         raise ModelError(
@@ -253,6 +239,17 @@ def _check_unchanged(target: Path, path: Path) -> Path:
             f"{target} and run again"
         )
     return target
+
+
+def _convert(path: Path, target: Path) -> None:
+    """Write the converted file to the cache, unless another process has done so meanwhile."""
+    _count_numbers(path)
+    # One process at a time. The lock deletes the large leftovers of a killed process.
+    with lock_place(target.parent, inside=True, wait=True):
+        if not target.is_dir():
+            # Overwrite, because a file system may have no locks.
+            with atomic_folder(target, overwrite=True) as temporary:
+                unpack_gguf(path, temporary)
 
 
 def _count_numbers(path: Path) -> int:
