@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from isingcut.console.progress import terminal
 from isingcut.errors import ModelError
 from isingcut.evaluation import answers
-from isingcut.evaluation.answers import MICRO_BATCHES, Likelihoods, answer_scores, generate_texts
+from isingcut.evaluation.answers import MICRO_BATCHES, answer_scores, generate_texts
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import certainties, score_states, temper_margins
@@ -52,8 +52,12 @@ def test_likelihoods_are_the_harness_s(model):
     rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
     requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
     plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4)
-    answers = Likelihoods(model.replay, states_of(len(model.replay), [()]), Work(128))
-    ours = Harness(model, lambda asked: answers.of(0, asked), lambda prompts, write: [])
+
+    def answer(rows):
+        found = answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(128))
+        return list(zip(*(of_state[0].tolist() for of_state in found), strict=True))
+
+    ours = Harness(model, answer, lambda prompts, write: [])
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [best for _, best in found] == [best for _, best in expected]

@@ -37,40 +37,12 @@ _HEAD_ROWS = 128
 _OTHERS = 2
 
 
-class Likelihoods:
-    """Log-likelihoods of several states of one model, computed together and cached.
-
-    Args:
-        replay: the model's blocks.
-        states: (S, N) bool.
-        work: batch size and progress display; its journal keeps finished micro-batches.
-        description: the description of the progress bar.
-    """
-
-    def __init__(
-        self, replay: Replay, states: States, work: Work, description: str = "asking"
-    ) -> None:
-        self.replay, self.states, self.work, self.description = replay, states, work, description
-        self._known: dict[Row, list[Likelihood]] = {}
-
-    def of(self, state: int, rows: Sequence[Row]) -> list[Likelihood]:
-        """Return one state's log-likelihoods; new rows are computed for all states."""
-        new = [row for row in dict.fromkeys(rows) if row not in self._known]
-        if new:
-            likely, greedy = answer_scores(
-                self.replay, new, self.states, self.work, self.description
-            )
-            for row, values, best in zip(new, likely.T.tolist(), greedy.T.tolist(), strict=True):
-                self._known[row] = list(zip(values, best, strict=True))
-        return [self._known[row][state] for row in rows]
-
-
 def answer_scores(
     replay: Replay,
     rows: Sequence[Row],
     states: npt.ArrayLike,
     work: Work,
-    description: str = "asking",
+    description: str = "log-likelihoods",
 ) -> tuple[Floats, Bools]:
     """Compute each continuation's log-likelihood under each state, and whether it is greedy.
 
@@ -79,6 +51,8 @@ def answer_scores(
     Args:
         rows: R rows.
         states: (S, N) bool, True where a block is removed.
+        work: batch size and progress display; its journal keeps finished micro-batches.
+        description: the description of the progress bar.
 
     Returns:
         (S, R) nats, and (S, R) bool: whether every token of the continuation is the most likely.
@@ -206,7 +180,7 @@ def generate_texts(
     prompts: Sequence[Prompt],
     write: Writer,
     work: Work,
-    description: str = "writing",
+    description: str = "generated texts",
 ) -> list[str]:
     """Return one state's generated texts; those in the journal are not generated again.
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.answers import Likelihood, Likelihoods, Prompt, Row, Writer, generate_texts
+from isingcut.evaluation.answers import (
+    Likelihood,
+    Prompt,
+    Row,
+    Writer,
+    answer_scores,
+    generate_texts,
+)
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import Work
@@ -77,13 +84,18 @@ def score_states(
     """
     work, replay = work or Work(), loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
-    answers = Likelihoods(replay, states, work, task.name)
+    # Scores of each row under all states, which are computed together.
+    known: dict[Row, tuple[list[float], list[bool]]] = {}
     shown = sys.stderr
 
     # Stderr is hidden for the harness only; these functions show progress.
     def answer(state: int, rows: Sequence[Row]) -> Sequence[Likelihood]:
-        with contextlib.redirect_stderr(shown):
-            return answers.of(state, rows)
+        if new := [row for row in dict.fromkeys(rows) if row not in known]:
+            with contextlib.redirect_stderr(shown):
+                likely, greedy = answer_scores(replay, new, states, work, task.name)
+            both = zip(likely.T.tolist(), greedy.T.tolist(), strict=True)
+            known.update(zip(new, both, strict=True))
+        return [(known[row][0][state], known[row][1][state]) for row in rows]
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
         with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, removed[state]):
