@@ -38,7 +38,7 @@ from isingcut.models import placement
 from isingcut.models.device import device_module, pick_device, synchronise
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
-from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.streaming.replay import load_streamed
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 
 CLOSE = 1e-4
@@ -147,10 +147,9 @@ def half(place: Place) -> str:
 
 def streamed(place: Place) -> str:
     """Check that a streamed model gives bitwise the results of the model in memory."""
-    model = load(place.model, dtype="float32", device=str(place.device)).model
-    resident = Replay(model)
-    opened = open_model(place.model, dtype=torch.float32, device=place.device)
-    other = StreamedReplay(*opened)
+    given: dict[str, Any] = {"dtype": "float32", "device": str(place.device)}
+    resident = load(place.model, **given).replay
+    other = load_streamed(place.model, **given).replay
     close(measure(other, tokens(), states()).kl, measure(resident, tokens(), states()).kl, 0.0)
     return close(gate_gradients(other, tokens()), gate_gradients(resident, tokens()), 0.0)
 
