@@ -79,12 +79,13 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
         verify(model, [2], cut)
 
 
-def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path):
+def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeypatch):
     model = tiny_model("llama")
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
+    monkeypatch.setattr("isingcut.models.cutting.verify._open_cut", lambda *given: (cut, False))
     with pytest.raises(VerificationError, match="fails on text, but the original without"):
-        verify(model, [1], tmp_path, cut=cut)
+        verify(model, [1], tmp_path)
 
 
 def test_generation_is_compared_beside_masked_logits(tmp_path):

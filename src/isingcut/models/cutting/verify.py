@@ -250,6 +250,8 @@ def check_generation(
         )
 
 
+# Tokens of each compared sequence.
+_LENGTH = 24
 # Tokens to generate with a streamed model, which is read from disk for each token.
 _STREAMED_TOKENS = 3
 
@@ -259,8 +261,6 @@ def verify(
     removed: Sequence[int],
     out: Path,
     *,
-    cut: Any = None,
-    length: int = 24,
     new_tokens: int = 16,
     images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
@@ -275,9 +275,8 @@ def verify(
         source: the original, or its `StreamedReplay`.
         removed: the blocks that ``out`` lacks.
         out: the checkpoint to verify.
-        cut: the loaded model of ``out``; None loads it.
-        length: number of tokens of each of the two compared sequences.
-        new_tokens: number of tokens to generate after each of them; a streamed cut continues one.
+        new_tokens: number of tokens to generate after each of the two compared sequences; a
+            streamed cut continues one.
         images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
 
@@ -288,11 +287,10 @@ def verify(
     buffers = source.store.buffers if isinstance(source, StreamedReplay) else None
     model: Any = source.model if isinstance(source, StreamedReplay) else source
     model.eval()
-    prompts = tokens = random_tokens(model, 2, length)
-    if cut is None:
-        cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
-        if streamed:
-            prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
+    prompts = tokens = random_tokens(model, 2, _LENGTH)
+    cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
+    if streamed:
+        prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
     allowed = tolerance(model.dtype)
 
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
