@@ -20,7 +20,7 @@ from isingcut.models.architectures.blocks import (
 from isingcut.models.architectures.cuts import cut_config
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import random_tokens, reload, verify
-from isingcut.models.fit import find_prefix
+from isingcut.models.fit import Checkpoint
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_auto_class, load_config
 from isingcut.models.replay import Replay
@@ -77,11 +77,15 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
             StoredTensor(f"{prefix}.{i}.w", tmp_path, "F32", (1,), 0, size) for i in range(count)
         ]
 
+    def checkpoint(count, *tensors):
+        return Checkpoint(tmp_path, {"num_hidden_layers": count}, {t.name: t for t in tensors})
+
     blocks, images = stored("model.layers", 6, 100), stored("vq.up", 3, 300)
-    assert find_prefix([*images, *blocks], 6) == "model.layers."
+    assert checkpoint(6, *images, *blocks).prefix == "model.layers."
     # A configuration with too few blocks must not match a smaller stack of that many parts.
+    few = checkpoint(3, *stored("projector", 3, 10), *blocks)
     with pytest.raises(CheckpointError, match=r"says 3 blocks but the tensors model\.layers"):
-        find_prefix([*stored("projector", 3, 10), *blocks], 3)
+        _ = few.prefix
 
 
 def test_blocks_that_text_does_not_run_are_named(tmp_path):

@@ -15,8 +15,7 @@ from isingcut.models.architectures.blocks import skip_blocks
 from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.architectures.fields import MTP, config_object, text_part
 from isingcut.models.cutting.verify import random_tokens, relative_difference
-from isingcut.models.fit import find_prefix
-from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.models.fit import Checkpoint
 
 _TOLERANCE = 1e-5
 
@@ -60,8 +59,8 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     count = 1 if text.model_type == "mellum" else 2  # Mellum allows only one.
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
-    n = depth(read_decoder(config))
-    blocks = find_prefix(read_checkpoint(folder).values(), n)
+    checkpoint = Checkpoint.read(folder)
+    n, blocks = checkpoint.depth, checkpoint.prefix
     own = next((m[0] for p in patterns if (m := re.search(r"(model\\\.)?mtp\w*", p))), None)
     prefix = blocks if own is None else own.replace("\\", "") + ".layers."
     tensors = load_file(folder / "model.safetensors")

@@ -95,7 +95,17 @@ class Checkpoint:
             CheckpointError: no tensor has such a name, or the tensors have another number of
                 blocks than the configuration.
         """
-        return find_prefix(self.stored.values(), self.depth, self.mtp_layers)
+        prefix, found = _stack(self.stored.values(), self.depth, self.mtp_layers)
+        if not found:
+            raise CheckpointError("the checkpoint has no tensors of numbered blocks")
+        if not _fits(found, self.depth, self.mtp_layers):
+            missing = sorted(set(range(self.depth)) - found)
+            detail = f"; block {missing[0]} is missing" if missing else ""
+            raise CheckpointError(
+                f"the configuration says {self.depth} blocks but the tensors {prefix}* have "
+                f"{len(found)}{detail}"
+            )
+        return prefix
 
     def by_block(self) -> list[dict[str, StoredTensor]]:
         """Return the tensors of each block, with their names inside it; errors as `prefix`."""
@@ -184,30 +194,6 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
         if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
             continue
         raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
-
-
-def find_prefix(tensors: Iterable[StoredTensor], count: int, heads: int = 0) -> str:
-    """Return the common prefix of the names of all block tensors, up to the block number.
-
-    Args:
-        tensors: tensors of a checkpoint.
-        count: number of blocks in the configuration.
-        heads: number of layers for multi-token prediction, as from `mtp_layers`.
-
-    Raises:
-        CheckpointError: no tensor has such a name, or the tensors have another number of blocks.
-    """
-    prefix, found = _stack(tensors, count, heads)
-    if not found:
-        raise CheckpointError("the checkpoint has no tensors of numbered blocks")
-    if not _fits(found, count, heads):
-        missing = sorted(set(range(count)) - found)
-        detail = f"; block {missing[0]} is missing" if missing else ""
-        raise CheckpointError(
-            f"the configuration says {count} blocks but the tensors {prefix}* have "
-            f"{len(found)}{detail}"
-        )
-    return prefix
 
 
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
