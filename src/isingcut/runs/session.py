@@ -84,8 +84,7 @@ class Session:
         def read_record() -> dict[str, Any]:
             record = made.computed.get(device)
             if record is None or record.requested != requested:
-                devices = devices_of(self.loaded.model)
-                room = least_left(devices, self.config.memory_limit) // 2
+                room = least_left(devices_of(self.loaded.model), self.config.memory_limit) // 2
                 record = Computed(
                     requested=requested,
                     attention=self.tuning.attention,
