@@ -75,8 +75,7 @@ def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     losses = measure(replay, tokens, states, work=Work(batch))
     seconds["states"] = time.perf_counter() - began
     assert np.isfinite(losses.kl).all()
-    read = store.count_sweeps() * store.weights
-    found = {"seconds": seconds, "peak": resident_peak(), "bytes_read": read}
+    found = {"seconds": seconds, "peak": resident_peak(), "sweeps": store.count_sweeps()}
     return {**found, "blocks_run": losses.blocks_run, "dtype": dtype}
 
 
@@ -104,7 +103,7 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:<20}{value:>9.1f} s")
     print(
         f"{found['blocks_run']} block evaluations for {arguments.states} states; "
-        f"{found['bytes_read'] / 1e9:.1f} GB read in all; peak {found['peak'] / 1e6:.0f} MB"
+        f"{found['sweeps'] * size / 1e9:.1f} GB read in all; peak {found['peak'] / 1e6:.0f} MB"
     )
     return found
 
