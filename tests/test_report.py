@@ -93,6 +93,17 @@ NAMES = (
 )
 
 
+def test_a_speed_up_has_the_error_of_both_timings(folder):
+    found = read_json(folder / "evaluation.json", "evaluation")
+    for name, rate, error in (("before", 20.0, 3.0), ("after", 25.0, 5.0)):
+        found[name] |= {"decode_tokens_per_second": rate, "decode_tokens_per_second_se": error}
+    change(folder / "evaluation.json", "evaluation", before=found["before"], after=found["after"])
+    page = page_of(folder)
+    # 1.25 x the root of 0.15 squared and 0.2 squared.
+    assert "decodes 1.25 ± 0.31 times as fast" in page
+    assert "+25.0 ± 31.2 %" in page
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_stands_for_itself_in_markdown(folder, name):
     run = run_content(name, "pairwise", N, 3, 0)

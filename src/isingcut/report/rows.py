@@ -65,7 +65,7 @@ class Difference:
     Attributes:
         figure: change in percent of the first model's figure, or in the row's own unit.
         percent: whether ``figure`` is in percent.
-        error: standard error, if the models were compared sample by sample.
+        error: standard error, if the models were compared sample by sample, or timed repeatedly.
         low, high: ends of the 95 % interval, if the models were compared in pairs.
     """
 
@@ -279,7 +279,11 @@ def _row(
         difference = Difference(b.figure - a.figure, error=error)
     elif a.figure:
         ratio = b.figure / a.figure
-        error = 100 * ratio * error if key == "perplexity" and error is not None else None
+        spread = error if key == "perplexity" else None
+        if key.endswith("_per_second") and a.error is not None and b.error is not None:
+            # The models were timed one after the other, with independent errors.
+            spread = math.hypot(a.error / a.figure, b.error / b.figure)
+        error = None if spread is None else 100 * ratio * spread
         difference = Difference(100 * (ratio - 1), percent=True, error=error)
     return Row(key, label, unit, form, values, difference)
 
