@@ -81,6 +81,8 @@ NONE = [
       "params=5%,params=6%", "params=5%,", "params=15", "bytes=3", "kv=2",
       "latency=1", "params=" + "9" * 400, "file=90", "file=0MB", "file=-9MB"]),
     (Budgets, "no unit; write file=90MB$", ["file=90"]),
+    (Budgets, "no unit; write kv=1536kB$", ["kv=1536"]),
+    (Budgets, "no unit; write decode=25%$", ["decode=120"]),
     (Budgets, "unknown unit '%'; known: b, k,", ["file=25%"]),
     (Budgets, "unknown unit 'GB'; known: %$", ["decode=5GB"]),
     (Budgets, "a context .*=2GB@8k$", ["memory=2GB", "memory=2GB@0k", "memory=2GB@x"]),

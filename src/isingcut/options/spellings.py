@@ -305,8 +305,8 @@ def _measure(
             raise InputError(f"{what}: a share must be between 0% and 100%")
         return value / 100, None
     if not unit:
-        found = " or ".join(f"{name}{text}{way}" for way in ways)
-        raise InputError(f"{what}: no unit; write {found}")
+        found = [f"{name}{text}{way}" for way in ways if way != "%" or value <= 100]
+        raise InputError(f"{what}: no unit; write {' or '.join(found) or f'{name}25%'}")
     if unit not in units:
         known = ", ".join([way for way in ways if way == "%"] + [*units])
         raise InputError(f"{what}: unknown unit {_cut(match[2])}; known: {known}")
