@@ -410,13 +410,11 @@ def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     parts = card_parts(folder, [10, 11]).model_copy(update={"loads_with": "AutoModelForX"})
     file = folder / "model" / "isingcut.json"
-    assert card.read_parts(folder / "model") is None
-    assert card.read_parts(folder) is None
     assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
     change(file, "removal", card=parts.content())
-    assert card.read_parts(folder / "model") == parts
+    assert RunFiles(folder).removal.card == parts
     assert "from transformers import AutoModelForX\n" in card.model_card(parts)
     assert RunFiles(folder).loads_with == "AutoModelForX"
     change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
     with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
-        card.read_parts(folder / "model")
+        _ = RunFiles(folder).removal

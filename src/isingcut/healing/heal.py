@@ -24,6 +24,7 @@ from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
+from isingcut.files.cuts import CardParts, CutRecord
 from isingcut.files.evaluations import PairScores
 from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
 from isingcut.files.inputs import user_path
@@ -53,7 +54,7 @@ from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.report.card import healed_card, read_parts
+from isingcut.report.card import healed_card
 
 
 @convert_memory_errors()
@@ -183,7 +184,7 @@ def heal_checkpoint(
     config, processes, student, work = job.config, job.processes, job.start, work_of(out)
     sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
-    parts = read_parts(student)
+    parts = _card_parts(student)
     identity = identity_of(job, text)
     shown = silent if processes.rank else job.progress
     judge = job.judge or Domains(text.report)
@@ -312,11 +313,16 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
         )
 
 
+def _card_parts(student: Path) -> CardParts | None:
+    record = read_removal(student)
+    return record.card if isinstance(record, CutRecord) else None
+
+
 def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
     """Return the state of a checkpoint by its records: ``cut``, ``patched`` or ``healed``."""
     if (student / RECORD).exists():
         return "healed"
-    parts = read_parts(student)
+    parts = _card_parts(student)
     patched = parts is not None and parts.patch is not None and parts.patch.cuts
     return "patched" if patched else "cut"
 

@@ -67,7 +67,7 @@ def read_removal(folder: Path) -> Removal | None:
 
 
 def original_of(removal: Removal) -> dict[str, Any]:
-    """Return the original's name and `sources.model_identity`; empty in older records."""
+    """Return the original's name and `sources.model_identity`; empty if not recorded."""
     if isinstance(removal, CutRecord):
         return removal.model
     found: dict[str, Any] = removal.provenance.get("teacher") or {}
@@ -87,7 +87,6 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
     """
     ours, theirs = map(check_fit, (student, teacher))
     if removal is not None:
-        # Old records do not name the original.
         if (wanted := original_of(removal)) and not config.other_teacher:
             found, names = model_identity(teacher), ("sha256", "gguf_sha256")
             if not any(wanted.get(k) == found.get(k) is not None for k in names):

@@ -13,11 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from isingcut.data.mixture import describe_source
-from isingcut.errors import StageFileError
-from isingcut.files.cuts import CardParts, CutRecord
+from isingcut.files.cuts import CardParts
 from isingcut.files.healings import HealingFile
-from isingcut.files.inputs import load_json
-from isingcut.files.results import read_document
 from isingcut.models.sources import hub_id
 from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
@@ -76,19 +73,6 @@ def card_parts(
         energy=energy,
         rows=[*rows, ["torch, transformers", versions]],
     )
-
-
-def read_parts(checkpoint: Path) -> CardParts | None:
-    """Read the card parts in the record of a checkpoint; return None if it has none.
-
-    Raises:
-        StageFileError: the record is invalid.
-    """
-    record = checkpoint / "isingcut.json"
-    found = load_json(record, "the record of the cut", StageFileError) if record.is_file() else {}
-    if not isinstance(found, dict) or "card" not in found:
-        return None
-    return read_document(record, CutRecord).card
 
 
 def model_card(parts: CardParts, healing: HealingFile | None = None, **measured: Any) -> str:
@@ -157,7 +141,7 @@ def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str
     """Render the README.md of a checkpoint after a healing.
 
     Args:
-        parts: card parts of the cut; None if another tool or an older isingcut wrote it.
+        parts: card parts of the cut; None if another tool wrote it.
         card: README.md of the cut; without ``parts``, a section on the healing is added to it.
     """
     if parts is not None:
