@@ -243,12 +243,14 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     healing = read_json(run / "healing.json", "healing")
     healing |= {"tokens_seen": 15360, "report_tokens": 999}
     healing["patch"] = {"scores": {**healing["after"], "kl": 0.75}}
+    healing["stopped"] = {"why": "no more text after step 7", "kept": 7}
     write_json(run / "healing.json", "healing", healing)
     page = page_of(run)
     assert 'from_pretrained("run/healed")' in page.text
     assert "quantity original healed change" in page.text
     assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
+    assert "no more text after step 7" in page.text
 
 
 def test_names_and_texts_cannot_become_markup(tmp_path):

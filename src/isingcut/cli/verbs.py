@@ -95,12 +95,11 @@ def demo(progress: Any, **options: Any) -> Output:
 
 def _make_output(target: Path, *, generation: bool = False) -> Output:
     files = show.open_finished(target)
-    healing = [] if files.healing is None else words.healing_warnings(files.healing)
     return Output(
         show.run_data(files),
         lambda: show.show_run(files, generation=generation),
         brief=files.verdict if files.removed is None else str(files.product),
-        warnings=[*files.warnings, *healing],
+        warnings=files.warnings,
     )
 
 
@@ -341,11 +340,11 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL and --tasks to "
             "compare it with its original"
         )
-    asked = RunConfig(**typed)
-    benchmarking.check_run_tasks(asked)
+    changed = RunConfig(**typed)
+    benchmarking.check_run_tasks(changed)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if typed:
-        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
+        config = config.replace(tasks=changed.tasks, data=changed.data, questions=changed.questions)
     session = pipeline.session_of(folder, config, progress)
     found = evaluating.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent

@@ -231,18 +231,23 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings about the energy, the cut, its patch and its figures."""
-        said: list[str] = []
+        """Warnings about the energy, the choice, the cut, its repair and its figures."""
+        found: list[str] = []
+        if self.hamiltonian is not None and self.spectrum is not None:
+            found += words.search_warnings(self.hamiltonian.meta, [self.name])
         if self.candidates is not None:
-            said += words.ranking_warnings(self.energy, self.candidates)
-        if self.removal is not None and self.removal.proof is not None:
-            said += self.removal.proof.remarks
-        patched = (f for f in (self.removal, self.evaluation) if f is not None)
-        said += dict.fromkeys(line for f in patched for line in words.patch_warnings(f))
+            found += words.ranking_warnings(self.energy, self.candidates)
+        if self.removal is not None:
+            found += self.removal.proof.remarks if self.removal.proof else []
+            found += words.patch_warnings(self.removal)
         if self.evaluation is not None:
-            said += words.paragraphs("part_warnings", self.evaluation)
-        text = self.calibration
-        return said + words.overlap_warnings({} if text is None else text.overlap)
+            found += words.patch_warnings(self.evaluation)
+            found += words.paragraphs("part_warnings", self.evaluation)
+        if self.calibration is not None:
+            found += words.overlap_warnings(self.calibration.overlap)
+        if self.healing is not None:
+            found += words.healing_warnings(self.healing)
+        return list(dict.fromkeys(found))
 
     @property
     def winners(self) -> list[states.BaselineFile]:

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.progress import Progress, as_progress
 from isingcut.data.mixture import register_texts
 from isingcut.errors import InputError
-from isingcut.files import ownership, results, writing
-from isingcut.files.cuts import CutRecord
+from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.states import CandidatesFile, MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -35,7 +34,7 @@ from isingcut.models.processes import Processes
 from isingcut.models.sources import save_loaded_model
 from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
-from isingcut.report.words import patch_warnings, ranking_warnings, search_warnings
+from isingcut.report.words import ranking_warnings
 from isingcut.runs import cutting, evaluating, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.pipeline import (
@@ -215,19 +214,13 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """Problems with the choice, and what to do about them; usually empty.
+        """Problems with the results so far, and what to do about them; usually empty.
 
         Examples:
             >>> [w for w in isingcut.open_run("my-run").warnings if "poorly" in w]
             []
         """
-        found = search_warnings(self.hamiltonian.meta, [self.config.removal])
-        found += ranking_warnings(self.config.energy, self._ranked)
-        model = self.path / "model"
-        if self._folder.find_finished(model) is not None:
-            self._folder.check(model)
-            found += patch_warnings(results.read_document(model / "isingcut.json", CutRecord))
-        return found
+        return RunFiles(self._folder.path, self.path).warnings
 
     def at(self, remove: int | str) -> Run:
         """Return another removal of the same Hamiltonian; ranking it needs the model.
@@ -400,8 +393,8 @@ def prune(
         weakref.finalize(run, kept.pop_all().close)
     if processes.rank:
         return run
-    said = [text for found in rankings for text in ranking_warnings(config.energy, found)]
-    for text in dict.fromkeys(said):
+    texts = [text for found in rankings for text in ranking_warnings(config.energy, found)]
+    for text in dict.fromkeys(texts):
         warnings.warn(text, PoorEnergyWarning, stacklevel=3)
     return run
 
