@@ -115,8 +115,8 @@ def show_ranking(found: states.CandidatesFile) -> None:
                 f"{name}: Spearman {words.correlation_text(figures)}, with the measured KL of "
                 f"n = {figures.n} states"
             )
-    if said := words.sentence("one_pass_words", found):
-        lines.append(said.replace("`", ""))
+    if line := words.sentence("one_pass_words", found):
+        lines.append(line.replace("`", ""))
     if found.by_tasks is not None:
         for blocks, *cells in words.table("question_rows", found.by_tasks):
             names = ("questions", "right", "difference", "log-probability", "p")

@@ -98,7 +98,7 @@ class PlainBar:
     def __init__(
         self, description: str, total: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.description, self.total, self.done, self.said = description, total, 0.0, 0
+        self.description, self.total, self.done, self.printed = description, total, 0.0, 0
         self.note, self.clock, self.began = "", clock, clock()
         self.last = self.began
         self.first: tuple[float, float] | None = None
@@ -113,8 +113,8 @@ class PlainBar:
         now = self.clock()
         since, before = self.first or (self.began, 0.0)
         self.first = self.first or (now, self.done)
-        if tenth > self.said and now - self.last >= QUIET_SECONDS:
-            self.said, self.last = tenth, now
+        if tenth > self.printed and now - self.last >= QUIET_SECONDS:
+            self.printed, self.last = tenth, now
             left = (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 

@@ -34,8 +34,8 @@ def render_chat(
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as e:
         # A template is third-party code and may raise anything.
-        said = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
-        raise ModelError(f"the model's chat template refuses these messages ({said})") from e
+        reason = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
+        raise ModelError(f"the model's chat template refuses these messages ({reason})") from e
 
 
 Render = Callable[[list[dict[str, Any]]], str]

@@ -45,7 +45,7 @@ def clear_os_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as e:
         # torch's writer reports the position where it stopped, but not the reason: a full disk.
-        stopped = any(said in str(e) for said in ("PytorchStreamWriter failed", "unexpected pos"))
+        stopped = any(words in str(e) for words in ("PytorchStreamWriter failed", "unexpected pos"))
         if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "

@@ -135,8 +135,8 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
         if isinstance(e, ModelError) or not _is_worth_keeping(work):
             release(work)
         elif isinstance(e, IsingcutError):
-            said = f"finished work is kept in {work}; run the same command again to resume"
-            e.args = (f"{e}; {said}",)
+            hint = f"finished work is kept in {work}; run the same command again to resume"
+            e.args = (f"{e}; {hint}",)
         raise
     release(work)
 

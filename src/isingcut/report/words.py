@@ -48,8 +48,8 @@ def sentence(name: str, *about: Any) -> str:
 
 def paragraphs(name: str, *about: Any) -> list[str]:
     """Render a macro as a list of paragraphs, which blank lines separate."""
-    said = re.split(r"\n\s*\n", str(getattr(_sentences(), name)(*about)))
-    return [" ".join(words.split()) for words in said if words.strip()]
+    text = re.split(r"\n\s*\n", str(getattr(_sentences(), name)(*about)))
+    return [" ".join(words.split()) for words in text if words.strip()]
 
 
 def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
@@ -71,8 +71,8 @@ patch_warnings = partial(paragraphs, "patch_warnings")
 
 def healing_warnings(found: healings.HealingFile) -> list[str]:
     """Return the warnings about a healing: its patch, its text, its training and its results."""
-    said = paragraphs("healing_warnings", found)
-    return [*patch_warnings(found), *overlap_warnings(found.overlap), *said]
+    lines = paragraphs("healing_warnings", found)
+    return [*patch_warnings(found), *overlap_warnings(found.overlap), *lines]
 
 
 def _environment(**more: Any) -> jinja2.Environment:

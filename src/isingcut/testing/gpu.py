@@ -216,7 +216,7 @@ def heal(place: Place) -> str:
     """Check that every healing method trains and writes a verified checkpoint."""
     out = place.folder / "to-heal"
     isingcut.run(out=str(out), remove=2, **place.options(patch="none", skip_speed=True))
-    said = []
+    lines = []
     for method in ("lora", "last:2", "full"):
         healed = healing(
             student=str(out / "model"),
@@ -229,8 +229,8 @@ def heal(place: Place) -> str:
             device=str(place.device),
         )
         record = json.loads((healed / "healing.json").read_text(encoding="utf-8"))
-        said.append(f"{method}: KL {record['before']['kl']:.3f} to {record['after']['kl']:.3f}")
-    return "; ".join(said)
+        lines.append(f"{method}: KL {record['before']['kl']:.3f} to {record['after']['kl']:.3f}")
+    return "; ".join(lines)
 
 
 def experts(place: Place) -> str:
@@ -277,8 +277,8 @@ def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]
                 outcome, words = "skipped", str(e)
             except Exception as e:
                 trace = traceback.format_exc()
-                said = str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
-                outcome, words = "failed", " ".join(said.split())
+                message = str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
+                outcome, words = "failed", " ".join(message.split())
             seconds = time.monotonic() - began
             print(f"{outcome:8} {seconds:6.1f} s  {name:10} {words[:150]}", flush=True)
             row = {"check": name, "outcome": outcome, "seconds": seconds, "words": words}

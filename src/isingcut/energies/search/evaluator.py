@@ -124,12 +124,12 @@ class Evaluator:
         waiting, self._waiting = self._waiting, []
         calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
         for call in filter(None, calls):
-            said = description
+            title = description
             if self.budget is not None:
                 spent = 100 * min(1.0, self.ledger.passes / self.budget)
-                said += f" [{spent:.0f} % of the effort]"
+                title += f" [{spent:.0f} % of the effort]"
             wanted = [(np.array(list(group.values())), range(have, n)) for group, have, n in call]
-            measured = self.ledger.sums(wanted, said)
+            measured = self.ledger.sums(wanted, title)
             for (group, have, n), sums in zip(call, measured, strict=True):
                 self._take(group, have, n, sums)
 
