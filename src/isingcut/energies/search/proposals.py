@@ -317,7 +317,7 @@ def beam_over_sizes(
         picked = children[np.argsort(predicted, kind="stable")[:CHILDREN]]
         if not afford(picked):
             return
-        evaluator.measure(picked, samples, f"first states of {size} blocks")
+        evaluator.measure(picked, samples, f"first states, {size} removed")
         losses = [np.nansum(evaluator.known[key_of(s)].sums[:samples]) for s in picked]
         beam = [picked[i] for i in np.argsort(losses, kind="stable")[:BEAM]]
 
