@@ -224,7 +224,7 @@ class RunFolder:
         """
         found = self.find_finished(file)
         if found is None:
-            raise StageFileError(f"this run has not finished {file}; run its stage first")
+            raise StageFileError(f"{file} is not finished; type the command that began it again")
         return found
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
