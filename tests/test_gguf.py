@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import isingcut
 from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
+from isingcut.files.results import read_json
 from isingcut.models.cutting import gguf as gguf_cuts
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
@@ -326,6 +328,15 @@ def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, text, t
     assert found["kl"] > 0.001
     assert found["after"]["blocks"] == 4
     assert found["after"]["bytes"] == file.stat().st_size
+
+
+def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
+    shutil.copytree(gguf_run / "model", tmp_path / "cut")
+    assert call("evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed") == 0
+    assert "KL to the original" in capsys.readouterr().out
+    found = read_json(tmp_path / "cut-evaluation.json", "evaluation")
+    assert found["kl"] > 0.001
+    assert (found["after"]["blocks"], found["last"]) == (4, "patched")
 
 
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(

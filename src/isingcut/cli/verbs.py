@@ -298,7 +298,7 @@ def evaluate(
     """Compare the original and the final model on unseen text, speed, memory and benchmarks.
 
     Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
-    isingcut evaluate cut-Q4_K_M.gguf --original my-model
+    isingcut evaluate another-cut --original my-model
     """
     from isingcut.runs.folder import MANIFEST, find_run
 
@@ -317,11 +317,9 @@ def evaluate(
             raise InputError(
                 f"--{given[-1]} is for a run folder, --original for a checkpoint; use one"
             )
-        if not typed and not gguf:
-            raise InputError("--original needs benchmarks to compare; name some with --tasks")
         config = RunConfig(**typed, **select_given(options), model=original).validate()
-        if gguf and not config.tasks:
-            found, file = evaluating.evaluate_gguf(config, directory, out)
+        if not config.tasks:
+            found, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(
                 {"file": str(file), **found.content()},
                 lambda: show.show_evaluation(found),
@@ -337,8 +335,8 @@ def evaluate(
         raise InputError("--out needs --original; a run folder has its own benchmarks.json")
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
         raise InputError(
-            f"{directory} is a checkpoint, not a run folder; add --original MODEL and --tasks to "
-            "compare it with its original"
+            f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
+            "with its original"
         )
     changed = RunConfig(**typed)
     benchmarking.check_run_tasks(changed)
@@ -436,6 +434,7 @@ def push(
     checkpoint, folder = directory, None
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
+        solving.require(folder, config, "model")
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
     card, files = interop_hub.prepare(checkpoint, repository, folder)

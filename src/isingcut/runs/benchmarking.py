@@ -20,15 +20,13 @@ from isingcut.evaluation.questions import (
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files import evaluations, states
 from isingcut.files.inputs import user_path
-from isingcut.files.ownership import check_output
 from isingcut.files.results import fingerprint, read_document, write_document
-from isingcut.files.writing import lock_place
 from isingcut.measure.work import Work
-from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.report.words import join_blocks
 from isingcut.runs import solving
 from isingcut.runs.cutting import product
+from isingcut.runs.evaluating import open_scores
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
@@ -178,26 +176,19 @@ def benchmark_checkpoint(
 
     Args:
         config: options, whose ``model`` is the original.
-        out: the file for the scores; by default `NAME-benchmarks.json` next to the checkpoint.
+        out: the file for the scores, by default as `open_scores`.
 
     Returns:
         the scores, and the file that they were written to.
 
     Raises:
-        InputError: it is not a checkpoint, or as `check_run_tasks`.
-        OutputExistsError: the file exists and may not be replaced.
+        InputError: as `check_run_tasks`.
+        ModelError, OutputExistsError: as `open_scores`.
     """
-    file = out or checkpoint.with_name(f"{checkpoint.name.removesuffix('.gguf')}-benchmarks.json")
-    if checkpoint.suffix.lower() == ".gguf":
-        checkpoint = resolve(str(checkpoint))
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"{checkpoint} is not a checkpoint: it has no config.json")
-    sources = [str(checkpoint), config.model, *([config.data] if config.data else [])]
-    check_output(file, overwrite=config.overwrite, sources=sources)
-    # The harness takes seconds to list its tasks.
-    tasks = check_run_tasks(config)
-    with lock_place(file):
-        content = _score_both(Session(config), checkpoint, tasks)
+    with open_scores(config, checkpoint, out, "benchmarks") as (folder, file):
+        # The harness takes seconds to list its tasks.
+        tasks = check_run_tasks(config)
+        content = _score_both(Session(config), folder, tasks)
         write_document(file, content, seal=True)
     return content, file
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,16 @@ from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import lock_place, temporary_prefix
+from isingcut.healing.heal import start_of
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
 from isingcut.models.fit import count_mtp_layers
-from isingcut.models.gguf_files import convert_file, unpack_gguf
+from isingcut.models.gguf_files import unpack_gguf
 from isingcut.models.load import LoadedModel
+from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.runs import measuring, solving
 from isingcut.runs.cutting import product
@@ -142,48 +146,68 @@ def _add_drafts(
     )
 
 
-def evaluate_gguf(
-    config: RunConfig, gguf: Path, out: Path | None = None
+@contextlib.contextmanager
+def open_scores(
+    config: RunConfig, checkpoint: Path, out: Path | None, what: str
+) -> Iterator[tuple[Path, Path]]:
+    """Lock the file for the scores of a checkpoint or GGUF file in any place.
+
+    Yields:
+        the checkpoint's folder, and the file: `NAME-WHAT.json` next to the checkpoint by default.
+
+    Raises:
+        ModelError: it is not a checkpoint.
+        OutputExistsError: the file exists and may not be replaced.
+    """
+    place = Path(os.path.abspath(checkpoint))
+    file = out or place.with_name(f"{place.name.removesuffix('.gguf')}-{what}.json")
+    folder = resolve(str(place))
+    sources = [str(place), config.model, *([config.data] if config.data else [])]
+    check_output(file, overwrite=config.overwrite, sources=sources)
+    with lock_place(file):
+        yield folder, file
+
+
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: Path, out: Path | None = None
 ) -> tuple[evaluations.EvaluationFile, Path]:
-    """Compare a GGUF file with its original, on text of the given options.
+    """Compare a checkpoint or a GGUF file with its original, on text of the given options.
 
     Args:
         config: options, whose ``model`` is the original.
-        out: the file for the scores; by default `NAME-evaluation.json` next to the GGUF file.
+        out: the file for the scores, by default as `open_scores`.
 
     Returns:
         the scores, and the file that they were written to.
 
     Raises:
         InputError: they have different vocabularies.
-        OutputExistsError: the file exists and may not be replaced.
+        ModelError, OutputExistsError: as `open_scores`.
     """
-    file = out or gguf.with_name(f"{gguf.stem}-evaluation.json")
-    check_output(file, overwrite=config.overwrite, sources=[gguf, config.model])
-    with lock_place(file):
-        found = _compare_gguf(Session(measuring.resolve_energy(config)), gguf)
+    with open_scores(config, checkpoint, out, "evaluation") as (folder, file):
+        session = Session(measuring.resolve_energy(config))
+        cut = session.open_cut(folder)
+        ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
+        if ours != theirs:
+            raise InputError(
+                f"{checkpoint} has a vocabulary of {theirs}, {config.model} one of {ours}; give "
+                "its original with --original"
+            )
+        # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
+        packed = checkpoint.suffix.lower() == ".gguf"
+        found = before_and_after(
+            session.loaded,
+            cut,
+            measuring.build_calibration(session).splits["report"],
+            work=Work(session.tuning.batch_tokens, session.progress),
+            skip_speed=config.skip_speed or packed,
+        )
+        if packed:
+            found.after.bytes = checkpoint.stat().st_size
+        else:
+            found.last = start_of(folder)
         write_document(file, found, seal=True)
     return found, file
-
-
-def _compare_gguf(session: Session, gguf: Path) -> evaluations.EvaluationFile:
-    cut = session.open_cut(convert_file(gguf), [])
-    ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
-    if ours != theirs:
-        raise InputError(
-            f"{gguf} has a vocabulary of {theirs}, {session.config.model} one of {ours}; give its "
-            "original with --original"
-        )
-    found = before_and_after(
-        session.loaded,
-        cut,
-        measuring.build_calibration(session).splits["report"],
-        work=Work(session.tuning.batch_tokens, session.progress),
-        # GGUF files run in llama.cpp, so the speed in transformers is not relevant.
-        skip_speed=True,
-    )
-    after = found.after.model_copy(update={"bytes": gguf.stat().st_size})
-    return found.model_copy(update={"after": after})
 
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
