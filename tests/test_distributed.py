@@ -13,7 +13,7 @@ import isingcut
 import ranks
 from cards import fake_cards
 from isingcut.files.journal import Journal
-from isingcut.measure.losses import Piece, left
+from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
 from shared import call, write_words
 from tiny import count_rows, tiny_checkpoint
@@ -72,9 +72,9 @@ def _all(place, out, notes):
     computed = []
     put = Journal.put
 
-    def noted(journal, key, row):
-        computed.append(key)
-        put(journal, key, row)
+    def noted(journal, rows):
+        computed.extend(rows)
+        put(journal, rows)
 
     Journal.put = noted
     for arguments in (
@@ -228,7 +228,7 @@ def test_an_error_of_rank_0_is_its_own_line(place, tmp_path):
 def _killed(place, out, which):
     """Kill one of two processes while it stores its first row."""
     if os.environ["RANK"] == str(which):
-        Journal.put = lambda journal, key, row: os.kill(os.getpid(), signal.SIGKILL)
+        Journal.put = lambda journal, rows: os.kill(os.getpid(), signal.SIGKILL)
     type_in(*_typed(place, out))
 
 
@@ -290,8 +290,8 @@ def _dies(meeting, arguments):
     """Kill rank 1 while rank 0 computes; each has stored a row."""
     put = Journal.put
 
-    def watched(journal, key, row):
-        put(journal, key, row)
+    def watched(journal, rows):
+        put(journal, rows)
         if os.environ["RANK"] == "1":
             meeting.open("w").close()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -311,33 +311,34 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)
     assert "ended by a signal" in line
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
-    assert list(map(count_rows, journals)) == [1, 1]
+    # Each process has kept one half of the first micro-batch, the original included.
+    assert list(map(count_rows, journals)) == [11, 11]
     measured = []
     put = Journal.put
-    monkeypatch.setattr(
-        Journal, "put", lambda j, key, row: measured.append(key) or put(j, key, row)
-    )
+    monkeypatch.setattr(Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows))
     _energy(place, out, also=False)
-    assert measured == ["1:0-21", "2:0-21"], "each process had kept one half of the first"
+    assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
     assert not list(out.glob("*.journal*"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
-def test_pieces_cover_every_state_once(count):
-    done = ["0:0-5", "1:3-9", "1:12-20"]
-    found = left(done, 3, 20, count, 0.03)
-    covered = [
-        (p.batch, s) for p in [*found, *map(Piece.read, done)] for s in range(p.first, p.last)
+def test_pieces_cover_every_missing_state_once(count):
+    missing = [Piece(0, range(5, 20)), Piece(1, [0, 1, 2, 9, 10, 11]), Piece(4, [7])]
+    found = divide(missing, count, 0.03)
+    assert [key for part in found for key in part.keys] == [
+        k for piece in missing for k in piece.keys
     ]
-    assert sorted(covered) == [(b, s) for b in range(3) for s in range(20)]
-    assert left([p.key for p in found] + done, 3, 20, count, 0.03) == []
-    assert [Piece.read(p.key) for p in found] == found
+    assert all(part.places for part in found)
 
 
 def test_few_micro_batches_are_parted_for_many_processes():
-    assert [p.key for p in left([], 2, 100, 1, 0.03)] == ["0:0-100", "1:0-100"]
-    assert len(left([], 2, 100, 4, 0.03)) == 4
-    assert len(left([], 64, 100, 4, 0.03)) == 64
+    def whole(batches, states):
+        return [Piece(batch, range(states)) for batch in range(batches)]
+
+    assert divide(whole(2, 100), 1, 0.03) == whole(2, 100)
+    assert len(divide(whole(2, 100), 4, 0.03)) == 4
+    assert len(divide(whole(64, 100), 4, 0.03)) == 64
     # Even without states, the original's own losses are needed.
-    assert [p.key for p in left([], 1, 0, 4, 0.03)] == ["0:0-0"]
+    assert divide(whole(1, 1), 4, 0.03) == whole(1, 1)
+    assert divide([], 4, 0.03) == []

@@ -103,7 +103,7 @@ def path(tmp_path):
     """A journal of three rows."""
     kept = Journal(tmp_path / "journal", "a")
     for i in range(3):
-        kept.put(str(i), np.full((2, 2), i + np.pi))
+        kept.put({str(i): np.full((2, 2), i + np.pi)})
     return tmp_path / "journal"
 
 
@@ -111,7 +111,7 @@ def test_rows_come_back_with_their_bits_and_in_their_order(path):
     again = Journal(path, "a")
     assert again.keys() == ["0", "1", "2"]
     np.testing.assert_array_equal(again.get("1"), np.full((2, 2), 1 + np.pi))
-    again.put("1", np.zeros(3))
+    again.put({"1": np.zeros(3)})
     np.testing.assert_array_equal(Journal(path, "a").get("1"), np.zeros(3))
     assert Journal(path, "a", lambda key, row: row.shape == (3,)).keys() == ["1"]
     assert os.listdir(path.parent) == ["journal"]
@@ -127,7 +127,7 @@ def test_a_torn_end_loses_its_row_and_no_later_one(path, lost):
     os.truncate(path, path.stat().st_size - lost)
     again = Journal(path, "a")
     assert again.keys() == ["0", "1"]
-    again.put("3", np.zeros(3))
+    again.put({"3": np.zeros(3)})
     assert Journal(path, "a").keys() == ["0", "1", "3"]
 
 
@@ -146,4 +146,4 @@ def test_a_full_disk_is_said_as_such(path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="no space left on the disk"):
-        kept.put("large", np.ones(100))
+        kept.put({"large": np.ones(100)})

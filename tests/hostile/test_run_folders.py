@@ -178,9 +178,9 @@ def overwritten(path):
 def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch, command):
     put = Journal.put
 
-    def late(journal, key, row):
+    def late(journal, rows):
         overwritten(arena.model / "model.safetensors")
-        put(journal, key, row)
+        put(journal, rows)
 
     monkeypatch.setattr(Journal, "put", late)
     line = "the weights in .*model changed while they were read"

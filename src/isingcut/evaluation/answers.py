@@ -99,7 +99,7 @@ def answer_scores(
                 replay.limit, waiting[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
             )
             for b, found in zip(left[chunk], scores, strict=True):
-                kept.put(str(b), found)
+                kept.put({str(b): found})
                 bar.advance(costs[b])
     sums = np.zeros((2, len(wanted), len(rows)))
     for b, batch in enumerate(batches):
@@ -203,9 +203,9 @@ def generate_texts(
                 return [text for part in parts for text in write(part)]
 
             texts = fewer_tokens_to_fit(replay.limit, len(some), 1, write_by)
-            for i, text in zip(some, texts, strict=True):
-                # The journal stores arrays: one number per byte of the text.
-                kept.put(keys[i], np.array([*text.encode()], dtype=np.float64))
+            # The journal stores arrays: one number per byte of the text.
+            codes = (np.array([*text.encode()], dtype=np.float64) for text in texts)
+            kept.put(dict(zip((keys[i] for i in some), codes, strict=True)))
             bar.advance(len(some))
     rows = map(kept.get, keys)
     return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]

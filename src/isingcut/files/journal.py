@@ -1,4 +1,4 @@
-"""Journals: finished rows of a measurement, one per line; a killed run loses at most one row."""
+"""Journals: finished rows of a measurement, one per line, which stay when a run is killed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ _UNFIT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, Rec
 
 
 class Journal:
-    """Float64 arrays by key, each with a checksum and synced to disk when it is stored.
+    """Float64 arrays by key, each with a checksum and synced to disk when they are stored.
 
     A journal belongs to one measurement: with another ``fingerprint`` it starts empty. A row that
     is damaged, not finite or of another measurement is ignored, and measured again.
@@ -73,16 +73,18 @@ class Journal:
         """Return the keys of all rows, in the order in which they were stored."""
         return list(self._rows)
 
-    def put(self, key: str, row: Row) -> None:
-        """Store ``row`` under ``key`` and sync it to disk."""
-        row = np.ascontiguousarray(row, dtype=np.float64)
-        self._rows[key] = row
+    def put(self, rows: Mapping[str, Row]) -> None:
+        """Store rows under their keys and sync them to disk."""
+        new = {k: np.ascontiguousarray(row, dtype=np.float64) for k, row in rows.items()}
+        self._rows |= new
         if self._path is None:
             return
-        text = json.dumps([key, row.shape, base64.b64encode(row.tobytes()).decode()]).encode()
-        # Begin with a line end, because a kill may have left the last line without one.
         with clear_os_errors(self._path), self._path.open("ab") as file:
-            file.write(b"\n" + _checksum(text) + b" " + text)
+            for key, row in new.items():
+                data = base64.b64encode(row.tobytes()).decode()
+                text = json.dumps([key, row.shape, data]).encode()
+                # Begin with a line end, because a kill may have left the last line without one.
+                file.write(b"\n" + _checksum(text) + b" " + text)
             file.flush()
             os.fsync(file.fileno())
 

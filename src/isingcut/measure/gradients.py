@@ -225,7 +225,7 @@ def measure_batches(
         mine = [batches[int(key)] for key in own]
         for key, batch, row in zip(own, mine, found(mine, bar), strict=True):
             check_finite(replay, batch, row)
-            kept.put(key, row)
+            kept.put({key: row})
         kept.gather()
     rows = np.zeros((tokens.samples, *shape))
     for key, batch in zip(keys, batches, strict=True):

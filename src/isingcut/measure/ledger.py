@@ -84,7 +84,7 @@ class Ledger:
         if row is None:
             found = self._replay.processes.gather(make().astype(np.float64).tobytes())
             row = np.frombuffer(found[0], dtype=np.float64).copy()
-            self._kept.put(key, row)
+            self._kept.put({key: row})
         return row
 
     def sums(
@@ -111,8 +111,7 @@ class Ledger:
             measured = measure_together(self._replay, sets, self._work, description)
             for (states_of, _), found in zip(missing, measured, strict=True):
                 sums = found.kl_sums if self._loss == "kl" else found.nll_sums
-                for key, row in zip(states_of, sums, strict=True):
-                    self._kept.put(key, row)
+                self._kept.put(dict(zip(states_of, sums, strict=True)))
         return [
             np.array([self._kept.get(key) for key in own]).reshape(len(own), len(rows))
             for own, (_, rows) in zip(keys, wanted, strict=True)

@@ -112,69 +112,41 @@ def walk(
 
 @dataclass(frozen=True)
 class Piece:
-    """States first, first + 1, ..., last - 1 of the walk, on one micro-batch."""
+    """Some states on one micro-batch.
+
+    Attributes:
+        batch: index of the micro-batch.
+        places: places of the states in the walk, ascending; place 0 is the original model.
+    """
 
     batch: int
-    first: int
-    last: int
+    places: Sequence[int]
 
     @property
-    def key(self) -> str:
-        """The key of the piece in a journal."""
-        return f"{self.batch}:{self.first}-{self.last}"
+    def keys(self) -> list[str]:
+        """The keys of the piece's rows in a journal, one for each state."""
+        return [f"{self.batch}:{place}" for place in self.places]
 
-    @classmethod
-    def read(cls, key: str) -> Piece:
-        """Parse the key of a piece."""
-        batch, _, states = key.partition(":")
-        first, _, last = states.partition("-")
-        return cls(int(batch), int(first), int(last))
+    def cut(self, parts: int) -> list[Piece]:
+        """Divide the piece into at most ``parts`` parts of similar size."""
+        count = len(self.places)
+        parts = min(parts, count)
+        ends = [count * i // parts for i in range(parts + 1)]
+        return [Piece(self.batch, self.places[a:b]) for a, b in pairwise(ends)]
 
 
-def left(
-    done: Iterable[str], batches: int, states: int, processes: int, repeated: float
-) -> list[Piece]:
-    """Divide the remaining measurement into pieces that keep all processes busy.
+def divide(pieces: Sequence[Piece], processes: int, repeated: float) -> list[Piece]:
+    """Divide pieces so that all processes are busy and the measurement finishes soonest.
 
     Args:
-        done: keys of finished pieces, of any size.
-        batches, states: total numbers of micro-batches and states.
-        processes: number of processes.
-        repeated: extra cost of each further piece of a micro-batch, relative to the whole
-            micro-batch.
+        repeated: extra cost of each further part of a piece, relative to the whole piece.
     """
-    finished: dict[int, list[Piece]] = {}
-    for piece in map(Piece.read, done):
-        finished.setdefault(piece.batch, []).append(piece)
-    gaps: list[Piece] = []
-    for batch in range(batches):
-        end = 0
-        had = sorted(finished.get(batch, []), key=lambda p: p.first)
-        for piece in had:
-            if piece.first > end:
-                gaps.append(Piece(batch, end, piece.first))
-            end = max(end, piece.last)
-        if end < states or not had:
-            gaps.append(Piece(batch, end, states))
-    parts = _parts(len(gaps), processes, repeated)
-    return [part for gap in gaps for part in cut(gap, parts)]
-
-
-def _parts(gaps: int, processes: int, repeated: float) -> int:
-    """Return the number of pieces per gap with which the measurement finishes soonest."""
 
     def rounds(parts: int) -> float:
-        return -(-gaps * parts // processes) * (1 / parts + repeated)
+        return -(-len(pieces) * parts // processes) * (1 / parts + repeated)
 
-    return min(range(1, 2 * processes + 1), key=rounds)
-
-
-def cut(gap: Piece, parts: int) -> list[Piece]:
-    """Divide a piece into at most ``parts`` parts of similar size."""
-    count = gap.last - gap.first
-    parts = max(1, min(parts, count))
-    ends = [gap.first + count * i // parts for i in range(parts + 1)]
-    return [Piece(gap.batch, a, b) for a, b in pairwise(ends)]
+    parts = min(range(1, 2 * processes + 1), key=rounds)
+    return [part for piece in pieces for part in piece.cut(parts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +271,7 @@ def measure_together(
         todo = [
             _Part(task, piece, task.batches[piece.batch]) for task in tasks for piece in task.todo
         ]
-        streams = [part.piece.last - part.piece.first + _OTHERS for part in todo]
+        streams = [len(part.piece.places) + _OTHERS for part in todo]
 
         def compute(some: Sequence[_Part]) -> list[Floats]:
             return list(_measure(replay, head, some))
@@ -309,8 +281,8 @@ def measure_together(
                 replay.limit, todo[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
             )
             for part, rows in zip(todo[chunk], found, strict=True):
-                part.task.kept.put(part.piece.key, rows)
-                bar.advance(0, part.task.fill(part.piece.key))
+                part.task.kept.put(dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True)))
+                bar.advance(0, part.task.fill(part.piece.keys))
         return [task.result() for task in tasks]
 
 
@@ -319,8 +291,8 @@ class _Task:
 
     Attributes:
         batches: micro-batches of the text.
-        ordered: (S, N) bool, sorted states.
-        kept: journal with the rows of finished pieces.
+        ordered: (S + 1, N) bool, the original model and the sorted states.
+        kept: journal with a row (2, B) for each finished state on each micro-batch.
         todo: pieces that this process measures.
         all_blocks: number of block evaluations of the whole measurement.
         bar: progress bar; a step of this process counts for all processes.
@@ -336,11 +308,11 @@ class _Task:
         self._replay = replay
         self._wanted = wanted = np.asarray(states, dtype=bool).reshape(-1, len(replay))
         self._order = in_order(wanted)
-        self.ordered = wanted[self._order]
+        self.ordered = np.insert(wanted[self._order], 0, False, axis=0)
         self._nodes = own_blocks(self.ordered).sum(1)
-        self._per_batch = len(replay) + int(self._nodes.sum())
+        self._nodes[0] = len(replay)
         self.batches = tokens.batches(work.batch_tokens)
-        self.all_blocks = self._per_batch * len(self.batches)
+        self.all_blocks = int(self._nodes.sum()) * len(self.batches)
         measured = identity(
             replay,
             tokens,
@@ -348,22 +320,29 @@ class _Task:
             shape=list(wanted.shape),
             batch_tokens=work.batch_tokens,
         )
-        fits = _of_pieces(self.batches, len(wanted))
-        self.kept = SharedJournal(work.journal, measured, fits, replay.processes)
+        whole = (Piece(b, range(len(self.ordered))) for b in range(len(self.batches)))
+        self._rows = {key: (p.batch, k) for p in whole for k, key in enumerate(p.keys)}
+        self.kept = SharedJournal(work.journal, measured, self._fits, replay.processes)
         self._counts = tokens.counts
-        self._sums = np.zeros((2, len(wanted) + 1, tokens.samples))
-        self._seen = np.zeros((len(wanted), tokens.samples), dtype=bool)
+        self._sums = np.zeros((2, len(self.ordered), tokens.samples))
+        self._seen = np.zeros((len(self.ordered), tokens.samples), dtype=bool)
+
+    def _fits(self, key: str, row: Floats) -> bool:
+        """Whether a journal's row can belong to this measurement."""
+        return key in self._rows and row.shape == (2, self.batches[self._rows[key][0]].samples)
 
     def begin(self, bar: Bar) -> None:
         """Read the journal, and collect the remaining pieces of this process."""
-        n, keys = len(self._replay), list(self.kept.keys())
-        words = [self.fill(key) for key in keys]
-        done = sum(self.blocks_run(Piece.read(key)) for key in keys)
-        bar.advance(done, next(filter(None, reversed(words)), ""))
-        size, again = self._replay.processes.size, 2 * n / self._per_batch
-        todo = left(keys, len(self.batches), len(self._order), size, again)
-        own, self.bar = self.kept.share([piece.key for piece in todo], bar)
-        pieces = sorted(map(Piece.read, own), key=lambda piece: (piece.first, piece.last))
+        note = self.fill(self.kept.keys())
+        missing: dict[int, list[int]] = {}
+        for key, (batch, place) in self._rows.items():
+            if self.kept.get(key) is None:
+                missing.setdefault(batch, []).append(place)
+        todo = [Piece(*item) for item in missing.items()]
+        bar.advance(self.all_blocks - sum(map(self.blocks_run, todo)), note)
+        again = 2 * len(self._replay) / int(self._nodes.sum())
+        own, self.bar = self.kept.share(divide(todo, self._replay.processes.size, again), bar)
+        pieces = sorted(own, key=lambda piece: piece.places[0])
         self.todo = [part for piece in pieces for part in self._fitting(piece)]
 
     def _fitting(self, piece: Piece) -> list[Piece]:
@@ -381,48 +360,33 @@ class _Task:
                 f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
                 "MB; raise --memory-limit or lower --batch-tokens"
             )
-        return cut(piece, -(-(piece.last - piece.first) // fit))
+        return piece.cut(-(-len(piece.places) // fit))
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
-        n = 0 if piece.first else len(self._replay)
-        return n + int(self._nodes[piece.first : piece.last].sum())
+        return int(self._nodes[piece.places].sum())
 
-    def fill(self, key: str) -> str:
-        """Read a piece from the journal; return the lowest running mean of KL as text."""
-        piece, row, order = Piece.read(key), self.kept.get(key), self._order
-        assert row is not None
-        places, found = self.batches[piece.batch].index.numpy(), order[piece.first : piece.last]
-        self._sums[:, np.append(found, len(order))[:, None], places] = row
-        if not len(found):
+    def fill(self, keys: Iterable[str]) -> str:
+        """Read rows from the journal; return the lowest running mean of KL as text."""
+        for key in keys:
+            batch, place = self._rows[key]
+            samples = self.batches[batch].index.numpy()
+            self._sums[:, place, samples] = self.kept.get(key)
+            self._seen[place, samples] = True
+        seen = self._seen[1:]
+        if not seen.any():
             return ""
-        self._seen[found[:, None], places] = True
         # Unmeasured samples of a state are in neither sum.
-        mean = self._sums[0, :-1].sum(1) / np.maximum(1, self._seen @ self._counts)
-        return f"lowest running mean of KL {mean[self._seen.any(1)].min():.4f}"
+        mean = self._sums[0, 1:].sum(1) / np.maximum(1, seen @ self._counts)
+        return f"lowest running mean of KL {mean[seen.any(1)].min():.4f}"
 
     def result(self) -> Measurement:
         """Return the measurement, with the rows of all processes."""
         self.kept.gather()
-        for key in self.kept.keys():  # noqa: SIM118
-            self.fill(key)
-        wanted, (kl, nll) = self._wanted, self._sums
-        unshared = len(self._replay) + int((~wanted).sum())
-        return Measurement(
-            wanted, kl[:-1], nll[:-1], nll[-1], self._counts, self._per_batch, unshared
-        )
-
-
-def _of_pieces(batches: Sequence[TokenSet], states: int) -> Callable[[str, Floats], bool]:
-    """Return a function that checks whether a journal's row can belong to a piece."""
-
-    def fits(key: str, row: Floats) -> bool:
-        piece = Piece.read(key)
-        inside = piece.key == key and 0 <= piece.first <= piece.last <= states
-        shape = (2, piece.last - piece.first + 1, batches[piece.batch].samples)
-        return inside and piece.batch >= 0 and row.shape == shape
-
-    return fits
+        self.fill(self.kept.keys())
+        kl, nll = self._sums[:, 1 + np.argsort(self._order)]
+        run, unshared = int(self._nodes.sum()), len(self._replay) + int((~self._wanted).sum())
+        return Measurement(self._wanted, kl, nll, self._sums[1, 0], self._counts, run, unshared)
 
 
 @dataclass(frozen=True)
@@ -447,7 +411,7 @@ class _Part:
 
 
 def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterator[Floats]:
-    """Yield for each part (2, K + 1, B): KL and NLL sums of its K states and of the original.
+    """Yield for each part (2, K, B): KL and NLL sums of its K states.
 
     Raises:
         ModelError: a loss is not finite.
@@ -456,10 +420,9 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
     recordings = [replay.record(batch.input_ids) for batch in batches]
     trees, steps = [], []
     for part, recording in zip(todo, recordings, strict=True):
-        # The first sorted state removes nothing: the original.
         task, piece = part.task, part.piece
-        own = task.ordered[piece.first : piece.last]
-        tree = np.concatenate([np.zeros((1, len(replay)), dtype=bool), own])
+        # The states of every part are compared with the original.
+        tree = task.ordered[[0, *filter(None, piece.places)]]
         trees.append((tree, recording.entered))
         # Repeated blocks of a divided micro-batch do not count as progress.
         runs = len(replay) + int(own_blocks(tree).sum())
@@ -486,5 +449,4 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         # Before this line, nothing is read from the device.
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)
         check_finite(replay, batches[tree], rows, trees[tree][0])
-        # Move the original from the first place to the last.
-        yield np.roll(rows, -1, axis=1)
+        yield rows[:, -len(todo[tree].piece.places) :]

@@ -8,10 +8,10 @@ bitwise equal to that of one process. Rows in any of the journals are not measur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.numpy import load, save
 
@@ -23,6 +23,8 @@ from isingcut.files.results import fingerprint
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.options.config import BATCH_TOKENS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,12 @@ class SharedJournal(Journal):
                     self._new |= Journal(left, fingerprint, fits)._rows
         self.gather()
 
-    def put(self, key: str, row: Row) -> None:
-        """Store ``row`` under ``key`` and sync it to disk."""
-        super().put(key, row)
-        self._new[key] = self._rows[key]
+    def put(self, rows: Mapping[str, Row]) -> None:
+        """Store rows under their keys and sync them to disk."""
+        super().put(rows)
+        self._new |= {key: self._rows[key] for key in rows}
 
-    def share(self, units: Sequence[str], bar: Bar) -> tuple[list[str], Bar]:
+    def share(self, units: Sequence[T], bar: Bar) -> tuple[list[T], Bar]:
         """Return the units of this process, and a bar that counts them for all processes."""
         own = list(units[self._processes.rank :: self._processes.size])
         return own, _ForAll(bar, len(units) / max(1, len(own)))
