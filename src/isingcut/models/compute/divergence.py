@@ -404,13 +404,10 @@ def divergence_from_stream(
     Memory: the gradient of all logits, n V in the logits' dtype, until the backward pass.
     """
     rows = max(1, chunk_elements // vocabulary)
-
-    def part(hidden: Tensor, other: Tensor) -> Tensor:
+    total = torch.zeros((), device=student.device)
+    pairs = zip(torch.split(student, rows), torch.split(teacher, rows), strict=True)
+    for hidden, other in pairs:
         with torch.no_grad():
             target = teacher_head(other)
-        return divergence(head(hidden), target)
-
-    total = torch.zeros((), device=student.device)
-    for a in range(0, len(student), rows):
-        total = total + part(student[a : a + rows], teacher[a : a + rows])
+        total = total + divergence(head(hidden), target)
     return total
