@@ -12,7 +12,6 @@ from isingcut.errors import ArchitectureError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
-from isingcut.models.replay import use_attention
 from isingcut.testing.tiny import tiny_model
 from tiny import random_tokens, replay_of, tiny_replay
 
@@ -58,9 +57,7 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
 
 
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():
-    with (
-        torch.no_grad(),
-        pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"),
-        use_attention(tiny_replay(), "no such"),
-    ):
-        pass
+    replay = tiny_replay()
+    replay.attention = "no such"
+    with pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"):
+        measure(replay, random_tokens(), [])

@@ -451,13 +451,13 @@ def reuse_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def use_attention(replay: Replay, name: str | None = None) -> Iterator[None]:
-    """Use the attention implementation ``name``, or that of the replay, within the context.
+def use_attention(replay: Replay) -> Iterator[None]:
+    """Use the replay's attention implementation for measurements within the context.
 
     Raises:
         ArchitectureError: the model has no such implementation.
     """
-    model, wanted = replay.model, name or replay.attention
+    model, wanted = replay.model, replay.attention
     before = attention_of(model)
     if wanted is None or wanted == before:
         yield
