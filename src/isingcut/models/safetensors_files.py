@@ -30,16 +30,6 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 """Largest header of a safetensors file in bytes; this is the limit of the safetensors library."""
 _OTHERS = {".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors"}
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-"""Bits of one element, by the name of its dtype."""
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Dtypes of plain floating-point weights."""
 
@@ -58,7 +48,12 @@ class StoredTensor:
     @property
     def packed(self) -> bool:
         """Whether an element may contain several weights."""
-        return not self.dtype.startswith(("F", "BF")) or BITS[self.dtype] < 8
+        return not self.dtype.startswith(("F", "BF")) or self.size < math.prod(self.shape)
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one element; 0 for less than a byte, or without elements."""
+        return self.size // max(1, math.prod(self.shape))
 
     @property
     def most_numbers(self) -> int:
@@ -231,8 +226,6 @@ def read_header(path: Path) -> list[StoredTensor]:
             dtype, (start, end) = entry["dtype"], entry["data_offsets"]
             place = 8 + length + start, end - start
             tensors.append(StoredTensor(name, path, dtype, tuple(entry["shape"]), *place))
-            if dtype not in BITS:
-                raise ValueError(f"the dtype {dtype} is not known")
     except (SafetensorError, OSError, ValueError) as error:
         words = f"{path} is damaged, truncated or not a safetensors file: {one_line(error)}"
         raise CheckpointError(f"{words}; download it again") from error
@@ -301,7 +294,7 @@ def write_checkpoint(folder: Path, tensors: Sequence[NewTensor], max_shard_bytes
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write tensors as one safetensors file; it must not be a file that they are read from."""
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
-    ordered = sorted(tensors, key=lambda t: -BITS[t.source.dtype])
+    ordered = sorted(tensors, key=lambda t: -t.source.element_size)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
