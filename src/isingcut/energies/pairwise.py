@@ -50,7 +50,7 @@ class Pairwise:
         coupled = np.zeros((tokens.samples, n, n))
         coupled[:, i, j] = coupled[:, j, i] = (found.kl_sums[n:] - own[i] - own[j]).T
         meta = describe_energy("pairwise", "KL(original || cut)", tokens)
-        meta |= {"blocks_run": found.blocks_run, "blocks_unshared": found.blocks_unshared}
+        meta["blocks_run"] = found.blocks_run
         return join_samples(own.T, coupled, found.counts, meta)
 
 

@@ -160,7 +160,6 @@ class Measurement:
         original_nll_sums: (m,) the same as ``nll_sums`` for the original model.
         counts: (m,) predicted, non-padding tokens of each sample.
         blocks_run: number of block evaluations per sample of the token set.
-        blocks_unshared: number of block evaluations without shared prefixes.
     """
 
     states: States
@@ -169,7 +168,6 @@ class Measurement:
     original_nll_sums: Floats
     counts: npt.NDArray[np.int64]
     blocks_run: int
-    blocks_unshared: int
 
     @property
     def kl(self) -> Floats:
@@ -385,8 +383,8 @@ class _Task:
         self.kept.gather()
         self.fill(self.kept.keys())
         kl, nll = self._sums[:, 1 + np.argsort(self._order)]
-        run, unshared = int(self._nodes.sum()), len(self._replay) + int((~self._wanted).sum())
-        return Measurement(self._wanted, kl, nll, self._sums[1, 0], self._counts, run, unshared)
+        run = int(self._nodes.sum())
+        return Measurement(self._wanted, kl, nll, self._sums[1, 0], self._counts, run)
 
 
 @dataclass(frozen=True)
