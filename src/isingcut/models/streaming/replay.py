@@ -109,7 +109,8 @@ class StreamedReplay(Replay):
         logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.store.dtype.itemsize * count)
         work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
-        slack = _slack(self.memory, self.device)
+        on_cpu = self.device.type == "cpu"
+        slack = _SLACK if on_cpu else min(_SLACK, self.memory.total // _SLACK_SHARE)
         room = self.memory.left - parts - work - slack
         if room <= 0:
             needed = self.memory.used + parts + work + slack
@@ -149,7 +150,3 @@ def open_model(
         # Not used memory: `room` counts the buffers for each of the models that share them.
         memory = replace(memory, used=memory.used - buffers.allocated)
     return model, store, memory
-
-
-def _slack(memory: Allowance, device: torch.device) -> int:
-    return _SLACK if device.type == "cpu" else min(_SLACK, memory.total // _SLACK_SHARE)
