@@ -266,9 +266,7 @@ def measure_together(
         head = OutputHead(replay)
         for task in tasks:
             task.begin(bar)
-        todo = [
-            _Part(task, piece, task.batches[piece.batch]) for task in tasks for piece in task.todo
-        ]
+        todo = [part for task in tasks for part in task.todo]
         streams = [len(part.piece.places) + _OTHERS for part in todo]
 
         def compute(some: Sequence[_Part]) -> list[Floats]:
@@ -291,7 +289,7 @@ class _Task:
         batches: micro-batches of the text.
         ordered: (S + 1, N) bool, the original model and the sorted states.
         kept: journal with a row (2, B) for each finished state on each micro-batch.
-        todo: pieces that this process measures.
+        todo: parts that this process measures.
         all_blocks: number of block evaluations of the whole measurement.
         bar: progress bar; a step of this process counts for all processes.
     """
@@ -343,7 +341,7 @@ class _Task:
         pieces = sorted(own, key=lambda piece: piece.places[0])
         self.todo = [part for piece in pieces for part in self._fitting(piece)]
 
-    def _fitting(self, piece: Piece) -> list[Piece]:
+    def _fitting(self, piece: Piece) -> list[_Part]:
         """Divide a piece into parts whose hidden states fit the memory limit.
 
         Raises:
@@ -358,7 +356,7 @@ class _Task:
                 f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
                 "MB; raise --memory-limit or lower --batch-tokens"
             )
-        return piece.cut(-(-len(piece.places) // fit))
+        return [_Part(self, part, batch) for part in piece.cut(-(-len(piece.places) // fit))]
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
