@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
 
 import isingcut
 from isingcut.testing.tiny import tiny_checkpoint
@@ -29,20 +30,14 @@ PARTS = ("src", "tests", "benchmarks", "docs", "examples")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder with the sdist, and the wheel made from it."""
+    """The folder with the sdist, and the wheel made from it, by the builders that pip runs."""
     base = tmp_path_factory.mktemp("build")
-    source = base / "source"
-    junk = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
-    for part in (*PARTS, "studies"):
-        shutil.copytree(ROOT / part, source / part, ignore=junk)
-    for file in ROOT.iterdir():
-        if file.is_file():
-            shutil.copy(file, source / file.name)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", base / "dist", source],
-        check=True,
-        capture_output=True,
-    )
+    given = {"directory": str(base / "dist"), "versions": ["standard"]}
+    (sdist,) = SdistBuilder(str(ROOT)).build(**given)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(base / "source", filter="data")
+    (source,) = (base / "source").iterdir()
+    assert list(WheelBuilder(str(source)).build(**given))
     return base / "dist"
 
 
