@@ -324,7 +324,7 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeyp
 
 def process(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "isingcut.cli.main", *arguments],
+        [sys.executable, "-m", "isingcut", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "100", **environment},
@@ -339,21 +339,15 @@ def test_no_color_is_respected_and_pipes_get_none():
     assert "\x1b" not in process("--help").stdout
 
 
-def test_shell_completion_knows_verbs_and_parts():
+def test_shell_completion_knows_verbs_and_parts(monkeypatch, capsys):
     def complete(words):
-        # The program's name decides which variable is read.
-        code = "import isingcut.cli.main as c; c.app(prog_name='isingcut')"
-        asked = {
-            "_ISINGCUT_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(len(words.split(" ")) - 1),
-        }
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **asked},
-        ).stdout.split()
+        monkeypatch.setenv("_ISINGCUT_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+        with pytest.raises(SystemExit):
+            # The program's name decides which variable is read.
+            cli.app(prog_name="isingcut")
+        return capsys.readouterr().out.split()
 
     assert "excise" in complete("isingcut ex")
     assert "tabu" in complete("isingcut solve my-run --solver ta")
