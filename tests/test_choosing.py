@@ -33,7 +33,7 @@ from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, cutting, pipeline, ranking
 from isingcut.runs.benchmarking import check_run_tasks
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS, call, write_jsonl
+from shared import OPTIONS, call, leave_speed_out, write_jsonl
 from tiny import random_tokens, tiny_replay
 
 
@@ -382,11 +382,20 @@ def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
     assert "The choice was not made by this KL" in said
 
 
-def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions, tmp_path):
-    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(tmp_path / "run")}
-    target = isingcut.run(**options)
+@pytest.fixture(scope="module")
+def asked(llama, text, questions, tmp_path_factory):
+    """The options of a run that chose by questions, and its folder."""
+    out = tmp_path_factory.mktemp("asked") / "run"
+    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(out)}
+    with pytest.MonkeyPatch.context() as patch:
+        leave_speed_out(patch.setattr)
+        return options, isingcut.run(**options)
+
+
+def test_a_run_chooses_by_questions_and_reports_on_others(asked, llama, questions):
+    options, target = asked
     found = read_json(target / "candidates.json", "candidates")
-    asked, rows = found["by_tasks"], found["by_tasks"]["candidates"]
+    choice, rows = found["by_tasks"], found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
     asked_kl = [kl[tuple(row["removed"])] for row in rows]
     assert asked_kl == sorted(asked_kl)
@@ -398,13 +407,13 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     assert chosen["difference"] is None
     assert not chosen["dropped"]
     assert "questions of mine.jsonl" in found["chosen"]["why"]
-    assert len(asked["questions"]) == 30
+    assert len(choice["questions"]) == 30
     assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
     cut = load(target / "model", dtype="float32", device="cpu")
     task = prepare_task(str(questions), None)
-    (own,) = score_states(cut, task, [()], wanted=set(asked["questions"]).__contains__)
+    (own,) = score_states(cut, task, [()], wanted=set(choice["questions"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])
     assert own.certainties.mean() == pytest.approx(chosen["certainty"])
     assert len(own.values) == 30
@@ -413,7 +422,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(llama, text, questions
     judged = read_json(target / "benchmarks.json", "benchmarks")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
-    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in asked["questions"])
+    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in choice["questions"])
     assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
@@ -494,12 +503,9 @@ def test_what_cannot_be_asked(questions):
         check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
-def test_a_streamed_model_answers_alike(llama, text, questions, tmp_path):
-    options = {**chosen_by(llama, text), "tasks": str(questions)}
-    streamed, whole = (
-        isingcut.run(**options, out=str(tmp_path / stream), stream=stream)
-        for stream in ("on", "off")
-    )
+def test_a_streamed_model_answers_alike(asked, tmp_path):
+    options, whole = asked
+    streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
     for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
         one, other = (read_json(target / name, kind) for target in (streamed, whole))
         if kind == "benchmarks":
