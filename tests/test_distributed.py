@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import isingcut
 import ranks
 from cards import fake_cards
 from isingcut.files.journal import Journal
@@ -25,39 +24,28 @@ OPTIONS = {
 FILES = ["calibration.safetensors", "hamiltonian.safetensors"]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("distributed")
-    tiny_checkpoint("llama", folder / "model")
+def _place(folder, **sizes):
+    """Write a tiny model and a text to a folder."""
+    tiny_checkpoint("llama", folder / "model", **sizes)
     write_words(folder / "text.txt", 2500)
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(place):
-    """Results of a single process, through the Python API."""
-    from isingcut.runs import pipeline, ranking, solving
+def place(tmp_path_factory):
+    """A folder with a tiny model and a text."""
+    return _place(tmp_path_factory.mktemp("distributed"))
 
-    for name in ("pairwise", "fisher", "refined"):
-        _energy(place, place / name, name)
-    run = isingcut.runs.folder.RunFolder.open(place / "pairwise")
-    config = run.config.replace(remove="2", random_states=30, states=5)
-    solving.solve(run, config)
-    ranking.rank(pipeline.session_of(run, config), run)
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """Results of a single process."""
+    _measure(place, place)
     return place
 
 
-def _energy(place, out, name="pairwise", also=True, **more):
-    isingcut.energy(
-        model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), energy=name,
-        also="hessian" if also and name == "pairwise" else "",
-        remove="2" if name == "refined" else "", **OPTIONS, **more,
-    )  # fmt: skip
-
-
 def _typed(place, out, name="pairwise", also=True):
-    """Return the same measurement as a command line."""
+    """Return a measurement as a command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
     others = ["--also", "hessian"] if also and name == "pairwise" else []
     others += ["--remove", 2] if name == "refined" else []
@@ -67,16 +55,8 @@ def _typed(place, out, name="pairwise", also=True):
     ]  # fmt: skip
 
 
-def _all(place, out, notes):
-    """Measure three energies in every process, and rank for one; note which rows each computed."""
-    computed = []
-    put = Journal.put
-
-    def noted(journal, rows):
-        computed.extend(rows)
-        put(journal, rows)
-
-    Journal.put = noted
+def _measure(place, out):
+    """Measure three energies, and rank for one."""
     for arguments in (
         _typed(place, out / "pairwise"),
         ["solve", out / "pairwise", "--remove", 2, "--states", 5],
@@ -85,6 +65,19 @@ def _all(place, out, notes):
         _typed(place, out / "refined", "refined"),
     ):
         assert call(*arguments) == 0
+
+
+def _all(place, out, notes):
+    """Measure in every process, and note which rows each computed."""
+    computed = []
+    put = Journal.put
+
+    def noted(journal, rows):
+        computed.extend(rows)
+        put(journal, rows)
+
+    Journal.put = noted
+    _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
     path.write_text(json.dumps(computed), encoding="utf-8")
 
@@ -129,36 +122,45 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
 
-def _measure(place, out, given):
+def _fisher_and_run(place, out, given):
+    """Measure one energy, and do a whole run with another, with further options."""
     with fake_cards(4) if "--device" in given else nullcontext():
-        for name in ("pairwise", "fisher", "refined"):
-            assert call(*_typed(place, out / name, name, also=False), *given) == 0
-        whole = ["run", *_typed(place, out / "whole", "refined")[1:], "--patch-tokens", 256]
-        assert call(*whole, "--skip-speed", *given) == 0
+        assert call(*_typed(place, out / "fisher", "fisher"), *given) == 0
+        whole = ["--patch=linear", "--patch-tokens=256", "--states=3", "--random-states=0"]
+        assert (
+            call(
+                "run", *_typed(place, out / "whole", "refined")[1:], *whole, "--skip-speed", *given
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize(
-    ("single", "given", "said"),
+    ("one", "each", "said"),
     [
-        ({"stream": "on"}, ["--stream", "on"], '"stream": "on"'),
-        ({"device": "lazy:0"}, ["--device", "lazy", "--cards-per-process", "2"], '"lazy:0,lazy:1"'),
+        (["--stream=on"], ["--stream=on"], '"stream": "on"'),
+        (
+            ["--device", "lazy:0"],
+            ["--device", "lazy", "--cards-per-process=2"],
+            '"lazy:0,lazy:1"',
+        ),
     ],
 )
-def test_processes_that_stream_or_have_two_cards_agree(single, given, said, place, tmp_path):
-    with fake_cards() if "device" in single else nullcontext():
-        for name in ("pairwise", "fisher", "refined"):
-            _energy(place, tmp_path / "alone" / name, name, also=False, **single)
-        one = {"model": str(place / "model"), "calibration": str(place / "text.txt"), **OPTIONS}
-        how = {"remove": "2", "energy": "refined", "patch_tokens": 256, "skip_speed": True}
-        isingcut.run(**one, **how, **single, out=str(tmp_path / "alone" / "whole"))
-    ranks.run([0, 0], tmp_path / "said", _measure, place, tmp_path / "two", given)
-    for name in ("candidates.json", "model/model.safetensors"):
-        one, two = (tmp_path / k / "whole" / name for k in ("alone", "two"))
-        assert one.read_bytes() == two.read_bytes(), name
-    for name in ("pairwise", "fisher", "refined"):
-        one, two = (tmp_path / k / name / "hamiltonian.safetensors" for k in ("alone", "two"))
-        assert one.read_bytes() == two.read_bytes(), name
-        assert said in two.with_name("run.json").read_text()
+def test_processes_that_stream_or_have_two_cards_agree(one, each, said, tmp_path):
+    """The ranking of the run measures losses as the pair energy does."""
+    place = _place(tmp_path, num_hidden_layers=4)
+    _fisher_and_run(place, tmp_path / "alone", one)
+    ranks.run([0, 0], tmp_path / "said", _fisher_and_run, place, tmp_path / "two", each)
+    for name in (
+        "fisher/hamiltonian.safetensors",
+        "whole/hamiltonian.safetensors",
+        "whole/candidates.json",
+        "whole/model/model.safetensors",
+    ):
+        alone, two = (tmp_path / k / name for k in ("alone", "two"))
+        assert alone.read_bytes() == two.read_bytes(), name
+    for name in ("fisher", "whole"):
+        assert said in (tmp_path / "two" / name / "run.json").read_text()
 
 
 def _picks(place, out, found):
@@ -244,7 +246,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
-    _energy(place, out)
+    assert call(*_typed(place, out)) == 0
     for name in (*FILES, "hamiltonian.hessian.safetensors"):
         assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
 
@@ -316,7 +318,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     measured = []
     put = Journal.put
     monkeypatch.setattr(Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows))
-    _energy(place, out, also=False)
+    assert call(*_typed(place, out, also=False)) == 0
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
     assert not list(out.glob("*.journal*"))
