@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from isingcut.cli import main as cli
+import shared
 from shared import leave_speed_out, snapshot
 
 
@@ -120,25 +120,21 @@ def call(
     arguments: list[str], seconds: float = 20, megabytes: int = 1500, stdin: str = ""
 ) -> tuple[int, str, str]:
     """Run the command line in this process, within limits; return exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, typed = sys.argv, sys.stdin
-    sys.argv, sys.stdin = ["isingcut", *arguments], io.StringIO(stdin)
-    code = 0
+    out, err, typed = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(stdin)
     try:
         with (
             bounded(seconds, megabytes),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            cli.main()
-    except SystemExit as e:
-        code = int(e.code or 0)
+            code = shared.call(*arguments)
     except TooSlowError:
         raise AssertionError(
             f"isingcut {' '.join(arguments)} took more than {seconds} s\n{err.getvalue()[-3000:]}"
         ) from None
     finally:
-        sys.argv, sys.stdin = argv, typed
+        sys.stdin = typed
     return code, out.getvalue(), err.getvalue()
 
 

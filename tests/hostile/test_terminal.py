@@ -14,7 +14,7 @@ from arena import Row, call
 from damage import linked
 
 import isingcut
-from isingcut.cli import main as cli
+import shared
 from isingcut.console.printing import one_line, printable
 from isingcut.errors import InputError
 from isingcut.files.writing import os_error_words
@@ -100,16 +100,9 @@ def test_control_characters_are_spelled_out():
 
 def printed(arguments, stream):
     """Return exit code and stderr of the command line, with ``stream`` as its stdout."""
-    err, argv = io.StringIO(), sys.argv
-    sys.argv = ["isingcut", *arguments]
-    try:
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as e:
-        return int(e.code or 0), err.getvalue()
-    finally:
-        sys.argv = argv
-    return 0, err.getvalue()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
+        return shared.call(*arguments), err.getvalue()
 
 
 COMMANDS = ["solve {run} --remove 2", "inspect {model}", "ls", "--help", "solve --help"]
