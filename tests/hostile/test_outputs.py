@@ -30,7 +30,8 @@ def model_inside(arena):
     shutil.copytree(arena.model, arena.here / "proj" / "model")
 
 
-# Refused places of a run folder: `--out` as typed, preparation, expected line.
+# Refused places of a run folder, which `run` and `energy` open alike: `--out` as typed,
+# preparation, expected line.
 PLACES = {
     "a home folder": ("{home}", None, FOREIGN),
     "a link to a home": ("{here}/link", linked("link", "home"), FOREIGN),
@@ -44,12 +45,11 @@ PLACES = {
 }
 RUNS = [
     Row(
-        f"{verb} into {name}{flag}",
-        f"{verb} {{model}} --remove 2 --calibration {{text}} --length 16 --out {place}{flag}",
+        f"{name}{flag}",
+        f"energy {{model}} --calibration {{text}} --length 16 --out {place}{flag}",
         line,
         prepare or (lambda arena: None),
     )
-    for verb in ("run", "energy")
     for name, (place, prepare, line) in PLACES.items()
     for flag in ("", " --overwrite")
 ]
