@@ -133,7 +133,6 @@ PLACES = [
     ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
     ("nothing at home", "~/none", GONE),
     ("no such user", "~nobody-there/a.txt", "no home folder of that name"),
-    ("no name", "''", "--calibration is empty"),
     ("a long name", "x" * 300 + ".txt", "cannot read x.*: File name too long"),
     ("a folder of others", "data", FOLDER, folder_of("data", "a.py")),
     ("a folder like a file", "a.txt", FOLDER, folder_of("a.txt", "b.txt")),
