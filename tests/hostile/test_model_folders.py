@@ -33,7 +33,7 @@ INVALID = "the configuration is not a valid llama configuration: "
 FILLS = "describes a model with more than .* more than its weights have"
 RUNS = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}
 MORE = f"says num_.*={10**9}; expected at most 100000"
-# Each is run with `inspect` and with `energy`: name, changed fields, expected line.
+# Found by `inspect`, with which every run begins: name, changed fields, expected line.
 CONFIGS = [
     ("a depth in words", {"num_hidden_layers": "six"}, f"{INVALID}.*expected int, got str"),
     ("no block", {"num_hidden_layers": 0}, "says num_hidden_layers=0; expected at least 1"),
@@ -113,8 +113,7 @@ LOADED = [
     ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
 ]
-# A few of each sort, for `run` and `heal`.
-RUN = "run {model} --remove 2 --calibration {text} --samples 2 --length 16 --out {here}/new"
+# A few of each sort, for `heal`; `run` reads a model as `energy` does.
 HEAL = (
     "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --out {here}/new"
 )
@@ -182,8 +181,7 @@ def _rows():
         ),
     )
     for what, fields, line in CONFIGS:
-        for verb, command in (("inspect", LOOK), ("energy", ENERGY)):
-            yield Row(f"{verb}: {what}", command, line, config(**fields))
+        yield Row(f"inspect: {what}", LOOK, line, config(**fields))
     for what, prepare, line in FILES:
         yield Row(f"inspect: {what}", LOOK, line, prepare)
     yield Row("inspect: names that are no block's", LOOK, "", tensors(misnumbered), code=0)
@@ -193,7 +191,6 @@ def _rows():
         yield Row(f"energy: {what}", ENERGY, line, prepare)
         yield Row(f"streamed: {what}", f"{ENERGY} --stream on", line, prepare)
     for what, prepare, line in SOME:
-        yield Row(f"run: {what}", RUN, line, prepare)
         yield Row(f"heal: {what}", HEAL, OF_PAIR.get(what, line), prepare)
     for what, command, line in NAMES:
         yield Row(what, command, line, linked("dangling", "no"))
