@@ -236,7 +236,7 @@ def test_a_stream_that_stays_on_its_card_is_refused():
 @pytest.mark.slow
 def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_speed, tmp_path):
     with fake_cards(4) as cards:
-        names = [",".join(str(card.device) for card in cards[:n]) for n in (1, 2, 4)]
+        names = [",".join(str(card.device) for card in cards[:n]) for n in (1, 4)]
         for device in names:
             isingcut.run(
                 device=device,
@@ -247,11 +247,10 @@ def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_s
                 **{**OPTIONS, "states": 3, "patch_tokens": 100},
             )
     measured = ("hamiltonian.safetensors", "candidates.json", "evaluation.json", "model/*")
-    one = tmp_path / names[0]
+    one, other = (tmp_path / name for name in names)
     for file in [file for name in measured for file in one.glob(name)]:
-        for other in names[1:]:
-            found = (tmp_path / other / file.relative_to(one)).read_bytes()
-            assert file.read_bytes() == found.replace(other.encode(), one.name.encode()), file
+        found = (other / file.relative_to(one)).read_bytes()
+        assert file.read_bytes() == found.replace(other.name.encode(), one.name.encode()), file
 
 
 def mixed(operation):
