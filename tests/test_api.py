@@ -24,7 +24,6 @@ from shared import leave_speed_out, write_words
 pytestmark = pytest.mark.usefixtures("no_speed")
 
 MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
-_LAZY = ("Session", "RunFolder", "PreTrainedModel", "PreTrainedTokenizerBase")
 OPTIONS = {
     "samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "dtype": "float32",
     "patch_tokens": 1000,

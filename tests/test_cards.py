@@ -148,7 +148,7 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
     )
 
 
-def test_what_differs_in_one_bit_is_the_cuts_own(shared, tmp_path):
+def test_what_differs_in_one_bit_is_the_cuts_own():
     original, cut = (tiny_model("llama").requires_grad_(False) for _ in range(2))
     weight = cut.model.layers[2].mlp.down_proj.weight
     weight.view(torch.int32)[3, 5] ^= 1
@@ -165,7 +165,7 @@ def test_a_trained_tensor_is_never_shared():
     assert all(p.data_ptr() not in theirs for p in cut.parameters())
 
 
-def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared, tmp_path):
+def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
     source, other = shared.checkpoint(), shared.checkpoint(seed=1)
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))

@@ -305,7 +305,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
         assert np.linalg.norm(found - wanted) <= 0.01 * np.linalg.norm(wanted)
 
 
-def test_the_written_gguf_is_judged_beside_its_checkpoint(gguf_run, packed_model, capsys):
+def test_the_written_gguf_is_judged_beside_its_checkpoint(gguf_run, capsys):
     found = json.loads((gguf_run / "evaluation.json").read_text())
     assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
     assert found["gguf"]["kl"] != found["kl"]
@@ -317,7 +317,7 @@ def test_the_written_gguf_is_judged_beside_its_checkpoint(gguf_run, packed_model
     assert figure in capsys.readouterr().out
 
 
-def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, text, tmp_path, capsys):
+def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
     file, out = gguf_run / "model.gguf", tmp_path / "scores.json"
     (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
     assert call("evaluate", tmp_path / "elsewhere.gguf") == 2
@@ -339,9 +339,7 @@ def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, t
     assert (found["after"]["blocks"], found["last"]) == (4, "patched")
 
 
-def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
-    packed_model, gguf_run, monkeypatch, capsys
-):
+def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(gguf_run, monkeypatch, capsys):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
     assert call(*line) == 0

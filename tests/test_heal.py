@@ -275,7 +275,7 @@ def spending(models, out, effort, **changes):
 FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}
 
 
-def test_small_budgets_make_many_small_steps(tmp_path):
+def test_small_budgets_make_many_small_steps():
     steps = []
     for tokens in (20_000, 80_000, 1_300_000, 50_000_000):
         batch, length, rate = recipe.sizes(HealConfig(), tokens, width=576)

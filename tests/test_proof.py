@@ -88,7 +88,7 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeyp
         verify(model, [1], tmp_path)
 
 
-def test_generation_is_compared_beside_masked_logits(tmp_path):
+def test_generation_is_compared_beside_masked_logits():
     model = composite("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
     with pytest.raises(VerificationError, match="differs from generation"):

@@ -149,7 +149,7 @@ def test_the_words_are_those_of_the_files(run, page):
     assert page.text.count("Warning.") == 0
 
 
-def test_the_script_knows_the_energy_and_the_states(run, page):
+def test_the_script_knows_the_energy_and_the_states(page):
     energy = hamiltonian(12, 1)
     data = page.data
     np.testing.assert_allclose(data["J"], energy.J, rtol=1e-3)

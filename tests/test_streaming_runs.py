@@ -183,7 +183,7 @@ def test_numbers_are_checked_once(llama, monkeypatch):
 pytestmark = pytest.mark.usefixtures("one_layout")
 
 
-def test_memory_allowed_and_needed(llama, tmp_path, monkeypatch):
+def test_memory_allowed_and_needed(llama, monkeypatch):
     monkeypatch.setattr("isingcut.models.device._used_and_free", lambda device: (1000, 5000))
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
@@ -228,7 +228,7 @@ def cut(llama, tmp_path_factory):
     return out
 
 
-def test_a_cut_is_proven_block_by_block(llama, cut, monkeypatch):
+def test_a_cut_is_proven_block_by_block(llama, cut):
     replay = streamed(llama)
     seen = watch(replay)
     assert verify(replay, [1, 4], cut).difference == 0.0
@@ -237,7 +237,7 @@ def test_a_cut_is_proven_block_by_block(llama, cut, monkeypatch):
         verify(replay, [1, 3], cut)
 
 
-def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, tmp_path, monkeypatch):
+def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, monkeypatch):
     replay = streamed(llama)
     build = open_model
 
