@@ -276,8 +276,8 @@ def find_stack(model: nn.Module) -> BlockStack:
         ArchitectureError: the model is an encoder-decoder, or has no such list.
     """
     config = text_config(model)
-    for whose, said in (("is", model.config), ("holds", config)):
-        if getattr(said, "is_encoder_decoder", False):
+    for whose, part in (("is", model.config), ("holds", config)):
+        if getattr(part, "is_encoder_decoder", False):
             raise ArchitectureError(
                 f"{type(model).__name__} {whose} an encoder-decoder: isingcut cuts decoders with "
                 "one stack of residual blocks"

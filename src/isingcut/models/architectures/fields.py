@@ -335,8 +335,8 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
 
 def count_of(config: Any) -> int | None:
     """Return the number of blocks of a decoder's configuration object."""
-    said = (getattr(config, name, None) for name in counted_by(config.model_type))
-    return next((number for number in said if isinstance(number, int)), None)
+    counts = (getattr(config, name, None) for name in counted_by(config.model_type))
+    return next((number for number in counts if isinstance(number, int)), None)
 
 
 def config_object(config: dict[str, Any]) -> Any | None:

@@ -122,10 +122,10 @@ def _run_processor(folder: Path, trust: bool) -> ImageInputs:
     prompt = f"{processor.image_token} {_QUESTION}"
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
-        said = processor.apply_chat_template(
+        filled = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        prompt = said if processor.image_token in said else prompt
+        prompt = filled if processor.image_token in filled else prompt
     return dict(
         processor(
             text=[prompt, prompt],
