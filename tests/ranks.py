@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
         "isingcut.models.cutting.verify",
         "isingcut.report.write",
         "isingcut.healing.heal",
-        "isingcut.healing.training.train",
+        "isingcut.healing.training.distill",
         "ranks",
     ]
 )

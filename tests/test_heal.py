@@ -30,7 +30,7 @@ from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
-from isingcut.healing.training import train
+from isingcut.healing.training import distill, train
 from isingcut.healing.training.student import last_parameters
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise
@@ -360,8 +360,8 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
-    spent, spend = [], train._spend
-    monkeypatch.setattr(train, "_spend", lambda job: spent.append(job.spent) or spend(job))
+    spent, spend = [], distill._spend
+    monkeypatch.setattr(distill, "_spend", lambda job: spent.append(job.spent) or spend(job))
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0

@@ -342,7 +342,7 @@ def test_the_advice_after_no_number_works(arena, saved):
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("isingcut.healing.training.train._publish", FULL),
+        ("isingcut.healing.training.distill._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),
         (
             "isingcut.healing.training.train.OurTrainer.save_model",

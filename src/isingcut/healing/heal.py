@@ -254,7 +254,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         shutil.rmtree(done, ignore_errors=True)
     if config.method != "none":
         # Imported here because it needs optional packages.
-        from isingcut.healing.training.train import distill
+        from isingcut.healing.training.distill import distill
 
         # Include the time of the evaluation after the training, which equals the first one's.
         spent = time.monotonic() - began + judging

@@ -6,9 +6,6 @@ Trainer. Full fine-tuning trains all weights in float32; `last:N` trains the las
 final norm and the head; LoRA trains low-rank matrices on all linear layers, which are merged into
 the weights at the end.
 
-A time budget is converted to steps by timing a few steps with the smallest and the largest
-micro-batch. The result is kept in the work folder, so that a resumed healing has the same schedule.
-
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
 """
@@ -39,19 +36,16 @@ from isingcut.files.healings import (
     HealingCheck,
     HealingCurve,
     HealingMemory,
-    HealingRecipe,
     HealingStop,
     Step,
 )
 from isingcut.files.ownership import mark
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import atomic_folder, clear_os_errors
+from isingcut.files.writing import clear_os_errors
 from isingcut.healing.job import (
     SHORT,
     Job,
-    choose_recipe,
     is_sharded,
-    stored_dtype,
     trainer_settings,
     usual_recipe,
 )
@@ -59,17 +53,12 @@ from isingcut.healing.training.batches import Steps, batch_of, plan_memory, shar
 from isingcut.healing.training.student import (
     install,
     load_student,
-    load_trained,
     narrow,
     prepare_training,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
-from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import share
-from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.device import BatchLimit
-from isingcut.models.fit import Checkpoint
-from isingcut.models.fp8 import DTYPES, read_tensor
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.transformers_private import get_checkpointing
 
@@ -143,6 +132,21 @@ def step_times(job: Job) -> list[tuple[int, float]]:
     counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
     return job.processes.decide(lambda: found)
+
+
+def measure_pace(job: Job) -> tuple[float, float]:
+    """Measure the fixed seconds per step and the seconds per token, in all processes."""
+    trial = job.work / "trial"
+    text = pieces(job.tokens, SHORT)
+    times = step_times(dataclasses.replace(job, tokens=text, work=trial))
+    if job.leads:
+        shutil.rmtree(trial, ignore_errors=True)
+    # Skip the first step of each size, which compiles and allocates; take the fastest other one.
+    (n, s), (m, t) = (
+        min(part[1:], key=lambda step: step[1]) for part in (times[:_SMALL], times[_SMALL:])
+    )
+    token = (t - s) / (m - n) if m > n and t > s else t / m
+    return max(0.0, t - token * m), token
 
 
 @contextlib.contextmanager
@@ -429,97 +433,3 @@ def lower_rate(job: Job) -> str:
     """Return the advice for NaN or infinite losses."""
     rate = "" if job.recipe is None else f", here {job.recipe.learning_rate:g}"
     return f"set a lower learning_rate with --trainer{rate}"
-
-
-# Files that `save_pretrained` or the training writes, so they are not copied from the start.
-_REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
-# Usable share of the remaining time: states and checks take time too, and timing is inexact.
-_USED = 0.85
-
-
-def distill(job: Job, out: Path) -> dict[str, Any]:
-    """Train the job's start checkpoint and write ``out``, a plain one of the same shapes and dtype.
-
-    An interrupted training resumes from its last state. Every process calls this; rank 0 writes.
-
-    Returns:
-        the record for `healing.json`.
-    """
-    effort = job.config.effort
-    budget = job.recipe is None and bool(effort.tokens or effort.seconds)
-    if budget:
-        job = _spend(job)
-    found, trained = train(job)
-    if job.leads:
-        if "stopped" in found and found["stopped"].kept == 0:
-            shutil.copytree(job.start, out)
-        else:
-            _publish(job, trained, out)
-    job.processes.wait()
-    if budget:
-        found["recipe"] = job.recipe
-    return found
-
-
-def _spend(job: Job) -> Job:
-    """Return the job with a recipe for its budget, and its text in samples of that length."""
-    began = time.monotonic()
-    tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
-    file, pace = job.work / "recipe.json", (0.0, 0.0)
-    if seconds is not None and not job.processes.decide(file.exists):
-        pace = _pace(job)
-        seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
-
-    width = int(text_config(job.teacher.model).hidden_size)
-    size = {"width": width, "processes": job.processes.size}
-    make = partial(choose_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
-    kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
-    recipe = HealingRecipe(**kept)
-    return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
-
-
-def _pace(job: Job) -> tuple[float, float]:
-    """Measure the fixed seconds per step and the seconds per token, in all processes."""
-    trial = job.work / "trial"
-    text = pieces(job.tokens, SHORT)
-    times = step_times(dataclasses.replace(job, tokens=text, work=trial))
-    if job.leads:
-        shutil.rmtree(trial, ignore_errors=True)
-    # Skip the first step of each size, which compiles and allocates; take the fastest other one.
-    (n, s), (m, t) = (
-        min(part[1:], key=lambda step: step[1]) for part in (times[:_SMALL], times[_SMALL:])
-    )
-    token = (t - s) / (m - n) if m > n and t > s else t / m
-    return max(0.0, t - token * m), token
-
-
-def _publish(job: Job, trained: Path, out: Path) -> None:
-    """Write the trained weights as a plain checkpoint in the start's dtype, and verify the file."""
-    dtype = DTYPES[stored_dtype(job.start)]
-    trust = job.config.trust_remote_code
-    weights = load_trained(job.start, trained, job.config)
-    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
-        raise ModelError(f"the last step left NaN or infinite weights; {lower_rate(job)}")
-    # Load into a model of that dtype, because transformers keeps some tensors in float32.
-    model = reload(job.start, dtype=dtype, trust_remote_code=trust)
-    model.load_state_dict(weights)
-    tokens = random_tokens(model, 2, 24)
-    with atomic_folder(out) as temporary, quiet_transformers():
-        # The model was loaded without its layers for multi-token prediction: copy them unchanged.
-        mtp = {n: read_tensor(t) for n, t in Checkpoint.read(job.start).mtp_tensors().items()}
-        model.save_pretrained(temporary, state_dict=model.state_dict() | mtp if mtp else None)
-        for path in sorted(job.start.iterdir()):
-            copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
-            if path.is_file() and copied:
-                shutil.copyfile(path, temporary / path.name)
-        again = reload(temporary, dtype=dtype, trust_remote_code=trust)
-        with torch.no_grad():
-            same = torch.equal(
-                language_model(model)(tokens).logits, language_model(again)(tokens).logits
-            )
-        if not same:
-            raise ModelError(
-                f"the healed model gives other logits after reloading it from {out}; it was "
-                "deleted there"
-            )
-        check_generation(language_model(again), tokens[:1], 8, str(out))
