@@ -337,6 +337,10 @@ def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, t
     found = read_json(tmp_path / "cut-evaluation.json", "evaluation")
     assert found["kl"] > 0.001
     assert (found["after"]["blocks"], found["last"]) == (4, "patched")
+    # An existing output is refused before the checkpoint is read.
+    (tmp_path / "cut" / "config.json").unlink()
+    assert call("evaluate", tmp_path / "cut", "--original", packed_model) == 2
+    assert "cut-evaluation.json already exists" in capsys.readouterr().err
 
 
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(gguf_run, monkeypatch, capsys):

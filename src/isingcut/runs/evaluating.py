@@ -161,9 +161,9 @@ def open_scores(
     """
     place = Path(os.path.abspath(checkpoint))
     file = out or place.with_name(f"{place.name.removesuffix('.gguf')}-{what}.json")
-    folder = resolve(str(place))
     sources = [str(place), config.model, *([config.data] if config.data else [])]
     check_output(file, overwrite=config.overwrite, sources=sources)
+    folder = resolve(str(place))
     with lock_place(file):
         yield folder, file
 
