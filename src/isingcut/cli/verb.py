@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -341,3 +342,18 @@ def reopen_at(
             f"{one_based:d} to {total - 1 + one_based}; add --one-based if your list starts at 1"
         )
     return folder, config, named
+
+
+def removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[RunFolder, Path]:
+    """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
+    from isingcut.runs import solving
+    from isingcut.runs.folder import MANIFEST, RunFolder
+
+    # The parent of "." is ".".
+    whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
+    if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
+        if alone and (options["remove"] or options["budget"]):
+            raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
+        return RunFolder.open(whole.parent), whole
+    folder, config = reopen(directory, options, several=True)
+    return folder, solving.require(folder, config, "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +22,7 @@ from isingcut.cli.verb import (
     Output,
     collect,
     part_names,
+    removal_at,
     reopen,
     reopen_at,
     select_given,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from isingcut.files import cuts, evaluations, healings
     from isingcut.report import words
     from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
-    from isingcut.runs.folder import RunFolder
 else:
 
     class LazyModule:
@@ -382,7 +381,7 @@ def report(
 
     if out is not None and len(directories) == 1:
         raise InputError("--out is for the comparison page; give two or more DIRs")
-    found = [_removal_at(directory, options, len(directories) == 1) for directory in directories]
+    found = [removal_at(directory, options, len(directories) == 1) for directory in directories]
     if len(found) == 1:
         file = solving.report(*found[0])
         data: dict[str, Any] = {"report": str(file), "html": str(file.with_suffix(".html"))}
@@ -392,20 +391,6 @@ def report(
     warnings = write_comparison(places, whole, overwrite=bool(options.get("overwrite")))
     data = {"comparison": str(whole), "folders": [str(target) for _, target in places]}
     return Output(data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings)
-
-
-def _removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[RunFolder, Path]:
-    """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
-    from isingcut.runs.folder import MANIFEST, RunFolder
-
-    # The parent of "." is ".".
-    whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
-    if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
-        if alone and (options["remove"] or options["budget"]):
-            raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
-        return RunFolder.open(whole.parent), whole
-    folder, config = reopen(directory, options, several=True)
-    return folder, solving.require(folder, config, "")
 
 
 @verb("remove", "budget", group=RESULT)
