@@ -1,5 +1,6 @@
 """Start the processes of a run like a launcher, but as cheap forks of a process with torch."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -54,7 +55,8 @@ def launch(size: int, said: Path, function: Callable[..., None], *arguments: obj
 def run(codes: list[int], said: Path, function: Callable[..., None], *arguments: object) -> None:
     """Run the processes of one run to their end and check their exit codes."""
     ranks, _store = launch(len(codes), said, function, *arguments)
-    assert join(ranks) == codes, said.read_text()
+    found = join(ranks)
+    assert found == codes, f"exit codes {found}\n{said.read_text()}"
 
 
 def join(ranks) -> list[int]:
@@ -78,6 +80,7 @@ def _say_into(said: Path, function: Callable[..., None], *arguments: object) -> 
     file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()
     function(*arguments)
 
 

@@ -128,7 +128,7 @@ def test_two_processes_stop_together(models, tmp_path):
 
 
 def _trains(room, dies, *arguments):
-    """Run the command line in one of two processes, with this room, killed after step ``dies``."""
+    """Run the command line in one of two processes, with this room; kill rank 1 after ``dies``."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Only rank 0's processor is fast in bfloat16.
     torch.cpu.get_capabilities = lambda: {"amx_bf16": os.environ["RANK"] == "0"}
@@ -139,7 +139,7 @@ def _trains(room, dies, *arguments):
     def step(watch, args, state, control, **rest):
         end(watch, args, state, control, **rest)
         assert "--dtype=auto" not in arguments or watch.job.teacher.dtype == torch.bfloat16
-        if state.global_step == dies:
+        if state.global_step == dies and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
     train.Watch.on_step_end = step
@@ -164,7 +164,8 @@ def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, 
         models, tmp_path / "out", {"per_device_train_batch_size": 1, **trainer}, **more
     )
     words = (config.student, *flags_of(config))
-    run([-signal.SIGKILL] * 2, tmp_path / "said", _trains, room, 3, *words)
+    run([1, -signal.SIGKILL], tmp_path / "said", _trains, room, 3, *words)
+    assert "isingcut: the 2 processes lost contact (" in (tmp_path / "said").read_text()
     sharded = list(tmp_path.glob(".out.healing/trainer/checkpoint-2/pytorch_model_fsdp.bin"))
     assert len(sharded) == (room < 10**9 or bool(trainer))
     # It resumes as it began, even with more room.

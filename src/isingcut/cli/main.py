@@ -26,7 +26,13 @@ from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
 from isingcut.files.writing import os_error_words
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import is_launched, last_word, launched_rank, leave_word
+from isingcut.models.processes import (
+    convert_contact_errors,
+    is_launched,
+    last_word,
+    launched_rank,
+    leave_word,
+)
 
 __all__ = ["app", "main"]
 
@@ -61,7 +67,7 @@ _program: Any = typer.main.get_command(app)
 def _run() -> None:
     """Run the command line; usage errors become `InputError`."""
     try:
-        with convert_memory_errors():
+        with convert_memory_errors(), convert_contact_errors():
             code = _program(prog_name="isingcut", standalone_mode=False)
     except _CommandLineError as e:
         if type(e).__name__ == "NoArgsIsHelpError":
@@ -109,9 +115,10 @@ def _describe_error(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return 2, os_error_words(error)
     words = " ".join(str(error).split())
+    given = " ".join(word for word in sys.argv[1:] if word != "--debug")
     return 1, (
         f"internal error ({type(error).__name__}: {words}); this is a bug of isingcut: please "
-        f"report it with the traceback of: isingcut --debug {' '.join(sys.argv[1:])}"
+        f"report it with the traceback of: isingcut --debug {given}"
     )
 
 

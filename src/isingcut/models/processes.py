@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -99,14 +99,8 @@ class Processes:
         import torch.distributed as dist
 
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        try:
+        with convert_contact_errors():
             dist.all_gather(parts, own, group=self._group)
-        except RuntimeError as e:
-            why = " ".join(str(e).split())[:200]
-            raise last_word() or RankError(
-                f"the {self.size} processes lost contact ({why}); finished work is kept, run the "
-                "same command again to resume"
-            ) from e
         return parts
 
     def decide(self, make: Callable[[], T]) -> T:
@@ -148,6 +142,21 @@ def last_word() -> RankError | None:
     if word["host"] != socket.gethostname():
         where += f" on {word['host']}"
     return RankError(f"{where}: {word['text']}", code=word["code"])
+
+
+@contextlib.contextmanager
+def convert_contact_errors() -> Iterator[None]:
+    """Convert the error of a collective, of any library, that lost a process into a `RankError`."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not (type(e).__name__.startswith("Dist") or "/gloo/" in str(e)):
+            raise
+        why = " ".join(str(e).split())[:200]
+        raise last_word() or RankError(
+            f"the {os.environ['WORLD_SIZE']} processes lost contact ({why}); finished work is "
+            "kept, run the same command again to resume"
+        ) from e
 
 
 def _board() -> Any:
