@@ -1,4 +1,4 @@
-"""Ranking and choosing: random states, fidelity, and the choice by questions."""
+"""The choice by questions."""
 
 import json
 import shutil
@@ -6,148 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy import stats
 
 import isingcut
-from isingcut.data.calibration import Calibration
-from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import InputError, OutputExistsError
+from isingcut.errors import InputError
 from isingcut.evaluation import benchmark as choosing
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
-from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
-from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
-from isingcut.files.results import read_document, read_json
-from isingcut.files.states import ByTasks, CandidatesFile
-from isingcut.ising.constraints import LinearConstraint, count, keep
-from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.problem import Problem
-from isingcut.ising.solvers import solve
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
+from isingcut.files.results import read_json
+from isingcut.files.states import ByTasks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
-from isingcut.runs import benchmarking, cutting, pipeline, ranking
+from isingcut.runs import benchmarking
 from isingcut.runs.benchmarking import check_run_tasks
-from isingcut.runs.folder import RunFolder
 from shared import OPTIONS, call, leave_speed_out, write_jsonl
-from tiny import random_tokens, tiny_replay
-
-
-def flat(n, *rows):
-    return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
-
-
-def test_fidelity_is_spearman_of_scipy():
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal(40).round(1)
-    b = (a + rng.standard_normal(40)).round(1)
-    found = fidelity(a, b)
-    assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert found.spearman_low < found.spearman < found.spearman_high
-    assert found.n == 40
-    assert fidelity(np.ones(5), np.arange(5.0)).spearman is None, "all are tied"
-
-
-def test_random_states_are_feasible_distinct_new_and_uniform():
-    problem = flat(8, count(8, 3), *keep(8, [0]))
-    besides = np.zeros((1, 8), dtype=bool)
-    besides[0, 1:4] = True
-    states, words = random_feasible(problem, 34, 0, besides)
-    assert len(np.unique(states, axis=0)) == len(states) == 34
-    assert problem.feasible(states).all()
-    assert not (states == besides).all(1).any()
-    assert words == "uniform over the feasible states"
-    again, _ = random_feasible(problem, 34, 0, besides)
-    np.testing.assert_array_equal(states, again)
-
-
-def test_with_several_sizes_the_states_of_a_size_are_equally_likely():
-    problem = flat(6, LinearConstraint("most", np.ones(6), "<=", 5, "at most 5"))
-    none = np.zeros((0, 6), dtype=bool)
-    first = [random_feasible(problem, 1, seed, none) for seed in range(300)]
-    assert {words for _, words in first} == {"uniform over the feasible states of each size"}
-    sizes = np.bincount([int(states.sum()) for states, _ in first])
-    # Of the 63 states one is empty and six have one block: 5 and 29 of 300 if all were as likely.
-    assert sizes.min() > 30
-
-
-def test_there_are_never_more_random_states_than_exist():
-    problem = flat(5, count(5, 1))
-    states, _ = random_feasible(problem, 30, 0, np.zeros((0, 5), dtype=bool))
-    assert len(states) == 5
-
-
-def test_rare_feasible_states_are_found_and_their_origin_is_said():
-    # One state in 2^20 or so satisfies all of these ties.
-    n = 40
-    ties = []
-    for i in range(0, n, 2):
-        row = np.zeros(n)
-        row[i], row[i + 1] = 1, -1
-        ties.append(LinearConstraint(f"tie {i}", row, "==", 0, "pairs go together"))
-    problem = flat(n, count(n, 20), *ties)
-    states, words = random_feasible(problem, 30, 0, np.zeros((0, n), dtype=bool))
-    assert len(states) == 30
-    assert problem.feasible(states).all()
-    assert "random fields" in words
-
-
-@pytest.fixture
-def ranked():
-    """A replay, twenty samples to rank on, a problem, its spectrum and options of `rank`."""
-    replay, tokens = tiny_replay(), random_tokens([16] * 24)
-    energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
-    problem = Problem(energy, [count(len(replay), 2)])
-    spectrum = solve(problem, k=6)
-    options = {"seed": 0, "work": Work(), "choose": "measured"}
-    return replay, tokens.select(range(4, 24)), problem, spectrum, options
-
-
-def test_the_lowest_measured_candidate_is_chosen(ranked):
-    replay, split, problem, spectrum, options = ranked
-    found = rank(replay, split, problem, spectrum, random_states=30, **options)
-    assert found.chosen.kl == min(row.kl for row in found.candidates)
-    assert found.candidates[found.chosen.position].removed == found.chosen.removed
-    assert len(found.candidates) == 6
-    assert found.fidelity.kl.n == 6 + len(found.random)
-    options["choose"] = "ground"
-    ground = rank(replay, split, problem, spectrum, random_states=0, **options)
-    assert ground.chosen.position == 0
-
-
-def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked):
-    replay, split, problem, spectrum, options = ranked
-    assert few_samples(16) == [0, 5, 10, 15]
-    assert few_samples(3) == [0, 1, 2]
-    assert len(few_samples(400)) == 100
-    found = rank(replay, split, problem, spectrum, random_states=30, **options)
-    few = split.select(few_samples(split.samples))
-    assert (few.samples, found.random_tokens) == (5, few.tokens)
-    # A separate measurement gives the same values.
-    drawn = states_of(problem.n, [row.removed for row in found.random])
-    states = np.concatenate([spectrum.states, drawn])
-    kl = measure(replay, few, states).kl
-    expected = fidelity(problem.hamiltonian.energies(states), kl)
-    assert dict(found.fidelity.kl) == pytest.approx(dict(expected))
-    assert [r.kl for r in found.random] == pytest.approx(kl[len(spectrum) :])
-    whole = measure(replay, split, spectrum.states).kl
-    assert [r.kl for r in found.candidates] == pytest.approx(whole)
-
-
-def test_without_random_states_the_energy_is_not_judged(ranked):
-    replay, split, problem, spectrum, options = ranked
-    options["others"] = {"other": problem.hamiltonian}
-    found = rank(replay, split, problem, spectrum, random_states=0, **options)
-    assert found.random == []
-    for judged in (found.fidelity, found.fidelity_of_others["other"]):
-        for j in (judged.kl, judged.nll, judged.kl_random_only):
-            assert (j.n, j.spearman) == (0, None)
-    assert found.chosen.kl == min(row.kl for row in found.candidates)
-
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -196,7 +69,7 @@ def test_half_of_the_questions_by_a_seed():
         draw_half({"c": ["c0", "c0"]}, 0)
 
 
-def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
+def test_contenders_are_no_near_copies_while_there_are_others():
     blocks = [[3, 4], [3, 5], [8, 9], [4, 5], [2, 4], [0, 1], [6, 7]]
     rows = [SimpleNamespace(removed=b, kl=float(k)) for k, b in enumerate(blocks)]
     # 3 5, 4 5 and 2 4 share a block with one of lower loss.
@@ -208,7 +81,7 @@ def test_who_is_asked_is_no_near_copy_as_long_as_there_are_others():
     assert contenders(rows, [3, 4]) == contenders(rows)
 
 
-def test_a_choice_against_the_loss_is_told():
+def test_a_choice_against_the_loss_is_explained():
     parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
     found = ByTasks.model_construct(**parts, ahead=True)
     assert sentence("chosen_by_tasks", found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
@@ -217,7 +90,7 @@ def test_a_choice_against_the_loss_is_told():
     assert "its KL is 2.67, the lowest 0.231" in sentence("chosen_by_tasks", found, 2.671, 0.231)
 
 
-def test_a_clear_leader_ends_it_early():
+def test_a_clear_leader_ends_the_questions_early():
     keys = [f"q{i}" for i in range(1000)]
     table = drawn(np.random.default_rng(0), keys, 0.3, 0.8, 0.35)
     found = choose([[0], [1], [2]], {"t": keys}, answers(table))
@@ -235,7 +108,7 @@ def test_a_clear_leader_ends_it_early():
     assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / len(seen) ** 0.5)
 
 
-def test_of_equals_the_one_of_lower_loss_after_all_questions():
+def test_equal_candidates_answer_all_questions_and_the_lower_loss_is_chosen():
     keys = [f"q{i}" for i in range(90)]
     table = {(i,): {k: float(int(k[1:]) % 2) for k in keys} for i in range(3)}
     found = choose([[0], [1], [2]], {"t": keys}, answers(table))
@@ -253,13 +126,13 @@ def test_tasks_take_turns_until_the_shortest_is_through():
     assert found["questions"][:4] == ["l0", "s0", "l1", "s1"]
 
 
-def test_one_candidate_is_asked_nothing():
+def test_a_single_candidate_needs_no_questions():
     found = choose([[3]], {"t": ["a", "b"]}, answers({}))
     assert (found["chosen"], found["questions"], found["looks"]) == (0, [], 0)
 
 
 @pytest.mark.parametrize("kind", ["right or wrong", "probabilities"])
-def test_equals_are_rarely_dropped_however_often_one_looks(kind):
+def test_equal_candidates_are_rarely_dropped_however_many_looks(kind):
     """Of four equally good candidates any is dropped in at most one of twenty choices."""
     rng, keys = np.random.default_rng(1), [f"q{i}" for i in range(200)]
     dropped = 0
@@ -299,87 +172,6 @@ def chosen_by(llama, text):
     """Return the options of a run that chooses by questions."""
     inputs = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "none"}
     return {**OPTIONS, **inputs, "choose": "tasks"}
-
-
-def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
-    tried, measure_patched = [], ranking.changed_losses
-
-    def interrupted(*given):
-        tried.append(given)
-        if len(tried) == 2:
-            raise KeyboardInterrupt
-        return measure_patched(*given)
-
-    monkeypatch.setattr(ranking, "changed_losses", interrupted)
-    given = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "linear"}
-    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
-    with pytest.raises(KeyboardInterrupt):
-        isingcut.run(**options)
-    target = isingcut.run(**options)
-    found = read_json(target / "candidates.json", "candidates")
-    rows = sorted(found["candidates"], key=lambda row: row["kl"])
-    lowest = rows[0]["kl"]
-    near = [r for r in rows if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])][:3]
-    assert near == [row for row in rows if "patched_kl" in row]
-    assert len(tried) == 1 + len(near) > 2
-    assert not (target / "patched.journal").exists()
-    best, *others = sorted(near, key=lambda row: row["patched_kl"])
-    assert found["chosen"]["removed"] == best["removed"]
-    assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
-    assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
-    with pytest.raises(OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"):
-        isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
-    # A checkpoint with the same patch has the same KL.
-    run = RunFolder.open(target)
-    again = run.config.replace(patch_tokens=ranking.trial_tokens(run.config))
-    session = pipeline.session_of(run, again)
-    cutting.write_model(session, run, best["removed"], tmp_path / "again", overwrite=False)
-    both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
-    split = Calibration.load(target / "calibration.safetensors").splits["rank"]
-    kl = sample_sums(*both, split)[2].sum() / split.tokens
-    assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
-
-
-def test_a_clear_leader_is_not_patched_for_the_choice():
-    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
-    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
-    session = SimpleNamespace(replay=range(6))
-    assert ranking.choose_by_patch(session, None, rows, None, None, rows[:1]) == [1]
-
-
-def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
-    llama, text, tmp_path, monkeypatch
-):
-    kinds, fit, measure_patched = set(), ranking.fit_patch, ranking.changed_losses
-
-    def noted(session, *given):
-        kinds.add((session.config.patch, session.config.heal))
-        return fit(session, *given)
-
-    def later_is_lower(*given):
-        return measure_patched(*given) / 10 ** len(tried.append(given[5]) or tried)
-
-    tried = []
-    monkeypatch.setattr(ranking, "fit_patch", noted)
-    monkeypatch.setattr(ranking, "changed_losses", later_is_lower)
-    monkeypatch.setattr(ranking, "NEAR", 0.0)
-    monkeypatch.setattr(ranking, "ERRORS", 0)
-    given = {"model": str(llama), "calibration": str(text), "remove": 3, "seed": 1}
-    out = tmp_path / "run"
-    isingcut.prune(**{**OPTIONS, **given}, heal="4tokens", out=str(out))
-    found = read_json(out / "candidates.json", "candidates")
-    quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
-    lowest = min(found["candidates"], key=lambda row: row["kl"])
-    assert tried == [lowest["removed"], quick["removed"]]
-    assert kinds == {("tuned", "")}
-    assert found["chosen"]["removed"] == quick["removed"]
-    assert found["chosen"]["why"].startswith("compared in a deep cut with state ")
-    ranked = read_document(out / "candidates.json", CandidatesFile)
-    assert "but a patch repairs that state less" in sentence("one_pass_words", ranked)
-    ranked.chosen.patched_kl = None
-    said = sentence("one_pass_words", ranked)
-    assert "a patch" not in said
-    assert "The choice was not made by this KL" in said
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +287,7 @@ def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_
         assert "was made with other options (files: " in capsys.readouterr().err
 
 
-def test_what_cannot_be_asked(questions):
+def test_unusable_tasks_are_refused(questions):
     for options in ({"choose": "tasks"}, {"questions": 5}):
         with pytest.raises(InputError, match="need benchmarks; name some with --tasks"):
             RunConfig(model="m", remove="2", **options).validate()
@@ -503,7 +295,7 @@ def test_what_cannot_be_asked(questions):
         check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
-def test_a_streamed_model_answers_alike(asked, tmp_path):
+def test_a_streamed_model_gives_the_same_answers(asked, tmp_path):
     options, whole = asked
     streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
     for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
@@ -537,7 +329,7 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_certainties_tell_apart_what_scores_do_not():
+def test_certainties_separate_candidates_of_equal_scores():
     """Both candidates have the same right answers, but one is surer of them."""
     rng, keys = np.random.default_rng(2), [f"q{i}" for i in range(400)]
     sure = rng.uniform(-2.0, 0.0, len(keys))
@@ -595,7 +387,7 @@ def test_a_task_of_many_nats_does_not_outvote_another():
     assert choose([[0], [1]], keys, answers(table))["chosen"] == 1
 
 
-def test_who_is_dropped_before_a_task_begins_is_compared_on_the_others():
+def test_a_candidate_dropped_before_a_task_is_compared_on_the_others():
     rng = np.random.default_rng(5)
     # More tasks than the first look has questions.
     keys = {f"t{i}": [f"t{i}q{j}" for j in range(3)] for i in range(choosing.FIRST + 10)}

@@ -1,0 +1,121 @@
+"""The tuned patch: what it wins on held-out samples, and what it keeps."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from isingcut.errors import ArchitectureError, FitError
+from isingcut.healing.patch import checkpoint as tuning
+from isingcut.healing.patch.checkpoint import split_samples, tune
+from isingcut.healing.patch.files import apply_patches
+from isingcut.healing.patch.linear import fit_patches
+from isingcut.measure.work import Work
+from isingcut.models.architectures.blocks import skip_blocks, stack_modules
+from isingcut.testing.tiny import tiny_model
+from test_patch import tokens
+from tiny import replay_of
+
+REMOVED = (2, 3)
+
+
+def tuned(model, text, removed=REMOVED):
+    replay, patches = replay_of(model), []
+    rest, held_out = split_samples(text)
+    with contextlib.suppress(ArchitectureError):  # No map helps some random models.
+        patches = fit_patches(replay, rest, removed, Work(96)).patches
+    found, record = tune(replay, rest, held_out, removed, patches, Work(96))
+    return SimpleNamespace(patches=found, record=record)
+
+
+def divergence(model, text, found, removed=REMOVED):
+    """Return KL(original || patched) from plain forward passes over the held-out samples."""
+    total, count = 0.0, 0
+    for s in range(7, text.samples, 8):
+        ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            blocks = stack_modules(model)
+            with skip_blocks(model, removed), apply_patches(blocks, found.patches):
+                q = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+        count += ids.shape[1] - 1
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
+def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(monkeypatch, family):
+    # Every sample eight times, so that what is learnt also applies to the validation samples.
+    model, text = tiny_model(family), tokens(16).select(torch.arange(16).repeat_interleave(8))
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
+    monkeypatch.setattr(tuning, "RATE", 0.002)
+    found = tuned(model, text)
+    kl = found.record.held_out_kl
+    assert min(kl) < kl[0]
+    assert divergence(model, text, found) == pytest.approx(min(kl), rel=1e-3)
+    assert {p.block for p in found.patches} == {1, 4}
+
+
+def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch):
+    monkeypatch.setattr(tuning, "RATE", 30.0)
+    model, text = tiny_model("llama"), tokens(16)
+    found = tuned(model, text)
+    kl = found.record.held_out_kl
+    assert min(kl[1:]) > kl[0]
+    assert [(p.block, p.path) for p in found.patches] == [(1, "mlp.down_proj")]
+    assert divergence(model, text, found) == pytest.approx(kl[0], rel=1e-3)
+
+
+def test_the_original_stays_as_it_was():
+    model = tiny_model("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tuned(model, tokens(16))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_cuts_at_the_first_and_the_last_block_have_one_neighbour():
+    model, text = tiny_model("llama"), tokens(16)
+    removed = (0, 3, 5)
+    found = tuned(model, text, removed)
+    assert {layer.block for layer in found.record.layers} == {1, 2, 4}
+    kl = found.record.held_out_kl
+    assert divergence(model, text, found, removed) == pytest.approx(min(kl), rel=1e-3)
+
+
+def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch):
+    room = type("Room", (), {"left": 0})()
+    monkeypatch.setattr(tuning, "allowance", lambda *given: room)
+    with pytest.raises(FitError, match="GB of host memory"):
+        tuned(tiny_model("llama"), tokens(16))
+    model = tiny_model("llama")
+    blocks = stack_modules(model)
+    both = [
+        blocks[i].get_submodule(p) for i in (1, 4) for p in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
+    room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])
+    paths = {layer.layer for layer in tuned(model, tokens(16)).record.layers}
+    assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
+    assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
+
+
+def test_three_samples_are_too_few():
+    with pytest.raises(FitError, match="at least 4 samples"):
+        tuned(tiny_model("llama"), tokens(3))
+
+
+def test_weights_of_wider_models_move_less(monkeypatch):
+    rates, adam = list[float](), torch.optim.AdamW
+
+    def seen(groups, lr, **rest):
+        rates.append(lr)
+        return adam(groups, lr=lr, **rest)
+
+    monkeypatch.setattr(torch.optim, "AdamW", seen)
+    for narrower in (1, 4):
+        model = tiny_model("llama")
+        monkeypatch.setattr(tuning, "WIDTH", model.config.hidden_size // narrower)
+        tuned(model, tokens(16))
+    assert rates == [tuning.RATE, tuning.RATE / 4]
