@@ -77,6 +77,7 @@ _TOP_K = (
     "top_k_experts",
     "num_selected_experts",
 )
+_MLPS = ("mlp", "feed_forward", "ffn", "fc1", "shared_mlp")
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
@@ -93,8 +94,7 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
     total = sum(p.numel() for p in parameters)
     mixers = _mixers(module, index, config)
     names = list(dict.fromkeys(name for name, _, _ in mixers if name))
-    feed_forward = _feed_forward(module)
-    kind = "+".join([*names, *([feed_forward] if feed_forward else [])]) or "other"
+    kind = "+".join(filter(None, [*names, _feed_forward(module)])) or "other"
     return Block(
         index=index,
         path=path,
@@ -160,8 +160,7 @@ def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
 def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
     if "attention" not in name and "attn" not in name and not name.endswith("mla"):
         return False
-    linears = [c for c in children.values() if hasattr(c, "weight") or list(c.parameters())]
-    return bool(linears)
+    return any(hasattr(c, "weight") or list(c.parameters()) for c in children.values())
 
 
 def _span(module: nn.Module, index: int, config: Any) -> str:
@@ -219,23 +218,15 @@ def _kv_elements(module: nn.Module, config: Any) -> int:
     return 2 * groups * width
 
 
-def _feed_forward(block: nn.Module) -> str | None:
-    experts = any(
-        name.rsplit(".", 1)[-1] == "experts" and list(module.parameters())
-        for name, module in block.named_modules()
-    )
-    if experts:
+def _feed_forward(block: nn.Module) -> str:
+    """Return ``"moe"``, ``"mlp"`` or, without a feed-forward, an empty text."""
+    parts = [(name, m) for name, m in block.named_modules() if any(True for _ in m.parameters())]
+    names = {name.rpartition(".")[2] for name, _ in parts}
+    if "experts" in names:
         return "moe"
-    for name, module in block.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        kind = type(module).__name__.lower()
-        if (
-            "mlp" in kind
-            or "feedforward" in kind
-            or last in {"mlp", "feed_forward", "ffn", "fc1", "shared_mlp"}
-        ) and list(module.parameters()):
-            return "mlp"
-    return None
+    kinds = [type(module).__name__.lower() for _, module in parts]
+    named = not names.isdisjoint(_MLPS) or any("mlp" in k or "feedforward" in k for k in kinds)
+    return "mlp" if named else ""
 
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
@@ -305,29 +296,20 @@ def stack_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _stack_path(model: nn.Module, count: int | None) -> str | None:
-    if count is None:
-        return None
     decoder = _decoder_path(model)
-    best: tuple[bool, int, str] | None = None
-    accepted: list[str] = []
+    found: dict[str, tuple[bool, int]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != count:
-            continue
-        if any(path.startswith(outer + ".") for outer in accepted):
-            continue  # experts and the like: a list inside a block is not a stack
-        accepted.append(path)
-        inside = decoder == "" or path.startswith(decoder + ".")
-        size = sum(p.numel() for p in module.parameters())
-        if best is None or (inside, size) > best[:2]:
-            best = (inside, size, path)
-    return best[2] if best else None
+        listed = isinstance(module, nn.ModuleList) and len(module) == count
+        # Experts and the like: a list inside a block is not a stack.
+        if listed and not any(path.startswith(f"{outer}.") for outer in found):
+            inside = decoder == "" or path.startswith(f"{decoder}.")
+            found[path] = inside, sum(p.numel() for p in module.parameters())
+    return max(found, key=lambda path: found[path], default=None)
 
 
 def _decoder_path(model: Any) -> str:
     """Return the path of the module from `get_decoder`, or "" for the root."""
     decoder = model.get_decoder()
-    if decoder is None or decoder is model:
-        return ""
     return next((str(path) for path, module in model.named_modules() if module is decoder), "")
 
 
