@@ -188,13 +188,10 @@ def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often:
 
 def _drop_generators(part: dict[str, Any]) -> None:
     for key, replacement in fields.GENERATORS.items():
-        if part.get(key) is None:
+        if part.get(key) is None or part.get(replacement) is not None:
             part.pop(key, None)
-        elif part.get(replacement) is not None:
-            del part[key]
-        elif isinstance(part[key], int) and part[key] in (0, 1):
-            continue  # every block is the same
-        else:
+        # With 0 or 1, every block is the same.
+        elif not isinstance(part[key], int) or part[key] not in (0, 1):
             raise ArchitectureError(
                 f"{key}={part[key]!r} repeats with the block number and {replacement} is not "
                 f"given; write {replacement} out in the configuration"

@@ -117,11 +117,8 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
     for i, kind in enumerate(types):
         if kind != "full_attention":
             later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
-            row = _unit(n, later)
-            row[i] = -1.0
-            rows.append(
-                LinearConstraint(f"full after {i}", row, "<=", float(len(later) - 1), _LAST_REASON)
-            )
+            row, most = _row(n, later, [i]), len(later) - 1.0
+            rows.append(LinearConstraint(f"full after {i}", row, "<=", most, _LAST_REASON))
     return rows
 
 
@@ -143,7 +140,7 @@ def legality(
     types: Any = text.get("layer_types")
     with fields.catch_unknown_form("layer_types", types):
         rows = [
-            LinearConstraint(f"keep block {i}", _unit(n, [i]), "==", 0.0, reason)
+            LinearConstraint(f"keep block {i}", _row(n, [i]), "==", 0.0, reason)
             for i, reason in find_fixed_blocks(config, text, n).items()
         ]
         if text.get("model_type") in _LAST_IS_FULL:
@@ -152,8 +149,7 @@ def legality(
         value = text.get(name) or ()
         with fields.catch_unknown_form(name, value):
             for i, source, reason in _sources(name, value, n):
-                row = _unit(n, [source])
-                row[i] = -1.0
+                row = _row(n, [source], [i])
                 rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
     if 0 < len(attention) < n:
         rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
@@ -167,7 +163,7 @@ def legality(
 
 def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
     """Return the constraint that at least one of these blocks stays."""
-    return LinearConstraint(f"keep {name}", _unit(n, blocks), "<=", len(blocks) - 1.0, reason)
+    return LinearConstraint(f"keep {name}", _row(n, blocks), "<=", len(blocks) - 1.0, reason)
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
@@ -176,20 +172,16 @@ def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
     reason = f"block kinds repeat every {period} blocks in the configuration"
     rows = []
     for i in range(n - 1):
-        if (i + 1) % period == 0:
-            continue
-        row = np.zeros(n)
-        row[i], row[i + 1] = 1.0, -1.0
-        whole = (i // period + 1) * period <= n
-        rows.append(
-            LinearConstraint(f"period {i},{i + 1}", row, "==" if whole else "<=", 0.0, reason)
-        )
+        if (i + 1) % period:
+            row, name = _row(n, [i], [i + 1]), f"period {i},{i + 1}"
+            whole = (i // period + 1) * period <= n
+            rows.append(LinearConstraint(name, row, "==" if whole else "<=", 0.0, reason))
     return rows
 
 
-def _unit(n: int, indices: Sequence[int]) -> NDArray[np.float64]:
+def _row(n: int, plus: Sequence[int], minus: Sequence[int] = ()) -> NDArray[np.float64]:
     row = np.zeros(n)
-    row[indices] = 1.0
+    row[[*plus]], row[[*minus]] = 1.0, -1.0
     return row
 
 

@@ -8,7 +8,6 @@ errors that name the field, never guesses. `families` handles what does not fit 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -322,9 +321,10 @@ def text_part(config: dict[str, Any], derived: Any | None) -> dict[str, Any]:
         text = text.get(key) if isinstance(text, dict) else None
     if isinstance(text, dict):
         return text
-    for place in _places(config):
+    for place in (None, *config):
         if _is_read(config, place):
-            return config[place[0]] if place else config
+            found: dict[str, Any] = config if place is None else config[place]
+            return found
     text = config
     for key in path:
         if not isinstance(text.get(key), dict):
@@ -375,21 +375,15 @@ def catch_unknown_form(key: str, value: Any) -> Iterator[None]:
         ) from error
 
 
-def _places(config: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    yield ()
-    yield from ((key,) for key, value in config.items() if isinstance(value, dict))
-
-
-def _is_read(config: dict[str, Any], place: tuple[str, ...]) -> bool:
-    """Whether transformers reads the decoder's vocabulary size from the part at ``place``."""
-    changed = copy.deepcopy(config)
-    part = changed[place[0]] if place else changed
-    size = part.get("vocab_size")
+def _is_read(config: dict[str, Any], key: str | None) -> bool:
+    """Whether transformers reads the decoder's vocabulary size from a part, or from the root."""
+    part = config if key is None else config[key]
+    size = part.get("vocab_size") if isinstance(part, dict) else None
     if not isinstance(size, int):
         return False
-    part["vocab_size"] = size + 1
-    text = config_object(changed).get_text_config(decoder=True)  # type: ignore[union-attr]
-    return bool(getattr(text, "vocab_size", None) == size + 1)
+    changed = {**part, "vocab_size": size + 1}
+    derived: Any = config_object(changed if key is None else {**config, key: changed})
+    return bool(getattr(derived.get_text_config(decoder=True), "vocab_size", None) == size + 1)
 
 
 def _decode_floats(value: Any) -> Any:
