@@ -191,9 +191,8 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         stored = seen.stored.get(name)
-        if stored is None or stored.packed or math.prod(stored.shape) == parameter.numel():
-            continue
-        raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+        if stored and not stored.packed and math.prod(stored.shape) != parameter.numel():
+            raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
 
 
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
@@ -230,14 +229,10 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
     sizes: dict[str, int] = {}
     for tensor in tensors:
         match = _NUMBERED.match(tensor.name)
-        if match is None:
-            continue
-        before = match.group(1) or ""
-        if is_mtp(before):
-            continue
-        prefix = f"{before}{match.group(2)}."
-        numbers.setdefault(prefix, set()).add(int(match.group(3)))
-        sizes[prefix] = sizes.get(prefix, 0) + tensor.size
+        if match is not None and not is_mtp(before := match[1] or ""):
+            prefix = f"{before}{match[2]}."
+            numbers.setdefault(prefix, set()).add(int(match[3]))
+            sizes[prefix] = sizes.get(prefix, 0) + tensor.size
     if not numbers:
         return "", set()
     # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).

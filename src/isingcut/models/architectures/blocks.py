@@ -112,10 +112,8 @@ def _own(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _itemsize(module: nn.Module) -> int:
-    for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.element_size() >= 2:
-            return parameter.element_size()
-    return 2
+    sizes = (p.element_size() for p in module.parameters() if p.is_floating_point())
+    return next((size for size in sizes if size >= 2), 2)
 
 
 def _mixers(module: nn.Module, index: int, config: Any) -> list[tuple[str, int, int]]:
@@ -166,12 +164,8 @@ def _is_attention(name: str, children: dict[str, nn.Module]) -> bool:
 def _span(module: nn.Module, index: int, config: Any) -> str:
     types = getattr(config, "layer_types", None)
     label = types[index] if isinstance(types, list) and index < len(types) else ""
-    if "sliding" in label:
-        return "sliding-"
-    if "chunked" in label:
-        return "chunked-"
     if label:
-        return ""
+        return next((f"{span}-" for span in ("sliding", "chunked") if span in label), "")
     window = getattr(module, "sliding_window", None)
     return "sliding-" if isinstance(window, int) and window > 0 else ""
 
