@@ -244,7 +244,7 @@ class NewTensor:
     source: StoredTensor
     axis: int | None = None
     count: int = 1
-    kept: tuple[int, ...] = ()
+    kept: tuple[int, ...] = (0,)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -257,8 +257,6 @@ class NewTensor:
     @property
     def size(self) -> int:
         """Number of bytes after slicing."""
-        if self.axis is None:
-            return self.source.size
         return self.source.size // self.count * len(self.kept)
 
 

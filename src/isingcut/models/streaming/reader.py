@@ -166,12 +166,8 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
         ModelError: the checkpoint has no tensor for a parameter.
     """
     kept = {name: name for name in names.tensors if name in there}
-    for this, that in names.ties.items():
-        # Either may be stored. If both are, transformers ties them only if they are equal.
-        if this not in there and that in there:
-            kept[this] = that
-        elif that not in there and this in there:
-            kept[that] = this
+    # Either may be stored. If both are, transformers ties them only if they are equal.
+    kept |= {that: this for this, that in names.ties.items() if this in there and that not in there}
     for this, that in names.ties.items():
         if this not in kept and that in kept:
             kept[this] = kept[that]
@@ -232,27 +228,19 @@ def _slices(
     stacked, joined = kinds[0] == "MergeModulelist", kinds[-1] == "Concatenate"
     if stacked and converter.operations[0].dim != 0:
         return None
-    axis = None
-    if joined:
-        # Axis within one item, without the axis along which items are stacked.
-        axis = converter.operations[-1].dim - (1 if stacked else 0)
-        if axis < 0:
-            return None
-    by_pattern: dict[str, list[StoredTensor]] = {}
-    for pattern, source in members:
-        by_pattern.setdefault(pattern, []).append(source)
+    # Axis within one item, without the axis along which items are stacked.
+    axis = converter.operations[-1].dim - stacked if joined else None
+    if axis is not None and axis < 0:
+        return None
     out: list[CopyStep] = []
     first = 0
-    for pattern in converter.source_patterns:
-        items = by_pattern.get(pattern, [])
-        if axis is not None and not stacked:
-            for source in items:
-                out.append(CopyStep(source, target, axis=axis, first=first))
+    for wanted in converter.source_patterns:
+        items = [source for pattern, source in members if pattern == wanted]
+        for k, source in enumerate(items):
+            out.append(CopyStep(source, target, k if stacked else None, axis, first))
+            # The items of one stack begin at the same index.
+            if axis is not None and (not stacked or source is items[-1]):
                 first += source.shape[axis]
-            continue
-        out += [CopyStep(s, target, item=k, axis=axis, first=first) for k, s in enumerate(items)]
-        if axis is not None and items:
-            first += items[0].shape[axis]
     return out
 
 
