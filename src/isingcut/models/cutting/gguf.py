@@ -282,15 +282,16 @@ def cut_gguf(
             writer.add_sliding_window_pattern([windows[i] for i in mapping])
         kept = []
         for tensor in reader.tensors:
-            name = _new_name(tensor.name, mapping)
-            if name is None:
+            # Outside the blocks, tensors keep their names.
+            old, rest = block_of(tensor.name) or (-1, "")
+            if rest and old not in mapping:
                 continue
+            name = f"blk.{mapping[old]}.{rest}" if rest else tensor.name
             new, kind = (changed or {}).get(tensor.name), tensor.tensor_type
             shape, dtype = tensor.data.shape, tensor.data.dtype
-            numbers, place = tensor.shape[::-1].tolist(), block_of(tensor.name)
+            numbers = tensor.shape[::-1].tolist()
             if packed is not None:
-                inside = place is not None and place[0] < count - mtp
-                given = {"inside": inside, "new": new is not None}
+                given = {"inside": 0 <= old < count - mtp, "new": new is not None}
                 kind = packed_type(tensor.name, numbers, kind, packed, **given)
             elif new is not None and kind.name not in _FINE:
                 kind = gguf.GGMLQuantizationType.Q8_0
@@ -387,11 +388,3 @@ def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dic
             )
         return [value[i] for i in mapping]
     return value
-
-
-def _new_name(name: str, mapping: dict[int, int]) -> str | None:
-    place = block_of(name)
-    if place is None:
-        return name
-    old, rest = place
-    return f"blk.{mapping[old]}.{rest}" if old in mapping else None
