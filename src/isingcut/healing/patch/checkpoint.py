@@ -311,9 +311,7 @@ class _Text:
         self.batches, self.groups = list[TokenSet](), list[range]()
         self.calls, self.entered, self.left = list[Recording](), list[Tensor](), list[Tensor]()
         for together in tokens.batches(batch_tokens):
-            few = [together]
-            if together.input_ids.numel() > at_a_time:
-                few = together.batches(at_a_time)
+            few = together.batches(at_a_time)
             self.groups.append(range(len(self.batches), len(self.batches) + len(few)))
             self.batches += few
 

@@ -116,24 +116,24 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     new: dict[str, Tensor] = {}
     modules, written = [], []
     for patch, pair in zip(patches, layers, strict=True):
-        own = [
-            values.detach()
+        own = {
+            tensor.name: values.detach()
             .cpu()
             .to(DTYPES[tensor.dtype] if tensor.dtype not in _FLOAT8 else torch.bfloat16)
             .contiguous()
             for tensor, values in zip(pair, (patch.weight, patch.bias), strict=True)
             if tensor is not None and values is not None
-        ]
-        names = [tensor.name for tensor in pair if tensor is not None]
-        new |= dict(zip(names, own, strict=True))
+        }
+        new |= own
         if pair[0].dtype in _FLOAT8:
-            modules.append(names[0].removesuffix(".weight"))
+            modules.append(pair[0].name.removesuffix(".weight"))
             patch.record.stored = "bfloat16, not quantised"  # type: ignore[attr-defined]
         patch.record.changed = any(
             stored.tensors[name].data() != values.view(torch.uint8).numpy().tobytes()
-            for name, values in zip(names, own, strict=True)
+            for name, values in own.items()
         )
-        written.append(replace(patch, weight=own[0], bias=own[1] if own[1:] else None))
+        weight, *bias = own.values()
+        written.append(replace(patch, weight=weight, bias=bias[0] if bias else None))
     dropped = {f"{m}.{scale}" for m in modules for scale in _SCALES} & stored.tensors.keys()
     # A scale may be in another shard than its weight.
     files = {stored.tensors[name].file for name in (*new, *dropped)}
