@@ -85,9 +85,7 @@ class Buffers:
             if installed is part:
                 self._recent = index
                 return
-        if self._pending is None or self._pending[0] is not part:
-            self._settle()
-            self._submit(part)
+        self.expect(part)
         assert self._pending is not None
         _, index, future = self._pending
         memory = future.result()
@@ -102,9 +100,6 @@ class Buffers:
         if self.holds(part) or (self._pending is not None and self._pending[0] is part):
             return
         self._settle()
-        self._submit(part)
-
-    def _submit(self, part: StoredPart) -> None:
         if not self._buffers:
             with torch.inference_mode(False):
                 self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
