@@ -258,8 +258,9 @@ def loss_gradient(
     Returns:
         (B, T, D), zero at positions without a prediction.
     """
+    draws = None if label_seed is None else _draws(batch, label_seed)
     if not head.plain:
-        return _by_sample(recording, hidden, batch, label_seed)
+        return _by_sample(recording, hidden, batch, draws)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
@@ -267,7 +268,6 @@ def loss_gradient(
     rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)
-    draws = None if label_seed is None else _draws(batch, label_seed)
     flat = inputs.detach().flatten(0, 1)
     toward = torch.zeros_like(flat)
     chosen = flat.index_select(0, rows)
@@ -314,10 +314,9 @@ def divergence_gradient(
 
 
 def _by_sample(
-    recording: Recording, hidden: Tensor, batch: TokenSet, label_seed: int | None
+    recording: Recording, hidden: Tensor, batch: TokenSet, draws: Tensor | None
 ) -> Tensor:
     out = torch.empty_like(hidden)
-    draws = None if label_seed is None else _draws(batch, label_seed)
     ends = batch.predicted.sum(1).cumsum(0).tolist()
     for s in range(batch.samples):
         with torch.enable_grad():
