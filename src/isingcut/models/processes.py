@@ -87,6 +87,7 @@ class Processes:
             return [data]
         import torch
 
+        # Not by `all_gather_object`, which pickles.
         lengths = [int(n) for n in self._gather_tensors(torch.tensor([len(data)], device="cpu"))]
         own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
         if data:
