@@ -96,11 +96,6 @@ class BlockCall:
             "'hidden_states'; such a block cannot be replayed"
         )
 
-    def bring(self, device: torch.device, known: dict[Any, Tensor]) -> None:
-        """Drop the hidden states and move the other arguments to a device; see `move`."""
-        self.hidden = None
-        self.args, self.kwargs = move((self.args, self.kwargs), device, known)
-
     def repeat(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Call the block with the recorded arguments and other hidden states."""
         if self.keyword:
@@ -339,7 +334,8 @@ class Replay:
         assert entered is not None
         known: dict[Any, Tensor] = {}
         for call, place in zip(calls, self.places, strict=True):
-            call.bring(place, known)
+            call.hidden = None
+            call.args, call.kwargs = move((call.args, call.kwargs), place, known)
         return Recording(self, ids, entered, calls)
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
