@@ -249,13 +249,9 @@ def runs(removed: Sequence[int]) -> list[tuple[int, int]]:
     >>> runs([4, 5, 9])
     [(4, 5), (9, 9)]
     """
-    found: list[tuple[int, int]] = []
-    for i in sorted(removed):
-        if found and i == found[-1][1] + 1:
-            found[-1] = (found[-1][0], i)
-        else:
-            found.append((i, i))
-    return found
+    first = sorted(i for i in removed if i - 1 not in removed)
+    last = sorted(i for i in removed if i + 1 not in removed)
+    return list(zip(first, last, strict=True))
 
 
 def find_obstacle(
