@@ -83,10 +83,9 @@ class Domains:
         begin, before, now = checks[0], checks[-2], checks[-1]
         counts = self.tokens.counts
         for name, rows in self._parts.items():
-            if len(rows) < 2:
-                continue
             start, last, here = (np.asarray(c.kl_sums)[rows] for c in (begin, before, now))
             worse = [difference(past, here, counts[rows]) for past in (start, last)]
+            # The error is NaN for a single sample, which is never worse.
             if all(mean > _ERRORS * error for mean, error in worse):
                 kl = [float(sums.sum() / counts[rows].sum()) for sums in (start, last, here)]
                 where = f"on {name} the model" if name else "the model"
