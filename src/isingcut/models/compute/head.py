@@ -317,14 +317,14 @@ def _by_sample(
     recording: Recording, hidden: Tensor, batch: TokenSet, draws: Tensor | None
 ) -> Tensor:
     out = torch.empty_like(hidden)
-    ends = batch.predicted.sum(1).cumsum(0).tolist()
-    for s in range(batch.samples):
+    counts = batch.predicted.sum(1).tolist()
+    parts = [None] * len(counts) if draws is None else torch.split(draws, counts)
+    for s, own in enumerate(parts):
         with torch.enable_grad():
             leaf = hidden[s].detach().requires_grad_(True)
             logits = recording.logits(leaf, s)  # (T, V)
         positions = batch.predicted[s].nonzero()[:, 0].to(logits.device)
         labels = batch.input_ids[s, 1:].to(logits.device)[positions]
-        own = None if draws is None else draws[ends[s] - len(positions) : ends[s]]
         selected = logits.detach()[positions]
         scale = logits.new_full((len(labels),), 1 / max(1, len(labels)), dtype=torch.float64)
         _to_gradient(selected, labels, scale, own)
