@@ -175,24 +175,24 @@ def chosen_by(llama, text):
 
 
 @pytest.fixture(scope="module")
-def asked(llama, text, questions, tmp_path_factory):
+def by_questions(llama, text, questions, tmp_path_factory):
     """The options of a run that chose by questions, and its folder."""
-    out = tmp_path_factory.mktemp("asked") / "run"
+    out = tmp_path_factory.mktemp("by_questions") / "run"
     options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(out)}
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
         return options, isingcut.run(**options)
 
 
-def test_a_run_chooses_by_questions_and_reports_on_others(asked, llama, questions):
-    options, target = asked
+def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, questions):
+    options, target = by_questions
     found = read_json(target / "candidates.json", "candidates")
     choice, rows = found["by_tasks"], found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
-    asked_kl = [kl[tuple(row["removed"])] for row in rows]
-    assert asked_kl == sorted(asked_kl)
-    assert asked_kl[0] == min(kl.values())
-    # A state of high loss may have the best answers, so it is asked as well.
+    measured_kl = [kl[tuple(row["removed"])] for row in rows]
+    assert measured_kl == sorted(measured_kl)
+    assert measured_kl[0] == min(kl.values())
+    # A state of high loss may have the best answers, so it answers as well.
     size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
@@ -236,11 +236,8 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()
     more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
-    options = {
-        **chosen_by(llama, text),
-        "tasks": f"{questions},{more}",
-        "out": str(tmp_path / "run"),
-    }
+    out, tasks = tmp_path / "run", f"{questions},{more}"
+    options = {**chosen_by(llama, text), "tasks": tasks, "out": str(out)}
     whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
 
     def counted(model, task, *given, **rest):
@@ -249,7 +246,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
             if len(calls) == 3:
-                # Answered questions are not asked again.
+                # Answered questions are not scored again.
                 patch.setattr("isingcut.evaluation.answers._scores", None)
             return whole(model, task, *given, **rest)
 
@@ -262,7 +259,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options)
     before = computed.count("mine.jsonl")
-    assert list((tmp_path / "run" / ".questions").glob("mine.jsonl-*.journal"))
+    assert list((out / ".questions").glob("mine.jsonl-*.journal"))
     isingcut.prune(**options)
     assert calls == ["mine.jsonl", "more.jsonl"] * 2
     assert computed.count("mine.jsonl") == before > 0
@@ -273,13 +270,8 @@ def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_
     data = tmp_path / "data" / "arc_easy" / "test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text(encoding="utf-8")
-    for file, line in (
-        (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
-        (
-            data,
-            ["evaluate", run, "--skip-speed", "--tasks", "arc_easy", "--data", tmp_path / "data"],
-        ),
-    ):
+    again = ["evaluate", run, "--skip-speed", "--tasks", "arc_easy", "--data", tmp_path / "data"]
+    for file, line in ((own, ["rank", run, "--choose", "tasks", "--tasks", own]), (data, again)):
         file.write_text(text, encoding="utf-8")
         assert call(*line, "--overwrite") == 0
         file.write_text(text.replace("river", "brook"), encoding="utf-8")
@@ -295,15 +287,12 @@ def test_unusable_tasks_are_refused(questions):
         check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
-def test_a_streamed_model_gives_the_same_answers(asked, tmp_path):
-    options, whole = asked
+def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
+    options, whole = by_questions
     streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
-    for name, kind in (("candidates.json", "candidates"), ("benchmarks.json", "benchmarks")):
-        one, other = (read_json(target / name, kind) for target in (streamed, whole))
-        if kind == "benchmarks":
-            assert one["rows"] == other["rows"]
-        else:
-            assert one["by_tasks"] == other["by_tasks"]
+    for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
+        one, other = (read_json(target / f"{kind}.json", kind)[key] for target in (streamed, whole))
+        assert one == other
 
 
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
@@ -314,18 +303,10 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     record = json.dumps({"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"})
     for name in ("test", "train"):
         (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8, encoding="utf-8")
+    more = {"choose": "measured", "stream": "on", "data": str(data), "out": str(tmp_path / "run")}
     for name in ("gsm8k", "wikitext2"):
         with pytest.raises(InputError, match=f"{name} needs the whole model, which does not fit"):
-            isingcut.run(
-                **OPTIONS,
-                model=str(llama),
-                calibration=str(text),
-                out=str(tmp_path / "run"),
-                remove=2,
-                tasks=name,
-                data=str(data),
-                stream="on",
-            )
+            isingcut.run(**{**chosen_by(llama, text), **more, "tasks": name})
         assert not (tmp_path / "run").exists()
 
 
