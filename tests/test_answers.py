@@ -132,7 +132,7 @@ def test_a_conversation_is_searched_up_to_its_last_kept_token_only():
     assert encode.call_count < 1 + 2 * 20 / 2
 
 
-def test_what_cannot_be_told_is_refused(tmp_path):
+def test_answers_that_cannot_be_located_are_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     source = f"answers:{chat_file(tmp_path / 'chat.jsonl')}"
     tokenizer.chat_template = (

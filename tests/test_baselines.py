@@ -128,7 +128,7 @@ def test_all_baselines_are_found():
 
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("remove", [1, 3])
-def test_a_baseline_removes_as_many_as_asked_and_the_same_ones_again(name, remove):
+def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(name, remove):
     replay, tokens = tiny_replay(), random_tokens()
     first = part(name).choose(replay, tokens, remove, WORK, seed=1)
     again = part(name).choose(replay, tokens, remove, WORK, seed=1)
@@ -432,7 +432,7 @@ def test_other_removals_and_options_have_files_of_their_own(capsys, folder):
     assert call(capsys, *arguments, "--overwrite")[0] == 0
 
 
-def test_a_broken_constraint_is_said(capsys, folder):
+def test_a_broken_constraint_is_reported(capsys, folder):
     call(capsys, "baseline", "angular-window", folder, "--remove", "5")
     found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]

@@ -58,7 +58,7 @@ def test_beyond_the_budget_memory_is_exhausted_in_torchs_words():
         assert card.live == 0
 
 
-def test_a_card_answers_what_memory_is_there():
+def test_a_card_reports_its_memory():
     with fake_cards(2, budget=10_000) as cards:
         assert device_module(cards[0].device).device_count() == 2
         assert pick_device("lazy:1") == cards[1].device

@@ -152,7 +152,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
     assert any("poorly" in w for w in answer(capsys, "rank", run)["warnings"])
 
 
-def test_without_random_states_it_is_said_that_nothing_judged_the_energy(run, capsys):
+def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, capsys):
     assert call("rank", run, "--random-states", 0, "--overwrite") == 0
     assert "energy: rank correlation not measured (--random-states 0)" in capsys.readouterr().out
     assert not list(run.glob("*.journal*"))
@@ -339,7 +339,7 @@ def test_no_color_is_respected_and_pipes_get_none():
     assert "\x1b" not in process("--help").stdout
 
 
-def test_shell_completion_knows_verbs_and_parts(monkeypatch, capsys):
+def test_shell_completion_lists_verbs_and_parts(monkeypatch, capsys):
     def complete(words):
         monkeypatch.setenv("_ISINGCUT_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", words)

@@ -282,7 +282,7 @@ def _raises(arguments):
     type_in(*arguments)
 
 
-def test_the_reason_of_another_process_is_said_while_rank_0_computes(place, tmp_path):
+def test_the_reason_of_another_process_is_printed_while_rank_0_computes(place, tmp_path):
     arguments = _typed(place, tmp_path / "run", also=False)
     lines = _torchrun(tmp_path / "said", _raises, arguments)
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]

@@ -138,7 +138,7 @@ def test_a_changed_bit_loses_its_row(path):
     assert Journal(path, "a").keys() == ["0", "2"]
 
 
-def test_a_full_disk_is_said_as_such(path, monkeypatch):
+def test_a_full_disk_is_named(path, monkeypatch):
     kept = Journal(path, "a")
 
     def full(descriptor):

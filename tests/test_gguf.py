@@ -305,7 +305,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
         assert np.linalg.norm(found - wanted) <= 0.01 * np.linalg.norm(wanted)
 
 
-def test_the_written_gguf_is_judged_beside_its_checkpoint(gguf_run, capsys):
+def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
     found = json.loads((gguf_run / "evaluation.json").read_text())
     assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
     assert found["gguf"]["kl"] != found["kl"]

@@ -101,7 +101,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
         prune(TEXTS[:-1])
 
 
-def test_what_is_held_no_more_is_named():
+def test_texts_no_longer_in_memory_are_named():
     with register_texts(["a", "b"]) as name:
         assert find_object(name) == ["a", "b"]
         with register_texts(("a", "b")) as again:

@@ -255,7 +255,7 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
         assert torch.equal(tensor, before[name]), name
 
 
-def test_lora_heals_beside_its_teacher_on_a_card_of_half_as_much_again(narrow_blocks):
+def test_lora_and_its_teacher_fit_a_card_of_half_as_much_again(narrow_blocks):
     budget = int(1.5 * on_card.weights(narrow_blocks / "original"))
     assert on_card.heal_on_card(narrow_blocks, budget, method="lora:1") <= budget
 

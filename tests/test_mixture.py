@@ -192,7 +192,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
 # figures by part ------------------------------------------------------------------------
 
 
-def test_quality_is_told_for_each_part_and_they_add_up(tmp_path, tokenizer):
+def test_the_quality_of_the_parts_adds_up(tmp_path, tokenizer):
     documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
     tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))

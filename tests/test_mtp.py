@@ -61,7 +61,7 @@ def test_a_draft_is_accepted_where_the_model_predicts_it():
     assert draft_acceptance(model, mtp, tokens, 1024)[0] == 1
 
 
-def test_drafts_that_transformers_cannot_make_are_said_to_be_missing(source):
+def test_drafts_that_transformers_cannot_make_are_reported_as_missing(source):
     llama = SimpleNamespace(model=tiny_model("llama"))
     session = SimpleNamespace(loaded=llama, source=source, tuning=SimpleNamespace(batch_tokens=9))
     found = _add_drafts(session, EvaluationFile.model_construct(), llama, source, None)
@@ -76,7 +76,7 @@ def test_a_healing_keeps_mtp_layers(source, tmp_path):
     assert bytes_of(healed, OF_MTP) == bytes_of(source, "model.layers.6.")
 
 
-def test_dropped_mtp_layers_are_gone_everywhere_and_it_is_said(source, text, tmp_path):
+def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_path):
     target = run(source, text, tmp_path / "run", patch="none", drop_mtp=True)
     assert count_mtp_layers(target / "model") == 0
     assert not bytes_of(target / "model", OF_MTP)

@@ -165,7 +165,7 @@ def test_later_cuts_are_fitted_on_the_model_patched_so_far():
     assert_stationary(model, text, second, [1], [first])
 
 
-def test_padding_has_no_say():
+def test_padding_does_not_count():
     model, text = tiny_model("llama"), tokens()
     other = TokenSet(text.input_ids.masked_fill(~text.mask, 99), text.mask, text.index)
     (one,), (two,) = (fitted(model, [3], t) for t in (text, other))
@@ -279,7 +279,7 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
     assert outside_row_space(tmp_path / "writes") < 1e-5
 
 
-def test_more_tokens_than_memory_beside_a_streamed_model_are_refused(tmp_path, monkeypatch):
+def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, monkeypatch):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher = load_streamed(source, dtype="float32", device="cpu")
     replay = teacher.streamed

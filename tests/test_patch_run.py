@@ -83,7 +83,7 @@ def exact(run, tmp_path_factory):
     return out / "model"
 
 
-def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
+def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     found = patch_of(run / "model")
     (cut,), tuning = found["cuts"], found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
@@ -104,7 +104,7 @@ def test_the_model_is_the_cut_with_other_weights_beside_it(run, exact, llama):
         torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_judged_beside_the_cut_on_text_that_it_was_not_fitted_on(run, exact, llama):
+def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     found = read_json(run / "evaluation.json", "evaluation")
     assert found["last"] == "patched"
     assert found["kl"] < found["cut"]["kl"]
@@ -231,7 +231,7 @@ def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
         assert streamed["cut"][name] == pytest.approx(whole["cut"][name], rel=1e-3)
 
 
-def test_too_little_text_for_the_fit_is_said(llama, text, tmp_path, monkeypatch):
+def test_too_little_text_for_the_fit_is_reported(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.runs.cutting.to_fit", _one_sample)
     out = job(llama, text, tmp_path / "run")
     (warning,) = patch_warnings(read_document(out / "evaluation.json", EvaluationFile))
@@ -364,7 +364,7 @@ def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
     assert read_json(tmp_path / "scores.json", "benchmarks")["rows"][0]["n"] == 6
 
 
-def test_a_checkpoint_given_as_a_run_is_told_how_to_be_compared(healed_run):
+def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(healed_run):
     done = CliRunner().invoke(app, ["evaluate", str(healed_run / "healed"), "--tasks", "arc_easy"])
     assert isinstance(done.exception, InputError)
     assert "add --original MODEL" in str(done.exception)

@@ -140,7 +140,7 @@ def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
     assert folder.target(config.removal) == out / "remove-params-30_"
 
 
-def test_solving_far_from_where_an_energy_was_corrected_is_said(llama, text, tmp_path, capsys):
+def test_solving_far_from_where_an_energy_was_corrected_warns(llama, text, tmp_path, capsys):
     options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
     out = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
     assert call("solve", out, "--remove", 2) == 0

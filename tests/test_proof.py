@@ -88,7 +88,7 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeyp
         verify(model, [1], tmp_path)
 
 
-def test_generation_is_compared_beside_masked_logits():
+def test_generation_is_compared_despite_masked_logits():
     model = composite("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
     with pytest.raises(VerificationError, match="differs from generation"):
@@ -96,7 +96,7 @@ def test_generation_is_compared_beside_masked_logits():
 
 
 @pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
-def test_a_tie_is_told_by_the_rounding_of_its_own_logits(above, tie):
+def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
     class Rounded:
         """The two largest logits are 16 and a little more, the usual size is 4."""
 
@@ -146,7 +146,7 @@ def test_blocks_that_image_features_join_behind_stay(family):
     assert not forbids(model, [3, 4, 5])
 
 
-def test_deepstack_is_found_where_only_its_class_speaks_of_it():
+def test_deepstack_is_found_where_only_its_class_names_it():
     config = composite("qwen3_vl").config.to_dict()
     del config["vision_config"]["deepstack_visual_indexes"]  # (8, 16, 24) by default
     with pytest.raises(ArchitectureError, match="behind the first 3 blocks"):

@@ -46,7 +46,7 @@ def section(page, title):
     return page.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_a_finished_run_is_told_from_its_files(folder):
+def test_a_finished_run_is_recognised_by_its_files(folder):
     page, chosen = page_of(folder), read_json(folder / "candidates.json", "candidates")["chosen"]
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
     a, b, c = chosen["removed"]
@@ -157,7 +157,7 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
         ("model/isingcut.json", "Loading the model", "excise"),
     ],
 )
-def test_an_absent_stage_is_said_to_be_not_run(folder, missing, title, stage):
+def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     proof = {**patch()["proof"], "remarks": ["text only"]}
     change(folder / "model" / "isingcut.json", "removal", proof=proof)
     (folder / missing).unlink()
@@ -242,7 +242,7 @@ def test_a_wide_map_numbers_its_tens():
     assert lines[0].index("0") == lines[1].index("0123")
 
 
-def test_a_patch_is_told_with_its_text_and_its_proof():
+def test_a_patch_is_reported_with_its_text_and_its_proof():
     said = words.sentence("patch_story", PatchRecord.model_validate(patch()))
     assert (
         "700 tokens of standard input (4 samples that the energy was measured on and 3 oth" in said
@@ -258,7 +258,7 @@ def test_a_patch_is_told_with_its_text_and_its_proof():
     assert "--patch-tokens is 900, but the source has no more" in said
 
 
-def test_what_is_not_patched_is_said_once_or_cut_by_cut():
+def test_unpatched_cuts_are_reported_once_or_cut_by_cut():
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
     cut = {"removed": [3, 4], "of": N}
     for found, expected in (

@@ -149,7 +149,7 @@ def test_the_words_are_those_of_the_files(run, page):
     assert page.text.count("Warning.") == 0
 
 
-def test_the_script_knows_the_energy_and_the_states(page):
+def test_the_script_has_the_energy_and_the_states(page):
     energy = hamiltonian(12, 1)
     data = page.data
     np.testing.assert_allclose(data["J"], energy.J, rtol=1e-3)
@@ -162,7 +162,7 @@ def test_the_script_knows_the_energy_and_the_states(page):
         assert state["energy"] == pytest.approx(energy.energy(x))
 
 
-def test_a_run_without_extras_says_what_to_type(tmp_path):
+def test_a_run_without_extras_names_the_command(tmp_path):
     text = page_of(write_run(tmp_path / "bare", extras=False)).text
     assert "None was run. Type isingcut baseline block-influence bare" in text
     assert "Only one removal is here: isingcut solve bare --remove 4 --remove 8" in text
@@ -293,7 +293,7 @@ def test_a_large_model_stays_under_three_megabytes(tmp_path):
         (2e5, 9e5, False, ["200k", "400k", "600k", "800k"]),
     ],
 )
-def test_ticks_are_round_and_told_apart(low, high, log, expected):
+def test_ticks_are_round_and_differ(low, high, log, expected):
     scale = span([low, high], 0.0, 100.0, log=log)
     assert tick_text(scale.ticks()) == expected
     assert all(0 <= scale(t) <= 100 for t in scale.ticks())
@@ -337,7 +337,7 @@ def test_two_energies_on_one_text_differ_in_nothing_else(run, tmp_path):
     assert len(page.classed("mark")) == 3 * 1 + 3 * (2 + 1)
 
 
-def test_what_is_not_comparable_is_said(run, tmp_path):
+def test_runs_that_are_not_comparable_are_named(run, tmp_path):
     model = write_run(tmp_path / "m", model="b-model", n=16, m=4, extras=False)
     text = write_run(tmp_path / "t", seed=1, extras=False)
     (text / "candidates.json").unlink()

@@ -219,7 +219,7 @@ def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
         make("dimod", sampler=Exits(KeyboardInterrupt())).solve(problem, 1)
 
 
-def test_a_named_class_gets_the_options_it_knows(tmp_path, monkeypatch):
+def test_a_named_class_gets_its_options(tmp_path, monkeypatch):
     source = """
 import dimod
 class Low(dimod.Sampler):

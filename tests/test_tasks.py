@@ -275,7 +275,7 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
     assert len(chosen(15)) == 15
 
 
-def test_the_last_word_is_asked_for_whatever_space_follows(tmp_path):
+def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
     write_jsonl(tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}])
     (task,) = prepare_task("lambada", tmp_path).make().values()
     (question,) = task.eval_docs

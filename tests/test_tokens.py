@@ -127,7 +127,7 @@ def leaking(tmp_path):
     return path
 
 
-def test_a_run_says_how_much_its_splits_share(leaking, llama, tmp_path, no_speed, capsys):
+def test_a_run_warns_of_text_that_its_splits_share(leaking, llama, tmp_path, no_speed, capsys):
     out = tmp_path / "run"
     options = [llama, "--calibration", leaking, "--out", out, "--energy", "pairwise", "--quiet"]
     for name, value in NGRAMS.items():
@@ -150,7 +150,7 @@ def test_ordinary_text_is_not_warned_of(finished):
     assert overlap_warnings({"rank": 0.019}) == []
 
 
-def test_a_healing_knows_what_its_report_shares(leaking, tokenizer):
+def test_a_healing_records_what_its_report_shares(leaking, tokenizer):
     text = healing_text.build(
         str(leaking), tokenizer, samples=20, report_samples=9, length=64, seed=0
     )

@@ -111,7 +111,7 @@ def test_a_hostile_gguf_file_is_refused(arena, row):
 CACHED = ("home/cache*",)
 
 
-def test_a_whole_file_is_cut_beside_the_run(arena):
+def test_a_whole_file_is_cut_next_to_the_run(arena):
     made = ("run/model.gguf", "run/run.json")
     arena.try_row(Row("whole", CUT, "", file(), code=0, makes=made))
     assert (arena.run / "model.gguf").read_bytes()[:4] == b"GGUF"

@@ -141,7 +141,7 @@ def test_a_second_run_of_several_processes_is_refused_as_one(arena, tmp_path):
     assert not left_behind(arena)
 
 
-def test_an_output_is_locked_beside_it(arena):
+def test_the_lock_of_an_output_is_its_neighbour(arena):
     import isingcut
 
     out = arena.here / "saved"
@@ -167,7 +167,7 @@ def test_an_output_is_locked_beside_it(arena):
 
 
 @pytest.mark.parametrize(("code", "said"), [(errno.ENOLCK, 1), (errno.EROFS, 0)])
-def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, code, said):
+def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, capsys, code, said):
     def refused(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
