@@ -74,12 +74,11 @@ class OptionError(InputError):
 
     Args:
         f: field of the option.
-        wrong: description of the fault.
+        wrong: description of the fault, to follow the option's name.
     """
 
     def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
-        # Messages of `Spelling` classes start with a colon.
-        self.name, self.wrong = f.name, wrong if wrong.startswith(":") else f" {wrong}"
+        self.name, self.wrong = f.name, wrong
         super().__init__(flag(f) + self.wrong)
 
 
@@ -143,9 +142,13 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
         # Pydantic lists choices as 'a', 'b' or 'c'.
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
-        raise OptionError(f, _WRONG[first["type"]].format(**context, words=words)) from None
+        wrong = _WRONG[first["type"]].format(**context, words=words)
+        raise OptionError(f, f" {wrong}") from None
     except ValueError as e:
-        raise OptionError(f, str(e)) from None
+        raise OptionError(f, f" {e}") from None
+    except InputError as e:
+        # Of a `Spelling`; its message is a sentence of its own.
+        raise OptionError(f, f": {e}") from None
 
 
 def _plain(value: Any, kind: type, default: Any) -> Any:

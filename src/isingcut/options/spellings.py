@@ -42,13 +42,7 @@ class Spelling(str):
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        def read(text: str) -> Spelling:
-            try:
-                return cls(text)
-            except InputError as e:
-                raise ValueError(f": {e}") from e
-
-        return core_schema.no_info_after_validator_function(read, core_schema.str_schema())
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
 
 @dataclass(frozen=True)
