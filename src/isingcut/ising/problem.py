@@ -92,9 +92,8 @@ class Problem:
             InfeasibleError: there is no feasible state.
         """
         for row in self.constraints:
-            if is_count(row):
+            if (m := read_count(row)) is not None:
                 self.check()
-                m = round(row.rhs / row.coefficients[0])
                 return m, m
         least, most = self._find_lowest(np.ones(self.n)), self._find_lowest(-np.ones(self.n))
         return int(least.sum()), int(most.sum())
@@ -216,12 +215,13 @@ def _slack(place: int, reach: float, whole: bool, bits: int) -> list[tuple[Any, 
     return [((f"slack {place}", b), reach / size * w) for b, w in enumerate(weights)]
 
 
-def is_count(row: LinearConstraint) -> bool:
-    """Whether the row fixes the number of ones."""
+def read_count(row: LinearConstraint) -> int | None:
+    """Return the number of ones that the row fixes, or None."""
     first = row.coefficients[0]
     if row.sense != "==" or first == 0 or not (row.coefficients == first).all():
-        return False
-    return bool(abs(row.rhs - round(row.rhs / first) * first) <= row.tolerance)
+        return None
+    m = round(row.rhs / first)
+    return m if abs(row.rhs - m * first) <= row.tolerance else None
 
 
 def _extreme(problem: Problem, objective: Floats) -> Bools | None:
@@ -230,9 +230,7 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
     if not problem.constraints:
         free: Bools = objective < 0
         return free
-    if len(problem.constraints) == 1 and is_count(problem.constraints[0]):
-        row = problem.constraints[0]
-        m = round(row.rhs / row.coefficients[0])
+    if len(problem.constraints) == 1 and (m := read_count(problem.constraints[0])) is not None:
         if not 0 <= m <= n:
             return None
         state = np.zeros(n, dtype=np.bool_)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from isingcut.ising.constraints import LinearConstraint, count
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.problem import Problem, is_count
+from isingcut.ising.problem import Problem, read_count
 from isingcut.ising.states import Floats, States
 
 NO_CLASS = "the solver 'dimod' needs a class: write dimod:package.Class"
@@ -145,9 +145,8 @@ def reduce(problem: Problem) -> Reduced:
         values = matrix[r]
         centre = (low[r] + high[r]) / 2
         if v and np.isfinite(centre):
-            as_row = LinearConstraint("", values, "==", centre)
-            if is_count(as_row):
-                m = round(centre / values[0])
+            m = read_count(LinearConstraint("", values, "==", centre))
+            if m is not None:
                 m_low, m_high = max(m_low, m), min(m_high, m)
                 continue
         rows.append(int(r))
