@@ -30,13 +30,11 @@ class Solvers(Registry):
         Raises:
             UnknownNameError: no such solver.
         """
-        kind, colon, sampler = name.partition(":")
-        if kind == "dimod" and colon:
-            part = super().get("dimod")
-            return dataclasses.make_dataclass(
-                "Dimod", [("sampler", str, sampler)], bases=(part,), frozen=True
-            )
-        return super().get(name)
+        if not imports(name):
+            return super().get(name)
+        sampler = ("sampler", str, name.removeprefix("dimod:"))
+        bases = (super().get("dimod"),)
+        return dataclasses.make_dataclass("Dimod", [sampler], bases=bases, frozen=True)
 
     def check(self, name: str) -> None:
         """Check in advance that the solver ``name`` can be used.
@@ -49,7 +47,7 @@ class Solvers(Registry):
         if name == "dimod":
             raise InputError(NO_CLASS)
         if imports(name):
-            sampler_class(name.partition(":")[2])
+            sampler_class(name.removeprefix("dimod:"))
 
 
 def imports(name: str) -> bool:
