@@ -153,11 +153,9 @@ def _states(found: Any, n: int, name: str) -> States:
 
     if not isinstance(found, dimod.SampleSet):
         raise wrong(f"{type(found).__name__}, expected a dimod.SampleSet")
-    place = {label: i for i, label in enumerate(found.variables)}
-    missing = [i for i in range(n) if i not in place]
-    if missing:
+    if missing := [i for i in range(n) if i not in found.variables]:
         raise wrong(f"samples without the variables {', '.join(map(str, missing[:5]))}")
-    samples = np.asarray(found.record.sample)[:, [place[i] for i in range(n)]]
+    samples = found.samples(sorted_by=None)[:, list(range(n))]
     if not samples.shape[0]:
         raise wrong("no samples")
     values = np.unique(samples)
