@@ -26,9 +26,6 @@ from isingcut.ising.states import Floats
 if TYPE_CHECKING:
     import dimod
 
-FORMAT = "isingcut-hamiltonian"
-VERSION = 1
-
 
 class Ising(NamedTuple):
     """E(s) = offset + h.s + sum_{i<j} J_ij s_i s_j with s in {-1, +1}^N."""
@@ -180,13 +177,11 @@ class Hamiltonian:
         from safetensors.numpy import save
 
         tensors = {"h": self.h, "J": self.J, "c": np.array([self.c])}
-        if self.h_error is not None:
-            tensors["h_error"] = self.h_error
-        if self.J_error is not None:
-            tensors["J_error"] = self.J_error
+        errors = {"h_error": self.h_error, "J_error": self.J_error}
+        tensors |= {name: error for name, error in errors.items() if error is not None}
         header = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": "isingcut-hamiltonian",
+            "version": 1,
             "unit": self.unit,
             "meta": self.meta,
         }
