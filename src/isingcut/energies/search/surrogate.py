@@ -60,6 +60,7 @@ class Surrogate:
         self._prior = prior
         self._x = np.asarray(states, dtype=np.float64)
         self._energy = prior.energies(states)
+        self._centred = self._energy - self._energy.mean()
         size = np.asarray(states).sum(1)
         best = np.array([losses[size == k].min() for k in size])
         # A quadratic form cannot fit losses that differ by a factor of 100, and high losses need no
@@ -77,9 +78,8 @@ class Surrogate:
 
     def _fit(self, spread: Spread) -> tuple[float, tuple[Floats, bool]]:
         """Return the log evidence of the losses, and the Cholesky factor of their covariance."""
-        e = self._energy - self._energy.mean()
         kernel = self._covariance(self._x @ self._x.T, spread)
-        kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(e, e)
+        kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(self._centred, self._centred)
         factor = cho_factor(kernel + np.diag(self._sd**2), lower=True)
         fit = self._y @ cho_solve(factor, self._y)
         logdet = 2 * np.log(np.diagonal(factor[0])).sum()
@@ -97,8 +97,7 @@ class Surrogate:
         """Return the Hamiltonian of the posterior mean given residuals ``y``, plus ``extra``."""
         alpha = cho_solve(self._factor, y)
         s, scale = self.spread, self._scale
-        e = self._energy - self._energy.mean()
-        slope = (SLOPE * self._b) ** 2 * float(e @ alpha)
+        slope = (SLOPE * self._b) ** 2 * float(self._centred @ alpha)
         u = (scale * s.own) ** 2 * (self._x.T @ alpha)
         v = (scale * s.pair) ** 2 * (self._x.T * alpha) @ self._x
         a = scale**2 * float(alpha.sum())
@@ -123,8 +122,7 @@ class Surrogate:
         upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
         v: Floats = upper + upper.T
         slope = SLOPE * self._b * float(rng.standard_normal())
-        e = self._energy - self._energy.mean()
-        at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * e
+        at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * self._centred
         noise = self._sd * rng.standard_normal(len(at))
         return self._hamiltonian(self._y - at - noise, (a, u, v, slope))
 
@@ -132,9 +130,8 @@ class Surrogate:
         """Return (S,) posterior standard deviations of the energies of ``states``."""
         x = np.asarray(states, dtype=np.float64)
         e = self._prior.energies(states) - self._energy.mean()
-        here = self._energy - self._energy.mean()
         k = self._covariance(x @ self._x.T, self.spread)
-        k = k + (SLOPE * self._b) ** 2 * np.outer(e, here)
+        k = k + (SLOPE * self._b) ** 2 * np.outer(e, self._centred)
         prior = self._covariance(x.sum(1), self.spread) + (SLOPE * self._b * e) ** 2
         var = prior - (k * cho_solve(self._factor, k.T).T).sum(1)
         return np.asarray(np.sqrt(np.maximum(var, 0.0)))
