@@ -200,10 +200,9 @@ class Estimates:
 
     def __init__(self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]) -> None:
         cumulative = np.cumsum(evaluator.ledger.counts)
-        n = np.array([k.n for k in known])
         sums = np.array([np.nancumsum(k.sums) for k in known]).reshape(len(known), evaluator.m)
         self.states = np.array([k.state for k in known], dtype=bool)
-        self.rung = np.array([sum(r <= v for r in rungs) - 1 for v in n], dtype=int)
+        self.rung = np.searchsorted(rungs, [k.n for k in known], side="right") - 1
         means = np.stack([sums[:, r - 1] / cumulative[r - 1] for r in rungs], axis=1)
         means = np.maximum(means, LEAST)
         log_shift, variance = np.zeros(len(rungs)), np.zeros(len(rungs))
