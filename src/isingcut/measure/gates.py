@@ -137,13 +137,6 @@ def run_gated(
     """
     hidden = recording.bring(i, hidden)
     alpha = alpha.to(hidden.device)
-    if gate == "block":
-        out = recording.block(i, hidden)
-        change = out - hidden
-        scaled: Tensor = _Scale.apply(change, alpha, ones)  # type: ignore[no-untyped-call]
-        return hidden + scaled
-    if gate != "sublayer":
-        raise InputError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
 
     def scale(added: Tensor) -> Tensor:
         # OPT adds (B T, D) to (B T, D): every token of a sample has the sample's gate.
@@ -152,6 +145,10 @@ def run_gated(
         result: Tensor = _Scale.apply(added, each, ones)  # type: ignore[no-untyped-call]
         return result
 
+    if gate == "block":
+        return hidden + scale(recording.block(i, hidden) - hidden)
+    if gate != "sublayer":
+        raise InputError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
     # A new view, so that this tensor is not the same object as, for example, the embeddings.
     stream = hidden.view_as(hidden)
     with _ResidualGate(stream, scale) as mode:
