@@ -19,11 +19,6 @@ class Bar(Protocol):
         best result so far; it stays until the next one."""
 
 
-class _SilentBar:
-    def advance(self, steps: float = 1, note: str = "") -> None:
-        pass
-
-
 Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
 """``with progress("measuring pairs", total) as bar: bar.advance(1)``; 0 is an unknown total."""
 
@@ -31,7 +26,8 @@ Progress = Callable[[str, float], contextlib.AbstractContextManager[Bar]]
 @contextlib.contextmanager
 def silent(description: str, total: float) -> Iterator[Bar]:
     """Show no progress: the default in Python."""
-    yield _SilentBar()
+    # Without a total, it prints nothing.
+    yield PlainBar(description, 0)
 
 
 def as_progress(given: Progress | bool) -> Progress:
