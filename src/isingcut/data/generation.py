@@ -35,15 +35,12 @@ def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     """Tokenize ``prompt`` to (1, P), as a chat turn if there is a chat template."""
-    text, special = prompt, True
-    if tokenizer.chat_template:
+    chat, text = bool(tokenizer.chat_template), prompt
+    if chat:
         turn = [{"role": "user", "content": prompt}]
         text = render_chat(tokenizer, turn, add_generation_prompt=True)
-        special = False
-    ids: torch.Tensor = tokenizer(text, add_special_tokens=special, return_tensors="pt")[
-        "input_ids"
-    ]
-    return ids
+    encoded: Any = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")
+    return torch.as_tensor(encoded["input_ids"])
 
 
 @torch.no_grad()
