@@ -66,8 +66,7 @@ class LinearConstraint:
         """Return (S,) whether each state of (S, N) satisfies the row."""
         value = np.asarray(states, dtype=np.float64) @ self.coefficients
         low, high = self.interval()
-        result: Bools = (value >= low) & (value <= high)
-        return result
+        return (value >= low) & (value <= high)
 
     def describe(self) -> str:
         """Return name and reason, for messages."""

@@ -228,8 +228,7 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
     """Return a feasible state that minimises ``objective``.x, or None."""
     n = problem.n
     if not problem.constraints:
-        free: Bools = objective < 0
-        return free
+        return objective < 0
     if len(problem.constraints) == 1 and (m := read_count(problem.constraints[0])) is not None:
         if not 0 <= m <= n:
             return None
@@ -250,7 +249,4 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
         bounds=Bounds(0, 1),
         constraints=Row(matrix / size[:, None], interval[:, 0], interval[:, 1]),
     )
-    if result.x is None:
-        return None
-    chosen: Bools = result.x > 0.5
-    return chosen
+    return None if result.x is None else result.x > 0.5

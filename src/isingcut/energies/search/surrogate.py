@@ -88,8 +88,7 @@ class Surrogate:
     def _covariance(self, inner: Floats, spread: Spread) -> Floats:
         """Return prior covariances, without b, of losses of states that share ``inner`` blocks."""
         pairs = (inner**2 - inner) / 2
-        result: Floats = self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
-        return result
+        return self._scale**2 * (1.0 + spread.own**2 * inner + spread.pair**2 * pairs)
 
     def _hamiltonian(
         self, y: Floats, extra: tuple[float, Floats, Floats, float] | None = None
