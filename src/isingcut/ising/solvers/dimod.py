@@ -155,7 +155,7 @@ def _states(found: Any, n: int, name: str) -> States:
         raise wrong(f"{type(found).__name__}, expected a dimod.SampleSet")
     if missing := [i for i in range(n) if i not in found.variables]:
         raise wrong(f"samples without the variables {', '.join(map(str, missing[:5]))}")
-    samples = found.samples(sorted_by=None)[:, list(range(n))]
+    samples = np.asarray(found.record.sample)[:, [found.variables.index(i) for i in range(n)]]
     if not samples.shape[0]:
         raise wrong("no samples")
     values = np.unique(samples)
