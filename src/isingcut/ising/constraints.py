@@ -8,6 +8,7 @@ forms (``attention=2,moe=3``, ``params=25%``, ``0,1,5-8``).
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -82,7 +83,7 @@ def count(n: int, m: int) -> LinearConstraint:
 
 def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearConstraint]:
     """Require exactly ``counts[kind]`` removed blocks of each kind, and none of other kinds."""
-    present = {kind: sum(k == kind for k in kinds) for kind in dict.fromkeys(kinds)}
+    present = Counter(kinds)
     for kind, wanted in counts.items():
         if kind not in present:
             raise InputError(
@@ -95,15 +96,8 @@ def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearC
     for kind, total in present.items():
         wanted = counts.get(kind, 0)
         mask = np.array([k == kind for k in kinds], dtype=np.float64)
-        rows.append(
-            LinearConstraint(
-                f"remove {kind}={wanted}",
-                mask,
-                "==",
-                wanted,
-                f"exactly {wanted} of {total} {kind} blocks removed",
-            )
-        )
+        reason = f"exactly {wanted} of {total} {kind} blocks removed"
+        rows.append(LinearConstraint(f"remove {kind}={wanted}", mask, "==", wanted, reason))
     return rows
 
 
@@ -161,13 +155,8 @@ def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearCo
     """Require that at least ``minimum`` blocks of ``kind`` stay, because generation needs them."""
     mask = np.array([k == kind for k in kinds], dtype=np.float64)
     total = int(mask.sum())
-    return LinearConstraint(
-        f"keep {minimum} {kind}",
-        mask,
-        "<=",
-        total - minimum,
-        f"at least {minimum} of {total} {kind} blocks stay",
-    )
+    reason = f"at least {minimum} of {total} {kind} blocks stay"
+    return LinearConstraint(f"keep {minimum} {kind}", mask, "<=", total - minimum, reason)
 
 
 def together(
@@ -179,25 +168,14 @@ def together(
         for a, b in itertools.pairwise(group):
             row = np.zeros(n)
             row[a], row[b] = 1.0, -1.0
-            rows.append(
-                LinearConstraint(
-                    f"{what} {group[0]}-{group[-1]}: {a} with {b}",
-                    row,
-                    "==",
-                    0,
-                    f"blocks {a} and {b} belong to one {what}",
-                )
-            )
+            name = f"{what} {group[0]}-{group[-1]}: {a} with {b}"
+            reason = f"blocks {a} and {b} belong to one {what}"
+            rows.append(LinearConstraint(name, row, "==", 0, reason))
     return rows
 
 
 def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
     """Require at least ``swaps`` swaps from ``state``: a Hamming distance of 2 x ``swaps``."""
     x = np.asarray(state, dtype=np.float64)
-    return LinearConstraint(
-        name,
-        1 - 2 * x,
-        ">=",
-        2 * swaps - x.sum(),
-        f"at least {swaps} swaps away from an earlier state",
-    )
+    reason = f"at least {swaps} swaps away from an earlier state"
+    return LinearConstraint(name, 1 - 2 * x, ">=", 2 * swaps - x.sum(), reason)
