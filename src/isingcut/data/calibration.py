@@ -9,6 +9,7 @@ Healing makes its own splits with the same readers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, silent
@@ -60,10 +60,10 @@ class Calibration:
         for name in SPLITS:
             tokens = self.splits[name]
             digest.update(f"{name}:{tuple(tokens.input_ids.shape)}".encode())
-            digest.update(np.ascontiguousarray(tokens.input_ids.numpy()).tobytes())
-            digest.update(np.ascontiguousarray(tokens.mask.numpy()).tobytes())
+            digest.update(tokens.input_ids.numpy().tobytes())
+            digest.update(tokens.mask.numpy().tobytes())
             if tokens.counted is not None:
-                digest.update(b"counted" + np.ascontiguousarray(tokens.counted.numpy()).tobytes())
+                digest.update(b"counted" + tokens.counted.numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -116,13 +116,11 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
     """Return the source of each sample of a split; empty unless the text is a mixture."""
     if "parts" not in meta:
         return ()
-    try:
+    with contextlib.suppress(LookupError, TypeError):
         names = [str(part["name"]) for part in meta["parts"]]
         found = meta["part_of_sample"][split]
         if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
             return tuple(names[i] for i in found)
-    except (LookupError, TypeError):
-        pass
     raise documents.damaged_error(path, f"some samples of {split} have no source in the mixture")
 
 
