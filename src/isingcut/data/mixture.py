@@ -174,8 +174,8 @@ def describe_source(source: str) -> str:
     try:
         parts = parts_of(source)
     except CalibrationError:
-        return _without_folder(source)
-    if len(parts) == 1:
+        parts = ()
+    if len(parts) < 2:
         return _without_folder(source)
     return ", ".join(f"{part.share:.0%} {_without_folder(part.source)}" for part in parts)
 
