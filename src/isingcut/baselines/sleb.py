@@ -51,8 +51,7 @@ class Sleb:
         path: list[float] = []
         for step in range(remove):
             candidates = [i for i in range(n) if not state[i] and i not in ends]
-            states = np.repeat(state[None], len(candidates), axis=0)
-            states[np.arange(len(candidates)), candidates] = True
+            states = state | np.eye(n, dtype=bool)[candidates]
             losses = ledger.losses(states, description=f"removal {step + 1} of {remove}")
             best = int(np.argmin(losses))
             state[candidates[best]] = True
