@@ -134,7 +134,7 @@ def test_exact_curvatures_equal_autograd_of_the_plain_model(energy, loss, family
     replay, tokens = tiny_replay(family, torch.float64), random_tokens()
     g, H = independent(replay, tokens, family, gate, loss)
     found = gate_curvature(replay, tokens, energy.kind, gate=gate, work=Work(30))
-    total = found.counts.sum()
+    total = tokens.counts.sum()
     gradient = found.gradient_sums.sum(0) / total if loss == "nll" else 0
     np.testing.assert_allclose(g, gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.curvature_sums.sum(0) / total, H, rtol=1e-5, atol=1e-6)

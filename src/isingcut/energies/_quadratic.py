@@ -96,4 +96,4 @@ class CurvatureEnergy:
         meta = describe_energy(self.kind, self.loss, tokens, gate=self.gate)
         first = self.kind == "hessian"
         gradient = found.gradient_sums if first else np.zeros_like(found.gradient_sums)
-        return quadratic(gradient, found.curvature_sums, found.counts, meta)
+        return quadratic(gradient, found.curvature_sums, tokens.counts, meta)

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,12 +50,10 @@ class Curvature:
         gradient_sums: (m, N) gradient of the NLL summed over a sample's tokens, nats.
         curvature_sums: (m, N, N) second derivatives, summed in the same way; symmetric up to
             rounding.
-        counts: (m,) predicted, non-padding tokens of each sample.
     """
 
     gradient_sums: Floats
     curvature_sums: Floats
-    counts: npt.NDArray[np.int64]
 
 
 def gate_curvature(
@@ -110,7 +107,7 @@ def gate_curvature(
         replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
     )
     rows *= tokens.counts[:, None, None]
-    return Curvature(rows[:, 0], rows[:, 1:], tokens.counts)
+    return Curvature(rows[:, 0], rows[:, 1:])
 
 
 def _batch_curvature(
