@@ -78,6 +78,12 @@ class Place:
             **more,
         }
 
+    def run(self, name: str, **more: Any) -> Path:
+        """Carry out a short run in a new folder, and return the folder."""
+        out = self.folder / name
+        isingcut.run(out=str(out), remove=2, **self.options(**more))
+        return out
+
 
 def replay_on(*devices: torch.device, family: str = "llama") -> Replay:
     """Make a tiny model on a device, or placed over several, and return its blocks."""
@@ -128,8 +134,7 @@ def run(place: Place) -> str:
     """Check that a default run, from text to report, chooses the same blocks as on the CPU."""
     chosen = []
     for device in (str(place.device), "cpu"):
-        out = place.folder / f"run-{device.replace(':', '-')}"
-        isingcut.run(out=str(out), remove=2, **place.options(dtype="float32", device=device))
+        out = place.run(f"run-{device.replace(':', '-')}", dtype="float32", device=device)
         found = json.loads((out / "candidates.json").read_text(encoding="utf-8"))["chosen"]
         chosen.append((found["removed"], found["kl"]))
     assert chosen[0][0] == chosen[1][0], f"GPU {chosen[0]}, CPU {chosen[1]}"
@@ -138,8 +143,7 @@ def run(place: Place) -> str:
 
 def half(place: Place) -> str:
     """Run in the default dtype of the GPU."""
-    out = place.folder / "run-auto"
-    isingcut.run(out=str(out), remove=2, **place.options())
+    out = place.run("run-auto")
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     speed = found["before"].get("decode_tokens_per_second")
     return f"{found['dtype']}, KL {found['kl']:.4f}, decodes {speed:.0f} tokens/s"
@@ -182,11 +186,11 @@ def placed(place: Place) -> str:
 def placed_run(place: Place) -> str:
     """Check that a run over two GPUs, healed with LoRA, agrees with one on a single GPU."""
     names, found = list(map(str, two_cards(place))), []
-    healing_options = {"method": "lora", "trainer": {"max_steps": 4}}
+    given: dict[str, Any] = {"dtype": "float32", "skip_speed": True, "batch_tokens": 256}
+    given |= {"heal": "all", "healing": {"method": "lora", "trainer": {"max_steps": 4}}}
     for device in (",".join(names), names[0]):
-        out = place.folder / f"cards-{device.replace(':', '-').replace(',', '-')}"
-        given = place.options(dtype="float32", device=device, heal="all", healing=healing_options)
-        isingcut.run(out=str(out), remove=2, skip_speed=True, batch_tokens=256, **given)
+        folder = f"cards-{device.replace(':', '-').replace(',', '-')}"
+        out = place.run(folder, device=device, **given)
         found.append(json.loads((out / "healing.json").read_text(encoding="utf-8")))
     return f"healed KL: {close(*(record['after']['kl'] for record in found))}"
 
@@ -214,8 +218,7 @@ def processes(place: Place) -> str:
 
 def heal(place: Place) -> str:
     """Check that every healing method trains and writes a verified checkpoint."""
-    out = place.folder / "to-heal"
-    isingcut.run(out=str(out), remove=2, **place.options(patch="none", skip_speed=True))
+    out = place.run("to-heal", patch="none", skip_speed=True)
     lines = []
     for method in ("lora", "last:2", "full"):
         healed = healing(
@@ -246,8 +249,7 @@ def crowded(place: Place) -> str:
     taken = torch.empty(max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device)
     synchronise(place.device)
     try:
-        out = place.folder / "crowded"
-        isingcut.run(out=str(out), remove=2, **place.options(skip_speed=True))
+        place.run("crowded", skip_speed=True)
     finally:
         size = taken.numel()
         del taken
