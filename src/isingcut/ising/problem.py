@@ -168,14 +168,11 @@ class Problem:
         Returns:
             The BQM (blocks are the variables 0 .. N-1) and its penalty weight.
         """
-        import dimod
-
         ham = self.hamiltonian
         if penalty is None:
             reach = np.abs(ham.h) + np.abs(ham.J).sum(axis=1)
             penalty = float(reach.max()) or 1.0
         bqm = ham.to_bqm()
-        assert isinstance(bqm, dimod.BinaryQuadraticModel)
         for place, row in enumerate(self.constraints):
             support = np.flatnonzero(row.coefficients)
             if support.size == 0:
