@@ -53,7 +53,7 @@ class MarkedText(str):
         spans: character range (first, last) of each assistant message, with its end of turn.
     """
 
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
@@ -67,7 +67,6 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
         ModelError: the template refuses the messages, or changes an assistant message.
     """
     whole = MarkedText(render(messages))
-    whole.spans = ()
     marked, answers = list(messages), dict[int, str]()
     for i, message in enumerate(messages):
         blank = isinstance(message["content"], str) and not message["content"].strip()
