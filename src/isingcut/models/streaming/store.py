@@ -238,6 +238,10 @@ class Store(Weights):
         """Return how many times all weights were read from disk so far."""
         return sum(self._parts[p].sweeps * self._parts[p].size for p in self.order) / self.weights
 
+    def size(self, part: Part) -> int:
+        """Return the bytes of one part in memory."""
+        return self._parts[part].size
+
     def _on_demand(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
