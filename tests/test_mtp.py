@@ -64,7 +64,8 @@ def test_a_draft_is_accepted_where_the_model_predicts_it():
 def test_drafts_that_transformers_cannot_make_are_reported_as_missing(source):
     llama = SimpleNamespace(model=tiny_model("llama"))
     session = SimpleNamespace(loaded=llama, source=source, tuning=SimpleNamespace(batch_tokens=9))
-    found = _add_drafts(session, EvaluationFile.model_construct(), llama, source, None)
+    found = EvaluationFile.model_construct()
+    _add_drafts(session, found, llama, source, None)
     why = "the drafts of the MTP layers were not measured: transformers cannot run those of llama"
     assert patch_warnings(found) == [why]
 

@@ -95,7 +95,7 @@ def evaluate(
             skip_speed=skip,
         ).model_copy(update=further)
         if not session.streaming and not cut.streamed:
-            found = _add_drafts(session, found, cut, checkpoint, tokens)
+            _add_drafts(session, found, cut, checkpoint, tokens)
         if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -120,30 +120,26 @@ def _add_drafts(
     cut: LoadedModel,
     folder: Path,
     text: TokenSet,
-) -> evaluations.EvaluationFile:
+) -> None:
     """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
     original, size = session.loaded.model, session.tuning.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
     if of_original is None or of_last is None:
-        why = f"transformers cannot run those of {original.config.model_type}"
-        return found.model_copy(update={"no_drafts": why} if count_mtp_layers(folder) else {})
+        if count_mtp_layers(folder):
+            found.no_drafts = f"transformers cannot run those of {original.config.model_type}"
+        return
     with session.progress("drafts of multi-token prediction", 1) as bar:
-        scores = {
-            "before": draft_acceptance(original, of_original, text, size),
-            "after": draft_acceptance(cut.model, of_last, text, size),
-        }
+        scores: list[tuple[evaluations.Perplexity, tuple[float, float]]] = [
+            (found.before, draft_acceptance(original, of_original, text, size)),
+            (found.after, draft_acceptance(cut.model, of_last, text, size)),
+        ]
         if found.cut is not None:
             removed = read_document(folder / "isingcut.json", cuts.CutRecord).removed
             with skip_blocks(original, removed):
-                scores["cut"] = draft_acceptance(original, of_original, text, size)
+                scores.append((found.cut, draft_acceptance(original, of_original, text, size)))
         bar.advance(1)
-    keys = ("draft_acceptance", "draft_acceptance_se")
-    return found.model_copy(
-        update={
-            name: getattr(found, name).model_copy(update=dict(zip(keys, values, strict=True)))
-            for name, values in scores.items()
-        }
-    )
+    for model, (share, error) in scores:
+        model.draft_acceptance, model.draft_acceptance_se = share, error
 
 
 @contextlib.contextmanager
