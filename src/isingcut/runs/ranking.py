@@ -154,23 +154,20 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             work=measuring.work_of(session, journal),
         )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
-            found = found.model_copy(update={"one_pass": quick})
+            found.one_pass = quick
+        rows, position, why = found.candidates, found.chosen.position, found.chosen.why
         if config.choose == "tasks" and not folder.processes.rank:
-            rows = found.candidates
-            position, by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
+            position, found.by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
             lowest = min(row.kl for row in rows)
-            why = sentence("chosen_by_tasks", by_tasks, rows[position].kl, lowest)
-            chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
-            found = found.model_copy(update={"by_tasks": by_tasks, "chosen": chosen})
+            why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
         elif tokens:
-            rows = found.candidates
             known = found.one_pass.states if found.one_pass else ()
             near = choose_by_patch(session, folder, rows, split, patched, known)
             if len(near) > 1:
                 deep = is_deep(len(rows[0].removed), len(session.replay))
+                position = near[0]
                 why = sentence("chosen_by_patch", rows, near, found.samples, deep)
-                best = rows[near[0]].content()
-                found.chosen = states.ChosenState(**best, position=near[0], why=why)
+        found.chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
         write_document(path, found)
 
     file = target / "candidates.json"
