@@ -57,7 +57,7 @@ def check_whole(session: Session) -> None:
         InputError: a perplexity task, or a task with generated answers.
     """
     config = session.config
-    for name in split_names(config.tasks) if config.tasks and session.streaming else ():
+    for name in split_names(config.tasks) if session.streaming else ():
         if name == WIKITEXT or prepare_task(name, data_of(config), config.questions).generates:
             raise InputError(
                 f"{name} needs the whole model, which does not fit the memory limit; raise "
@@ -103,12 +103,9 @@ def choose_by_tasks(
         the index of the chosen row, and the record of the choice.
     """
     config = session.config
-    tasks = {
-        task.name: task
-        for name in check_run_tasks(config)
-        if name != WIKITEXT
-        for task in [prepare_task(name, data_of(config), config.questions)]
-    }
+    names = [name for name in split_names(config.tasks) if name != WIKITEXT]
+    prepared = [prepare_task(name, data_of(config), config.questions) for name in names]
+    tasks = {task.name: task for task in prepared}
     pool = {name: task.pool() for name, task in tasks.items()}
     best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
     drawn = benchmark.draw_half(pool, config.seed)
