@@ -185,28 +185,29 @@ def open_finished(target: Path) -> RunFiles:
 def run_data(files: RunFiles) -> dict[str, Any]:
     """Return the `--json` content of `run`: the figures of a finished run, and its files."""
     target, ranking, evaluation = files.target, files.candidates, files.evaluation
-    pages = {"report": str(target / "report.md"), "html": str(target / "report.html")}
-    packing = {"packing": files.packing.content()} if files.packing else {}
-    scores, file = files.benchmarks, str(target / "benchmarks.json")
-    more = {"benchmarks": {"file": file, **scores.content()}} if scores else {}
+    found: dict[str, Any] = {
+        "folder": str(target),
+        "checkpoint": files.checkpoint,
+        "gguf": files.gguf and str(files.gguf),
+        "report": str(target / "report.md"),
+        "html": str(target / "report.html"),
+        "verdict": files.verdict,
+    }
+    if files.packing is not None:
+        found["packing"] = files.packing.content()
     if ranking is None or evaluation is None:
         # No cut: the whole model meets the budget best.
-        whole = {"folder": str(target), "checkpoint": None, "gguf": None}
-        return {**whole, **pages, "verdict": files.verdict, **packing}
-    return {
-        "folder": str(target),
-        "checkpoint": str(files.product),
-        "gguf": files.gguf and str(files.gguf),
-        **pages,
-        "verdict": files.verdict,
-        **packing,
+        return found
+    found |= {
         "chosen": {**ranking.chosen.content(), **CUT_ON_RANKING},
         "fidelity": ranking.fidelity.kl.content(),
         "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
         "proven": ranking.proven,
         "evaluation": evaluation.content(),
-        **more,
     }
+    if (scores := files.benchmarks) is not None:
+        found["benchmarks"] = {"file": str(target / "benchmarks.json"), **scores.content()}
+    return found
 
 
 def curve_data(folder: Path) -> list[dict[str, Any]]:
