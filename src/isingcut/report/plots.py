@@ -40,13 +40,10 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the coordinate of ``value``; values outside the scale are clipped to its ends."""
-        low, high, value = (
-            (math.log(self.low), math.log(self.high), math.log(max(value, self.low)))
-            if self.log
-            else (self.low, self.high, value)
-        )
-        share = min(1.0, max(0.0, (value - low) / (high - low)))
-        return round(self.start + share * (self.end - self.start), 2)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = map(math.log, (low, high, max(value, low)))
+        return round(float(np.interp(value, (low, high), (self.start, self.end))), 2)
 
     def ticks(self, count: int = 5) -> list[float]:
         """Return about ``count`` round values within the scale."""
