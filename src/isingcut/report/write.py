@@ -280,20 +280,18 @@ def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
     """Plot all measured removals of each run, with a line from the original through them."""
-    found, flat = [], list[figures.Point]()
+    found = []
     for run in runs:
         measured = [p for p in figures.points_of(run.files, axis) if p.measured]
         found.append((run, sorted(measured, key=lambda p: p.at)))
-        flat += measured
+    flat = [point for _, points in found for point in points]
     if not flat:
         return plots.Figure(axis.key, axis.title, "No run has measured this.")
-    plot = axis.plot(flat)
+    plot, rows = axis.plot(flat), []
+    plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
     for run, points in found:
         ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
         plot.line(sorted(ends), f"tone-{run.tone}")
-    plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
-    rows = []
-    for run, points in found:
         for point in points:
             removal, at, loss = point.removal.name, f"{point.at:.4g}", point.loss
             tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
