@@ -189,15 +189,11 @@ def _some(names: set[str]) -> str:
 
 def _files_in(folder: Path) -> set[str]:
     """Return the relative names of all files and empty folders below a folder."""
-    found = set()
-    for place, folders, names in os.walk(folder):
-        here = Path(place)
-        links = [name for name in folders if (here / name).is_symlink()]
-        for name in [*names, *links]:
-            found.add((here / name).relative_to(folder).as_posix())
-        if not folders and not names and here != folder:
-            found.add(here.relative_to(folder).as_posix())
-    return found
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    }
 
 
 def edges_sha256(path: Path) -> str:
