@@ -135,8 +135,8 @@ class _Places:
         Only these positions pass through the final norm and the head.
         """
         read, likely, best = stream[self.sample, self.position], list[Tensor](), list[Tensor]()
-        for a in range(0, len(read), _HEAD_ROWS):
-            part, label = read[a : a + _HEAD_ROWS], self.label[a : a + _HEAD_ROWS]
+        pieces = (torch.split(rows, _HEAD_ROWS) for rows in (read, self.label))
+        for part, label in zip(*pieces, strict=True):
             logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
             label = label.to(logits.device)
             likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())

@@ -242,11 +242,10 @@ def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
     """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
     totals = torch.zeros(3, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
-    for start in range(0, len(labels), rows):
-        part = slice(start, start + rows)
-        p = torch.log_softmax(before[part].float(), dim=-1)
-        q = torch.log_softmax(after[part].float(), dim=-1)
-        label = labels[part, None]
+    parts = (torch.split(logits, rows) for logits in (before, after, labels[:, None]))
+    for first, second, label in zip(*parts, strict=True):
+        p = torch.log_softmax(first.float(), dim=-1)
+        q = torch.log_softmax(second.float(), dim=-1)
         totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
         totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
