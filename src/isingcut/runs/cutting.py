@@ -196,9 +196,8 @@ def make_gguf(
     def make(path: Path) -> None:
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        how: dict[str, Any] = {"changed": changed, "packed": packed and packed.type}
-        drop = session.config.drop_mtp
-        gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
+        drop, kind = session.config.drop_mtp, options.get("type")
+        gguf.cut_gguf(found, removed, path, drop_mtp=drop, changed=changed, packed=kind)
 
     ownership.refuse_source(out, [found])
     try:
@@ -262,8 +261,7 @@ def write_model(
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
-            card = card.model_copy(update={"patch": patch})
-            record = record.model_copy(update={"card": card, "patch": patch})
+            record.patch = card.patch = patch
         results.write_document(temporary / RECORD, record)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
