@@ -163,7 +163,7 @@ class Session:
             return False
         say("isingcut: out of memory; the model is streamed from disk from now on")
         self.leave_device()
-        self.__dict__["streaming"] = True
+        self.streaming = True
         return True
 
     def _memory_record(self) -> dict[str, Any]:
