@@ -144,7 +144,7 @@ class Choice(ModelStudy):
         run.choose_tuning(folder)
         samples = range(measuring.samples_of(run.config, run.config.energy))
         tokens = measuring.splits_of(folder)["energy"].select(samples)
-        work = measuring.work_of(run, folder.path / "hamiltonian.safetensors.journal")
+        work = run.work(folder.path / "hamiltonian.safetensors.journal")
         targets = measuring.targets_of(folder, run.config)
         longer = Search(run.replay, tokens, work, targets, seed=self.options.seed)
         longer.budget *= LONGER

@@ -208,7 +208,7 @@ def _score_both(
 
     check_whole(session)
     config = session.config
-    work = Work(session.tuning.batch_tokens, session.progress)
+    work = session.work()
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:

@@ -31,7 +31,6 @@ from isingcut.files.writing import lock_place, temporary_prefix
 from isingcut.healing.heal import start_of
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
 from isingcut.models.cutting.sharing import fits
 from isingcut.models.fit import count_mtp_layers
@@ -85,12 +84,11 @@ def evaluate(
             except ModelError as e:
                 further["gguf_unread"] = str(e)
         cut = session.open_cut(checkpoint)
-        progress = session.progress
         found = before_and_after(
             session.loaded,
             cut,
             tokens,
-            work=Work(session.tuning.batch_tokens, progress),
+            work=session.work(),
             elsewhere=elsewhere,
             skip_speed=skip,
         ).model_copy(update=further)
@@ -105,7 +103,7 @@ def evaluate(
                 {"before": session.source, "after": checkpoint},
                 length=int(tokens.input_ids.shape[1]),
                 trust_remote_code=config.trust_remote_code,
-                progress=progress,
+                progress=session.progress,
             )
         write_document(path, found)
 
@@ -195,7 +193,7 @@ def evaluate_checkpoint(
             session.loaded,
             cut,
             measuring.build_calibration(session).splits["report"],
-            work=Work(session.tuning.batch_tokens, session.progress),
+            work=session.work(),
             skip_speed=config.skip_speed or packed,
         )
         if packed:
@@ -282,8 +280,7 @@ def _score_cut(
     session: Session, cut: LoadedModel, tokens: TokenSet
 ) -> dict[str, evaluations.FurtherPart]:
     """Score a cut on a text (key "") and on each part of a mixture."""
-    work = Work(session.tuning.batch_tokens, session.progress)
-    scores = quality(session.loaded.runnable, cut.runnable, tokens, work)
+    scores = quality(session.loaded.runnable, cut.runnable, tokens, session.work())
     return {
         name: evaluations.FurtherPart(
             **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
@@ -300,7 +297,7 @@ def _score_exact_cut(
         session.replay,
         tokens,
         states_of(len(session.replay), [removed]),
-        Work(session.tuning.batch_tokens, session.progress),
+        session.work(),
         "perplexity and KL of the exact cut",
     )
     losses = {"": measured.losses(0)}

@@ -21,7 +21,7 @@ from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.files.runs import CalibrationText, SplitSize, WeightsRead
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.measure.work import Work, forget
+from isingcut.measure.work import forget
 from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder
@@ -148,11 +148,6 @@ def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
     return folder.load(folder.path / "calibration.safetensors", Calibration.load).splits
 
 
-def work_of(session: Session, journal: Path) -> Work:
-    """Return the settings for a measurement in this session, with a journal."""
-    return Work(session.tuning.batch_tokens, session.progress, journal)
-
-
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
     """Run stage `energy`: write `hamiltonian.safetensors`, and one file per energy of `also`."""
     config = session.config
@@ -184,7 +179,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
         session.choose_tuning(folder)
-        work, store = work_of(session, journal), session.replay.store
+        work, store = session.work(journal), session.replay.store
         before = store.count_sweeps()
         measured = part.measure(session.replay, split.select(own), work)
         if sweeps := store.count_sweeps() - before:

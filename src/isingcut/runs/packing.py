@@ -23,7 +23,7 @@ from isingcut.files.runs import BlockList, PackedLosses, PackingFile
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
-from isingcut.measure.work import Work, forget
+from isingcut.measure.work import forget
 from isingcut.models.cutting.gguf import refuse_uncuttable
 from isingcut.models.cutting.packing import Packer
 from isingcut.models.gguf_files import PACKED
@@ -102,8 +102,8 @@ def _measure(
 ) -> None:
     """Measure the types and cuts that may be the best, and store their KL in ``types``."""
     config, tokens = session.config, measuring.splits_of(folder)["rank"]
-    work = Work(session.tuning.batch_tokens, session.progress)
-    evaluator = Evaluator(session.replay, tokens, measuring.work_of(session, journal), config.seed)
+    work = session.work()
+    evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
 
     def losses(found: PackedLosses, removed: Sequence[int]) -> tuple[float, float | None]:

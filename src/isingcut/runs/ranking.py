@@ -29,7 +29,7 @@ from isingcut.ising.states import Floats, blocks_of, states_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
-from isingcut.measure.work import Work, forget
+from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shorten
 from isingcut.report.words import join_blocks, sentence
@@ -90,7 +90,7 @@ def choose_by_patch(
     kind = config.patch if deep else "linear"
     # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
     trial = config.replace(patch=kind, patch_tokens=count, heal="")
-    work = measuring.work_of(session, journal)
+    work = session.work(journal)
     ledger = Ledger(session.replay, text, work)
     for row in (rows[i] for i in near):
 
@@ -151,7 +151,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             random_states=config.random_states,
             seed=config.seed,
             choose=config.choose,
-            work=measuring.work_of(session, journal),
+            work=session.work(journal),
         )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
@@ -296,7 +296,7 @@ def compare(
         splits = measuring.splits_of(folder)
         searched = splits["energy"].select(range(samples))
         session.choose_tuning(folder)
-        work = Work(session.tuning.batch_tokens, session.progress, journal)
+        work = session.work(journal)
         outcome = part.choose(session.replay, searched, count, work, config.seed)
         found = measure(
             session.replay,

@@ -17,6 +17,7 @@ from isingcut.errors import InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity, RequestedCompute
+from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
@@ -151,6 +152,10 @@ class Session:
         if self.streaming:
             return self.open_streamed(self.source)
         return models.load(self.source, **self._how_to_load)
+
+    def work(self, journal: Path | None = None) -> Work:
+        """Return the settings for a measurement, with a journal if it has one."""
+        return Work(self.tuning.batch_tokens, self.progress, journal)
 
     def serve(self, folder: RunFolder) -> None:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
