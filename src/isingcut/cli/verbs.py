@@ -119,10 +119,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
-_SOLVE = (
-    *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["stage"] == "solve"),
-    "overwrite",
-)
+_SOLVE = (*(f.name for f in _FIELDS if f.metadata["stage"] == "solve"), "overwrite")
 
 
 @verb(*_SOLVE, repeat=("remove",), group=STAGES)
@@ -457,8 +454,7 @@ def inspect_blocks(**options: Any) -> Output:
     from isingcut.models.sources import resolve
 
     config = RunConfig(**select_given(options)).validate()
-    trust = config.trust_remote_code
-    source = resolve(config.model, trust_remote_code=trust, weights=False)
+    source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
     found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
     data, blocks = show.inspection_data(found), str(len(found.stack))
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
