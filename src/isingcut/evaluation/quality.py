@@ -311,6 +311,5 @@ def draft_acceptance(
         equal = (drafts == found.logits[:, 1:].argmax(-1)) & counted
         accepted[batch.index] = equal.sum(1).double().cpu()
         drafted[batch.index] = counted.sum(1).double().cpu()
-    counts = drafted.numpy().astype(int)
-    error: Floats = standard_error(accepted.numpy()[None], counts)
-    return float(accepted.sum() / drafted.sum()), float(error[0])
+    error = standard_error(accepted.numpy(), drafted.numpy().astype(int))
+    return float(accepted.sum() / drafted.sum()), float(error)

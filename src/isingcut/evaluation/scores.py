@@ -25,7 +25,7 @@ from isingcut.evaluation.answers import (
 )
 from isingcut.evaluation.questions import Prepared, quiet
 from isingcut.ising.states import Floats, states_of
-from isingcut.measure.work import Work
+from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import skip_blocks
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def score_states(
     loaded: LoadedModel,
     task: Prepared,
     removed: Sequence[Sequence[int]],
-    work: Work | None = None,
+    work: Work = PLAIN,
     *,
     wanted: Callable[[str], bool] | None = None,
 ) -> list[Scores]:
@@ -82,7 +82,7 @@ def score_states(
         InputError: no question is left, or none has a score.
         ModelError: a log-likelihood is not finite.
     """
-    work, replay = work or Work(), loaded.replay
+    replay = loaded.replay
     states = states_of(len(replay), [tuple(blocks) for blocks in removed])
     # Scores of each row under all states, which are computed together.
     known: dict[Row, tuple[list[float], list[bool]]] = {}
