@@ -105,7 +105,7 @@ def before_and_after(
     }
     for name, side in both.items():
         rest[name] = ModelScores(
-            **getattr(found, name).model_dump(exclude_unset=True),
+            **getattr(found, name).content(),
             **speeds.get(name, {}),
             parameters=sum(p.numel() for p in side.model.parameters()),
             bytes=sum(file.stat().st_size for file in weight_files(side.folder)),

@@ -282,9 +282,7 @@ def _score_cut(
     """Score a cut on a text (key "") and on each part of a mixture."""
     scores = quality(session.loaded.runnable, cut.runnable, tokens, session.work())
     return {
-        name: evaluations.FurtherPart(
-            **one.after.model_dump(exclude_unset=True), kl=one.kl, kl_se=one.kl_se
-        )
+        name: evaluations.FurtherPart(**one.after.content(), kl=one.kl, kl_se=one.kl_se)
         for name, one in {"": scores, **scores.parts}.items()
     }
 

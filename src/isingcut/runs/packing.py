@@ -88,7 +88,7 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     read = partial(read_document, model=PackingFile)
     drop = partial(forget, journal)
     found = folder.stage("pack", file, options, make, read, together=True, forget=drop)
-    folder.run.blocks = folder.run.blocks.model_copy(update={"packed": found.best.packed})
+    folder.run.blocks.packed = found.best.packed
     folder.save()
     return found
 
