@@ -6,7 +6,6 @@ separate process, because a peak never decreases.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -160,19 +159,19 @@ def peak_memory(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return None
-    return int(json.loads(done.stdout.strip().splitlines()[-1])[MEMORY_KEY])
+    # Libraries may print before.
+    return int(done.stdout.split()[-1])
 
 
 def main(arguments: list[str]) -> None:
-    """Measure and print ``{"peak_memory_bytes": ...}``."""
+    """Measure the peak memory, and print it in bytes as the last word."""
     folder, dtype, device, tokens, trust = arguments
     loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
     decode_tokens(language_model(loaded.model), prompt, 4)
     module = device_module(loaded.device)
     peaks = module and map(module.max_memory_allocated, devices_of(loaded.model))
-    peak = sum(peaks) if peaks else resident_peak()
-    print(json.dumps({"peak_memory_bytes": peak}))
+    print(sum(peaks) if peaks else resident_peak())
 
 
 def resident_peak() -> int:
