@@ -218,15 +218,15 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
     file = _find_subset(data, own["test"], questions) or _find(data, own["test"])
     records = _spread(_read_records(file, kind, own), questions)
     examples = _read_records(_find(data, own["fewshot"]), kind, own) if "fewshot" in own else []
-    groups = [None] if by is None else list(dict.fromkeys(str(r[by]) for r in records))
+    groups = dict.fromkeys(r[by] for r in records) if by else [""]
     configurations = []
     for group in groups:
         one = copy.deepcopy(config)
-        if by is not None and group is not None:
+        if by:
             one["task"] = f"{config['task']}_{group}"
             one["description"] = config["description"].replace("{by}", group.replace("_", " "))
-        chosen = [r for r in records if by is None or str(r[by]) == group]
-        shots = [r for r in examples if by is None or str(r[by]) == group]
+        chosen = [r for r in records if not by or r[by] == group]
+        shots = [r for r in examples if not by or r[by] == group]
         if len(shots) < int(one["num_fewshot"]):
             raise InputError(
                 f"{data / own.get('fewshot', own['test'])}.jsonl has {len(shots)} examples"
