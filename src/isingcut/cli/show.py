@@ -48,7 +48,7 @@ def show_lines(*lines: str) -> None:
 def _show_table(
     title: str,
     headings: Iterable[str],
-    rows: Iterable[Sequence[str]],
+    rows: Sequence[Sequence[str]],
     left: Iterable[str] = ("",),
     *,
     foot: int = 0,
@@ -62,9 +62,8 @@ def _show_table(
     table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right")
-    shown = list(rows)
-    for k, row in enumerate(shown, 1):
-        table.add_row(*row, end_section=k == len(shown) - foot)
+    for k, row in enumerate(rows, 1):
+        table.add_row(*row, end_section=k == len(rows) - foot)
     console().print(table)
 
 
