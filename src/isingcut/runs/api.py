@@ -303,7 +303,7 @@ class Run:
             >>> isingcut.open_run("my-run").report().name
             'report.md'
         """
-        return solving.report(self._folder, self._folder.target(self.config.removal))
+        return solving.report(self._folder, self.path)
 
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
