@@ -196,7 +196,7 @@ def make_gguf(
     def make(path: Path) -> None:
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        drop, kind = session.config.drop_mtp, options.get("type")
+        drop, kind = session.config.drop_mtp, packed.type if packed else None
         gguf.cut_gguf(found, removed, path, drop_mtp=drop, changed=changed, packed=kind)
 
     ownership.refuse_source(out, [found])
