@@ -200,11 +200,24 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokeniz
     assert [t.tokens for t in again.splits.values()] == [t.tokens for t in found.splits.values()]
 
 
-def test_conversations_whose_answers_are_cut_off_are_passed_over(tmp_path, tokenizer):
+def test_conversations_without_an_answer_within_the_length_are_left_out(tmp_path, tokenizer, capfd):
     long = [{"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
-    refused(f"answers:{file}", tokenizer, "too short.*found 0;")
+    words = "30 conversations have no answer in their first 16 tokens; raise --length"
+    refused(f"answers:{file}", tokenizer, f"too short.*found 0; {words}$")
+    with pytest.raises(CalibrationError, match=f"found 0 and 0; {words}$"):
+        healing_text.build(
+            f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
+        )
     build(file, tokenizer, **{**SIZES, "length": 60})
+    assert not capfd.readouterr().err
+    file = write_jsonl(
+        tmp_path / "both.jsonl",
+        [*long, *({"messages": talk(f"{i}", "yes")} for i in range(60))],
+    )
+    build(f"answers:{file}", tokenizer, **SIZES)
+    words = words.replace("30", r"\d")
+    assert re.fullmatch(f"isingcut: .*: {words} to use them\n", capfd.readouterr().err)
 
 
 def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):

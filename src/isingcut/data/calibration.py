@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
 from isingcut.data.conversations import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed, text_hashes, words_for
 from isingcut.data.generation import sample_from_model
 from isingcut.data.mixture import Part, Turns, name_part, parts_of, place_of
-from isingcut.data.tokens import Encoder, Row, TokenSet, distinct, ids_of, overlap
+from isingcut.data.tokens import Encoder, Row, TokenSet, distinct, has_prediction, ids_of, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.results import read_tensors, tensor_header
@@ -202,11 +203,13 @@ def build(
             documents = texts[ended].facts["kind"] == "documents"
             apart = ", and no document may be in two splits" if documents else ""
             with name_part(part, parts):
+                lower = "lower --length, --samples, --rank-samples or --report-samples"
                 raise CalibrationError(
                     f"{words_for(place_of(part.source))} is too short: {wanted} samples of "
-                    f"{length} tokens{share} are needed{apart}, found {found}; give more text, or "
-                    "lower --length, --samples, --rank-samples or --report-samples"
+                    f"{length} tokens{share} are needed{apart}, found {found}; "
+                    f"{left_out(texts[ended], length) or f'give more text, or {lower}'}"
                 )
+    say_left_out(parts, texts, length)
     splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
     shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
@@ -235,7 +238,8 @@ class OpenText:
     """One text of a mixture, read lazily.
 
     Attributes:
-        facts: JSON-able facts: ``kind``, and the number of ``documents`` read so far.
+        facts: JSON-able facts: ``kind``, the number of ``documents`` read so far, and that of the
+            conversations ``left_out``, which have no answer within the length of a sample.
         readers: one reader of samples per split.
     """
 
@@ -298,7 +302,7 @@ def open_parts(
             if text.kind == "generated":
                 rows = text.documents
             elif text.kind == "chat":
-                rows = _conversations(text, encode, length, used, seen)
+                rows = distinct(_conversations(text, encode, length, used, seen, facts))
             elif text.kind == "text":
                 known = int(_facts(used, part.source).get("tokens", 0))
                 rows = pack(map(encode, text.documents), encode, length, known)
@@ -398,13 +402,37 @@ def pack(
 
 
 def _conversations(
-    corpus: Corpus, encode: Encoder, length: int, used: Calibration | None, seen: set[int]
+    corpus: Corpus,
+    encode: Encoder,
+    length: int,
+    used: Calibration | None,
+    seen: set[int],
+    facts: dict[str, Any],
 ) -> Iterator[Row]:
     """Yield one sample per conversation, except those in the splits of a calibration."""
     taken: set[tuple[int, ...]] = set()
     cut = int(used.meta["length"]) if used is not None else 0
     for split in used.splits.values() if used is not None else ():
         taken |= set(map(ids_of, split.rows))
-    most = max(cut, length)
-    rows = (row_of(encode, text, most) for text in corpus.documents if is_new(text, seen))
-    return distinct(row[:length] for row in rows if ids_of(row[:cut]) not in taken)
+    for text in corpus.documents:
+        if not is_new(text, seen):
+            continue
+        row = row_of(encode, text, max(cut, length))
+        if ids_of(row[:cut]) not in taken:
+            if len(row) >= length and not has_prediction(row[:length]):
+                facts["left_out"] = facts.get("left_out", 0) + 1
+            yield row[:length]
+
+
+def left_out(text: OpenText, length: int) -> str:
+    """Say how many conversations have no answer within the length of a sample; "" if all have."""
+    count = text.facts.get("left_out")
+    words = f"{count} conversations have no answer in their first {length} tokens; raise --length"
+    return words if count else ""
+
+
+def say_left_out(parts: Sequence[Part], texts: Sequence[OpenText], length: int) -> None:
+    """Print a line for each source of which conversations are left out."""
+    for part, text in zip(parts, texts, strict=True):
+        if words := left_out(text, length):
+            say(f"isingcut: {part.name}: {words} to use them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isingcut.data.calibration import draw_split, open_parts, tokens_of
+from isingcut.data.calibration import draw_split, left_out, open_parts, say_left_out, tokens_of
 from isingcut.data.mixture import describe_source, parts_of, places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
@@ -67,14 +67,16 @@ def build(
     report, ended = draw_split(parts, texts, 0, length, f"{seed} report", report_samples)
     train, later = draw_split(parts, texts, 1, length, f"{seed} train", samples)
     if len(report) < report_samples or not train or (samples and len(train) < samples):
-        short = parts[next(i for i in (ended, later) if i is not None)].name
+        short = next(i for i in (ended, later) if i is not None)
+        lower = "lower --samples, --report-samples or --length"
         wanted = f"{samples} training samples" if samples else "at least one training sample"
         mixed = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
-            f"{short} is too short: {report_samples} report samples and {wanted}{mixed} of "
-            f"{length} tokens are needed, found {len(report)} and {len(train)}; give more "
-            "text, or lower --samples, --report-samples or --length"
+            f"{parts[short].name} is too short: {report_samples} report samples and "
+            f"{wanted}{mixed} of {length} tokens are needed, found {len(report)} and {len(train)}; "
+            f"{left_out(texts[short], length) or f'give more text, or {lower}'}"
         )
+    say_left_out(parts, texts, length)
     to_report, to_train = (tokens_of(drawn, parts, encode.pad) for drawn in (report, train))
     return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
