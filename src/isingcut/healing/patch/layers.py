@@ -37,43 +37,29 @@ _DEAD = 1e-3
 """Channels with less than this share of the largest gain are ignored."""
 
 
-@dataclass(eq=False)
 class Write:
     """A linear layer of a block that writes to the residual stream.
 
     The weights are copies, because a streamed block is unloaded before they are used.
 
-    Attributes:
+    Args:
         path: name of the layer inside the block, for example ``"mlp.down_proj"``.
         module: the layer.
         scale: factor of the layer's output before the residual addition (Granite's multiplier).
+
+    Attributes:
         transposed: whether the layer is GPT-2's `Conv1D`, which stores its weight as (F, D).
         weight: the weight as (D, F).
         bias: the bias (D,); None for a layer without one.
         reads: whether a patch maps the layer's input (true) or its output (false).
     """
 
-    path: str
-    module: Any
-    scale: float
-    transposed: bool
-    weight: Tensor
-    bias: Tensor | None
-    reads: bool = True
-
-    @classmethod
-    def of(cls, path: str, module: Any, scale: float) -> Write:
-        """Create the description of a layer, with copies of its current weights."""
-        transposed = not isinstance(module, nn.Linear)
+    def __init__(self, path: str, module: Any, scale: float) -> None:
+        self.path, self.module, self.scale, self.reads = path, module, scale, True
+        self.transposed = not isinstance(module, nn.Linear)
         weight, bias = module.weight.detach().clone(), module.bias
-        return cls(
-            path,
-            module,
-            scale,
-            transposed,
-            weight.T if transposed else weight,
-            None if bias is None else bias.detach().clone(),
-        )
+        self.weight: Tensor = weight.T if self.transposed else weight
+        self.bias: Tensor | None = None if bias is None else bias.detach().clone()
 
     @property
     def mapped(self) -> int:
@@ -123,7 +109,7 @@ def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write
             continue
         scale = _response(recording, i, hidden, module, plain, written)
         if scale is not None:
-            return Write.of(path, module, scale)
+            return Write(path, module, scale)
     return None
 
 
@@ -258,7 +244,7 @@ def find_gained(recording: Recording, i: int, hidden: Tensor) -> list[Gained]:
         if bool(size.any()):
             unexplained = float((missed / size)[size > 0].median())
             if unexplained <= _UNEXPLAINED:
-                found.append(Gained(Write.of(path, module, 1.0), channels, unexplained))
+                found.append(Gained(Write(path, module, 1.0), channels, unexplained))
     return sorted(found, key=lambda gained: gained.unexplained)
 
 
