@@ -119,7 +119,7 @@ def test_a_budget_target_is_searched_where_it_is_met(replay, tokens):
     # Blocks have weight 1 or 2, and a removal needs 4 or more: three or four average blocks.
     weights = np.array([1.0, 2.0] * (N // 2))
     row = LinearConstraint("budget", weights, ">=", 4.0)
-    target = Target.of("params=4", [row], N)
+    target = Target("params=4", [row])
     assert (target.low, target.size, target.high) == (2, 3, N)
     assert target.near(all_states(N, 5)[:1], 0)[0]
     assert not target.near(all_states(N, 6)[:1], 0)[0]
@@ -243,7 +243,7 @@ def test_low_states_cost_at_least_what_was_measured_of_their_removals():
 
 def test_exchanges_are_all_neighbours_and_feasible():
     state = states_of(7, [(1, 4, 6)])[0]
-    target = Target.of("3", [count(7, 3), *keep(7, [0])], 7)
+    target = Target("3", [count(7, 3), *keep(7, [0])])
     found = {tuple(np.flatnonzero(s)) for s in proposals.list_exchanges(state, target)}
     expected = {c for c in combinations(range(1, 7), 3) if len(set(c) & {1, 4, 6}) == 2}
     assert found == expected
@@ -339,7 +339,7 @@ def test_search_is_deterministic_and_resumes(replay, tokens, tmp_path):
 
 
 def test_search_obeys_constraints(replay, tokens):
-    target = Target.of("3 but 0", [count(N, 3), *keep(N, [0, 7])], N)
+    target = Target("3 but 0", [count(N, 3), *keep(N, [0, 7])])
     found = Search(replay, tokens, WORK, [target], 8.0).run()
     assert not {0, 7} & set(found.best("3 but 0"))
     with pytest.raises(InputError, match="has no target"):
@@ -368,7 +368,7 @@ def test_one_pass_gives_what_the_methods_of_one_pass_choose(replay, tokens):
     # The pass is counted once, however many targets use it.
     assert evaluator.ledger.passes == pytest.approx(1.0)
     # Every window of four blocks has at least one of these.
-    apart = Target.of("4", [count(N, 4), *keep(N, [2, 5])], N)
+    apart = Target("4", [count(N, 4), *keep(N, [2, 5])])
     assert set(one_pass_states(evaluator, apart, tokens.samples)) == {"block-influence"}
 
 

@@ -196,10 +196,7 @@ def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     if not config.removal:
         return ()
     blocks = folder.run.blocks
-    return tuple(
-        Target.of(one.removal, removal_rows(blocks, one), len(blocks.blocks))
-        for one in each_removal(config)
-    )
+    return tuple(Target(one.removal, removal_rows(blocks, one)) for one in each_removal(config))
 
 
 def calibration_options(folder: RunFolder) -> dict[str, Any]:

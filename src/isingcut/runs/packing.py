@@ -146,7 +146,7 @@ def _find_cut(
 ) -> None:
     """Find the best one-pass state that meets the budget in a type; store it and its KL."""
     config, own = session.config, blocks.model_copy(update={"packed": found.packed})
-    target = Target.of(config.removal, solving.removal_rows(own, config), evaluator.blocks)
+    target = Target(config.removal, solving.removal_rows(own, config))
     states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])
     kl = evaluator.ledger.losses(states)
     found.removed, found.cut_kl = blocks_of(states[kl.argmin()]), float(kl.min())

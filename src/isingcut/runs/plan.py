@@ -107,7 +107,7 @@ class Prices:
             last, parameters = each_removal(config)[-1], found.parameters
             seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
             blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
-            self.remove = Target.of(last.removal, removal_rows(blocks, last), self.n).size
+            self.remove = Target(last.removal, removal_rows(blocks, last)).size
         self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
         # Bytes per token for a backward pass: half of the working memory of a block.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -22,41 +21,34 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.states import Bools, Floats, States, key_of, states_of
 
 
-@dataclass(frozen=True, eq=False)
 class Target:
     """One removal to search for.
 
-    Attributes:
+    Args:
         label: removal as typed, for example ``"8"`` or ``"params=25%"``.
-        rows: constraints of the removal over N blocks.
+        rows: constraints of the removal over N blocks, one or more.
+
+    Attributes:
         low, high: fewest and most removed blocks of a feasible state.
         size: number of removed blocks that is enough if all blocks have the average cost. A budget
             allows states with many more removed blocks; the good ones are near this size.
+
+    Raises:
+        InfeasibleError: no state satisfies the rows.
     """
 
-    label: str
-    rows: tuple[LinearConstraint, ...]
-    low: int
-    high: int
-    size: int
-
-    def __repr__(self) -> str:
-        return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
-
-    @classmethod
-    def of(cls, label: str, rows: Sequence[LinearConstraint], n: int) -> Target:
-        """Make a target from its rows.
-
-        Raises:
-            InfeasibleError: no state satisfies the rows.
-        """
-        low, high = _blank(n, rows).cardinality
+    def __init__(self, label: str, rows: Sequence[LinearConstraint]) -> None:
+        self.label, self.rows = label, tuple(rows)
+        self.low, self.high = _blank(rows).cardinality
         enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
             for row in rows
             if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
         ]
-        return cls(label, tuple(rows), low, high, min(high, max([low, *enough])))
+        self.size = min(self.high, max([self.low, *enough]))
+
+    def __repr__(self) -> str:
+        return f"Target({self.label}: {'; '.join(row.describe() for row in self.rows)})"
 
     @classmethod
     def count(cls, n: int, remove: int) -> Target:
@@ -67,7 +59,7 @@ class Target:
         """
         if not 1 <= remove < n:
             raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
-        return cls.of(str(remove), [count(n, remove)], n)
+        return cls(str(remove), [count(n, remove)])
 
     def problem(self, hamiltonian: Hamiltonian) -> Problem:
         """Return the problem to minimise ``hamiltonian`` over this target's states."""
@@ -75,7 +67,7 @@ class Target:
 
     def feasible(self, states: States) -> Bools:
         """Return (S,) bool: whether each state of (S, N) satisfies every row."""
-        return _blank(states.shape[1], self.rows).feasible(states)
+        return _blank(self.rows).feasible(states)
 
     def extendable(self, states: States) -> Bools:
         """Return (S,) bool: whether a state exceeds no upper limit, so that it may be extended."""
@@ -92,7 +84,8 @@ class Target:
         return np.asarray((size >= self.low - distance) & (size <= most + distance))
 
 
-def _blank(n: int, rows: Sequence[LinearConstraint]) -> Problem:
+def _blank(rows: Sequence[LinearConstraint]) -> Problem:
+    n = len(rows[0].coefficients)
     return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
 
 
