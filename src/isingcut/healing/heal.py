@@ -19,6 +19,7 @@ import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
+from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in
 from isingcut.data.tokens import TokenSet
@@ -49,7 +50,7 @@ from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
-from isingcut.models.load import load
+from isingcut.models.load import LoadedModel, load
 from isingcut.models.processes import Processes
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
@@ -123,15 +124,7 @@ def heal(
             removed = removal_by_weights(student, teacher)
         else:
             removed = tuple(sorted(known.removed))
-        text = healing_text.build(
-            config.text,
-            teacher.tokenizer,
-            samples=config.samples,
-            report_samples=config.report_samples,
-            length=sample_length(config, teacher.model),
-            seed=config.seed,
-            model=teacher.model,
-        )
+        text = build_text(config, teacher)
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
@@ -151,7 +144,27 @@ def _processes(config: HealConfig) -> Processes:
     return Processes.join()
 
 
-def sample_length(config: HealConfig, model: Any) -> int:
+def build_text(
+    config: HealConfig, teacher: LoadedModel, used: Calibration | None = None
+) -> HealingText:
+    """Read the text to train on, and the unseen text to report on.
+
+    Args:
+        used: a calibration whose text is left out.
+    """
+    return healing_text.build(
+        config.text,
+        teacher.tokenizer,
+        samples=config.samples,
+        report_samples=config.report_samples,
+        length=_sample_length(config, teacher.model),
+        seed=config.seed,
+        used=used,
+        model=teacher.model,
+    )
+
+
+def _sample_length(config: HealConfig, model: Any) -> int:
     """Return the tokens per sample: the requested number, but at most the model's positions."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     length = config.length or LENGTH
@@ -272,7 +285,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         start=start,
         removed=list(job.removed),
         of=len(find_stack(job.teacher.model)),
-        length=sample_length(config, job.teacher.model),
+        length=_sample_length(config, job.teacher.model),
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},

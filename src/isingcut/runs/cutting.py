@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor
 
 from isingcut.console.printing import say
-from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import places_in
@@ -27,7 +26,7 @@ from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.healing import RECORD as HEALING
-from isingcut.healing.heal import heal_checkpoint, sample_length
+from isingcut.healing.heal import build_text, heal_checkpoint
 from isingcut.healing.job import Job, check_training
 from isingcut.healing.patch.checkpoint import (
     CANNOT,
@@ -359,16 +358,8 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
             # It is replaced at the end; refuse now a file that is not a record of a healing.
             results.read_document(target / HEALING, healings.HealingFile)
         # Text outside all splits of the run.
-        text = healing_text.build(
-            healing.text,
-            session.loaded.tokenizer,
-            samples=healing.samples,
-            report_samples=healing.report_samples,
-            length=sample_length(healing, session.loaded.model),
-            seed=healing.seed,
-            used=folder.load(folder.path / "calibration.safetensors", Calibration.load),
-            model=session.loaded.model,
-        )
+        used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
+        text = build_text(healing, session.loaded, used)
         ours = healing.replace(overwrite=True)
         given = (session.loaded, tuple(removed), start, text.train, path, ours, session.progress)
         heal_checkpoint(Job(*given), text, path)
