@@ -8,7 +8,6 @@ measured.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import shutil
 import tempfile
@@ -35,6 +34,7 @@ from isingcut.healing.patch.checkpoint import (
     record_unpatched,
 )
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.verify import verify
@@ -343,15 +343,14 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     config = session.config
     if not config.heal:
         return None
-    healing = distil_config(config)
+    # The stage has checked the old output.
+    healing = distil_config(config).replace(overwrite=True)
     target = folder.target(config.removal)
     start = target / "model"
     made = folder.record(start)
-    removed = made.options.removed or []
-    plain = dataclasses.asdict(healing)
-    for name in ("student", "teacher", "out", "device", "trust_remote_code", "overwrite"):
-        del plain[name]
-    options = {**plain, **calibration_options(folder), "model": made.fingerprint}
+    removed = tuple(made.options.removed or ())
+    options = describe_options(healing) | calibration_options(folder) | {"model": made.fingerprint}
+    del options["device"]
 
     def make(path: Path) -> None:
         if (target / HEALING).exists():
@@ -360,9 +359,8 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         # Text outside all splits of the run.
         used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
         text = build_text(healing, session.loaded, used)
-        ours = healing.replace(overwrite=True)
-        given = (session.loaded, tuple(removed), start, text.train, path, ours, session.progress)
-        heal_checkpoint(Job(*given), text, path)
+        job = Job(session.loaded, removed, start, text.train, path, healing, session.progress)
+        heal_checkpoint(job, text, path)
         shutil.copyfile(path / HEALING, target / HEALING)
 
     return folder.stage("heal", target / HEALED, options, make, lambda path: path)
