@@ -185,8 +185,7 @@ def heal_checkpoint(
     caller must lock ``out``.
 
     Args:
-        job: the healing; its text and work folder are replaced. Without a judge, `Domains` stops it
-            when a source of the text gets worse.
+        job: the healing; its text, work folder and judge are replaced.
         sources: inputs that ``out`` must not be, contain or lie in.
         stamps: stamps of folders whose weights must not change before the end (`weights_stamp`).
 
@@ -200,7 +199,7 @@ def heal_checkpoint(
     parts = _card_parts(student)
     identity = identity_of(job, text)
     shown = silent if processes.rank else job.progress
-    judge = job.judge or Domains(text.report)
+    judge = Domains(text.report)
     job = dataclasses.replace(job, tokens=text.train, work=work, progress=shown, judge=judge)
     # Every process checks the places before rank 0 writes there.
     processes.wait()

@@ -43,8 +43,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
     Returns:
         the record for `healing.json`.
     """
-    effort = job.config.effort
-    budget = job.recipe is None and bool(effort.tokens or effort.seconds)
+    budget = bool(job.config.effort.tokens or job.config.effort.seconds)
     if budget:
         job = _spend(job)
     found, trained = train(job)
