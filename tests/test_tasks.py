@@ -299,7 +299,8 @@ def test_the_harness_lists_its_tasks_once(monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
     monkeypatch.setattr(questions, "_manager", functools.cache(questions._manager.__wrapped__))
-    assert questions.check_tasks(["theirs", "theirs"], None, None) == ["theirs"]
+    assert questions.split_names("theirs, theirs") == ["theirs"]
+    questions.check_tasks(["theirs"], None, None)
     assert not prepare_task("theirs", None).generates
     with pytest.raises(InputError, match="has no task 'zorp'"):
         questions.check_tasks(["zorp"], None, None)

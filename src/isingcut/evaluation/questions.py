@@ -85,10 +85,13 @@ def short_name(name: str) -> str:
 
 
 def split_names(tasks: str) -> list[str]:
-    """Split a comma-separated list of tasks, unchecked; `all` means all tasks of isingcut."""
+    """Split a comma-separated list of tasks, unchecked and without duplicates.
+
+    `all` means all tasks of isingcut.
+    """
     if tasks == "all":
         return [*task_names(), WIKITEXT]
-    return [t.strip() for t in tasks.split(",") if t.strip()]
+    return list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
 
 
 def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
@@ -100,11 +103,8 @@ def prepare_task(name: str, data: Path | None, questions: int | None = None) -> 
     return _read_task(name, data, questions)
 
 
-def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) -> list[str]:
+def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) -> None:
     """Check tasks and their questions before a model is loaded.
-
-    Returns:
-        the tasks' names, without duplicates.
 
     Raises:
         InputError: an unknown task, two files of one name, a task without questions, or an invalid
@@ -115,7 +115,6 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
         raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data} is not a folder; give the folder with the questions")
-    names = list(dict.fromkeys(tasks))
     shown = [short_name(name) for name in names]
     if twice := [name for name in shown if shown.count(name) > 1]:
         raise InputError(f"--tasks has two files named {twice[0]}; rename one of them")
@@ -131,7 +130,6 @@ def check_tasks(tasks: Sequence[str], data: Path | None, questions: int | None) 
                 f"lm-evaluation-harness has no task {name!r}; tasks with --data are: "
                 f"{', '.join(task_names())}"
             )
-    return names
 
 
 @functools.cache

@@ -31,23 +31,20 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
 
-def check_run_tasks(config: RunConfig) -> list[str]:
+def check_run_tasks(config: RunConfig) -> None:
     """Check the tasks of a run's options before a model is loaded.
-
-    Returns:
-        their names, without duplicates.
 
     Raises:
         InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
     """
     if not config.tasks:
-        return []
+        return
     if config.choose != "tasks" and len(config.remove.counts) > 1:
         raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
-    names = check_tasks(split_names(config.tasks), data_of(config), config.questions)
+    names = split_names(config.tasks)
+    check_tasks(names, data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
         raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
-    return names
 
 
 def check_whole(session: Session) -> None:
@@ -145,7 +142,7 @@ def benchmarks(
     chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
-    tasks = list(dict.fromkeys(split_names(config.tasks)))
+    tasks = split_names(config.tasks)
     options = {
         "model": made.fingerprint,
         "tasks": tasks,
@@ -158,7 +155,7 @@ def benchmarks(
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
-        write_document(path, _score_both(session, checkpoint, tasks, but=but, kept=work))
+        write_document(path, _score_both(session, checkpoint, but=but, kept=work))
 
     file = checkpoint.with_name("benchmarks.json")
     read = partial(read_document, model=evaluations.BenchmarksFile)
@@ -184,19 +181,14 @@ def benchmark_checkpoint(
     """
     with open_scores(config, checkpoint, out, "benchmarks") as (folder, file):
         # The harness takes seconds to list its tasks.
-        tasks = check_run_tasks(config)
-        content = _score_both(Session(config), folder, tasks)
+        check_run_tasks(config)
+        content = _score_both(Session(config), folder)
         write_document(file, content, seal=True)
     return content, file
 
 
 def _score_both(
-    session: Session,
-    checkpoint: Path,
-    tasks: Sequence[str],
-    *,
-    but: Sequence[str] = (),
-    kept: Path | None = None,
+    session: Session, checkpoint: Path, *, but: Sequence[str] = (), kept: Path | None = None
 ) -> evaluations.BenchmarksFile:
     """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
 
@@ -207,8 +199,8 @@ def _score_both(
     from importlib.metadata import version
 
     check_whole(session)
-    config = session.config
-    work = session.work()
+    config, work = session.config, session.work()
+    tasks = split_names(config.tasks)
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:
