@@ -142,9 +142,9 @@ def verb(
     """Turn a handler into a verb of the command line, with options of a configuration class.
 
     Args:
-        names: fields of ``of``. An option that was not typed is passed as None, so that a file or
-            a run folder can supply it before the default does. A name with dashes in front
-            (``--model``) becomes an option even if the field is a positional argument.
+        names: fields of ``of``. Only typed options are passed, so that a file or a run folder can
+            supply the others before the default does. A name with dashes in front (``--model``)
+            becomes an option even if the field is a positional argument.
         group: a heading of `isingcut --help`.
         repeat: options among ``names`` that may be given several times; they are passed as lists.
         name: the verb, if it differs from the function's name.
@@ -170,7 +170,8 @@ def verb(
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
             options = [n.removeprefix("--") for n in names]
-            typed |= _check(of, {k: typed[k] for k in options if typed[k] is not None}, repeat)
+            given = {k: v for k in options if (v := typed.pop(k)) is not None}
+            typed |= _check(of, given, repeat)
             typed |= {k: _at_home(v) for k, v in typed.items()}
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
@@ -274,15 +275,10 @@ def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) ->
         say(f"isingcut: warning: {warning}")
 
 
-def select_given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were typed."""
-    return {k: v for k, v in options.items() if v is not None}
-
-
 def collect(kind: type[Kind], config: Path | None, options: Mapping[str, Any]) -> Kind:
     """Combine the options from a config file and from the command line, which wins."""
     values = from_yaml(kind, config) if config else {}
-    return kind(**{**values, **select_given(options)})
+    return kind(**{**values, **options})
 
 
 def reopen(
@@ -301,7 +297,7 @@ def reopen(
     """
     from isingcut.runs.folder import RunFolder
 
-    typed = select_given(options)
+    typed = dict(options)
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
     folder.typed_solver = typed.get("solver")
     if typed.get("budget") and not typed.get("remove"):
@@ -352,7 +348,7 @@ def removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[R
     # The parent of "." is ".".
     whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
-        if alone and (options["remove"] or options["budget"]):
+        if alone and (options.get("remove") or options.get("budget")):
             raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)

@@ -25,7 +25,6 @@ from isingcut.cli.verb import (
     removal_at,
     reopen,
     reopen_at,
-    select_given,
     verb,
 )
 from isingcut.errors import InputError
@@ -89,7 +88,7 @@ def demo(progress: Any, **options: Any) -> Output:
 
     Example: isingcut demo
     """
-    return _make_output(pipeline.demo(**select_given(options), progress=progress), generation=True)
+    return _make_output(pipeline.demo(**options, progress=progress), generation=True)
 
 
 def _make_output(target: Path, *, generation: bool = False) -> Output:
@@ -131,8 +130,8 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     from isingcut.ising.hamiltonian import Hamiltonian
 
     found = []
-    for remove in options.pop("remove") or [None]:
-        folder, combined = reopen(directory, {**options, "remove": remove}, several=True)
+    for one in [{"remove": remove} for remove in options.pop("remove", ())] or [{}]:
+        folder, combined = reopen(directory, options | one, several=True)
         for config in solving.each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
@@ -298,22 +297,23 @@ def evaluate(
     """
     from isingcut.runs.folder import MANIFEST, find_run
 
-    typed = select_given({name: options.pop(name) for name in ("tasks", "data", "questions")})
+    names = ("tasks", "data", "questions")
+    typed = {name: options.pop(name) for name in names if name in options}
     if typed and not typed.get("tasks", "").strip(" ,"):
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
-        if options["remove"] or options["budget"]:
+        if options.get("remove") or options.get("budget"):
             raise InputError("--remove and --budget are for a run folder; a .gguf file has its own")
         (directory, blocks), one_based = find_run(directory), False
     if original is not None:
-        of_run = {name: options.pop(name) for name in ("model", "remove", "budget")}
-        of_run |= {"one-based": one_based or None, "blocks": blocks}
-        if given := list(select_given(of_run)):
+        of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
+        of_run += ["one-based"] * one_based + ["blocks"] * (blocks is not None)
+        if of_run:
             raise InputError(
-                f"--{given[-1]} is for a run folder, --original for a checkpoint; use one"
+                f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
             )
-        config = RunConfig(**typed, **select_given(options), model=original).validate()
+        config = RunConfig(**typed, **options, model=original).validate()
         if not config.tasks:
             found, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(
@@ -453,7 +453,7 @@ def inspect_blocks(**options: Any) -> Output:
     from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
-    config = RunConfig(**select_given(options)).validate()
+    config = RunConfig(**options).validate()
     source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
     found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
     data, blocks = show.inspection_data(found), str(len(found.stack))
@@ -483,7 +483,7 @@ def plan(
     """
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(RunConfig(**select_given(options)).validate(), card)
+    found = make_plan(RunConfig(**options).validate(), card)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 
