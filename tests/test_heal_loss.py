@@ -234,7 +234,7 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
     job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
     run, apart, in_parts = train._run, [], loss.divergence_from_stream
 
-    def inspected(job, student, *rest):
+    def inspected(watch, student, *rest):
         frozen = [p for p in student.parameters() if not p.requires_grad]
         theirs = places(teacher.model.parameters())
         own = [p for p in frozen if p.untyped_storage().data_ptr() not in theirs]
@@ -243,7 +243,7 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
         assert (dtype == "bfloat16") == bool(own)
         assert len(own) < len(frozen) / 2
         assert not places(p for p in student.parameters() if p.requires_grad) & theirs
-        run(job, student, *rest)
+        run(watch, student, *rest)
 
     monkeypatch.setattr(train, "_run", inspected)
     count = lambda *given, **more: apart.append(1) or in_parts(*given, **more)  # noqa: E731

@@ -62,6 +62,9 @@ from isingcut.models.device import BatchLimit
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.transformers_private import get_checkpointing
 
+Order = Steps | list[list[int]]
+"""The micro-batches of a training, as sample indices."""
+
 # Number of timed steps with one sample.
 _SMALL = 3
 # Intended number of trained tokens between two checks.
@@ -100,7 +103,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
                 job.config.seed,
                 plan.most,
             ).divide()
-            _run(job, student, plan, order, watch, last)
+            _run(watch, student, plan, order, last)
         # Free the student and its optimiser before other objects need the memory.
         del student
         BatchLimit(job.teacher.device).release()
@@ -128,7 +131,7 @@ def step_times(job: Job) -> list[tuple[int, float]]:
         for step, count in enumerate([1] * _SMALL + [several] * 2):
             first = (step * size + job.processes.rank) * several
             order.append([i % job.tokens.samples for i in range(first, first + count)])
-        _run(job, student, plan, order, watch)
+        _run(watch, student, plan, order)
     counts = [0, *(step.tokens for step in watch.curve)]
     found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
     return job.processes.decide(lambda: found)
@@ -185,12 +188,7 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
 
 def _run(
-    job: Job,
-    student: Any,
-    plan: HealingMemory,
-    order: Steps | list[list[int]],
-    watch: Watch,
-    last: Path | None = None,
+    watch: Watch, student: Any, plan: HealingMemory, order: Order, last: Path | None = None
 ) -> None:
     """Train, starting from the saved state ``last`` if given."""
 
@@ -204,11 +202,11 @@ def _run(
         return scaled
 
     trainer = OurTrainer(
-        tokens=job.tokens,
+        tokens=watch.job.tokens,
         order=order,
         model=student,
-        args=_arguments(job, plan, order, watch.batch, saved=not watch.timing),
-        train_dataset=range(job.tokens.samples),
+        args=_arguments(watch, plan, order),
+        train_dataset=range(watch.job.tokens.samples),
         compute_loss_func=sum_losses,
         callbacks=[watch],
     )
@@ -233,10 +231,9 @@ def _last_state(job: Job) -> Path | None:
     return next(reversed(complete_states(folder)), None)
 
 
-def _arguments(
-    job: Job, plan: HealingMemory, order: Steps | list[list[int]], batch: int, *, saved: bool
-) -> TrainingArguments:
+def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArguments:
     parts = order.micro_batches if isinstance(order, Steps) else 1
+    job, batch = watch.job, watch.batch
     config, size, steps = job.config, job.processes.size, len(order) // parts
     device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
     # Save two to ten states, each with a check, and at least one every 50 steps.
@@ -262,14 +259,12 @@ def _arguments(
         "gradient_accumulation_steps": parts,
         "max_steps": steps,
         "logging_strategy": "no",
-        "save_strategy": "steps" if saved else "no",
+        "save_strategy": "no" if watch.timing else "steps",
         "save_total_limit": 2,
         "seed": config.seed,
-        "data_seed": config.seed,
         "use_cpu": device.type == "cpu",
         "report_to": [],
         "disable_tqdm": True,
-        "remove_unused_columns": False,
     }
     try:
         arguments = TrainingArguments(**settings)
@@ -293,7 +288,7 @@ class OurTrainer(Trainer):
         order: micro-batches of this process, as sample indices.
     """
 
-    def __init__(self, tokens: TokenSet, order: Steps | list[list[int]], **rest: Any) -> None:
+    def __init__(self, tokens: TokenSet, order: Order, **rest: Any) -> None:
         super().__init__(**rest)
         self.tokens, self.order = tokens, order
         self._keep_float32()
