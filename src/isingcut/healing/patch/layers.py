@@ -16,7 +16,7 @@ They are medians over tokens and channels, because half precision rounds huge en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,6 +100,7 @@ def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write
         hidden: the hidden states (B, T, D) before the block.
         kind: the kind of the block.
     """
+    run = partial(recording.block, i, hidden)
     usable, plain = list_linear_layers(recording, i, hidden)
     for path, module, written in reversed(usable):
         if written.shape[-1] != hidden.shape[-1]:
@@ -107,7 +108,7 @@ def find_write(recording: Recording, i: int, hidden: Tensor, kind: str) -> Write
         # Experts read the attention output too, which the test may miss if norms are huge.
         if "moe" in kind and ("attn" in path or "attention" in path):
             continue
-        scale = _response(recording, i, hidden, module, plain, written)
+        scale = _response(run, module, plain, written)
         if scale is not None:
             return Write(path, module, scale)
     return None
@@ -164,25 +165,18 @@ def observe(
     return output, read, written
 
 
-def push_layer(
-    recording: Recording, i: int, hidden: Tensor, module: nn.Module, change: Tensor
-) -> Tensor:
-    """Return the output of block ``i`` if ``change`` (B, T, D) is added to a layer's output."""
+def push_layer(run: Callable[[], Tensor], module: nn.Module, change: Tensor) -> Tensor:
+    """Return the block's output by ``run`` if ``change`` (B, T, D) is added to a layer's output."""
 
     def push(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + change.reshape(output.shape)
 
     with module.register_forward_hook(push):
-        return recording.block(i, hidden)
+        return run()
 
 
 def _response(
-    recording: Recording,
-    i: int,
-    hidden: Tensor,
-    module: nn.Module,
-    plain: Tensor,
-    written: Tensor,
+    run: Callable[[], Tensor], module: nn.Module, plain: Tensor, written: Tensor
 ) -> float | None:
     """Return s if a change d of the module's output changes the block's output by s d, or None."""
     generator = torch.Generator().manual_seed(0)
@@ -191,7 +185,7 @@ def _response(
     typical = torch.maximum(plain.abs().median(), 4 * written.abs().median())
     change = change * typical.clamp_min(1e-3)
 
-    response = (push_layer(recording, i, hidden, module, change) - plain).double()
+    response = (push_layer(run, module, change) - plain).double()
     wide = change.double()
     scale = float((response * wide).sum() / (wide * wide).sum())
     exact = plain.dtype in _TOLERANCE
@@ -264,7 +258,8 @@ def _responses(
     signs = 2 * torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) - 1
     size = written.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     change = signs * (_STEP * size).to(hidden)
-    up, down = (push_layer(recording, i, hidden, module, c) for c in (change, -change))
+    run = partial(recording.block, i, hidden)
+    up, down = (push_layer(run, module, c) for c in (change, -change))
     return (up.double() - down.double()) / 2 / change.double()
 
 
