@@ -29,6 +29,7 @@ from isingcut.errors import InputError
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import standard_error
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import pick_device
 from isingcut.models.load import LoadedModel
 from isingcut.models.loading import one_line
@@ -262,12 +263,13 @@ _MOST, _STEPS = 16384, 40
 _CALM = 2048
 
 
-def usual_recipe(config: HealConfig, text: TokenSet, processes: int = 1) -> HealingRecipe:
+def usual_recipe(job: Job) -> HealingRecipe:
     """Return the recipe without a budget: one epoch at 2e-5, as in the paper (LoRA: 2e-4)."""
-    settings = trainer_settings(config)
+    text, processes = job.tokens, job.processes.size
+    settings = trainer_settings(job.config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
     steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
-    rate = settings.get("learning_rate") or (2e-4 if config.lora_rank else 2e-5)
+    rate = settings.get("learning_rate") or (2e-4 if job.config.lora_rank else 2e-5)
     samples = steps * batch
     tokens = int(samples * int(text.mask.sum()) / text.samples)
     length = int(text.mask.sum(1).max())
@@ -310,24 +312,15 @@ def sizes(
     return batch, length, float(settings.get("learning_rate", rate))
 
 
-def choose_recipe(
-    config: HealConfig,
-    text: TokenSet,
-    tokens: float | None,
-    seconds: float | None,
-    pace: tuple[float, float],
-    *,
-    width: int,
-    processes: int = 1,
-) -> HealingRecipe:
-    """Choose the recipe for a budget.
+def choose_recipe(job: Job, seconds: float | None, pace: tuple[float, float]) -> HealingRecipe:
+    """Choose the recipe for the budget of a job.
 
     Args:
-        text: the training text.
-        tokens, seconds: the budget; one of them is None.
+        seconds: the time for the training; None for a budget of tokens.
         pace: seconds per step, and additional seconds per token.
-        width, processes: as for `sizes`.
     """
+    config, text, tokens = job.config, job.tokens, job.config.effort.tokens
+    width, processes = int(text_config(job.teacher.model).hidden_size), job.processes.size
     mask = text.mask
     longest = int(mask.sum(1).max())
     each, token = pace

@@ -23,7 +23,7 @@ from isingcut.healing.job import Job, choose_recipe, stored_dtype
 from isingcut.healing.training.student import load_trained
 from isingcut.healing.training.train import lower_rate, measure_pace, train
 from isingcut.healing.work_folder import keep_result
-from isingcut.models.architectures.blocks import language_model, text_config
+from isingcut.models.architectures.blocks import language_model
 from isingcut.models.cutting.verify import check_generation, random_tokens, reload
 from isingcut.models.fit import Checkpoint
 from isingcut.models.fp8 import DTYPES, read_tensor
@@ -61,15 +61,13 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 def _spend(job: Job) -> Job:
     """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
-    tokens, seconds = job.config.effort.tokens, job.config.effort.seconds
+    seconds = job.config.effort.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = measure_pace(job)
         seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
 
-    width = int(text_config(job.teacher.model).hidden_size)
-    size = {"width": width, "processes": job.processes.size}
-    make = partial(choose_recipe, job.config, job.tokens, tokens, seconds, pace, **size)
+    make = partial(choose_recipe, job, seconds, pace)
     kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
     recipe = HealingRecipe(**kept)
     return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))

@@ -82,7 +82,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         InputError: transformers rejects the settings, or the training does not fit the memory.
         ModelError: the loss is NaN or infinite.
     """
-    recipe = job.recipe or usual_recipe(job.config, job.tokens, job.processes.size)
+    recipe = job.recipe or usual_recipe(job)
     job = shard_if_needed(dataclasses.replace(job, recipe=recipe))
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
