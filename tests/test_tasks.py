@@ -246,16 +246,16 @@ def test_a_few_graded_scores_are_no_proof(n):
 def test_rows_resume(models, tmp_path, monkeypatch):
     records = [arc(i)[1] for i in range(8)]
     write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
-    options = {"data": tmp_path, "questions": 5, "kept": tmp_path / "kept"}
-    (first,) = benchmark(models, ["arc_easy"], **options)
+    tasks, kept = [prepare_task("arc_easy", tmp_path, 5)], tmp_path / "kept"
+    (first,) = benchmark(models, tasks, kept=kept)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
-    assert len(list((tmp_path / "kept").glob("*.journal"))) == 2
+    assert len(list(kept.glob("*.journal"))) == 2
 
     def broken(*arguments, **rest):
         raise AssertionError("asked again")
 
     monkeypatch.setattr("isingcut.evaluation.answers._scores", broken)
-    assert benchmark(models, ["arc_easy"], **options) == [first]
+    assert benchmark(models, tasks, kept=kept) == [first]
 
 
 def test_questions_come_from_the_fixed_subset(tmp_path):

@@ -35,7 +35,7 @@ from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
-from isingcut.evaluation.questions import Prepared, articles, prepare_task, short_name
+from isingcut.evaluation.questions import Prepared, articles, short_name
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint
@@ -51,38 +51,32 @@ if TYPE_CHECKING:
 
 def benchmark(
     models: Mapping[str, LoadedModel],
-    tasks: Sequence[str],
+    tasks: Sequence[Prepared],
+    work: Work = PLAIN,
     *,
-    data: Path | None = None,
-    questions: int | None = None,
     but: Collection[str] = (),
     kept: Path | None = None,
-    work: Work = PLAIN,
 ) -> list[TaskRow]:
     """Score two models on tasks, and return the rows of `benchmarks.json` that compare them.
 
     Args:
         models: two models by name; rows call them ``original`` and ``cut``.
-        tasks: files of questions, and names of local tasks, or of harness tasks without ``data``.
-        data: folder of the local tasks' questions; None uses the hub.
-        questions: maximum number of questions per task.
+        work: batch size and progress display.
         but: keys (`question_key`) of questions to leave out.
         kept: folder for journals, for resuming.
-        work: batch size and progress display.
 
     Raises:
-        InputError: as `questions.check_tasks`, or a task has no score per question.
+        InputError: a task has no score per question.
     """
     assert len(models) == 2
-    prepared = [prepare_task(name, data, questions) for name in tasks]
     left_out = frozenset(but)
     wanted = (lambda key: key not in left_out) if left_out else None
     rows = []
-    with work.progress("benchmarks", 2 * len(prepared)) as bar:
-        for task in prepared:
+    with work.progress("benchmarks", 2 * len(tasks)) as bar:
+        for task in tasks:
             pair = []
             for name, model in models.items():
-                depends = [questions, *sorted(left_out)]
+                depends = [task.limit, *sorted(left_out)]
                 journal = None if kept is None else journal_of(kept, task, model, depends)
                 part = Part(bar, 1)
                 own = replace(work, progress=part, journal=journal)

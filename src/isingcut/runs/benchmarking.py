@@ -12,6 +12,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation import benchmark
 from isingcut.evaluation.questions import (
     WIKITEXT,
+    Prepared,
     articles,
     check_tasks,
     prepare_task,
@@ -67,6 +68,12 @@ def data_of(config: RunConfig) -> Path | None:
     return user_path(config.data) if config.data else None
 
 
+def prepare_tasks(config: RunConfig) -> list[Prepared]:
+    """Prepare the tasks of a run that have questions."""
+    names = [name for name in split_names(config.tasks) if name != WIKITEXT]
+    return [prepare_task(name, data_of(config), config.questions) for name in names]
+
+
 def hashes_of(config: RunConfig) -> dict[str, Any]:
     """Return a stage option with the hash of each task's questions; empty if all are of the hub."""
     data = data_of(config)
@@ -100,9 +107,7 @@ def choose_by_tasks(
         the index of the chosen row, and the record of the choice.
     """
     config = session.config
-    names = [name for name in split_names(config.tasks) if name != WIKITEXT]
-    prepared = [prepare_task(name, data_of(config), config.questions) for name in names]
-    tasks = {task.name: task for task in prepared}
+    tasks = {task.name: task for task in prepare_tasks(config)}
     pool = {name: task.pool() for name, task in tasks.items()}
     best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
     drawn = benchmark.draw_half(pool, config.seed)
@@ -200,21 +205,12 @@ def _score_both(
 
     check_whole(session)
     config, work = session.config, session.work()
-    tasks = split_names(config.tasks)
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:
         cut.replay.attention = session.replay.attention
-    rows = benchmark.benchmark(
-        models,
-        [t for t in tasks if t != WIKITEXT],
-        data=data_of(config),
-        questions=config.questions,
-        but=but,
-        kept=kept,
-        work=work,
-    )
+    rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
-    if WIKITEXT in tasks:
+    if WIKITEXT in split_names(config.tasks):
         found["wikitext2"] = benchmark.text_scores(models, data_of(config), config.questions, work)
     return evaluations.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
