@@ -93,7 +93,7 @@ def evaluate(
             skip_speed=skip,
         ).model_copy(update=further)
         if not session.streaming and not cut.streamed:
-            _add_drafts(session, found, cut, checkpoint, tokens)
+            _add_drafts(session, found, cut, tokens)
         if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -113,17 +113,13 @@ def evaluate(
 
 
 def _add_drafts(
-    session: Session,
-    found: evaluations.EvaluationFile,
-    cut: LoadedModel,
-    folder: Path,
-    text: TokenSet,
+    session: Session, found: evaluations.EvaluationFile, cut: LoadedModel, text: TokenSet
 ) -> None:
     """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
     original, size = session.loaded.model, session.tuning.batch_tokens
-    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, folder)
+    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, cut.folder)
     if of_original is None or of_last is None:
-        if count_mtp_layers(folder):
+        if count_mtp_layers(cut.folder):
             found.no_drafts = f"transformers cannot run those of {original.config.model_type}"
         return
     with session.progress("drafts of multi-token prediction", 1) as bar:
@@ -132,7 +128,7 @@ def _add_drafts(
             (found.after, draft_acceptance(cut.model, of_last, text, size)),
         ]
         if found.cut is not None:
-            removed = read_document(folder / "isingcut.json", cuts.CutRecord).removed
+            removed = read_document(cut.folder / "isingcut.json", cuts.CutRecord).removed
             with skip_blocks(original, removed):
                 scores.append((found.cut, draft_acceptance(original, of_original, text, size)))
         bar.advance(1)
