@@ -96,33 +96,33 @@ def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
 
 @pytest.fixture
 def ranked():
-    """A replay, twenty samples to rank on, a problem, its spectrum and options of `rank`."""
+    """A replay, twenty samples to rank on, a problem, its spectrum and the options of a run."""
     replay, tokens = tiny_replay(), random_tokens([16] * 24)
     energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
     problem = Problem(energy, [count(len(replay), 2)])
     spectrum = solve(problem, k=6)
-    options = {"seed": 0, "work": Work(), "choose": "measured"}
-    return replay, tokens.select(range(4, 24)), problem, spectrum, options
+    config = RunConfig(model="m", remove="2", random_states=30)
+    return replay, tokens.select(range(4, 24)), problem, spectrum, config
 
 
 def test_the_lowest_measured_candidate_is_chosen(ranked):
-    replay, split, problem, spectrum, options = ranked
-    found = rank(replay, split, problem, spectrum, random_states=30, **options)
+    replay, split, problem, spectrum, config = ranked
+    found = rank(replay, split, problem, spectrum, {}, config, Work())
     assert found.chosen.kl == min(row.kl for row in found.candidates)
     assert found.candidates[found.chosen.position].removed == found.chosen.removed
     assert len(found.candidates) == 6
     assert found.fidelity.kl.n == 6 + len(found.random)
-    options["choose"] = "ground"
-    ground = rank(replay, split, problem, spectrum, random_states=0, **options)
+    config = config.replace(choose="ground", random_states=0)
+    ground = rank(replay, split, problem, spectrum, {}, config, Work())
     assert ground.chosen.position == 0
 
 
 def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked):
-    replay, split, problem, spectrum, options = ranked
+    replay, split, problem, spectrum, config = ranked
     assert few_samples(16) == [0, 5, 10, 15]
     assert few_samples(3) == [0, 1, 2]
     assert len(few_samples(400)) == 100
-    found = rank(replay, split, problem, spectrum, random_states=30, **options)
+    found = rank(replay, split, problem, spectrum, {}, config, Work())
     few = split.select(few_samples(split.samples))
     assert (few.samples, found.random_tokens) == (5, few.tokens)
     # A separate measurement gives the same values.
@@ -137,9 +137,10 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
 
 
 def test_without_random_states_the_energy_is_not_judged(ranked):
-    replay, split, problem, spectrum, options = ranked
-    options["others"] = {"other": problem.hamiltonian}
-    found = rank(replay, split, problem, spectrum, random_states=0, **options)
+    replay, split, problem, spectrum, config = ranked
+    others = {"other": problem.hamiltonian}
+    config = config.replace(random_states=0)
+    found = rank(replay, split, problem, spectrum, others, config, Work())
     assert found.random == []
     for judged in (found.fidelity, found.fidelity_of_others["other"]):
         for j in (judged.kl, judged.nll, judged.kl_random_only):
@@ -190,7 +191,8 @@ def test_a_clear_leader_is_not_patched_for_the_choice():
     row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
     rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
     session = SimpleNamespace(replay=range(6))
-    assert ranking.choose_by_patch(session, None, rows, None, None, rows[:1]) == [1]
+    found = SimpleNamespace(candidates=rows, one_pass=SimpleNamespace(states=rows[:1]))
+    assert ranking.choose_by_patch(session, None, found, None, None) == [1]
 
 
 def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.losses import Measurement, measure, standard_error
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
+from isingcut.options.config import RunConfig
 
 LEAST = 4
 """Minimum number of samples to measure random states on, if the text has that many."""
@@ -39,24 +39,19 @@ def rank(
     tokens: TokenSet,
     problem: Problem,
     spectrum: Spectrum,
-    *,
-    remove: str = "",
-    others: Mapping[str, Hamiltonian] = MappingProxyType({}),
-    random_states: int,
-    seed: int,
-    choose: str,
+    others: Mapping[str, Hamiltonian],
+    config: RunConfig,
     work: Work,
 ) -> CandidatesFile:
     """Measure the spectrum's states and random states, and choose one.
 
     Args:
         tokens: the ranking split, which the energy does not use.
-        remove: the name of the removal.
         others: further energies by name, compared on the same states.
-        random_states: number of random states to measure (fewer if fewer exist), on `few_samples`
-            of the split, because rank correlations need less text than the choice of the best. 0
-            skips the rank correlations.
-        choose: ``"ground"`` takes the ground state, anything else the candidate of lowest KL.
+        config: options of the run. ``random_states`` (fewer if fewer exist) are measured on
+            `few_samples` of the split, because rank correlations need less text than the choice of
+            the best; 0 skips the rank correlations. ``choose="ground"`` takes the ground state,
+            anything else the candidate of lowest KL.
     """
 
     def losses(split: TokenSet, states: States, kind: str, journal: Path | None) -> Measurement:
@@ -65,7 +60,9 @@ def rank(
         )
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)
-    drawn, distribution = random_feasible(problem, random_states, seed, spectrum.states)
+    drawn, distribution = random_feasible(
+        problem, config.random_states, config.seed, spectrum.states
+    )
     # Candidates and random states are compared on the same tokens. If all states are candidates,
     # their full measurement is used.
     few, random = list(range(tokens.samples)), []
@@ -73,8 +70,8 @@ def rank(
         few = few_samples(tokens.samples)
         journal = None if work.journal is None else random_journal(work.journal)
         random = [losses(tokens.select(few), drawn, "random states", journal)]
-    judged_on = [measured.of_samples(few), *random] if random_states else []
-    if choose == "ground":
+    judged_on = [measured.of_samples(few), *random] if config.random_states else []
+    if config.choose == "ground":
         chosen, why = 0, "the ground state, as --choose ground says"
     else:
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
@@ -84,7 +81,7 @@ def rank(
     for row, error in zip(rows, standard_error(above, measured.counts), strict=True):
         row.above_lowest_se = without_infinities(float(error))
     return CandidatesFile(
-        remove=remove,
+        remove=config.removal,
         unit="nats/token",
         energy_unit=energy.unit,
         samples=len(measured.counts),

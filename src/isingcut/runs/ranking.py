@@ -53,26 +53,23 @@ def trial_tokens(config: RunConfig) -> int:
 
 
 def choose_by_patch(
-    session: Session,
-    folder: RunFolder,
-    rows: Sequence[states.MeasuredState],
-    text: TokenSet,
-    journal: Path,
-    quick: Sequence[states.OnePassLoss] = (),
+    session: Session, folder: RunFolder, found: states.CandidatesFile, text: TokenSet, journal: Path
 ) -> list[int]:
     """Choose among the candidates near the lowest, by their KL after a patch.
 
     A least-squares patch changes the KL of two near candidates by more than they differ. In a deep
     cut it does not predict which state training will repair best, so the kind of patch is that of
-    the run. `patched_kl` is set in the rows of the patched candidates.
+    the run. `patched_kl` is set in the rows of the patched candidates. In a deep cut the best state
+    of the one-pass methods is patched, too.
 
     Args:
+        found: the ranked candidates.
         text: text that the candidates were ranked on.
-        quick: the states of one-pass methods. In a deep cut the best of them is patched, too.
 
     Returns:
         the indices of the patched candidates, the chosen first; one index if no other is near.
     """
+    rows = found.candidates
     lowest = min(row.kl for row in rows)
 
     def is_near(row: states.MeasuredState) -> bool:
@@ -81,8 +78,8 @@ def choose_by_patch(
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
     deep = is_deep(len(rows[0].removed), len(session.replay))
-    if deep and quick:
-        best = min(quick, key=lambda row: row.kl).removed
+    if deep and found.one_pass:
+        best = min(found.one_pass.states, key=lambda row: row.kl).removed
         near += [i for i, row in enumerate(rows) if row.removed == best and i not in near]
     if len(near) == 1:
         return near
@@ -141,18 +138,8 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         problem = solving.problem_of(folder, config)
         considered = add_found_states(spectrum, problem, config)
         session.choose_tuning(folder)
-        found = candidates.rank(
-            session.replay,
-            split,
-            problem,
-            considered,
-            remove=config.removal,
-            others=others,
-            random_states=config.random_states,
-            seed=config.seed,
-            choose=config.choose,
-            work=session.work(journal),
-        )
+        work = session.work(journal)
+        found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
         rows, position, why = found.candidates, found.chosen.position, found.chosen.why
@@ -161,8 +148,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             lowest = min(row.kl for row in rows)
             why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
         elif tokens:
-            known = found.one_pass.states if found.one_pass else ()
-            near = choose_by_patch(session, folder, rows, split, patched, known)
+            near = choose_by_patch(session, folder, found, split, patched)
             if len(near) > 1:
                 deep = is_deep(len(rows[0].removed), len(session.replay))
                 position = near[0]
