@@ -141,17 +141,18 @@ class Session:
         too_large = self._bytes > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
-    @property
-    def _how_to_load(self) -> dict[str, Any]:
-        trust = self.config.trust_remote_code
-        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": trust}
-
     @cached_property
     def loaded(self) -> models.LoadedModel:
         """The model: in memory, or without weights if streamed."""
+        return self._open(self.source)
+
+    def _open(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
+        """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
+        trust, limit = self.config.trust_remote_code, self.config.memory_limit
+        how: Any = {"dtype": self.dtype, "device": self.device, "trust_remote_code": trust}
         if self.streaming:
-            return self.open_streamed(self.source)
-        return models.load(self.source, **self._how_to_load)
+            return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
+        return models.load(folder, **how)
 
     def work(self, journal: Path | None = None) -> Work:
         """Return the settings for a measurement, with a journal if it has one."""
@@ -186,11 +187,6 @@ class Session:
             self.__dict__.pop(name, None)
         devices.BatchLimit(pick_device(self.device)).release()
 
-    def open_streamed(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
-        """Open a checkpoint whose blocks are streamed, with buffers of another one if given."""
-        limit = self.config.memory_limit
-        return load_streamed(folder, **self._how_to_load, memory_limit=limit, buffers=buffers)
-
     def open_cut(self, folder: Path, removed: Sequence[int] | None = None) -> models.LoadedModel:
         """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
 
@@ -198,7 +194,7 @@ class Session:
             removed: its removed blocks; None: those in its record, or none without a record.
         """
         if self.streaming:
-            return self.open_streamed(folder, self.loaded.streamed.store.buffers)
+            return self._open(folder, self.loaded.streamed.store.buffers)
         record = folder / "isingcut.json"
         if removed is None:
             removed = read_document(record, CutRecord).removed if record.is_file() else []
