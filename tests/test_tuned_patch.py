@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from isingcut.errors import ArchitectureError, FitError
+from isingcut.healing.job import Job
 from isingcut.healing.patch import checkpoint as tuning
 from isingcut.healing.patch.checkpoint import split_samples, tune
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import skip_blocks, stack_modules
+from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model
 from test_patch import tokens
 from tiny import replay_of
@@ -25,7 +27,9 @@ def tuned(model, text, removed=REMOVED):
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
         patches = fit_patches(replay, rest, removed, Work(96)).patches
-    found, record = tune(replay, rest, held_out, removed, patches, Work(96))
+    teacher, config = SimpleNamespace(replay=replay), HealConfig(batch_tokens=96)
+    job = Job(teacher, removed, None, text, None, config)
+    found, record = tune(job, rest, held_out, patches)
     return SimpleNamespace(patches=found, record=record)
 
 

@@ -96,7 +96,6 @@ def make_patches(
     """
     replay = job.teacher.replay
     tokens = job.tokens.first(job.config.patch_tokens, 2)
-    work = Work(job.config.batch_tokens, job.progress)
     held_out, why = None, ""
     if job.config.tunes:
         try:
@@ -111,9 +110,8 @@ def make_patches(
         return fit_patches(replay, tokens, job.removed, work, layers)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
-        given = (job.removed, fitted.patches, work, layers)
         assert held_out is not None
-        return tune(replay, tokens, held_out, *given, at_a_time=count)
+        return tune(job, tokens, held_out, fitted.patches, layers, at_a_time=count)
 
     longest = int(tokens.mask.sum(1).max())
     fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
@@ -154,12 +152,10 @@ def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
 
 
 def tune(
-    replay: Replay,
+    job: Job,
     tokens: TokenSet,
     held_out: TokenSet,
-    removed: Sequence[int],
     patches: Sequence[Patch],
-    work: Work,
     stored: StoredLayers | None = None,
     *,
     at_a_time: int = STEP_TOKENS,
@@ -173,10 +169,9 @@ def tune(
     wide as the stream are tuned.
 
     Args:
-        replay: the original model, in memory.
+        job: the cut; its original model must be in memory.
         tokens: the samples for tuning.
         held_out: the validation samples, not used for the patches either.
-        removed: the removed blocks.
         patches: the fitted patches of this state.
         stored: the checkpoint to write the layers to; None: any layer may be tuned.
         at_a_time: tokens per micro-batch; changes results by rounding only.
@@ -187,9 +182,9 @@ def tune(
     Raises:
         FitError: too little memory, no layer to tune, or the model cannot be differentiated.
     """
-    train, validation = (
-        _Text(part, min(work.batch_tokens, STEP_TOKENS), at_a_time) for part in (tokens, held_out)
-    )
+    replay, removed = job.teacher.replay, job.removed
+    together = min(job.config.batch_tokens, STEP_TOKENS)
+    train, validation = (_Text(part, together, at_a_time) for part in (tokens, held_out))
     adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     adjacent = sorted(set(adjacent) - set(removed))
     # Not inference mode, because the recording takes part in the backward pass.
@@ -211,7 +206,7 @@ def tune(
     rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
     optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
-    with apply_patches(replay.blocks, used), work.progress("tuning the patch", steps) as bar:
+    with apply_patches(replay.blocks, used), job.progress("tuning the patch", steps) as bar:
         kl = [validation.divergence(suffix)]
         for taken in range(steps):
             # Four warm-up steps, and a cosine.
