@@ -68,18 +68,15 @@ class RunFolder:
 
     @classmethod
     def create_or_open(
-        cls,
-        path: Path,
-        config: RunConfig,
-        model: runs.ModelIdentity,
-        blocks: runs.BlockList,
+        cls, config: RunConfig, model: runs.ModelIdentity, blocks: runs.BlockList
     ) -> RunFolder:
         """Create the folder for a run of ``config``, or open an earlier one of the same model.
 
         Raises:
-            OutputExistsError: ``path`` is something else, or a run of another model.
+            OutputExistsError: ``out`` is something else, or a run of another model.
         """
-        cls.refuse_foreign(path, config)
+        path = Path(config.out)
+        cls.refuse_foreign(config)
         options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
         now = {"model": model, **model_path(path, config.model)}
         if (path / MANIFEST).is_file():
@@ -110,13 +107,14 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def refuse_foreign(path: Path, config: RunConfig) -> None:
-        """Raise if ``path`` is not free for a run, or is among the inputs of the run.
+    def refuse_foreign(config: RunConfig) -> None:
+        """Raise if ``out`` is not free for a run, or is among the inputs of the run.
 
         Raises:
-            InputError: ``path`` is, contains or lies in the model, the text or a config file.
-            OutputExistsError: ``path`` exists and is not a run folder.
+            InputError: ``out`` is, contains or lies in the model, the text or a config file.
+            OutputExistsError: ``out`` exists and is not a run folder.
         """
+        path = Path(config.out)
         ownership.refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")

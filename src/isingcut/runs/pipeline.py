@@ -200,7 +200,7 @@ def open_session(
     cutting.check_healing_options(config)
     benchmarking.check_run_tasks(config)
     # Checked before any model is loaded.
-    RunFolder.refuse_foreign(out, config)
+    RunFolder.refuse_foreign(config)
     if not (out / MANIFEST).is_file():
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
@@ -225,7 +225,7 @@ def open_session(
         if need_removal:
             cutting.check_healing(session)
         calibration = measuring.build_calibration(session) if before is None else None
-        folder = RunFolder.create_or_open(out, config, session.identity, blocks)
+        folder = RunFolder.create_or_open(config, session.identity, blocks)
         if config.dtype == "auto" and folder.run.provenance.dtype is None:
             folder.run.provenance.dtype = session.dtype
             folder.save()
