@@ -61,10 +61,6 @@ class Target:
             raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
         return cls(str(remove), [count(n, remove)])
 
-    def problem(self, hamiltonian: Hamiltonian) -> Problem:
-        """Return the problem to minimise ``hamiltonian`` over this target's states."""
-        return Problem(hamiltonian, self.rows)
-
     def feasible(self, states: States) -> Bools:
         """Return (S,) bool: whether each state of (S, N) satisfies every row."""
         return _blank(self.rows).feasible(states)
@@ -101,7 +97,7 @@ FEW = 20_000
 
 def find_lowest(hamiltonian: Hamiltonian, target: Target, k: int, seed: int) -> States:
     """Return the ``k`` lowest states of a Hamiltonian among the target's: (<= k, N)."""
-    problem = target.problem(hamiltonian)
+    problem = Problem(hamiltonian, target.rows)
     if hamiltonian.n <= EXACT_UP_TO:
         return solve(problem, "exact", k, threads=1).states
     return solve(problem, "tabu", k, seed=seed).states
