@@ -62,33 +62,32 @@ class StoredLayers:
         self._places = renumber_blocks(cut.depth + len(removed), removed)
 
     def layer(
-        self, block: int, path: str, shape: Sequence[int], *, bias: bool
+        self, block: int, path: str, weight: Tensor, bias: Tensor | None
     ) -> tuple[StoredTensor, StoredTensor | None]:
         """Find the stored weight and bias of one layer.
 
         Args:
             block: number of the block in the original.
             path: name of the layer inside the block.
-            shape: shape of the weight in memory.
-            bias: whether the layer has a bias.
+            weight, bias: the layer's weight and bias in memory.
 
         Raises:
             ArchitectureError: the layer is not stored under its own name and shape, or its dtype is
                 neither a plain one nor float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
-        weight, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
-        if weight is None or weight.shape != tuple(shape) or (offset is not None) != bias:
+        own, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
+        if own is None or own.shape != tuple(weight.shape) or (offset is None) != (bias is None):
             raise ArchitectureError(
-                f"the checkpoint {self.folder} has no {name}.weight of shape {list(shape)}, as "
-                "the model in memory has, so a patch cannot be written; heal by distillation"
+                f"the checkpoint {self.folder} has no {name}.weight of shape {list(weight.shape)}, "
+                "as the model in memory has, so a patch cannot be written; heal by distillation"
             )
-        if weight.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
+        if own.dtype not in (*PLAIN, *(_FLOAT8 if self.layout else ())):
             raise ArchitectureError(
-                f"{name}.weight is stored as {weight.dtype}; a patch needs floating-point weights: "
+                f"{name}.weight is stored as {own.dtype}; a patch needs floating-point weights: "
                 "use the unquantised model"
             )
-        return weight, offset
+        return own, offset
 
     def float8(self, block: int, path: str) -> bool:
         """Whether a layer is stored as float8, so that new weights would need more bytes."""
@@ -110,12 +109,10 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         ArchitectureError: as `StoredLayers.layer`; nothing was written.
         OutputExistsError: ``out`` exists.
     """
-    layers = [
-        stored.layer(p.block, p.path, p.weight.shape, bias=p.bias is not None) for p in patches
-    ]
     new: dict[str, Tensor] = {}
     modules, written = [], []
-    for patch, pair in zip(patches, layers, strict=True):
+    for patch in patches:
+        pair = stored.layer(patch.block, patch.path, patch.weight, patch.bias)
         own = {
             tensor.name: values.detach()
             .cpu()
@@ -276,7 +273,7 @@ def find_obstacle(
         return f"its {path} is shared with another part of the model ({owners[-1]})"
     if stored is not None:
         try:
-            stored.layer(block, path, weight.shape, bias=module.bias is not None)
+            stored.layer(block, path, weight, module.bias)
         except ArchitectureError as refusal:
             return str(refusal)
     return ""
