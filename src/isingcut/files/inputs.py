@@ -40,8 +40,8 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 
 def regular_file(
     path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int | None = None
-) -> os.stat_result:
-    """Return the `stat` result of a regular file (links are followed).
+) -> None:
+    """Raise if a path is not a regular file (links are followed).
 
     Args:
         what: description of the file in messages, for example ``"the config file"``.
@@ -63,7 +63,6 @@ def regular_file(
         raise error(f"{what} {path} is {_name_kind(found.st_mode)}; expected a regular file")
     if limit is not None and found.st_size > limit:
         raise error(f"{what} {path} has {found.st_size} bytes; expected at most {limit}")
-    return found
 
 
 def read_bytes(

@@ -31,7 +31,7 @@ from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealO
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.results import read_document, write_document
+from isingcut.files.results import write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
 from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
@@ -178,7 +178,7 @@ def heal_checkpoint(
     *,
     sources: Sequence[str | os.PathLike[str]] = (),
     stamps: Sequence[tuple[Path, Any]] = (),
-) -> HealingFile:
+) -> None:
     """Heal a cut checkpoint made by any tool, and write ``out`` with its `healing.json`.
 
     Work in progress is kept in a folder next to ``out``, from which the same call resumes. The
@@ -219,7 +219,6 @@ def heal_checkpoint(
                 temporary.rmdir()
                 done.rename(temporary)
     processes.wait()
-    return read_document(out / RECORD, HealingFile)
 
 
 def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
