@@ -141,7 +141,7 @@ LENGTHS = [int(n) for n in np.random.default_rng(0).integers(20, 400, 64)]
 
 
 def order(rank=0, size=1, most=1024, steps=16):
-    return Steps(LENGTHS, 8, steps, rank, size, 3, most).divide()
+    return Steps(LENGTHS, 8, steps, rank, size, 3, most)
 
 
 def padded(rows):
@@ -195,7 +195,7 @@ def test_processes_share_each_step_of_one():
 
 
 def test_samples_of_one_length_are_shared_out_evenly():
-    found = Steps([32] * 10, 8, 2, 0, 1, 0, 3 * 32).divide()
+    found = Steps([32] * 10, 8, 2, 0, 1, 0, 3 * 32)
     assert [len(rows) for rows in found] == [2, 3, 3] * 2
 
 

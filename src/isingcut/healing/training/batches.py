@@ -41,9 +41,11 @@ _EACH = 64
 _LOOKED_AT, _MORE = 8, 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Steps(Sampler[list[int]]):
     """The micro-batches of a training, as a batch sampler.
+
+    A step has the fewest micro-batches that are possible, or more to save padding.
 
     Args:
         lengths: number of tokens of each sample.
@@ -52,6 +54,8 @@ class Steps(Sampler[list[int]]):
         rank, size: rank of this process, and number of processes.
         seed: seed of the sample order.
         most: maximum tokens of a micro-batch, padding included; a single sample may have more.
+
+    Attributes:
         micro_batches: micro-batches per step and process.
     """
 
@@ -62,7 +66,20 @@ class Steps(Sampler[list[int]]):
     size: int
     seed: int
     most: int
-    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        every = [
+            [self.lengths[i] for i in found[rank :: self.size]]
+            for found in map(self._of, range(self.steps))
+            for rank in range(self.size)
+        ]
+        fewest = max(_count_parts(lengths, self.most) for lengths in every)
+        count = min(fewest + _MORE, self.batch // self.size)
+        costs = np.zeros(count)
+        for lengths in every[: _LOOKED_AT * self.size]:
+            costs += [cost for cost, _ in divisions(lengths, count, self.most)]
+            costs += _EACH * np.arange(1, count + 1)
+        self.micro_batches = fewest + int(costs[fewest - 1 :].argmin())
 
     def __len__(self) -> int:
         return self.steps * self.micro_batches
@@ -86,21 +103,6 @@ class Steps(Sampler[list[int]]):
                 order = torch.randperm(samples, generator=shuffled)
             found.append(int(order[at]))
         return sorted(found, key=lambda i: -self.lengths[i])
-
-    def divide(self) -> Steps:
-        """Return a copy with the number of micro-batches: the minimum, or more to save padding."""
-        every = [
-            [self.lengths[i] for i in found[rank :: self.size]]
-            for found in map(self._of, range(self.steps))
-            for rank in range(self.size)
-        ]
-        fewest = max(_count_parts(lengths, self.most) for lengths in every)
-        count = min(fewest + _MORE, self.batch // self.size)
-        costs = np.zeros(count)
-        for lengths in every[: _LOOKED_AT * self.size]:
-            costs += [cost for cost, _ in divisions(lengths, count, self.most)]
-            costs += _EACH * np.arange(1, count + 1)
-        return replace(self, micro_batches=fewest + int(costs[fewest - 1 :].argmin()))
 
 
 def _count_parts(lengths: Sequence[int], most: int) -> int:

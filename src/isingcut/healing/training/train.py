@@ -102,7 +102,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
                 job.processes.size,
                 job.config.seed,
                 plan.most,
-            ).divide()
+            )
             _run(watch, student, plan, order, last)
         # Free the student and its optimiser before other objects need the memory.
         del student
