@@ -18,7 +18,7 @@ from damage import written
 import isingcut
 from isingcut.errors import IsingcutError
 from isingcut.options.config import HealConfig, RunConfig
-from isingcut.options.declaration import flag, from_yaml, load_yaml
+from isingcut.options.declaration import flag, from_yaml, parse_yaml
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -195,8 +195,7 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
     file.write_text("samples: 0x10", encoding="utf-8")
     with pytest.raises(IsingcutError, match="samples must be a whole number, got '0x10'"):
         from_yaml(HealConfig, file)
-    file.write_text("learning_rate: 2e-5", encoding="utf-8")
-    assert load_yaml(file) == {"learning_rate": 2e-5}
+    assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
 
 
 @pytest.mark.parametrize(

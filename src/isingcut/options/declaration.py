@@ -235,9 +235,16 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
     """Read options from a YAML file.
 
     Raises:
-        InputError: the file cannot be read, an option must be typed, or as for `read_options`.
+        InputError: not a regular UTF-8 file of at most 64 KiB, not valid YAML, or not a mapping; an
+            option must be typed; or as for `read_options`.
     """
-    content = load_yaml(path)
+    text = read_text(path, "the options file", limit=_LARGEST_YAML)
+    try:
+        content = parse_yaml(text)
+    except ValueError as e:
+        raise InputError(f"{path} is not a readable YAML file: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must have 'option: value' lines, got {type(content).__name__}")
     for f in dataclasses.fields(kind):
         if f.metadata["typed"] and {f.name, f.name.replace("_", "-")} & content.keys():
             raise InputError(
@@ -270,22 +277,6 @@ _PLAIN_VALUES = {
     "float": r"[-+]?([0-9]*\.[0-9]+|[0-9]+\.|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
 """Pattern of a plain YAML value of each type; any other value is text."""
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file of options.
-
-    Raises:
-        InputError: not a regular UTF-8 file of at most 64 KiB, not valid YAML, or not a mapping.
-    """
-    text = read_text(path, "the options file", limit=_LARGEST_YAML)
-    try:
-        content = parse_yaml(text)
-    except ValueError as e:
-        raise InputError(f"{path} is not a readable YAML file: {e}") from e
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must have 'option: value' lines, got {type(content).__name__}")
-    return content
 
 
 def parse_yaml(text: str) -> Any:
