@@ -30,10 +30,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir
-from numba import njit
-from numba.core import types
-from numba.extending import intrinsic
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 # Columns summed in float32 before their sum is added to a float64 total.
@@ -50,56 +48,46 @@ _C3, _C4, _C5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
 _FINITE = _f(-3.0e38)
 
 
-def _float_of(context: Any, bits: Any) -> Any:
+def value_of(bits: Any) -> Any:
     """Reinterpret an int32 as a float32, or an int16 as the upper 16 bits of a float32."""
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        word = ir.IntType(32)
-        if bits.bitwidth == 16:
-            value = builder.shl(builder.zext(value, word), ir.Constant(word, 16))
-        return builder.bitcast(value, ir.FloatType())
 
-    return types.float32(bits), code
+@overload(value_of)
+def _value_of(bits):  # type: ignore[no-untyped-def]
+    if bits == types.int16:
+        return lambda bits: np.int32(bits << 16).view(np.float32)
+    return lambda bits: np.int32(bits).view(np.float32)
 
 
-def _integer_in_order(context: Any, bits: Any) -> Any:
+def in_order(bits: Any) -> Any:
     """Map a float's bits to an integer with the same order. The function is its own inverse.
 
     The compiler vectorises a maximum over integers, but not over floats, because it would have to
     preserve NaN.
     """
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        width = bits.bitwidth
-        kind = ir.IntType(width)
-        sign = builder.ashr(value, ir.Constant(kind, width - 1))
-        return builder.xor(value, builder.and_(sign, ir.Constant(kind, 2 ** (width - 1) - 1)))
 
-    return bits(bits), code
+@overload(in_order)
+def _in_order(bits):  # type: ignore[no-untyped-def]
+    # numba widens the results of integer operations, so each is converted back.
+    kind, sign, others = getattr(np, bits.name), bits.bitwidth - 1, bits.maxval
+    return lambda bits: kind(bits ^ ((bits >> sign) & others))
 
 
-def _bits_of(context: Any, value: Any, like: Any) -> Any:
+def stored_as(value: Any, like: Any) -> Any:
     """Return the bits of a float32 in the integer type of ``like``; for int16, those of the value
     rounded to bfloat16, ties to even."""
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = ir.IntType(32)
-        found = builder.bitcast(arguments[0], word)
-        if like.bitwidth == 16:
-            upper = ir.Constant(word, 16)
-            odd = builder.and_(builder.lshr(found, upper), ir.Constant(word, 1))
-            found = builder.add(found, builder.add(odd, ir.Constant(word, 0x7FFF)))
-            found = builder.trunc(builder.lshr(found, upper), ir.IntType(16))
-        return found
 
-    return like(value, like), code
+@overload(stored_as)
+def _stored_as(value, like):  # type: ignore[no-untyped-def]
+    def round_to_upper(value, like):  # type: ignore[no-untyped-def]
+        found = np.float32(value).view(np.int32)
+        return np.int16((found + ((found >> 16) & 1) + 0x7FFF) >> 16)
 
-
-value_of: Any = intrinsic(_float_of)
-stored_as: Any = intrinsic(_bits_of)
-in_order: Any = intrinsic(_integer_in_order)
+    if like == types.int16:
+        return round_to_upper
+    return lambda value, like: np.float32(value).view(np.int32)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
