@@ -63,7 +63,7 @@ def test_a_draft_is_accepted_where_the_model_predicts_it():
 
 def test_drafts_that_transformers_cannot_make_are_reported_as_missing(source):
     llama = SimpleNamespace(model=tiny_model("llama"), folder=source)
-    session = SimpleNamespace(loaded=llama, source=source, tuning=SimpleNamespace(batch_tokens=9))
+    session = SimpleNamespace(loaded=llama, source=source, batch_tokens=9)
     found = EvaluationFile.model_construct()
     _add_drafts(session, found, llama, None)
     why = "the drafts of the MTP layers were not measured: transformers cannot run those of llama"

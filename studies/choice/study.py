@@ -154,7 +154,7 @@ class Choice(ModelStudy):
 
     def _judge(self, run: Session, removed: State, new: Any) -> Content:
         """Return a state's KL on unseen texts by sample, cut, and patched with ``new``."""
-        state, work = states_of(len(run.replay), [removed]), Work(run.tuning.batch_tokens)
+        state, work = states_of(len(run.replay), [removed]), Work(run.batch_tokens)
         found = {}
         for name, text in self.unseen.items():
             cut = measure(run.replay, text, state, work).kl_sums[0]

@@ -119,7 +119,7 @@ def choose_by_tasks(
         def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
             journal = benchmark.journal_of(kept, tasks[name], model, [*left, *keys])
             part = Part(bar, len(keys) * len(left))
-            work = Work(session.tuning.batch_tokens, part, journal)
+            work = Work(session.batch_tokens, part, journal)
             only = frozenset(keys).__contains__
             found = score_states(model, tasks[name], left, work, wanted=only)
             right, blocks = max(

@@ -271,7 +271,7 @@ def _patch_job(
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
     tokens, text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
-    how = patch_config(session.config).replace(batch_tokens=session.tuning.batch_tokens)
+    how = patch_config(session.config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
 
 

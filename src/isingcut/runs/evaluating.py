@@ -116,7 +116,7 @@ def _add_drafts(
     session: Session, found: evaluations.EvaluationFile, cut: LoadedModel, text: TokenSet
 ) -> None:
     """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
-    original, size = session.loaded.model, session.tuning.batch_tokens
+    original, size = session.loaded.model, session.batch_tokens
     of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, cut.folder)
     if of_original is None or of_last is None:
         if count_mtp_layers(cut.folder):

@@ -156,7 +156,7 @@ class Prices:
             trust_remote_code=config.trust_remote_code,
         )
         replay = StreamedReplay(model, self.store, self.memory)
-        self.batch = min(session.tuning.batch_tokens, found.positions or self.memory.total)
+        self.batch = min(session.batch_tokens, found.positions or self.memory.total)
         # Random tokens, so that routers spread them over the experts as in real text.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())

@@ -22,7 +22,7 @@ from isingcut.models import device as devices
 from isingcut.models import load as models
 from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import legality
-from isingcut.models.compute.tuning import Tuning, choose_batch_tokens
+from isingcut.models.compute.tuning import choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import allowance, least_left, pick_device, weight_bytes
 from isingcut.models.placement import devices_of, name_devices
@@ -65,21 +65,19 @@ class Session:
             self.config = before
 
     @cached_property
-    def tuning(self) -> Tuning:
-        """Attention and micro-batch of measurements, as requested, else the defaults.
+    def batch_tokens(self) -> int:
+        """Tokens of a micro-batch of measurements, as requested, else the default.
 
         A run chooses the micro-batch for its device and records it (`choose_tuning`).
         """
-        given = self.config.attention
-        return Tuning(None if given == "auto" else given, self.config.batch_tokens or BATCH_TOKENS)
+        return self.config.batch_tokens or BATCH_TOKENS
 
     def choose_tuning(self, folder: RunFolder) -> None:
-        """Use the recorded tuning of a run, or choose the micro-batch for this device."""
+        """Use the recorded attention and micro-batch of a run, or choose them for this device."""
         if self.streaming:
             return
-        requested = RequestedCompute(
-            attention=self.config.attention, batch_tokens=self.config.batch_tokens
-        )
+        given = self.config.attention
+        requested = RequestedCompute(attention=given, batch_tokens=self.config.batch_tokens)
         device, made = name_devices(self.replay), folder.run.provenance
 
         def read_record() -> dict[str, Any]:
@@ -88,7 +86,7 @@ class Session:
                 room = least_left(devices_of(self.loaded.model), self.config.memory_limit) // 2
                 record = Computed(
                     requested=requested,
-                    attention=self.tuning.attention,
+                    attention=None if given == "auto" else given,
                     batch_tokens=requested.batch_tokens or choose_batch_tokens(self.replay, room),
                 )
                 made.computed = {**made.computed, device: record}
@@ -96,8 +94,7 @@ class Session:
             return record.content()
 
         record = Computed.model_validate(self.processes.decide(read_record))
-        self.tuning = Tuning(record.attention, record.batch_tokens)
-        self.replay.attention = self.tuning.attention
+        self.batch_tokens, self.replay.attention = record.batch_tokens, record.attention
 
     @cached_property
     def dtype(self) -> str:
@@ -156,7 +153,7 @@ class Session:
 
     def work(self, journal: Path | None = None) -> Work:
         """Return the settings for a measurement, with a journal if it has one."""
-        return Work(self.tuning.batch_tokens, self.progress, journal)
+        return Work(self.batch_tokens, self.progress, journal)
 
     def serve(self, folder: RunFolder) -> None:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
@@ -175,7 +172,7 @@ class Session:
     def _memory_record(self) -> dict[str, Any]:
         """Return the settings that a stage used because memory was short."""
         replay = self.__dict__.get("replay")
-        if replay is None or replay.limit.tokens >= self.tuning.batch_tokens:
+        if replay is None or replay.limit.tokens >= self.batch_tokens:
             return {"streamed": True} if self.streaming else {}
         return {"streamed": self.streaming, "most_tokens": replay.limit.tokens}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +12,6 @@ from isingcut.models.replay import BLOCK_STREAMS, Replay
 from isingcut.options.config import BATCH_TOKENS
 
 _MOST_TOKENS = 16 * BATCH_TOKENS
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Settings for computing measurements.
-
-    Attributes:
-        attention: name of the attention implementation; None keeps the loaded one.
-        batch_tokens: tokens computed at a time.
-    """
-
-    attention: Literal["sdpa", "eager", "causal"] | None = None
-    batch_tokens: int = BATCH_TOKENS
 
 
 def choose_batch_tokens(replay: Replay, memory: int) -> int:
