@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Sequence
@@ -145,7 +144,8 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
     return {
         "model_type": found.model_type,
         "path": found.stack.path,
-        "blocks": [dataclasses.asdict(b) for b in found.stack.blocks],
+        # Index and path come first.
+        "blocks": [{"index": b.index, "path": b.path, **b.content()} for b in found.stack.blocks],
         "rules": found.rules(),
         "refusal": found.refusal,
         "quantisation": found.quantisation,

@@ -141,7 +141,20 @@ class StageRecord(Strict):
 
 
 class BlockCosts(Strict):
-    """One block and its costs."""
+    """One removable block of the residual stream, and its costs.
+
+    Attributes:
+        index: position in the stack, from 0.
+        kind: its token mixers and feed-forward, joined by ``+``: ``"attention+mlp"``,
+            ``"sliding-attention+moe"``, ``"mamba2"``, ``"mlp"``, ...
+        parameters: number of parameters.
+        bytes: their size in their current dtype, or as stored.
+        active_parameters: number of parameters used for one token (top-k of the experts).
+        kv_bytes_per_token: key and value cache per token, in the model's dtype.
+        state_bytes: recurrent and convolution state per sequence, in the model's dtype.
+        latency_seconds: time on one sequence, if measured.
+        path: module path in the loaded model, for example ``"model.layers.3"``.
+    """
 
     index: Index
     kind: str
@@ -151,6 +164,7 @@ class BlockCosts(Strict):
     kv_bytes_per_token: Count = 0
     state_bytes: Count = 0
     latency_seconds: Positive | None = None
+    path: str = ""
 
 
 class LegalityRow(Strict):

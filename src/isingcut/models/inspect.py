@@ -9,7 +9,6 @@ module.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -24,9 +23,10 @@ import torch
 from torch import nn
 
 from isingcut.errors import ArchitectureError
+from isingcut.files.runs import BlockCosts
 from isingcut.ising.constraints import LinearConstraint
 from isingcut.models.architectures import fields
-from isingcut.models.architectures.blocks import Block, BlockStack, find_stack, text_config
+from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
 from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
@@ -199,7 +199,7 @@ class Inspection:
         return rows
 
 
-_costs: Callable[[Block], tuple[int, ...]] = attrgetter(
+_costs: Callable[[BlockCosts], tuple[int, ...]] = attrgetter(
     "parameters", "active_parameters", "bytes", "kv_bytes_per_token", "state_bytes"
 )
 
@@ -266,7 +266,7 @@ def _stored_bytes(seen: Checkpoint, stack: BlockStack) -> tuple[BlockStack, int]
         return stack, 0
     sizes = [sum(tensor.size for tensor in block.values()) for block in seen.by_block()]
     blocks = tuple(
-        dataclasses.replace(block, bytes=size)
+        block.model_copy(update={"bytes": size})
         for block, size in zip(stack.blocks, sizes, strict=True)
     )
     return BlockStack(stack.path, blocks), sum(t.size for t in seen.stored.values()) - sum(sizes)

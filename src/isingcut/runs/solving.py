@@ -16,7 +16,7 @@ import numpy as np
 
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
-from isingcut.files.runs import BlockCosts, BlockList, LegalityRow
+from isingcut.files.runs import BlockList, LegalityRow
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -198,7 +198,7 @@ def describe_blocks(
     return BlockList(
         path=stack.path,
         blocks=[
-            BlockCosts(**vars(block), latency_seconds=time)
+            block.model_copy(update={"latency_seconds": time})
             for block, time in zip(stack.blocks, times, strict=True)
         ],
         total_parameters=parameters,

@@ -20,35 +20,10 @@ import torch
 from torch import nn
 
 from isingcut.errors import ArchitectureError, IsingcutError
+from isingcut.files.runs import BlockCosts
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.architectures.fields import count_of
 from isingcut.models.loading import one_line
-
-
-@dataclass(frozen=True)
-class Block:
-    """One removable block of the residual stream.
-
-    Args:
-        index: position in the stack, from 0.
-        path: module path in the loaded model, for example ``"model.layers.3"``.
-        kind: its token mixers and feed-forward, joined by ``+``: ``"attention+mlp"``,
-            ``"sliding-attention+moe"``, ``"mamba2"``, ``"mlp"``, ...
-        parameters: number of parameters.
-        bytes: their size in their current dtype.
-        active_parameters: number of parameters used for one token (top-k of the experts).
-        kv_bytes_per_token: key and value cache per token, in the model's dtype.
-        state_bytes: recurrent and convolution state per sequence, in the model's dtype.
-    """
-
-    index: int
-    path: str
-    kind: str
-    parameters: int
-    bytes: int
-    active_parameters: int
-    kv_bytes_per_token: int
-    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +31,7 @@ class BlockStack:
     """All removable blocks of a model, in the order of the forward pass."""
 
     path: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockCosts, ...]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -81,7 +56,7 @@ _MLPS = ("mlp", "feed_forward", "ffn", "fc1", "shared_mlp")
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
-def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
+def describe(module: nn.Module, index: int, path: str, config: Any) -> BlockCosts:
     """Return a block with its kind and its costs.
 
     Args:
@@ -95,7 +70,7 @@ def describe(module: nn.Module, index: int, path: str, config: Any) -> Block:
     mixers = _mixers(module, index, config)
     names = list(dict.fromkeys(name for name, _, _ in mixers if name))
     kind = "+".join(filter(None, [*names, _feed_forward(module)])) or "other"
-    return Block(
+    return BlockCosts(
         index=index,
         path=path,
         kind=kind,
