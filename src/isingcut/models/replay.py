@@ -67,30 +67,30 @@ _HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_
 
 @dataclass
 class BlockCall:
-    """Recorded arguments of a block's call, with the hidden states apart from the others.
+    """Recorded arguments of a block's call, without the hidden states.
 
     Attributes:
-        hidden: the residual stream; None once it is no longer needed.
         keyword: whether the block was called with ``hidden_states=``.
     """
 
-    hidden: Tensor | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: bool
 
     @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> BlockCall:
-        """Create the recorded call of block ``i`` from its arguments.
+    def split(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], i: int
+    ) -> tuple[Tensor, BlockCall]:
+        """Split the arguments of block ``i`` into the hidden states and the recorded call.
 
         Raises:
             ArchitectureError: the arguments have no hidden states in the expected place.
         """
         if args and isinstance(args[0], Tensor):
-            return cls(args[0], args[1:], kwargs, keyword=False)
+            return args[0], cls(args[1:], kwargs, keyword=False)
         if isinstance(kwargs.get("hidden_states"), Tensor):
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            return cls(kwargs["hidden_states"], args, rest, keyword=True)
+            return kwargs["hidden_states"], cls(args, rest, keyword=True)
         raise ArchitectureError(
             f"block {i} was called without hidden states as its first argument or as "
             "'hidden_states'; such a block cannot be replayed"
@@ -119,7 +119,7 @@ def learn_outputs(
     ids = torch.zeros((1, 4), dtype=torch.long, device=device)
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
-    calls: list[tuple[nn.Module, BlockCall]] = []
+    calls: list[tuple[nn.Module, Tensor, BlockCall]] = []
     shared: dict[int, _Shared] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -128,15 +128,13 @@ def learn_outputs(
                 watched = shared.setdefault(id(value), _Shared(value))
                 watched.block = len(calls)
                 kwargs = {**kwargs, name: watched}
-        call = BlockCall.split(args, kwargs, len(rest))
-        stream = call.hidden
-        assert stream is not None
+        stream, call = BlockCall.split(args, kwargs, len(rest))
         if streams and stream is not streams[-1] and not torch.equal(stream, streams[-1]):
             raise ArchitectureError(
                 f"the model changes the residual stream before block {len(rest)} "
                 f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
             )
-        calls.append((module, call))
+        calls.append((module, stream, call))
         return args, kwargs
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -151,7 +149,7 @@ def learn_outputs(
                 f"block {len(rest)} ({type(module).__name__}) passes on a stream of shape "
                 f"{list(stream.shape)}, expected (batch, tokens, width): {_NOT_ONE_AT_A_TIME}"
             )
-        if _reads_another(calls[-1][1], module, stream, rest):
+        if _reads_another(*calls[-1], stream, rest):
             raise ArchitectureError(_HANDED_ON)
         streams.append(stream)
         rest.append(tuple(output[1:]) if isinstance(output, (list, tuple)) else None)
@@ -161,7 +159,7 @@ def learn_outputs(
             hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(after))
         model(input_ids=ids, use_cache=False)
-    _refuse_uncalled(blocks, [module for module, _ in calls])
+    _refuse_uncalled(blocks, [module for module, *_ in calls])
     if any(watched.handed_on for watched in shared.values()):
         raise ArchitectureError(_HANDED_ON)
     return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
@@ -182,7 +180,11 @@ def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -
 
 
 def _reads_another(
-    call: BlockCall, block: nn.Module, stream: Tensor, rest: Sequence[tuple[Any, ...] | None]
+    block: nn.Module,
+    hidden: Tensor,
+    call: BlockCall,
+    stream: Tensor,
+    rest: Sequence[tuple[Any, ...] | None],
 ) -> bool:
     """Whether a block uses a tensor that an earlier block returned next to the stream.
 
@@ -191,12 +193,10 @@ def _reads_another(
     extra = {id(v) for one in rest for v in one or () if isinstance(v, Tensor)}
     if not any(id(v) in extra for v in (*call.args, *call.kwargs.values())):
         return False
-    assert call.hidden is not None
     args = tuple(None if id(v) in extra else v for v in call.args)
     kwargs = {k: None if id(v) in extra else v for k, v in call.kwargs.items()}
-    without = BlockCall(call.hidden, args, kwargs, call.keyword)
     try:
-        output = without.repeat(block.forward, call.hidden)
+        output = BlockCall(args, kwargs, call.keyword).repeat(block.forward, hidden)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         return True
@@ -312,17 +312,15 @@ class Replay:
 
     def record(self, input_ids: Tensor) -> Recording:
         """Record the call of each block for ``input_ids`` (B, T), without running the blocks."""
-        calls: list[BlockCall] = []
+        calls: list[tuple[Tensor, BlockCall]] = []
         last = len(self.blocks) - 1
 
         def stub(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                call = BlockCall.split(args, kwargs, i)
-                calls.append(call)
+                calls.append(BlockCall.split(args, kwargs, i))
                 if i == last:
                     raise _StackReached
-                assert call.hidden is not None
-                return self._as_output(i, call.hidden)
+                return self._as_output(i, calls[-1][0])
 
             return forward
 
@@ -330,13 +328,10 @@ class Replay:
         stubs = [stub(i) for i in range(len(self.blocks))]
         with replace_forwards(self.blocks, stubs), contextlib.suppress(_StackReached):
             self.text(input_ids=ids, use_cache=False)
-        entered = calls[0].hidden
-        assert entered is not None
         known: dict[Any, Tensor] = {}
-        for call, place in zip(calls, self.places, strict=True):
-            call.hidden = None
+        for (_, call), place in zip(calls, self.places, strict=True):
             call.args, call.kwargs = move((call.args, call.kwargs), place, known)
-        return Recording(self, ids, entered, calls)
+        return Recording(self, ids, calls[0][0], [call for _, call in calls])
 
     def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
         """Return the median seconds of each block on one sequence of ``length`` tokens.
