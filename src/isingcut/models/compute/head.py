@@ -60,12 +60,9 @@ def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | 
     """
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
     # A copy, because a model may mask the layer's output in place (Chameleon does).
-    handle = layer.register_forward_hook(lambda m, args, out: seen.append((args, out.clone())))
-    try:
-        with torch.no_grad():
-            found = logits()
-    finally:
-        handle.remove()
+    hook = layer.register_forward_hook(lambda m, args, out: seen.append((args, out.clone())))
+    with hook, torch.no_grad():
+        found = logits()
     if len(seen) != 1 or len(seen[0][0]) != 1:
         return None
     (inputs,), out = seen[0]
