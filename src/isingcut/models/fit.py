@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,26 +268,22 @@ def limit_structure(most: int, what: str) -> Iterator[None]:
     """
     from torch.nn.modules import module as torch_module
 
-    def count_as(sort: str, allowed: int) -> Callable[..., None]:
-        built = 0
+    allowed = {"parameters": most, "buffers": max(most, _MOST_IN_BUFFERS)}
+    built = Counter[str]()
 
-        def count(owner: object, name: str, tensor: torch.Tensor | None) -> None:
-            nonlocal built
-            if tensor is None or not tensor.is_meta:
-                return
-            built += tensor.numel()
-            if built > allowed:
-                raise ModelError(
-                    f"the config of {what} describes a model with more than {allowed:,} numbers in "
-                    f"its {sort}, more than its weights have; the config and the weights do not "
-                    "belong together"
-                )
+    def count(sort: str, owner: object, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or not tensor.is_meta:
+            return
+        built[sort] += tensor.numel()
+        if built[sort] > allowed[sort]:
+            raise ModelError(
+                f"the config of {what} describes a model with more than {allowed[sort]:,} numbers "
+                f"in its {sort}, more than its weights have; the config and the weights do not "
+                "belong together"
+            )
 
-        return count
-
-    buffers = count_as("buffers", max(most, _MOST_IN_BUFFERS))
     with (
-        torch_module.register_module_parameter_registration_hook(count_as("parameters", most)),
-        torch_module.register_module_buffer_registration_hook(buffers),
+        torch_module.register_module_parameter_registration_hook(partial(count, "parameters")),
+        torch_module.register_module_buffer_registration_hook(partial(count, "buffers")),
     ):
         yield
