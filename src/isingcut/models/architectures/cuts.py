@@ -372,26 +372,24 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
         return [entry]
     number, head = match.group(2), entry[: match.start(2)]
     others = _NUMBERED.finditer(entry, match.end()) if entry.startswith("re:") else ()
-    numbers = [number, *(other.group(2) for other in others)]
+    numbers, rest = [number, *(other.group(2) for other in others)], entry[match.end(2) :]
     if number.isdigit() and len(numbers) == 1 and ")" not in match.group(1):
-        rest, regular = entry[match.end(2) :], entry.startswith("re:")
+        regular = entry.startswith("re:")
         # After the digits, "*" in a glob and ".*" or the end in an expression match 10 to 19 too.
         if regular and re.match(r"$|\.[*+?{]", rest):
             number, rest = f"{number}*", rf"(?!\d){rest}"
         elif rest.startswith("*") and not regular:
             number, rest = f"{number}*", rest[1:] or ".*"
-        return [f"{head}{mapping[int(i)]}{rest}" for i in fnmatch.filter(map(str, mapping), number)]
-    if _ANY_NUMBER.issuperset(numbers):
+    elif _ANY_NUMBER.issuperset(numbers):
         return [entry]
-    if entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
+    elif entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
         raise ArchitectureError(
             f"quantisation entry {entry!r} names blocks by a pattern that cannot be renumbered "
             "exactly; write one entry per block"
         )
-    rest = entry[match.start(2) + len(number) :] or ".*"
-    return [
-        f"{head}{new}{rest}" for i, new in mapping.items() if fnmatch.fnmatchcase(str(i), number)
-    ]
+    else:
+        rest = rest or ".*"
+    return [f"{head}{mapping[int(i)]}{rest}" for i in fnmatch.filter(map(str, mapping), number)]
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
