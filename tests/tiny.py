@@ -131,7 +131,8 @@ def streamed(folder) -> StreamedReplay:
 def watch(replay: StreamedReplay) -> list[set[str]]:
     """Record which parts have weights at each call of a block; check that two buffers hold them."""
     seen: list[set[str]] = []
-    outer = {"embed": replay._embedding, "head": replay.model.get_output_embeddings()}
+    text, head = replay.text, replay.model.get_output_embeddings()
+    outer = {"embed": text.get_input_embeddings(), "head": head}
     modules = {**{str(i): block for i, block in enumerate(replay.blocks)}, **outer}
 
     def look(module, args):

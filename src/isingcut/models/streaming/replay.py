@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import InputError
-from isingcut.models.architectures.blocks import (
-    language_model,
-    text_config,
-)
+from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
 from isingcut.models.load import LoadedModel, build_skeleton, load_tokenizer
 from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
@@ -81,7 +78,6 @@ class StreamedReplay(Replay):
 
     def __init__(self, model: nn.Module, store: Store, memory: Allowance) -> None:
         self.memory = memory
-        self._embedding: Any = language_model(model).get_input_embeddings()
         super().__init__(model, device=store.device, store=store)
 
     def identity(self) -> dict[str, Any]:
@@ -92,9 +88,9 @@ class StreamedReplay(Replay):
 
     def tail(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Compute logits (B, T, V) from the residual stream (B, T, D) after the last block."""
-        width = int(self._embedding.weight.shape[-1])
-        stand_in = hidden.new_zeros((*input_ids.shape, width))
-        with replace_forwards([self._embedding], [lambda *args, **kwargs: stand_in]):
+        embedding = self.text.get_input_embeddings()
+        stand_in = hidden.new_zeros((*input_ids.shape, embedding.weight.shape[-1]))
+        with replace_forwards([embedding], [lambda *args, **kwargs: stand_in]):
             return super().tail(hidden, input_ids)
 
     def room(self, batch: TokenSet) -> int:
