@@ -39,23 +39,12 @@ class CopyStep:
     """Copy of a stored tensor to a tensor of the model (the target), or to one slice of it.
 
     Attributes:
-        item: index in the target, if the target is a stack of tensors.
-        axis: axis of concatenated tensors; None without concatenation.
-        first: first index on that axis.
+        place: index of the slice in the target; empty for the whole target.
     """
 
     source: StoredTensor
     target: str
-    item: int | None = None
-    axis: int | None = None
-    first: int = 0
-
-    def place(self, target: torch.Tensor) -> torch.Tensor:
-        """Return the view of the target that the stored tensor fills."""
-        view = target if self.item is None else target[self.item]
-        if self.axis is None:
-            return view
-        return view.narrow(self.axis, self.first, self.source.shape[self.axis])
+    place: tuple[int | slice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,10 +226,14 @@ def _slices(
     for wanted in converter.source_patterns:
         items = [source for pattern, source in members if pattern == wanted]
         for k, source in enumerate(items):
-            out.append(CopyStep(source, target, k if stacked else None, axis, first))
-            # The items of one stack begin at the same index.
-            if axis is not None and (not stacked or source is items[-1]):
-                first += source.shape[axis]
+            place: tuple[int | slice, ...] = (k,) if stacked else ()
+            if axis is not None:
+                end = first + source.shape[axis]
+                place += (*[slice(None)] * axis, slice(first, end))
+                # The items of one stack begin at the same index.
+                if not stacked or source is items[-1]:
+                    first = end
+            out.append(CopyStep(source, target, place))
     return out
 
 
@@ -298,7 +291,7 @@ class Reader:
         with self._lock, torch.no_grad():
             for step in plan.steps:
                 if isinstance(step, CopyStep):
-                    self._copy(step.source, step.place(views[step.target]))
+                    self._copy(step.source, views[step.target][step.place])
                     continue
                 values = [self._value(source, step.dtype) for _, source in step.sources]
                 for name, value in step.run(values).items():
