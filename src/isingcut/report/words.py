@@ -24,7 +24,7 @@ from isingcut.console.printing import printable
 from isingcut.files import cuts, healings, states
 from isingcut.files.provenance import __version__
 from isingcut.report import rows as report_rows
-from isingcut.report.rows import CUT_RANKING, kl_of, plus_minus
+from isingcut.report.rows import kl_of
 
 
 def numbers(blocks: Sequence[int]) -> str:
@@ -76,31 +76,25 @@ def healing_warnings(found: healings.HealingFile) -> list[str]:
 
 
 def _environment(**more: Any) -> jinja2.Environment:
+    """Make an environment in which templates may call all functions of this module and of rows."""
     loader, undefined = jinja2.PackageLoader("isingcut.report"), jinja2.StrictUndefined
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, undefined=undefined, trim_blocks=True, lstrip_blocks=True, **more
     )
+    filters = (code, cell, cells, fence_text, join_blocks, numbers, shlex.quote)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters["kl"] = lambda row: kl_of(row).text()
+    environment.globals |= {**vars(report_rows), **globals()}
+    return environment
 
 
 @cache
 def _sentences() -> TemplateModule:
     environment = _environment(finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)))
-    environment.filters |= {
-        "numbers": numbers,
-        "join_blocks": join_blocks,
-        "quote": shlex.quote,
-        "kl": lambda row: kl_of(row).text(),
-    }
-    environment.globals |= {
-        "known_rows": _known_rows,
-        "correlation_text": correlation_text,
-        "plus_minus": plus_minus,
-        "CUT_RANKING": CUT_RANKING,
-    }
     return environment.get_template("words.j2").module
 
 
-def _known_rows(
+def known_rows(
     found: states.CandidatesFile, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
     """Return the first ranking row of a state and its number of tokens, or an empty list."""
@@ -180,15 +174,11 @@ def _packaged(name: str) -> str:
 
 @cache
 def _pages() -> jinja2.Environment:
-    environment = _environment(
+    return _environment(
         autoescape=lambda name: name is None or name.endswith(".html.j2"),
         keep_trailing_newline=True,
         finalize=_in_markdown,
     )
-    filters = (code, cell, cells, fence_text, join_blocks, numbers, shlex.quote)
-    environment.filters |= {function.__name__: function for function in filters}
-    environment.globals |= {**vars(report_rows), **globals()}
-    return environment
 
 
 def code(text: str) -> Markup:
