@@ -235,13 +235,13 @@ class RowSums:
     """
 
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
-        self._labels, self._reference_log_z = labels, reference_log_z
-        rows, device = len(labels), labels.device
+        self._labels, rows, device = labels, len(labels), labels.device
         # Finite, because the first piece may be masked completely, and inf - inf is NaN.
         self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
         self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
         self._picked = torch.zeros(rows, device=device)
+        self._reference_log_z = self._total.clone() if reference_log_z is None else reference_log_z
 
     def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
         """Add the logits of a piece of the vocabulary to the sums.
@@ -257,20 +257,10 @@ class RowSums:
             self._add(logits, offset, reference)
 
     def _add_compiled(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
-        q = bits(logits)
-        rows = len(self._labels)
-        if reference is None:
-            same, log_z = np.zeros((rows, 0), q.dtype), self._total.numpy()
-        else:
-            assert self._reference_log_z is not None
-            same, log_z = bits(reference), self._reference_log_z.numpy()
-        arrays = (self._labels, self._top, self._total, self._difference, self._picked)
-        labels, top, total, difference, picked = (x.numpy() for x in arrays)
-
-        def part(first: int, last: int) -> None:
-            accumulate(q, same, offset, log_z, labels, top, total, difference, picked, first, last)
-
-        run_in_threads(part, rows, q.size)
+        q, same = bits(logits), bits(logits[:, :0] if reference is None else reference)
+        kept = (self._top, self._total, self._difference, self._picked)
+        arrays = [x.numpy() for x in (self._reference_log_z, self._labels, *kept)]
+        run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
 
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = widen(logits)
@@ -283,7 +273,6 @@ class RowSums:
         self._total = self._total * (self._top.double() - top).exp() + exponentials
         self._top = top
         if reference is not None:
-            assert self._reference_log_z is not None
             same = widen(reference)
             p = (same - self._reference_log_z.to(same.dtype)[:, None]).exp_()
             apart = torch.where(same > -3.0e38, same - q, 0.0)
@@ -302,7 +291,6 @@ class RowSums:
     @property
     def kl(self) -> Tensor:
         """KL(reference || logits), (R,) float64, in nats."""
-        assert self._reference_log_z is not None
         return (self._difference + (self.log_z - self._reference_log_z)).double()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -352,12 +352,8 @@ def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | 
     if draws is not None:
         labels = _draw_labels(logits, log_z, draws.to(logits.device))
     if can_compile(logits):
-        array, z, label, s = bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy()
-
-        def part(first: int, last: int) -> None:
-            softmax_gradient(array, z, label, s, first, last)
-
-        run_in_threads(part, len(labels), logits.numel())
+        given = (bits(logits), log_z.numpy(), labels.numpy(), scale.float().numpy())
+        run_in_threads(partial(softmax_gradient, *given), len(labels), logits.numel())
         return
     for rows in _row_parts(logits):
         p = _softmax(logits[rows], log_z[rows])
