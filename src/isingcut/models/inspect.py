@@ -179,21 +179,13 @@ class Inspection:
         Columns: block numbers, kind, and for *each* block of the run: parameters, active
         parameters, stored bytes, bytes of KV cache per token and bytes of recurrent state.
         """
-        header: tuple[str, ...] = (
-            "blocks",
-            "kind",
-            "parameters",
-            "active",
-            "bytes",
-            "KV bytes/token",
-            "state bytes",
-        )
-        rows = [header]
-        for (kind, costs), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
+        costs = ("parameters", "active", "bytes", "KV bytes/token", "state bytes")
+        rows: list[tuple[str, ...]] = [("blocks", "kind", *costs)]
+        for (kind, each), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
             indices = [block.index for block in run]
             first, last = indices[0], indices[-1]
             numbers = f"{first}" if first == last else f"{first}-{last}"
-            rows.append((numbers, kind, *(f"{n:,}" for n in costs)))
+            rows.append((numbers, kind, *(f"{n:,}" for n in each)))
         total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
         rows.append(("all", "", *(f"{n:,}" for n in total)))
         return rows
@@ -237,7 +229,7 @@ def inspect_model(
         check_same_blocks(seen.config, stack, rows)
     except ArchitectureError as error:
         refusal = str(error)
-    stack, other = _stored_bytes(seen, stack)
+    other = _count_stored(seen, stack)
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * pick_dtype(dtype, pick_device(device)).itemsize
     devices = pick_devices(device, size, memory_limit, cards_per_process)
@@ -260,13 +252,10 @@ def inspect_model(
     )
 
 
-def _stored_bytes(seen: Checkpoint, stack: BlockStack) -> tuple[BlockStack, int]:
-    """Return the stack with the bytes that the checkpoint stores, and the bytes outside it."""
+def _count_stored(seen: Checkpoint, stack: BlockStack) -> int:
+    """Set each block's bytes to those that the checkpoint stores; return the bytes outside them."""
     if not seen.stored:
-        return stack, 0
-    sizes = [sum(tensor.size for tensor in block.values()) for block in seen.by_block()]
-    blocks = tuple(
-        block.model_copy(update={"bytes": size})
-        for block, size in zip(stack.blocks, sizes, strict=True)
-    )
-    return BlockStack(stack.path, blocks), sum(t.size for t in seen.stored.values()) - sum(sizes)
+        return 0
+    for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
+        block.bytes = sum(tensor.size for tensor in tensors.values())
+    return sum(t.size for t in seen.stored.values()) - sum(block.bytes for block in stack.blocks)
