@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.models.architectures.blocks import language_model, stack_modules
 from isingcut.models.device import device_module
+from isingcut.models.placement import as_parameter
 from isingcut.models.replay import EMBED, HEAD, Part, Weights
 from isingcut.models.streaming.reader import REST, PartPlan, Reader, plan_views
 
@@ -294,9 +295,7 @@ class StoredPart:
         """Set the tensors of this part in the model to views of ``memory``."""
         views = plan_views(self.plan, memory)
         for home, leaf, target, empty in self._homes:
-            value = views[target]
-            is_parameter = isinstance(empty, nn.Parameter)
-            home[leaf] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            home[leaf] = as_parameter(views[target], empty)
 
     def remove(self) -> None:
         """Set the tensors of this part in the model to empty ones again."""
