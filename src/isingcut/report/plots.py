@@ -100,14 +100,12 @@ def span(
 
 def tick_text(ticks: Sequence[float]) -> list[str]:
     """Format axis labels, with enough digits to tell the ticks apart."""
-    if not ticks:
-        return []
     large = max(abs(t) for t in ticks)
     for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
         if large >= least:
             return [f"{t / unit:.4g}{letter}".replace("-", "−") if t else "0" for t in ticks]
     gaps = np.diff(ticks)
-    if (large and large < 1e-3) or not np.allclose(gaps, gaps.mean() if len(gaps) else 0.0):
+    if (large and large < 1e-3) or not np.allclose(gaps, gaps.mean()):
         return [f"{t:.3g}".replace("-", "−") for t in ticks]
     for digits in range(6):
         shown = [f"{t:.{digits}f}" for t in ticks]
