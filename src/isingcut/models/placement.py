@@ -133,11 +133,8 @@ def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) 
             return value
         key, seen = (id(value), device), {} if known is None else known
         if key not in seen:
-            moved = (
-                value.detach().to(device) if isinstance(value, nn.Parameter) else value.to(device)
-            )
             # The original is kept, so that its id is not used again.
-            seen[key] = value, as_parameter(moved, value)
+            seen[key] = value, as_parameter(value.to(device), value)
         return seen[key][1]
     if isinstance(value, UserDict):
         move(value.data, device, known)
