@@ -40,11 +40,10 @@ class KnownState:
         """Measured KL in nats per token, with its standard error over samples."""
         return None if self.measured is None else kl_of(self.measured)
 
-    def tip(self, energy: float | None, unit: str, label: str = "energy") -> str:
-        """Return the tooltip text of the state, with the given energy if it has one."""
-        lines = [self.name + (", the chosen one" if self.chosen else "")]
-        if energy is not None:
-            lines.append(f"{label} {energy:.4g} {unit}")
+    def tip(self, energy: float, unit: str, label: str) -> str:
+        """Return the tooltip text of the state, with the given energy."""
+        name = self.name + (", the chosen one" if self.chosen else "")
+        lines = [name, f"{label} {energy:.4g} {unit}"]
         if self.kl is not None:
             lines.append(f"measured KL {self.kl.text()} nats/token")
         if isinstance(self.measured, MeasuredState):
