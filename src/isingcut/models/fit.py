@@ -122,16 +122,9 @@ class Checkpoint:
         return {name: t for name, t in self.stored.items() if is_mtp(name, self.text)}
 
     @property
-    def most_numbers(self) -> int:
-        """Largest number of parameters that its model may have."""
-        if not self.stored:
-            return _MOST_WITHOUT_WEIGHTS
-        return most_numbers(sum(t.most_numbers for t in self.stored.values()))
-
-
-def most_numbers(stored: int) -> int:
-    """Return the largest number of parameters for a file with ``stored`` elements."""
-    return _MORE * stored + _SPARE
+    def most_numbers(self) -> int | None:
+        """Largest number of weights in its tensors; None without weights."""
+        return sum(t.most_numbers for t in self.stored.values()) if self.stored else None
 
 
 def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
@@ -256,11 +249,11 @@ def _refuse_huge(folder: Path, value: Any, key: str = "") -> None:
 
 
 @contextlib.contextmanager
-def limit_structure(most: int, what: str) -> Iterator[None]:
+def limit_structure(stored: int | None, what: str) -> Iterator[None]:
     """Raise if a model built on the meta device within the context outgrows its checkpoint.
 
     Args:
-        most: largest number of parameters, as `Checkpoint.most_numbers`.
+        stored: largest number of weights in its tensors, as `Checkpoint.most_numbers`.
         what: name of the model in messages.
 
     Raises:
@@ -268,6 +261,7 @@ def limit_structure(most: int, what: str) -> Iterator[None]:
     """
     from torch.nn.modules import module as torch_module
 
+    most = _MOST_WITHOUT_WEIGHTS if stored is None else _MORE * stored + _SPARE
     allowed = {"parameters": most, "buffers": max(most, _MOST_IN_BUFFERS)}
     built = Counter[str]()
 

@@ -22,7 +22,7 @@ from isingcut.errors import ArchitectureError, CheckpointError, InputError, Mode
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.ownership import foreign_in
 from isingcut.files.writing import atomic_folder, lock_place
-from isingcut.models.fit import limit_structure, most_numbers
+from isingcut.models.fit import limit_structure
 from isingcut.models.loading import (
     catch_errors,
     one_line,
@@ -274,7 +274,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         catch_errors(f"{path.name} with transformers"),
         # One of transformers' progress bars cannot be turned off.
         contextlib.redirect_stderr(io.StringIO()),
-        limit_structure(most_numbers(_count_numbers(path)), path.name),
+        limit_structure(_count_numbers(path), path.name),
     ):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, found = loader.from_pretrained(
