@@ -106,14 +106,7 @@ class Buffers:
                 self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
         index = 1 - self._recent
         self._drop(index)
-        buffer = self._buffers[index]
-
-        def load() -> Tensor:
-            memory = buffer.load(part)
-            part.sweeps += 1
-            return memory
-
-        self._pending = (part, index, self._thread.submit(load))
+        self._pending = (part, index, self._thread.submit(self._buffers[index].load, part))
 
     def _settle(self) -> None:
         """Cancel a pending read that is not needed, or wait for its end and discard it.
@@ -290,6 +283,7 @@ class StoredPart:
     def fill(self, buffer: Tensor) -> None:
         """Read the part into host memory."""
         self._reader.fill(self.part, buffer)
+        self.sweeps += 1
 
     def install(self, memory: Tensor) -> None:
         """Set the tensors of this part in the model to views of ``memory``."""
