@@ -210,25 +210,24 @@ def measure_batches(
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
-    batches = tokens.batches(work.batch_tokens)
+    batches = {str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))}
 
     def fits(key: str, row: Floats) -> bool:
-        return key.isdecimal() and row.shape == (batches[int(key)].samples, *shape)
+        return key in batches and row.shape == (batches[key].samples, *shape)
 
     measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
     kept = SharedJournal(work.journal, measured, fits, replay.processes)
-    keys = [str(b) for b in range(len(batches))]
     with work.progress(words, len(batches)) as bar:
-        todo = [key for key in keys if kept.get(key) is None]
-        bar.advance(len(keys) - len(todo))
+        todo = [key for key in batches if kept.get(key) is None]
+        bar.advance(len(batches) - len(todo))
         own, bar = kept.share(todo, bar)
-        mine = [batches[int(key)] for key in own]
+        mine = [batches[key] for key in own]
         for key, batch, row in zip(own, mine, found(mine, bar), strict=True):
             check_finite(replay, batch, row)
             kept.put({key: row})
         kept.gather()
     rows = np.zeros((tokens.samples, *shape))
-    for key, batch in zip(keys, batches, strict=True):
+    for key, batch in batches.items():
         rows[batch.index.numpy()] = kept.get(key)
     return rows
 
