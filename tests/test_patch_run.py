@@ -156,10 +156,9 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
     out, sizes = Path(shutil.copytree(run, tmp_path / "run")), []
     made = read_json(out / "run.json", "run")
     # As a run records it that chose the micro-batch for its device.
-    (computed,) = made["provenance"]["computed"].values()
-    computed["requested"]["batch_tokens"], computed["batch_tokens"] = None, 48
     config = {**made["config"], "batch_tokens": None}
-    change(out / "run.json", "run", config=config, provenance=made["provenance"])
+    provenance = {**made["provenance"], "batch_tokens": {"cpu": 48}}
+    change(out / "run.json", "run", config=config, provenance=provenance)
 
     def patch_checkpoint(job, path):
         sizes.append(job.config.batch_tokens)

@@ -12,6 +12,8 @@ from isingcut.errors import ArchitectureError
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
+from isingcut.options.config import RunConfig
+from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_model
 from tiny import random_tokens, replay_of, tiny_replay
 
@@ -54,6 +56,19 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     for plain, other in zip(found[None], found[attention], strict=True):
         np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
     assert replay.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
+    config = RunConfig(model=str(llama), out=str(tmp_path / "run"), attention="eager")
+    session = Session(config.replace(stream=stream, batch_tokens=64).validate())
+    session.choose_tuning(None)
+    used = []
+    session.replay.blocks[0].register_forward_pre_hook(
+        lambda module, args: used.append(session.replay.model.config._attn_implementation)
+    )
+    measure(session.replay, random_tokens(), [])
+    assert set(used) == {"eager"}
 
 
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():

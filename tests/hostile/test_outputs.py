@@ -12,6 +12,8 @@ from damage import changed, config, linked, written
 import isingcut
 from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
+from isingcut.options.config import RunConfig
+from isingcut.runs.folder import read_by
 from shared import snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
@@ -192,6 +194,14 @@ def test_a_hard_link_to_a_source_is_that_source(arena):
     os.link(arena.text, arena.here / "same.html")
     with pytest.raises(InputError, match=OF_SOURCE):
         check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
+
+
+def test_every_file_of_questions_is_an_input(arena):
+    names = {"a.jsonl", "b.jsonl"}
+    for name in names:
+        (arena.here / name).touch()
+    found = read_by(RunConfig(model="model", tasks="a.jsonl, arc_easy, b.jsonl"))
+    assert names <= {path.name for path in found}
 
 
 def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):

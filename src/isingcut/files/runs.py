@@ -43,23 +43,6 @@ class CalibrationText(Strict):
     overlap: dict[str, Positive] = Field(default_factory=dict)
 
 
-class RequestedCompute(Strict):
-    """The requested settings for computing measurements."""
-
-    attention: str
-    batch_tokens: Some | None
-
-
-class Computed(Strict):
-    """The settings with which measurements were computed on one device."""
-
-    requested: RequestedCompute
-    # For any other name transformers would download code from the hub.
-    attention: Literal["sdpa", "eager", "causal"] | None
-    batch_tokens: Some
-    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-
-
 class Places(Strict):
     """The absolute and the relative path of a local model when it was read."""
 
@@ -86,7 +69,7 @@ class Provenance(Strict):
     created: str
     model: ModelIdentity
     calibration: CalibrationText | None = None
-    computed: dict[str, Computed] = Field(default_factory=dict)
+    batch_tokens: dict[str, Some] = Field(default_factory=dict)
     reading: dict[str, WeightsRead] = Field(default_factory=dict)
     model_path: Places | None = None
     dtype: str | None = None

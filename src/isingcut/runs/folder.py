@@ -419,7 +419,8 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
 
 def read_by(config: RunConfig) -> list[Path]:
     """List the files and folders that a run with these options reads."""
-    files = [name for name in config.tasks.split(",") if name.strip().endswith(".jsonl")]
+    tasks = map(str.strip, config.tasks.split(","))
+    files = [name for name in tasks if name.endswith(".jsonl")]
     named = [config.model, *places_in(config.calibration), config.data, *files]
     return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
 

@@ -16,7 +16,7 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
-from isingcut.files.runs import BlockList, Computed, ModelIdentity, RequestedCompute
+from isingcut.files.runs import BlockList, ModelIdentity
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -73,28 +73,22 @@ class Session:
         return self.config.batch_tokens or BATCH_TOKENS
 
     def choose_tuning(self, folder: RunFolder) -> None:
-        """Use the recorded attention and micro-batch of a run, or choose them for this device."""
-        if self.streaming:
-            return
+        """Set the attention, and the recorded micro-batch of a run or one that fits the device."""
         given = self.config.attention
-        requested = RequestedCompute(attention=given, batch_tokens=self.config.batch_tokens)
+        self.replay.attention = None if given == "auto" else given
+        if self.streaming or self.config.batch_tokens:
+            return
         device, made = name_devices(self.replay), folder.run.provenance
 
-        def read_record() -> dict[str, Any]:
-            record = made.computed.get(device)
-            if record is None or record.requested != requested:
+        def read_record() -> int:
+            if device not in made.batch_tokens:
                 room = least_left(devices_of(self.loaded.model), self.config.memory_limit) // 2
-                record = Computed(
-                    requested=requested,
-                    attention=None if given == "auto" else given,
-                    batch_tokens=requested.batch_tokens or choose_batch_tokens(self.replay, room),
-                )
-                made.computed = {**made.computed, device: record}
+                chosen = choose_batch_tokens(self.replay, room)
+                made.batch_tokens = {**made.batch_tokens, device: chosen}
                 folder.save()
-            return record.content()
+            return made.batch_tokens[device]
 
-        record = Computed.model_validate(self.processes.decide(read_record))
-        self.batch_tokens, self.replay.attention = record.batch_tokens, record.attention
+        self.batch_tokens = self.processes.decide(read_record)
 
     @cached_property
     def dtype(self) -> str:
