@@ -1,5 +1,6 @@
 """The command line of the sweep: every architecture in a process of its own, and one table."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from isingcut.testing.tiny import FAMILIES
+from cards import fake_cards
+from isingcut.models.cutting.verify import reload
+from isingcut.models.loading import quiet_transformers
+from isingcut.testing.tiny import FAMILIES, tiny_checkpoint
 from sweep.conformance import Report, check_entry, check_family, entries
 
 # Limits for one architecture.
@@ -27,7 +31,11 @@ def main(names: list[str]) -> int:
     wanted = (e for e, model_type in found.items() if not names or model_type in names)
     tasks += [(e.name, check_entry, e) for e in wanted]
     with tempfile.TemporaryDirectory() as room:
-        # Forked, so that torch and transformers are imported once.
+        # Forked, so that torch and transformers are imported once. A first model imports what they
+        # import late and compiles their patterns; frozen objects are not searched for garbage.
+        with quiet_transformers(), fake_cards():
+            reload(tiny_checkpoint("llama", Path(room, "first")), dtype=torch.float32)
+        gc.freeze()
         context = multiprocessing.get_context("fork")
         with context.Pool(os.cpu_count(), _limit, maxtasksperchild=1) as pool:
             pending = [(t[0], pool.apply_async(_check, (*t[1:], room))) for t in tasks]
