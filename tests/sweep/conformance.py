@@ -1,12 +1,14 @@
 """Checks of one architecture, on a tiny random model of it."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from isingcut.models.architectures.blocks import (
 )
 from isingcut.models.architectures.cuts import legality
 from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import random_tokens, relative_difference, verify
+from isingcut.models.cutting.verify import random_tokens, relative_difference, reload, verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.placement import connect, place
@@ -210,15 +212,17 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
             excise(source, removed, out, max_shard_bytes=60_000)
         except ArchitectureError as error:
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
-        proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
+        other = next(i for i in range(len(stack)) if i not in removed)
+        # Both proofs load the same checkpoint.
+        with mock.patch("isingcut.models.cutting.verify.reload", functools.cache(reload)):
+            proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
+            with suppress(VerificationError):
+                verify(model, [other, *removed[1:]], out, new_tokens=1)
+                raise AssertionError(f"the proof does not tell blocks {removed} from others")
         if mtp is not None:
             drafts = check_mtp_layers(mtp, model, removed, source, out)
         worst = max(worst, proof.difference)
         unseen = next((r for r in proof.remarks if "on text only" in r), "")
-        other = next(i for i in range(len(stack)) if i not in removed)
-        with suppress(VerificationError):
-            verify(model, [other, *removed[1:]], out, new_tokens=1)
-            raise AssertionError(f"the proof does not tell blocks {removed} from others")
     return Report(
         "",
         "refused" if reason else "passed",
