@@ -1,5 +1,6 @@
 """The command line of the sweep: every architecture in a process of its own, and one table."""
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -29,7 +30,9 @@ def main(names: list[str]) -> int:
     families = [f for f in names or FAMILIES if f in FAMILIES]
     tasks = [(f"{f} (family)", check_family, f) for f in families]
     wanted = (e for e, model_type in found.items() if not names or model_type in names)
-    tasks += [(e.name, check_entry, e) for e in wanted]
+    # Both mappings give some types the same class: one check is the result of both.
+    twins = {}
+    tasks += [(e.name, check_entry, twins.setdefault(e.built, e)) for e in wanted]
     with tempfile.TemporaryDirectory() as room:
         # Forked, so that torch and transformers are imported once. A first model imports what they
         # import late and compiles their patterns; frozen objects are not searched for garbage.
@@ -38,7 +41,8 @@ def main(names: list[str]) -> int:
         gc.freeze()
         context = multiprocessing.get_context("fork")
         with context.Pool(os.cpu_count(), _limit, maxtasksperchild=1) as pool:
-            pending = [(t[0], pool.apply_async(_check, (*t[1:], room))) for t in tasks]
+            start = functools.cache(lambda *what: pool.apply_async(_check, (*what, room)))
+            pending = [(name, start(*what)) for name, *what in tasks]
             print(
                 "| architecture | outcome | blocks | cuts | difference | sublayer gate | remarks |"
             )

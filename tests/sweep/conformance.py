@@ -65,6 +65,11 @@ class Entry:
         """The auto class."""
         return getattr(transformers, self.auto_class)
 
+    @property
+    def built(self) -> tuple[str, Any]:
+        """The model type, and the name of the class that the auto class builds."""
+        return self.model_type, getattr(modeling_auto, _MAPPINGS[self.auto_class])[self.model_type]
+
 
 def entries() -> list[Entry]:
     """Return all entries of the installed transformers."""
