@@ -137,9 +137,8 @@ def check_entry(entry: Entry, folder: Path, *, states: int = 2) -> Report:
 
     def build() -> Any:
         try:
-            config = tiny_configuration(entry.model_type)
-            _refuse_large(entry.factory, config)
-            model = random_model(entry.factory, config)
+            model = random_model(entry.factory, tiny_configuration(entry.model_type))
+            _refuse_large(model)
         except Exception as error:
             raise NotBuilt(one_line(error)) from error
         model.save_pretrained(folder / "source")
@@ -162,12 +161,10 @@ def _refuse_unreadable(factory: Any, source: Path) -> None:
         )
 
 
-def _refuse_large(factory: Any, config: Any) -> None:
-    with torch.device("meta"):
-        shape = factory.from_config(config, dtype=torch.float32)
-    count = sum(p.numel() for p in shape.parameters())
+def _refuse_large(model: Any) -> None:
+    count = sum(p.numel() for p in model.parameters())
     if count > _MOST_PARAMETERS:
-        name, largest = max(shape.named_parameters(), key=lambda item: item[1].numel())
+        name, largest = max(model.named_parameters(), key=lambda item: item[1].numel())
         raise NotBuilt(
             f"{count:,} parameters are too many for a tiny model; the largest, {name}, has the "
             f"shape {list(largest.shape)}"
