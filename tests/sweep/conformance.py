@@ -203,9 +203,10 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
     chosen = legal_states(stack, rows, states)
     worst, sublayer, reason, unseen, drafts = 0.0, True, "", "", False
     try:
-        worst = _replay_is_forward(model, stack, tokens, chosen)
+        replay = Replay(model.requires_grad_(False))
+        worst = _replay_is_forward(replay, tokens, chosen)
         sublayer = check_gates(model, stack, tokens)
-        _two_cards_are_one(model, stack, tokens)
+        _two_cards_are_one(replay, tokens)
     except ArchitectureError as error:
         reason = f"cuts exactly at given blocks, but is not measured: {error}"
     for number, removed in enumerate(chosen):
@@ -240,27 +241,26 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
     )
 
 
-def _two_cards_are_one(model: Any, stack: BlockStack, tokens: torch.Tensor) -> None:
+def _two_cards_are_one(whole: Replay, tokens: torch.Tensor) -> None:
     """Check that a model placed over two cards gives the logits of the model that is not placed."""
 
-    def compute(model: Any) -> list[Any]:
-        replay = Replay(model)
+    def compute(replay: Replay) -> list[Any]:
         recording = replay.record(tokens.to(replay.device))
         stream = recording.entered
-        for i in range(len(stack)):
+        for i in range(len(replay)):
             stream = recording.block(i, stream)
-        whole = replay.text(input_ids=recording.input_ids, use_cache=False).logits
+        at_once = replay.text(input_ids=recording.input_ids, use_cache=False).logits
         rows = (recording.logits(stream[s], s) for s in range(len(tokens)))
-        return [logits.tolist() for logits in (whole, *rows)]
+        return [logits.tolist() for logits in (at_once, *rows)]
 
     with torch.no_grad():
         # Cards have no fused attention, which rounds in another order.
         with sdpa_kernel(SDPBackend.MATH):
-            expected = compute(model)
+            expected = compute(whole)
         with fake_cards(2) as cards:
-            placed = copy.deepcopy(model).requires_grad_(False)
+            placed = copy.deepcopy(whole.model)
             connect(placed, place(placed, [card.device for card in cards]))
-            found = compute(placed)
+            found = compute(Replay(placed))
     assert found == expected, "two cards do not give the logits of one device"
 
 
@@ -288,20 +288,18 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[li
 
 
 def _replay_is_forward(
-    model: Any, stack: BlockStack, tokens: torch.Tensor, states: Sequence[Sequence[int]]
+    replay: Replay, tokens: torch.Tensor, states: Sequence[Sequence[int]]
 ) -> float:
     """Return the largest relative difference of replayed from real passes. The original comes
     after all states, to show changes that a state leaves in the recorded calls."""
-    model.requires_grad_(False)
-    replay = Replay(model)
     recording = replay.record(tokens)
     worst = 0.0
     for removed in [*states, []]:
         with torch.no_grad():
-            with skip_blocks(model, removed):
+            with skip_blocks(replay.model, removed):
                 expected = replay.text(input_ids=tokens, use_cache=False).logits
             stream = recording.entered
-            for i in range(len(stack)):
+            for i in range(len(replay)):
                 stream = stream if i in removed else recording.block(i, stream)
             rows = [recording.logits(stream[s], s) for s in range(len(tokens))]
         worst = max(worst, relative_difference(expected, torch.stack(rows)))
