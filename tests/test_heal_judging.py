@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from healings import Killed, curve, flags_of, killing, models, options, shapes, stored
+from healings import Killed, curve, flags_of, healed, killing, models, options, shapes, stored
 from isingcut.data.tokens import TokenSet
 from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
 from isingcut.files.results import read_document, read_json
@@ -21,7 +21,7 @@ from isingcut.models.load import load
 from isingcut.report.words import healing_warnings, sentence
 from ranks import run, type_in
 
-__all__ = ["models"]
+__all__ = ["healed", "models"]
 
 EIGHT = {"max_steps": 8}
 TEXT = TokenSet.from_rows([[1] * 11] * 8, parts=["a", "b"] * 4)
@@ -69,9 +69,8 @@ class Stops(Domains):
         return HealingStop(why="enough", kept=2) if len(checks) == 3 else None
 
 
-def test_checks_are_the_divergence_on_text_held_out(models, tmp_path):
-    out = heal(options(models, tmp_path / "out"))
-    found = read_json(out / "healing.json", "healing")
+def test_checks_are_the_divergence_on_text_held_out(healed):
+    found = read_json(healed / "healing.json", "healing")
     assert [c["step"] for c in found["checks"]] == [0, 2, 4]
     kl = [sum(c["kl_sums"]) / found["report_tokens"] for c in found["checks"]]
     assert kl[0] == pytest.approx(found["before"]["kl"], rel=1e-4)
@@ -156,10 +155,10 @@ def _trains(room, dies, *arguments):
         (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
-def test_two_processes_train_as_one_does(models, tmp_path, room, trainer, more, exact):
+def test_two_processes_train_as_one_does(models, healed, tmp_path, room, trainer, more, exact):
     """Each has half of a batch, and half of the model if one lacks the room; also after a kill."""
     half = {"dtype": "bfloat16"} if "dtype" in more else {}
-    one = heal(options(models, tmp_path / "one", **{**more, **half}))
+    one = heal(options(models, tmp_path / "one", **{**more, **half})) if more else healed
     config = options(
         models, tmp_path / "out", {"per_device_train_batch_size": 1, **trainer}, **more
     )
