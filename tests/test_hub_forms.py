@@ -95,12 +95,6 @@ def test_blocks_that_text_does_not_run_are_named(tmp_path):
     assert prove_cut(model, [0], tmp_path).difference == 0.0
 
 
-def test_keys_and_values_that_later_blocks_read_are_noticed():
-    model = tiny_model("gemma4")
-    with pytest.raises(ArchitectureError, match="more than the residual stream"):
-        replay_of(model)
-
-
 class Handing(nn.Module):
     """A block that returns a second tensor, and may add the one that it receives to the stream."""
 
