@@ -155,7 +155,6 @@ INSIDE = {
     "blip": "BlipTextLMHeadModel",
     "blip-2": "OPTForCausalLM",
     "instructblip": "OPTForCausalLM",
-    "instructblipvideo": "OPTForCausalLM",
     "kosmos-2": "Kosmos2TextForCausalLM",
 }
 
