@@ -157,7 +157,8 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
     made = read_json(out / "run.json", "run")
     # As a run records it that chose the micro-batch for its device.
     config = {**made["config"], "batch_tokens": None}
-    provenance = {**made["provenance"], "batch_tokens": {"cpu": 48}}
+    computed = {"cpu": {"requested": None, "batch_tokens": 48}}
+    provenance = {**made["provenance"], "computed": computed}
     change(out / "run.json", "run", config=config, provenance=provenance)
 
     def patch_checkpoint(job, path):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
 def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
     config = RunConfig(model=str(llama), out=str(tmp_path / "run"), attention="eager")
     session = Session(config.replace(stream=stream, batch_tokens=64).validate())
-    session.choose_tuning(None)
+    session.choose_tuning(Mock(**{"run.provenance.computed": {}}))
     used = []
     session.replay.blocks[0].register_forward_pre_hook(
         lambda module, args: used.append(session.replay.model.config._attn_implementation)

@@ -82,7 +82,7 @@ no block :: blocks blocks :: [] :: blocks.blocks: List should have at least 1
 blocks out of order :: blocks blocks 1 index :: 5 :: not numbered 0, 1
 negative costs :: blocks blocks 1 bytes :: -1 :: blocks.1.bytes: expected
 no seconds :: stages spectrum.json seconds :: null :: a finished stage lacks its seconds
-batches of nothing :: provenance batch_tokens :: {"cpu": 0} :: expected greater than or equal
+batches of nothing :: provenance computed cpu batch_tokens :: 0 :: expected greater than or equal
 a list of lists :: config keep :: [[1]] :: config.keep
 no provenance :: provenance ::  :: provenance: missing
 """,

@@ -43,6 +43,13 @@ class CalibrationText(Strict):
     overlap: dict[str, Positive] = Field(default_factory=dict)
 
 
+class Computed(Strict):
+    """The tokens of a micro-batch of measurements on one device: requested, and computed with."""
+
+    requested: Some | None
+    batch_tokens: Some
+
+
 class Places(Strict):
     """The absolute and the relative path of a local model when it was read."""
 
@@ -69,7 +76,7 @@ class Provenance(Strict):
     created: str
     model: ModelIdentity
     calibration: CalibrationText | None = None
-    batch_tokens: dict[str, Some] = Field(default_factory=dict)
+    computed: dict[str, Computed] = Field(default_factory=dict)
     reading: dict[str, WeightsRead] = Field(default_factory=dict)
     model_path: Places | None = None
     dtype: str | None = None

@@ -16,7 +16,7 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.errors import InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
-from isingcut.files.runs import BlockList, ModelIdentity
+from isingcut.files.runs import BlockList, Computed, ModelIdentity
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
@@ -73,20 +73,23 @@ class Session:
         return self.config.batch_tokens or BATCH_TOKENS
 
     def choose_tuning(self, folder: RunFolder) -> None:
-        """Set the attention, and the recorded micro-batch of a run or one that fits the device."""
+        """Set the attention, and the micro-batch: as recorded, or as requested, or what fits."""
         given = self.config.attention
         self.replay.attention = None if given == "auto" else given
-        if self.streaming or self.config.batch_tokens:
+        if self.streaming:
             return
         device, made = name_devices(self.replay), folder.run.provenance
+        requested = self.config.batch_tokens
 
         def read_record() -> int:
-            if device not in made.batch_tokens:
+            record = made.computed.get(device)
+            if record is None or record.requested != requested:
                 room = least_left(devices_of(self.loaded.model), self.config.memory_limit) // 2
-                chosen = choose_batch_tokens(self.replay, room)
-                made.batch_tokens = {**made.batch_tokens, device: chosen}
+                chosen = requested or choose_batch_tokens(self.replay, room)
+                record = Computed(requested=requested, batch_tokens=chosen)
+                made.computed = {**made.computed, device: record}
                 folder.save()
-            return made.batch_tokens[device]
+            return record.batch_tokens
 
         self.batch_tokens = self.processes.decide(read_record)
 
