@@ -241,7 +241,9 @@ class RowSums:
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
         self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
         self._picked = torch.zeros(rows, device=device)
-        self._reference_log_z = self._total.clone() if reference_log_z is None else reference_log_z
+        # NaN, so that a KL without a reference is not taken for a number.
+        none = torch.full_like(self._total, torch.nan)
+        self._reference_log_z = none if reference_log_z is None else reference_log_z
 
     def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
         """Add the logits of a piece of the vocabulary to the sums.
