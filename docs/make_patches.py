@@ -1,6 +1,6 @@
 """Find the layers that absorb a linear patch, for each family's kinds of block, on tiny models.
 
-    python docs/make_patches.py                  the families of `isingcut.testing.configurations`
+    python docs/make_patches.py                  the families of `isingcut.testing.tiny`
     python docs/make_patches.py llama gemma2     some of them
     python docs/make_patches.py --docs PAGE      all, written into docs/architectures.md, too
 
