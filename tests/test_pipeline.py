@@ -105,6 +105,26 @@ def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
     assert "proven" in capsys.readouterr().out
 
 
+def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    kept = read_json(out / "candidates.json", "candidates")["chosen"]["removed"][0]
+    assert call("solve", out, "--keep", kept, "--overwrite") == 0
+    assert call("rank", out) == 2, "the ranking is of the earlier spectrum"
+    assert f"keep: was '', now '{kept}'" in capsys.readouterr().err
+    assert call("rank", out, "--overwrite") == 0
+    found = read_json(out / "candidates.json", "candidates")
+    assert not any(kept in row["removed"] for row in found["candidates"] + found["random"])
+    assert call("baseline", "random", out) == 0
+    violated = read_json(out / "baseline-random.json", "baseline")
+    assert (kept in violated["removed"]) == bool(violated["violated"])
+    config = isingcut.runs.folder.RunFolder.open(out).config
+    isingcut.energy(config.replace(also="", effort="3", overwrite=True))
+    capsys.readouterr()
+    assert call("rank", out, "--overwrite") == 2
+    assert "was solved for another energy or budget; solve again" in capsys.readouterr().err
+
+
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
 
 

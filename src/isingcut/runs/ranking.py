@@ -25,7 +25,7 @@ from isingcut.files.results import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import Floats, blocks_of, states_of
+from isingcut.ising.states import Floats, states_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -111,9 +111,9 @@ def is_deep(removed: int, blocks: int) -> bool:
 
 def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     """Run stage `rank`: measure the spectrum's states and random ones, in `candidates.json`."""
-    config = session.config
+    config = solving.with_solved(folder, session.config)
     target = folder.target(config.removal)
-    spectrum = folder.load(solving.require(folder, config, "spectrum.json"), Spectrum.load)
+    spectrum = folder.load(target / "spectrum.json", Spectrum.load)
     others = {
         name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
         for name in config.energies[1:]
@@ -179,14 +179,15 @@ def add_found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) ->
     found = [row["removed"] for row in (*mine.get("finalists", []), *mine.get("one_pass", []))]
     solver = f"{spectrum.solver} and search" if found else spectrum.solver
     if config.choose == "tasks":
-        blocks = benchmarking.last_blocks(problem.n, len(spectrum.removed(0)))
-        last = states_of(problem.n, [blocks])
-        found += [blocks_of(state) for state in last[problem.feasible(last)]]
-    if not found:
+        found.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
+    # The spectrum may be solved with more constraints than the search had.
+    more = states_of(problem.n, found)
+    more = more[problem.feasible(more)]
+    if not len(more):
         return spectrum
     return Spectrum.from_states(
         problem,
-        np.concatenate([spectrum.states, states_of(problem.n, found)]),
+        np.concatenate([spectrum.states, more]),
         # Added states do not affect the proof of the lowest.
         proven=spectrum.proven,
         solver=solver,
@@ -201,8 +202,9 @@ def one_pass(ranking: states.CandidatesFile, search: Mapping[str, Any]) -> state
     Args:
         search: the search's record in the energy's metadata; empty for other energies.
     """
-    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
     rows = {tuple(row.removed): row.content() for row in ranking.candidates}
+    found = search.get("targets", {}).get(ranking.remove, {}).get("one_pass", [])
+    found = [s for s in found if tuple(s["removed"]) in rows]
     if not found:
         return None
     return states.OnePass(
@@ -263,11 +265,13 @@ def compare(
     """
     config = session.config
     part = baseline_part(name, settings)
+    target = folder.target(config.removal)
+    if folder.find_finished(target / "spectrum.json"):
+        config = solving.with_solved(folder, config)
     counts = config.remove.counts
     count = counts[0] if counts else len(solving.chosen_blocks(folder, config))
     rows = solving.removal_rows(folder.run.blocks, config)
     samples = measuring.samples_of(config, config.energy)
-    target = folder.target(config.removal)
     options = measuring.calibration_options(folder) | {
         "baseline": name,
         "options": repr(part),

@@ -39,6 +39,8 @@ TIMED_TOKENS = 128
 """Most tokens of the sequence that blocks are timed on."""
 
 _WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
+# Options that are typed for `solve`, and not for the stages that use its spectrum.
+_OF_SOLVE = ("keep", "drop", "solver", "states", "diverse")
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
@@ -251,8 +253,25 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    keys = ("remove", "budget", "keep", "drop", "solver", "states", "diverse", "seed")
+    keys = ("remove", "budget", "seed", *_OF_SOLVE)
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
+
+
+def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """Return the options, with those that the spectrum of their removal was solved with.
+
+    Raises:
+        StageFileError: no spectrum, or it was solved for another energy or budget.
+    """
+    file = require(folder, config, "spectrum.json")
+    made = folder.record(file).options.content()
+    solved = config.replace(**{key: made[key] for key in _OF_SOLVE if key in made})
+    if not folder.is_made(file, solve_options(folder, solved)):
+        raise StageFileError(
+            f"{file} was solved for another energy or budget; solve again, with --overwrite: "
+            f"isingcut solve {shlex.quote(str(folder.path))}"
+        )
+    return solved
 
 
 def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
