@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from isingcut.cli.main import _program
 from isingcut.energies.pairwise import list_removals
 from isingcut.errors import InputError
 from isingcut.measure.curvature import gate_curvature
@@ -96,12 +97,36 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
 def test_a_patch_costs_passes_over_its_text():
     counted = prices()
     # Half of the blocks are removed: a deep cut.
-    for patch, passes in (("tuned", 6), ("linear", 3)):
+    counted.config = counted.config.replace(patch="none")
+    assert stage(counted, "patch") is None
+    ranked = stage(counted, "rank")["seconds"]
+    for patch, passes, trial in (("tuned", 4, 2), ("linear", 2, 1)):
         counted.config = counted.config.replace(patch_tokens=100, patch=patch)
         # The weights are read, written and read again.
         assert stage(counted, "patch")["seconds"] == pytest.approx(100 * passes * 6 + 3 * 0.1 * 60)
-    counted.config = counted.config.replace(patch="none")
-    assert stage(counted, "patch") is None
+        # The ranking patches candidates near the lowest.
+        assert stage(counted, "rank")["seconds"] == pytest.approx(ranked + 100 * trial * 6)
+
+
+def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
+    config = RunConfig(model="m", length=LENGTH, samples=5, patch="none")
+    counted, each = prices(config=config, n=20, latency=(1.0,) * 20), []
+    for counted.remove in (8, 9, 10):
+        each.append((stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"]))
+    counted.config = counted.config.replace(remove="8..10")
+    ranked, searched = stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"]
+    assert ranked == pytest.approx(sum(rank for rank, _ in each))
+    assert searched > max(search for _, search in each)
+    assert [one["name"] for one in counted.stages()] == ["load", "rank"]
+
+
+def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(llama):
+    options = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min", "quick": True}
+    plan = make_plan(RunConfig(model=str(llama), stream="off", **options))
+    energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
+    assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
+    context = _program.commands["energy"].make_context("energy", plan["command"].split()[2:])
+    assert (context.params["stream"], context.params["samples"]) == ("off", 3)
 
 
 def test_a_budget_of_healing_takes_its_tokens_or_its_time():

@@ -63,9 +63,8 @@ MOST_HOURS = 8
 """Longest run to recommend, in hours."""
 PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
 """Forward passes of a derivative energy; for energies with a curvature matrix, per row of it."""
-# Forward passes of a patch, one of them for the trial patches of candidates near the lowest; a
-# tuned patch of a deep cut takes one more.
-_PATCH = {"linear": 3, "tuned": 5}
+# Forward passes of a patch.
+_PATCH = {"linear": 2, "tuned": 4}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
 # Bytes per trained number (weight, gradient, two moments).
@@ -197,7 +196,8 @@ class Prices:
                 return pairs
             # Passes over states that cost about as much as the pairs. On average, a search ends
             # after half of its default budget.
-            passes = effort.passes or default_passes(n, [Target.count(n, self.remove)]) / 2
+            targets = [Target.count(n, removed) for removed in self._removals()]
+            passes = effort.passes or default_passes(n, targets) / 2
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
         rows = n if name in KINDS else 1
@@ -208,22 +208,25 @@ class Prices:
         # Every block is read in the forward and in the backward pass.
         return self._estimate_measurement(name, samples, seconds, work, 2 * (n + 1))
 
+    def _removals(self) -> list[int]:
+        """Return the number of removed blocks of each removal: several for a range."""
+        counts = self.config.remove.counts
+        return list(counts) if len(counts) > 1 else [self.remove]
+
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
         c, weights, forward = self.config, self._weights_in_memory(), self.forward
         reading, work = self.reading * self.weights, self.batch * self.logits
-        # Random states are measured on a quarter of the text.
-        states = (c.states + c.random_states // 4, self.n)
-        order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
+        ranked = [self._rank(removed) for removed in self._removals()]
+        seconds = sum(one["seconds"] for one in ranked)
+        found = [_estimate("load", 0, reading, weights), ranked[-1] | {"seconds": seconds}]
+        if len(ranked) > 1:
+            # The user chooses one of a range to cut.
+            return found
         # A checkpoint is read, written, and read again to verify it.
-        found = [
-            _estimate("load", 0, reading, weights),
-            self._states("rank", order < self.remove, c.rank_samples),
-            _estimate("excise", 0, 3 * reading, weights),
-        ]
+        found.append(_estimate("excise", 0, 3 * reading, weights))
         if c.patch != "none":
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
-            passes += c.patch == "tuned" and is_deep(self.remove, self.n)
             seconds = 3 * reading + passes * c.patch_tokens * forward
             memory = weights + 4 * c.patch_tokens * self.stream
             found.append(_estimate("patch", -(-c.patch_tokens // c.length), seconds, memory))
@@ -232,6 +235,19 @@ class Prices:
         # The original, the exact cut and the final model; the memory is that of two new processes.
         seconds = 3 * c.report_samples * c.length * forward + 2 * reading
         found.append(_estimate("evaluate", c.report_samples, seconds, weights + 4 * work))
+        return found
+
+    def _rank(self, removed: int) -> dict[str, Any]:
+        """Estimate the ranking of one removal, with trial patches of candidates near the lowest."""
+        c = self.config
+        # Random states are measured on a quarter of the text.
+        states = (c.states + c.random_states // 4, self.n)
+        order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
+        found = self._states("rank", order < removed, c.rank_samples)
+        if c.patch != "none":
+            # Trial patches in deep cuts are tuned, which takes about twice as long.
+            passes = 2 if c.patch == "tuned" and is_deep(removed, self.n) else 1
+            found["seconds"] += passes * c.patch_tokens * self.forward
         return found
 
     def _healing(self) -> dict[str, Any]:
@@ -305,7 +321,9 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
     began = time.perf_counter()
     prices = Prices(config, card)
     energies, stages = [prices.energy(name) for name in ENERGIES], prices.stages()
-    seconds, rest = {e["name"]: e["seconds"] for e in energies}, sum(s["seconds"] for s in stages)
+    seconds = {e["name"]: e["seconds"] for e in energies}
+    # Without a removal, the command only loads the model and measures its energy.
+    rest = sum(s["seconds"] for s in (stages if config.removal else stages[:1]))
     recommended, effort, why = advise(config, seconds, rest)
     return {
         "model": config.model,
@@ -355,11 +373,11 @@ def command(config: RunConfig, energy: str, effort: str = "") -> str:
     """Return the command line for an energy, with the given options."""
     words = ["isingcut", "run" if config.removal else "energy", config.model]
     own = {"model", "energy", "effort", "out"}
-    if not config.removal:
-        own |= {"states", "random_states"}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in own:
+        # `energy` has no options of the later stages.
+        known = config.removal or field.metadata["stage"] in ("model", "calibration", "energy")
+        if known and value != field.default and field.name not in own:
             words += [flag(field)] if value is True else [flag(field), str(value)]
     words += ["--energy", energy, *(["--effort", effort] if effort else [])]
     name = Path(config.model).name.removesuffix(".gguf") or "model"
