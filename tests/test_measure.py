@@ -61,6 +61,16 @@ def test_micro_batches_and_padding_do_not_change_the_losses():
     assert whole.counts.tolist() == [13, 8, 13, 10]
 
 
+def test_router_logits_in_the_outputs_change_nothing():
+    # Many fine-tunes of Mixtral have this field in their config.json.
+    tokens, found = random_tokens(), []
+    for wanted in (False, True):
+        replay = tiny_replay("mixtral", output_router_logits=wanted)
+        losses = measure(replay, tokens, states_of(len(replay), [(1,), (0, 3)]))
+        found.append([losses.kl_sums.tolist(), gate_gradients(replay, tokens).tolist()])
+    assert found[0] == found[1]
+
+
 def test_a_loss_that_is_not_finite_names_state_block_and_text():
     replay = tiny_replay("llama")
     # Only block 0 keeps block 1 from overflowing.

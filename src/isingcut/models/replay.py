@@ -263,6 +263,11 @@ class Replay:
         reuse_freed_memory()
         self.model = model.eval()
         stop_rescaling(model)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "output_router_logits", False):
+                # Only for a loss in training; computing it fails if the blocks do not run.
+                config.output_router_logits = False
         self.blocks = list(blocks or stack_modules(model))
         self.device = device or next(model.parameters()).device
         # A block that is streamed or has no weights takes the device of the input.
