@@ -255,7 +255,7 @@ _OUTPUT = [
     )
     for name, option, help_ in (
         ("as_json", "--json", "Print the result as one JSON document."),
-        ("quiet", "--quiet", "Print no progress and no tables, one line at most."),
+        ("quiet", "--quiet", "Print no progress and no tables."),
     )
 ]
 
@@ -300,11 +300,12 @@ def reopen(
     typed = dict(options)
     folder = RunFolder.open(directory, overwrite=bool(typed.get("overwrite")))
     folder.typed_solver = typed.get("solver")
+    config = folder.config
     if typed.get("budget") and not typed.get("remove"):
         typed["remove"] = ""
-    if typed.get("remove") and not typed.get("budget") and not folder.config.remove:
-        typed["budget"] = ""
-    config = folder.config.replace(**typed).validate()
+    elif typed.get("remove"):
+        config = config.at(typed["remove"])
+    config = config.replace(**typed).validate()
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; add --remove M")
     if not several and len(config.remove.counts) > 1:
