@@ -286,7 +286,9 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
                 assert len(one & other) <= (pattern[0] == "D")
 
 
-def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path):
+@pytest.mark.parametrize(("typed", "seed"), [("", 0), ("other/../", 0), ("", 1)])
+def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path, typed, seed):
+    (tmp_path / "other").mkdir()
     tokenizer = tiny_tokenizer()
     documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
     used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
@@ -294,7 +296,13 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path):
         *(re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t))) for t in used.splits.values())
     )
     found = healing_text.build(
-        documents, tokenizer, samples=None, report_samples=2, length=48, seed=0, used=used
+        f"{tmp_path}/{typed}a.jsonl",
+        tokenizer,
+        samples=None,
+        report_samples=2,
+        length=48,
+        seed=seed,
+        used=used,
     )
     text = " ".join([*decoded(tokenizer, found.train), *decoded(tokenizer, found.report)])
     assert len(measured) > 4

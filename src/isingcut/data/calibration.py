@@ -25,7 +25,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.conversations import row_of
 from isingcut.data.corpora import Corpus, is_new, read, refuse_changed, text_hashes, words_for
 from isingcut.data.generation import sample_from_model
-from isingcut.data.mixture import Part, Turns, name_part, parts_of, place_of
+from isingcut.data.mixture import Part, Turns, is_same_text, name_part, parts_of, place_of
 from isingcut.data.tokens import Encoder, Row, TokenSet, distinct, has_prediction, ids_of, overlap
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
@@ -266,7 +266,7 @@ def open_parts(
     ranges instead.
 
     Args:
-        used: calibration whose text is left out (its documents only if the seed is the same).
+        used: calibration whose text is left out.
         most: maximum tokens of one document; None for no limit.
         generate: function that yields samples of ``"self"``; None if real text is needed.
 
@@ -287,11 +287,12 @@ def open_parts(
                 corpora.append(Corpus("generated", generate()))
             else:
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
-                # Skip the documents of a calibration with the same seed, in all sources before any
+                # Skip the documents of the calibration, in its order and in all sources before any
                 # source is read further, so that none repeats them.
-                same_order = used is not None and used.meta.get("seed") == seed
-                left = int(_facts(used, part.source).get("documents", 0)) if same_order else 0
-                while left and (document := next(corpus.documents, None)) is not None:
+                left, measured = int(_facts(used, part.source).get("documents", 0)), corpus
+                if used is not None and left and used.meta["seed"] != seed:
+                    measured = read(part.source, encode.tokenizer, used.meta["seed"])
+                while left and (document := next(measured.documents, None)) is not None:
                     is_new(document, seen)
                     # Counted as in `_tokenise`: documents with tokens.
                     left -= bool(encode(document, 1))
@@ -366,11 +367,11 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
     """Return a calibration's facts about one source of its text."""
     if used is None:
         return {}
-    if used.source == source:
+    if is_same_text(used.source, source):
         tokens = sum(int(split.mask.sum()) for split in used.splits.values())
         return {**used.meta, "tokens": tokens}
     parts: Sequence[Mapping[str, Any]] = used.meta.get("parts", ())
-    return next((part for part in parts if part["source"] == source), {})
+    return next((part for part in parts if is_same_text(part["source"], source)), {})
 
 
 def _tokenise(

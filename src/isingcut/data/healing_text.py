@@ -55,7 +55,7 @@ def build(
         report_samples: samples for reporting; they are read first.
         length: tokens per sample; conversations are truncated.
         seed: seed of the order of the documents.
-        used: calibration whose text is left out (its documents only if the seed is the same).
+        used: calibration whose text is left out.
         model: model whose embedding limits the token ids.
 
     Raises:

@@ -161,6 +161,12 @@ def place_of(source: str) -> str:
     return source if _exists(source) else source.removeprefix(ANSWERS)
 
 
+def is_same_text(one: str, other: str) -> bool:
+    """Whether two sources are one text, perhaps a file with its path typed in two ways."""
+    first, second = (user_path(place_of(source)).resolve() for source in (one, other))
+    return one == other or first == second
+
+
 def places_in(source: str) -> list[str]:
     """List the sources of a mixture, or the single source, without checking that they exist."""
     try:
