@@ -94,6 +94,21 @@ def test_auto_stops_at_its_limit():
     assert solve(WIDE, "auto", seconds=0.2).info["stopped"] == "time limit"
 
 
+def test_a_limit_does_not_count_the_compilation(monkeypatch):
+    now, compilation, plain = [0.0], iter([100.0]), tabu.tabu_walk
+
+    def walk(*arguments):
+        now[0] += next(compilation, 0.0)
+        return plain(*arguments)
+
+    monkeypatch.setattr(tabu, "tabu_walk", walk)
+    monkeypatch.setattr("isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0])
+    exact.compile_search.cache_clear()
+    problem = Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)])
+    assert solve(problem, "auto", k=3, diverse=2, seconds=60.0).proven
+    assert now == [100.0]
+
+
 def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
 

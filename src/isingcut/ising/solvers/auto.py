@@ -9,7 +9,7 @@ import numpy as np
 
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers.base import Solution, reduce
-from isingcut.ising.solvers.exact import Exact
+from isingcut.ising.solvers.exact import Exact, compile_search
 from isingcut.ising.solvers.tabu import Tabu
 
 __all__ = ["Auto"]
@@ -30,6 +30,10 @@ class Auto:
 
     seconds: float | None = 60.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None:
+            compile_search()
 
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""

@@ -16,12 +16,15 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from isingcut.errors import InputError
+from isingcut.ising.constraints import count
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers._enumeration import enumerate_below
 from isingcut.ising.solvers._relaxation import Dual, Relaxation, Subproblem, spin_matrix
@@ -58,6 +61,10 @@ class Exact:
     seed: int = 0
     memory_mb: float = 150.0
 
+    def __post_init__(self) -> None:
+        if self.seconds is not None:
+            compile_search()
+
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find the ``k`` lowest states, proven unless a limit was reached."""
         if self.threads < 0 or (self.seconds is not None and self.seconds <= 0):
@@ -87,6 +94,17 @@ class Exact:
         bound = min(frontier, energies.min(initial=np.inf))
         lower = None if np.isneginf(bound) else bound * search.scale + reduced.c
         return Solution(reduced.expand(states), lower, search.stopped is None, info)
+
+
+@cache
+def compile_search() -> None:
+    """Run every compiled function once, so that no time limit counts numba's first compilation."""
+    problem = Problem(Hamiltonian(np.zeros(4), 1 - np.eye(4)), [count(4, 2)])
+    search = _BranchAndBound(reduce(problem), 1, 1.0)
+    part = Subproblem(search.h, search.J, np.full(4, -1, dtype=np.int8), 2)
+    search.relaxation.bound(part, 2, search.relaxation.start(None, part, 2))
+    search.warm_start(problem, 0)
+    search._enumerate(part, True)
 
 
 class _Pool:
