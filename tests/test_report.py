@@ -281,13 +281,13 @@ def test_other_methods_stand_with_the_chosen_state_lowest_first(folder):
         ("cbo", 0.125, {}),
         ("none", 0.0625, {"violated": ["keep 0", "keep 2"]}),
     ):
-        content = baseline(name, [0, 3], kl, **more)
+        content = baseline(name, [0, 3, 5], kl, **more)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
     part = section(page_of(folder), "Other methods")
     rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
     figures = "3.5000 ± 0.1000 | 12.5 | 1000 |"
-    assert rows[0] == f"| `none` | 0 and 3 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
-    assert rows[1] == f"| `cbo` | 0 and 3 | 0.1250 ± 0.0500 | {figures} none |"
+    assert rows[0] == f"| `none` | 0, 3 and 5 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
+    assert rows[1] == f"| `cbo` | 0, 3 and 5 | 0.1250 ± 0.0500 | {figures} none |"
     assert rows[2].startswith("| chosen (`pairwise`) | ")
     # The energy did not count its passes.
     assert rows[2].endswith(" | not counted | 40 | none |")
@@ -405,6 +405,30 @@ def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
         change(folder / "run.json", "run", stages=stages)
         found = RunFiles(folder)
         assert [found.evaluation is not None, found.gguf is not None] == [there, there]
+
+
+@pytest.mark.parametrize("source", ["calibration", "energy"])
+def test_what_was_made_from_an_earlier_text_or_energy_is_not_there(folder, source):
+    record(folder)
+    stages = read_json(folder / "run.json", "run")["stages"]
+    stages["calibration.safetensors"] = {**stages["evaluation.json"], "stage": "calibration"}
+    for fingerprint, there in (("0", True), ("1", False)):
+        for key in ("spectrum.json", "candidates.json", "evaluation.json"):
+            stages[key] = {**stages[key], "options": {source: fingerprint}}
+        change(folder / "run.json", "run", stages=stages)
+        found = RunFiles(folder)
+        assert [found.spectrum is not None, found.candidates is not None] == [there, there]
+        # Only the text of an evaluation matters.
+        assert (found.evaluation is not None) == (there or source == "energy")
+
+
+def test_choices_for_an_earlier_removal_are_not_compared(folder):
+    number = len(read_json(folder / "candidates.json", "candidates")["chosen"]["removed"])
+    for name, removed in (("sleb", range(number)), ("cbo", range(number - 1))):
+        content = baseline(name, list(removed), 0.001)
+        write_json(folder / f"baseline-{name}.json", "baseline", content)
+    record(folder)
+    assert [b.baseline for b in RunFiles(folder).baselines] == ["sleb"]
 
 
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):

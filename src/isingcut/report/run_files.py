@@ -78,12 +78,22 @@ class RunFiles:
         return found if found is not None and found.done else None
 
     def is_outdated(self, path: Path) -> bool:
-        """Whether a file was made from an earlier checkpoint than the current one."""
-        made, product = self.record(path), self.record(self.product)
-        return bool(made and product and path != self.product and not made.is_of(product))
+        """Whether a file was made from an earlier text, energy or checkpoint than the current."""
+        made = self.record(path)
+        if made is None:
+            return False
+        sources = {"calibration": self.folder / "calibration.safetensors", "model": self.product}
+        if made.stage in ("solve", "rank"):
+            sources["energy"] = self.folder / "hamiltonian.safetensors"
+        read = made.options.content()
+        for key, source in sources.items():
+            now = self.record(source)
+            if now and path != source and read.get(key) not in (None, now.fingerprint):
+                return True
+        return False
 
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
-        """Read a file; return None if it is missing, unfinished or of an earlier checkpoint.
+        """Read a file; return None if it is missing, unfinished or outdated.
 
         Args:
             made_with: name of the folder in ``target`` whose record includes the file; by default
@@ -115,12 +125,17 @@ class RunFiles:
 
     @cached_property
     def baselines(self) -> list[states.BaselineFile]:
-        """Contents of all `baseline-NAME.json`, lowest measured KL first."""
+        """Contents of all `baseline-NAME.json` of this removal, lowest measured KL first.
+
+        After `run --overwrite` with another removal, the folder has those of the earlier one, too.
+        """
         files = sorted(self.target.glob("baseline-*.json"))
         found = [
             self.read(file, partial(read_document, model=states.BaselineFile)) for file in files
         ]
-        return sorted((b for b in found if b is not None), key=lambda b: b.kl)
+        chosen = None if self.candidates is None else len(self.candidates.chosen.removed)
+        own = [b for b in found if b is not None and chosen in (None, len(b.removed))]
+        return sorted(own, key=lambda b: b.kl)
 
     @cached_property
     def hamiltonian(self) -> Hamiltonian | None:
