@@ -16,6 +16,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
+from run_files import change
 from shared import OPTIONS, call
 
 # Other tests measure speed and memory.
@@ -123,6 +124,16 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(finished, 
     capsys.readouterr()
     assert call("rank", out, "--overwrite") == 2
     assert "was solved for another energy or budget; solve again" in capsys.readouterr().err
+
+
+def test_what_quick_has_set_does_not_replace_what_is_typed_later(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = read_json(out / "run.json", "run")["config"]
+    change(out / "run.json", "run", config={**config, "quick": True, "random_states": 0})
+    opened = isingcut.runs.folder.RunFolder.open(out).config
+    assert (opened.random_states, opened.skip_speed) == (0, False)
+    assert opened.replace(random_states=40).random_states == 40
 
 
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------

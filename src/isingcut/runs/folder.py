@@ -145,6 +145,8 @@ class RunFolder:
         stored = self.run.config.content()
         # It is never stored, but another person may have edited the file.
         stored.pop("trust_remote_code", None)
+        # What it sets is stored; it must not replace an option that is typed now.
+        stored.pop("quick", None)
         found = options_from(RunConfig, stored, str(self.path / MANIFEST))
         return found.replace(out=str(self.path))
 
