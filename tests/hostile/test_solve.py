@@ -185,6 +185,15 @@ def test_a_run_folder_chooses_no_kernel(arena):
     arena.try_row(Row("kernel", command, "run.json: attention must be one of auto", kernel))
 
 
+def test_more_time_for_a_solver_is_not_ignored(arena):
+    command = "solve {run} --remove 3 --solver tabu --solve-seconds"
+    made = ("run/run.json", "run/remove-3", "run/remove-3/spectrum.json")
+    arena.try_row(Row("first", f"{command} 1", code=0, makes=made))
+    words = r"solve_seconds: was 1\.0, now 9\.0"
+    arena.try_row(Row("refused", f"{command} 9", words))
+    arena.try_row(Row("again", f"{command} 9 --overwrite", code=0, makes=made))
+
+
 # Speed, which may be left out ---------------------------------------------------------
 
 

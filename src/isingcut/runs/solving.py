@@ -40,7 +40,7 @@ TIMED_TOKENS = 128
 
 _WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
 # Options that are typed for `solve`, and not for the stages that use its spectrum.
-_OF_SOLVE = ("keep", "drop", "solver", "states", "diverse")
+_OF_SOLVE = ("keep", "drop", "solver", "states", "diverse", "solve_seconds")
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
@@ -253,7 +253,9 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    keys = ("remove", "budget", "seed", *_OF_SOLVE)
+    keys = ["remove", "budget", "seed", *_OF_SOLVE]
+    if config.solve_seconds == RunConfig.solve_seconds:
+        keys.remove("solve_seconds")
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 
 
