@@ -245,6 +245,11 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
     assert f"with --remove give {run}" in capsys.readouterr().err
 
 
+def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, capsys):
+    assert call("rank", run, "--tasks", "piqa", "--questions", 4) == 2
+    assert "--questions are for --choose tasks" in capsys.readouterr().err
+
+
 def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):
     config = read_json(run / "run.json", "run")["config"]
     change(run / "run.json", "run", config={**config, "remove": "", "budget": "params=40%"})
@@ -267,7 +272,8 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     found = answer(capsys, "push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
     assert call("push", run / "model", "me/cut") == 0
-    capsys.readouterr()
+    assert call("push", run / "model", "me/cut", "--remove", 4) == 2
+    assert "--remove and --budget are for a run folder" in capsys.readouterr().err
     listed = answer(capsys, "push", run, "me/cut", "--dry-run")
     assert listed["url"] is None
     assert {f["name"] for f in listed["files"]} == {

@@ -163,6 +163,11 @@ def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     Example: isingcut rank my-run --remove 8
     """
     folder, config = reopen(directory, options)
+    if options.keys() & {"tasks", "data", "questions"} and config.choose != "tasks":
+        raise InputError(
+            "--tasks, --data and --questions are for --choose tasks; to score a checkpoint, type: "
+            "isingcut evaluate"
+        )
     session = pipeline.session_of(folder, config, progress, Processes.join())
     found = ranking.rank(session, folder)
     file = folder.target(config.removal) / "candidates.json"
@@ -414,6 +419,8 @@ def push(
     from isingcut.runs import interop_hub
 
     checkpoint, folder = directory, None
+    if (directory / "isingcut.json").is_file() and options:
+        raise InputError("--remove and --budget are for a run folder; a checkpoint has its own")
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
         solving.require(folder, config, "model")
