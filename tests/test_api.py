@@ -170,6 +170,14 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
     assert run._session.config.remove == "3"
 
 
+def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    text = {"calibration": "my-text.txt", "budget": "params=5%", "random_states": 0}
+    run = isingcut.prune("my-model", remove="2..3", out=tmp_path / "run", **text, **OPTIONS)
+    assert len(run.at(3).spectrum) > 1
+    assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
+
+
 def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
     monkeypatch.chdir(place)
     assert repr(isingcut.open_run("my-run", "")) == "<isingcut run of my-model: 10 blocks>"
@@ -221,6 +229,7 @@ def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
             lambda: run.save("new", blocks=5),
             lambda: run.save("new", blocks=[]),
             lambda: run.save("new", blocks=["1"]),
+            lambda: run.save("new", blocks=[-1, 2]),
         ),
         "either a RunConfig or options by name": (lambda: isingcut.run("my-model"),),
         "either a HealConfig or options by name": (lambda: heal("my-model"),),

@@ -253,6 +253,11 @@ class RunConfig(Options):
         """The names of all energies to measure, the main one first."""
         return [self.energy, *(name.strip() for name in self.also.split(",") if name.strip())]
 
+    def at(self, remove: int | str) -> RunConfig:
+        """Return the options of another removal, which replaces a budget without ``remove``."""
+        budget = self.budget if self.remove else ""
+        return self.replace(remove=remove, budget=budget)
+
     if TYPE_CHECKING:
 
         def __init__(self, **options: Any) -> None:

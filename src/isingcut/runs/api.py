@@ -229,8 +229,7 @@ class Run:
             >>> isingcut.open_run("my-run").at(4).spectrum.states.sum(axis=1).tolist()[:2]
             [4, 4]
         """
-        config = self.config.replace(remove=remove, budget="")
-        return Run(self._folder, config, lambda: self._session)
+        return Run(self._folder, self.config.at(remove), lambda: self._session)
 
     @convert_memory_errors()
     def save(
@@ -308,7 +307,8 @@ class Run:
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
     try:
-        if found := sorted({operator.index(b) for b in blocks}):
+        found = sorted({operator.index(b) for b in blocks})
+        if found and found[0] >= 0:
             return found
     except TypeError:
         pass
@@ -427,10 +427,10 @@ def open_run(
     """
     shown = as_progress(progress)
     found = RunFolder.open(user_path(folder), overwrite=overwrite)
-    changed: dict[str, Any] = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    if model is not None:
-        changed["model"] = model
-    if remove is not None:
-        changed |= {"remove": remove, "budget": ""}
-    config = found.config.replace(**changed).validate()
+    config = found.config if remove is None else found.config.at(remove)
+    config = config.replace(
+        model=config.model if model is None else model,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    ).validate()
     return Run(found, config, cache(lambda: session_of(found, config, shown)))
