@@ -3,6 +3,7 @@
 import pytest
 
 from isingcut.errors import InputError
+from isingcut.options.config import RunConfig
 from isingcut.options.spellings import BlockList, Budget, Budgets, Effort, Memory, Removal, Training
 
 # Class, function of its value, and expected results by typed text.
@@ -112,3 +113,8 @@ def test_lists_of_blocks():
     for typed in ("0,1,5-8, 7", "0 1 5 - 8", "[8, 7, 5, 6, 1, 0]", "0\n1\n5-8\n", "(0; 1; 5-8)"):
         assert BlockList(typed).numbers == [0, 1, 5, 6, 7, 8]
     assert len(BlockList(",".join(["0-99999"] * 5000)).numbers) == 100_000
+
+
+def test_an_energy_that_is_named_twice_is_measured_once():
+    config = RunConfig(model="m", energy="pairwise", also="fisher, pairwise,fisher")
+    assert config.energies == ["pairwise", "fisher"]

@@ -251,7 +251,8 @@ class RunConfig(Options):
     @property
     def energies(self) -> list[str]:
         """The names of all energies to measure, the main one first."""
-        return [self.energy, *(name.strip() for name in self.also.split(",") if name.strip())]
+        also = [name.strip() for name in self.also.split(",") if name.strip()]
+        return list(dict.fromkeys([self.energy, *also]))
 
     def at(self, remove: int | str) -> RunConfig:
         """Return the options of another removal, which replaces a budget without ``remove``."""
