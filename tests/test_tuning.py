@@ -10,8 +10,11 @@ import torch
 
 from cards import fake_cards
 from isingcut.errors import ArchitectureError
-from isingcut.measure.gradients import gate_gradients
+from isingcut.measure.curvature import gate_curvature
+from isingcut.measure.gradients import gate_gradients, gate_slopes
 from isingcut.measure.losses import measure
+from isingcut.measure.streams import one_pass
+from isingcut.measure.work import Work
 from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
@@ -52,10 +55,16 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     found = {}
     for name in used:
         replay.attention = name
-        found[name] = measure(replay, tokens, states).kl_sums, gate_gradients(replay, tokens)
+        found[name] = (
+            measure(replay, tokens, states).kl_sums,
+            gate_gradients(replay, tokens),
+            gate_curvature(replay, tokens, "hessian").curvature_sums,
+            gate_slopes(replay, tokens, states[1], 64),
+            *one_pass(replay, tokens, Work()),
+        )
     assert used == {None: {"sdpa"}, attention: {attention}}
     for plain, other in zip(found[None], found[attention], strict=True):
-        np.testing.assert_allclose(plain, other, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(plain, other, rtol=1e-3, atol=1e-5)
     assert replay.model.config._attn_implementation == "sdpa"
 
 

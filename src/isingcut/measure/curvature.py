@@ -92,17 +92,19 @@ def gate_curvature(
         )
     n = len(replay)
 
-    def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        return [_batch_curvature(replay, head, batch, kind, gate) for batch in some]
-
     def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
+        head = OutputHead(replay)
+
+        def compute(some: Sequence[TokenSet]) -> list[Floats]:
+            return [_batch_curvature(replay, head, batch, kind, gate) for batch in some]
+
         for batch in mine:
             yield from split_to_fit(
                 replay.limit, [batch], compute, lambda a, b: np.concatenate([a, b])
             )
             bar.advance(1)
 
-    words, head = f"{kind} of {tokens.samples} samples", OutputHead(replay)
+    words = f"{kind} of {tokens.samples} samples"
     rows = measure_batches(
         replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
     )

@@ -217,7 +217,7 @@ def measure_batches(
 
     measured = identity(replay, tokens, batch_tokens=work.batch_tokens, **how)
     kept = SharedJournal(work.journal, measured, fits, replay.processes)
-    with work.progress(words, len(batches)) as bar:
+    with work.progress(words, len(batches)) as bar, use_attention(replay):
         todo = [key for key in batches if kept.get(key) is None]
         bar.advance(len(batches) - len(todo))
         own, bar = kept.share(todo, bar)
@@ -269,10 +269,9 @@ def gate_gradients(
             yield row.double().cpu().numpy()
 
     words, shape = f"gradients of {tokens.samples} samples", (len(replay),)
-    with use_attention(replay):
-        return measure_batches(
-            replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
-        )
+    return measure_batches(
+        replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
+    )
 
 
 GATE_SLOPES_PASSES = 4.0
@@ -293,6 +292,7 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
         return divergence_gradient(recording, original, cut, batch)
 
     total = np.zeros(len(replay))
-    for rows in gate_rows(replay, tokens.batches(batch_tokens), "block", toward, removed=state):
-        total += rows.T.contiguous().sum(1).double().cpu().numpy()
+    with use_attention(replay):
+        for rows in gate_rows(replay, tokens.batches(batch_tokens), "block", toward, removed=state):
+            total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens

@@ -16,7 +16,7 @@ from isingcut.ising.states import Floats, States, blocks_of
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import Work
 from isingcut.models.load import explain_nan
-from isingcut.models.replay import Replay
+from isingcut.models.replay import Replay, use_attention
 
 # Hidden states kept per micro-batch: before all blocks, and before and after one block.
 _STREAMS = 3
@@ -153,7 +153,7 @@ def _sum_scores(
             return list(found)
 
         groups = [batches] if replay.streamed else [[batch] for batch in batches]
-        with torch.inference_mode():
+        with torch.inference_mode(), use_attention(replay):
             sums = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
     return np.asarray(sum(itertools.chain.from_iterable(sums)))
 
