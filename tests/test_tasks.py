@@ -283,6 +283,16 @@ def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
     assert task.doc_to_target(question) == " mill"
 
 
+def test_a_context_of_digits_is_a_text(tmp_path):
+    records = [{"context": c, "choices": ["one", "two"], "answer": 0} for c in ("12", "0")]
+    file = write_jsonl(tmp_path / "numbers.jsonl", records)
+    (made,) = prepare_task(str(file), None).make().values()
+    for question in made.eval_docs:
+        context = made.fewshot_context(question, 0)
+        asked = made.construct_requests(question, context, metadata=("numbers", 0, 1))
+        assert [each.args for each in asked] == [(question["context"], c) for c in (" one", " two")]
+
+
 def test_the_harness_lists_its_tasks_once(monkeypatch):
     made = []
 
