@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import InputError
+from isingcut.errors import InputError, StageFileError
 from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
@@ -111,7 +111,11 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(finished, 
     shutil.copytree(finished, out)
     kept = read_json(out / "candidates.json", "candidates")["chosen"]["removed"][0]
     assert call("solve", out, "--keep", kept, "--overwrite") == 0
-    assert call("rank", out) == 2, "the ranking is of the earlier spectrum"
+    assert call("excise", out) == 2, "the ranking is of the earlier spectrum"
+    assert "is of an earlier energy or spectrum" in capsys.readouterr().err
+    with pytest.raises(StageFileError, match="solve and rank again"):
+        _ = isingcut.open_run(out).chosen
+    assert call("rank", out) == 2
     assert f"keep: was '', now '{kept}'" in capsys.readouterr().err
     assert call("rank", out, "--overwrite") == 0
     found = read_json(out / "candidates.json", "candidates")

@@ -162,10 +162,9 @@ class Run:
     @cached_property
     @convert_memory_errors()
     def _ranked(self) -> CandidatesFile:
-        file = self.path / "candidates.json"
-        if self._folder.find_finished(file) is not None:
+        if self._folder.find_finished(self.path / "candidates.json") is not None:
             # Reading finished results needs no model.
-            return self._folder.load(file, solving.load_candidates)
+            return solving.read_ranking(self._folder, self.config)
         return solve_and_rank(self._session, self._folder)
 
     @property

@@ -297,10 +297,28 @@ def load_candidates(path: Path) -> CandidatesFile:
     return read_document(path, CandidatesFile)
 
 
+def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
+    """Read the ranking of one removal.
+
+    Raises:
+        StageFileError: no ranking, or the energy was measured or solved again since.
+    """
+    file = require(folder, config, "candidates.json")
+    ranked = folder.record(file).options.content()
+    energy = folder.find_finished(folder.path / "hamiltonian.safetensors")
+    solved = folder.find_finished(file.with_name("spectrum.json"))
+    now = {} if solved is None else solved.options.content()
+    now |= {} if energy is None else {"energy": energy.fingerprint}
+    if any(ranked.get(key) != value for key, value in now.items() if key in ranked):
+        raise StageFileError(
+            f"{file} is of an earlier energy or spectrum; solve and rank again, with --overwrite"
+        )
+    return folder.load(file, load_candidates)
+
+
 def chosen_blocks(folder: RunFolder, config: RunConfig) -> list[int]:
     """Return the blocks that the ranking of one removal chose."""
-    found = folder.load(require(folder, config, "candidates.json"), load_candidates)
-    return found.chosen.removed
+    return read_ranking(folder, config).chosen.removed
 
 
 def report(folder: RunFolder, target: Path) -> Path:
