@@ -175,6 +175,8 @@ def test_blocks_counted_from_one(run, capsys):
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
         assert call("excise", run, "--blocks", *wrong.split()) == 2
         assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
+    assert call("excise", run, "--blocks", "0,1", "--remove", 3) == 2
+    assert "--remove 3 does not fit the 2 --blocks" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "") == 2
     assert "--blocks is empty" in capsys.readouterr().err
     assert call("excise", run, "--one-based") == 2

@@ -332,6 +332,9 @@ def reopen_at(
         raise InputError("--blocks is empty; write for example 3,4,9")
     named = [block - one_based for block in typed]
     folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
+    if config.remove.counts and config.remove.counts[0] != len(named):
+        words = f"--remove {config.remove} does not fit the {len(named)} --blocks"
+        raise InputError(f"{words}; omit --remove")
     total = len(folder.run.blocks.blocks)
     if named[0] < 0 or named[-1] >= total:
         raise InputError(
