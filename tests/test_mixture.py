@@ -17,6 +17,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_document
+from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
@@ -325,6 +326,23 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
         assert len(numbers) > 10
         assert not numbers & held
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
+
+
+def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
+    tokenizer = tiny_tokenizer()
+    documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
+    source = f"{documents}=1,{others}=1"
+    used = build(source, tokenizer, **SIZES)
+    options = {"report_samples": 6, "length": 40, "seed": 3}
+    report = healing_text.build(source, tokenizer, samples=None, used=used, **options).report
+    found, _ = to_fit(used, tokenizer, 3000, healing=HealConfig(text=source, **options))
+    fitted, unseen = (
+        set(re.findall(r"([<\[]\d+)\.", " ".join(decoded(tokenizer, t)))) for t in (found, report)
+    )
+    assert len(unseen) > 6
+    assert len(fitted) > 60
+    # The last document of a sample may be cut within its number.
+    assert len(fitted & unseen) <= 1
 
 
 def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):

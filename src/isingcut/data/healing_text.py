@@ -11,6 +11,7 @@ from isingcut.data.text_files import is_read_once
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
 from isingcut.files.cuts import FittedText
+from isingcut.options.config import HealConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,30 +87,37 @@ def to_fit(
     tokenizer: PreTrainedTokenizerBase,
     most: int,
     model: PreTrainedModel | None = None,
+    healing: HealConfig | None = None,
 ) -> tuple[TokenSet, FittedText]:
     """Return about ``most`` tokens outside the rank and report splits, and a record of them.
 
-    The energy split comes first, then more of the source.
+    The energy split comes first, then more of the source, or the training text of a healing.
 
     Args:
         used: calibration of a run; its source is read further if its energy split is too short.
         most: number of tokens, including those without a prediction.
         model: model whose embedding limits the token ids.
+        healing: options of the healing that follows, with a length; its report text stays unseen.
     """
+    source, length, seed, unseen = used.source, used.meta["length"], used.meta["seed"], 0
+    if healing is not None:
+        source, length, seed = healing.text, healing.length, healing.seed
+        unseen = healing.report_samples
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
     own = split.first(most)
     rows = own.rows
     missing, short = most - int(own.mask.sum()), ""
-    places = places_in(used.source)
+    places = places_in(source)
     if missing > 0 and "self" in places:
         short = "the model wrote no more"
     elif missing > 0 and any(map(is_read_once, places)):
         short = "a pipe is read once"
     elif missing > 0:
         try:
-            parts, length, seed = parts_of(used.source), used.meta["length"], used.meta["seed"]
-            texts = open_parts(parts, encode, length, seed, 1, used=used)
-            drawn, ended = draw_split(parts, texts, 0, length, f"{seed} further", None, missing)
+            parts = parts_of(source)
+            texts = open_parts(parts, encode, length, seed, 2, used=used)
+            draw_split(parts, texts, 0, length, f"{seed} report", unseen)
+            drawn, ended = draw_split(parts, texts, 1, length, f"{seed} train", None, missing)
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
         except IsingcutError:
@@ -117,7 +125,7 @@ def to_fit(
             short = "the source was changed or cannot be read; restore the old text to fit on more"
     found = TokenSet.from_rows(rows, encode.pad)
     return found, FittedText(
-        source=describe_source(used.source),
+        source=" + ".join(dict.fromkeys(map(describe_source, (used.source, source)))),
         samples=found.samples,
         searched=own.samples,
         tokens=int(found.mask.sum()),

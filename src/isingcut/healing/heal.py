@@ -157,14 +157,14 @@ def build_text(
         teacher.tokenizer,
         samples=config.samples,
         report_samples=config.report_samples,
-        length=_sample_length(config, teacher.model),
+        length=sample_length(config, teacher.model),
         seed=config.seed,
         used=used,
         model=teacher.model,
     )
 
 
-def _sample_length(config: HealConfig, model: Any) -> int:
+def sample_length(config: HealConfig, model: Any) -> int:
     """Return the tokens per sample: the requested number, but at most the model's positions."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     length = config.length or LENGTH
@@ -282,7 +282,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         start=start,
         removed=list(job.removed),
         of=len(find_stack(job.teacher.model)),
-        length=_sample_length(config, job.teacher.model),
+        length=sample_length(config, job.teacher.model),
         report_samples=text.report.samples,
         report_tokens=text.report.tokens,
         overlap={"report": text.overlap},

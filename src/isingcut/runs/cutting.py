@@ -25,7 +25,7 @@ from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.healing import RECORD as HEALING
-from isingcut.healing.heal import build_text, heal_checkpoint
+from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
 from isingcut.healing.patch.checkpoint import (
     CANNOT,
@@ -222,6 +222,9 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        if config.heal:
+            keys = ("text", "seed", "length", "report_samples")
+            how["healing"] = {key: getattr(healing, key) for key in keys}
         stage, options["patch"] = "patch", {**how, **calibration_options(folder)}
 
     def make(path: Path) -> None:
@@ -270,7 +273,11 @@ def _patch_job(
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    tokens, text = to_fit(own, loaded.tokenizer, session.config.patch_tokens, loaded.model)
+    most, later = session.config.patch_tokens, None
+    if session.config.heal:
+        later = distil_config(session.config)
+        later = later.replace(length=sample_length(later, loaded.model))
+    tokens, text = to_fit(own, loaded.tokenizer, most, loaded.model, later)
     how = patch_config(session.config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
 
