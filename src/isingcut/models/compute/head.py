@@ -225,12 +225,8 @@ class Comparison:
     def sum_samples(self, found: Sequence[Tensor]) -> Floats:
         """Sum K results of `compare` over the tokens of each sample: (2, K, B)."""
         values, counts = torch.stack([*found], 1).cpu().numpy(), self._batch.predicted.sum(1)
-        if not self._head.plain:
-            parts = np.split(values, counts.cumsum(0)[:-1].numpy(), 2)
-            return np.stack([part.sum(2) for part in parts], 2)
-        sample = np.repeat(np.arange(len(counts)), counts)
-        sums = [np.bincount(sample, row, len(counts)) for row in values.reshape(-1, len(sample))]
-        return np.reshape(sums, (2, len(found), len(counts)))
+        samples = np.split(values, counts.cumsum(0)[:-1].numpy(), 2)
+        return np.stack([sample.sum(2) for sample in samples], 2)
 
 
 def loss_gradient(
