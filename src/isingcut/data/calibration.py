@@ -168,12 +168,14 @@ def build(
 
     Raises:
         CalibrationError: the text is unreadable, malformed or too short.
-        InputError: a mixture has more texts than a split has samples.
+        InputError: a sample count or the length is too small.
     """
     counts = {"report": report_samples, "rank": rank_samples, "energy": samples}
     parts = parts_of(source)
-    for name, value in counts.items():
-        if value < len(parts):
+    for name, value in {**counts, "length": length - 1}.items():
+        if value < 1:
+            raise InputError(f"calibration needs at least one {name} sample of two tokens")
+        if value < len(parts) and name in counts:
             raise InputError(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
                 "raise --samples, --rank-samples or --report-samples"
