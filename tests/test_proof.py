@@ -95,6 +95,13 @@ def test_generation_is_compared_despite_masked_logits():
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
+@pytest.mark.parametrize("setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}])
+def test_settings_of_generation_do_not_stop_the_proof(setting, tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.update(**setting)
+    verify(model, [2], cut_of(model, [2], tmp_path))
+
+
 @pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
 def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
     class Rounded:

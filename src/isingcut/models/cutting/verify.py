@@ -217,9 +217,12 @@ def check_generation(
     Raises:
         VerificationError: the tokens differ, or `generate` fails.
     """
-    greedy = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    # Settings of the model's generation_config.json that need a tokenizer, or always a cache.
+    unset = {"stop_strings": None, "prompt_lookup_num_tokens": None}
+    greedy = {**lengths, **unset, "do_sample": False, "num_beams": 1}
     for row in torch.split(tokens, 1):
-        options = {**greedy, "num_beams": 1, "attention_mask": torch.ones_like(row)}
+        options = {**greedy, "attention_mask": torch.ones_like(row)}
         try:
             with torch.no_grad():
                 cached = model.generate(row, use_cache=True, **options)[0]
