@@ -99,10 +99,9 @@ def to_fit(
         model: model whose embedding limits the token ids.
         healing: options of the healing that follows, with a length; its report text stays unseen.
     """
-    source, length, seed, unseen = used.source, used.meta["length"], used.meta["seed"], 0
+    source, length, seed = used.source, used.meta["length"], used.meta["seed"]
     if healing is not None:
         source, length, seed = healing.text, healing.length, healing.seed
-        unseen = healing.report_samples
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
     own = split.first(most)
     rows = own.rows
@@ -115,9 +114,11 @@ def to_fit(
     elif missing > 0:
         try:
             parts = parts_of(source)
-            texts = open_parts(parts, encode, length, seed, 2, used=used)
-            draw_split(parts, texts, 0, length, f"{seed} report", unseen)
-            drawn, ended = draw_split(parts, texts, 1, length, f"{seed} train", None, missing)
+            splits, turns = (1, "further") if healing is None else (2, "train")
+            texts = open_parts(parts, encode, length, seed, splits, used=used)
+            if healing is not None:
+                draw_split(parts, texts, 0, length, f"{seed} report", healing.report_samples)
+            drawn, ended = draw_split(parts, texts, -1, length, f"{seed} {turns}", None, missing)
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
         except IsingcutError:
