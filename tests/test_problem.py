@@ -248,12 +248,6 @@ def test_legality_rows():
     assert not obeyed(rows, [0, 0, 1, 1, 0])
 
 
-def test_distance_counts_swaps():
-    rows = [con.distance([1, 1, 0, 0, 0], 2, "apart")]
-    assert obeyed(rows, [0, 0, 1, 1, 0])
-    assert not obeyed(rows, [1, 0, 1, 0, 0])
-
-
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
     wrong = [([np.nan], "==", 0, "finite"), ([0], "==", np.inf, "finite"), ([0], "<", 0, "sense")]
     for row, sense, rhs, words in wrong:
@@ -292,13 +286,6 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     b = Spectrum.from_states(flat, x[::-1])
     np.testing.assert_array_equal(a.states, b.states)
     assert a.removed(0) == [4, 5]
-
-
-def test_diverse_keeps_the_distance(problem):
-    x = states((0, 1), (0, 2), (2, 3))
-    spectrum = Spectrum(x, np.array([1.0, 2.0, 3.0]), False, None, "", 0.0)
-    assert spectrum.diverse(1) == [0, 1, 2]
-    assert spectrum.diverse(2) == [0, 2]
 
 
 def test_gap():

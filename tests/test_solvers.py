@@ -36,16 +36,6 @@ def hamiltonian(kind, n, seed):
 N = 12
 
 
-@pytest.mark.parametrize("diverse", [1, 2, 3])
-def test_diverse_states_are_each_the_best_at_their_distance(diverse):
-    problem = Problem(hamiltonian("indefinite", N, 3), [con.count(N, 4)])
-    spectrum = solve(problem, "exact", k=6, diverse=diverse)
-    every = solve(problem, "exact", k=495)
-    wanted = every.diverse(diverse)[:6]
-    np.testing.assert_array_equal(spectrum.states, every.states[wanted])
-    assert spectrum.proven
-
-
 def test_unknown_solvers_and_options_are_refused():
     problem = Problem(hamiltonian("indefinite", 4, 0), [con.count(4, 2)])
     with pytest.raises(UnknownNameError, match="did you mean 'tabu'"):
@@ -105,35 +95,12 @@ def test_a_limit_does_not_count_the_compilation(monkeypatch):
     monkeypatch.setattr("isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0])
     exact.compile_search.cache_clear()
     problem = Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)])
-    assert solve(problem, "auto", k=3, diverse=2, seconds=60.0).proven
+    assert solve(problem, "auto", k=3, seconds=60.0).proven
     assert now == [100.0]
 
 
 def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
-
-
-def test_all_rounds_of_diverse_states_share_one_limit(monkeypatch):
-    given, clock = [], iter(range(1000))
-    plain = tabu.Tabu.solve
-
-    def look(self, problem, k):
-        given.append(self.seconds)
-        return plain(self, problem, k)
-
-    monkeypatch.setattr(tabu.Tabu, "solve", look)
-    monkeypatch.setattr("isingcut.ising.solvers.time.perf_counter", lambda: next(clock) * 1.0)
-    spectrum = solve(
-        Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)]),
-        "tabu",
-        diverse=5,
-        seconds=4.5,
-    )
-    # A second passes whenever the clock is read: 4.5 s are over before all states are found.
-    assert given[0] == 4.5
-    assert given == sorted(given, reverse=True)
-    assert all(0 < seconds <= 4.5 for seconds in given)
-    assert not spectrum.proven
 
 
 @pytest.mark.parametrize("k", [0, -1, 10**9])

@@ -172,10 +172,3 @@ def together(
             reason = f"blocks {a} and {b} belong to one {what}"
             rows.append(LinearConstraint(name, row, "==", 0, reason))
     return rows
-
-
-def distance(state: ArrayLike, swaps: int, name: str) -> LinearConstraint:
-    """Require at least ``swaps`` swaps from ``state``: a Hamming distance of 2 x ``swaps``."""
-    x = np.asarray(state, dtype=np.float64)
-    reason = f"at least {swaps} swaps away from an earlier state"
-    return LinearConstraint(name, 1 - 2 * x, ">=", 2 * swaps - x.sum(), reason)

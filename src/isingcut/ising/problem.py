@@ -8,7 +8,7 @@ conflicting rows for the message.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,10 +62,6 @@ class Problem:
     def n(self) -> int:
         """The number of blocks N."""
         return self.hamiltonian.n
-
-    def with_constraints(self, extra: Iterable[LinearConstraint]) -> Problem:
-        """Return the problem with further rows."""
-        return Problem(self.hamiltonian, (*self.constraints, *extra))
 
     def feasible(self, states: ArrayLike) -> Bools:
         """Return (S,) whether each state of (S, N) satisfies every constraint."""

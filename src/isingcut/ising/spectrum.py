@@ -126,19 +126,6 @@ class Spectrum:
         """Return the removed blocks of the state at ``rank``, ascending."""
         return blocks_of(self.states[rank])
 
-    def diverse(self, swaps: int) -> list[int]:
-        """Pick ranks of states at least ``swaps`` swaps apart, the best first (greedy).
-
-        Each picked state is the best one that is far enough from all states picked before it. Two
-        states are D swaps apart if their Hamming distance is 2 D.
-        """
-        chosen: list[int] = []
-        for rank in range(len(self)):
-            apart = (self.states[chosen] ^ self.states[rank]).sum(axis=1)
-            if (apart >= 2 * swaps).all():
-                chosen.append(rank)
-        return chosen
-
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able content, with states as lists of removed blocks."""
         return {

@@ -168,9 +168,6 @@ class RunConfig(Options):
         "tokens), decode=25% (fewer bytes to read per token, which bound decoding).",
         "solve",
     )
-    diverse: Annotated[int, Bounds(ge=0, le=spellings.LAST_BLOCK)] = option(
-        0, "Least number of swaps between two candidates (0: no limit).", "solve"
-    )
     solve_seconds: Annotated[float, Bounds(gt=0, le=3600 * 24 * 365)] = option(
         60.0, "Time limit of the solver, in seconds.", "solve"
     )

@@ -40,7 +40,7 @@ TIMED_TOKENS = 128
 
 _WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
 # Options that are typed for `solve`, and not for the stages that use its spectrum.
-_OF_SOLVE = ("keep", "drop", "solver", "states", "diverse", "solve_seconds")
+_OF_SOLVE = ("keep", "drop", "solver", "states", "solve_seconds")
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
@@ -85,7 +85,7 @@ def removal_rows(
     if bounds and config.budget.packed and all(row.rhs <= 0 for row in bounds):
         raise InputError(f"the whole model meets --budget {config.budget}; nothing has to go")
     try:
-        plain.with_constraints(bounds).check()
+        Problem(blank, [*counts, *others, *bounds]).check()
     except InfeasibleError as e:
         if not plain.has_states():
             near = sorted(range(1, n), key=lambda m: abs(m - int(counts[0].rhs)))
@@ -227,9 +227,7 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
                 f"the options of {folder.path} have --solver {config.solver}, which imports "
                 f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
-        spectrum = find(
-            problem, config.solver, config.states, diverse=config.diverse, **_solver_options(config)
-        )
+        spectrum = find(problem, config.solver, config.states, **_solver_options(config))
         spectrum.save(path)
 
     target = folder.target(config.removal)

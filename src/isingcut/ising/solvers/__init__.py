@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.errors import InfeasibleError, InputError
-from isingcut.ising.constraints import distance
+from isingcut.errors import InputError
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers.base import NO_CLASS, Solution
 from isingcut.ising.solvers.dimod import sampler_class
@@ -73,18 +72,13 @@ def make(solver: str, **options: Any) -> Any:
 
 
 @convert_memory_errors()
-def solve(
-    problem: Problem, solver: str = "auto", k: int = 20, *, diverse: int = 0, **options: Any
-) -> Spectrum:
+def solve(problem: Problem, solver: str = "auto", k: int = 20, **options: Any) -> Spectrum:
     """Find the ``k`` lowest states of ``problem``, ranked.
 
     Args:
         problem: problem to minimise.
         solver: name from `registry`.
         k: number of states.
-        diverse: with D > 0, each state is the best of all that are at least D swaps away from
-            every state before it; the solver runs again, with rows that require this distance, as
-            long as there are fewer than ``k`` such states.
         options: options of the solver.
 
     Raises:
@@ -101,75 +95,28 @@ def solve(
     """
     if not 1 <= k <= MOST_STATES:
         raise InputError(f"k must be from 1 to {MOST_STATES:,}, got {k}")
-    if diverse < 0:
-        raise InputError(f"diverse must not be negative, got {diverse}")
     part = make(solver, **options)
     began = time.perf_counter()
-    if diverse:
-        spectrum = _diverse(problem, solver, part, k, diverse, began)
-    else:
-        spectrum = _run_one(problem, solver, part, k, began)
+    solution = part.solve(problem, k)
+    states = np.asarray(solution.states) if isinstance(solution, Solution) else None
+    if states is None or states.ndim != 2 or states.shape[1] != problem.n:
+        got = type(solution).__name__ if states is None else f"states of shape {states.shape}"
+        raise InputError(
+            f"solver {solver!r} returned {got}; expected a Solution with states (S, {problem.n})"
+        )
+    spectrum = Spectrum.from_states(
+        problem,
+        solution.states,
+        k,
+        proven=solution.proven,
+        lower_bound=solution.lower_bound,
+        solver=solver,
+        seconds=time.perf_counter() - began,
+        info=solution.info,
+    )
     if not len(spectrum):
         raise InputError(
             f"solver {solver!r} found no state that satisfies the constraints; choose another "
             "--solver"
         )
     return spectrum
-
-
-def _run_one(problem: Problem, name: str, part: Any, k: int, began: float) -> Spectrum:
-    solution = part.solve(problem, k)
-    states = np.asarray(solution.states) if isinstance(solution, Solution) else None
-    if states is None or states.ndim != 2 or states.shape[1] != problem.n:
-        got = type(solution).__name__ if states is None else f"states of shape {states.shape}"
-        raise InputError(
-            f"solver {name!r} returned {got}; expected a Solution with states (S, {problem.n})"
-        )
-    return Spectrum.from_states(
-        problem,
-        solution.states,
-        k,
-        proven=solution.proven,
-        lower_bound=solution.lower_bound,
-        solver=name,
-        seconds=time.perf_counter() - began,
-        info=solution.info,
-    )
-
-
-def _diverse(problem: Problem, name: str, part: Any, k: int, swaps: int, began: float) -> Spectrum:
-    wanted = min(max(10 * k, 100), 1000)
-    chosen = np.zeros((0, problem.n), dtype=np.bool_)
-    proven, bound, rounds = True, None, 0
-    limit = getattr(part, "seconds", None)
-    while chosen.shape[0] < k:
-        if rounds and limit is not None:
-            # The time limit is for all rounds together.
-            left = limit - (time.perf_counter() - began)
-            if left <= 0:
-                proven = False
-                break
-            part = dataclasses.replace(part, seconds=left)
-        rows = [distance(x, swaps, f"diverse {i}") for i, x in enumerate(chosen)]
-        try:
-            spectrum = _run_one(problem.with_constraints(rows), name, part, wanted, began)
-        except InfeasibleError:
-            if not rounds:
-                raise
-            break
-        rounds += 1
-        bound = spectrum.lower_bound if rounds == 1 else bound
-        proven = proven and spectrum.proven
-        if not len(spectrum):
-            break
-        chosen = np.concatenate([chosen, spectrum.states[spectrum.diverse(swaps)]])[:k]
-    return Spectrum.from_states(
-        problem,
-        chosen,
-        k,
-        proven=proven,
-        lower_bound=bound,
-        solver=name,
-        seconds=time.perf_counter() - began,
-        info={"diverse": swaps, "rounds": rounds},
-    )

@@ -31,10 +31,6 @@ class Auto:
     seconds: float | None = 60.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.seconds is not None:
-            compile_search()
-
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find up to ``k`` low-energy states; ``info["chosen"]`` names the solver."""
         reduced = reduce(problem)
@@ -43,6 +39,7 @@ class Auto:
         if self.seconds is None or likely:
             found = Exact(seconds=self.seconds, seed=self.seed).solve(problem, k)
         else:
+            compile_search()
             heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
             found = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(problem, k)
             if not found.proven:

@@ -61,14 +61,12 @@ class Exact:
     seed: int = 0
     memory_mb: float = 150.0
 
-    def __post_init__(self) -> None:
-        if self.seconds is not None:
-            compile_search()
-
     def solve(self, problem: Problem, k: int) -> Solution:
         """Find the ``k`` lowest states, proven unless a limit was reached."""
         if self.threads < 0 or (self.seconds is not None and self.seconds <= 0):
             raise InputError("exact needs threads >= 0 and a time limit above 0")
+        if self.seconds is not None:
+            compile_search()
         deadline = math.inf if self.seconds is None else time.perf_counter() + self.seconds
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
