@@ -176,7 +176,7 @@ def test_blocks_counted_from_one(run, capsys):
         assert call("excise", run, "--blocks", *wrong.split()) == 2
         assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "0,1", "--remove", 3) == 2
-    assert "--remove 3 does not fit the 2 --blocks" in capsys.readouterr().err
+    assert "--remove 3 is not the number of --blocks" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "") == 2
     assert "--blocks is empty" in capsys.readouterr().err
     assert call("excise", run, "--one-based") == 2

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from healings import (
     stored,
 )
 from isingcut.cli.main import app
+from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageFileError
 from isingcut.files.healings import HealingFile
@@ -39,7 +41,7 @@ from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
-from isingcut.testing.tiny import tiny_model
+from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import write_jsonl
 
 __all__ = ["healed", "models"]
@@ -225,6 +227,26 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     further = read_json(again / "healing.json", "healing")
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
+
+
+@pytest.mark.parametrize("place", ["run", "run/remove-2"])
+def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
+    models, tmp_path, monkeypatch, place
+):
+    student = shutil.copytree(models / "student", tmp_path / place / "model")
+    text, sizes = str(models / "text.jsonl"), {"samples": 3, "rank_samples": 2, "length": 16}
+    used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
+    used.save(tmp_path / "run" / "calibration.safetensors")
+    found = []
+    monkeypatch.setattr(home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text))
+    heal(options(models, tmp_path / "out", student=str(student)))
+    (mine,), own = found, used.splits["report"]
+    assert torch.equal(mine.report.input_ids, own.input_ids)
+    reported, trained = (
+        set(re.findall(r"(\d+)\.", tokenizer.decode(t.input_ids[t.mask])))
+        for t in (own, mine.train)
+    )
+    assert not reported & trained
 
 
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):

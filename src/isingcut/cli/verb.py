@@ -333,8 +333,7 @@ def reopen_at(
     named = [block - one_based for block in typed]
     folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
     if config.remove.counts and config.remove.counts[0] != len(named):
-        words = f"--remove {config.remove} does not fit the {len(named)} --blocks"
-        raise InputError(f"{words}; omit --remove")
+        raise InputError(f"--remove {config.remove} is not the number of --blocks; omit --remove")
     total = len(folder.run.blocks.blocks)
     if named[0] < 0 or named[-1] >= total:
         raise InputError(

@@ -21,8 +21,8 @@ from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.data.mixture import places_in
-from isingcut.data.tokens import TokenSet
+from isingcut.data.mixture import is_same_text, places_in
+from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
 from isingcut.files.cuts import CardParts, CutRecord
@@ -124,12 +124,25 @@ def heal(
             removed = removal_by_weights(student, teacher)
         else:
             removed = tuple(sorted(known.removed))
-        text = build_text(config, teacher)
+        used = _calibration_of(student)
+        text = build_text(config, teacher, used)
+        if used is not None and is_same_text(used.source, config.text):
+            # The run's patch was fitted on what follows its calibration in this text.
+            own = used.splits["report"].first(text.report.tokens)
+            text = HealingText(text.train, own, overlap(own, [text.train]))
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
     return out
+
+
+def _calibration_of(student: Path) -> Calibration | None:
+    """Return the calibration of the run whose folder has the checkpoint; None outside a run."""
+    files = [folder / "calibration.safetensors" for folder in student.resolve().parents[:2]]
+    found = [Calibration.load(file) for file in files if file.is_file()]
+    # The text may have changed since: `overlap` counts what is trained on and reported.
+    return dataclasses.replace(found[0], meta={**found[0].meta, "texts": {}}) if found else None
 
 
 def _processes(config: HealConfig) -> Processes:

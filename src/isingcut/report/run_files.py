@@ -86,11 +86,8 @@ class RunFiles:
         if made.stage in ("solve", "rank"):
             sources["energy"] = self.folder / "hamiltonian.safetensors"
         read = made.options.content()
-        for key, source in sources.items():
-            now = self.record(source)
-            if now and path != source and read.get(key) not in (None, now.fingerprint):
-                return True
-        return False
+        now = {key: self.record(source) for key, source in sources.items() if source != path}
+        return any(new and read.get(key) not in (None, new.fingerprint) for key, new in now.items())
 
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
         """Read a file; return None if it is missing, unfinished or outdated.

@@ -196,7 +196,7 @@ class Prices:
                 return pairs
             # Passes over states that cost about as much as the pairs. On average, a search ends
             # after half of its default budget.
-            targets = [Target.count(n, removed) for removed in self._removals()]
+            targets = [Target.count(n, m) for m in self.config.remove.counts or [self.remove]]
             passes = effort.passes or default_passes(n, targets) / 2
             spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
             return _estimate(name, samples, spent, pairs["memory"])
@@ -208,16 +208,11 @@ class Prices:
         # Every block is read in the forward and in the backward pass.
         return self._estimate_measurement(name, samples, seconds, work, 2 * (n + 1))
 
-    def _removals(self) -> list[int]:
-        """Return the number of removed blocks of each removal: several for a range."""
-        counts = self.config.remove.counts
-        return list(counts) if len(counts) > 1 else [self.remove]
-
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
         c, weights, forward = self.config, self._weights_in_memory(), self.forward
         reading, work = self.reading * self.weights, self.batch * self.logits
-        ranked = [self._rank(removed) for removed in self._removals()]
+        ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
         seconds = sum(one["seconds"] for one in ranked)
         found = [_estimate("load", 0, reading, weights), ranked[-1] | {"seconds": seconds}]
         if len(ranked) > 1:

@@ -251,9 +251,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    keys = ["remove", "budget", "seed", *_OF_SOLVE]
-    if config.solve_seconds == RunConfig.solve_seconds:
-        keys.remove("solve_seconds")
+    keys = ("remove", "budget", "seed", *_OF_SOLVE)
     return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
 
 
