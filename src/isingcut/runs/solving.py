@@ -264,7 +264,7 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
     solved = config.replace(**{key: made[key] for key in _OF_SOLVE if key in made})
-    if not folder.is_made(file, solve_options(folder, solved)):
+    if any(made.get(key, v) != v for key, v in solve_options(folder, solved).items()):
         raise StageFileError(
             f"{file} was solved for another energy or budget; solve again, with --overwrite: "
             f"isingcut solve {shlex.quote(str(folder.path))}"
