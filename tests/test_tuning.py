@@ -63,8 +63,10 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
             *one_pass(replay, tokens, Work()),
         )
     assert used == {None: {"sdpa"}, attention: {attention}}
-    for plain, other in zip(found[None], found[attention], strict=True):
-        np.testing.assert_allclose(plain, other, rtol=1e-3, atol=1e-5)
+    for i, (plain, other) in enumerate(zip(found[None], found[attention], strict=True)):
+        # Second derivatives and scores of activations gather more rounding.
+        rtol, atol = (1e-4, 1e-6) if i < 2 else (1e-3, 1e-5)
+        np.testing.assert_allclose(plain, other, rtol=rtol, atol=atol)
     assert replay.model.config._attn_implementation == "sdpa"
 
 
