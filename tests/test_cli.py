@@ -25,7 +25,6 @@ from isingcut.options.config import RunConfig
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
 from isingcut.runs.folder import find_run
-from isingcut.runs.plan import make_plan
 from run_files import change, record, write_report, write_run
 from shared import OPTIONS, call
 
@@ -498,15 +497,6 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert printed().endswith(verdict.replace("`", ""))
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
-
-
-def test_a_plan_for_a_card_needs_the_configuration_alone(llama, tmp_path, printed):
-    shutil.copy(llama / "config.json", tmp_path)
-    assert call("plan", tmp_path, "--remove", "2", "--length", "32", "--card", "l4") == 0
-    assert "nothing was timed" in printed()
-    slow, fast = (make_plan(RunConfig(model=str(tmp_path), length=32), c) for c in ("l4", "h100"))
-    assert slow["forward"] < fast["forward"]
-    assert call("plan", tmp_path, "--card", "abacus") == 2
 
 
 def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch, llama, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,3 +235,12 @@ def test_advice_is_the_best_that_fits_in_the_hours(seconds, remove, energy, effo
     typed = [*start, "'a model'", *removal, "--length", "128", "--stream", "on"]
     typed += ["--energy", energy, *(["--effort", effort] if effort else [])]
     assert command(config, energy, effort) == " ".join([*typed, "--out", "'a model-run'"])
+
+
+def test_a_plan_for_a_card_needs_the_configuration_alone(llama, tmp_path, capsys):
+    shutil.copy(llama / "config.json", tmp_path)
+    assert call("plan", tmp_path, "--remove", "2", "--length", "32", "--card", "l4") == 0
+    assert "nothing was timed" in " ".join(capsys.readouterr().out.split())
+    slow, fast = (make_plan(RunConfig(model=str(tmp_path), length=32), c) for c in ("l4", "h100"))
+    assert slow["forward"] < fast["forward"]
+    assert call("plan", tmp_path, "--card", "abacus") == 2
