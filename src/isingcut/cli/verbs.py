@@ -419,13 +419,13 @@ def push(
     from isingcut.runs import interop_hub
 
     checkpoint, folder = directory, None
-    if (directory / "isingcut.json").is_file() and options:
-        raise InputError("--remove and --budget are for a run folder; a checkpoint has its own")
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
         solving.require(folder, config, "model")
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
+    elif options:
+        raise InputError("--remove and --budget are for a run folder; a checkpoint has its own")
     card, files = interop_hub.prepare(checkpoint, repository, folder)
     sizes = {k: len(f) if isinstance(f, bytes) else f.stat().st_size for k, f in files.items()}
     data: dict[str, Any] = {
