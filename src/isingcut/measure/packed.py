@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats
+from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import text_config
@@ -31,7 +32,8 @@ def changed_losses(
 ) -> Floats:
     """Measure KL(original || changed) of each sample, (m,), summed over its tokens, nats.
 
-    The weights are changed one block at a time, and restored bit for bit.
+    The weights are changed one block at a time, and restored bit for bit. If memory runs out, it
+    starts again with smaller micro-batches.
 
     Args:
         change: function that returns the changed weights.
@@ -39,9 +41,8 @@ def changed_losses(
 
     Complexity: two forward passes over the tokens.
     """
-    batches = tokens.batches(work.batch_tokens)
     paths = {module: name for name, module in replay.model.named_modules()}
-    embedding, found = replay.text.get_input_embeddings(), np.zeros(tokens.samples)
+    embedding = replay.text.get_input_embeddings()
     output = replay.text.get_output_embeddings()
     if text_config(replay.model).tie_word_embeddings:
         paths[output] = paths[embedding]
@@ -50,35 +51,40 @@ def changed_losses(
         own = () if module is None else module.named_parameters(prefix=paths[module])
         return [(p, new) for name, p in own if (new := change(name, p)) is not None]
 
-    with (
-        work.progress(description, len(replay) + 1) as bar,
-        torch.no_grad(),
-        use_attention(replay),
-    ):
-        head = OutputHead(replay)
-        recordings = [replay.record(batch.input_ids) for batch in batches]
-        streams = [recording.entered for recording in recordings]
-        for _ in replay.store.sweep([EMBED]):
-            with _swapped(changed(embedding)):
-                others = [replay.record(batch.input_ids).entered for batch in batches]
-        for part in replay.store.sweep(range(len(replay))):
-            i = int(part)
-            streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
-            if i not in removed:
-                with _swapped(changed(replay.blocks[i])):
-                    others = [r.block(i, s) for r, s in zip(recordings, others, strict=True)]
-            bar.advance(1)
-        for _ in replay.store.sweep([HEAD]):
-            new = changed(output)
-            ends = zip(batches, recordings, streams, others, strict=True)
-            for batch, recording, stream, other in ends:
-                original = Comparison(head, recording, stream, batch)
-                with _swapped(new):
-                    kl, _ = original.sum_samples([original.compare(other)])[:, 0]
-                check_finite(replay, batch, kl)
-                found[batch.index.numpy()] = kl
-        bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")
-    return found
+    def measure_with(batch_tokens: int) -> Floats:
+        batches, found = tokens.batches(batch_tokens), np.zeros(tokens.samples)
+        with (
+            work.progress(description, len(replay) + 1) as bar,
+            torch.no_grad(),
+            use_attention(replay),
+        ):
+            head = OutputHead(replay)
+            recordings = [replay.record(batch.input_ids) for batch in batches]
+            streams = [recording.entered for recording in recordings]
+            for _ in replay.store.sweep([EMBED]):
+                with _swapped(changed(embedding)):
+                    others = [replay.record(batch.input_ids).entered for batch in batches]
+            for part in replay.store.sweep(range(len(replay))):
+                i = int(part)
+                streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
+                if i not in removed:
+                    with _swapped(changed(replay.blocks[i])):
+                        others = [r.block(i, s) for r, s in zip(recordings, others, strict=True)]
+                bar.advance(1)
+            for _ in replay.store.sweep([HEAD]):
+                new = changed(output)
+                ends = zip(batches, recordings, streams, others, strict=True)
+                for batch, recording, stream, other in ends:
+                    original = Comparison(head, recording, stream, batch)
+                    with _swapped(new):
+                        kl, _ = original.sum_samples([original.compare(other)])[:, 0]
+                    check_finite(replay, batch, kl)
+                    found[batch.index.numpy()] = kl
+            bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")
+        return found
+
+    most, longest = min(work.batch_tokens, replay.limit.tokens), int(tokens.mask.sum(1).max())
+    return fewer_tokens_to_fit(replay.limit, most, longest, measure_with)
 
 
 @contextlib.contextmanager
