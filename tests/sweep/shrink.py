@@ -315,6 +315,8 @@ HANDS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"image_size": 56}},
     "exaone4_5_vision": _WINDOWS,
     "gemma3": {"mm_tokens_per_image": 49},
+    # By default its images have 4,096 patches, all of which attend to each other.
+    "got_ocr2": {"vision_config": {"image_size": 256}},
     "gemma4": {
         "vision_config": {
             "model_type": "gemma4_vision",
