@@ -15,7 +15,7 @@ from damage import linked
 
 import isingcut
 import shared
-from isingcut.console.printing import one_line, printable
+from isingcut.console.printing import printable, say
 from isingcut.errors import InputError
 from isingcut.files.writing import os_error_words
 
@@ -89,10 +89,11 @@ def test_a_bar_shows_its_words_as_they_are(monkeypatch, name):
     assert printable(name) in screen.getvalue()
 
 
-def test_control_characters_are_spelled_out():
+def test_control_characters_are_spelled_out(capsys):
     assert printable("a\x1b[2J\x9b\x7f\ud800\u2066b") == r"a\x1b[2J\x9b\x7f\ud800\u2066b"
     assert printable("a\tb\n±·é漢") == "a\tb\n±·é漢"
-    assert one_line("a\n  b\r\nc\rd") == r"a b c\rd"
+    say("a\n  b\r\nc\rd")
+    assert capsys.readouterr().err == "a b c\\rd\n"
 
 
 # Terminals ----------------------------------------------------------------------------------

@@ -43,9 +43,7 @@ def main(names: list[str]) -> int:
         with context.Pool(os.cpu_count(), _limit, maxtasksperchild=1) as pool:
             start = functools.cache(lambda *what: pool.apply_async(_check, (*what, room)))
             pending = [(name, start(*what)) for name, *what in tasks]
-            print(
-                "| architecture | outcome | blocks | cuts | difference | sublayer gate | remarks |"
-            )
+            print("| architecture | outcome | blocks | cuts | difference | gate | remarks |")
             print("|---|---|---|---|---|---|---|")
             reports = [_report(*task) for task in pending]
     for outcome in OUTCOMES:
@@ -76,7 +74,7 @@ def _report(name, result):
     if r.mtp:
         mtp = f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}" + ", drafts" * r.drafts
     remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace("|", "/")
-    cells = (r.kinds, r.states, f"{r.difference:.1e}", "yes" if r.sublayer else "block gate only")
+    cells = (r.kinds, r.states, f"{r.difference:.1e}", "sublayer" if r.sublayer else "block")
     print(f"| {name} | {r.outcome} | {' | '.join(map(str, cells))} | {remarks} |", flush=True)
     return r
 

@@ -35,11 +35,6 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def one_line(text: str) -> str:
-    """Return ``text`` without control characters, on one line."""
-    return printable(re.sub(r"\s*\n\s*", " ", text.strip()))
-
-
 def _in_ascii(character: str) -> str:
     if "\u2500" <= character <= "\u257f":
         return {"─": "-", "━": "-", "│": "|", "┃": "|"}.get(character, "+")
@@ -56,10 +51,10 @@ ASCII = "isingcut.ascii"
 codecs.register_error(ASCII, _spell_out)
 
 
-def say(line: str) -> None:
-    """Print one line to standard error; write errors are ignored."""
+def say(text: str) -> None:
+    """Print a text as one line to standard error; write errors are ignored."""
     with contextlib.suppress(OSError):
-        print(one_line(line), file=sys.stderr, flush=True)
+        print(printable(re.sub(r"\s*\n\s*", " ", text.strip())), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

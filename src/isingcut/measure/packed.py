@@ -42,8 +42,7 @@ def changed_losses(
     Complexity: two forward passes over the tokens.
     """
     paths = {module: name for name, module in replay.model.named_modules()}
-    embedding = replay.text.get_input_embeddings()
-    output = replay.text.get_output_embeddings()
+    embedding, output = replay.text.get_input_embeddings(), replay.text.get_output_embeddings()
     if text_config(replay.model).tie_word_embeddings:
         paths[output] = paths[embedding]
 
@@ -51,13 +50,10 @@ def changed_losses(
         own = () if module is None else module.named_parameters(prefix=paths[module])
         return [(p, new) for name, p in own if (new := change(name, p)) is not None]
 
+    @torch.no_grad()
     def measure_with(batch_tokens: int) -> Floats:
         batches, found = tokens.batches(batch_tokens), np.zeros(tokens.samples)
-        with (
-            work.progress(description, len(replay) + 1) as bar,
-            torch.no_grad(),
-            use_attention(replay),
-        ):
+        with work.progress(description, len(replay) + 1) as bar, use_attention(replay):
             head = OutputHead(replay)
             recordings = [replay.record(batch.input_ids) for batch in batches]
             streams = [recording.entered for recording in recordings]
