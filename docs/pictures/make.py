@@ -186,14 +186,17 @@ PATCHED = 32768
 """Tokens that the patch is fitted on."""
 
 
-def healed_rows(m: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+def healed_rows(m: str, *more: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     """Collect the stages of every method's state from the results of `studies/healing`.
+
+    Args:
+        more: further results to read.
 
     Returns:
         for each method, pairs of the tokens that a stage took and its results, ascending.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in ("healing", "curve", "deep"):
+    for name in ("healing", "curve", "deep", *more):
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for method, row in content["removals"].get(m, {}).items():
             for stage, state in row["stages"].items():
@@ -216,7 +219,8 @@ def healing_curve() -> plt.Figure:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     for m, colour in (("6", BLUE), ("9", GREEN), ("12", ORANGE), ("15", GREY)):
-        (_, cut), *rows = healed_rows(m)["isingcut"]
+        states_of = healed_rows(m, "deep_12")
+        (_, cut), *rows = states_of["isingcut"]
         tokens, states = [t / 1e6 for t, _ in rows], [state for _, state in rows]
         before = mean(cut, "original_nll")
         left_over = [(mean(s, "nll") - before) / (mean(cut, "nll") - before) for s in states]
@@ -225,6 +229,11 @@ def healing_curve() -> plt.Figure:
         for axes, values in ((left, won), (right, [mean(s, "kl") for s in states])):
             axes.plot(tokens[1:], values[1:], "o-", ms=4, color=colour, label=label)
             axes.plot(tokens[:2], values[:2], "o:", ms=4, mfc="white", color=colour, zorder=1)
+        _, *peer = states_of["block-influence"]
+        values = [mean(state, "kl") for _, state in peer]
+        right.plot([t / 1e6 for t, _ in peer], values, "s--", ms=3, color=colour, lw=1)
+    right.plot([], [], "s--", ms=3, color="black", lw=1, label="state of block influence")
+    right.legend(frameon=False, fontsize=8)
     names = ("lost log-perplexity won back, %", "KL, nats/token")
     for axes, name in zip((left, right), names, strict=True):
         axes.set(xscale="log", xlabel="tokens, millions (white: the patch alone)", ylabel=name)
