@@ -229,17 +229,18 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert "patch" not in further
 
 
-@pytest.mark.parametrize("place", ["run", "run/remove-2"])
+@pytest.mark.parametrize(("place", "mixed"), [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")])
 def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
-    models, tmp_path, monkeypatch, place
+    models, tmp_path, monkeypatch, place, mixed
 ):
+    (other := tmp_path / "b.txt").write_text("\n\n".join(f"{i}. words" for i in range(900, 990)))
     student = shutil.copytree(models / "student", tmp_path / place / "model")
     text, sizes = str(models / "text.jsonl"), {"samples": 3, "rank_samples": 2, "length": 16}
     used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
     used.save(tmp_path / "run" / "calibration.safetensors")
     found = []
     monkeypatch.setattr(home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text))
-    heal(options(models, tmp_path / "out", student=str(student)))
+    heal(options(models, tmp_path / "out", student=str(student), text=mixed.format(text, other)))
     (mine,), own = found, used.splits["report"]
     assert torch.equal(mine.report.input_ids, own.input_ids)
     reported, trained = (
@@ -251,9 +252,8 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
 
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
-    record = json.dumps({"removed": [0], "of": 6})
     excise(models / "teacher", [0], headless)
-    (headless / "isingcut.json").write_text(record)
+    (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
     given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = read_json(out / "healing.json", "healing")

@@ -167,6 +167,11 @@ def is_same_text(one: str, other: str) -> bool:
     return one == other or first == second
 
 
+def shares_text(one: str, other: str) -> bool:
+    """Whether a text, or a part of a mixture, is also in another."""
+    return any(is_same_text(a, b) for a in places_in(one) for b in places_in(other))
+
+
 def places_in(source: str) -> list[str]:
     """List the sources of a mixture, or the single source, without checking that they exist."""
     try:

@@ -21,7 +21,7 @@ from isingcut.console.progress import Progress, as_progress, duration, silent
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
-from isingcut.data.mixture import is_same_text, places_in
+from isingcut.data.mixture import places_in, shares_text
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
@@ -126,8 +126,8 @@ def heal(
             removed = tuple(sorted(known.removed))
         used = _calibration_of(student)
         text = build_text(config, teacher, used)
-        if used is not None and is_same_text(used.source, config.text):
-            # The run's patch was fitted on what follows its calibration in this text.
+        if used is not None and shares_text(used.source, config.text):
+            # The run's patch was fitted on what follows its calibration in the shared text.
             own = used.splits["report"].first(text.report.tokens)
             text = HealingText(text.train, own, overlap(own, [text.train]))
         job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
