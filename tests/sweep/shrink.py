@@ -315,8 +315,6 @@ HANDS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"image_size": 56}},
     "exaone4_5_vision": _WINDOWS,
     "gemma3": {"mm_tokens_per_image": 49},
-    # By default its images have 4,096 patches, all of which attend to each other.
-    "got_ocr2": {"vision_config": {"image_size": 256}},
     "gemma4": {
         "vision_config": {
             "model_type": "gemma4_vision",
@@ -329,6 +327,8 @@ HANDS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 3,
     },
+    # By default its images have 4,096 patches, all of which attend to each other.
+    "got_ocr2": {"vision_config": {"image_size": 256}},
     # Its images pass one more norm if the text model has MTP layers.
     "nemotron_h_omni": {"image_token_id": 3, "text_config": {"num_nextn_predict_layers": 2}},
     "qwen2_5_omni_vision_encoder": _WINDOWS,
