@@ -156,10 +156,11 @@ class Healing(RepairStudy):
                 stages = {"cut": judged_stage(cut, original)}
                 for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
                     found = self.read(f"{stage}/{key(removed)}")
-                    stages[stage] = judged_stage(found["losses"], original)
+                    right = {"accuracy": found["accuracy"]}
+                    stages[stage] = judged_stage(found["losses"], original) | right
                 trainings = self.trainings(self.chosen(m)[after]) if after else {}
                 for name, found in trainings.items():
-                    rest = {k: found[k] for k in ("tokens_seen", "stopped", "training")}
+                    rest = {k: found[k] for k in ("tokens_seen", "stopped", "training", "accuracy")}
                     stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
                 rows[method] = {
                     "removed": removed,

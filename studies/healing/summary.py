@@ -8,6 +8,7 @@ import numpy as np
 
 from isingcut.measure.losses import standard_error
 from studies.runner import Content
+from studies.runner_models import as_bits, difference
 
 OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
@@ -56,10 +57,20 @@ def _table(m: str, rows: Content) -> None:
                 tail += "; " + " ".join(map(str, row["removed"]))
             if "tokens_seen" in found:
                 tail += f"; {found['tokens_seen']} tokens" + "; stopped" * bool(found["stopped"])
+            if right := found.get("accuracy"):
+                tail += _right(right, row["stages"]["patched"]["accuracy"])
             print(
                 f"{method:<17}{stage:<13}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
                 f"{pooled['kl_se']:>7.4f}{won}  {tail}"
             )
+
+
+def _right(accuracy: Content, patched: Content) -> str:
+    """Return the right answers by task, and their mean less the patched model's, with 95 %."""
+    shares = {task: 100 * as_bits(row["right"]).mean() for task, row in accuracy.items()}
+    gap, error = difference(patched, accuracy, [*accuracy])
+    mean = f"mean {np.mean([*shares.values()]):.1f}, {100 * gap:+.1f} ± {196 * error:.1f}"
+    return f"; {', '.join(f'{t} {share:.1f}' for t, share in shares.items())}; {mean}"
 
 
 def _tuning(rows: Content) -> None:

@@ -24,7 +24,7 @@ def content(
     work = tmp_path_factory.mktemp("healing")
     words = [*tiny, *healed, "--remove", "2", "--state-tokens", "96", "--top-steps", "1"]
     words += ["--samples", "40", "--steps", "1,2", "--work", str(work / "work")]
-    words += ["--methods", "isingcut", *PEERS, "last"]
+    words += ["--methods", "isingcut", *PEERS, "last", "--tasks", "arc_easy"]
     runner.run(Healing, words)
     # A second recipe with the same text and work folder.
     runner.run(Healing, [*words, "--method", "lora", "--rate", "0.002", "--steps", "1"])
@@ -32,7 +32,9 @@ def content(
     return runner.read(work / "healing.json")
 
 
-def test_every_stage_is_judged_and_the_best_candidate_healed(content: Content) -> None:
+def test_every_stage_is_judged_and_the_best_candidate_healed(
+    content: Content, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = content["removals"]["2"]
     ours = rows["isingcut"]
     assert rows["last"]["removed"] == [4, 5]
@@ -46,7 +48,10 @@ def test_every_stage_is_judged_and_the_best_candidate_healed(content: Content) -
     # The longer training begins with the same samples.
     assert long["training"][0] == short["training"][0]
     assert set(ours["stages"]["cut"]["texts"]) == set(Healing.judged)
+    rows = [ours["stages"][name] for name in ("patched", *trainings)]
+    assert all(len(row["accuracy"]["arc_easy"]["right"]) == 6 for row in rows)
     figures = Healing.show(content)
+    assert "; arc_easy " in capsys.readouterr().out
     assert {
         "recovered_percent_2_at_9.2e-05M",
         "recovered_percent_2_at_4.6e-05M_lora-0.002",

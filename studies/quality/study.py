@@ -16,10 +16,8 @@ Figures, from the table of the first text that blocks are chosen on:
 refined_kl_over_best_baseline_M  KL of `refined` over the lowest KL of all other methods (the
     pair energy and our variants of published methods included, `refined-joint` not), pooled over
     all tokens of the evaluation texts. The median run represents a method with several seeds.
-refined_mean_rank  rank of `refined` by KL among the same methods (1: lowest; equal states share
-    their ranks), mean over the numbers of removals and the evaluation texts.
 refined_lowest_or_within  share of the combinations of a number of removals, an evaluation text and
-    a measure (KL, perplexity) in which `refined` is the lowest of these methods, or the 95 %
+    a measure (KL, perplexity) in which `refined` is the lowest of the same methods, or the 95 %
     interval of its difference from the lowest other one reaches zero (paired bootstrap over
     samples, 2,000 resamples).
 refined_mean_kl_over_best_baseline  the mean over the numbers of removals of the pooled KL of

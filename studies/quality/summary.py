@@ -68,10 +68,7 @@ def _mark(losses: Content, name: str) -> str:
 def _against(c: Content) -> str:
     low, high = c["ratio_interval"]
     state = "lowest" if c["lowest"] else "within" if c["within_interval"] else "NOT within"
-    return (
-        f"{c['ratio']:.3f} ({low:.3f} to {high:.3f}) of {c['best_other']}, rank {c['rank']:g} of "
-        f"{c['of']}, {state}"
-    )
+    return f"{c['ratio']:.3f} ({low:.3f} to {high:.3f}) of {c['best_other']}, {state}"
 
 
 def _accuracy(rows: list[Content]) -> None:
@@ -143,7 +140,6 @@ def _over_all(tables: list[Content]) -> dict[str, float]:
     means = {m: sum(p[m]["value"] for p in pooled) / len(pooled) for m in everywhere}
     others = [v for m, v in means.items() if m not in OURS]
     found = {
-        "refined_mean_rank": sum(v["kl"]["refined"]["rank"] for v in views) / len(views),
         "refined_lowest_or_within": sum(o["lowest"] or o["within_interval"] for o in ours)
         / len(ours),
         "refined_mean_kl_over_best_baseline": means["refined"] / min(others),

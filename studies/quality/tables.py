@@ -111,19 +111,10 @@ def compare(losses: Mapping[str, Rows], keys: Mapping[str, str], what: str) -> C
                 "ratio_interval": _interval(draws[:, i] / draws[:, best]),
                 "difference": short(means[i] - means[best]),
                 "difference_interval": interval,
-                "rank": rank(means, i, others),
-                "of": len(others) + 1,
                 "lowest": bool(means[i] <= means[best]),
                 "within_interval": bool(interval[0] <= 0),
             }
     return found
-
-
-def rank(means: Floats, i: int, others: list[int]) -> float:
-    """Return the rank of ``i`` among others (1: lowest); equal means share their mean rank."""
-    below = int((means[others] < means[i]).sum())
-    equal = int((means[others] == means[i]).sum())
-    return 1 + below + equal / 2
 
 
 def _interval(draws: Floats) -> list[float]:
