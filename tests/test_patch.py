@@ -17,7 +17,7 @@ from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
-from isingcut.healing.patch.linear import Moments, _Fitting, bytes_of, fit_patches, fit_ridge
+from isingcut.healing.patch.linear import Moments, Rows, _Fitting, bytes_of, fit_patches, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.cutting.checkpoint import excise
@@ -81,7 +81,8 @@ def test_runs_are_maximal():
     assert runs([9, 4, 5, 7, 6, 0]) == [(0, 0), (4, 7), (9, 9)]
 
 
-def test_ridge_solution_is_that_of_the_augmented_least_squares_problem():
+@pytest.mark.parametrize("kind", [Moments, Rows])
+def test_ridge_solution_is_that_of_the_augmented_least_squares_problem(kind):
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape):
@@ -89,10 +90,14 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem():
 
     x, weights = normal(60, 5), torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
     t = x @ normal(5, 3) + 2.0 * normal(60, 3)
-    sides = [Moments(5, 3, torch.device("cpu")) for _ in range(2)]
+    sides = [kind(5, 3, torch.device("cpu")) for _ in range(2)]
     for side, rows in zip(sides, (slice(0, 40), slice(40, 60)), strict=True):
         side.add(x[rows], t[rows], weights[rows])
+    alone = copy.deepcopy(sides[0])
     found = fit_ridge(sides[0], sides[1])
+    wrong = t[40:] - x[40:] @ alone.map(found.strength).T
+    squares = [(weights[40:, None] * each**2).sum() for each in (wrong, t[40:])]
+    assert found.held_out == pytest.approx(float(squares[0] / squares[1]))
     ridge = found.strength * torch.diagonal((x * weights[:, None]).T @ x).mean()
     rows = torch.cat([x * weights.sqrt()[:, None], ridge.sqrt() * torch.eye(5).double()])
     values = torch.cat([t * weights.sqrt()[:, None], torch.zeros(5, 3).double()])
@@ -415,7 +420,7 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
     # The map of the fitting rows only; the record has its error on the other rows.
     def fit_alone(fit, *given):
         rows, found = copy.deepcopy(fit), fit_ridge(fit, *given)
-        return found and dataclasses.replace(found, map=linear.ridge_map(rows, found.strength))
+        return found and dataclasses.replace(found, map=rows.map(found.strength))
 
     with monkeypatch.context() as only:
         only.setattr(linear, "fit_ridge", fit_alone)

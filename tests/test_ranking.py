@@ -24,7 +24,7 @@ from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
-from isingcut.runs import cutting, pipeline, ranking
+from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
 from shared import OPTIONS
 from tiny import random_tokens, tiny_replay
@@ -149,7 +149,7 @@ def test_without_random_states_the_energy_is_not_judged(ranked):
 
 
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
-    tried, measure_patched = [], ranking.changed_losses
+    tried, measure_patched = [], trials.changed_losses
 
     def interrupted(*given):
         tried.append(given)
@@ -157,7 +157,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
             raise KeyboardInterrupt
         return measure_patched(*given)
 
-    monkeypatch.setattr(ranking, "changed_losses", interrupted)
+    monkeypatch.setattr(trials, "changed_losses", interrupted)
     given = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "linear"}
     options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
-    again = run.config.replace(patch_tokens=ranking.trial_tokens(run.config))
+    again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
     session = pipeline.session_of(run, again)
     cutting.write_model(session, run, best["removed"], tmp_path / "again", overwrite=False)
     both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
@@ -190,41 +190,50 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
 def test_a_clear_leader_is_not_patched_for_the_choice():
     row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
     rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
-    session = SimpleNamespace(replay=range(6))
     found = SimpleNamespace(candidates=rows, one_pass=SimpleNamespace(states=rows[:1]))
-    assert ranking.choose_by_patch(session, None, found, None, None) == [1]
+    assert trials.choose_by_patch(found, False, None, None, []) == [1]
 
 
-def test_in_a_deep_cut_the_best_state_of_one_pass_is_patched_too(
-    llama, text, tmp_path, monkeypatch
-):
-    kinds, fit, measure_patched = set(), ranking.fit_patch, ranking.changed_losses
+def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp_path, monkeypatch):
+    tried, kinds = [], set()
+    fit, measure_patched, hidden = trials.fit_patch, trials.changed_losses, [1, 3, 4]
 
     def noted(session, *given):
-        kinds.add((session.config.patch, session.config.heal))
+        kinds.add((session.config.patch, session.config.patch_tokens, session.config.heal))
         return fit(session, *given)
 
-    def later_is_lower(*given):
-        return measure_patched(*given) / 10 ** len(tried.append(given[5]) or tried)
+    def hidden_is_repaired(*given):
+        tried.append(given[5])
+        if len(tried) == 9:
+            raise KeyboardInterrupt
+        return measure_patched(*given) * (1e-3 if given[5] == hidden else 1)
 
-    tried = []
-    monkeypatch.setattr(ranking, "fit_patch", noted)
-    monkeypatch.setattr(ranking, "changed_losses", later_is_lower)
-    monkeypatch.setattr(ranking, "NEAR", 0.0)
-    monkeypatch.setattr(ranking, "ERRORS", 0)
-    given = {"model": str(llama), "calibration": str(text), "remove": 3, "seed": 1}
-    out = tmp_path / "run"
-    isingcut.prune(**{**OPTIONS, **given}, heal="4tokens", out=str(out))
+    monkeypatch.setattr(trials, "fit_patch", noted)
+    monkeypatch.setattr(trials, "changed_losses", hidden_is_repaired)
+    for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("SEARCHED", 15)):
+        monkeypatch.setattr(trials, name, value)
+    given = {"model": str(llama), "calibration": str(text), "remove": 3, "states": 2, "seed": 1}
+    options, out = {**OPTIONS, **given, "out": str(tmp_path / "run")}, tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        isingcut.prune(**options, heal="4tokens")
+    isingcut.prune(**options, heal="4tokens")
     found = read_json(out / "candidates.json", "candidates")
     quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
     lowest = min(found["candidates"], key=lambda row: row["kl"])
-    assert tried == [lowest["removed"], quick["removed"]]
-    assert kinds == {("tuned", "")}
-    assert found["chosen"]["removed"] == quick["removed"]
-    assert found["chosen"]["why"].startswith("compared in a deep cut with state ")
+    # No state is measured twice, before or after the interruption.
+    searched, last = [*tried[:8], *tried[9:16]], tried[16:]
+    assert len({tuple(removed) for removed in searched}) == 15
+    assert hidden not in searched[:3]
+    assert hidden in searched
+    assert lowest["removed"] in last
+    assert quick["removed"] in last
+    assert hidden in last
+    few = OPTIONS["patch_tokens"] // trials.LESS
+    assert kinds == {("linear", trials.TOKENS, ""), ("tuned", few, "")}
+    assert found["chosen"]["removed"] == hidden
+    assert found["chosen"]["why"].startswith("compared in a deep cut with state")
+    assert not list(out.glob("*.journal"))
     ranked = read_document(out / "candidates.json", CandidatesFile)
+    assert "The choice was not made by this KL" in sentence("one_pass_words", ranked)
+    ranked.chosen.removed = quick["removed"]
     assert "but a patch repairs that state less" in sentence("one_pass_words", ranked)
-    ranked.chosen.patched_kl = None
-    said = sentence("one_pass_words", ranked)
-    assert "a patch" not in said
-    assert "The choice was not made by this KL" in said

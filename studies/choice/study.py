@@ -33,7 +33,7 @@ from unittest import mock
 
 import numpy as np
 
-from isingcut.console.progress import terminal
+from isingcut.console.progress import Progress, terminal
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, greedy_price, search
 from isingcut.ising.states import states_of
@@ -42,13 +42,13 @@ from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
 from isingcut.models.processes import ALONE
 from isingcut.options.config import TEXT, RunConfig
-from isingcut.runs import cutting, measuring, pipeline, ranking
+from isingcut.runs import cutting, measuring, pipeline, trials
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from studies.runner import Content, Part
 from studies.runner_models import ModelStudy, State, mean_loss
 
-LONGER, NEAR = 1.25, ranking.NEAR
+LONGER, NEAR = 1.25, trials.NEAR
 STAGES = ("cut", "patched")
 WEB = "calib_text/c4_300"
 
@@ -115,24 +115,24 @@ class Choice(ModelStudy):
         )
         config, fits = measuring.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
 
-        def fit_once(run: Session, folder: RunFolder, removed: State) -> Any:
-            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed)
+        def fit_once(run: Session, folder: RunFolder, removed: State, shown: Progress) -> Any:
+            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, shown)
             return fits.setdefault(tuple(removed), found)
 
         with (
             pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
             # Patch all of the lowest three, so that the rules can choose among them.
-            mock.patch.object(ranking, "NEAR", math.inf),
-            mock.patch.object(ranking, "fit_patch", fit_once),
+            mock.patch.object(trials, "NEAR", math.inf),
+            mock.patch.object(trials, "fit_patch", fit_once),
         ):
             longer = self._search_on(run, folder)
             (ranked,) = pipeline.measure_and_rank(run, folder)
             made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
-            rows = sorted(ranked.candidates, key=lambda row: row.kl)[: ranking.TRIED]
-            few = ranking.trial_tokens(config)
+            rows = sorted(ranked.candidates, key=lambda row: row.kl)[: trials.TRIED]
+            few = trials.trial_tokens(config)
             # A study that goes on after the ranking fits the patches again.
             with run.at(config.replace(patch="linear", patch_tokens=few)):
-                patches = [fit_once(run, folder, row.removed) for row in rows]
+                patches = [fit_once(run, folder, row.removed, terminal) for row in rows]
             near = [
                 row.content() | {"unseen": self._judge(run, row.removed, new)}
                 for row, new in zip(rows, patches, strict=True)
@@ -213,7 +213,7 @@ def _unseen(state: Content, stage: str) -> float:
 def _rules(near: list[Content]) -> dict[str, int]:
     """Return the index of each rule's choice; candidates are sorted by KL, the lowest first."""
     above = [row["kl"] - near[0]["kl"] for row in near]
-    errors = [ranking.ERRORS * row["above_lowest_se"] for row in near]
+    errors = [trials.ERRORS * row["above_lowest_se"] for row in near]
     level = [i for i, gap in enumerate(above) if gap <= errors[i]]
     close = [i for i, gap in enumerate(above) if gap <= max(errors[i], NEAR * near[0]["kl"])]
 

@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from isingcut.console.printing import say
+from isingcut.console.progress import Progress
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import places_in
@@ -282,11 +284,14 @@ def _patch_job(
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
 
 
-def fit_patch(session: Session, folder: RunFolder, removed: Sequence[int]) -> dict[str, Tensor]:
+def fit_patch(
+    session: Session, folder: RunFolder, removed: Sequence[int], progress: Progress
+) -> dict[str, Tensor]:
     """Return the parameters that the patch of a state changes, by name; none if it cannot."""
     if session.config.patch == "none":
         return {}
     job, _ = _patch_job(session, folder, removed, session.source, folder.path)
+    job = dataclasses.replace(job, progress=progress)
     try:
         _, patches, _ = make_patches(job)
     except CANNOT:

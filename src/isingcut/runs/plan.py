@@ -37,9 +37,9 @@ from isingcut.options.config import LENGTH, RunConfig
 from isingcut.options.declaration import flag
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
-from isingcut.runs.ranking import is_deep
 from isingcut.runs.session import Session
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
+from isingcut.runs.trials import SEARCHED, TOKENS, is_deep
 
 CARDS = {
     "a10": (24e9, 125e12, 0.6e12),
@@ -240,9 +240,13 @@ class Prices:
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         found = self._states("rank", order < removed, c.rank_samples)
         if c.patch != "none":
-            # Trial patches in deep cuts are tuned, which takes about twice as long.
-            passes = 2 if c.patch == "tuned" and is_deep(removed, self.n) else 1
-            found["seconds"] += passes * c.patch_tokens * self.forward
+            # Trial patches in deep cuts are tuned, which takes about twice as long; the search over
+            # patched states fits each and measures it next to the original.
+            deep = is_deep(removed, self.n)
+            tokens = (2 if c.patch == "tuned" and deep else 1) * c.patch_tokens
+            if deep and not self.streamed:
+                tokens += SEARCHED * 2 * TOKENS * (1 + self.left)
+            found["seconds"] += tokens * self.forward
         return found
 
     def _healing(self) -> dict[str, Any]:

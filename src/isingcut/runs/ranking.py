@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isingcut.baselines import registry
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
@@ -25,88 +24,23 @@ from isingcut.files.results import read_document, write_document
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
-from isingcut.ising.states import Floats, states_of
-from isingcut.measure.ledger import Ledger
+from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
-from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import parse_yaml, shorten
-from isingcut.report.words import join_blocks, sentence
+from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
-from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-
-NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
-"""Candidates to patch for the choice: maximum distance from the lowest KL, as a share of that or in
-paired standard errors; maximum number; factor by which their patches take fewer tokens."""
-DEEP = 0.4
-"""Share of removed blocks from which on a cut is deep: then the best one-pass state is patched for
-the choice, too."""
-
-
-def trial_tokens(config: RunConfig) -> int:
-    """Return the number of tokens for patches of near candidates; 0 if none are patched."""
-    patched = config.choose == "measured" and config.patch != "none"
-    return max(64, config.patch_tokens // LESS) if patched else 0
-
-
-def choose_by_patch(
-    session: Session, folder: RunFolder, found: states.CandidatesFile, text: TokenSet, journal: Path
-) -> list[int]:
-    """Choose among the candidates near the lowest, by their KL after a patch.
-
-    A least-squares patch changes the KL of two near candidates by more than they differ. In a deep
-    cut it does not predict which state training will repair best, so the kind of patch is that of
-    the run. `patched_kl` is set in the rows of the patched candidates. In a deep cut the best state
-    of the one-pass methods is patched, too.
-
-    Args:
-        found: the ranked candidates.
-        text: text that the candidates were ranked on.
-
-    Returns:
-        the indices of the patched candidates, the chosen first; one index if no other is near.
-    """
-    rows = found.candidates
-    lowest = min(row.kl for row in rows)
-
-    def is_near(row: states.MeasuredState) -> bool:
-        return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
-
-    near = [i for i, row in enumerate(rows) if is_near(row)]
-    near = sorted(near, key=lambda i: rows[i].kl)[:TRIED]
-    deep = is_deep(len(rows[0].removed), len(session.replay))
-    if deep and found.one_pass:
-        best = min(found.one_pass.states, key=lambda row: row.kl).removed
-        near += [i for i, row in enumerate(rows) if row.removed == best and i not in near]
-    if len(near) == 1:
-        return near
-    config, count = session.config, trial_tokens(session.config)
-    kind = config.patch if deep else "linear"
-    # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
-    trial = config.replace(patch=kind, patch_tokens=count, heal="")
-    work = session.work(journal)
-    ledger = Ledger(session.replay, text, work)
-    for row in (rows[i] for i in near):
-
-        def make(removed: Sequence[int] = row.removed) -> Floats:
-            with session.at(trial):
-                new = fit_patch(session, folder, removed)
-            named = f"without {join_blocks(removed)}, patched"
-            return changed_losses(
-                session.replay, text, lambda name, _: new.get(name), work, named, removed
-            )
-
-        sums = ledger.once(f"{row.removed}:{kind}:{count}", text.samples, 0.0, 0.0, make)
-        row.patched_kl = float(sums.sum() / ledger.counts.sum())
-    return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
-
-
-def is_deep(removed: int, blocks: int) -> bool:
-    """Whether so many blocks are removed that the lowest KL of exact cuts is a poor guide."""
-    return removed >= DEEP * blocks
+from isingcut.runs.trials import (
+    TOKENS,
+    Trials,
+    choose_by_patch,
+    is_deep,
+    search_patched,
+    trial_tokens,
+)
 
 
 def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
@@ -131,13 +65,19 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
         options |= benchmarking.hashes_of(config)
     journal, scores = target / "candidates.journal", target / ".questions"
-    patched = target / "patched.journal"
+    patched, searched = target / "patched.journal", target / "searched.journal"
 
     def make(path: Path) -> None:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
-        considered = add_found_states(spectrum, problem, config)
         session.choose_tuning(folder)
+        more, best = found_states(spectrum, problem, config), list[list[int]]()
+        deep = is_deep(len(spectrum.removed(0)), problem.n)
+        if tokens and deep and not session.streaming:
+            start, text = np.concatenate([more, spectrum.states]), split.first(TOKENS)
+            best = search_patched(session, folder, problem, start, text, searched)
+            more = np.concatenate([more, states_of(problem.n, best)])
+        considered = add_states(spectrum, problem, more)
         work = session.work(journal)
         found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
@@ -148,9 +88,9 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             lowest = min(row.kl for row in rows)
             why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
         elif tokens:
-            near = choose_by_patch(session, folder, found, split, patched)
+            trials = Trials(session, folder, split, patched, session.progress)
+            near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
-                deep = is_deep(len(rows[0].removed), len(session.replay))
                 position = near[0]
                 why = sentence("chosen_by_patch", rows, near, found.samples, deep)
         found.chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
@@ -159,7 +99,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     file = target / "candidates.json"
 
     def drop() -> None:
-        for file in (journal, candidates.random_journal(journal), patched):
+        for file in (journal, candidates.random_journal(journal), patched, searched):
             forget(file)
         benchmark.forget_scores(scores, split_names(config.tasks))
 
@@ -168,29 +108,31 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     )
 
 
-def add_found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Spectrum:
-    """Return the candidates to measure: a spectrum, and a search's states for the same removal.
+def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> States:
+    """Return the feasible states that a search found for this removal, those of one pass first.
 
     For a choice by questions, the state without the last blocks is added if it is feasible: a model
     with the worst loss may score best.
     """
     searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
     mine = searched.get(config.removal, {})
-    found = [row["removed"] for row in (*mine.get("finalists", []), *mine.get("one_pass", []))]
-    solver = f"{spectrum.solver} and search" if found else spectrum.solver
+    found = [row["removed"] for row in (*mine.get("one_pass", []), *mine.get("finalists", []))]
     if config.choose == "tasks":
         found.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
     more = states_of(problem.n, found)
-    more = more[problem.feasible(more)]
+    return more[problem.feasible(more)]
+
+
+def add_states(spectrum: Spectrum, problem: Problem, more: States) -> Spectrum:
+    """Return a spectrum with further states, which do not affect the proof of the lowest."""
     if not len(more):
         return spectrum
     return Spectrum.from_states(
         problem,
         np.concatenate([spectrum.states, more]),
-        # Added states do not affect the proof of the lowest.
         proven=spectrum.proven,
-        solver=solver,
+        solver=f"{spectrum.solver} and search",
         seconds=spectrum.seconds,
         info=spectrum.info,
     )

@@ -29,7 +29,8 @@ The maps are fitted by ridge regression from normal equations, its strength chos
 rows. Only second moments are kept, in float64, so memory does not grow with the number of tokens.
 Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
 Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; in host memory if they do
-not fit the device.
+not fit the device. With at most F / 2 rows, the rows themselves are kept: the solution is the same
+and costs n^2 F for each strength.
 """
 
 from __future__ import annotations
@@ -307,8 +308,10 @@ class _Fitting:
         device = self._original[0].device
         if bytes_of(write.mapped) > allowance("", device).left:
             device = torch.device("cpu")
+        # With as few rows as this, the rows do not take more memory than the moments.
+        kind = Rows if 2 * self._tokens <= write.mapped else Moments
         width = write.weight.shape[0]
-        return Moments(write.mapped, width, device), Moments(write.mapped, width, device)
+        return kind(write.mapped, width, device), kind(write.mapped, width, device)
 
     def _add(self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor) -> None:
         """Add the features and targets of batch ``b``."""
@@ -398,6 +401,55 @@ class Moments:
         self.tx.addmm_(weighted.T, x)
         self.tt += (weighted * t).sum()
 
+    def join(self, other: Moments) -> None:
+        """Add the rows of ``other``."""
+        self.xx += other.xx
+        self.tx += other.tx
+
+    def map(self, strength: float) -> Tensor:
+        """Return the map (D, F) of one ridge strength."""
+        ridged = self.xx.clone()
+        diagonal = ridged.diagonal()
+        diagonal += strength * diagonal.mean().clamp_min(_SMALL)
+        return torch.cholesky_solve(self.tx.T, torch.linalg.cholesky(ridged, out=ridged)).T
+
+    def left(self, found: Tensor) -> float:
+        """Return the share of the weighted squares of t that remains with a map."""
+        cross = (found * self.tx).sum()
+        squares = ((found @ self.xx) * found).sum()
+        return float((self.tt - 2 * cross + squares) / self.tt)
+
+
+class Rows(Moments):
+    """The same for fewer rows than features: the rows are kept, and a fit costs n^3, not F^3.
+
+    With rows scaled by the root of their weights, (X^T X + r)^-1 X^T T = X^T (X X^T + r)^-1 T.
+    """
+
+    def __init__(self, features: int, targets: int, device: torch.device) -> None:
+        options = {"dtype": torch.float64, "device": device}
+        self.x = torch.zeros((0, features), **options)  # type: ignore[call-overload]
+        self.t = torch.zeros((0, targets), **options)  # type: ignore[call-overload]
+
+    def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
+        place, root = self.x.device, weights.double().sqrt()[:, None]
+        self.x = torch.cat([self.x, (x.double() * root).to(place)])
+        self.t = torch.cat([self.t, (t.double() * root).to(place)])
+
+    def join(self, other: Moments) -> None:
+        assert isinstance(other, Rows)
+        self.x, self.t = torch.cat([self.x, other.x]), torch.cat([self.t, other.t])
+
+    def map(self, strength: float) -> Tensor:
+        ridged = self.x @ self.x.T
+        diagonal = ridged.diagonal()
+        diagonal += strength * (diagonal.sum() / self.x.shape[1]).clamp_min(_SMALL)
+        solved = torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
+        return torch.mm(solved.T, self.x)
+
+    def left(self, found: Tensor) -> float:
+        return float((self.t - self.x @ found.T).square().sum() / self.t.square().sum())
+
 
 def bytes_of(features: int) -> int:
     """Return the bytes of a fit: second moments of both sets of rows, and one factorisation."""
@@ -435,18 +487,12 @@ def fit_ridge(
         None if no map is better than no patch.
     """
 
-    def squares_left(found: Tensor) -> float:
-        cross = (found * held_out.tx).sum()
-        squares = ((found @ held_out.xx) * found).sum()
-        return float((held_out.tt - 2 * cross + squares) / held_out.tt)
-
-    strength, error = best_strength(lambda s: (left or squares_left)(ridge_map(fit, s)))
+    strength, error = best_strength(lambda s: (left or held_out.left)(fit.map(s)))
     # NaN is no improvement either.
     if not error < 1:
         return None
-    fit.xx += held_out.xx
-    fit.tx += held_out.tx
-    return RidgeFit(ridge_map(fit, strength), strength, error)
+    fit.join(held_out)
+    return RidgeFit(fit.map(strength), strength, error)
 
 
 def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
@@ -467,12 +513,3 @@ def best_strength(left: Callable[[float], float]) -> tuple[float, float]:
     while error(next_to := min((at - 1, at + 1), key=error)) < error(at):
         at = next_to
     return STRENGTHS[at], error(at)
-
-
-def ridge_map(rows: Moments, strength: float) -> Tensor:
-    """Return the map (D, F) of one ridge strength."""
-    ridged = rows.xx.clone()
-    diagonal = ridged.diagonal()
-    diagonal += strength * diagonal.mean().clamp_min(_SMALL)
-    torch.linalg.cholesky(ridged, out=ridged)
-    return torch.cholesky_solve(rows.tx.T, ridged).T

@@ -1,0 +1,173 @@
+"""Patch candidates for the choice: those of lowest KL and, in a deep cut, states found by a search.
+
+A least-squares patch changes the KL of two near candidates by more than they differ. In a deep cut
+the KL of exact cuts is a poor guide altogether: states that a patch repairs well are much worse as
+cut (docs/experiments/deep.md). So the search there measures states after a patch of little text:
+
+    states of the energy, its search and one pass  ->  measured, patched
+    rounds: measured states -> surrogate -> exchanges around the best two, the lowest bound first
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from isingcut.console.progress import Progress, silent
+from isingcut.data.tokens import TokenSet
+from isingcut.energies.search.proposals import Target, by_bound, list_exchanges
+from isingcut.energies.search.surrogate import Surrogate
+from isingcut.files import states
+from isingcut.ising.problem import Problem
+from isingcut.ising.states import Floats, States, blocks_of, key_of
+from isingcut.measure.ledger import Ledger
+from isingcut.measure.packed import changed_losses
+from isingcut.options.config import RunConfig
+from isingcut.report.words import join_blocks
+from isingcut.runs.cutting import fit_patch
+from isingcut.runs.folder import RunFolder
+from isingcut.runs.session import Session
+
+NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
+"""Candidates to patch for the choice: maximum distance from the lowest KL, as a share of that or in
+paired standard errors; maximum number; factor by which their patches take fewer tokens."""
+DEEP = 0.4
+"""Share of removed blocks from which on a cut is deep."""
+SEARCHED, ROUND, TOKENS = 40, 8, 2048
+"""The search in a deep cut: number of measured states, number per round, and tokens to fit the
+patch of each, and to measure it."""
+NOISE = 0.02
+"""Standard deviation of a patched KL on so little text, relative to it."""
+
+
+def trial_tokens(config: RunConfig) -> int:
+    """Return the number of tokens for patches of near candidates; 0 if none are patched."""
+    patched = config.choose == "measured" and config.patch != "none"
+    return max(64, config.patch_tokens // LESS) if patched else 0
+
+
+def is_deep(removed: int, blocks: int) -> bool:
+    """Whether so many blocks are removed that the lowest KL of exact cuts is a poor guide."""
+    return removed >= DEEP * blocks
+
+
+class Trials:
+    """The measured KL of patched states.
+
+    Args:
+        text: text to measure on.
+        journal: file that keeps each measurement.
+        progress: display of one measurement.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        text: TokenSet,
+        journal: Path,
+        progress: Progress,
+    ) -> None:
+        self._session, self._folder, self._text = session, folder, text
+        self._work = dataclasses.replace(session.work(journal), progress=progress)
+        self._ledger = Ledger(session.replay, text, self._work)
+
+    def kl(self, removed: Sequence[int], kind: str, tokens: int) -> float:
+        """Return the KL of a state after a patch of a kind, fitted on so many tokens."""
+        session, work = self._session, self._work
+        # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
+        trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
+
+        def make() -> Floats:
+            with session.at(trial):
+                new = fit_patch(session, self._folder, removed, work.progress)
+            named = f"without {join_blocks(removed)}, patched"
+            return changed_losses(
+                session.replay, self._text, lambda name, _: new.get(name), work, named, removed
+            )
+
+        key = f"{list(removed)}:{kind}:{tokens}"
+        sums = self._ledger.once(key, self._text.samples, 0.0, 0.0, make)
+        return float(sums.sum() / self._ledger.counts.sum())
+
+
+def search_patched(
+    session: Session,
+    folder: RunFolder,
+    problem: Problem,
+    start: States,
+    text: TokenSet,
+    journal: Path,
+) -> list[list[int]]:
+    """Search for states of low KL after a least-squares patch.
+
+    Args:
+        start: (S, N) states; the first `ROUND` distinct ones are measured first.
+        text: text to measure on.
+
+    Returns:
+        the removed blocks of the best two of `SEARCHED` states.
+    """
+    trials = Trials(session, folder, text, journal, silent)
+    target = Target(session.config.removal, problem.constraints)
+    found = list({key_of(state): state for state in start}.values())[:ROUND]
+    kl = list[float]()
+    with session.progress("searching patched states", SEARCHED) as bar:
+        while len(kl) < len(found):
+            for state in found[len(kl) :]:
+                kl.append(trials.kl(blocks_of(state), "linear", TOKENS))
+                bar.advance(1, f"lowest KL {min(kl):.4f}")
+            losses = np.array(kl)
+            order = np.argsort(losses, kind="stable")
+            surrogate = Surrogate(problem.hamiltonian, np.array(found), losses, NOISE * losses)
+            moves = np.concatenate([list_exchanges(found[i], target) for i in order[:2]])
+            known = {key_of(state) for state in found}
+            new = {key_of(s): s for s in by_bound(surrogate, moves) if key_of(s) not in known}
+            found += list(new.values())[: min(ROUND, SEARCHED - len(found))]
+    return [blocks_of(found[i]) for i in order[:2]]
+
+
+def choose_by_patch(
+    found: states.CandidatesFile,
+    deep: bool,
+    config: RunConfig,
+    trials: Trials,
+    searched: Sequence[list[int]],
+) -> list[int]:
+    """Choose among the candidates near the lowest, by their KL after a patch.
+
+    In a deep cut the kind of patch is that of the run, because least squares does not predict which
+    state training will repair best. The candidates are then the one of lowest KL, the best state of
+    the one-pass methods, and those of the search over patched states. `patched_kl` is set in the
+    rows of the patched candidates.
+
+    Args:
+        found: the ranked candidates.
+        deep: whether the cut is deep.
+        searched: the result of `search_patched`; empty without such a search.
+
+    Returns:
+        the indices of the patched candidates, the chosen first; one index if no other is near.
+    """
+    rows = found.candidates
+    lowest = min(row.kl for row in rows)
+
+    def is_near(row: states.MeasuredState) -> bool:
+        return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
+
+    near = [i for i, row in enumerate(rows) if is_near(row)]
+    near = sorted(near, key=lambda i: rows[i].kl)[: 1 if searched else TRIED]
+    if deep:
+        quick = found.one_pass.states if found.one_pass else []
+        best = [min(quick, key=lambda row: row.kl).removed] if quick else []
+        more = [*searched, *best]
+        near += [i for i, row in enumerate(rows) if row.removed in more and i not in near]
+    if len(near) == 1:
+        return near
+    kind, count = config.patch if deep else "linear", trial_tokens(config)
+    for row in (rows[i] for i in near):
+        row.patched_kl = trials.kl(row.removed, kind, count)
+    return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
