@@ -210,7 +210,13 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
 
     monkeypatch.setattr(trials, "fit_patch", noted)
     monkeypatch.setattr(trials, "changed_losses", hidden_is_repaired)
-    for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("SEARCHED", 15)):
+    for name, value in (
+        ("NEAR", 0.0),
+        ("ERRORS", 0),
+        ("ROUND", 3),
+        ("SEARCHED", 15),
+        ("TOKENS", 64),
+    ):
         monkeypatch.setattr(trials, name, value)
     given = {"model": str(llama), "calibration": str(text), "remove": 3, "states": 2, "seed": 1}
     options, out = {**OPTIONS, **given, "out": str(tmp_path / "run")}, tmp_path / "run"
@@ -229,7 +235,7 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
     assert quick["removed"] in last
     assert hidden in last
     few = OPTIONS["patch_tokens"] // trials.LESS
-    assert kinds == {("linear", trials.TOKENS, ""), ("tuned", few, "")}
+    assert kinds == {("linear", 64, ""), ("tuned", few, "")}
     assert found["chosen"]["removed"] == hidden
     assert found["chosen"]["why"].startswith("compared in a deep cut with state")
     assert not list(out.glob("*.journal"))

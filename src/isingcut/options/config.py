@@ -186,9 +186,10 @@ class RunConfig(Options):
     )
     choose: Literal["measured", "ground", "tasks"] = option(
         "measured",
-        "How the final state is chosen: measured (lowest KL; after a patch among near candidates, "
-        "and the best state of one pass if 40 % of the blocks go), ground (lowest energy), or "
-        "tasks (the best on --tasks among a few candidates of low KL).",
+        "How the final state is chosen: measured (lowest KL; after a patch among near candidates; "
+        "if 40 % of the blocks go, also states of a search over patched states and the best state "
+        "of one pass), ground (lowest energy), or tasks (the best on --tasks among a few "
+        "candidates of low KL).",
         "rank",
     )
     tasks: str = option(

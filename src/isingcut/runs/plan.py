@@ -39,7 +39,7 @@ from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
-from isingcut.runs.trials import SEARCHED, TOKENS, is_deep
+from isingcut.runs.trials import SEARCHED, TOKENS, is_deep, is_searched
 
 CARDS = {
     "a10": (24e9, 125e12, 0.6e12),
@@ -240,11 +240,11 @@ class Prices:
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         found = self._states("rank", order < removed, c.rank_samples)
         if c.patch != "none":
-            # Trial patches in deep cuts are tuned, which takes about twice as long; the search over
-            # patched states fits each and measures it next to the original.
-            deep = is_deep(removed, self.n)
-            tokens = (2 if c.patch == "tuned" and deep else 1) * c.patch_tokens
-            if deep and not self.streamed:
+            # Trial patches in deep cuts are tuned, which takes about twice as long.
+            deep = c.patch == "tuned" and is_deep(removed, self.n)
+            tokens = (2.0 if deep else 1.0) * c.patch_tokens
+            if is_searched(c, removed, self.n, streamed=self.streamed):
+                # Both models read the text of the fit and that of the measurement.
                 tokens += SEARCHED * 2 * TOKENS * (1 + self.left)
             found["seconds"] += tokens * self.forward
         return found

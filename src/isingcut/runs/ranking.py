@@ -34,10 +34,10 @@ from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
-    TOKENS,
     Trials,
     choose_by_patch,
     is_deep,
+    is_searched,
     search_patched,
     trial_tokens,
 )
@@ -72,10 +72,10 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         problem = solving.problem_of(folder, config)
         session.choose_tuning(folder)
         more, best = found_states(spectrum, problem, config), list[list[int]]()
-        deep = is_deep(len(spectrum.removed(0)), problem.n)
-        if tokens and deep and not session.streaming:
-            start, text = np.concatenate([more, spectrum.states]), split.first(TOKENS)
-            best = search_patched(session, folder, problem, start, text, searched)
+        count = len(spectrum.removed(0))
+        if is_searched(config, count, problem.n, streamed=session.streaming):
+            start = np.concatenate([more, spectrum.states])
+            best = search_patched(session, folder, problem, start, split, searched)
             more = np.concatenate([more, states_of(problem.n, best)])
         considered = add_states(spectrum, problem, more)
         work = session.work(journal)
@@ -89,6 +89,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
         elif tokens:
             trials = Trials(session, folder, split, patched, session.progress)
+            deep = is_deep(count, problem.n)
             near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
                 position = near[0]

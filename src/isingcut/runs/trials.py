@@ -18,6 +18,7 @@ import numpy as np
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
+from isingcut.energies.search.evaluator import LEAST
 from isingcut.energies.search.proposals import Target, by_bound, list_exchanges
 from isingcut.energies.search.surrogate import Surrogate
 from isingcut.files import states
@@ -52,6 +53,12 @@ def trial_tokens(config: RunConfig) -> int:
 def is_deep(removed: int, blocks: int) -> bool:
     """Whether so many blocks are removed that the lowest KL of exact cuts is a poor guide."""
     return removed >= DEEP * blocks
+
+
+def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool) -> bool:
+    """Whether states are searched by their patched KL: deep cuts of a model in memory, if trial
+    patches take more tokens than those of the search (not with ``--quick``)."""
+    return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
 
 
 class Trials:
@@ -106,12 +113,12 @@ def search_patched(
 
     Args:
         start: (S, N) states; the first `ROUND` distinct ones are measured first.
-        text: text to measure on.
+        text: text whose first `TOKENS` tokens are used to measure on.
 
     Returns:
         the removed blocks of the best two of `SEARCHED` states.
     """
-    trials = Trials(session, folder, text, journal, silent)
+    trials = Trials(session, folder, text.first(TOKENS), journal, silent)
     target = Target(session.config.removal, problem.constraints)
     found = list({key_of(state): state for state in start}.values())[:ROUND]
     kl = list[float]()
@@ -120,7 +127,7 @@ def search_patched(
             for state in found[len(kl) :]:
                 kl.append(trials.kl(blocks_of(state), "linear", TOKENS))
                 bar.advance(1, f"lowest KL {min(kl):.4f}")
-            losses = np.array(kl)
+            losses = np.maximum(kl, LEAST)
             order = np.argsort(losses, kind="stable")
             surrogate = Surrogate(problem.hamiltonian, np.array(found), losses, NOISE * losses)
             moves = np.concatenate([list_exchanges(found[i], target) for i in order[:2]])
