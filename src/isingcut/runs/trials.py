@@ -37,7 +37,7 @@ NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
-SEARCHED, ROUND, TOKENS = 40, 8, 2048
+SEARCHED, ROUND, TOKENS = 40, 4, 2048
 """The search in a deep cut: number of measured states, number per round, and tokens to fit the
 patch of each, and to measure it."""
 NOISE = 0.02
