@@ -181,7 +181,7 @@ def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = Tr
 def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str, Any]:
     losses = {"kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1}
     price = {"passes": 12.5, "heads": 0, "tokens_searched": 1000, "tokens_judged": 333}
-    found = {"baseline": name, "settings": [], "removed": removed, "violated": []}
+    found = {"baseline": name, "removed": removed, "violated": []}
     return {**found, **losses, **price, **more}
 
 
@@ -287,7 +287,7 @@ def _write_extras(path: Path, main: Hamiltonian, m: int, chosen: list[int]) -> N
     write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
     other = [b for b in range(n) if b not in chosen][:m]
     for name, kl, more in (
-        ("sleb", 2.5, {"settings": ["loss=kl"]}),
+        ("sleb", 2.5, {}),
         ("random", 9.0, {"violated": ["keep 0"]}),
     ):
         write_json(path / f"baseline-{name}.json", "baseline", baseline(name, other, kl, **more))

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -32,7 +33,6 @@ from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
-from isingcut.runs.ranking import baseline_part
 from isingcut.runs.session import Session
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
@@ -413,16 +413,17 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
 
 
 def test_the_papers_method_leaves_only_its_result(capsys, folder):
-    assert call(capsys, "baseline", "cbo", folder, "--set", "top=5")[0] == 0
+    assert call(capsys, "baseline", "cbo", folder)[0] == 0
     found = read_json(folder / "baseline-cbo.json", "baseline")
-    assert found["settings"] == ["top=5"]
-    assert len(found["info"]["kl"]) == 5
+    assert found["options"] == {"top": 1}
     assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 
 
-def test_other_removals_and_options_have_files_of_their_own(capsys, folder):
+def test_other_removals_and_options_have_files_of_their_own(capsys, folder, monkeypatch):
     arguments = ("baseline", "block-influence", folder, "--remove", "3")
-    assert call(capsys, *arguments, "--set", "iterative=true")[0] == 0
+    with monkeypatch.context() as other:
+        other.setattr(registry, "get", lambda name: partial(BlockInfluence, iterative=True))
+        assert call(capsys, *arguments)[0] == 0
     found = read_json(folder / "remove-3" / "baseline-block-influence.json", "baseline")
     assert found["options"] == {"iterative": True}
     assert len(found["info"]["order"]) == 3
@@ -439,32 +440,9 @@ def test_a_broken_constraint_is_reported(capsys, folder):
     assert found["violated"] == expected
 
 
-def test_settings_are_read_with_the_type_of_their_default():
-    part = baseline_part("evopress", ["survivors=[3, 1]", "step-tokens=[10,20]", "generations=2"])
-    assert part.survivors == (3, 1)
-    assert part.step_tokens == (10, 20)
-    assert part.generations == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "words"),
-    [
-        ("sleb", "keep_ends=3", "expected a value like True"),
-        ("sleb", "iterative=true", "sleb has loss, keep_ends"),
-        ("random", "x=1", "random has none"),
-        ("evopress", "generations=many", "expected a value like"),
-        ("evopress", "survivors", "expected OPTION=VALUE"),
-        ("evopress", "survivors=[", "cannot read the value"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(name, setting, words):
-    with pytest.raises(InputError, match=words):
-        baseline_part(name, [setting])
-
-
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(UnknownNameError, match="did you mean 'sleb'"):
-        baseline_part("slep", [])
+        registry.get("slep")
 
 
 def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(capsys, folder, tmp_path):

@@ -94,10 +94,6 @@ OTHERS = [
     ("report gone --budget params=0", "'0' is nothing"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
     ("baseline zorp gone", "unknown baseline 'zorp'"),
-    ("baseline evopress gone --set initial=1000000000000", "the largest number is 1,000,000"),
-    ("baseline evopress gone --set step_tokens=[2048,1000000000]", "the largest number is 1,000"),
-    (f"baseline cbo gone --set top={LONG}", "Exceeds the limit"),
-    (f"baseline sleb gone --set loss={'[' * 5000}", "nested too deeply"),
     ("excise gone --blocks three", "cannot read 'three' as block numbers"),
 ]
 

@@ -34,6 +34,7 @@ from isingcut.models.processes import Processes, launched_rank
 from isingcut.options.config import HealConfig, RunConfig
 
 if TYPE_CHECKING:
+    from isingcut import baselines
     from isingcut.cli import show
     from isingcut.files import cuts, evaluations, healings
     from isingcut.report import words
@@ -49,7 +50,7 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self.name), attribute)
 
-    cuts, healings = map(LazyModule, ("files.cuts", "files.healings"))
+    baselines, cuts, healings = map(LazyModule, ("baselines", "files.cuts", "files.healings"))
     show, words = map(LazyModule, ("cli.show", "report.words"))
     runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
     benchmarking, cutting, evaluating, pipeline, ranking, solving = (
@@ -191,21 +192,17 @@ def baseline(
     ],
     directory: Folder,
     progress: Any,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; repeatable."),
-    ] = None,
     **options: Any,
 ) -> Output:
     """Choose blocks by a published method on the run's text, and measure them for comparison.
 
-    Example: isingcut baseline sleb my-run --remove 8 --set loss=kl
+    Example: isingcut baseline sleb my-run --remove 8
     """
-    # Check the typed options before the run folder.
-    ranking.baseline_part(name, settings or [])
+    # Check the typed name before the run folder.
+    baselines.registry.get(name)
     folder, config = reopen(directory, options)
     session = pipeline.session_of(folder, config, progress, Processes.join())
-    found = ranking.compare(session, folder, name, settings or [])
+    found = ranking.compare(session, folder, name)
     file = folder.target(config.removal) / f"baseline-{name}.json"
     return Output(
         {"file": str(file), **show.CUT_ON_RANKING, **found.content()},

@@ -185,7 +185,6 @@ class BaselineFile(MeasuredLoss, Document, kind="baseline"):
 
     baseline: str
     options: dict[str, Any] = Field(default_factory=dict)
-    settings: list[str] = Field(default_factory=list)
     removed: Blocks
     passes: Positive
     heads: Positive = 0.0

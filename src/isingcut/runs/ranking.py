@@ -7,16 +7,14 @@ candidates, so that both are comparable.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from isingcut.baselines import registry
-from isingcut.errors import InputError
 from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
 from isingcut.files import states
@@ -28,7 +26,6 @@ from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import parse_yaml, shorten
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.folder import RunFolder
@@ -158,45 +155,7 @@ def one_pass(ranking: states.CandidatesFile, search: Mapping[str, Any]) -> state
     )
 
 
-_LARGEST = 1_000_000
-
-
-def baseline_part(name: str, settings: Sequence[str]) -> Any:
-    """Create the baseline called ``name`` with settings as ``option=value`` texts.
-
-    Raises:
-        InputError: no such option, a value of another type than its default, or a number above a
-            million.
-    """
-    part = registry.get(name)
-    known, kinds = {f.name: f.default for f in dataclasses.fields(part)}, get_type_hints(part)
-    chosen: dict[str, Any] = {}
-    for setting in settings:
-        option, equals, text = setting.partition("=")
-        option = option.strip().replace("-", "_")
-        if not equals or option not in known:
-            names = ", ".join(known) or "none"
-            raise InputError(f"--set {shorten(setting)}: expected OPTION=VALUE; {name} has {names}")
-        try:
-            value = parse_yaml(text)
-        except ValueError as e:
-            raise InputError(f"--set {shorten(setting)}: cannot read the value ({e})") from e
-        value = tuple(value) if isinstance(value, list) else value
-        try:
-            TypeAdapter(kinds[option], config=ConfigDict(strict=True)).validate_python(value)
-        except ValidationError as e:
-            expected = f"expected a value like {known[option]!r}, got {shorten(text)}"
-            raise InputError(f"--set {shorten(setting)}: {expected}") from e
-        items = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, int) and abs(v) > _LARGEST for v in items):
-            raise InputError(f"--set {shorten(setting)}: the largest number is {_LARGEST:,}")
-        chosen[option] = value
-    return part(**chosen)
-
-
-def compare(
-    session: Session, folder: RunFolder, name: str, settings: Sequence[str] = ()
-) -> states.BaselineFile:
+def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFile:
     """Run one baseline for the removal of the session's options: `baseline-NAME.json`.
 
     Baselines only support a number of blocks. For a budget or a number per kind, the baseline
@@ -207,7 +166,7 @@ def compare(
         heads (see `isingcut.baselines.base.Outcome`), and the violated constraints of the run.
     """
     config = session.config
-    part = baseline_part(name, settings)
+    part = registry.get(name)()
     target = folder.target(config.removal)
     if folder.find_finished(target / "spectrum.json"):
         config = solving.with_solved(folder, config)
@@ -241,7 +200,6 @@ def compare(
         content = states.BaselineFile(
             baseline=name,
             options=dataclasses.asdict(part),
-            settings=list(settings),
             removed=list(outcome.removed),
             **found.losses(0),
             passes=outcome.passes,
