@@ -74,7 +74,8 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             start = np.concatenate([more, spectrum.states])
             best = search_patched(session, folder, problem, start, split, searched)
             more = np.concatenate([more, states_of(problem.n, best)])
-        considered = add_states(spectrum, problem, more)
+        by = " and search" if best or "search" in problem.hamiltonian.meta else ""
+        considered = add_states(spectrum, problem, more, by)
         work = session.work(journal)
         found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
@@ -122,15 +123,19 @@ def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Sta
     return more[problem.feasible(more)]
 
 
-def add_states(spectrum: Spectrum, problem: Problem, more: States) -> Spectrum:
-    """Return a spectrum with further states, which do not affect the proof of the lowest."""
+def add_states(spectrum: Spectrum, problem: Problem, more: States, by: str) -> Spectrum:
+    """Return a spectrum with further states, which do not affect the proof of the lowest.
+
+    Args:
+        by: what else found them, for the name of the solver.
+    """
     if not len(more):
         return spectrum
     return Spectrum.from_states(
         problem,
         np.concatenate([spectrum.states, more]),
         proven=spectrum.proven,
-        solver=f"{spectrum.solver} and search",
+        solver=spectrum.solver + by,
         seconds=spectrum.seconds,
         info=spectrum.info,
     )
