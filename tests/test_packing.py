@@ -96,6 +96,10 @@ def test_changed_weights_are_measured_and_restored(read, tmp_path):
     wanted = plain_sums(original, without(other, [1, 4]), tokens)[2]
     assert np.allclose(found, wanted, rtol=1e-3)
     assert changed_losses(replay, tokens, lambda *_: None, PLAIN, "same").max() < 1e-6
+    kept = {}
+    for _ in range(2):
+        again = changed_losses(replay, tokens, change, PLAIN, "changed", [1, 4], kept)
+        assert np.array_equal(again, found)
     if read is in_memory:
         assert all(torch.equal(before[n], p) for n, p in replay.model.named_parameters())
 

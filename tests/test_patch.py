@@ -23,6 +23,7 @@ from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
+from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
@@ -237,6 +238,21 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     (alone,) = found.patches
     # The other patch is fitted on the cut model without a patch for the first cut.
     assert_stationary(model, tokens(), alone, [2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_original_runs_once_for_the_patches_of_several_states(family, monkeypatch):
+    replay, kept, ran = replay_of(tiny_model(family)), {}, []
+    block = Recording.block
+    monkeypatch.setattr(Recording, "block", lambda r, i, s: (ran.append(i), block(r, i, s))[1])
+    for removed in ([2], [1, 4], [2, 4]):  # The first needs fewer blocks than the others.
+        alone = fit_patches(replay, tokens(), removed, Work(96)).patches
+        ran.clear()
+        again = fit_patches(replay, tokens(), removed, Work(96), None, kept).patches
+        assert [p.record for p in again] == [p.record for p in alone]
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, again, strict=True))
+    # Only the original runs a removed block.
+    assert 2 not in ran
 
 
 @pytest.mark.parametrize(("family", "again"), [("llama", 0), ("gemma2", 1)])

@@ -29,6 +29,7 @@ def changed_losses(
     work: Work,
     description: str,
     removed: Sequence[int] = (),
+    kept: dict[int, list[Tensor]] | None = None,
 ) -> Floats:
     """Measure KL(original || changed) of each sample, (m,), summed over its tokens, nats.
 
@@ -38,8 +39,10 @@ def changed_losses(
     Args:
         change: function that returns the changed weights.
         removed: removed blocks of the changed model.
+        kept: the original's last hidden states of this text, by the number of micro-batches, to
+            read and to add to.
 
-    Complexity: two forward passes over the tokens.
+    Complexity: two forward passes over the tokens; one if the original's last states are known.
     """
     paths = {module: name for name, module in replay.model.named_modules()}
     embedding, output = replay.text.get_input_embeddings(), replay.text.get_output_embeddings()
@@ -56,17 +59,21 @@ def changed_losses(
         with work.progress(description, len(replay) + 1) as bar, use_attention(replay):
             head = OutputHead(replay)
             recordings = [replay.record(batch.input_ids) for batch in batches]
-            streams = [recording.entered for recording in recordings]
+            known = None if kept is None else kept.get(len(batches))
+            streams = known or [recording.entered for recording in recordings]
             for _ in replay.store.sweep([EMBED]):
                 with _swapped(changed(embedding)):
                     others = [replay.record(batch.input_ids).entered for batch in batches]
             for part in replay.store.sweep(range(len(replay))):
                 i = int(part)
-                streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
+                if known is None:
+                    streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
                 if i not in removed:
                     with _swapped(changed(replay.blocks[i])):
                         others = [r.block(i, s) for r, s in zip(recordings, others, strict=True)]
                 bar.advance(1)
+            if kept is not None:
+                kept[len(batches)] = streams
             for _ in replay.store.sweep([HEAD]):
                 new = changed(output)
                 ends = zip(batches, recordings, streams, others, strict=True)

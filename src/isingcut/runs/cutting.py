@@ -36,6 +36,7 @@ from isingcut.healing.patch.checkpoint import (
     record_unpatched,
 )
 from isingcut.healing.patch.files import RECORD
+from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
@@ -285,15 +286,23 @@ def _patch_job(
 
 
 def fit_patch(
-    session: Session, folder: RunFolder, removed: Sequence[int], progress: Progress
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    progress: Progress,
+    kept: Kept | None = None,
 ) -> dict[str, Tensor]:
-    """Return the parameters that the patch of a state changes, by name; none if it cannot."""
+    """Return the parameters that the patch of a state changes, by name; none if it cannot.
+
+    Args:
+        kept: as in `fit_patches`.
+    """
     if session.config.patch == "none":
         return {}
     job, _ = _patch_job(session, folder, removed, session.source, folder.path)
     job = dataclasses.replace(job, progress=progress)
     try:
-        _, patches, _ = make_patches(job)
+        _, patches, _ = make_patches(job, kept=kept)
     except CANNOT:
         return {}
     new = dict[str, Tensor]()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
@@ -22,6 +23,7 @@ from isingcut.energies.search.evaluator import LEAST
 from isingcut.energies.search.proposals import Target, by_bound, list_exchanges
 from isingcut.energies.search.surrogate import Surrogate
 from isingcut.files import states
+from isingcut.healing.patch.linear import Kept
 from isingcut.ising.problem import Problem
 from isingcut.ising.states import Floats, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
@@ -68,6 +70,7 @@ class Trials:
         text: text to measure on.
         journal: file that keeps each measurement.
         progress: display of one measurement.
+        kept: as in `fit_patches`, for the text of the fits.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class Trials:
         text: TokenSet,
         journal: Path,
         progress: Progress,
+        kept: Kept | None = None,
     ) -> None:
         self._session, self._folder, self._text = session, folder, text
+        self._fitted, self._measured = kept, dict[int, list[Tensor]]()
         self._work = dataclasses.replace(session.work(journal), progress=progress)
         self._ledger = Ledger(session.replay, text, self._work)
 
@@ -90,10 +95,11 @@ class Trials:
 
         def make() -> Floats:
             with session.at(trial):
-                new = fit_patch(session, self._folder, removed, work.progress)
+                new = fit_patch(session, self._folder, removed, work.progress, self._fitted)
             named = f"without {join_blocks(removed)}, patched"
+            replay, text, own = session.replay, self._text, self._measured
             return changed_losses(
-                session.replay, self._text, lambda name, _: new.get(name), work, named, removed
+                replay, text, lambda name, _: new.get(name), work, named, removed, own
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
@@ -118,7 +124,7 @@ def search_patched(
     Returns:
         the removed blocks of the best two of `SEARCHED` states.
     """
-    trials = Trials(session, folder, text.first(TOKENS), journal, silent)
+    trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
     target = Target(session.config.removal, problem.constraints)
     found = list({key_of(state): state for state in start}.values())[:ROUND]
     kl = list[float]()

@@ -35,7 +35,7 @@ from isingcut.healing.patch.files import (
     write_patched,
 )
 from isingcut.healing.patch.layers import list_linear_layers
-from isingcut.healing.patch.linear import Fitted, fit_patches
+from isingcut.healing.patch.linear import Fitted, Kept, fit_patches
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors, raise_if_exhausted
@@ -81,12 +81,13 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
 
 
 def make_patches(
-    job: Job, layers: StoredLayers | None = None
+    job: Job, layers: StoredLayers | None = None, kept: Kept | None = None
 ) -> tuple[Fitted, list[Patch], PatchTuning | None]:
     """Fit the maps of a patch, and tune them if the job's options request it.
 
     Args:
         layers: the checkpoint to write the layers to; None: any layer may be patched.
+        kept: as in `fit_patches`.
 
     Returns:
         the fitted maps; the patches of all changed layers; and the record of the tuning, or None.
@@ -107,7 +108,7 @@ def make_patches(
 
     def fit_with(count: int) -> Fitted:
         work = Work(count, job.progress)
-        return fit_patches(replay, tokens, job.removed, work, layers)
+        return fit_patches(replay, tokens, job.removed, work, layers, kept)
 
     def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
         assert held_out is not None

@@ -39,6 +39,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
 _HELD_OUT_EVERY = 4
+Kept = dict[tuple[int, int], list[Tensor]]
+"""Hidden states (B, T, D) of each micro-batch, in host memory, by their number and the block."""
 _CANDIDATES = 2
 """Number of layers to fit if none writes directly to the stream."""
 
@@ -87,6 +90,7 @@ def fit_patches(
     removed: Sequence[int],
     work: Work,
     stored: StoredLayers | None = None,
+    kept: Kept | None = None,
 ) -> Fitted:
     """Fit patches for the cuts of a state, in two forward passes over the tokens, without heads.
 
@@ -98,6 +102,8 @@ def fit_patches(
         tokens: every fourth sample is for validation, to choose the ridge.
         removed: the removed blocks.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
+        kept: the original's hidden states of this text, to read and to add to; with those of an
+            earlier state, the original need not run again.
 
     Raises:
         ArchitectureError: no cut can be patched, with the reasons.
@@ -113,7 +119,7 @@ def fit_patches(
         torch.inference_mode(),
         work.progress(f"fitting a patch, cuts: {len(cuts)}", total) as bar,
     ):
-        fitting = _Fitting(replay, batches, stored, bar.advance)
+        fitting = _Fitting(replay, batches, stored, bar.advance, kept)
         for first, last in cuts:
             patch = fitting.fit_cut(first, last)
             if isinstance(patch, Patch):
@@ -143,12 +149,14 @@ class _Fitting:
         batches: the tokens.
         stored: the checkpoint to write the patches to; None: any layer is allowed.
         done: function called with the number of block runs that were finished.
+        kept: as in `fit_patches`.
     """
 
     replay: Replay
     batches: Sequence[TokenSet]
     stored: StoredLayers | None
     done: Callable[[int], None]
+    kept: Kept | None
     maps: str = "reads"
 
     def __post_init__(self) -> None:
@@ -181,7 +189,7 @@ class _Fitting:
                         seen.append((output, write.features(read, written)))
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
-            self._original = self._after(i, self._original)
+            self._original = self._original_after(i)
             self.done(len(self.batches) * (1 + (i <= p)))
         self._at = last + 1
         if p < 0:
@@ -329,6 +337,14 @@ class _Fitting:
             validation = (batch.index == 0).to(device)
         return mask & ~validation[:, None], mask & validation[:, None]
 
+    def _original_after(self, i: int) -> list[Tensor]:
+        if self.kept is None:
+            return self._after(i, self._original)
+        key = len(self.batches), i
+        if key not in self.kept:
+            self.kept[key] = [after.cpu() for after in self._after(i, self._original)]
+        return self.kept[key]
+
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.block(i, s) for r, s in zip(self._recordings, streams, strict=True)]
 
@@ -377,7 +393,7 @@ def _no_better(p: int, paths: Sequence[str]) -> str:
     )
 
 
-STRENGTHS = tuple(10.0**k for k in range(-7, 3))
+STRENGTHS = tuple(10.0**k for k in range(-7, 8))
 """Ridge strengths tried, relative to the mean eigenvalue of the features' second moments."""
 _SMALL = 1e-200
 """Smallest mean eigenvalue, so that the fit works for features that are all zero."""
@@ -413,11 +429,12 @@ class Moments:
         diagonal += strength * diagonal.mean().clamp_min(_SMALL)
         return torch.cholesky_solve(self.tx.T, torch.linalg.cholesky(ridged, out=ridged)).T
 
-    def left(self, found: Tensor) -> float:
-        """Return the share of the weighted squares of t that remains with a map."""
-        cross = (found * self.tx).sum()
-        squares = ((found @ self.xx) * found).sum()
-        return float((self.tt - 2 * cross + squares) / self.tt)
+    def error(self, strength: float, held_out: Any) -> float:
+        """Return the share of the weighted squares of other rows' t that a map leaves."""
+        found = self.map(strength)
+        cross = (found * held_out.tx).sum()
+        squares = ((found @ held_out.xx) * found).sum()
+        return float((held_out.tt - 2 * cross + squares) / held_out.tt)
 
 
 class Rows(Moments):
@@ -430,6 +447,7 @@ class Rows(Moments):
         options = {"dtype": torch.float64, "device": device}
         self.x = torch.zeros((0, features), **options)  # type: ignore[call-overload]
         self.t = torch.zeros((0, targets), **options)  # type: ignore[call-overload]
+        self.products: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         place, root = self.x.device, weights.double().sqrt()[:, None]
@@ -441,14 +459,20 @@ class Rows(Moments):
         self.x, self.t = torch.cat([self.x, other.x]), torch.cat([self.t, other.t])
 
     def map(self, strength: float) -> Tensor:
-        ridged = self.x @ self.x.T
+        return torch.mm(self._dual(strength, self.x @ self.x.T).T, self.x)
+
+    def error(self, strength: float, held_out: Any) -> float:
+        if self.products is None:
+            self.products = self.x @ self.x.T, held_out.x @ self.x.T
+        own, cross = self.products
+        rest = held_out.t - cross @ self._dual(strength, own.clone())
+        return float(rest.square().sum() / held_out.t.square().sum())
+
+    def _dual(self, strength: float, ridged: Tensor) -> Tensor:
+        """Return the coefficients (n, D) of the rows, and overwrite their products (n, n)."""
         diagonal = ridged.diagonal()
         diagonal += strength * (diagonal.sum() / self.x.shape[1]).clamp_min(_SMALL)
-        solved = torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
-        return torch.mm(solved.T, self.x)
-
-    def left(self, found: Tensor) -> float:
-        return float((self.t - self.x @ found.T).square().sum() / self.t.square().sum())
+        return torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
 
 
 def bytes_of(features: int) -> int:
@@ -481,13 +505,16 @@ def fit_ridge(
 
     Args:
         left: function of a map, the share of the validation error that remains with it; None:
-            computed from the validation moments.
+            computed from ``held_out``.
 
     Returns:
         None if no map is better than no patch.
     """
 
-    strength, error = best_strength(lambda s: (left or held_out.left)(fit.map(s)))
+    def error_of(strength: float) -> float:
+        return left(fit.map(strength)) if left else fit.error(strength, held_out)
+
+    strength, error = best_strength(error_of)
     # NaN is no improvement either.
     if not error < 1:
         return None
