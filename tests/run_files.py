@@ -220,7 +220,7 @@ def task(name: str, original: float, cut: float) -> dict[str, Any]:
 
 def run_content(model: str, energy: str, n: int, m: int, seed: int) -> dict[str, Any]:
     """Return the content of `run.json` before its files are recorded."""
-    options = {f: getattr(RunConfig(), f) for f in ("calibration", "linear", "keep", "budget")}
+    options = {f: getattr(RunConfig(), f) for f in ("calibration", "keep", "budget")}
     solved = {
         f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k)) for k in (m - 1, m + 2)
     }

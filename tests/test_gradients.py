@@ -70,17 +70,10 @@ def test_the_paper_energy_is_the_quadratic_form_of_the_gradient_matrix():
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((20, 5))
     fisher = rows.T @ rows / 20
-    for linear in (False, True):
-        energy = form_energy(rows, {}, linear=linear)
-        for bits in range(32):
-            x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
-            expected = x @ fisher @ x
-            if linear:
-                expected = expected / 2 - rows.mean(0) @ x
-            assert energy.energy(x) == pytest.approx(expected)
-
-
-linear_or_not = pytest.mark.parametrize("linear", [False, True])
+    energy = form_energy(rows, {})
+    for bits in range(32):
+        x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
+        assert energy.energy(x) == pytest.approx(x @ fisher @ x)
 
 
 def gradients(m, seed=3):
@@ -89,25 +82,23 @@ def gradients(m, seed=3):
     return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
 
 
-@linear_or_not
 @pytest.mark.parametrize("m", [2, 3, 25])
-def test_errors_are_those_of_the_jackknife(linear, m):
+def test_errors_are_those_of_the_jackknife(m):
     rows = gradients(m)
-    left_out = [form_energy(np.delete(rows, s, 0), {}, linear=linear) for s in range(m)]
-    got = form_energy(rows, {}, linear=linear)
+    left_out = [form_energy(np.delete(rows, s, 0), {}) for s in range(m)]
+    got = form_energy(rows, {})
     for error, name in ((got.h_error, "h"), (got.J_error, "J")):
         values = np.array([getattr(energy, name) for energy in left_out])
         spread = ((values - values.mean(0)) ** 2).sum(0)
         np.testing.assert_allclose(error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12)
 
 
-@linear_or_not
-def test_the_energy_carries_its_errors(linear):
+def test_the_energy_carries_its_errors():
     replay, tokens = tiny_replay(), random_tokens()
-    found = EmpiricalFisher(linear=linear).measure(replay, tokens, Work())
+    found = EmpiricalFisher().measure(replay, tokens, Work())
     assert (found.h_error > 0).all()
-    assert found.unit == ("nats/token" if linear else "arbitrary")
-    one = EmpiricalFisher(linear=linear).measure(replay, tokens.select([0]), Work())
+    assert found.unit == "arbitrary"
+    one = EmpiricalFisher().measure(replay, tokens.select([0]), Work())
     assert one.h_error is None
     assert one.J_error is None
 

@@ -84,7 +84,7 @@ _PANELS = {
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "card cards_per_process dtype attention batch_tokens stream "
     "trust_remote_code",
-    "Choosing": "energy also linear solver states solve_seconds random_states choose",
+    "Choosing": "energy also solver states solve_seconds random_states choose",
     "Repair": "patch patch_tokens healing drop_mtp",
     "Judging": "data questions skip_speed",
 }

@@ -3,8 +3,6 @@
 With A (m x N) the gradients of each sample's mean token NLL in the sublayer gates and
 x_i = 1 for a removed block, the paper's energy is E = x^T (A^T A / m) x: the empirical Fisher
 matrix replaces the Hessian, without the linear term and the Taylor factor 1/2.
-`linear=True` is the Taylor expansion itself: E = -g.x + x^T (A^T A / m) x / 2, with g the
-mean gradient (removing a block is the step alpha - 1 = -x).
 
 The empirical Fisher matrix, which takes its labels from the text, is in general not a Hessian
 (Kunstner, Balles, Hennig, arXiv 1905.12558). The energies `fisher` and `gauss-newton` are the
@@ -34,13 +32,11 @@ class EmpiricalFisher:
     """The paper's energy.
 
     Attributes:
-        linear: whether to add the gradient term and the Taylor factor 1/2.
         gate: ``"sublayer"`` as in the paper, or ``"block"``.
     """
 
     default_samples: ClassVar[int] = 256
 
-    linear: bool = False
     gate: str = "sublayer"
 
     def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
@@ -48,21 +44,17 @@ class EmpiricalFisher:
 
         Returns:
             Hamiltonian, with standard errors over samples for two samples or more. The unit is
-            ``"arbitrary"`` for the paper's form (which uses squared nats per token instead of
-            nats), and ``"nats/token"`` with the linear term.
+            ``"arbitrary"``: squared nats per token.
         """
         rows = gate_gradients(replay, tokens, work, gate=self.gate)
-        options = {"gate": self.gate, "linear": self.linear}
-        meta = describe_energy("empirical-fisher", "mean token NLL per sample", tokens, **options)
-        return form_energy(rows, meta, linear=self.linear)
+        described = "empirical-fisher", "mean token NLL per sample"
+        return form_energy(rows, describe_energy(*described, tokens, gate=self.gate))
 
 
-def form_energy(rows: Floats, meta: dict[str, Any], *, linear: bool) -> Hamiltonian:
+def form_energy(rows: Floats, meta: dict[str, Any]) -> Hamiltonian:
     """Form the energy of gradient rows (m, N).
 
-    The paper's form is the Taylor expansion with a zero gradient and twice the curvature.
+    It is the Taylor expansion with a zero gradient and twice the curvature.
     """
     outer, each = rows[:, :, None] * rows[:, None, :], np.ones(len(rows), dtype=np.int64)
-    if linear:
-        return quadratic(rows, outer, each, meta)
     return replace(quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary")

@@ -117,9 +117,6 @@ class RunConfig(Options):
         "0.4 of the cost of a greedy search; most searches take half of that.",
         "energy",
     )
-    linear: bool = option(
-        False, "empirical-fisher only: add the gradient term that the paper omits.", "energy"
-    )
     dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
     device: spellings.Device = option(
         "auto",

@@ -56,9 +56,7 @@ def card_parts(
     versions = f"{provenance.torch}, {provenance.transformers}"
     energy = f"The energy used here, `{files.energy}`, is not that paper's."
     if files.energy == PAPER_ENERGY:
-        linear = " with the gradient term added, which the paper leaves out"
-        energy = "The energy used here is that paper's empirical-Fisher estimate"
-        energy += f"{linear if files.run.config.linear else ''}."
+        energy = "The energy used here is that paper's empirical-Fisher estimate."
     return CardParts(
         base_model=base,
         # A local path is useless to others, and may contain private names.

@@ -40,11 +40,9 @@ def energy_part(config: RunConfig, name: str) -> Any:
     """Create the energy called ``name`` with its options."""
     part = registry.get(name)
     own = {f.name for f in dataclasses.fields(part)}
-    if config.linear and "linear" not in own and name == config.energy:
-        raise InputError(f"--linear is an option of the energy 'empirical-fisher', not of {name!r}")
     if config.effort and "effort" not in own and name == config.energy:
         raise InputError(f"--effort is an option of 'refined' and 'auto', not of {name!r}")
-    given = {"linear": config.linear, "effort": config.effort, "seed": config.seed}
+    given = {"effort": config.effort, "seed": config.seed}
     return part(**{key: value for key, value in given.items() if key in own})
 
 

@@ -185,7 +185,7 @@ class Prices:
 
     def energy(self, name: str) -> dict[str, Any]:
         """Estimate one energy, with its default number of samples unless the options set it."""
-        config = self.config.replace(energy=name, linear=False, effort="")
+        config = self.config.replace(energy=name, effort="")
         samples, n = samples_of(config, name), self.n
         if self.streamed and not getattr(energy_part(config, name), "streams", True):
             return _estimate(name, samples, impossible="needs the whole model in memory")
