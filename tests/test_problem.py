@@ -132,15 +132,6 @@ def test_from_quadratic_is_the_form():
     np.testing.assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
 
 
-def test_the_ising_form_has_the_same_energies():
-    ham = random_hamiltonian(7)
-    ising = ham.to_ising()
-    x = all_states(7)
-    s = 2 * x - 1
-    energies = ising.offset + s @ ising.h + 0.5 * np.einsum("si,ij,sj->s", s, ising.J, s)
-    np.testing.assert_allclose(energies, ham.energies(x), atol=1e-12)
-
-
 def test_save_and_load(tmp_path):
     ham = random_hamiltonian(
         5, unit="nats/token", meta={"model": "tiny", "seed": 3}, h_error=np.ones(5)

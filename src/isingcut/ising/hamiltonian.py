@@ -2,7 +2,7 @@
 
     E(x) = c + h.x + sum_{i<j} J_ij x_i x_j,     x_i = 1 means block i is removed.
 
-In spins s_i = 2 x_i - 1 the same energy is an Ising model (`Hamiltonian.to_ising`); removing
+In spins s_i = 2 x_i - 1 the same energy is an Ising model (`Hamiltonian.to_bqm`); removing
 exactly M of N blocks fixes its magnetisation to 2 M - N.
 """
 
@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,14 +25,6 @@ from isingcut.ising.states import Floats
 
 if TYPE_CHECKING:
     import dimod
-
-
-class Ising(NamedTuple):
-    """E(s) = offset + h.s + sum_{i<j} J_ij s_i s_j with s in {-1, +1}^N."""
-
-    h: Floats
-    J: Floats
-    offset: float
 
 
 def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> Floats:
@@ -148,24 +140,13 @@ class Hamiltonian:
         """Return the energy of one state (N,)."""
         return float(self.energies(np.asarray(state)[None])[0])
 
-    # The Ising form -------------------------------------------------------------------
-
-    def to_ising(self) -> Ising:
-        """Return the energy in spins s = 2 x - 1: offset + h'.s + sum_{i<j} J'_ij s_i s_j.
-
-        J' = J / 4, h' = h / 2 + (row sums of J) / 4, offset = c + sum h / 2 + sum_{i<j} J / 4.
-        """
-        rows = self.J.sum(axis=1)
-        return Ising(
-            self.h / 2 + rows / 4,
-            self.J / 4,
-            float(self.c + self.h.sum() / 2 + rows.sum() / 8),
-        )
-
     # dimod ----------------------------------------------------------------------------
 
     def to_bqm(self) -> dimod.BinaryQuadraticModel:
-        """Return the energy as a dimod BQM over the variables 0 .. N-1, without constraints."""
+        """Return the energy as a dimod BQM over the variables 0 .. N-1, without constraints.
+
+        Its `spin` is the Ising model.
+        """
         import dimod
 
         return dimod.BinaryQuadraticModel(self.h, np.triu(self.J), self.c, "BINARY")

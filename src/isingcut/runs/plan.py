@@ -244,8 +244,8 @@ class Prices:
             deep = c.patch == "tuned" and is_deep(removed, self.n)
             tokens = (2.0 if deep else 1.0) * c.patch_tokens
             if is_searched(c, removed, self.n, streamed=self.streamed):
-                # Both models read the text of the fit and that of the measurement.
-                tokens += SEARCHED * 2 * TOKENS * (1 + self.left)
+                # Every state reads the texts of the fit and the measurement; the original, once.
+                tokens += 2 * TOKENS * (1 + SEARCHED * self.left)
             found["seconds"] += tokens * self.forward
         return found
 
