@@ -297,7 +297,7 @@ def fit_patch(
     Args:
         kept: as in `fit_patches`.
     """
-    if session.config.patch == "none":
+    if session.config.patch == "none" or not removed:
         return {}
     job, _ = _patch_job(session, folder, removed, session.source, folder.path)
     job = dataclasses.replace(job, progress=progress)

@@ -112,7 +112,7 @@ def _measure(
         named = f"{kind or 'its own type'}, {len(removed)} blocks out"
 
         def make() -> Floats:
-            new = cutting.fit_patch(session, folder, removed, session.progress) if removed else {}
+            new = cutting.fit_patch(session, folder, removed, session.progress)
 
             def change(name: str, own: Tensor) -> Tensor | None:
                 return packer.pack(kind, name, own, new.get(name))

@@ -5,13 +5,14 @@ the KL of exact cuts is a poor guide altogether: states that a patch repairs wel
 cut (docs/experiments/deep.md). So the search there measures states after a patch of little text:
 
     states of the energy, its search and one pass  ->  measured, patched
-    rounds: measured states -> surrogate -> exchanges around the best two, the lowest bound first
+    the best one with each block in turn removed or restored  ->  the effect of each block
+    rounds: exchanges around the best two states, those with the lowest sum of effects first
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,11 @@ from torch import Tensor
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.search.evaluator import LEAST
-from isingcut.energies.search.proposals import Target, by_bound, list_exchanges
-from isingcut.energies.search.surrogate import Surrogate
+from isingcut.energies.search.proposals import Target, flip_each, list_exchanges
 from isingcut.files import states
 from isingcut.healing.patch.linear import Kept
 from isingcut.ising.problem import Problem
-from isingcut.ising.states import Floats, States, blocks_of, key_of
+from isingcut.ising.states import Bools, Floats, States, blocks_of, key_of
 from isingcut.measure.ledger import Ledger
 from isingcut.measure.packed import changed_losses
 from isingcut.options.config import RunConfig
@@ -39,11 +38,9 @@ NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
-SEARCHED, ROUND, TOKENS = 40, 4, 2048
-"""The search in a deep cut: number of measured states, number per round, and tokens to fit the
-patch of each, and to measure it."""
-NOISE = 0.02
-"""Standard deviation of a patched KL on so little text, relative to it."""
+ROUND, ROUNDS, STALLED, TOKENS = 4, 6, 2, 2048
+"""The search in a deep cut: states per round, most rounds, number of rounds without a better state
+after which it ends, and tokens to fit the patch of each state, and to measure it."""
 
 
 def trial_tokens(config: RunConfig) -> int:
@@ -61,6 +58,11 @@ def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool)
     """Whether states are searched by their patched KL: deep cuts of a model in memory, if trial
     patches take more tokens than those of the search (not with ``--quick``)."""
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
+
+
+def most_searched(blocks: int) -> int:
+    """Return the largest number of states that the search in a deep cut measures."""
+    return blocks + ROUND * (1 + ROUNDS)
 
 
 class Trials:
@@ -122,25 +124,49 @@ def search_patched(
         text: text whose first `TOKENS` tokens are used to measure on.
 
     Returns:
-        the removed blocks of the best two of `SEARCHED` states.
+        the removed blocks of the best two states.
     """
     trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
     target = Target(session.config.removal, problem.constraints)
     found = list({key_of(state): state for state in start}.values())[:ROUND]
-    kl = list[float]()
-    with session.progress("searching patched states", SEARCHED) as bar:
-        while len(kl) < len(found):
-            for state in found[len(kl) :]:
-                kl.append(trials.kl(blocks_of(state), "linear", TOKENS))
-                bar.advance(1, f"lowest KL {min(kl):.4f}")
-            losses = np.maximum(kl, LEAST)
-            order = np.argsort(losses, kind="stable")
-            surrogate = Surrogate(problem.hamiltonian, np.array(found), losses, NOISE * losses)
-            moves = np.concatenate([list_exchanges(found[i], target) for i in order[:2]])
-            known = {key_of(state) for state in found}
-            new = {key_of(s): s for s in by_bound(surrogate, moves) if key_of(s) not in known}
-            found += list(new.values())[: min(ROUND, SEARCHED - len(found))]
-    return [blocks_of(found[i]) for i in order[:2]]
+    with session.progress("searching patched states", most_searched(problem.n)) as bar:
+
+        def measure(states: Iterable[Bools]) -> list[float]:
+            losses = list[float]()
+            for state in states:
+                losses.append(trials.kl(blocks_of(state), "linear", TOKENS))
+                bar.advance(1, f"KL {losses[-1]:.4f}")
+            return losses
+
+        kl, stalled = measure(found), 0
+        centre = found[int(np.argmin(kl))]
+        effects = np.array(measure(flip_each(centre))) - min(kl)
+        while stalled < STALLED and len(found) < ROUND * (1 + ROUNDS):
+            new, lowest = _propose(found, kl, effects, centre, target), min(kl)
+            found, kl = found + new, kl + measure(new)
+            stalled = 0 if min(kl) < lowest else stalled + 1
+    return [blocks_of(found[i]) for i in np.argsort(kl, kind="stable")[:2]]
+
+
+def _propose(
+    found: Sequence[Bools], kl: Sequence[float], effects: Floats, centre: Bools, target: Target
+) -> list[Bools]:
+    """Return new exchanges around the best two states, those of lowest predicted KL.
+
+    Args:
+        effects: (N,) change of the KL of the state ``centre`` when a block is removed or restored;
+            the prediction adds them.
+    """
+    best = np.argsort(kl, kind="stable")[:2]
+    moves = [list_exchanges(found[i], target) for i in best]
+    guesses = [
+        kl[i] + (states ^ centre) @ effects - (found[i] ^ centre) @ effects
+        for i, states in zip(best, moves, strict=True)
+    ]
+    order = np.argsort(np.concatenate(guesses), kind="stable")
+    known = {key_of(state) for state in found}
+    new = {key_of(state): state for state in np.concatenate(moves)[order]}
+    return [state for key, state in new.items() if key not in known][:ROUND]
 
 
 def choose_by_patch(
