@@ -107,10 +107,10 @@ def test_a_patch_costs_passes_over_its_text():
         assert stage(counted, "patch")["seconds"] == pytest.approx(100 * passes * 6 + 3 * 0.1 * 60)
         # The ranking patches candidates near the lowest.
         assert stage(counted, "rank")["seconds"] == pytest.approx(ranked + 100 * trial * 6)
-    # With the default text, at most 32 states are patched and measured on 2,048 tokens each. The
+    # With the default text, about 44 states are patched and measured on 2,048 tokens each. The
     # original runs once.
     counted.config = counted.config.replace(patch_tokens=65536)
-    tokens = 65536 + 2 * 2048 * (1 + (4 + 28) * counted.left)
+    tokens = 65536 + 2 * 2048 * (1 + (4 + 40) * counted.left)
     assert stage(counted, "rank")["seconds"] == pytest.approx(ranked + tokens * 6)
 
 

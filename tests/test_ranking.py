@@ -202,20 +202,18 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
         kinds.append((session.config.patch, session.config.patch_tokens, session.config.heal))
         return fit(session, *given)
 
-    def hidden_is_repaired(*given):
+    def nearer_to_hidden_is_better(*given):
         tried.append(given[5])
         if len(tried) == 9:
             raise KeyboardInterrupt
-        return measure_patched(*given) * (1e-3 if given[5] == hidden else 1)
+        return np.full_like(measure_patched(*given), 1 + len(set(given[5]) ^ set(hidden)))
 
     monkeypatch.setattr(trials, "fit_patch", noted)
-    monkeypatch.setattr(trials, "changed_losses", hidden_is_repaired)
+    monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
     for name, value in (
         ("NEAR", 0.0),
         ("ERRORS", 0),
         ("ROUND", 3),
-        ("ROUNDS", 4),
-        ("STALLED", 4),
         ("TOKENS", 64),
     ):
         monkeypatch.setattr(trials, name, value)
@@ -231,13 +229,13 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
     few = OPTIONS["patch_tokens"] // trials.LESS
     count = kinds.index(("tuned", few, ""))
     searched, last = [*tried[:8], *tried[9:count]], tried[count:]
-    assert len({tuple(removed) for removed in searched}) == len(searched) <= trials.most_searched(6)
+    assert len({tuple(removed) for removed in searched}) == len(searched)
     # The best of three states, then that state with each block in turn removed or restored.
     assert hidden not in searched[:3]
     flips = [set(removed) for removed in searched[3:9]]
     assert any(all(len(set(s) ^ flip) == 1 for flip in flips) for s in searched[:3])
-    assert all(len(removed) == 3 for removed in searched[9:])
-    assert hidden in searched[9:]
+    assert all(len(removed) == 3 for removed in searched[9:12])
+    assert hidden in searched[9:15]
     assert lowest["removed"] in last
     assert quick["removed"] in last
     assert hidden in last

@@ -5,8 +5,9 @@ the KL of exact cuts is a poor guide altogether: states that a patch repairs wel
 cut (docs/experiments/deep.md). So the search there measures states after a patch of little text:
 
     states of the energy, its search and one pass  ->  measured, patched
-    the best one with each block in turn removed or restored  ->  the effect of each block
-    rounds: exchanges around the best two states, those with the lowest sum of effects first
+    the best of them with each block in turn removed or restored  ->  the effect of each block
+    rounds: exchanges around the best state, those with the lowest sum of effects first; if one is
+        better, the effects of the blocks that the best exchanges of that state move
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
-ROUND, ROUNDS, STALLED, TOKENS = 4, 6, 2, 2048
-"""The search in a deep cut: states per round, most rounds, number of rounds without a better state
-after which it ends, and tokens to fit the patch of each state, and to measure it."""
+ROUND, MOVES, STALLED, MORE, TOKENS = 4, 16, 2, 40, 2048
+"""The search in a deep cut: number of states that start it, and per round; exchanges whose blocks
+are measured again; rounds without a better state after which it ends; states beyond the number of
+blocks after which it ends; and tokens to fit the patch of each state, and to measure it."""
 
 
 def trial_tokens(config: RunConfig) -> int:
@@ -62,7 +64,7 @@ def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool)
 
 def most_searched(blocks: int) -> int:
     """Return the largest number of states that the search in a deep cut measures."""
-    return blocks + ROUND * (1 + ROUNDS)
+    return blocks + MORE
 
 
 class Trials:
@@ -127,46 +129,42 @@ def search_patched(
         the removed blocks of the best two states.
     """
     trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
-    target = Target(session.config.removal, problem.constraints)
-    found = list({key_of(state): state for state in start}.values())[:ROUND]
+    target, states = Target(session.config.removal, problem.constraints), dict[str, Bools]()
+    kl, effects = dict[str, float](), np.zeros(problem.n)
     with session.progress("searching patched states", most_searched(problem.n)) as bar:
 
-        def measure(states: Iterable[Bools]) -> list[float]:
-            losses = list[float]()
-            for state in states:
-                losses.append(trials.kl(blocks_of(state), "linear", TOKENS))
-                bar.advance(1, f"KL {losses[-1]:.4f}")
-            return losses
+        def measure(state: Bools) -> float:
+            key = key_of(state)
+            if key not in kl:
+                states[key], kl[key] = state, trials.kl(blocks_of(state), "linear", TOKENS)
+                bar.advance(1, f"KL {kl[key]:.4f}")
+            return kl[key]
 
-        kl, stalled = measure(found), 0
-        centre = found[int(np.argmin(kl))]
-        effects = np.array(measure(flip_each(centre))) - min(kl)
-        while stalled < STALLED and len(found) < ROUND * (1 + ROUNDS):
-            new, lowest = _propose(found, kl, effects, centre, target), min(kl)
-            found, kl = found + new, kl + measure(new)
-            stalled = 0 if min(kl) < lowest else stalled + 1
-    return [blocks_of(found[i]) for i in np.argsort(kl, kind="stable")[:2]]
+        def best() -> list[Bools]:
+            fits = target.feasible(np.array(list(states.values())))
+            return [states[key] for key in sorted(np.array(list(kl))[fits], key=kl.__getitem__)]
 
+        def guess() -> States:
+            """Return unmeasured exchanges around the best state, the lowest guess first."""
+            moves = list_exchanges(centre, target)
+            moves = moves[[key_of(state) not in kl for state in moves]]
+            return moves[np.argsort((moves ^ centre) @ effects, kind="stable")]
 
-def _propose(
-    found: Sequence[Bools], kl: Sequence[float], effects: Floats, centre: Bools, target: Target
-) -> list[Bools]:
-    """Return new exchanges around the best two states, those of lowest predicted KL.
-
-    Args:
-        effects: (N,) change of the KL of the state ``centre`` when a block is removed or restored;
-            the prediction adds them.
-    """
-    best = np.argsort(kl, kind="stable")[:2]
-    moves = [list_exchanges(found[i], target) for i in best]
-    guesses = [
-        kl[i] + (states ^ centre) @ effects - (found[i] ^ centre) @ effects
-        for i, states in zip(best, moves, strict=True)
-    ]
-    order = np.argsort(np.concatenate(guesses), kind="stable")
-    known = {key_of(state) for state in found}
-    new = {key_of(state): state for state in np.concatenate(moves)[order]}
-    return [state for key, state in new.items() if key not in known][:ROUND]
+        for state in list({key_of(state): state for state in start}.values())[:ROUND]:
+            measure(state)
+        centre, moved, stalled = best()[0], np.ones(problem.n, dtype=bool), 0
+        while stalled < STALLED and len(kl) < most_searched(problem.n):
+            lowest = measure(centre)
+            for i in np.flatnonzero(moved):
+                effects[i] = measure(flip_each(centre)[i]) - lowest
+            for state in guess()[:ROUND]:
+                measure(state)
+            # Removing a block undoes restoring it.
+            effects[best()[0] ^ centre] *= -1
+            centre = best()[0]
+            stalled = 0 if measure(centre) < lowest else stalled + 1
+            moved = (guess()[:MOVES] ^ centre).any(0)
+    return [blocks_of(state) for state in best()[:2]]
 
 
 def choose_by_patch(
