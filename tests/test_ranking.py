@@ -194,6 +194,18 @@ def test_a_clear_leader_is_not_patched_for_the_choice():
     assert trials.choose_by_patch(found, False, None, None, []) == [1]
 
 
+@pytest.mark.parametrize(("patched", "chosen"), [(0.97, 0), (0.9, 1)])
+def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(patched, chosen):
+    rows = [SimpleNamespace(kl=k, above_lowest_se=0.0, removed=[k]) for k in (1, 2)]
+    found, losses = SimpleNamespace(candidates=rows, one_pass=None), {1: 1.0, 2: patched}
+    measured = SimpleNamespace(kl=lambda removed, *_: losses[removed[0]])
+    order = trials.choose_by_patch(found, True, RunConfig(), measured, [[2]])
+    assert order == [chosen, 1 - chosen]
+    words = "lower" if chosen else "lowest KL, and within 5 % of the lowest"
+    why = sentence("chosen_by_patch", rows, order, 16, True)
+    assert f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
+
+
 def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp_path, monkeypatch):
     tried, kinds = [], []
     fit, measure_patched, hidden = trials.fit_patch, trials.changed_losses, [1, 3, 4]

@@ -13,7 +13,7 @@ cut (docs/experiments/deep.md). So the search there measures states after a patc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +163,7 @@ def search_patched(
             effects[best()[0] ^ centre] *= -1
             centre = best()[0]
             stalled = 0 if measure(centre) < lowest else stalled + 1
-            moved = (guess()[:MOVES] ^ centre).any(0)
+            moved = np.asarray((guess()[:MOVES] ^ centre).any(0))
     return [blocks_of(state) for state in best()[:2]]
 
 
@@ -178,8 +178,9 @@ def choose_by_patch(
 
     In a deep cut the kind of patch is that of the run, because least squares does not predict which
     state training will repair best. The candidates are then the one of lowest KL, the best state of
-    the one-pass methods, and those of the search over patched states. `patched_kl` is set in the
-    rows of the patched candidates.
+    the one-pass methods, and those of the search over patched states. The latter are the lowest of
+    many on little text, so one is chosen only if it is lower by more than `NEAR` than the one of
+    lowest KL. `patched_kl` is set in the rows of the patched candidates.
 
     Args:
         found: the ranked candidates.
@@ -207,4 +208,8 @@ def choose_by_patch(
     kind, count = config.patch if deep else "linear", trial_tokens(config)
     for row in (rows[i] for i in near):
         row.patched_kl = trials.kl(row.removed, kind, count)
-    return sorted(near, key=lambda i: rows[i].patched_kl or 0.0)
+    kl, first = {i: rows[i].patched_kl or 0.0 for i in near}, near[0]
+    near = sorted(near, key=kl.__getitem__)
+    if rows[near[0]].removed in searched and kl[first] <= (1 + NEAR) * kl[near[0]]:
+        near = [first, *(i for i in near if i != first)]
+    return near
