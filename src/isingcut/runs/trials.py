@@ -146,24 +146,24 @@ def search_patched(
 
         def guess() -> States:
             """Return unmeasured exchanges around the best state, the lowest guess first."""
-            moves = list_exchanges(centre, target)
-            moves = moves[[key_of(state) not in kl for state in moves]]
-            return moves[np.argsort((moves ^ centre) @ effects, kind="stable")]
+            near = list_exchanges(centre, target)
+            known = np.array([key_of(state) in kl for state in near], dtype=bool)
+            order = np.argsort((near[~known] ^ centre) @ effects, kind="stable")
+            return np.asarray(near[~known][order])
 
         for state in list({key_of(state): state for state in start}.values())[:ROUND]:
             measure(state)
-        centre, moved, stalled = best()[0], np.ones(problem.n, dtype=bool), 0
+        centre, stalled, moves = best()[0], 0, None
         while stalled < STALLED and len(kl) < most_searched(problem.n):
             lowest = measure(centre)
-            for i in np.flatnonzero(moved):
+            for i in np.flatnonzero((guess()[:moves] ^ centre).any(0)):
                 effects[i] = measure(flip_each(centre)[i]) - lowest
             for state in guess()[:ROUND]:
                 measure(state)
             # Removing a block undoes restoring it.
             effects[best()[0] ^ centre] *= -1
-            centre = best()[0]
+            centre, moves = best()[0], MOVES
             stalled = 0 if measure(centre) < lowest else stalled + 1
-            moved = np.asarray((guess()[:MOVES] ^ centre).any(0))
     return [blocks_of(state) for state in best()[:2]]
 
 
