@@ -119,7 +119,10 @@ def search_patched(
     text: TokenSet,
     journal: Path,
 ) -> list[list[int]]:
-    """Search for states of low KL after a least-squares patch.
+    """Search for states of low KL after a least-squares patch, by steepest descent over exchanges.
+
+    The effect of a block is the change of the KL when it alone is removed or restored. Effects of
+    one state nearly add up (docs/experiments/deep.md), but differ between states.
 
     Args:
         start: (S, N) states; the first `ROUND` distinct ones are measured first.
@@ -127,6 +130,8 @@ def search_patched(
 
     Returns:
         the removed blocks of the best two states.
+
+    Complexity: about N + `MORE` states.
     """
     trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
     target, states = Target(session.config.removal, problem.constraints), dict[str, Bools]()
