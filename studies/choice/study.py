@@ -33,7 +33,7 @@ from unittest import mock
 
 import numpy as np
 
-from isingcut.console.progress import Progress, terminal
+from isingcut.console.progress import terminal
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.search import Search, greedy_price, search
 from isingcut.ising.states import states_of
@@ -115,8 +115,8 @@ class Choice(ModelStudy):
         )
         config, fits = measuring.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
 
-        def fit_once(run: Session, folder: RunFolder, removed: State, shown: Progress) -> Any:
-            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, shown)
+        def fit_once(run: Session, folder: RunFolder, removed: State, *given: Any) -> Any:
+            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, *given)
             return fits.setdefault(tuple(removed), found)
 
         with (
