@@ -63,7 +63,7 @@ def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool)
 
 
 def most_searched(blocks: int) -> int:
-    """Return the largest number of states that the search in a deep cut measures."""
+    """Return about how many states the search in a deep cut measures at most."""
     return blocks + MORE
 
 
