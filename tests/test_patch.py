@@ -17,7 +17,8 @@ from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
-from isingcut.healing.patch.linear import Moments, Rows, _Fitting, bytes_of, fit_patches, fit_ridge
+from isingcut.healing.patch.linear import _Fitting, fit_patches
+from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.models.cutting.checkpoint import excise

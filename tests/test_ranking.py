@@ -222,12 +222,7 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
 
     monkeypatch.setattr(trials, "fit_patch", noted)
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
-    for name, value in (
-        ("NEAR", 0.0),
-        ("ERRORS", 0),
-        ("ROUND", 3),
-        ("TOKENS", 64),
-    ):
+    for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("TOKENS", 64)):
         monkeypatch.setattr(trials, name, value)
     given = {"model": str(llama), "calibration": str(text), "remove": 3, "keep": "0"}
     given |= {"states": 2, "seed": 1}

@@ -404,7 +404,7 @@ def exact_cut(arena):
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     from isingcut.healing.patch import linear
-    from isingcut.healing.patch.linear import RidgeFit
+    from isingcut.healing.patch.ridge import RidgeFit
 
     def too_small(fit, held_out):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)

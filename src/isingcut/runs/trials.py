@@ -62,11 +62,6 @@ def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool)
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
 
 
-def most_searched(blocks: int) -> int:
-    """Return about how many states the search in a deep cut measures at most."""
-    return blocks + MORE
-
-
 class Trials:
     """The measured KL of patched states.
 
@@ -136,7 +131,7 @@ def search_patched(
     trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
     target, states = Target(session.config.removal, problem.constraints), dict[str, Bools]()
     kl, effects = dict[str, float](), np.zeros(problem.n)
-    with session.progress("searching patched states", most_searched(problem.n)) as bar:
+    with session.progress("searching patched states", problem.n + MORE) as bar:
 
         def measure(state: Bools) -> float:
             key = key_of(state)
@@ -159,7 +154,7 @@ def search_patched(
         for state in list({key_of(state): state for state in start}.values())[:ROUND]:
             measure(state)
         centre, stalled, moves = best()[0], 0, None
-        while stalled < STALLED and len(kl) < most_searched(problem.n):
+        while stalled < STALLED and len(kl) < problem.n + MORE:
             lowest = measure(centre)
             for i in np.flatnonzero((guess()[:moves] ^ centre).any(0)):
                 effects[i] = measure(flip_each(centre)[i]) - lowest
