@@ -54,6 +54,10 @@ class RepairStudy(ModelStudy):
         samples = o.samples or max(max(o.steps) * o.batch, -(-o.patch_tokens // o.length))
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
 
+    def text_of(self, stage: str) -> HealingText:
+        """Return the text that a stage is fitted or trained on."""
+        return self.text
+
     def _config(self, stage: str, steps: int) -> HealConfig:
         o = self.options
         config = HealConfig(
@@ -89,7 +93,8 @@ class RepairStudy(ModelStudy):
             # An existing checkpoint is complete: its evaluation was killed.
             if not out.exists():
                 # Four samples are enough for the record; the evaluation texts measure the gain.
-                text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
+                text = self.text_of(stage)
+                text = dataclasses.replace(text, report=text.report.select(range(4)))
                 config = self._config(stage, steps)
                 job = Job(self.original, tuple(removed), start, text.train, out, config)
                 heal_checkpoint(job, text, out)
@@ -104,9 +109,9 @@ class RepairStudy(ModelStudy):
                 shutil.rmtree(out)
             return found
 
-        seen = o.patch_tokens * (6 if stage == "tuned" else 2.2)
-        if stage in ("healed", "tried"):
-            seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
+        seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
+        if stage in ("patched", "tuned"):
+            seen = o.patch_tokens * (6 if stage == "tuned" else 2.2)
         asked = self.question_tokens(self.repaired_tasks(stage))
         judged = 2 * o.judged_tokens * len(self.judged)
         return Part(f"{name or stage}/{key(removed)}", make, seen + asked + judged)

@@ -62,28 +62,41 @@ class Texts:
         if name in FILES:
             return str(self.data / FILES[name])
         if name in ("instruct", "answers"):
-            path = self._write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
+            path = self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
             return path if name == "instruct" else f"answers:{path}"
         if name in ("code", "python"):
-            return self._write("code", self._files(TRAINED_FILES, None))
+            return self.write("code", self._files(TRAINED_FILES, None))
         if name == "maths":
             return self._problems("gsm8k/train1000", "solution", 1)
         return self._problems("arc_challenge/dev", "choices", 8)
 
     def conversations(self) -> str:
         """Return the path of a file of the conversations that are not for evaluation."""
-        return self._write("chosen", self._conversations()[:-JUDGED_CONVERSATIONS])
+        return self.write("chosen", self._conversations()[:-JUDGED_CONVERSATIONS])
+
+    def questions(self, count: int) -> list[str]:
+        """Return questions that no task has: word problems, and openings of conversations that are
+        not for evaluation, two to one."""
+        problems = iter(self._records("gsm8k/train1000"))
+        chats = iter(self._records("calib_instruct/mix1000")[:-JUDGED_CONVERSATIONS])
+
+        def question(i: int) -> str:
+            if i % 3 < 2:
+                return str(next(problems)["context"])
+            return next(str(m["content"]) for m in next(chats)["messages"] if m["role"] == "user")
+
+        return [question(i) for i in range(count)]
 
     def trained_code(self) -> str:
         """Return the path of a file of the Python files that are not for evaluation."""
-        return self._write("trained-code", self._files(0, TRAINED_FILES))
+        return self.write("trained-code", self._files(0, TRAINED_FILES))
 
     def halves(self, file: str) -> tuple[str, str]:
         """Return the paths of two files: first and second half of a data file's documents."""
         records, name = self._records(file), Path(file).name
         middle = len(records) // 2
-        first = self._write(f"{name}-first", records[:middle])
-        return first, self._write(f"{name}-second", records[middle:])
+        first = self.write(f"{name}-first", records[:middle])
+        return first, self.write(f"{name}-second", records[middle:])
 
     def training(self, samples: int, report_samples: int, seed: int) -> healing_text.HealingText:
         """Return the healing text: 50 % Wikipedia leads, 30 % conversations, 20 % code."""
@@ -115,13 +128,14 @@ class Texts:
             for r in self._records(file)
         ]
         groups = [texts[i : i + together] for i in range(0, len(texts), together)]
-        return self._write(file.replace("/", "-"), ({"text": "\n".join(g)} for g in groups))
+        return self.write(file.replace("/", "-"), ({"text": "\n".join(g)} for g in groups))
 
     def _records(self, file: str) -> list[dict[str, Any]]:
         lines = (self.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def _write(self, name: str, records: Iterable[dict[str, Any]]) -> str:
+    def write(self, name: str, records: Iterable[dict[str, Any]]) -> str:
+        """Write records to a file of the work folder unless it exists; return its path."""
         path = self.work / "text" / f"{name}.jsonl"
         if not path.exists():
             lines = "".join(json.dumps(record) + "\n" for record in records)
