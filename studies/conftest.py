@@ -48,6 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / f"{name}.jsonl", [{"text": words(99 * i + k, 60)} for k in range(12)])
     solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
     write(folder / "gsm8k/train1000.jsonl", solved)
+    write(folder / "gsm8k/test_sub200.jsonl", [{**s, "answer": "7"} for s in solved])
     for name, choices, count in QUESTIONS:
         records = [
             {

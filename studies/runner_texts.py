@@ -77,8 +77,8 @@ class Texts:
     def questions(self, count: int) -> list[str]:
         """Return questions that no task has: word problems, and openings of conversations that are
         not for evaluation, two to one."""
-        problems = iter(self._records("gsm8k/train1000"))
-        chats = iter(self._records("calib_instruct/mix1000")[:-JUDGED_CONVERSATIONS])
+        problems = iter(self.records("gsm8k/train1000"))
+        chats = iter(self.records("calib_instruct/mix1000")[:-JUDGED_CONVERSATIONS])
 
         def question(i: int) -> str:
             if i % 3 < 2:
@@ -93,7 +93,7 @@ class Texts:
 
     def halves(self, file: str) -> tuple[str, str]:
         """Return the paths of two files: first and second half of a data file's documents."""
-        records, name = self._records(file), Path(file).name
+        records, name = self.records(file), Path(file).name
         middle = len(records) // 2
         first = self.write(f"{name}-first", records[:middle])
         return first, self.write(f"{name}-second", records[middle:])
@@ -111,7 +111,7 @@ class Texts:
 
     def _conversations(self) -> list[dict[str, Any]]:
         """Return the conversations, as plain texts if the tokenizer has no chat template."""
-        chats = self._records("calib_instruct/mix1000")
+        chats = self.records("calib_instruct/mix1000")
         if self.tokenizer.chat_template:
             return chats
         return [{"text": "\n\n".join(m["content"] for m in c["messages"])} for c in chats]
@@ -125,12 +125,13 @@ class Texts:
         texts = [
             f"Question: {r['context']}\nAnswer: "
             + (r["choices"][r["answer"]] if answer == "choices" else r[answer])
-            for r in self._records(file)
+            for r in self.records(file)
         ]
         groups = [texts[i : i + together] for i in range(0, len(texts), together)]
         return self.write(file.replace("/", "-"), ({"text": "\n".join(g)} for g in groups))
 
-    def _records(self, file: str) -> list[dict[str, Any]]:
+    def records(self, file: str) -> list[dict[str, Any]]:
+        """Return the records of a data file."""
         lines = (self.data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 

@@ -16,14 +16,10 @@ error of the difference paired by question; `_M` blocks are removed:
 accuracy_minus_block_influence_M, accuracy_minus_sleb_M, accuracy_minus_window_M  our cut model
   minus that method's
 healed_accuracy_minus_best_peer_M  our healed model minus the best healed peer's
-own_answers_gsm8k_gain_M  our model healed on the original's own answers minus our healed one
-gsm8k_M_STAGE, gsm8k_n_M  right answers of each stage of ours, and the number of questions
 
 If some models of a stage were evaluated on fewer tasks, its means are over the tasks of all models.
 `ours minus it` compares within a stage; for our own repaired models it is our cut model minus them.
-Stage `own-answers` is a healing on answers that the original samples, at temperature 0.8 and with
-up to `--length` tokens, to word problems of GSM8K's training part and to openings of conversations.
-`accuracy.json` also holds three stages from commit 70bd966: `last3` (the last blocks removed,
+The committed file also holds three stages from commit 70bd966: `last3` (the last blocks removed,
 and the last three remaining ones trained), `length` and `channel` (the stream rescaled after each
 cut).
 """
@@ -34,11 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
-from isingcut.data.conversations import render_chat
-from isingcut.data.healing_text import HealingText, build
-from studies.accuracy.summary import OURS, OWN, show
+from studies.accuracy.summary import OURS, show
 from studies.runner import Content, Part, numbers
 from studies.runner_choices import Setting, choose, cost
 from studies.runner_models import key, mean_loss
@@ -53,8 +45,6 @@ CHOOSERS = (
     *("last", "block-influence", "block-influence-iterative", "angular-window", "norm-ratio"),
     *("sleb", "cbo", "evopress", OURS),
 )
-TOGETHER = 32
-"""Questions that the original answers in one batch."""
 
 
 class Accuracy(RepairStudy):
@@ -71,45 +61,11 @@ class Accuracy(RepairStudy):
         super().add_options(add)
         add("--remove", type=numbers, default=[7, 4])
         add("--methods", nargs="*", default=list(CHOOSERS), choices=CHOOSERS)
-        add("--stages", nargs="*", default=["tuned", "healed"], choices=["tuned", "healed", OWN])
+        add("--stages", nargs="*", default=["tuned", "healed"], choices=["tuned", "healed"])
         add("--calibration", default="wiki=0.75,python=0.25", help="text to choose on")
         add("--state-tokens", type=int, default=2048, help="of it")
         add("--conversations", type=int, default=87040, help="tokens of the paper's energy")
         add("--repaired-peers", type=int, default=2, help="how many, of the lowest KL")
-
-    def answering(self, first: int, prompts: list[str]) -> Part:
-        """Return the part in which the original answers some questions."""
-        model, tokenizer = self.original.model, self.original.tokenizer
-
-        def make(_: Path) -> Content:
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            texts = [render_chat(tokenizer, c, add_generation_prompt=True) for c in chats]
-            padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-            read = tokenizer(texts, add_special_tokens=False, **padded)
-            torch.manual_seed(self.options.seed + first)
-            sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-            sampling |= {"do_sample": True, "max_new_tokens": self.options.length}
-            written = model.generate(**read, **sampling)
-            own = written[:, read["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(own, skip_special_tokens=True)
-            for chat, text in zip(chats, texts, strict=True):
-                chat.append({"role": "assistant", "content": text})
-            return {"chats": [{"messages": chat} for chat in chats]}
-
-        return Part(f"own/{first}", make, 2 * self.options.length * len(prompts))
-
-    def text_of(self, stage: str) -> HealingText:
-        if stage != OWN:
-            return super().text_of(stage)
-        o, chats = self.options, [chat for part in self.under("own") for chat in part["chats"]]
-        return build(
-            f"answers:{self.texts.write(f'own-{len(chats)}', chats)}",
-            self.original.tokenizer,
-            samples=max(o.steps) * o.batch,
-            report_samples=4,
-            length=2 * o.length,
-            seed=o.seed,
-        )
 
     def choosing(self, method: str) -> Part:
         """Return the part that chooses the blocks of a method."""
@@ -162,12 +118,7 @@ class Accuracy(RepairStudy):
         if losses:
             return found
         rows = [self.chosen(m)[p]["removed"] for m in o.remove for p in self.repaired(m)]
-        found += [self.repair(s, "patched") for s in rows] * bool({"healed", OWN} & {*o.stages})
-        if OWN in o.stages:
-            # Four more for the report of the healing; of others the answer may be too far behind.
-            asked = self.texts.questions(int(1.1 * max(o.steps) * o.batch) + 4)
-            batches = range(0, len(asked), TOGETHER)
-            found += [self.answering(i, asked[i : i + TOGETHER]) for i in batches]
+        found += [self.repair(s, "patched") for s in rows] * ("healed" in o.stages)
         found += [self.repair(s, stage) for stage in o.stages for s in rows]
         generated = [t for t in self.repaired_tasks("cut") if t in GENERATED]
         return found + [p for t in generated for p in self.answers(t, [(), *rows])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from studies.runner import Content
 from studies.runner_models import as_bits, difference, mean_accuracy, mean_loss
 
-OURS, OWN = "isingcut", "own-answers"
+OURS = "isingcut"
 AGAINST = {
     "block_influence": "block-influence",
     "sleb": "sleb",
@@ -94,11 +94,4 @@ def figures_of(m: str, rows: Content, shared: dict[str, list[str]]) -> dict[str,
     }
     if healed and OURS in rows:
         compare("healed_accuracy_minus_best_peer", max(healed, key=healed.__getitem__), "healed")
-    accuracy = {k: s["accuracy"] for k, s in rows.get(OURS, {"stages": {}})["stages"].items()}
-    if OWN in accuracy and "gsm8k" in accuracy[OWN]:
-        right = {k: as_bits(a["gsm8k"]["right"]) for k, a in accuracy.items() if "gsm8k" in a}
-        found |= {f"gsm8k_{m}_{stage}": float(bits.sum()) for stage, bits in right.items()}
-        gap, error = difference(accuracy["healed"], accuracy[OWN], ["gsm8k"])
-        found |= {f"own_answers_gsm8k_gain_{m}": 100 * gap}
-        found |= {f"own_answers_gsm8k_gain_{m}_se": 100 * error, f"gsm8k_n_{m}": len(right[OWN])}
     return found

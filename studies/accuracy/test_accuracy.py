@@ -20,8 +20,7 @@ def content(
 ) -> Content:
     work = tmp_path_factory.mktemp("accuracy")
     words = [*tiny, *healed, "--remove", "2", "--state-tokens", "96", "--conversations", "96"]
-    words += ["--tasks", "arc_easy", "piqa", "--repaired-peers", "1"]
-    words += ["--stages", "tuned", "healed", "own-answers", "--work", str(work / "work")]
+    words += ["--tasks", "arc_easy", "piqa", "--repaired-peers", "1", "--work", str(work / "work")]
     runner.run(Accuracy, words)
     runner.run(Accuracy, [*words, "--collect", "--results", str(work / "accuracy.json")])
     return runner.read(work / "accuracy.json")
@@ -37,7 +36,7 @@ def test_every_method_removes_as_many_blocks_as_it_should(content: Content) -> N
     assert rows["last"]["removed"] == [4, 5]
     # Ours and one peer are repaired.
     assert sum("healed" in row["stages"] for row in rows.values()) == 2
-    assert set(rows["isingcut"]["stages"]) == {"cut", "tuned", "healed", "own-answers"}
+    assert set(rows["isingcut"]["stages"]) == {"cut", "tuned", "healed"}
     assert "healed_accuracy_minus_best_peer_2" in Accuracy.show(content)
 
 
@@ -78,16 +77,6 @@ def test_figures_are_paired_differences_in_points() -> None:
     assert said["accuracy_minus_block_influence_4"] == 0.0
     assert said["healed_accuracy_minus_best_peer_4"] == -12.5
     assert "accuracy_minus_window_4" not in said
-
-
-def test_own_answers_are_compared_with_the_usual_healing() -> None:
-    row = stages(cut="0000", healed="1000")
-    row["stages"]["own-answers"] = {"accuracy": {"piqa": {"right": "1110"}}, "losses": {}}
-    for found in row["stages"].values():
-        found["accuracy"]["gsm8k"] = found["accuracy"]["piqa"]
-    found = summary.figures_of("4", {"isingcut": row}, {"healed": ["piqa"]})
-    assert (found["gsm8k_4_healed"], found["gsm8k_4_own-answers"]) == (1, 3)
-    assert (found["own_answers_gsm8k_gain_4"], found["gsm8k_n_4"]) == (50, 4)
 
 
 def test_a_mean_is_over_the_tasks_that_every_model_of_the_stage_was_asked() -> None:
