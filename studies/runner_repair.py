@@ -1,8 +1,8 @@
 """Base class of studies of repaired models: states are cut, patched, healed and evaluated.
 
 The stages of a state: `cut` alone; `patched` by least squares; `tuned`, with the patch tuned on the
-loss, as the product does without healing; `healed`, distilled from the patched model; `tried`, the
-same for few steps. Checkpoints that no other stage starts from are deleted.
+loss, as the product does without healing; `healed`, distilled from the patched model. Checkpoints
+that no other stage starts from are deleted.
 """
 
 from __future__ import annotations

@@ -7,20 +7,19 @@ same text and seed: Wikipedia leads, conversations and Python code. `--steps` ma
 lengths: separate trainings, all on the first of the `--samples` in the same order. `--method` and
 `--rate` may change between calls with one work folder.
 
-Our state and that of `block-influence` also get the tuned patch, which is the product's default
-without distillation. A trial chooses the state that is healed for us: our state and the two that
-one pass finds are healed for `--top-steps` and evaluated on text held out of the training; the one
-of lowest KL gets the full healing. With `--top-steps 0` there is neither. Every stage is evaluated
-on text that nothing was chosen, fitted or trained on. `--model coder` is the second model.
+States of the methods in `--tuned` also get the tuned patch, which is the product's default without
+distillation. Every stage is evaluated on text that nothing was chosen, fitted or trained on.
+`--model coder` is the second model. (In `healing.json` the state to heal was chosen by a trial of
+20 steps, code of 70bd966; it was the method's own each time.)
 
 Figures, for M removed blocks, pooled over all tokens of the evaluation texts, with the `--prefix`
 of the results file in front; each `over` has a paired standard error, `_se`:
 
 recovered_percent_M_at_TOKENS  share of the log-perplexity lost by our cut that patch and
-  distillation on so many predictions recover; the healed state is the one chosen by the trial
+  distillation on so many predictions recover
 patch_percent_M  the same for the tuned patch alone
 healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer healed as long;
-  below 1 is a win, 1 if the chosen state is that peer's
+  below 1 is a win
 kl_over_best_peer_M, cut_ppl_over_best_peer_M  the ratios of KL and perplexity before any repair
 
 `patches.json` is from commit 70bd966, when patches were fitted and tuned on conversations and
@@ -36,7 +35,6 @@ from typing import Any
 
 import numpy as np
 
-from isingcut.data.tokens import TokenSet
 from isingcut.measure.losses import standard_error
 from isingcut.options.config import TEXT
 from studies.healing.summary import OURS, PEERS, STAGES, show
@@ -46,8 +44,6 @@ from studies.runner_models import key, mean_loss
 from studies.runner_repair import RECIPE, RepairStudy
 
 USUAL_RATE = 3e-4
-TRIED = (OURS, "block-influence", "angular-window")
-"""Methods whose states take part in the trial: ours, and those of one pass."""
 
 
 class Healing(RepairStudy):
@@ -55,7 +51,7 @@ class Healing(RepairStudy):
 
     name = "healing"
     judged = ("wikitext2", "c4", "instruct", "code")
-    settings = (*RepairStudy.settings[: -len(RECIPE)], "top_steps", "state_tokens")
+    settings = (*RepairStudy.settings[: -len(RECIPE)], "state_tokens")
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
@@ -65,7 +61,7 @@ class Healing(RepairStudy):
         add("--states", type=Path, help="JSON file with blocks of methods; others are chosen")
         add("--state-tokens", type=int, default=2048, help="that states are chosen on")
         add("--prefix", default="", help="of the names of figures")
-        add("--top-steps", type=int, default=20, help="for each candidate; 0: heal ours untried")
+        add("--tuned", nargs="*", default=[], help="those of the methods to patch by tuning, too")
 
     def choosing(self, method: str, m: int) -> Part:
         """Return the part that chooses the blocks of a method."""
@@ -103,9 +99,6 @@ class Healing(RepairStudy):
             found[name + f" {steps} steps" * (name in found)] = content
         return dict(sorted(found.items()))
 
-    def repaired_texts(self, stage: str) -> dict[str, TokenSet]:
-        return {"held out": self.text.report} if stage == "tried" else super().repaired_texts(stage)
-
     def parts(self) -> list[Part]:
         o = self.options
         found = [self.choosing(method, m) for m in o.remove for method in o.methods]
@@ -116,33 +109,11 @@ class Healing(RepairStudy):
         for m in o.remove:
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
-            found += [self.repair(rows[p], "tuned") for p in TRIED[:2] if p in rows and o.top_steps]
-            tried = [p for p in TRIED if p in rows and o.top_steps]
-            found += [self.repair(rows[p], "tried", steps=o.top_steps) for p in tried]
-            healed = {p: s for p, s in rows.items() if p != OURS}
-            if OURS in rows and (ours := self.after_trial(m)):
-                healed = {OURS: rows[ours], **healed}
+            found += [self.repair(rows[p], "tuned") for p in o.tuned if p in rows]
             for steps in o.steps:
                 name = self.training(steps)
-                found += [self.repair(s, "healed", steps, name) for s in healed.values()]
+                found += [self.repair(s, "healed", steps, name) for s in rows.values()]
         return found
-
-    def trial(self, removed: list[int]) -> Content | None:
-        """Return a candidate's losses on the held-out text, or None before its trial."""
-        name = f"tried/{key(removed)}"
-        return self.read(name)["losses"]["held out"] if self.done(name) else None
-
-    def after_trial(self, m: int) -> str | None:
-        """Return the method whose state is healed for us: lowest KL in the trial, ours without one.
-
-        None means that the trial is not finished.
-        """
-        rows = self.chosen(m)
-        if not self.options.top_steps:
-            return OURS
-        trials = {p: self.trial(rows[p]) for p in TRIED if p in rows}
-        kl = {p: mean_loss([t], "kl") for p, t in trials.items() if t}
-        return min(kl, key=kl.__getitem__) if len(kl) == len(trials) else None
 
     def collect(self) -> Content:
         removals = {}
@@ -150,24 +121,16 @@ class Healing(RepairStudy):
         for m in self.options.remove:
             rows = {}
             for method, removed in self.chosen(m).items():
-                after = self.after_trial(m) if method == OURS else method
-                trial = self.trial(removed)
                 cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
                 stages = {"cut": judged_stage(cut, original)}
                 for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
                     found = self.read(f"{stage}/{key(removed)}")
                     right = {"accuracy": found["accuracy"]}
                     stages[stage] = judged_stage(found["losses"], original) | right
-                trainings = self.trainings(self.chosen(m)[after]) if after else {}
-                for name, found in trainings.items():
+                for name, found in self.trainings(removed).items():
                     rest = {k: found[k] for k in ("tokens_seen", "stopped", "training", "accuracy")}
                     stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
-                rows[method] = {
-                    "removed": removed,
-                    "healed_state_of": after,
-                    "trial": judged_text(trial) if trial else None,
-                    "stages": stages,
-                }
+                rows[method] = {"removed": removed, "stages": stages}
             removals[str(m)] = rows
         o = self.options
         where = o.states.name if o.states else f"chosen on {o.state_tokens} tokens of {TEXT}"

@@ -24,7 +24,6 @@ def show(content: Content) -> dict[str, float]:
         _table(m, rows)
         if OURS in rows:
             _tuning(rows)
-            _trial(rows)
             figures |= _figures(m, rows)
     return {settings["prefix"] + name: value for name, value in figures.items()}
 
@@ -84,23 +83,6 @@ def _tuning(rows: Content) -> None:
         found = {what: paired(one, two, what) for what in ("kl", "nll")}
         words = [f"{w.upper()} {gap:+.4f} ± {1.96 * se:.4f}" for w, (gap, se, _) in found.items()]
         print(f"  tuned minus least squares, {name}, nats, 95 %: {', '.join(words)}")
-
-
-def _trial(rows: Content) -> None:
-    """Print the losses of the trial's candidates, and the method whose state was chosen."""
-    ours = rows[OURS]
-    if not (chosen := ours["healed_state_of"]) or not ours["trial"]:
-        return
-    for method, row in rows.items():
-        if trial := row["trial"]:
-            gap, error, samples = paired({"": ours["trial"]}, {"": trial}, "kl")
-            print(
-                f"  trial of {method}'s state: KL {trial['kl']:.4f}, perplexity "
-                f"{exp(trial['nll']):.3f}; KL minus that of {OURS}'s {gap:+.4f} ± {error:.4f}, "
-                f"paired over {samples} samples"
-            )
-    whose = "its own state" if chosen == OURS else f"the state of {chosen}"
-    print(f"  {OURS} chose {whose} after trial; its healed stage is of that state")
 
 
 def _recovered(row: Content, stage: str) -> float:
