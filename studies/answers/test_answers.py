@@ -13,7 +13,8 @@ from studies.answers.study import Answers, is_right
 def test_every_stage_answers_every_problem(
     tiny: list[str], healed: list[str], tmp_path: Path
 ) -> None:
-    words = [*tiny, *healed, "--blocks", "2,3", "--problems", "5", "--work", str(tmp_path / "work")]
+    words = [*tiny, *healed, "--blocks", "2,3", "--problems", "5", "--samples", "40"]
+    words += ["--work", str(tmp_path / "work")]
     runner.run(Answers, words)
     runner.run(Answers, [*words, "--collect", "--results", str(tmp_path / "answers.json")])
     content = runner.read(tmp_path / "answers.json")
