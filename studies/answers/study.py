@@ -52,8 +52,11 @@ class Answers(RepairStudy):
     judged = ("wikitext2", "c4", "instruct", "code")
     # Many samples, so that few of those to train on are among those that the patch was fitted on.
     defaults: ClassVar[Content] = {
-        **{"model": "coder", "method": "lora", "rate": 7e-4},
-        **{"samples": 1600, "patch_tokens": 16384},
+        "model": "coder",
+        "method": "lora",
+        "rate": 7e-4,
+        "samples": 1600,
+        "patch_tokens": 16384,
     }
     settings = (*RepairStudy.settings, "blocks", "problems")
 
