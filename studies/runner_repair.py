@@ -103,7 +103,7 @@ class RepairStudy(ModelStudy):
                 "tokens_seen": record.get("tokens_seen"),
                 "stopped": record.get("stopped"),
                 "training": [step["loss"] for step in record["steps"]],
-                **self._judged(out, stage, journal),
+                **self._judged(models.load(out, dtype=self.original.dtype_name), stage, journal),
             }
             if stage != "patched":
                 shutil.rmtree(out)
@@ -124,9 +124,8 @@ class RepairStudy(ModelStudy):
         """Return the tasks that a stage is evaluated on."""
         return self.options.tasks
 
-    def _judged(self, folder: Path, stage: str, journal: Path) -> Content:
-        """Return the losses and answers of a checkpoint."""
-        loaded = models.load(folder, dtype=self.original.dtype_name)
+    def _judged(self, loaded: models.LoadedModel, stage: str, journal: Path) -> Content:
+        """Return the losses and answers of a model."""
         both, losses, accuracy = (self.original.model, loaded.model), {}, {}
         for name, tokens in self.repaired_texts(stage).items():
             _, nll, kl = sample_sums(*both, tokens, Work(self.options.batch_tokens))

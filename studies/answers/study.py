@@ -26,8 +26,8 @@ import torch
 
 from isingcut.data.conversations import render_chat
 from isingcut.data.healing_text import HealingText, build
-from isingcut.models import load as models
 from isingcut.models.architectures.blocks import skip_blocks
+from isingcut.models.load import LoadedModel
 from studies.runner import Content, Part, numbers
 from studies.runner_models import difference, key, mean_loss
 from studies.runner_repair import RepairStudy
@@ -107,7 +107,7 @@ class Answers(RepairStudy):
             sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
             found = self.answer(self.original.model, questions, **sampling)
             turns = zip(questions, found["answers"], strict=True)
-            return {**found, "questions": questions, "chats": [_chat(*turn) for turn in turns]}
+            return {"ended": found["ended"], "chats": [_chat(*turn) for turn in turns]}
 
         return Part(f"sampled/{first:04}", make, 4 * self.options.length * len(questions))
 
@@ -124,11 +124,9 @@ class Answers(RepairStudy):
             seed=o.seed,
         )
 
-    def _judged(self, folder: Path, stage: str, journal: Path) -> Content:
-        found = super()._judged(folder, stage, journal)
-        if stage == "patched":
-            return found
-        return found | self.solve(models.load(folder, dtype=self.original.dtype_name).model)
+    def _judged(self, loaded: LoadedModel, stage: str, journal: Path) -> Content:
+        found = super()._judged(loaded, stage, journal)
+        return found if stage == "patched" else found | self.solve(loaded.model)
 
     def parts(self) -> list[Part]:
         o = self.options
