@@ -173,7 +173,7 @@ class Bench:
         settings["per_device_train_batch_size"] = self.micro
         if o.micro_batch is not None:
             settings["gradient_accumulation_steps"] = o.batch // o.micro_batch
-        config = HealConfig(length=o.length, trainer=settings, **changes)
+        config = HealConfig(length=o.length).replace(trainer=settings, **changes)
         job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
         found = train(job)[0]["steps"]
         shutil.rmtree(work)

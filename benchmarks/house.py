@@ -52,8 +52,8 @@ def main() -> None:
         rooms: Counter[str] = Counter()
         for folder in folders:
             for file in (ROOT / folder).rglob("*.py"):
-                room = file.relative_to(ROOT / folder).parts[:-1][:1]
-                rooms["/".join((folder, *room))] += code_lines(file.read_text(encoding="utf-8"))
+                parts = file.relative_to(ROOT / folder).parts[:-1][:1]
+                rooms["/".join((folder, *parts))] += code_lines(file.read_text(encoding="utf-8"))
         for room, count in rooms.most_common():
             print(f"{count:7}  {room}")
         print(f"code_lines_{name}: {rooms.total()}")

@@ -4,27 +4,29 @@
 
 Large: a 7B-shaped Llama with random weights is written to DIR (and removed afterwards, without
 `--keep`). A separate process runs two jobs on it, `empirical-fisher` and 200 measured states; its
-peak resident memory is the figure. Small: both jobs on SmolLM2, streamed from the page cache and in
-memory by turns. `projection.py` counts how often a search reads a model. Ends with one line
-`name: value` per figure.
+peak resident memory is the figure. Small: both jobs on SmolLM2 (24 states), streamed from the page
+cache and in memory by turns. `projection.py` counts how often a search reads a model. Ends with one
+line `name: value` per figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradients import in_process, options, prepare
+from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.evaluation.speed import resident_peak
@@ -32,6 +34,7 @@ from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models.device import pick_dtype
+from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -64,15 +67,14 @@ def run_large(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     replay = StreamedReplay(model, store, memory)
     seconds["reading once"] = time.perf_counter() - began
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 32000, (arguments.samples, arguments.length))
-    tokens = TokenSet.from_rows(ids.tolist())
-    batch = arguments.samples * arguments.length
+    tokens = TokenSet.from_rows(rng.integers(0, 32000, (2, 32)).tolist())
+    work = Work(batch_tokens=64)
     began = time.perf_counter()
-    EmpiricalFisher().measure(replay, tokens, Work(batch_tokens=batch))
+    EmpiricalFisher().measure(replay, tokens, work)
     seconds["empirical-fisher"] = time.perf_counter() - began
-    states = random_states(len(replay), arguments.states, len(replay) // 4)
+    states = random_states(len(replay), 200, len(replay) // 4)
     began = time.perf_counter()
-    losses = measure(replay, tokens, states, work=Work(batch))
+    losses = measure(replay, tokens, states, work=work)
     seconds["states"] = time.perf_counter() - began
     assert np.isfinite(losses.kl).all()
     found = {"seconds": seconds, "peak": resident_peak(), "sweeps": store.count_sweeps()}
@@ -90,19 +92,19 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
         write_model(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
-        found: dict[str, Any] = in_process(run_large, folder, arguments)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(run_large, folder, arguments).result()
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
     print(
         f"\n7B-shaped Llama: {size / 1e9:.2f} GB in bfloat16 on disk, {found['dtype']}, "
-        f"{arguments.samples} samples of {arguments.length} tokens, "
-        f"{torch.get_num_threads()} threads, memory limit {arguments.memory_limit}"
+        f"2 samples of 32 tokens, {torch.get_num_threads()} threads, limit {arguments.memory_limit}"
     )
     for name, value in found["seconds"].items():
         print(f"{name:<20}{value:>9.1f} s")
     print(
-        f"{found['blocks_run']} block evaluations for {arguments.states} states; "
+        f"{found['blocks_run']} block evaluations for 200 states; "
         f"{found['sweeps'] * size / 1e9:.1f} GB read in all; peak {found['peak'] / 1e6:.0f} MB"
     )
     return found
@@ -111,28 +113,31 @@ def large(arguments: argparse.Namespace) -> dict[str, Any]:
 # The small model ------------------------------------------------------------------------
 
 
-def small(arguments: argparse.Namespace) -> tuple[float, float]:
+def small() -> tuple[float, float]:
     """Run SmolLM2 both ways by turns; return the larger time ratio and the largest difference."""
-    given = options(None, samples=16).parse_args(["--model", arguments.model])
-    whole, tokens = prepare(given)
-    few, dtype = tokens.select(range(4)), whole.model.dtype
-    parts = StreamedReplay(*open_model(resolve(arguments.model), dtype=dtype, device=CPU))
+    folder = resolve("smollm2")
+    loaded = load(folder, device="cpu")
+    text = build(
+        "wiki", loaded.tokenizer, samples=16, rank_samples=2, report_samples=2, length=256, seed=0
+    )
+    tokens, whole, dtype = text.splits["energy"], Replay(loaded.model), loaded.dtype
+    parts = StreamedReplay(*open_model(folder, dtype=dtype, device=CPU))
     states = random_states(len(whole), 24, 6)
 
     def losses(replay: Replay) -> np.ndarray:
-        found = measure(replay, few, states)
+        found = measure(replay, tokens.select(range(4)), states)
         return np.stack([found.kl_sums, found.nll_sums]) / found.counts
 
     jobs: dict[str, Callable[[Replay], np.ndarray]] = {
         "empirical-fisher": lambda replay: gate_gradients(replay, tokens),
         "24 states": losses,
     }
-    print(f"\n{arguments.model}, {dtype}, 1024 tokens at a time")
+    print(f"\nSmolLM2, {dtype}, 1024 tokens at a time")
     print(f"{'job':<20}{'in memory, s':>14}{'streamed, s':>14}{'ratio':>8}{'difference':>12}")
     ratios, differences = [], []
     for name, job in jobs.items():
         seconds: list[tuple[float, float]] = []
-        for repeat in range(arguments.repeats + 1):
+        for repeat in range(6):
             times, results = {}, {}
             # Alternate the order, because the machine's other load grows or falls.
             for replay in (whole, parts) if repeat % 2 else (parts, whole):
@@ -157,19 +162,14 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the large model is written (14 GB)")
     parser.add_argument("--keep", action="store_true", help="leave the large model there")
     parser.add_argument("--only", choices=("large", "small"))
-    parser.add_argument("--states", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--memory-limit", default="4GB")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     figures: dict[str, str] = {}
     if arguments.only in (None, "large"):
         found = large(arguments)
         figures["stream_peak_mb"] = f"{found['peak'] / 1e6:.0f}"
     if arguments.only in (None, "small"):
-        ratio, difference = small(arguments)
+        ratio, difference = small()
         figures["stream_time_ratio"] = f"{ratio:.3f}"
         figures["stream_max_difference"] = f"{difference:.1e}"
     print()
