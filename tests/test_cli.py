@@ -18,7 +18,7 @@ from isingcut.cli import show
 from isingcut.errors import InputError
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.ownership import MARKER
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document, read_json, write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
@@ -330,13 +330,9 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeyp
 
 
 def process(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "isingcut", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "100", **environment},
-        check=True,
-    )
+    words = [sys.executable, "-m", "isingcut", *arguments]
+    env = {**os.environ, "COLUMNS": "100", **environment}
+    return subprocess.run(words, capture_output=True, text=True, env=env, check=True)
 
 
 def test_no_color_is_respected_and_pipes_get_none():
@@ -409,11 +405,15 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     curve = write_run(tmp_path / "r")
     report = curve / "remove-2" / "report.html"
     report.touch()
+    found = read_document(file := report.with_name("candidates.json"), CandidatesFile)
+    found.candidates[1].kl = 0.0
+    write_document(file, found)
     record(curve)
     show.show_curve(curve)
     said = printed()
     assert "KL, nats/token (cut, ranking text)" in said
     assert f"2: {report}" in said
+    assert said.count("* │") == 1
     row, _ = show.curve_data(curve)
     assert (row["split"], row["model"], row["report"]) == ("rank", "cut", str(report))
     show.show_run(show.open_finished(curve))

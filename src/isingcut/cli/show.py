@@ -217,6 +217,7 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
             "removed": found.chosen.removed,
             **CUT_ON_RANKING,
             **{k: getattr(found.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
+            "lowest_kl": min(row.kl for row in found.candidates),
             "spearman": found.fidelity.kl.spearman,
             "report": str(page) if (page := files.target / "report.html").is_file() else None,
         }
@@ -264,9 +265,10 @@ def show_curve(folder: Path) -> None:
     for row in found:
         # Infinite on overflow.
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf
-        figures = (plus_minus(row["kl"], row["kl_se"]), f"{perplexity:.2f}")
+        star = " *" * (row["kl"] > row["lowest_kl"])
+        figures = (plus_minus(row["kl"], row["kl_se"]) + star, f"{perplexity:.2f}")
         rows.append((str(len(row["removed"])), *figures, words.join_blocks(row["removed"])))
-    title = "the best state of each size, on the ranking text"
+    title = "the chosen states (*: another one has a lower KL as cut; the report says why)"
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(
         f"cut one: isingcut excise {shlex.quote(str(folder))} --remove "

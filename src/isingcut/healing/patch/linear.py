@@ -118,14 +118,10 @@ def fit_patches(
             else:
                 unpatched.append(UnpatchedCut(removed=[first, last], reason=patch))
     if not patches:
-        each = [f"{_blocks(*cut.removed)}: {cut.reason}" for cut in unpatched]
-        whole = f"no cut can absorb a patch; {'; '.join(each)}"
-        raise ArchitectureError(unpatched[0].reason if len(unpatched) == 1 else whole)
+        spans = (("-".join(map(str, sorted({*cut.removed}))), cut.reason) for cut in unpatched)
+        each = [f"without {span}: {reason}" for span, reason in spans]
+        raise ArchitectureError(f"no cut can absorb a patch; {'; '.join(each)}")
     return Fitted(patches, unpatched, fitting.maps)
-
-
-def _blocks(first: int, last: int) -> str:
-    return f"block {first}" if first == last else f"blocks {first} to {last}"
 
 
 # The cuts of a state ------------------------------------------------------------------
