@@ -196,7 +196,8 @@ def healed_rows(m: str, *more: str) -> dict[str, list[tuple[int, dict[str, Any]]
         for each method, pairs of the tokens that a stage took and its results, ascending.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name in ("healing", "curve", "deep", *more):
+    # The first study of 6 and 9 blocks has another order of the text.
+    for name in ("healing",) * (m == "12") + ("curve", "deep", *more):
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for method, row in content["removals"].get(m, {}).items():
             for stage, state in row["stages"].items():
