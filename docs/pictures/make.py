@@ -248,14 +248,17 @@ def deep_cuts() -> plt.Figure:
     """Draw the KL after the cut, the patch and the healing, for 12, 15 and 18 of 30 blocks."""
     figure, all_axes = plt.subplots(1, 3, figsize=(9.6, 3.4), sharey=True)
     colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
-    colours |= {"cbo": "purple", "random": "brown"}
+    colours |= {"cbo": "purple", "random": "brown", "angular-window": GREY}
+    colours |= {"effects-search": "crimson"}
     for axes, m in zip(all_axes, ("12", "15", "18"), strict=True):
-        methods = healed_rows(m)
-        for method, rows in methods.items():
-            if len(rows) > 1:
-                colour, kl = colours.get(method, GREY), [s["pooled"]["kl"] for _, s in rows]
+        # At 12 a run takes the state of lowest KL as cut.
+        methods = healed_rows(m, "deep_12" if m == "12" else "deep_near")
+        for method, colour in colours.items():
+            kl = [state["pooled"]["kl"] for _, state in methods.get(method, [])]
+            if len(kl) > 1:
                 style = "o--" if method == "sleb" else "o-"
-                axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=method)
+                label = "the choice of a run" if method == "effects-search" else method
+                axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=label)
         axes.set(title=f"{m} of 30 blocks removed", yscale="log")
         healed = [f"healed,\n{t / 1e6:.1g} M" for t, _ in max(methods.values(), key=len)[2:]]
         axes.set_xticks(range(2 + len(healed)), ["cut", "patched", *healed])
