@@ -118,9 +118,7 @@ def fit_patches(
             else:
                 unpatched.append(UnpatchedCut(removed=[first, last], reason=patch))
     if not patches:
-        spans = (("-".join(map(str, sorted({*cut.removed}))), cut.reason) for cut in unpatched)
-        each = [f"without {span}: {reason}" for span, reason in spans]
-        raise ArchitectureError(f"no cut can absorb a patch; {'; '.join(each)}")
+        raise ArchitectureError("; ".join(cut.reason for cut in unpatched))
     return Fitted(patches, unpatched, fitting.maps)
 
 
