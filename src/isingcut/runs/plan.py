@@ -39,7 +39,7 @@ from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
-from isingcut.runs.trials import FOUND, LESS, MORE, TOKENS, is_deep, is_searched
+from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
 CARDS = {
     "a10": (24e9, 125e12, 0.6e12),
@@ -241,11 +241,11 @@ class Prices:
         found = self._states("rank", order < removed, c.rank_samples)
         if c.patch != "none":
             # Trial patches in deep cuts are tuned, which takes about twice as long.
-            tokens = c.patch_tokens * (1.0 + (c.patch == "tuned" and is_deep(removed, self.n)))
+            deep = c.patch == "tuned" and is_deep(removed, self.n)
+            tokens = (2.0 if deep else 1.0) * c.patch_tokens
             if is_searched(c, removed, self.n, streamed=self.streamed):
                 # Every state reads the texts of the fit and the measurement; the original, once.
-                tokens = 2 * TOKENS * (1 + (self.n + MORE) * self.left)
-                tokens += LESS / FOUND * c.patch_tokens
+                tokens += 2 * TOKENS * (1 + (self.n + MORE) * self.left)
             found["seconds"] += tokens * self.forward
         return found
 

@@ -34,10 +34,9 @@ from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
-NEAR, ERRORS, TRIED, LESS, FOUND = 0.05, 2, 3, 8, 2
+NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
 """Candidates to patch for the choice: maximum distance from the lowest KL, as a share of that or in
-paired standard errors; maximum number; factor by which their patches take fewer tokens; and that
-factor if some of them come from the search in a deep cut."""
+paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
 ROUND, MOVES, STALLED, MORE, TOKENS = 4, 16, 2, 40, 2048
@@ -177,11 +176,11 @@ def choose_by_patch(
 ) -> list[int]:
     """Choose among the candidates near the lowest, by their KL after a patch.
 
-    States of the search in a deep cut are the lowest of many on little text. So they compete with
-    the one of lowest KL after a fit to more text, and one is chosen only if it is lower by more
-    than `NEAR`. A deep cut without a search adds the best state of the one-pass methods, and the
-    patch is of the run's kind, because least squares does not predict which of these two training
-    will repair best. `patched_kl` is set in the rows of the patched candidates.
+    In a deep cut the kind of patch is that of the run, because least squares does not predict which
+    state training will repair best. The candidates are then the one of lowest KL, the best state of
+    the one-pass methods, and those of the search over patched states. The latter are the lowest of
+    many on little text, so one is chosen only if it is lower by more than `NEAR` than the one of
+    lowest KL. `patched_kl` is set in the rows of the patched candidates.
 
     Args:
         found: the ranked candidates.
@@ -199,14 +198,14 @@ def choose_by_patch(
 
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[: 1 if searched else TRIED]
-    more = searched
-    if deep and not searched and found.one_pass:
-        more = [min(found.one_pass.states, key=lambda row: row.kl).removed]
-    near += [i for i, row in enumerate(rows) if row.removed in more and i not in near]
+    if deep:
+        quick = found.one_pass.states if found.one_pass else []
+        best = [min(quick, key=lambda row: row.kl).removed] if quick else []
+        more = [*searched, *best]
+        near += [i for i, row in enumerate(rows) if row.removed in more and i not in near]
     if len(near) == 1:
         return near
-    kind = "linear" if searched or not deep else config.patch
-    count = config.patch_tokens // FOUND if searched else trial_tokens(config)
+    kind, count = config.patch if deep else "linear", trial_tokens(config)
     for row in (rows[i] for i in near):
         row.patched_kl = trials.kl(row.removed, kind, count)
     kl, first = {i: rows[i].patched_kl or 0.0 for i in near}, near[0]
