@@ -35,13 +35,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import importlib.util
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -61,6 +58,7 @@ from isingcut.healing.job import Job
 from isingcut.healing.training.train import train
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import reload
+from isingcut.models.device import BatchLimit
 from isingcut.models.load import load
 from isingcut.models.sources import resolve
 from isingcut.options.config import HealConfig
@@ -319,17 +317,9 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
             began = time.perf_counter()
             seconds.setdefault(name, []).extend(bench.run(name))
             taken = time.perf_counter() - began
-            give_back_memory()
+            BatchLimit(bench.original.device).release()
             print(f"turn {turn + 1}/{repeats}: {name} {taken:.1f} s", flush=True)
     return seconds
-
-
-def give_back_memory() -> None:
-    """Return freed buffers to the system, which the allocator would keep."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def show(text: str, seconds: dict[str, list[float]]) -> None:

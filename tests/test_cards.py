@@ -2,8 +2,10 @@
 
 import gc
 import json
+import platform
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
 from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
-from isingcut.models.replay import Replay
+from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.runs import evaluating
 from isingcut.testing import gpu
@@ -174,6 +176,16 @@ def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
 
 
 # Out of memory is an event --------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps freed buffers")
+def test_freed_buffers_go_back_to_the_system():
+    reuse_freed_memory()
+    many = [torch.ones(25_000) for _ in range(2_000)]
+    del many[:-1]
+    kept = psutil.Process().memory_info().rss
+    BatchLimit(many[0].device).release()
+    assert psutil.Process().memory_info().rss < kept - 1e8
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8])

@@ -435,13 +435,11 @@ def reuse_freed_memory() -> None:
 
     Every block allocates activations of the same few sizes. By default glibc maps new memory for
     each one, and the kernel clears its pages. On a CPU this takes about a third of the run time.
+    `BatchLimit.release` hands them back.
     With other C libraries, this function does nothing.
     """
-    if not sys.platform.startswith("linux"):
-        return
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_max = -1, -4
+        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
