@@ -435,8 +435,7 @@ def reuse_freed_memory() -> None:
 
     Every block allocates activations of the same few sizes. By default glibc maps new memory for
     each one, and the kernel clears its pages. On a CPU this takes about a third of the run time.
-    `BatchLimit.release` hands them back.
-    With other C libraries, this function does nothing.
+    `BatchLimit.release` hands them back. With other C libraries, this function does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
