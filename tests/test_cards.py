@@ -3,11 +3,15 @@
 import gc
 import json
 import platform
+import re
+import socket
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from transformers.integrations import hub_kernels
 
 import isingcut
 from cards import fake_cards
@@ -25,7 +29,8 @@ from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.runs import evaluating
+from isingcut.options.config import RunConfig
+from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS, call
@@ -92,9 +97,57 @@ def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
         monkeypatch.delenv("LOCAL_RANK")
         monkeypatch.setenv("SLURM_LOCALID", "1")
         assert pick_devices("lazy", 1, cards=2) == [three, four]
+        # A launcher that shows each process its own GPUs only.
+        assert pick_devices("lazy", 1, cards=4) == [one, two, three, four]
         for device, cards in [("lazy:1,lazy:1", None), ("lazy", 3), ("cpu", 2), ("lazy:2", 2)]:
             with pytest.raises(InputError, match=r"twice|needs"):
                 pick_devices(device, 1, cards=cards)
+
+
+class _Group:
+    """Processes of which another one has the GPU ``other``."""
+
+    size = 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def gather(self, own):
+        return [self.other.encode(), own]
+
+
+@pytest.mark.parametrize(
+    ("present", "cards", "rank", "number"),
+    [(1, None, 1, 0), (2, None, 1, 1), (4, 2, 1, 2), (2, 2, 1, 0)],
+)
+def test_each_process_has_a_gpu_of_its_own(present, cards, rank, number, monkeypatch):
+    used = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: present)
+    monkeypatch.setattr("torch.cuda.set_device", used.append)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")
+    )
+    config = RunConfig(model="m", cards_per_process=cards)
+    session._use_own_card(config, _Group("another GPU-9"))
+    assert used == [number]
+    same = f"{socket.gethostname()} GPU-{number}"
+    with pytest.raises(InputError, match="processes 0 and 1 have the same GPU"):
+        session._use_own_card(config, _Group(same))
+    session._use_own_card(config.replace(device="cpu"), _Group(""))
+    assert used == [number, number]
+
+
+def test_a_missing_kernel_is_named_once_with_its_package(shared, capsys):
+    folder = shared.checkpoint("nemotron_h")
+    hub_kernels.logger.warning_once.cache_clear()
+    with fake_cards():
+        model = load(folder, dtype="float32", device="lazy").model
+        for _ in range(2):
+            model(torch.arange(8, 24, device=model.device)[None], use_cache=False)
+    said = re.findall("type: pip install (.*)", capsys.readouterr().err)
+    assert sorted(said) == ["causal_conv1d", "mamba_ssm"]
 
 
 @pytest.mark.parametrize("count", [2, 4])

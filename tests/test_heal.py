@@ -33,7 +33,8 @@ from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import distill, train
-from isingcut.healing.training.student import last_parameters
+from isingcut.healing.training import student as parts
+from isingcut.healing.training.student import last_parameters, load_student
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
@@ -41,7 +42,7 @@ from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
+from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import write_jsonl
 
 __all__ = ["healed", "models"]
@@ -201,6 +202,49 @@ def test_training_in_half_precision(models, tmp_path):
 
 
 ONCE = {"max_steps": 1}
+
+
+@pytest.mark.parametrize("method", ["lora", "last:1", "full"])
+def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, monkeypatch, method):
+    student, loaded = saved_student(models, tmp_path / "half", "bfloat16"), []
+    reload = parts.reload
+
+    def noted(folder, *, dtype, **rest):
+        model = reload(folder, dtype=dtype, **rest)
+        loaded.append(dtype)
+        return model
+
+    monkeypatch.setattr(parts, "reload", noted)
+    given = options(models, tmp_path / "out", ONCE, student=student, dtype="bfloat16")
+    heal(given.replace(method=method))
+    assert loaded[0] == (torch.float32 if method == "full" else torch.bfloat16)
+
+
+def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
+    folder = tiny_checkpoint("gemma3_text", tmp_path / "gemma", dtype="bfloat16")
+    config = HealConfig(method="lora")
+    half, whole = (load_student(folder, config, d) for d in (torch.bfloat16, torch.float32))
+    buffers = dict(whole.named_buffers())
+    assert buffers.keys() == dict(half.named_buffers()).keys() != set()
+    for name, found in half.named_buffers():
+        assert found.dtype == buffers[name].dtype, name
+        assert torch.equal(found, buffers[name]), name
+
+
+def test_processes_that_lack_host_memory_for_their_students_are_refused(models, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(parts, "allowance", lambda limit, device: SimpleNamespace(left=1000))
+    with pytest.raises(InputError, match=r"in 8 processes, 8e-06 GB are free; start fewer"):
+        load_student(models / "student", HealConfig())
+
+
+def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
+    given = []
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: given.append(options))
+    monkeypatch.setattr(home, "is_launched", lambda: True)
+    monkeypatch.setattr(home.Processes, "join", lambda: None)
+    home._processes(HealConfig())
+    assert given[0]["timeout"].days > 300
 
 
 def test_patch_and_distillation_together(models, tmp_path):

@@ -20,7 +20,7 @@ from isingcut.healing.training import batches as memory
 from isingcut.healing.training import student as loss
 from isingcut.healing.training import train
 from isingcut.healing.training.batches import Steps, divisions
-from isingcut.healing.training.student import narrow, prepare_training
+from isingcut.healing.training.student import prepare_training, set_dtypes
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.models.load import load
@@ -124,7 +124,7 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family,
         return logits, list(torch.autograd.grad(logits.float().square().sum(), trained))
 
     before, gradients = found()
-    narrow(model, torch.bfloat16)
+    set_dtypes(model, torch.bfloat16)
     after, again = found()
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     torch.testing.assert_close(again, gradients, rtol=0, atol=0)

@@ -102,6 +102,18 @@ def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
     assert device.pick_dtype("auto", torch.device("cpu")) is expected
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float32")],
+)
+def test_auto_dtype_follows_the_gpu(monkeypatch, capsys, capability, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda place: capability)
+    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("cuda"))
+    assert device.dtype_name("auto", "cuda") == expected
+    warned = capsys.readouterr().err
+    assert ("pass --dtype float32" in warned) == (expected == "float16")
+
+
 def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path):
     first = model_identity(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))

@@ -90,7 +90,7 @@ def generate_text(
 
 
 def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (1, P), past end tokens."""
+    """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (B, P), past end tokens."""
     out = _generate(model, prompt, new_tokens, None, do_sample=False, pad_token_id=0)
     return out[:, prompt.shape[1] :]
 

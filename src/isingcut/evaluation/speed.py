@@ -22,6 +22,7 @@ from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.evaluations import EvaluationFile
+from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load
@@ -36,6 +37,8 @@ _DECODE_PROMPT = 16
 _MEDIAN_ERROR = 1.2533
 
 MEMORY_KEY = "peak_memory_bytes"
+BATCH = 32
+"""Sequences of the batched decoding."""
 SPEED_KEYS = ("prefill_tokens_per_second", "decode_tokens_per_second", MEMORY_KEY)
 """The keys that are missing in an evaluation without speed."""
 
@@ -83,7 +86,10 @@ def speed(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float | None]]:
-    """Measure prefill and decode tokens/s of each model, batch size 1, with errors (``_se``).
+    """Measure prefill and decode tokens/s of each model, with errors (``_se``).
+
+    The batch size is 1, whose decoding on a GPU mostly waits for the launches of kernels. On a GPU,
+    decoding is also measured with `BATCH` sequences, if they fit its memory.
 
     Models alternate in every repeat, so that other load on the machine affects all of them. Each
     model is warmed up once. Figures are medians over the repeats, with the standard error of a
@@ -105,24 +111,46 @@ def speed(
         synchronise(*devices_of(model))
         return clock() - began
 
+    def time_decoding(model: PreTrainedModel, rows: int) -> float:
+        start = short.expand(rows, -1).to(model.device)
+        first = time_call(model, decode_tokens, model, start, 1)
+        return time_call(model, decode_tokens, model, start, 1 + new_tokens) - first
+
+    def time_batch(model: PreTrainedModel) -> float:
+        # If memory ran out, no batch is timed any more.
+        if batched and model.device.type != "cpu":
+            try:
+                return time_decoding(model, BATCH)
+            except Exception as error:
+                if not is_memory_exhausted(error):
+                    raise
+                batched.clear()
+        return 0.0
+
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
+    batched: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            text, start = ids.to(model.device), short.to(model.device)
+            text = ids.to(model.device)
             reading = time_call(model, partial(model, input_ids=text, use_cache=True))
-            first = time_call(model, decode_tokens, model, start, 1)
-            all_of = time_call(model, decode_tokens, model, start, 1 + new_tokens)
+            decoding = time_decoding(model, 1)
+            of_batch = time_batch(model)
             if repeat:
                 prefill[name].append(reading)
-                decode[name].append(all_of - first)
-    return {
-        name: {
+                decode[name].append(decoding)
+                if of_batch:
+                    batched[name].append(of_batch)
+    found = {}
+    for name, model in models.items():
+        found[name] = {
             **_rate(model, "prefill_tokens_per_second", ids.shape[1], prefill[name]),
             **_rate(model, "decode_tokens_per_second", new_tokens, decode[name]),
         }
-        for name, model in models.items()
-    }
+        if batched.get(name):
+            key = "batched_decode_tokens_per_second"
+            found[name] |= _rate(model, key, BATCH * new_tokens, batched[name])
+    return found
 
 
 def _rate(

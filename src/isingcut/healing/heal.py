@@ -51,7 +51,7 @@ from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.processes import Processes
+from isingcut.models.processes import ANY_TIME, Processes, is_launched
 from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
@@ -153,7 +153,9 @@ def _processes(config: HealConfig) -> Processes:
 
     # Created first, so that the Trainer uses this process group and the device option.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    PartialState(cpu=config.device == "cpu" or not gpu)
+    # NCCL's own ten minutes end while rank 0 patches or saves a large model.
+    waits = {"timeout": ANY_TIME} if is_launched() else {}
+    PartialState(cpu=config.device == "cpu" or not gpu, **waits)
     return Processes.join()
 
 

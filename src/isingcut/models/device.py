@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isingcut.console.printing import say
 from isingcut.errors import InputError
 from isingcut.files.provenance import cpu_name
 from isingcut.models.processes import is_launched, local_rank
@@ -81,7 +82,7 @@ def pick_devices(
     if first.type == "cpu" or ":" in device or (launched and not cards):
         return found
     present = device_module(first).device_count()
-    begin = local_rank() * (cards or 0)
+    begin = first_card(present, cards) if cards else 0
     own = [torch.device(first.type, begin + i) for i in range(cards or present)]
     if begin + len(own) > present:
         raise InputError(
@@ -96,6 +97,20 @@ def pick_devices(
         if size <= room:
             return own[: i + 1] if i else found
     return found
+
+
+def first_card(present: int, cards: int | None = None) -> int:
+    """Return the number of this process's first GPU.
+
+    A launcher may show each process only its own GPUs, as Slurm does for ``--gpus-per-task``. Then
+    it is 0 in every process.
+
+    Args:
+        present: number of GPUs that this process sees.
+        cards: GPUs per process.
+    """
+    each = cards or 1
+    return 0 if present <= each else local_rank() * each
 
 
 def device_module(device: torch.device) -> Any:
@@ -135,20 +150,24 @@ def synchronise(*devices: torch.device) -> None:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype of ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+    """Return the torch dtype of ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     ``"auto"`` is bfloat16 if the device computes fast in it: GPUs with compute capability 8 or
-    higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16. Else it is float32.
+    higher, CPUs with AMX, and CPUs other than Intel's with AVX512-BF16. It is float16 for GPUs of
+    compute capability 7, else float32.
     """
     import torch
 
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in named:
         return named[dtype]
     if dtype != "auto":
-        raise InputError(f"--dtype must be auto, float32 or bfloat16; got {dtype!r}")
+        raise InputError(f"--dtype must be auto, float32, bfloat16 or float16; got {dtype!r}")
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        if (7, 0) <= capability < (8, 0):
+            return torch.float16
+        native = capability >= (8, 0)
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities()
         # An Intel Xeon whose AMX is hidden by a virtual machine is slower in bfloat16.
@@ -160,8 +179,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: str, device: str) -> str:
-    """Return ``"float32"`` or ``"bfloat16"`` for the dtype and device of the options."""
-    return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+    """Return the name of the dtype for the dtype and device of the options.
+
+    It prints a warning if ``"auto"`` is float16, in which large numbers overflow.
+    """
+    found = str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
+    if dtype == "auto" and found == "float16":
+        say(
+            "isingcut: this GPU has no bfloat16, so the weights are float16, whose largest number "
+            "is 65,504; if a loss is NaN, pass --dtype float32"
+        )
+    return found
 
 
 # Share of the free memory, if no limit is given; the rest is for the system and estimation errors.

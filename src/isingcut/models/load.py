@@ -17,7 +17,12 @@ from isingcut.models.architectures.blocks import language_model, stop_rescaling
 from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.fit import Checkpoint, check_fit, limit_structure
 from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
-from isingcut.models.loading import catch_errors, refuse_incomplete, refuse_infinite
+from isingcut.models.loading import (
+    catch_errors,
+    refuse_incomplete,
+    refuse_infinite,
+    report_missing_kernels,
+)
 from isingcut.models.placement import connect, place, place_of
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.safetensors_files import read_config
@@ -157,6 +162,8 @@ def load(
     connect(model, places)
     freeze(model)
     reuse_freed_memory()
+    if devices[0].type != "cpu":
+        report_missing_kernels()
     return LoadedModel(model, tokenizer, Path(folder), number, devices[0], trust)
 
 

@@ -22,8 +22,8 @@ from isingcut.errors import RankError
 
 T = TypeVar("T")
 
-# The wait for a live process has no limit, because rank 0 may work alone for days.
-_ANY_TIME = timedelta(days=3650)
+ANY_TIME = timedelta(days=3650)
+"""The wait for a live process has no limit, because rank 0 may work alone for days."""
 
 
 def is_launched() -> bool:
@@ -63,19 +63,14 @@ class Processes:
         """Join all processes of the launcher; without one, return this process alone."""
         if not is_launched():
             return ALONE
-        import torch
         import torch.distributed as dist
 
         group = None
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=_ANY_TIME)
+            dist.init_process_group("gloo", timeout=ANY_TIME)
         elif dist.get_backend() != "gloo":
-            group = dist.new_group(backend="gloo", timeout=_ANY_TIME)
-        found = cls(dist.get_rank(), dist.get_world_size(), group)
-        if torch.cuda.is_available() and found.local_rank < torch.cuda.device_count():
-            # From here on, "cuda" without a number means this GPU.
-            torch.cuda.set_device(found.local_rank)
-        return found
+            group = dist.new_group(backend="gloo", timeout=ANY_TIME)
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def gather(self, data: bytes = b"") -> list[bytes]:
         """Gather the data of all processes, in rank order; every process must call this.

@@ -28,7 +28,7 @@ Length = Annotated[int, Bounds(ge=8, le=2**20)]
 Seed = Annotated[int, Bounds(ge=0, le=2**32 - 1)]
 Place = Annotated[str, Then(_at_home)]
 """A path, or other text that never begins with ``~``."""
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Patch = Literal["none", "linear", "tuned"]
 
 
@@ -117,7 +117,9 @@ class RunConfig(Options):
         "0.4 of the cost of a greedy search; most searches take half of that.",
         "energy",
     )
-    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.", "energy")
+    dtype: Dtype = option(
+        "auto", "Dtype of the weights: auto, float32, bfloat16 or float16.", "energy"
+    )
     device: spellings.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
@@ -360,7 +362,7 @@ class HealConfig(Options):
     )
 
     batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens per micro-batch when measuring.")
-    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32 or bfloat16.")
+    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32, bfloat16 or float16.")
     device: spellings.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,13 @@ from isingcut.models.architectures.blocks import BlockStack, find_stack, text_co
 from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import choose_batch_tokens
 from isingcut.models.cutting.sharing import open_cut
-from isingcut.models.device import allowance, least_left, pick_device, weight_bytes
+from isingcut.models.device import (
+    allowance,
+    first_card,
+    least_left,
+    pick_device,
+    weight_bytes,
+)
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
@@ -95,7 +102,7 @@ class Session:
 
     @cached_property
     def dtype(self) -> str:
-        """``"float32"`` or ``"bfloat16"``: as requested, as recorded, else chosen now."""
+        """The name of the dtype: as requested, as recorded, else chosen now."""
         if self.config.dtype == "auto" and self._recorded is not None:
             return self._recorded
         return devices.dtype_name(self.config.dtype, self.config.device)
@@ -221,13 +228,13 @@ def take_up(session: Session, processes: Processes) -> None:
     """Share the session's measurements among all processes, with the settings of rank 0.
 
     Raises:
-        InputError: one GPU was given for several processes, or there are too few GPUs.
+        InputError: several processes have the same GPU.
         ModelError: this process and rank 0 have different models.
     """
     if processes.size == 1:
         return
     session.processes = processes
-    _check_gpu(session.config, processes)
+    _use_own_card(session.config, processes)
     # Rank 0 chooses, because processes must not differ by free memory or by the speed of bfloat16.
     # The model is resolved first, so that each machine downloads or converts it once.
     chosen = processes.decide(lambda: _choices(session, processes.size))
@@ -260,16 +267,25 @@ def _choices(session: Session, size: int) -> dict[str, Any]:
     return found | {"memory_limit": session.config.memory_limit, "stream": stream}
 
 
-def _check_gpu(config: RunConfig, processes: Processes) -> None:
+def _use_own_card(config: RunConfig, processes: Processes) -> None:
+    """Make "cuda" without a number mean a GPU of this process, and check that no other has it."""
     device = config.device
     if device.startswith("cuda:"):
         raise InputError(
             f"--device {device} names GPUs for each of {processes.size} processes; give --device "
             "cuda, and each process uses its own (--cards-per-process)"
         )
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.cards_per_process is None and 0 < gpus <= processes.local_rank and device != "cpu":
-        raise InputError(
-            f"this machine has more processes than its {gpus} GPUs; start one per GPU "
-            f"(--nproc-per-node {gpus}), or all on the CPU (--device cpu)"
-        )
+    own = ""
+    if device != "cpu" and torch.cuda.is_available():
+        present = torch.cuda.device_count()
+        number = first_card(present, config.cards_per_process) % present
+        torch.cuda.set_device(number)
+        own = f"{socket.gethostname()} {torch.cuda.get_device_properties(number).uuid}"
+    found = [card.decode() for card in processes.gather(own.encode())]
+    for rank, card in enumerate(found):
+        if card and card in found[:rank]:
+            raise InputError(
+                f"processes {found.index(card)} and {rank} have the same GPU of "
+                f"{card.partition(' ')[0]}; start one process per GPU, or all on the CPU "
+                "(--device cpu)"
+            )

@@ -150,12 +150,15 @@ def half(place: Place) -> str:
 
 
 def streamed(place: Place) -> str:
-    """Check that a streamed model gives bitwise the results of the model in memory."""
+    """Check that a streamed model gives the losses of the model in memory to the last bit.
+
+    Gradients are only close: backward passes on GPUs add in no fixed order.
+    """
     given: dict[str, Any] = {"dtype": "float32", "device": str(place.device)}
     resident = load(place.model, **given).replay
     other = load_streamed(place.model, **given).replay
     close(measure(other, tokens(), states()).kl, measure(resident, tokens(), states()).kl, 0.0)
-    return close(gate_gradients(other, tokens()), gate_gradients(resident, tokens()), 0.0)
+    return close(gate_gradients(other, tokens()), gate_gradients(resident, tokens()))
 
 
 def twice(place: Place) -> str:

@@ -277,11 +277,11 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     text = text_config(job.teacher.model)
     blocks = len(find_stack(job.teacher.model)) - len(job.removed)
     entering = 4 * blocks * int(text.hidden_size)
-    half = job.teacher.dtype == torch.bfloat16
+    dtype = job.teacher.dtype
 
     def kept(tokens: int) -> int:
         given = {k: v[:, :tokens].to(device) for k, v in row.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return count_graph_bytes(student, lambda: student(**given, alone=True)["loss"])
 
     def count_saved(length: int) -> tuple[float, float]:

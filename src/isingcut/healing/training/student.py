@@ -8,6 +8,7 @@ forward pass.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from isingcut.errors import InputError
 from isingcut.healing.job import check_last
 from isingcut.models.architectures.blocks import (
     find_stack,
@@ -27,15 +29,37 @@ from isingcut.models.architectures.blocks import (
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import find_head_input
 from isingcut.models.cutting.verify import reload
+from isingcut.models.device import allowance, weight_bytes
+from isingcut.models.load import build_skeleton
 from isingcut.options.config import HealConfig
 
 # Silences peft's warning, for every layer, about an older name for gradient checkpointing.
 _quiet_peft = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
-def load_student(folder: Path, config: HealConfig) -> Any:
-    """Load a model with float32 weights, on the CPU."""
-    return reload(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+def load_student(folder: Path, config: HealConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a model on the CPU, with weights in ``dtype`` and buffers in float32.
+
+    Raises:
+        InputError: the processes of this machine need more memory for it than is free.
+    """
+    trust = config.trust_remote_code
+    needed, room = weight_bytes(folder, dtype), allowance("100%", torch.device("cpu")).left
+    if needed > room:
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        raise InputError(
+            f"the student needs {count * needed / 1e9:.3g} GB of host memory "
+            f"in {count} processes, {count * room / 1e9:.3g} GB are free; start fewer processes on "
+            "this machine, or train less (--method lora)"
+        )
+    model = reload(folder, dtype=dtype, trust_remote_code=trust)
+    if dtype != torch.float32:
+        computed = build_skeleton(folder, torch.float32, trust_remote_code=trust)
+        for name, buffer in computed.named_buffers():
+            if not buffer.is_meta:
+                path, _, leaf = name.rpartition(".")
+                model.get_submodule(path)._buffers[leaf] = buffer
+    return model
 
 
 def prepare_training(plain: Any, config: HealConfig) -> Any:
@@ -66,8 +90,8 @@ def prepare_training(plain: Any, config: HealConfig) -> Any:
         return peft.get_peft_model(plain, settings)
 
 
-def narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert frozen weights to the compute dtype if that changes no value.
+def set_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert frozen weights to the compute dtype if that changes no value, others to float32.
 
     Otherwise a frozen float32 weight of a linear layer is cast at every call, and the copy kept for
     the backward pass. Embeddings still return float32, because the residual stream starts there.
@@ -77,15 +101,20 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> None:
     known = {id(layer) for layer in layers}
     # Weights that layers of other types share, such as Gemma 3's embedding, are not converted.
     others = {id(p) for m in model.modules() if id(m) not in known for p in m._parameters.values()}
+    narrowed = set[int]()
     for layer in layers:
         weight = layer.weight
         if weight.requires_grad or id(weight) in others:
             continue
-        narrowed = weight.detach().to(dtype)
-        if torch.equal(narrowed.to(weight.dtype), weight):
-            weight.data = narrowed
+        half = weight.detach().to(dtype)
+        if torch.equal(half.to(weight.dtype), weight):
+            weight.data = half
+            narrowed.add(id(weight))
             if isinstance(layer, nn.Embedding):
                 layer.register_forward_hook(lambda module, args, output: output.float())
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in narrowed:
+            parameter.data = parameter.data.float()
 
 
 def last_parameters(model: Any, blocks: int) -> list[nn.Parameter]:

@@ -46,6 +46,7 @@ from isingcut.healing.job import (
     SHORT,
     Job,
     is_sharded,
+    stored_dtype,
     trainer_settings,
     usual_recipe,
 )
@@ -53,12 +54,13 @@ from isingcut.healing.training.batches import Steps, batch_of, plan_memory, shar
 from isingcut.healing.training.student import (
     install,
     load_student,
-    narrow,
     prepare_training,
+    set_dtypes,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
 from isingcut.models.cutting.sharing import share
 from isingcut.models.device import BatchLimit
+from isingcut.models.fp8 import DTYPES
 from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.transformers_private import get_checkpointing
 
@@ -163,16 +165,18 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     config, device, teacher = job.config, job.teacher.device, job.teacher.model
     # An earlier timing run may still be in memory until it is released.
     BatchLimit(device).release()
-    plain = load_student(job.start, config)
-    student = prepare_training(plain, config)
-    half = job.teacher.dtype == torch.bfloat16
     sharded, placed = is_sharded(trainer_settings(config)), False
+    # FSDP shards weights of one dtype only. Else only what is trained needs float32.
+    whole = sharded or config.method == "full"
+    stored = torch.float32 if whole else DTYPES[stored_dtype(job.start)]
+    plain = load_student(job.start, config, stored)
+    student = prepare_training(plain, config)
+    compute = job.teacher.dtype
     if not sharded:
-        if half:
-            narrow(plain, torch.bfloat16)
+        set_dtypes(plain, compute)
         placed = share(plain, teacher, job.removed)
     # Layers with weights in the compute dtype accept float32 inputs only under autocast.
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device.type, compute, enabled=compute != torch.float32):
         install(student, plain, teacher)
 
     make = partial(plan_memory, job, student, batch, placed=placed)
@@ -251,6 +255,7 @@ def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArgum
         "weight_decay": 0.0,
         "save_steps": min(50, math.ceil(steps / states)),
         "bf16": job.teacher.dtype == torch.bfloat16,
+        "fp16": job.teacher.dtype == torch.float16,
         **again,
         **({"ddp_find_unused_parameters": False} if size > 1 else {}),
         **given,
@@ -309,7 +314,9 @@ class OurTrainer(Trainer):
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2:
             state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-            cast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+            half = torch.float16 if self.args.fp16 else torch.bfloat16
+            enabled = self.args.fp16 or self.args.bf16
+            cast = torch.autocast(self.args.device.type, half, enabled=enabled)
             model.forward = cast(model.forward)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from isingcut.errors import InputError
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
 from isingcut.models.load import LoadedModel, build_skeleton, load_tokenizer
+from isingcut.models.loading import report_missing_kernels
 from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
 from isingcut.models.sources import model_identity
 from isingcut.models.streaming.store import Buffers, Store
@@ -54,6 +55,8 @@ def load_streamed(
         buffers=buffers,
     )
     replay = StreamedReplay(model, store, memory)
+    if place.type != "cpu":
+        report_missing_kernels()
     return LoadedModel(model, tokenizer, folder, number, place, trust_remote_code, replay)
 
 

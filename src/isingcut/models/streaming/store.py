@@ -31,22 +31,32 @@ class _Buffer:
         self._device, self._module = device, device_module(device)
         self._host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         if self._module is not None:
-            self._stream = self._module.Stream(device)
+            self._stream, self._copied = self._module.Stream(device), self._module.Event()
             self._memory = torch.empty(size, dtype=torch.uint8, device=device)
             # Earlier work of the main stream may still use this memory.
             self.leave()
 
     def load(self, part: StoredPart) -> Tensor:
-        """Read a part and copy it to the device; runs in the reader thread."""
+        """Read a part and start to copy it to the device; runs in the reader thread.
+
+        The copy goes on while the next part is read from disk into the other buffer.
+        """
+        if self._module is not None:
+            # The last copy from the host memory, which this part overwrites.
+            self._copied.synchronize()
         part.fill(self._host)
         if self._module is None:
             return self._host
         with self._module.stream(self._stream):
             self._stream.wait_event(self._used)
             self._memory[: part.size].copy_(self._host[: part.size], non_blocking=True)
-            # The next part overwrites the host memory.
-            self._stream.synchronize()
+            self._copied.record(self._stream)
         return self._memory
+
+    def enter(self) -> None:
+        """Let the work with the part wait for its copy."""
+        if self._module is not None:
+            self._module.current_stream(self._device).wait_event(self._copied)
 
     def leave(self) -> None:
         """Record an event after the work with the part, for which `load` waits."""
@@ -91,6 +101,7 @@ class Buffers:
         _, index, future = self._pending
         memory = future.result()
         self._pending = None
+        self._buffers[index].enter()
         # A gradient may use the part after a measurement has read it in inference mode.
         with torch.inference_mode(False):
             part.install(memory)
