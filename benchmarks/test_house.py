@@ -1,4 +1,4 @@
-"""Tests of the count of code lines and of the check against the ceilings."""
+"""Tests of the counts, of the check against the ceilings, and of packed lines."""
 
 from pathlib import Path
 
@@ -11,17 +11,47 @@ SOURCE = (
 )
 
 
-def test_lines_are_held_below_the_ceiling(
+def test_counts_stay_below_their_ceilings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(house, "ROOT", tmp_path)
-    for folder in ("src/isingcut/ising", "benchmarks", "studies/quality"):
+    for folder in ("src/isingcut/ising", "benchmarks", "studies/quality", "docs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "part.py").write_text(SOURCE)
-    ceiling = "[tool.isingcut.ceiling]\nisingcut = 4\ntests = 0\nbenchmarks = "
-    (tmp_path / "pyproject.toml").write_text(f"{ceiling}8\n")
-    house.main()
-    (tmp_path / "pyproject.toml").write_text(f"{ceiling}7\n")
-    with pytest.raises(SystemExit, match="8 code lines of benchmarks, the ceiling is 7: delete"):
+    (tmp_path / "src/isingcut/page.j2").write_text("one\ntwo\n")
+    (tmp_path / "docs/page.md").write_text("# Three *plain* words\n")
+    ceiling = {
+        "code_tokens_package": 11,
+        "code_tokens_studies": 22,
+        "code_tokens_tests": 0,
+        "shipped_lines_beside_python": 2,
+        "words_docs": 4,
+    }
+
+    def check(**lower: int) -> None:
+        lines = [f"{name} = {most}" for name, most in (ceiling | lower).items()]
+        (tmp_path / "pyproject.toml").write_text(
+            "[tool.isingcut.ceiling]\n" + "\n".join(lines) + "\n"
+        )
         house.main()
-    assert "      4  studies/quality\n" in capsys.readouterr().out
+
+    check()
+    assert "     11 tokens  studies/quality\n" in capsys.readouterr().out
+    for name, most in ceiling.items():
+        if most:
+            with pytest.raises(SystemExit, match=f"{name} is {most}, the ceiling is {most - 1}"):
+                check(**{name: most - 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "packed"),
+    [
+        ("a, b = 1, f(2)", True),
+        ("self.a, self.b = x, y", True),
+        ("a, b = b, a", False),
+        ("a, b = f()", False),
+        ("total, at = total + 1, 0", False),
+    ],
+)
+def test_a_line_that_assigns_independent_values_is_packed(line: str, packed: bool) -> None:
+    assert list(house.find_packed(line)) == [1] * packed
