@@ -19,7 +19,7 @@ from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking
-from isingcut.runs.benchmarking import check_run_tasks
+from isingcut.runs.checks import check_run_tasks
 from shared import OPTIONS, call, leave_speed_out, write_jsonl
 
 pytestmark = [

@@ -75,12 +75,22 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
     wanted = collect(RunConfig, config, options)
+    _check_early(wanted, "isingcut.run")
     target = pipeline.run(wanted, progress=progress)
     if len(wanted.remove.counts) < 2:
         return _make_output(target)
 
     data = {"folder": str(target), "curve": show.curve_data(target)}
     return Output(data, lambda: show.show_curve(target), brief=str(target))
+
+
+def _check_early(config: RunConfig, source: str) -> None:
+    """Check a whole job before torch is imported; the job checks it again."""
+    from isingcut.runs import checks
+
+    if not launched_rank():
+        ranks = source == "isingcut.run"
+        checks.check_inputs(checks.check_options(config, {}, source), ranks=ranks)
 
 
 @verb("out", "overwrite", group=WHOLE, together=True)
@@ -112,7 +122,9 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.report.run_files import RunFiles
 
-    folder = pipeline.energy(collect(RunConfig, config, options), progress=progress)
+    wanted = collect(RunConfig, config, options)
+    _check_early(wanted, "isingcut.energy")
+    folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
     warnings = words.overlap_warnings(text.overlap if text else {})
@@ -454,11 +466,13 @@ def inspect_blocks(**options: Any) -> Output:
 
     Example: isingcut inspect smollm2
     """
-    from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
     config = RunConfig(**options).validate()
     source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    # Imported last, because it imports torch.
+    from isingcut.models.inspect import inspect_model
+
     found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
     data, blocks = show.inspection_data(found), str(len(found.stack))
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
@@ -485,9 +499,14 @@ def plan(
     Examples: isingcut plan smollm2 --remove 6;
     isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
     """
+    from isingcut.models.sources import locate
+
+    config = RunConfig(**options).validate()
+    locate(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    # Imported last, because it imports torch.
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(RunConfig(**options).validate(), card)
+    found = make_plan(config, card)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 

@@ -35,10 +35,11 @@ from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
 from isingcut.options.declaration import flag
+from isingcut.runs.folder import each_removal
 from isingcut.runs.measuring import energy_part, samples_of
 from isingcut.runs.pipeline import check_by_config
 from isingcut.runs.session import Session
-from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
+from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
 from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
 CARDS = {
