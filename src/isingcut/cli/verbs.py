@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,7 @@ from isingcut.options.config import HealConfig, RunConfig
 if TYPE_CHECKING:
     from isingcut import baselines
     from isingcut.cli import show
-    from isingcut.files import cuts, evaluations, healings
+    from isingcut.files import cuts, healings
     from isingcut.report import words
     from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
 else:
@@ -141,11 +142,12 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
     from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.runs.folder import each_removal
 
     found = []
     for one in [{"remove": remove} for remove in options.pop("remove", ())] or [{}]:
         folder, combined = reopen(directory, options | one, several=True)
-        for config in solving.each_removal(combined):
+        for config in each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
                 bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
@@ -268,12 +270,16 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Interrupted? Run the same command again to resume. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
-    Example: isingcut heal my-run/model --teacher smollm2 --out healed
+    Example: isingcut heal my-run/model --effort 10min --out healed
     """
+    from isingcut.healing.checks import check_inputs
+
+    wanted, inputs = collect(HealConfig, config, options), [config] if config else []
+    check_inputs(wanted, inputs)
+    # Imported last, because it imports torch.
     from isingcut.healing.heal import heal as run_heal
 
-    wanted = collect(HealConfig, config, options)
-    folder = run_heal(wanted, progress=progress, sources=[config] if config else [])
+    folder = run_heal(wanted, progress=progress, sources=inputs)
     if launched_rank():
         # Only rank 0 prints the result.
         raise typer.Exit
@@ -304,17 +310,24 @@ def evaluate(
     one_based: OneBased = False,
     **options: Any,
 ) -> Output:
-    """Compare the original and the final model on unseen text, speed, memory and benchmarks.
+    """Compare the original and the final model on unseen text, speed and memory.
+
+    With --tasks, compare them on benchmarks only.
 
     Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
     isingcut evaluate another-cut --original my-model
     """
+    from isingcut.models.sources import check_name
+    from isingcut.report.run_files import RunFiles
+    from isingcut.runs.checks import check_run_tasks
     from isingcut.runs.folder import MANIFEST, find_run
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
     if typed and not typed.get("tasks", "").strip(" ,"):
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
+    asked = RunConfig(**typed)
+    check_run_tasks(asked)
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
         if options.get("remove") or options.get("budget"):
@@ -328,6 +341,8 @@ def evaluate(
                 f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
             )
         config = RunConfig(**typed, **options, model=original).validate()
+        for model in (original, os.path.abspath(directory)):
+            check_name(model, trust_remote_code=config.trust_remote_code)
         if not config.tasks:
             found, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(
@@ -348,27 +363,28 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
             "with its original"
         )
-    changed = RunConfig(**typed)
-    benchmarking.check_run_tasks(changed)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if typed:
-        config = config.replace(tasks=changed.tasks, data=changed.data, questions=changed.questions)
+        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
     session = pipeline.session_of(folder, config, progress)
-    found = evaluating.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent
-    output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
-    rows: evaluations.BenchmarksFile | None = None
-    if typed:
-        rows = benchmarking.benchmarks(session, folder, removed)
-        output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
-
-    def show_all() -> None:
-        show.show_evaluation(found)
-        if rows is not None:
-            show.show_benchmarks(rows, target / "benchmarks.json", last=found.last or "cut")
-
-    warnings = words.patch_warnings(found)
-    return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
+    output = {"file": str(target / "evaluation.json"), "split": "report"}
+    if not typed:
+        found = evaluating.evaluate(session, folder, removed)
+        return Output(
+            output | found.content(),
+            lambda: show.show_evaluation(found),
+            brief=f"{found.kl:.4f}",
+            warnings=words.patch_warnings(found),
+        )
+    rows, file = benchmarking.benchmarks(session, folder, removed), target / "benchmarks.json"
+    files = RunFiles(folder.path, target)
+    before = {} if files.evaluation is None else output | files.evaluation.content()
+    return Output(
+        before | {"benchmarks": {"file": str(file), **rows.content()}},
+        lambda: show.show_benchmarks(rows, file, last=files.last),
+        brief=str(file),
+    )
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +45,7 @@ def cut(text: str) -> int:
     return found.start() if found else len(text)
 
 
-def read_text(path: Path, name: str) -> Iterator[Any]:
+def read_text(path: Path, name: str) -> Generator[Any, None, None]:
     """Open a file or a pipe, after `check`; yield its format, then its content lazily.
 
     The content is `Record`s, or for ``.txt`` pieces of a running text.

@@ -24,6 +24,7 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
+from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
@@ -33,7 +34,6 @@ from isingcut.healing.patch.checkpoint import (
     patch_checkpoint,
     record_unpatched,
 )
-from isingcut.healing.patch.files import RECORD
 from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
@@ -264,7 +264,7 @@ def write_model(
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
             record.patch = card.patch = patch
-        results.write_document(temporary / RECORD, record)
+        results.write_document(temporary / CUT, record)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import lock_place, temporary_prefix
-from isingcut.healing.heal import start_of
+from isingcut.healing.checks import start_of
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
