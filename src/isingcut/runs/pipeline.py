@@ -15,12 +15,11 @@ from typing import Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
-from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
+from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
 from isingcut.memory import convert_memory_errors
-from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig
@@ -28,7 +27,8 @@ from isingcut.report.write import check_report
 from isingcut.runs import benchmarking, cutting, evaluating, measuring, packing, ranking, solving
 from isingcut.runs.checks import check_inputs, check_options
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
-from isingcut.runs.session import Session, take_up
+from isingcut.runs.plan import say_times
+from isingcut.runs.session import Session, check_by_config, take_up
 
 
 @convert_memory_errors()
@@ -65,6 +65,7 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
             folder.run.complete = False
         whole = bool(wanted.budget.packed and packing.choose_type(session, folder).best.fits)
         if not whole:
+            say_times(session, folder)
             measure_and_rank(session, folder)
         if not processes.rank:
             # For a range, the user chooses one to cut.
@@ -226,39 +227,6 @@ def _follow(
     folder.processes = processes
     measuring.calibrate(session, folder, None)
     return session, folder
-
-
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
-    """Check the options against a model's configuration, before its weights are read.
-
-    Args:
-        folder: the model's folder, from `resolve`.
-        needed: whether a removal is required.
-
-    Raises:
-        ArchitectureError: no state of this model can be cut.
-        InputError: an impossible removal, a block that the model does not have, or samples longer
-            than its positions.
-        InfeasibleError: the constraints conflict, as far as known without the weights.
-    """
-    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
-    if found.refusal:
-        raise ArchitectureError(found.refusal)
-    if needed or config.removal:
-        blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
-        if len(config.remove.counts) > 1:
-            # Check the end of a range first: thousands of impossible removals take long to build.
-            last = config.replace(remove=config.remove.counts[-1])
-            solving.removal_rows(blocks, last, early=True)
-        for one in each_removal(config):
-            solving.removal_rows(blocks, one, early=True)
-    else:
-        solving.kept_and_dropped(len(found.stack), config)
-    if found.positions is not None and config.length > found.positions:
-        raise InputError(
-            f"--length {config.length} is more than this model's {found.positions} positions; give "
-            f"--length {found.positions} or less"
-        )
 
 
 def session_of(
