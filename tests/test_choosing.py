@@ -279,6 +279,23 @@ def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_
         assert "was made with other options (files: " in capsys.readouterr().err
 
 
+def test_questions_are_answered_without_a_measurement_of_text(
+    finished, questions, tmp_path, monkeypatch, capsys
+):
+    def measured(*given):
+        raise AssertionError("text was measured")
+
+    monkeypatch.setattr("isingcut.runs.evaluating.evaluate", measured)
+    run = shutil.copytree(finished, tmp_path / "run")
+    for there in (True, False):
+        line = ["evaluate", run, "--tasks", questions, "--questions", 4 + there, "--overwrite"]
+        assert call(*line, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["benchmarks"]["rows"][0]["n"] == 4 + there
+        assert ("kl" in found) == there
+        (run / "evaluation.json").unlink(missing_ok=True)
+
+
 def test_unusable_tasks_are_refused(questions):
     for options in ({"choose": "tasks"}, {"questions": 5}):
         with pytest.raises(InputError, match="need benchmarks; name some with --tasks"):
