@@ -22,7 +22,7 @@ from isingcut.files.results import read_document, read_json, write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
-from isingcut.report import words
+from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
 from isingcut.runs.folder import find_run
@@ -454,11 +454,11 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, tex
 def test_the_package_for_questions_is_named_where_they_are_suggested(finished, monkeypatch):
     named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
     for found in (None, object()):
-        words._sentences.cache_clear()
-        monkeypatch.setattr(words, "find_spec", lambda name, found=found: found)
+        report_words._sentences.cache_clear()
+        monkeypatch.setattr(report_words, "find_spec", lambda name, found=found: found)
         verdict = show.open_finished(finished).verdict.replace("`", "")
         assert (named in verdict) == (found is None)
-    words._sentences.cache_clear()
+    report_words._sentences.cache_clear()
 
 
 @pytest.fixture
