@@ -556,8 +556,8 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
     heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
-    for words in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
-        assert words in verdict
+    for part in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
+        assert part in verdict
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))

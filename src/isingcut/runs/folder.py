@@ -428,11 +428,12 @@ class RunFolder:
 
 def _changed_error(file: Path, changes: Sequence[str]) -> OutputExistsError:
     return OutputExistsError(
-        f"{file} was made with other options ({'; '.join(changes) or 'the model differs'}); "
+        f"{file} was made with other options ({'; '.join(changes) or _UNTYPED}); "
         "choose another --out, or pass --overwrite to replace it"
     )
 
 
+_UNTYPED = "the model or the energy's options differ"
 _FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
 
 
@@ -441,14 +442,11 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     changes = []
     for key in dict.fromkeys([*now, *before]):
         old, new = before.get(key), now.get(key)
-        # The text of a search's options; older records have nothing else.
-        if old == new or (key == "options" and "typed" in before):
+        # `refuse_changes` compares what is typed for an energy.
+        if old == new or key in ("options", "typed"):
             continue
-        if key == "options" or (key == "typed" and key not in before):
-            changes += ["the options of the energy changed"] * (key == "options")
-        elif isinstance(old, dict) or isinstance(new, dict):
-            lines = _list_changes(old or {}, new or {})
-            changes += lines if key == "typed" else [f"{key}: {line}" for line in lines]
+        if isinstance(old, dict) or isinstance(new, dict):
+            changes += [f"{key}: {line}" for line in _list_changes(old or {}, new or {})]
         elif all(x is None or _FINGERPRINT.fullmatch(str(x)) for x in (old, new)):
             changes.append(f"the {'checkpoint' if key == 'model' else key} changed")
         else:
