@@ -19,7 +19,7 @@ from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking
-from isingcut.runs.benchmarking import check_run_tasks
+from isingcut.runs.checks import check_run_tasks
 from shared import OPTIONS, call, leave_speed_out, write_jsonl
 
 pytestmark = [
@@ -277,6 +277,23 @@ def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_
         file.write_text(text.replace("river", "brook"), encoding="utf-8")
         assert call(*line) == 2
         assert "was made with other options (files: " in capsys.readouterr().err
+
+
+def test_questions_are_answered_without_a_measurement_of_text(
+    finished, questions, tmp_path, monkeypatch, capsys
+):
+    def measured(*given):
+        raise AssertionError("text was measured")
+
+    monkeypatch.setattr("isingcut.runs.evaluating.evaluate", measured)
+    run = shutil.copytree(finished, tmp_path / "run")
+    for there in (True, False):
+        line = ["evaluate", run, "--tasks", questions, "--questions", 4 + there, "--overwrite"]
+        assert call(*line, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["benchmarks"]["rows"][0]["n"] == 4 + there
+        assert ("kl" in found) == there
+        (run / "evaluation.json").unlink(missing_ok=True)
 
 
 def test_unusable_tasks_are_refused(questions):

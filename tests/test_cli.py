@@ -22,11 +22,12 @@ from isingcut.files.results import read_document, read_json, write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
+from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
-from shared import OPTIONS, call
+from shared import OPTIONS, call, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -395,6 +396,71 @@ def test_what_needs_nothing_heavy_imports_nothing_heavy(run):
     assert (run / "remove-1" / "spectrum.json").exists()
 
 
+MISTAKES = """
+import importlib.util, json, shlex, sys
+from isingcut.cli.main import main
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = shlex.split(line)
+    try:
+        main()
+    except SystemExit as e:
+        assert e.code == 2, line
+heavy = {"torch", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, text, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", [{"body": "a text"}])
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
+    again = f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
+    mistakes = {
+        f"run {llama} --remove 2 --energy pairwise": "--out is missing",
+        f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
+        "run ./gone --remove 2 --out new": "there is no model at ./gone",
+        f"run {llama} --remvoe 2 --out new": "No such option: --remvoe",
+        f"run {llama} --budget params=25 --out new": "no unit; write params=25% or params=25M",
+        f"run {llama} --remove 2 --out new --calibration empty.txt": "empty.txt is empty",
+        f"run {llama} --remove 2 --out new --calibration rows.jsonl": "neither 'text' nor 'mess",
+        f"run {llama} --remove 2 --out used": "used already exists and is not an isingcut run",
+        f"{again} --remove 2 --keep 0": "(keep: was none, now 0); choose another --out",
+        f"{again} --remove 3": "(remove: was 2, now 3); choose another --out, or pass --overwrite",
+        f"{again} --remove 2 --random-states 31": "(random_states: was 30, now 31)",
+        f"energy {llama} --calibration {text} --out new --solver dmod": "No such option: --solver",
+        "energy ./gone --out new": "there is no model at ./gone",
+        "inspect ./gone": "there is no model at ./gone",
+        "plan ./gone --remove 2": "there is no model at ./gone",
+        f"evaluate {run} --tasks mine.jsonl": "type: pip install 'isingcut[eval]'",
+        f"heal {run}/model": "--out is missing",
+        f"heal {run} --out new": "is not a checkpoint (no config.json)",
+        f"heal {run}/model --teacher ./gone --out new": "there is no model at ./gone",
+        f"heal {run}/model --out used": "the output used already exists",
+    }
+    words = [sys.executable, "-c", MISTAKES, json.dumps(list(mistakes))]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("isingcut: ")]
+    for line, (typed, expected) in zip(said, mistakes.items(), strict=True):
+        assert expected in line, typed
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_package_for_questions_is_named_where_they_are_suggested(finished, monkeypatch):
+    named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
+    for found in (None, object()):
+        report_words._sentences.cache_clear()
+        monkeypatch.setattr(report_words, "find_spec", lambda name, found=found: found)
+        verdict = show.open_finished(finished).verdict.replace("`", "")
+        assert (named in verdict) == (found is None)
+    report_words._sentences.cache_clear()
+
+
 @pytest.fixture
 def printed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -489,9 +555,9 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
-    heal = f"Next: win back more with `isingcut heal {finished}/model --out healed`"
-    for words in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
-        assert words in verdict
+    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
+    for part in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
+        assert part in verdict
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,13 @@ from healings import (
 from isingcut.cli.main import app
 from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet, pieces
-from isingcut.errors import ArchitectureError, InputError, IsingcutError, StageFileError
+from isingcut.errors import (
+    ArchitectureError,
+    InputError,
+    IsingcutError,
+    OutputExistsError,
+    StageFileError,
+)
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_json
 from isingcut.healing import heal as home
@@ -75,6 +82,31 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, 
     heal(config)
     assert curve(tmp_path / "b") == curve(whole)
     assert stored(tmp_path / "b") == stored(whole)
+
+
+def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_path):
+    out = Path(shutil.copytree(healed, tmp_path / "healed"))
+    text = Path(shutil.copy(models / "text.jsonl", tmp_path / "text.jsonl"))
+    before = (out / "healing.json").stat().st_mtime_ns
+    config = options(models, out)
+    assert heal(config) == out
+    for other in (config.replace(seed=7), config.replace(teacher=str(models / "student"))):
+        with pytest.raises(OutputExistsError, match="already exists"):
+            heal(other)
+    with pytest.raises(OutputExistsError, match="already exists"):
+        heal(config.replace(text=str(text)))
+    (out / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="already exists"):
+        heal(config)
+    assert (out / "healing.json").stat().st_mtime_ns == before
+
+
+def test_a_healing_takes_ten_minutes_unless_told_otherwise():
+    assert HealConfig().validate().effort.seconds == 600
+    for trainer in ({"max_steps": 4}, {"num_train_epochs": 2}):
+        assert HealConfig(trainer=trainer).validate().effort == "all"
+    whole = HealConfig(effort="all").validate().effort
+    assert (whole.tokens, whole.seconds) == (None, None)
 
 
 def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):

@@ -116,7 +116,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(finished, 
     with pytest.raises(StageFileError, match="solve and rank again"):
         _ = isingcut.open_run(out).chosen
     assert call("rank", out) == 2
-    assert f"keep: was '', now '{kept}'" in capsys.readouterr().err
+    assert f"keep: was none, now {kept}" in capsys.readouterr().err
     assert call("rank", out, "--overwrite") == 0
     found = read_json(out / "candidates.json", "candidates")
     assert not any(kept in row["removed"] for row in found["candidates"] + found["random"])
@@ -144,7 +144,7 @@ def test_what_quick_has_set_does_not_replace_what_is_typed_later(finished, tmp_p
 
 
 def test_a_range_beyond_the_model_is_refused_before_it_is_built(llama, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(isingcut.runs.solving, "each_removal", None)
+    monkeypatch.setattr(isingcut.runs.pipeline, "each_removal", None)
     with pytest.raises(InputError, match="from 1 to 5 for this model of 6 blocks, got 99999"):
         job(llama, text, tmp_path / "run", remove="4..99999")
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,17 +13,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import isingcut
 from isingcut.cli.main import _program
+from isingcut.console.progress import terminal
 from isingcut.energies.pairwise import list_removals
 from isingcut.errors import InputError
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure
+from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
+from isingcut.runs import plan as planning
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import CARDS, PASSES, Prices, advise, command, make_plan
-from shared import call
+from isingcut.runs.session import Session
+from shared import OPTIONS, call
 from tiny import random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
@@ -213,6 +220,49 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama):
     most = 128 * sum(Prices(config, "h100").latency)
     budget = f"latency={1e6 * 0.45 * most:.12f}us"
     assert Prices(config.replace(budget=budget), "h100").remove == 3
+
+
+def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeypatch):
+    """A block takes a second for a token, the output head two, the first measurement more."""
+    clock, measured = [0.0], []
+
+    def timed(replay, tokens, states, work):
+        states = np.asarray(states, dtype=bool).reshape(-1, 6)
+        nodes = 6 + tree_nodes(states) if len(states) else 6
+        measured.append(len(states))
+        slow = 100.0 if len(measured) == 1 else 1.0
+        clock[0] += slow * tokens.positions * (nodes + 2 * (1 + len(states)))
+
+    monkeypatch.setattr(planning, "measure", timed)
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+    folder = RunFolder.open(Path(shutil.copytree(finished, tmp_path / "run")))
+    session = Session(folder.config.replace(patch="none"))
+    found = Prices(session.config, run=(session, folder))
+    assert found.once == pytest.approx(2)
+    assert sum(found.latency) == pytest.approx(6)
+    assert [one["name"] for one in found.times()] == [
+        "refined", "empirical-fisher", "rank", "excise", "evaluate",
+    ]  # fmt: skip
+
+
+def test_a_run_says_at_its_start_how_long_it_takes(llama, text, tmp_path, monkeypatch, capsys):
+    class Begun(Exception):
+        pass
+
+    def begin(*given):
+        raise Begun
+
+    monkeypatch.setattr("isingcut.runs.pipeline.measure_and_rank", begin)
+    for quick in (False, True):
+        options = {"remove": 2, "out": str(tmp_path / f"run{quick}"), "quick": quick} | OPTIONS
+        with pytest.raises(Begun):
+            isingcut.run(
+                model=str(llama), calibration=str(text), progress=terminal, **options, heal=True
+            )
+        said = capsys.readouterr().err
+        assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
+        assert "heal depends on the text; set a limit with --heal 10min" in said
+        assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
 
 
 def test_a_card_that_does_not_hold_two_blocks_is_refused(llama, monkeypatch):

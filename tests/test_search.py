@@ -30,7 +30,7 @@ from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
-from isingcut.runs.measuring import resolve_energy
+from isingcut.runs.checks import resolve_energy
 from shared import OPTIONS, call
 from tiny import count_rows, keep_rows, tiny_replay
 

@@ -42,7 +42,7 @@ from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
 from isingcut.models.processes import ALONE
 from isingcut.options.config import TEXT, RunConfig
-from isingcut.runs import cutting, measuring, pipeline, trials
+from isingcut.runs import checks, cutting, measuring, pipeline, trials
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from studies.runner import Content, Part
@@ -113,7 +113,7 @@ class Choice(ModelStudy):
             random_states=0,
             **options,
         )
-        config, fits = measuring.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
+        config, fits = checks.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
 
         def fit_once(run: Session, folder: RunFolder, removed: State, *given: Any) -> Any:
             found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, *given)

@@ -225,7 +225,6 @@ EARLY = [
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
     ("--budget params=99M", r"the largest possible is params=0\.\d+M$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
-    ("", "--remove is missing; give how many of the 6 blocks"),
     (
         "--remove 2 --length 200",
         "--length 200 is more than this model's 128 positions; give --length 128",

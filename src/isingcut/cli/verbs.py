@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,7 @@ from isingcut.options.config import HealConfig, RunConfig
 if TYPE_CHECKING:
     from isingcut import baselines
     from isingcut.cli import show
-    from isingcut.files import cuts, evaluations, healings
+    from isingcut.files import cuts, healings
     from isingcut.report import words
     from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
 else:
@@ -75,12 +76,22 @@ def run(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Example: isingcut run smollm2 --remove 6 --out my-run
     """
     wanted = collect(RunConfig, config, options)
+    _check_early(wanted, "isingcut.run")
     target = pipeline.run(wanted, progress=progress)
     if len(wanted.remove.counts) < 2:
         return _make_output(target)
 
     data = {"folder": str(target), "curve": show.curve_data(target)}
     return Output(data, lambda: show.show_curve(target), brief=str(target))
+
+
+def _check_early(config: RunConfig, source: str) -> None:
+    """Check a whole job before torch is imported; the job checks it again."""
+    from isingcut.runs import checks
+
+    if not launched_rank():
+        ranks = source == "isingcut.run"
+        checks.check_inputs(checks.check_options(config, {}, source), ranks=ranks)
 
 
 @verb("out", "overwrite", group=WHOLE, together=True)
@@ -112,7 +123,9 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.report.run_files import RunFiles
 
-    folder = pipeline.energy(collect(RunConfig, config, options), progress=progress)
+    wanted = collect(RunConfig, config, options)
+    _check_early(wanted, "isingcut.energy")
+    folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
     warnings = words.overlap_warnings(text.overlap if text else {})
@@ -129,11 +142,12 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     Example: isingcut solve my-run --remove 4 --remove 8 --remove 12
     """
     from isingcut.ising.hamiltonian import Hamiltonian
+    from isingcut.runs.folder import each_removal
 
     found = []
     for one in [{"remove": remove} for remove in options.pop("remove", ())] or [{}]:
         folder, combined = reopen(directory, options | one, several=True)
-        for config in solving.each_removal(combined):
+        for config in each_removal(combined):
             with progress(f"solving for {config.removal}", 0) as bar:
                 spectrum = solving.solve(folder, config)
                 bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
@@ -256,12 +270,16 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Interrupted? Run the same command again to resume. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
-    Example: isingcut heal my-run/model --teacher smollm2 --out healed
+    Example: isingcut heal my-run/model --effort 10min --out healed
     """
+    from isingcut.healing.checks import check_inputs
+
+    wanted, inputs = collect(HealConfig, config, options), [config] if config else []
+    check_inputs(wanted, inputs)
+    # Imported last, because it imports torch.
     from isingcut.healing.heal import heal as run_heal
 
-    wanted = collect(HealConfig, config, options)
-    folder = run_heal(wanted, progress=progress, sources=[config] if config else [])
+    folder = run_heal(wanted, progress=progress, sources=inputs)
     if launched_rank():
         # Only rank 0 prints the result.
         raise typer.Exit
@@ -292,17 +310,24 @@ def evaluate(
     one_based: OneBased = False,
     **options: Any,
 ) -> Output:
-    """Compare the original and the final model on unseen text, speed, memory and benchmarks.
+    """Compare the original and the final model on unseen text, speed and memory.
+
+    With --tasks, compare them on benchmarks only.
 
     Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
     isingcut evaluate another-cut --original my-model
     """
+    from isingcut.models.sources import check_name
+    from isingcut.report.run_files import RunFiles
+    from isingcut.runs.checks import check_run_tasks
     from isingcut.runs.folder import MANIFEST, find_run
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
     if typed and not typed.get("tasks", "").strip(" ,"):
         raise InputError("--data and --questions need benchmarks; name some with --tasks")
+    asked = RunConfig(**typed)
+    check_run_tasks(asked)
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
         if options.get("remove") or options.get("budget"):
@@ -316,6 +341,8 @@ def evaluate(
                 f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
             )
         config = RunConfig(**typed, **options, model=original).validate()
+        for model in (original, os.path.abspath(directory)):
+            check_name(model, trust_remote_code=config.trust_remote_code)
         if not config.tasks:
             found, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(
@@ -336,27 +363,28 @@ def evaluate(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
             "with its original"
         )
-    changed = RunConfig(**typed)
-    benchmarking.check_run_tasks(changed)
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if typed:
-        config = config.replace(tasks=changed.tasks, data=changed.data, questions=changed.questions)
+        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
     session = pipeline.session_of(folder, config, progress)
-    found = evaluating.evaluate(session, folder, removed)
     target = cutting.product(folder, config, removed).parent
-    output = {"file": str(target / "evaluation.json"), "split": "report", **found.content()}
-    rows: evaluations.BenchmarksFile | None = None
-    if typed:
-        rows = benchmarking.benchmarks(session, folder, removed)
-        output["benchmarks"] = {"file": str(target / "benchmarks.json"), **rows.content()}
-
-    def show_all() -> None:
-        show.show_evaluation(found)
-        if rows is not None:
-            show.show_benchmarks(rows, target / "benchmarks.json", last=found.last or "cut")
-
-    warnings = words.patch_warnings(found)
-    return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
+    output = {"file": str(target / "evaluation.json"), "split": "report"}
+    if not typed:
+        found = evaluating.evaluate(session, folder, removed)
+        return Output(
+            output | found.content(),
+            lambda: show.show_evaluation(found),
+            brief=f"{found.kl:.4f}",
+            warnings=words.patch_warnings(found),
+        )
+    rows, file = benchmarking.benchmarks(session, folder, removed), target / "benchmarks.json"
+    files = RunFiles(folder.path, target)
+    before = {} if files.evaluation is None else output | files.evaluation.content()
+    return Output(
+        before | {"benchmarks": {"file": str(file), **rows.content()}},
+        lambda: show.show_benchmarks(rows, file, last=files.last),
+        brief=str(file),
+    )
 
 
 @verb("remove", "budget", "overwrite", group=STAGES)
@@ -454,11 +482,13 @@ def inspect_blocks(**options: Any) -> Output:
 
     Example: isingcut inspect smollm2
     """
-    from isingcut.models.inspect import inspect_model
     from isingcut.models.sources import resolve
 
     config = RunConfig(**options).validate()
     source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    # Imported last, because it imports torch.
+    from isingcut.models.inspect import inspect_model
+
     found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
     data, blocks = show.inspection_data(found), str(len(found.stack))
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
@@ -485,9 +515,14 @@ def plan(
     Examples: isingcut plan smollm2 --remove 6;
     isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
     """
+    from isingcut.models.sources import locate
+
+    config = RunConfig(**options).validate()
+    locate(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    # Imported last, because it imports torch.
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(RunConfig(**options).validate(), card)
+    found = make_plan(config, card)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 

@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from isingcut.data.tokens import Encoder, Row
 from isingcut.errors import CalibrationError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from isingcut.data.tokens import Encoder, Row
 
 
 def render_chat(

@@ -108,18 +108,35 @@ def _no_answers(place: str) -> CalibrationError:
 
 
 def check(source: str) -> None:
-    """Check a source, or all sources of a mixture, without reading text.
+    """Check a source, or all sources of a mixture; of a file, read the beginning.
 
     Raises:
-        CalibrationError: the source does not exist, is a folder without data files, or is not text.
+        CalibrationError: the source does not exist, is a folder without data files, or is not text;
+            a file is empty, or its first record has no text.
     """
     parts = parts_of(source)
     for part in parts:
         with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
-            if place != part.source and (place in (*PACKAGED, "self") or is_object_name(place)):
+            answers, named = place != part.source, place in (*PACKAGED, *HUB, "self", "-")
+            if answers and (place in (*PACKAGED, "self") or is_object_name(place)):
                 raise _no_answers(place)
+            if not named and user_path(place).is_file():
+                _check_beginning(place, answers=answers)
+
+
+def _check_beginning(place: str, *, answers: bool) -> None:
+    """Check the first text or record of a file."""
+    with contextlib.closing(read_text(user_path(place), place)) as records:
+        if next(records) != ".txt":
+            _, key = _first_record(place, records)
+        elif any(piece.strip() for piece in records):
+            key = "text"
+        else:
+            raise CalibrationError(f"{place} is empty; give a longer text")
+    if answers and key != "messages":
+        raise _no_answers(place)
 
 
 def text_hashes(source: str) -> dict[str, str]:
@@ -195,6 +212,19 @@ def _is_file(path: Path) -> bool:
         raise CalibrationError(f"cannot read {str(path)[:200]}: {e.strerror}") from e
 
 
+def _first_record(source: str, records: Iterator[Record]) -> tuple[Record, str]:
+    """Return the first record of a source, and the key of its text: ``text`` or ``messages``."""
+    first = next(records, None)
+    if first is None:
+        raise CalibrationError(f"{source} has no records; give a longer text")
+    where, fields = first
+    key = next((name for name in ("messages", "text") if name in fields), None)
+    if key is None:
+        named = ", ".join(sorted(map(str, fields))) or "nothing"
+        raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
+    return first, key
+
+
 def _records_corpus(
     source: str,
     records: Iterator[Record],
@@ -208,14 +238,7 @@ def _records_corpus(
     Args:
         seed: seed of the order; negative keeps the order of the records.
     """
-    first = next(records, None)
-    if first is None:
-        raise CalibrationError(f"{source} has no records; give a longer text")
-    where, fields = first
-    key = next((name for name in ("messages", "text") if name in fields), None)
-    if key is None:
-        named = ", ".join(sorted(map(str, fields))) or "nothing"
-        raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
+    first, key = _first_record(source, records)
     if key == "messages" and not tokenizer.chat_template:
         raise CalibrationError(
             f"{source} has chat messages, but the model's tokenizer has no chat template; "

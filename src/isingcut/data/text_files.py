@@ -11,15 +11,15 @@ import csv
 import gzip
 import io
 import os
+import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from isingcut.data.mixture import FORMATS
-from isingcut.data.tokens import LONGEST, cut
 from isingcut.errors import CalibrationError, IsingcutError, first_line
 from isingcut.files.inputs import SMALL, parse_json, user_path
 
@@ -31,9 +31,21 @@ RECORD = SMALL
 UNPACKED = 1 << 30
 """Largest unpacked size of a .gz, in bytes."""
 _PIECE = 1 << 16
+LONGEST = 1 << 20
+"""Maximum number of characters to tokenize at a time."""
+
+_NEAR = 1 << 16
+_LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
 
 
-def read_text(path: Path, name: str) -> Iterator[Any]:
+def cut(text: str) -> int:
+    """Return where to split a partial text: at the last white space near its end, or at its end."""
+    tail = max(1, len(text) - _NEAR)
+    found = _LAST_SPACE.search(text, tail)
+    return found.start() if found else len(text)
+
+
+def read_text(path: Path, name: str) -> Generator[Any, None, None]:
     """Open a file or a pipe, after `check`; yield its format, then its content lazily.
 
     The content is `Record`s, or for ``.txt`` pieces of a running text.

@@ -6,7 +6,6 @@ space, where word tokenizers split anyway.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from isingcut.data.text_files import LONGEST, cut
 from isingcut.errors import CalibrationError, first_line
 
 if TYPE_CHECKING:
@@ -212,20 +212,6 @@ def distinct(rows: Iterable[Sequence[int]]) -> Iterator[Row]:
         if has_prediction(row) and row not in seen:
             seen.add(row)
             yield list(row)
-
-
-LONGEST = 1 << 20
-"""Maximum number of characters to tokenize at a time."""
-
-_NEAR = 1 << 16
-_LAST_SPACE = re.compile(r"\s(?=\S*\Z)")
-
-
-def cut(text: str) -> int:
-    """Return where to split a partial text: at the last white space near its end, or at its end."""
-    tail = max(1, len(text) - _NEAR)
-    found = _LAST_SPACE.search(text, tail)
-    return found.start() if found else len(text)
 
 
 def split_text(text: str) -> Iterator[str]:

@@ -13,35 +13,49 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
-from isingcut.data import corpora, healing_text
+from isingcut.data import healing_text
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.files.cuts import CardParts, CutRecord
 from isingcut.files.evaluations import PairScores
 from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.results import write_document
+from isingcut.files.results import fingerprint, write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
-from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
+from isingcut.healing.checks import (
+    card_parts_of,
+    check_inputs,
+    is_finished,
+    read_removal,
+    request_of,
+    start_of,
+)
+from isingcut.healing.job import (
+    LEAST_STEPS,
+    SHORT,
+    Domains,
+    Job,
+    check_training,
+    keep_beginnings,
+    trainer_settings,
+)
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
-from isingcut.healing.removed import check_pair, original_of, read_removal, removal_by_weights
+from isingcut.healing.removed import check_pair, removal_by_weights
 from isingcut.healing.work_folder import (
     check_places,
     claim_work,
     describe_options,
-    identity_of,
     keep_result,
     work_of,
 )
@@ -84,32 +98,14 @@ def heal(
     if config is not None and (options or not isinstance(config, HealConfig)):
         raise InputError("give either a HealConfig or options by name (student=...), not both")
     progress = as_progress(progress)
-    config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
-    for name in ("student", "out"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is missing" if name != "student" else "STUDENT is missing")
-    corpora.check(config.text)
+    config = config or options_from(HealConfig, options, "isingcut.healing.heal")
+    config = check_inputs(config, sources)
     student, out = user_path(config.student), user_path(config.out)
+    if is_finished(config):
+        return out
     known = read_removal(student)
-    if not config.teacher:
-        original = None if known is None else original_of(known).get("name")
-        if original is None:
-            raise InputError(
-                f"{student} has no record of its original model; give the original with --teacher"
-            )
-        config = config.replace(teacher=original)
     names = (config.student, config.teacher, *places_in(config.text))
     sources = [*(user_path(name) for name in names if name), *sources]
-    check_places(config, out, sources)
-    start = start_of(student)
-    if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
-        raise InputError(
-            f"{student} is {start} already, but a patch needs the exact cut; remove --patch and "
-            "give a --method, or give the exact cut (isingcut excise --patch none)"
-        )
-    if config.method == "none" and config.patch is None:
-        # The patch is the only repair, so it is an error if it is impossible.
-        config = config.replace(patch="tuned")
     check_training(config, student)
     processes = _processes(config)
     trust = config.trust_remote_code
@@ -186,6 +182,26 @@ def sample_length(config: HealConfig, model: Any) -> int:
     return min(length, int(longest or length))
 
 
+def identity_of(job: Job, text: HealingText) -> str:
+    """Return the identity of a healing: a fingerprint of everything that its work depends on."""
+    config, teacher = job.config, job.teacher
+    options = {k: v for k, v in describe_options(config).items() if k != "device"}
+    settings = trainer_settings(config)
+    settings.pop("save_steps", None)
+    both = (text.train, text.report)
+    return fingerprint(
+        {
+            "options": {**options, "trainer": settings},
+            "teacher": model_identity(teacher.folder)["sha256"],
+            "student": model_identity(job.start)["sha256"],
+            "removed": list(job.removed),
+            "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
+            "counted": [None if t.counted is None else t.counted.tolist() for t in both],
+            "dtype": str(teacher.dtype),
+        }
+    )
+
+
 def heal_checkpoint(
     job: Job,
     text: HealingText,
@@ -211,7 +227,7 @@ def heal_checkpoint(
     config, processes, student, work = job.config, job.processes, job.start, work_of(out)
     sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
-    parts = _card_parts(student)
+    parts = card_parts_of(student)
     identity = identity_of(job, text)
     shown = silent if processes.rank else job.progress
     judge = Domains(text.report)
@@ -303,7 +319,11 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         overlap={"report": text.overlap},
         options=HealOptions(**{**describe_options(config), "patch": patch}),
         seconds=round(time.monotonic() - began, 1),
-        provenance={**versions(), **named},
+        provenance={
+            **versions(),
+            **named,
+            "request": request_of(config, student, job.teacher.folder),
+        },
     )
 
 
@@ -336,20 +356,6 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
             f"{LEAST_STEPS} steps of training {duration(training)}; give --effort {enough}min or "
             "more, or fewer --report-samples"
         )
-
-
-def _card_parts(student: Path) -> CardParts | None:
-    record = read_removal(student)
-    return record.card if isinstance(record, CutRecord) else None
-
-
-def start_of(student: Path) -> Literal["cut", "patched", "healed"]:
-    """Return the state of a checkpoint by its records: ``cut``, ``patched`` or ``healed``."""
-    if (student / RECORD).exists():
-        return "healed"
-    parts = _card_parts(student)
-    patched = parts is not None and parts.patch is not None and parts.patch.cuts
-    return "patched" if patched else "cut"
 
 
 def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
-from isingcut.files.cuts import CutRecord
-from isingcut.files.healings import HealingFile
-from isingcut.files.inputs import load_json
-from isingcut.healing import RECORD as HEALED
+from isingcut.healing import CUT
+from isingcut.healing.checks import Removal, original_of
 from isingcut.healing.job import check_last
-from isingcut.healing.patch.files import RECORD
 from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.fit import Checkpoint, check_fit
 from isingcut.models.load import LoadedModel, load, load_tokenizer
@@ -31,47 +26,6 @@ from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
-
-Removal = CutRecord | HealingFile
-"""The record of a cut: the removed blocks, and the number of blocks before the cut."""
-
-
-def read_removal(folder: Path) -> Removal | None:
-    """Read the removed blocks from the record in a checkpoint; None without a record.
-
-    Raises:
-        InputError: not a checkpoint, or an unreadable record.
-    """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint (no config.json); give the cut model")
-    name = next((n for n in (RECORD, HEALED) if (folder / n).exists()), None)
-    if name is None:
-        return None
-    record = load_json(folder / name, "the record of the cut")
-    kind: type[Removal] = CutRecord if name == RECORD else HealingFile
-    try:
-        found, why = kind.model_validate(record), ""
-        original = original_of(found)
-        if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
-            why = f"blocks {found.removed} of {found.of}"
-        elif original and not all(isinstance(original.get(k), str) for k in ("sha256", "name")):
-            why = "the original's hash is not text"
-    except ValidationError as e:
-        why = e.errors(include_url=False)[0]["msg"]
-    if why:
-        raise InputError(
-            f"{folder / name} is not a readable record of a cut ({why:.200}); delete it to find "
-            "the blocks by their weights"
-        )
-    return found
-
-
-def original_of(removal: Removal) -> dict[str, Any]:
-    """Return the original's name and `sources.model_identity`; empty if not recorded."""
-    if isinstance(removal, CutRecord):
-        return removal.model
-    found: dict[str, Any] = removal.provenance.get("teacher") or {}
-    return found
 
 
 def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
@@ -168,7 +122,7 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
         if found is None:
             after = f"after its block {kept[-1]}" if kept else "at all"
             raise InputError(
-                f"{folder} has no {RECORD}, and its block {place} is not a block of "
+                f"{folder} has no {CUT}, and its block {place} is not a block of "
                 f"{teacher.folder.name} {after}; expected a model without some blocks"
             )
         kept.append(found)

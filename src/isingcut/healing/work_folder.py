@@ -18,21 +18,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from isingcut.errors import IsingcutError, ModelError, StageFileError
 from isingcut.files.healings import HealingCurve, HealingWork
 from isingcut.files.ownership import MARKER, check_output, foreign_in, refuse_source
-from isingcut.files.results import fingerprint, read_document, write_document
+from isingcut.files.results import read_document, write_document
 from isingcut.files.schema import Document
 from isingcut.files.writing import clear_leftovers, clear_os_errors, is_leftover
-from isingcut.healing.job import Job, trainer_settings
 from isingcut.memory import convert_memory_errors
-from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
-
-if TYPE_CHECKING:
-    from isingcut.data.healing_text import HealingText
 
 D = TypeVar("D", bound=Document)
 
@@ -50,31 +45,13 @@ def work_of(out: Path) -> Path:
 
 def describe_options(config: HealConfig) -> dict[str, Any]:
     """Return the options of a healing that affect its result."""
-    return {
+    found = {
         k: v
         for k, v in dataclasses.asdict(config).items()
         if k not in ("student", "teacher", "out", "overwrite", "trust_remote_code")
     }
-
-
-def identity_of(job: Job, text: HealingText) -> str:
-    """Return the identity of a healing: a fingerprint of everything that its work depends on."""
-    config, teacher = job.config, job.teacher
-    options = {k: v for k, v in describe_options(config).items() if k != "device"}
-    settings = trainer_settings(config)
-    settings.pop("save_steps", None)
-    both = (text.train, text.report)
-    return fingerprint(
-        {
-            "options": {**options, "trainer": settings},
-            "teacher": model_identity(teacher.folder)["sha256"],
-            "student": model_identity(job.start)["sha256"],
-            "removed": list(job.removed),
-            "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
-            "counted": [None if t.counted is None else t.counted.tolist() for t in both],
-            "dtype": str(teacher.dtype),
-        }
-    )
+    # Records have an epoch as no effort.
+    return found | {"effort": "" if config.effort == "all" else config.effort}
 
 
 def complete_states(trainer: Path) -> list[Path]:

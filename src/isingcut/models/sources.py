@@ -65,10 +65,16 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         ModelError: the model does not exist, or has no safetensors or config.
         CheckpointError: the config or index is damaged.
     """
+    found = locate(name, trust_remote_code=trust_remote_code, weights=weights)
+    return found if found.is_dir() else convert_file(found)
+
+
+def locate(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
+    """Find a model by its name, as `resolve`, but return a `.gguf` file as it is."""
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
-        return _resolve_packaged(trust_remote_code, weights)
+        return _locate_packaged(trust_remote_code, weights)
     if (folder := find_object(name)) is not None:
         return _check_folder(folder)
     path = user_path(name)
@@ -78,10 +84,19 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
-        return convert_file(path)
+        return path
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
     return _download(name, trust_remote_code, weights)
+
+
+def check_name(name: str, *, trust_remote_code: bool = False) -> None:
+    """Check that there is a model of this name; of one on the hub, read the configuration only.
+
+    Raises:
+        ModelError, CheckpointError: as `resolve`.
+    """
+    locate(name, trust_remote_code=trust_remote_code, weights=hub_id(name) is None)
 
 
 def hub_id(name: str) -> str | None:
@@ -110,10 +125,10 @@ def find_gguf(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
+def _locate_packaged(trust_remote_code: bool, weights: bool) -> Path:
     """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
     if (packaged := find_gguf(PACKAGED)) is not None:
-        return convert_file(packaged)
+        return packaged
     try:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:

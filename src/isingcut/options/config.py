@@ -349,8 +349,9 @@ class HealConfig(Options):
         "16) or lora:RANK, none (patch only).",
     )
     effort: spellings.Training = option(
-        spellings.Training(),
-        "How long to train: a time (30m, 2h) or tokens (10M tokens); default: one epoch.",
+        spellings.Training("10min"),
+        "How long to train: a time (30m, 2h), tokens (10M tokens), or all: one epoch, which may "
+        "take hours.",
     )
     trainer: Section = option(
         Section(),
@@ -393,6 +394,9 @@ class HealConfig(Options):
         """
         if self.method == "none" and self.patch == "none":
             raise InputError("--method none and --patch none leave nothing to do; change one")
+        default = self.effort is self.__dataclass_fields__["effort"].default
+        if default and {"max_steps", "num_train_epochs"} & self.trainer.values.keys():
+            return self.replace(effort="all")
         if "max_steps" in self.trainer.values and (self.effort.tokens or self.effort.seconds):
             raise InputError(
                 "--effort and max_steps in --trainer both set how long to train; remove one"
@@ -422,7 +426,7 @@ def heal_config(config: RunConfig) -> HealConfig:
         patch="none" if config.patch == "none" else None,
         patch_tokens=config.patch_tokens,
         method=found.method if config.heal else "none",
-        effort="" if config.heal == "all" else config.heal,
+        effort=config.heal or "all",
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )

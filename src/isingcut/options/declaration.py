@@ -226,8 +226,10 @@ def read_options(
         value = getattr(options, f.name)
         if f.name in names and f.metadata["room"] and value != f.default:
             registry = importlib.import_module(f"isingcut.{f.metadata['room']}").registry
-            for part in value.split(","):
-                registry.get(part.strip())
+            # A known part is not imported, which takes seconds.
+            for part in map(str.strip, value.split(",")):
+                if part not in registry.names():
+                    registry.get(part)
     return {name: getattr(options, name) for name in kind.__dataclass_fields__ if name in names}
 
 

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from importlib.resources import files as resources
+from importlib.util import find_spec
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -84,7 +85,7 @@ def _environment(**more: Any) -> jinja2.Environment:
     filters = (code, cell, cells, fence_text, join_blocks, numbers, shlex.quote)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["kl"] = lambda row: kl_of(row).text()
-    environment.globals |= {**vars(report_rows), **globals()}
+    environment.globals |= {**vars(report_rows), **globals(), "find_spec": find_spec}
     return environment
 
 

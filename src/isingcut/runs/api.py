@@ -36,9 +36,9 @@ from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import ranking_warnings
 from isingcut.runs import cutting, evaluating, solving
+from isingcut.runs.checks import check_options
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.pipeline import (
-    check_options,
     cut_and_heal,
     measure_and_rank,
     open_session,

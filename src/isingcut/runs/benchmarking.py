@@ -14,38 +14,21 @@ from isingcut.evaluation.questions import (
     WIKITEXT,
     Prepared,
     articles,
-    check_tasks,
     prepare_task,
     split_names,
 )
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files import evaluations, states
-from isingcut.files.inputs import user_path
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
 from isingcut.report.words import join_blocks
 from isingcut.runs import solving
+from isingcut.runs.checks import check_run_tasks, data_of
 from isingcut.runs.cutting import product
 from isingcut.runs.evaluating import open_scores
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-
-
-def check_run_tasks(config: RunConfig) -> None:
-    """Check the tasks of a run's options before a model is loaded.
-
-    Raises:
-        InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
-    """
-    if not config.tasks:
-        return
-    if config.choose != "tasks" and len(config.remove.counts) > 1:
-        raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
-    names = split_names(config.tasks)
-    check_tasks(names, data_of(config), config.questions)
-    if config.choose == "tasks" and names == [WIKITEXT]:
-        raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
 
 
 def check_whole(session: Session) -> None:
@@ -61,11 +44,6 @@ def check_whole(session: Session) -> None:
                 f"{name} needs the whole model, which does not fit the memory limit; raise "
                 "--memory-limit, or remove it from --tasks"
             )
-
-
-def data_of(config: RunConfig) -> Path | None:
-    """Return the folder of the questions in a run's options."""
-    return user_path(config.data) if config.data else None
 
 
 def prepare_tasks(config: RunConfig) -> list[Prepared]:
@@ -141,6 +119,8 @@ def benchmarks(
         removed: the blocks of another state than the chosen one.
     """
     config = session.config
+    if removed is None:
+        solving.require(folder, config, "model")
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
     ranked = folder.target(config.removal) / "candidates.json"

@@ -22,10 +22,9 @@ from isingcut.console.printing import say
 from isingcut.console.progress import Progress
 from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import to_fit
-from isingcut.data.mixture import places_in
-from isingcut.data.text_files import is_read_once
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
+from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
@@ -35,7 +34,6 @@ from isingcut.healing.patch.checkpoint import (
     patch_checkpoint,
     record_unpatched,
 )
-from isingcut.healing.patch.files import RECORD
 from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
@@ -44,7 +42,6 @@ from isingcut.models.cutting.verify import verify
 from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import find_loading_class
-from isingcut.models.processes import is_launched
 from isingcut.models.sources import find_gguf
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -267,7 +264,7 @@ def write_model(
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
             record.patch = card.patch = patch
-        results.write_document(temporary / RECORD, record)
+        results.write_document(temporary / CUT, record)
         (temporary / "README.md").write_text(model_card(card), encoding="utf-8")
 
 
@@ -313,45 +310,12 @@ def fit_patch(
     return new
 
 
-def check_healing_options(config: RunConfig) -> None:
-    """Check healing options before any model is read.
-
-    Without `--heal`, only the options of the patch are checked: if it turns out to be impossible,
-    the run reports that and continues.
-
-    Raises:
-        InputError: as `heal_config`, or an unsuitable text.
-    """
-    if not config.heal:
-        if config.patch != "none":
-            heal_config(config)
-        return
-    sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
-    if "self" in sources:
-        raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
-    if pipes := [source for source in sources if source in measured and is_read_once(source)]:
-        raise InputError(
-            f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
-            "it to a file, or name another text with --healing '{text: SOURCE}'"
-        )
-
-
 def check_healing(session: Session) -> None:
     """Check that healing is possible before anything is written."""
     config = session.config
     if not config.heal:
         return
     check_training(heal_config(config))
-    if len(config.remove.counts) > 1:
-        raise InputError(
-            "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
-            "number with --remove"
-        )
-    if is_launched():
-        raise InputError(
-            "healing inside a run supports one process only; heal the cut model afterwards with: "
-            "torchrun ... -m isingcut heal"
-        )
     if session.streaming:
         raise InputError(
             "a streamed model cannot be healed in the run, because training needs its weights in "

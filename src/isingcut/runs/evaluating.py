@@ -28,7 +28,7 @@ from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import lock_place, temporary_prefix
-from isingcut.healing.heal import start_of
+from isingcut.healing.checks import start_of
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
@@ -39,6 +39,7 @@ from isingcut.models.load import LoadedModel
 from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
 from isingcut.runs import measuring, solving
+from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -175,7 +176,7 @@ def evaluate_checkpoint(
         ModelError, OutputExistsError: as `open_scores`.
     """
     with open_scores(config, checkpoint, out, "evaluation") as (folder, file):
-        session = Session(measuring.resolve_energy(config))
+        session = Session(resolve_energy(config))
         cut = session.open_cut(folder)
         ours, theirs = (text_config(m.model).vocab_size for m in (session.loaded, cut))
         if ours != theirs:

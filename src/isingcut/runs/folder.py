@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,14 @@ MANIFEST = "run.json"
 # Options of one command only. Trust is given on each command line, because another person may open
 # the folder.
 _NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
+
+TYPED = {
+    "calibration": ("calibration", "length", "rank_samples", "report_samples", "seed"),
+    "search": ("remove", "budget", "keep", "drop", "effort"),
+    "solve": ("remove", "budget", "seed", "keep", "drop", "solver", "states", "solve_seconds"),
+    "rank": ("random_states", "choose"),
+}
+"""The options of each stage whose records have them as they were typed."""
 
 
 class RunFolder:
@@ -124,6 +132,35 @@ class RunFolder:
                 f"{path} already exists and is not an isingcut run; nothing was written, and "
                 "--overwrite replaces only files of isingcut: choose another --out"
             )
+
+    def refuse_changes(self, config: RunConfig, *, ranks: bool) -> None:
+        """Raise if a whole job with these options would be refused by a file of a finished stage.
+
+        Args:
+            ranks: whether the job ranks removals, or measures the energy only.
+
+        Raises:
+            OutputExistsError: an option has changed; the message has its old and new value.
+        """
+        if self.overwrite:
+            return
+        stages = [
+            (self.path / "calibration.safetensors", config, TYPED["calibration"]),
+            (self.path / "hamiltonian.safetensors", config, ("energy", *TYPED["search"])),
+        ]
+        # A model has no more removals than blocks, which is checked later.
+        possible = max(config.remove.counts, default=0) < len(self.run.blocks.blocks)
+        for one in each_removal(config) if ranks and possible else ():
+            target = self.target(one.removal)
+            stages.append((target / "spectrum.json", one, TYPED["solve"]))
+            stages.append((target / "candidates.json", one, TYPED["rank"]))
+        for file, now, names in stages:
+            if (record := self.find_finished(file)) is not None:
+                made = record.options.content()
+                made |= made.pop("typed", {})
+                before = {k: made[k] for k in names if k in made}
+                if lines := _list_changes(before, {k: getattr(now, k) for k in before}):
+                    raise _changed_error(file, lines)
 
     @classmethod
     def open(cls, path: Path, *, overwrite: bool = False) -> RunFolder:
@@ -233,8 +270,10 @@ class RunFolder:
         return record is not None and record.fingerprint == self._fingerprint(options)
 
     def _fingerprint(self, options: dict[str, Any]) -> str:
-        # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads.
-        return results.fingerprint({**options, "original": self.run.provenance.model.sha256})
+        # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
+        # `options["typed"]` has is in `options["options"]` too.
+        read = {k: v for k, v in options.items() if k != "typed"}
+        return results.fingerprint({**read, "original": self.run.provenance.model.sha256})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -298,10 +337,7 @@ class RunFolder:
                     )
                 fits = [wanted, *map(self._fingerprint, completes)]
                 if record.fingerprint not in fits and not self.overwrite:
-                    raise OutputExistsError(
-                        f"{file} was made with other options ({_difference(record, options)}); "
-                        "choose another --out, or pass --overwrite to replace it"
-                    )
+                    raise _changed_error(file, _list_changes(record.options.content(), options))
                 changed = ownership.find_change_since(file, record)
                 if changed is not None:
                     raise OutputExistsError(
@@ -390,16 +426,37 @@ class RunFolder:
         self.save()
 
 
-def _difference(record: runs.StageRecord, options: dict[str, Any]) -> str:
-    before = record.options.content()
-    changed = [
-        "the checkpoint changed"
-        if k == "model"
-        else f"{k}: was {before.get(k)!r}, now {options.get(k)!r}"
-        for k in dict.fromkeys([*options, *before])
-        if before.get(k) != options.get(k)
-    ]
-    return "; ".join(changed) or "the model differs"
+def _changed_error(file: Path, changes: Sequence[str]) -> OutputExistsError:
+    return OutputExistsError(
+        f"{file} was made with other options ({'; '.join(changes) or _UNTYPED}); "
+        "choose another --out, or pass --overwrite to replace it"
+    )
+
+
+_UNTYPED = "the model or the energy's options differ"
+_FINGERPRINT = re.compile("[0-9a-f]{16}|[0-9a-f]{64}")
+
+
+def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the options that differ, each as ``remove: was 4, now 5``."""
+    changes = []
+    for key in dict.fromkeys([*now, *before]):
+        old, new = before.get(key), now.get(key)
+        # `refuse_changes` compares what is typed for an energy.
+        if old == new or key in ("options", "typed"):
+            continue
+        if isinstance(old, dict) or isinstance(new, dict):
+            changes += [f"{key}: {line}" for line in _list_changes(old or {}, new or {})]
+        elif all(x is None or _FINGERPRINT.fullmatch(str(x)) for x in (old, new)):
+            changes.append(f"the {'checkpoint' if key == 'model' else key} changed")
+        else:
+            changes.append(f"{key}: was {_in_words(old)}, now {_in_words(new)}")
+    return changes
+
+
+def _in_words(value: Any) -> str:
+    words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "none" if value is None else words or "none"
 
 
 def find_run(gguf: Path) -> tuple[Path, str | None]:
@@ -417,6 +474,12 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
                 removed = ",".join(map(str, record.options.removed or []))
                 return place, None if place == gguf.parent else removed
     raise InputError(f"{gguf} is not of a run folder; give its original with --original MODEL")
+
+
+def each_removal(config: RunConfig) -> list[RunConfig]:
+    """Return the options of each removal: one per number of a range such as `4..15`."""
+    counts = config.remove.counts
+    return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
 
 
 def read_by(config: RunConfig) -> list[Path]:

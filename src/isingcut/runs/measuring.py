@@ -24,16 +24,9 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import forget
 from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import TYPED, RunFolder, each_removal
 from isingcut.runs.session import Session
-from isingcut.runs.solving import each_removal, removal_rows
-
-
-def resolve_energy(config: RunConfig) -> RunConfig:
-    """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
-    if config.energy != "auto":
-        return config
-    return config.replace(energy="refined" if config.removal else "pairwise")
+from isingcut.runs.solving import removal_rows
 
 
 def energy_part(config: RunConfig, name: str) -> Any:
@@ -101,8 +94,7 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     def make(path: Path) -> None:
         (built or build_calibration(session)).save(path)
 
-    names = ("calibration", "length", "rank_samples", "report_samples", "seed")
-    options = {k: getattr(config, k) for k in names} | {"samples": _samples(config)}
+    options = {k: getattr(config, k) for k in TYPED["calibration"]} | {"samples": _samples(config)}
     file = folder.path / "calibration.safetensors"
     if not folder.processes.rank:
         options |= _texts(folder, file, config, built)
@@ -163,9 +155,11 @@ def other_path(folder: RunFolder, name: str) -> Path:
 def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
     config = session.config
     part = energy_part(config, name)
+    options: dict[str, Any] = {}
     if hasattr(part, "targets"):
         part = dataclasses.replace(part, targets=targets_of(folder, config))
-    options = calibration_options(folder) | {
+        options["typed"] = {key: str(getattr(config, key)) for key in TYPED["search"]}
+    options |= calibration_options(folder) | {
         "energy": name,
         "options": repr(part),
         "samples": samples_of(config, name),

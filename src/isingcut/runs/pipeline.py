@@ -9,27 +9,26 @@ Options are checked before the first file is written. All results are in a run f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
-from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
+from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
-from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
-from isingcut.models.inspect import inspect_model
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import options_from
 from isingcut.report.write import check_report
 from isingcut.runs import benchmarking, cutting, evaluating, measuring, packing, ranking, solving
-from isingcut.runs.folder import MANIFEST, RunFolder
-from isingcut.runs.session import Session, take_up
+from isingcut.runs.checks import check_inputs, check_options
+from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
+from isingcut.runs.plan import say_times
+from isingcut.runs.session import Session, check_by_config, take_up
 
 
 @convert_memory_errors()
@@ -60,12 +59,13 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     wanted = check_options(config, options, "isingcut.run")
     processes = Processes.join()
     with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
-        several = solving.each_removal(wanted)
+        several = each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
         whole = bool(wanted.budget.packed and packing.choose_type(session, folder).best.fits)
         if not whole:
+            say_times(session, folder)
             measure_and_rank(session, folder)
         if not processes.rank:
             # For a range, the user chooses one to cut.
@@ -87,7 +87,7 @@ def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile
     """Rank all removals of the options, with all processes."""
     measuring.measure_energy(session, folder)
     rankings = []
-    for one in solving.each_removal(session.config):
+    for one in each_removal(session.config):
         with session.at(one):
             rankings.append(solve_and_rank(session, folder))
     # From now on, each process works alone.
@@ -165,22 +165,6 @@ def demo(out: str | None = None, overwrite: bool = False, progress: Progress = s
     return run(config, progress=progress)
 
 
-def check_options(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
-    """Check the options of a whole job, given as a `RunConfig` or by name.
-
-    Args:
-        source: the name of the call, for messages.
-    """
-    if config is not None and (options or not isinstance(config, RunConfig)):
-        raise InputError("give either a RunConfig or options by name (model=...), not both")
-    config = (config or options_from(RunConfig, options, source)).validate()
-    if not config.out:
-        raise InputError("--out is missing; give a folder for the run")
-    if config.budget.packed and source != "isingcut.run":
-        raise InputError(f"--budget {config.budget} is only for `isingcut run`; give --remove M")
-    return measuring.resolve_energy(config)
-
-
 @contextlib.contextmanager
 def open_session(
     config: RunConfig, progress: Progress, processes: Processes, *, need_removal: bool
@@ -194,33 +178,24 @@ def open_session(
         yield _follow(config, progress, processes)
         return
     out = Path(config.out)
+    check_inputs(config, ranks=need_removal)
     for name in config.energies:
         measuring.energy_part(config, name)
-    solvers.check(config.solver)
-    cutting.check_healing_options(config)
-    benchmarking.check_run_tasks(config)
-    # Checked before any model is loaded.
-    RunFolder.refuse_foreign(config)
-    if not (out / MANIFEST).is_file():
-        # Check before any file is opened, which could get the descriptor of a closed pipe.
-        corpora.check(config.calibration)
     with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-        if before is not None:
-            before.model_places(config.model)
         session = Session(config, progress, before.run.provenance.dtype if before else None)
         ownership.refuse_source(out, [session.source])
         benchmarking.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
         if need_removal:
-            for one in solving.each_removal(config):
+            for one in each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
         take_up(session, processes)
         blocks = session.describe_blocks()
         if config.budget.packed:
             packing.find_types(session, blocks)
         elif need_removal or config.removal:
-            for one in solving.each_removal(config):
+            for one in each_removal(config):
                 solving.removal_rows(blocks, one)
         if need_removal:
             cutting.check_healing(session)
@@ -252,39 +227,6 @@ def _follow(
     folder.processes = processes
     measuring.calibrate(session, folder, None)
     return session, folder
-
-
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
-    """Check the options against a model's configuration, before its weights are read.
-
-    Args:
-        folder: the model's folder, from `resolve`.
-        needed: whether a removal is required.
-
-    Raises:
-        ArchitectureError: no state of this model can be cut.
-        InputError: an impossible removal, a block that the model does not have, or samples longer
-            than its positions.
-        InfeasibleError: the constraints conflict, as far as known without the weights.
-    """
-    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
-    if found.refusal:
-        raise ArchitectureError(found.refusal)
-    if needed or config.removal:
-        blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
-        if len(config.remove.counts) > 1:
-            # Check the end of a range first: thousands of impossible removals take long to build.
-            last = config.replace(remove=config.remove.counts[-1])
-            solving.removal_rows(blocks, last, early=True)
-        for one in solving.each_removal(config):
-            solving.removal_rows(blocks, one, early=True)
-    else:
-        solving.kept_and_dropped(len(found.stack), config)
-    if found.positions is not None and config.length > found.positions:
-        raise InputError(
-            f"--length {config.length} is more than this model's {found.positions} positions; give "
-            f"--length {found.positions} or less"
-        )
 
 
 def session_of(

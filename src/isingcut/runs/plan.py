@@ -7,6 +7,7 @@ multiplied by a number of passes. Nothing is written.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import shlex
@@ -20,12 +21,15 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 
+from isingcut.console.printing import say
+from isingcut.console.progress import duration, silent
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.pairwise import list_removals
 from isingcut.energies.search import Target, default_passes
 from isingcut.errors import InputError
 from isingcut.measure.curvature import KINDS
-from isingcut.measure.losses import tree_nodes
+from isingcut.measure.losses import measure, tree_nodes
+from isingcut.measure.work import Work
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
@@ -35,10 +39,10 @@ from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
 from isingcut.options.declaration import flag
-from isingcut.runs.measuring import energy_part, samples_of
-from isingcut.runs.pipeline import check_by_config
-from isingcut.runs.session import Session
-from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, each_removal, removal_rows
+from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.measuring import energy_part, samples_of, splits_of
+from isingcut.runs.session import Session, check_by_config
+from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
 from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
 CARDS = {
@@ -71,6 +75,11 @@ _LEAST = 0.125
 _TRAINED = 16
 
 
+Run = tuple[Session, RunFolder]
+# Single removals that a run times before its energy.
+_SINGLES = 4
+
+
 class Prices:
     """The costs of the energies and stages of one model: a timed pass, times the number of passes.
 
@@ -80,10 +89,11 @@ class Prices:
         reading: seconds per byte of weights, read from disk and converted.
     """
 
-    def __init__(self, config: RunConfig, card: str = "") -> None:
+    def __init__(self, config: RunConfig, card: str = "", run: Run | None = None) -> None:
         if card and card not in CARDS:
             raise InputError(f"--card must be one of {', '.join(CARDS)}; got {card!r}")
-        self.config, trust, session = config, config.trust_remote_code, Session(config)
+        self.config, trust = config, config.trust_remote_code
+        session = Session(config) if run is None else run[0]
         # For a card, the configuration alone is read.
         if card:
             source = resolve(config.model, trust_remote_code=trust, weights=False)
@@ -97,6 +107,8 @@ class Prices:
         self.n, self.placement = len(found.stack), found.placement
         if card:
             self._read_card(card, found, text)
+        elif run is not None:
+            self._time_removals(*run, found)
         else:
             self._time(session, found, text)
         self.logits = int(text.vocab_size) * self.store.dtype.itemsize
@@ -105,7 +117,10 @@ class Prices:
         if config.removal:
             last, parameters = each_removal(config)[-1], found.parameters
             seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
-            blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
+            if run is None:
+                blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
+            else:
+                blocks = run[1].run.blocks
             self.remove = Target(last.removal, removal_rows(blocks, last)).size
         self.left = 1 - self.in_blocks / self.whole * self.remove / self.n
         # Bytes per token for a backward pass: half of the working memory of a block.
@@ -178,6 +193,36 @@ class Prices:
         self.whole = self.in_blocks + found.other_bytes
         self.room = replay.room(batch) if self.streamed else 0
 
+    def _time_removals(self, session: Session, folder: RunFolder, found: Inspection) -> None:
+        """Time the original and a few single removals of a run, on one micro-batch of its text."""
+        session.choose_tuning(folder)
+        replay, self.batch, self.streamed = session.replay, session.batch_tokens, session.streaming
+        split, work = splits_of(folder)["energy"], Work(session.batch_tokens)
+        batch, last = split.batches(self.batch)[0], np.eye(self.n, dtype=bool)[-_SINGLES:]
+
+        def seconds(tokens: TokenSet, states: Any) -> float:
+            began = time.perf_counter()
+            measure(replay, tokens, states, work)
+            return time.perf_counter() - began
+
+        # The first measurement takes longer.
+        seconds(split.select([0]), last)
+        more, whole = seconds(batch, last), seconds(batch, [])
+        # The removals run the shared blocks once, and the output head for each.
+        extra = tree_nodes(last) / self.n
+        head = (more - whole * (1 + extra)) / (len(last) - extra)
+        self.once = min(max(0.0, head), whole) / batch.positions
+        known = [b.latency_seconds or 1e-9 for b in folder.run.blocks.blocks]
+        each = (whole / batch.positions - self.once) / sum(known)
+        self.latency = [each * latency for latency in known]
+        self.weights = weight_bytes(session.source, session.loaded.dtype)
+        self.reading = whole / self.weights if self.streamed else 1 / READING
+        self.stream, self.memory = replay.bytes_per_token, Allowance(0, 0)
+        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
+        self.whole = self.in_blocks + found.other_bytes
+        self.room = replay.room(batch)
+        self.store = SimpleNamespace(dtype=session.loaded.dtype, largest=0)
+
     @property
     def forward(self) -> float:
         """The seconds per token of a forward pass."""
@@ -207,6 +252,11 @@ class Prices:
         work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
         # Every block is read in the forward and in the backward pass.
         return self._estimate_measurement(name, samples, seconds, work, 2 * (n + 1))
+
+    def times(self) -> list[dict[str, Any]]:
+        """Estimate what is left of a run whose model is loaded, of the energies that are known."""
+        energies = [self.energy(name) for name in self.config.energies if name in ENERGIES]
+        return [*energies, *self.stages()[1:]]
 
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
@@ -292,6 +342,21 @@ class Prices:
         reading = self.reading * self.weights
         sweeps = math.ceil(samples * self.config.length * streams * self.stream / self.room)
         return _estimate(name, samples, max(seconds, sweeps * reading) + reading, self.memory.total)
+
+
+def say_times(session: Session, folder: RunFolder) -> None:
+    """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
+    config, file = session.config, folder.path / "hamiltonian.safetensors"
+    if session.progress is silent or session.processes.size > 1 or folder.find_record(file):
+        return
+    prices = Prices(config, run=(session, folder))
+    quick = copy.copy(prices)
+    quick.config = config.replace(quick=True)
+    total, less = (sum(one["seconds"] for one in p.times()) for p in (prices, quick))
+    rows = [one for one in prices.times() if one["impossible"] or one["seconds"] > total / 100]
+    parts = [f"{one['name']} {one['impossible'] or duration(one['seconds'])}" for one in rows]
+    hint = "" if config.quick else f"; with --quick {duration(less)}"
+    say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
 
 
 def _estimate(

@@ -28,7 +28,8 @@ from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.checks import check_run_tasks
+from isingcut.runs.folder import TYPED, RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
     Trials,
@@ -49,14 +50,11 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         name: folder.load(measuring.other_path(folder, name), Hamiltonian.load)
         for name in config.energies[1:]
     }
-    options = solving.solve_options(folder, config) | {
-        "random_states": config.random_states,
-        "choose": config.choose,
-        "also": sorted(others),
-    }
+    options = solving.solve_options(folder, config) | {"also": sorted(others)}
+    options |= {key: getattr(config, key) for key in TYPED["rank"]}
     if tokens := trial_tokens(config):
         options |= {"patch_tokens": tokens, "patch": config.patch}
-    benchmarking.check_run_tasks(config)
+    check_run_tasks(config)
     benchmarking.check_whole(session)
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}

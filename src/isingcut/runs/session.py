@@ -14,7 +14,7 @@ import torch
 
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, as_progress, silent
-from isingcut.errors import InputError, ModelError
+from isingcut.errors import ArchitectureError, InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity
@@ -32,6 +32,7 @@ from isingcut.models.device import (
     pick_device,
     weight_bytes,
 )
+from isingcut.models.inspect import inspect_model
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
@@ -39,8 +40,8 @@ from isingcut.models.sources import check_unchanged, model_identity, resolve, we
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
-from isingcut.runs.folder import RunFolder
-from isingcut.runs.solving import TIMED_TOKENS, describe_blocks
+from isingcut.runs.folder import RunFolder, each_removal
+from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, kept_and_dropped, removal_rows
 
 
 class Session:
@@ -289,3 +290,36 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
                 f"{card.partition(' ')[0]}; start one process per GPU, or all on the CPU "
                 "(--device cpu)"
             )
+
+
+def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
+    """Check the options against a model's configuration, before its weights are read.
+
+    Args:
+        folder: the model's folder, from `resolve`.
+        needed: whether a removal is required.
+
+    Raises:
+        ArchitectureError: no state of this model can be cut.
+        InputError: an impossible removal, a block that the model does not have, or samples longer
+            than its positions.
+        InfeasibleError: the constraints conflict, as far as known without the weights.
+    """
+    found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
+    if found.refusal:
+        raise ArchitectureError(found.refusal)
+    if needed or config.removal:
+        blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
+        if len(config.remove.counts) > 1:
+            # Check the end of a range first: thousands of impossible removals take long to build.
+            last = config.replace(remove=config.remove.counts[-1])
+            removal_rows(blocks, last, early=True)
+        for one in each_removal(config):
+            removal_rows(blocks, one, early=True)
+    else:
+        kept_and_dropped(len(found.stack), config)
+    if found.positions is not None and config.length > found.positions:
+        raise InputError(
+            f"--length {config.length} is more than this model's {found.positions} positions; give "
+            f"--length {found.positions} or less"
+        )

@@ -29,7 +29,7 @@ from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import Budget, Removal
 from isingcut.report.write import write_report
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.folder import TYPED, RunFolder
 
 if TYPE_CHECKING:
     from isingcut.models.architectures.blocks import BlockStack
@@ -41,12 +41,6 @@ TIMED_TOKENS = 128
 _WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
 # Options that are typed for `solve`, and not for the stages that use its spectrum.
 _OF_SOLVE = ("keep", "drop", "solver", "states", "solve_seconds")
-
-
-def each_removal(config: RunConfig) -> list[RunConfig]:
-    """Return the options of each removal: one per number of a range such as `4..15`."""
-    counts = config.remove.counts
-    return [config] if len(counts) < 2 else [config.replace(remove=m) for m in counts]
 
 
 def removal_rows(
@@ -251,8 +245,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    keys = ("remove", "budget", "seed", *_OF_SOLVE)
-    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in keys}
+    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in TYPED["solve"]}
 
 
 def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:

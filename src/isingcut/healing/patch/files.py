@@ -43,7 +43,6 @@ _SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale"
 _MODELOPT = "hf_quant_config.json"
 
 
-RECORD = "isingcut.json"
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 

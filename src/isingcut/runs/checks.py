@@ -1,0 +1,126 @@
+"""Check a run's options, folder, model name and text before torch is imported.
+
+The command line calls these checks first, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isingcut.data import corpora
+from isingcut.data.mixture import places_in
+from isingcut.data.text_files import is_read_once
+from isingcut.errors import InputError
+from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
+from isingcut.files.inputs import user_path
+from isingcut.ising.solvers import registry as solvers
+from isingcut.models.processes import is_launched
+from isingcut.models.sources import check_name
+from isingcut.options.config import RunConfig, distil_config, heal_config
+from isingcut.options.declaration import options_from
+from isingcut.runs.folder import MANIFEST, RunFolder
+
+
+def check_options(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
+    """Check the options of a whole job, given as a `RunConfig` or by name.
+
+    Args:
+        source: the name of the call, for messages.
+    """
+    if config is not None and (options or not isinstance(config, RunConfig)):
+        raise InputError("give either a RunConfig or options by name (model=...), not both")
+    config = (config or options_from(RunConfig, options, source)).validate()
+    if not config.out:
+        raise InputError("--out is missing; give a folder for the run")
+    if not config.removal and source != "isingcut.energy":
+        raise InputError("--remove is missing; give how many blocks to remove, or a --budget")
+    if config.budget.packed and source != "isingcut.run":
+        raise InputError(f"--budget {config.budget} is only for `isingcut run`; give --remove M")
+    return resolve_energy(config)
+
+
+def resolve_energy(config: RunConfig) -> RunConfig:
+    """Replace the energy `auto` in the options by the chosen one, so that files have its name."""
+    if config.energy != "auto":
+        return config
+    return config.replace(energy="refined" if config.removal else "pairwise")
+
+
+def check_inputs(config: RunConfig, *, ranks: bool) -> None:
+    """Check the run folder, the model's name, the text and the tasks of a whole job.
+
+    Args:
+        ranks: whether the job ranks removals, or measures the energy only.
+
+    Raises:
+        IsingcutError: the job would fail later.
+    """
+    RunFolder.refuse_foreign(config)
+    path = Path(config.out)
+    if (path / MANIFEST).is_file():
+        before = RunFolder.open(path, overwrite=config.overwrite)
+        before.model_places(config.model)
+        before.refuse_changes(config, ranks=ranks)
+    else:
+        # Check before any file is opened, which could get the descriptor of a closed pipe.
+        corpora.check(config.calibration)
+    check_name(config.model, trust_remote_code=config.trust_remote_code)
+    solvers.check(config.solver)
+    check_healing_options(config)
+    check_run_tasks(config)
+
+
+def check_healing_options(config: RunConfig) -> None:
+    """Check healing options before any model is read.
+
+    Without `--heal`, only the options of the patch are checked: if it turns out to be impossible,
+    the run reports that and continues.
+
+    Raises:
+        InputError: as `heal_config`, an unsuitable text, or a job that cannot heal.
+    """
+    if not config.heal:
+        if config.patch != "none":
+            heal_config(config)
+        return
+    sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
+    if "self" in sources:
+        raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
+    if pipes := [source for source in sources if source in measured and is_read_once(source)]:
+        raise InputError(
+            f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
+            "it to a file, or name another text with --healing '{text: SOURCE}'"
+        )
+    if len(config.remove.counts) > 1:
+        raise InputError(
+            "a run over a range of removals cuts no checkpoint, so --heal has none; give one "
+            "number with --remove"
+        )
+    if is_launched():
+        raise InputError(
+            "healing inside a run supports one process only; heal the cut model afterwards with: "
+            "torchrun ... -m isingcut heal"
+        )
+
+
+def check_run_tasks(config: RunConfig) -> None:
+    """Check the tasks of a run's options before a model is loaded.
+
+    Raises:
+        InputError, MissingExtraError: as `questions.check_tasks`, or the tasks do not fit the run.
+    """
+    if not config.tasks:
+        return
+    if config.choose != "tasks" and len(config.remove.counts) > 1:
+        raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
+    names = split_names(config.tasks)
+    check_tasks(names, data_of(config), config.questions)
+    if config.choose == "tasks" and names == [WIKITEXT]:
+        raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
+
+
+def data_of(config: RunConfig) -> Path | None:
+    """Return the folder of the questions in a run's options."""
+    return user_path(config.data) if config.data else None
