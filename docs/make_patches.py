@@ -2,7 +2,6 @@
 
     python docs/make_patches.py                  the families of `isingcut.testing.tiny`
     python docs/make_patches.py llama gemma2     some of them
-    python docs/make_patches.py --docs PAGE      all, written into docs/architectures.md, too
 
 A block of each kind is patched after the removal of the next block, and must find its layer in the
 saved checkpoint. Random weights leave little to gain: the shares only show that the block's output
@@ -111,7 +110,6 @@ def main() -> int:
     """Print the table; return 2 for an unknown family."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="families (default: all)")
-    parser.add_argument("--docs", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     unknown = sorted(set(options.families) - set(FAMILIES))
     if unknown:
@@ -124,24 +122,12 @@ def main() -> int:
                 found[family] = absorbers(family, Path(room) / family)
             except ArchitectureError as refusal:
                 found[family] = str(refusal)
-    shown = table(found)
-    print(shown)
-    if options.docs:
-        replace_part(options.docs, "patches", shown)
+    print(table(found))
     kinds = [row for rows in found.values() if not isinstance(rows, str) for row in rows]
     print(f"patches_absorbed: {sum(bool(row.layer) for row in kinds)}")
     print(f"patches_none: {sum(not row.layer for row in kinds)}")
     print(f"patches_not_measured: {sum(isinstance(rows, str) for rows in found.values())}")
     return 0
-
-
-def replace_part(path: Path, mark: str, text: str) -> None:
-    """Put ``text`` between ``<!-- mark -->`` and ``<!-- end of mark -->`` of a page."""
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    assert closed, f"{path} has no part between {start} and {end}"
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

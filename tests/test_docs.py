@@ -18,6 +18,8 @@ from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
 from shared import write_words
+from sweep.conformance import Report
+from sweep.mtp import MtpLayers
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -146,6 +148,27 @@ def test_every_page_is_in_the_navigation():
 def test_the_tables_of_options_are_those_declared():
     made = script(DOCS / "make_options.py").page()
     assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run docs/make_options.py"
+
+
+def test_the_architectures_are_those_of_the_sweep():
+    make = script(DOCS / "make_architectures.py")
+    assert make.PAGE.read_text(encoding="utf-8") == make.page(), "run docs/make_architectures.py"
+
+
+def test_architectures_of_one_outcome_share_a_line():
+    named = "cuts exactly at given blocks, but is not measured: it shares: such blocks can be cut"
+    reports = [
+        Report("gemma_text", "passed"),
+        Report("gemma (image-text)", "passed", unseen="the cut is verified on text only"),
+        Report("llama", "passed", rows="block 0 stays, because it reads; block 1 stays"),
+        Report("emu", "refused", reason=named, states=2, mtp=MtpLayers("mtp.", False, 1, False)),
+    ]
+    shown = script(DOCS / "make_architectures.py").made("5.0", [r.facts() for r in reports])
+    assert "any blocks: gemma." in shown
+    assert "on text only: gemma." in shown
+    assert "| llama | cut exactly | block 0 stays; block 1 stays |" in shown
+    assert "| emu | only blocks that you name | it shares |" in shown
+    assert "| named |  | emu |" in shown
 
 
 def test_pictures_are_small_and_self_contained():

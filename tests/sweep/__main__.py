@@ -2,14 +2,17 @@
 
 import functools
 import gc
+import json
 import multiprocessing
 import os
 import resource
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 
 from cards import fake_cards
 from isingcut.models.cutting.verify import reload
@@ -20,6 +23,8 @@ from sweep.conformance import Report, check_entry, check_family, entries
 # Limits for one architecture.
 _SECONDS, _BYTES = 600, 4 * 10**9
 OUTCOMES = ("passed", "refused", "failed", "not built")
+# Results of all architectures, for docs/make_architectures.py.
+RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 def main(names: list[str]) -> int:
@@ -46,6 +51,10 @@ def main(names: list[str]) -> int:
             print("| architecture | outcome | blocks | cuts | difference | gate | remarks |")
             print("|---|---|---|---|---|---|---|")
             reports = [_report(*task) for task in pending]
+    if not names:
+        facts = [r.facts() for r in reports[len(families) :]]
+        lines = map(json.dumps, [{"transformers": transformers.__version__}, *facts])
+        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for outcome in OUTCOMES:
         count = sum(r.outcome == outcome for r in reports)
         print(f"architectures_{outcome.replace(' ', '_')}: {count}")
@@ -66,7 +75,7 @@ def _check(check, what, room):
 def _report(name, result):
     """Return the report of an architecture, and print it as a row of the table."""
     try:
-        r = result.get(_SECONDS)
+        r = replace(result.get(_SECONDS), name=name)
     except multiprocessing.TimeoutError:
         reason = f"no result within {_SECONDS} s: too slow, or its process died"
         r = Report(name, "failed", reason=reason)

@@ -110,6 +110,15 @@ class Report:
     mtp: MtpLayers | None = None
     drafts: bool = False
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the documentation says of the architecture."""
+        names = ("name", "outcome", "reason", "rows", "drafts")
+        facts = {name: getattr(self, name) for name in names}
+        facts["text_only"] = bool(self.unseen)
+        if self.mtp and self.states:
+            facts["mtp"] = "numbered on" if self.mtp.numbered_on else "named"
+        return {name: fact for name, fact in facts.items() if fact}
+
 
 class NotBuilt(Exception):
     """No tiny model could be made, so that the architecture was not checked."""

@@ -6,7 +6,7 @@ packed tensors as they are, for llama.cpp, except those that a patch changed.
 Norms are compared to check that a GGUF file and a checkpoint are of one model. They are stored
 unpacked, while other weights may be packed, permuted, split or joined. By default, layers that a
 patch or a healing changed are packed as Q8_0, because a change of 1 % is less than half a step of a
-4-bit type, which would round it away (docs/experiments/packing.md).
+4-bit type, which would round it away (docs/experiments/frontier.md).
 """
 
 from __future__ import annotations
