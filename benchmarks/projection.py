@@ -11,8 +11,8 @@ configuration, card rates from `isingcut plan`: data sheets, of which arithmetic
 The time of a stage is the maximum of its arithmetic, its reads from the card's memory, its
 launches, PCIe and disk, plus its float64 fits and rank 0's own work. The largest of all these is
 printed as its bound. The cards of one process take turns. Rank 0 alone cuts, patches and evaluates.
-Processes of one node read each part from its disk once. Prints the arithmetic, then the first table
-of docs/big_models.md.
+Processes of one node read each part from its disk once. Prints the arithmetic, then a table,
+which docs/gpu.md shows in part.
 """
 
 from __future__ import annotations

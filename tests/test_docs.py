@@ -145,6 +145,15 @@ def test_every_page_is_in_the_navigation():
     assert config["theme"]["font"] is False
 
 
+def test_the_site_ships_no_scripts():
+    pathspec = pytest.importorskip("pathspec")
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    left_out = pathspec.GitIgnoreSpec.from_lines(config["exclude_docs"].splitlines())
+    scripts = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.py")]
+    assert "make_options.py" in scripts
+    assert [p for p in [*scripts, "__pycache__/a.pyc"] if not left_out.match_file(p)] == []
+
+
 def test_the_tables_of_options_are_those_declared():
     made = script(DOCS / "make_options.py").page()
     assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run docs/make_options.py"

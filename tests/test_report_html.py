@@ -1,6 +1,8 @@
 """The HTML report without a browser: well formed, self-contained, complete, and safe."""
 
 import json
+import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -348,6 +350,33 @@ def test_runs_that_are_not_comparable_are_named(run, tmp_path):
     assert "different numbers of blocks: 3 and 4" in said
     assert "Not ranked, so without losses: t." in said
     assert all(w in page.text for w in warnings)
+
+
+def sizes(out):
+    """Return the cells of the table of models and sizes, row by row."""
+    table = out.read_text(encoding="utf-8").partition('aria-label="Models and sizes">\n<thead>')[2]
+    rows = re.findall(r"<tr class.*?</tr>", table.partition("</table>")[0])
+    return [[Page(c).text for c in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_models_and_sizes_are_rows_of_one_table(run, tmp_path):
+    out = tmp_path / "c.html"
+    other = write_run(tmp_path / "other", model="b-model", n=16, m=4, extras=False)
+    compared(run, other, out=out)
+    rows = sizes(out)
+    assert [row[:4] for row in rows] == [
+        ["run", "a-model", "3 of 12", "14.00 → 11.00 (−21.4 %)"],
+        ["run", "a-model", "2 of 12", "14.00 → 12.00 (−14.3 %)"],
+        ["other", "b-model", "4 of 16", "18.00 → 14.00 (−22.2 %)"],
+    ]
+    assert [row[7] for row in rows] == [f"{kl}000 ± 0.0100" for kl in ("0.9", "0.6", "1.2")]
+    # A folder of one removal stands for that removal; a range has none of its own.
+    write_comparison([(run, run / "remove-2"), (other, other)], tmp_path / "d.html")
+    assert [row[2] for row in sizes(tmp_path / "d.html")] == ["2 of 12", "4 of 16"]
+    (other / "candidates.json").unlink()
+    shutil.rmtree(other / "model")
+    write_comparison([(run, run), (other, other)], tmp_path / "e.html")
+    assert [row[2] for row in sizes(tmp_path / "e.html")] == ["3 of 12", "2 of 12", "not run"]
 
 
 def test_a_comparison_is_replaced_with_leave_only(run, tmp_path):

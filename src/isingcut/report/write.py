@@ -210,6 +210,13 @@ class Side:
         """The chosen state with its losses in the ranking, or None before a ranking."""
         return None if self.files.candidates is None else self.files.candidates.chosen
 
+    @property
+    def sizes(self) -> list[RunFiles]:
+        """The removals to list: all with a choice in the run folder, or the one that was named."""
+        whole = self.files.removals if self.files.target == self.files.folder else []
+        found = [self.files, *(f for f in whole if f.target != self.files.target)]
+        return [f for f in found if f.removed is not None] or [self.files]
+
 
 def write_comparison(
     folders: Sequence[tuple[Path, Path]], out: Path, *, overwrite: bool = False
