@@ -58,7 +58,7 @@ NO_ROLE = b'{"messages": [{"content": "a"}]}\n'
 HALF_CHAT = b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n'
 TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
-    ("a.txt", "empty", b"", "a.txt is too short: .*found 0;"),
+    ("a.txt", "empty", b"", "a.txt is empty; give a longer text"),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
     ("a.txt", "cut in a character", b"abc \xe2\x82", UTF8.format(0xE2)),
     ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),

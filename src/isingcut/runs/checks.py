@@ -66,10 +66,11 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
     else:
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
-    check_name(config.model, trust_remote_code=config.trust_remote_code)
     solvers.check(config.solver)
     check_healing_options(config)
     check_run_tasks(config)
+    # Last, because the name may be one of the hub.
+    check_name(config.model, trust_remote_code=config.trust_remote_code)
 
 
 def check_healing_options(config: RunConfig) -> None:

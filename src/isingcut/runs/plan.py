@@ -99,7 +99,8 @@ class Prices:
             source = resolve(config.model, trust_remote_code=trust, weights=False)
         else:
             source = session.source
-        check_by_config(source, config, needed=False)
+        if run is None:
+            check_by_config(source, config, needed=False)
         names = ("dtype", "device", "memory_limit", "cards_per_process")
         given = {} if card else {name: getattr(config, name) for name in names}
         found = inspect_model(source, trust_remote_code=trust, **given)
