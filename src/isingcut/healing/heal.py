@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
@@ -24,17 +25,25 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
-from isingcut.evaluation.quality import quality
+from isingcut.evaluation.quality import quality, quality_of, sample_sums
 from isingcut.files.cuts import CardParts, CutRecord
 from isingcut.files.evaluations import PairScores
 from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.results import write_document
+from isingcut.files.results import without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
-from isingcut.healing.job import LEAST_STEPS, SHORT, Domains, Job, check_training, keep_beginnings
+from isingcut.healing.job import (
+    LEAST_STEPS,
+    SHORT,
+    Domains,
+    Job,
+    check_training,
+    difference,
+    keep_beginnings,
+)
 from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.removed import check_pair, original_of, read_removal, removal_by_weights
 from isingcut.healing.work_folder import (
@@ -291,7 +300,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     patch = (config.patch or "linear") if "patch" in record else "none"
     return done, HealingFile(
         **{"steps": [], **record},
-        after=_scores(job, done, text.report),
+        after=_pair(record["before"], _scores(job, done, text.report), text.report),
         start=start,
         removed=list(job.removed),
         of=len(find_stack(job.teacher.model)),
@@ -354,11 +363,25 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
     cut = open_cut(job.teacher, job.removed, folder)
     work = Work(job.config.batch_tokens, job.progress)
-    found = quality(job.teacher.model, cut.runnable, report, work)
-    scores = HealedScores(**_figures(found))
+    sums = sample_sums(job.teacher.model, cut.runnable, report, work)
+    found, (_, nll, kl) = quality_of(sums, report), sums.tolist()
+    scores = HealedScores(**_figures(found), nll_sums=nll, kl_sums=kl)
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}
     return scores
+
+
+def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> HealedScores:
+    """Add the errors of the changes from ``before``, paired by sample, to ``after``."""
+    texts: list[tuple[Any, HealedPart]] = [(slice(None), after)]
+    texts += [(rows, after.parts[name]) for name, rows in report.rows_by_part.items()]
+    # Work that an earlier version began has no sums.
+    for rows, scores in texts if before.kl_sums else []:
+        for key in ("kl", "nll"):
+            sums = [np.array(getattr(model, f"{key}_sums"))[rows] for model in (before, after)]
+            _, error = difference(*sums, report.counts[rows])
+            setattr(scores, f"{key}_change_se", without_infinities(error))
+    return after
 
 
 def _figures(found: PairScores) -> dict[str, Any]:

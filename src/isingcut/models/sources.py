@@ -187,7 +187,7 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Return a hash that identifies a checkpoint, and the number of bytes of its weights.
+    """Return a hash that identifies a checkpoint, and the bytes of its files with weights.
 
     The hash is SHA-256 over the config (without the transformers version) and, of each shard, the
     name, size, safetensors header and first and last MiB. So only a few MiB of a shard are read. A

@@ -92,6 +92,7 @@ def evaluate(
             elsewhere=elsewhere,
             skip_speed=skip,
         ).model_copy(update=further)
+        found.before.bytes = session.identity.weight_bytes
         if not session.streaming and not cut.streamed:
             _add_drafts(session, found, cut, tokens)
         if not cut.streamed and not skip:
@@ -192,6 +193,7 @@ def evaluate_checkpoint(
             work=session.work(),
             skip_speed=config.skip_speed or packed,
         )
+        found.before.bytes = session.identity.weight_bytes
         if packed:
             found.after.bytes = checkpoint.stat().st_size
         else:

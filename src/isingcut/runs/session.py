@@ -28,7 +28,13 @@ from isingcut.models.device import allowance, least_left, pick_device, weight_by
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
-from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.models.sources import (
+    check_unchanged,
+    find_gguf,
+    model_identity,
+    resolve,
+    weights_stamp,
+)
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
@@ -109,8 +115,11 @@ class Session:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name and hash of the model."""
-        return ModelIdentity(**{**model_identity(self.source), "name": self.config.model})
+        """Name and hash of the model, and the bytes of the file or files that the user has."""
+        found = model_identity(self.source) | {"name": self.config.model}
+        if (packed := find_gguf(self.config.model)) is not None:
+            found["weight_bytes"] = packed.stat().st_size
+        return ModelIdentity(**found)
 
     @cached_property
     def _bytes(self) -> int:
