@@ -72,7 +72,7 @@ def heal(
     config: HealConfig | None = None,
     /,
     *,
-    progress: Progress = silent,
+    progress: Progress | bool | None = None,
     sources: Sequence[str | os.PathLike[str]] = (),
     **options: Any,
 ) -> Path:
@@ -80,7 +80,7 @@ def heal(
 
     Args:
         config: all options; or give them by name (`student` and `out` at least).
-        progress: progress display.
+        progress: as in `isingcut.run`.
         sources: further input files of this call, which the output never replaces.
 
     Returns:
@@ -92,7 +92,7 @@ def heal(
     """
     if config is not None and (options or not isinstance(config, HealConfig)):
         raise InputError("give either a HealConfig or options by name (student=...), not both")
-    progress = as_progress(progress)
+    shown = as_progress(progress)
     config = (config or options_from(HealConfig, options, "isingcut.healing.heal")).validate()
     for name in ("student", "out"):
         if not getattr(config, name):
@@ -123,7 +123,7 @@ def heal(
     processes = _processes(config)
     trust = config.trust_remote_code
     with contextlib.nullcontext() if processes.rank else lock_place(out):
-        source = resolve(config.teacher, trust_remote_code=trust)
+        source = resolve(config.teacher, trust_remote_code=trust, progress=shown)
         check_pair(config, student, known, source)
         refuse_changed(student)
         stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
@@ -139,7 +139,7 @@ def heal(
             # The run's patch was fitted on what follows its calibration in the shared text.
             own = used.splits["report"].first(text.report.tokens)
             text = HealingText(text.train, own, overlap(own, [text.train]))
-        job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
+        job = Job(teacher, removed, student, text.train, out, config, shown, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
@@ -378,8 +378,8 @@ def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> Healed
     # Work that an earlier version began has no sums.
     for rows, scores in texts if before.kl_sums else []:
         for key in ("kl", "nll"):
-            sums = [np.array(getattr(model, f"{key}_sums"))[rows] for model in (before, after)]
-            _, error = difference(*sums, report.counts[rows])
+            first, last = (np.array(getattr(m, f"{key}_sums"))[rows] for m in (before, after))
+            _, error = difference(first, last, report.counts[rows])
             setattr(scores, f"{key}_change_se", without_infinities(error))
     return after
 

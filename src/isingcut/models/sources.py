@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import find_object, find_packaged, is_object_name, register_object
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
@@ -52,7 +53,13 @@ _READ_BY_TRANSFORMERS = (
 )
 
 
-def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
+def resolve(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    progress: Progress = silent,
+) -> Path:
     """Resolve a model's name to its local folder (config.json, safetensors, tokenizer).
 
     Args:
@@ -60,6 +67,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
             id of the same spelling.
         trust_remote_code: also download the repository's Python files.
         weights: also download the weights.
+        progress: shows the conversion of a GGUF file.
 
     Raises:
         ModelError: the model does not exist, or has no safetensors or config.
@@ -68,7 +76,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
     if not name.strip():
         raise ModelError(f"the model's name is empty; {_EXPECTED}")
     if name == PACKAGED:
-        return _resolve_packaged(trust_remote_code, weights)
+        return _resolve_packaged(trust_remote_code, weights, progress)
     if (folder := find_object(name)) is not None:
         return _check_folder(folder)
     path = user_path(name)
@@ -78,7 +86,7 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
         regular_file(path, "the model", ModelError)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is not a model; {_EXPECTED}")
-        return convert_file(path)
+        return convert_file(path, progress)
     if _looks_like_a_path(name):
         raise ModelError(f"there is no model at {name}; {_EXPECTED}")
     return _download(name, trust_remote_code, weights)
@@ -110,10 +118,10 @@ def find_gguf(name: str) -> Path | None:
     return path if path.suffix.lower() == ".gguf" and path.is_file() else None
 
 
-def _resolve_packaged(trust_remote_code: bool, weights: bool) -> Path:
+def _resolve_packaged(trust_remote_code: bool, weights: bool, progress: Progress) -> Path:
     """Find SmolLM2-135M-Instruct in its data package, else download it from the hub."""
     if (packaged := find_gguf(PACKAGED)) is not None:
-        return convert_file(packaged)
+        return convert_file(packaged, progress)
     try:
         return _download(PACKAGED_HUB_ID, trust_remote_code, weights)
     except ModelError as e:

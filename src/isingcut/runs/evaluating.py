@@ -255,7 +255,7 @@ def score_gguf(
     if not fits(gguf.with_name("model"), torch.float32):
         raise ModelError("it does not fit the host's memory together with the original")
     with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
-        unpack_gguf(gguf, Path(aside))
+        unpack_gguf(gguf, Path(aside), session.progress)
         judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
         scores = dict(_score_texts(judge, tokens, elsewhere))
     return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)

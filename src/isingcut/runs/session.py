@@ -109,7 +109,8 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        found = resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        trust = self.config.trust_remote_code
+        found = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
         self._stamp = weights_stamp(found)
         return found
 
@@ -165,6 +166,7 @@ class Session:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
         folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
         folder.check_model = lambda: check_unchanged(self.source, self._stamp)
+        folder.progress = self.progress
 
     def _stream_from_now(self) -> bool:
         """Switch to streaming; return False if the model is streamed already."""
