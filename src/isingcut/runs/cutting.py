@@ -202,7 +202,8 @@ def make_gguf(
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
         drop, kind = session.config.drop_mtp, packed.type if packed else None
-        gguf.cut_gguf(found, removed, path, drop_mtp=drop, changed=changed, packed=kind)
+        how = {"changed": changed, "packed": kind, "progress": session.progress}
+        gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
 
     ownership.refuse_source(out, [found])
     try:
