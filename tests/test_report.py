@@ -105,7 +105,6 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
     assert "+25.0 ± 31.2 %" in page
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("kl", "said"),
     [
@@ -167,6 +166,7 @@ def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys):
     assert "within the noise" in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_stands_for_itself_in_markdown(folder, name):
     run = run_content(name, "pairwise", N, 3, 0)
     run["provenance"]["calibration"]["source"] = name
