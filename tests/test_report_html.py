@@ -243,7 +243,10 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     write_json(run / "evaluation.json", "evaluation", {**found, "generation": None, "kl_se": None})
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
-    assert "decoding speed" not in page.text.split("Before and after")[0]
+    source = (run / "report.html").read_text(encoding="utf-8")
+    first = source[source.index('<header class="top">') : source.index('<section id="compared"')]
+    assert first.count("<dt>") == 2
+    assert "not measured" not in first
     assert "No speed was measured" in page.text
     markdown = (run / "report.md").read_text(encoding="utf-8")
     assert "| perplexity | 20.00 | 29.00 | +45.0 % |" in markdown
