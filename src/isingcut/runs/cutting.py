@@ -202,7 +202,7 @@ def make_gguf(
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
         drop, kind = session.config.drop_mtp, packed.type if packed else None
-        how = {"changed": changed, "packed": kind, "progress": session.progress}
+        how: Any = {"changed": changed, "packed": kind, "progress": session.progress}
         gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
 
     ownership.refuse_source(out, [found])
