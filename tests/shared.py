@@ -1,13 +1,15 @@
 """Data that many tests only read, made once per session for all of its processes."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,23 @@ def call(*arguments: Any) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+class Bars:
+    """A progress that keeps the totals of its bars and the steps done, by description."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self.done: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, total: float) -> Iterator[Any]:
+        self.totals[description], self.done[description] = total, 0.0
+
+        def advance(steps: float = 1, note: str = "") -> None:
+            self.done[description] += steps
+
+        yield SimpleNamespace(advance=advance)
 
 
 class Shared:

@@ -19,10 +19,10 @@ from isingcut.files.results import read_json
 from isingcut.models.cutting import gguf as gguf_cuts
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
-from isingcut.models.gguf_files import read_gguf
+from isingcut.models.gguf_files import read_gguf, unpack_gguf
 from isingcut.models.sources import resolve
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, call
+from shared import OPTIONS, Bars, call
 from tiny import edit_tensors
 
 
@@ -305,6 +305,14 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
         assert np.linalg.norm(found - wanted) <= 0.01 * np.linalg.norm(wanted)
 
 
+def test_reading_a_gguf_back_shows_progress(gguf_run, packed_model, tmp_path):
+    bars = Bars()
+    unpack_gguf(gguf_run / "model.gguf", tmp_path / "unpacked", bars)
+    cut_gguf(packed_model, [2], tmp_path / "cut.gguf", progress=bars)
+    assert list(bars.done) == ["unpacking model.gguf", "writing cut.gguf"]
+    assert bars.done == bars.totals
+
+
 def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
     found = json.loads((gguf_run / "evaluation.json").read_text())
     assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
@@ -315,6 +323,21 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
         assert figure in (gguf_run / name).read_text()
     assert call("evaluate", gguf_run / "model.gguf", "--skip-speed") == 0
     assert figure in capsys.readouterr().out
+
+
+def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
+    found = json.loads((gguf_run / "evaluation.json").read_text())
+    sizes = [path.stat().st_size for path in (packed_model, gguf_run / "model.gguf")]
+    assert [found["before"]["bytes"], found["gguf"]["bytes"]] == sizes
+    before, after = (f"{size / 1e6:.1f}" for size in sizes)
+    change = f"{100 * (sizes[1] / sizes[0] - 1):+.1f} %"
+    names = ("report.md", "model/README.md", "model.gguf.md")
+    page, card, packed_card = ((gguf_run / name).read_text() for name in names)
+    row = rf"MB \| {before} \|.*\| {after} \|"
+    assert re.search(rf"{row} {re.escape(change)}", page)
+    assert f"takes {after} MB on disk instead of {before} ({change})" in page
+    assert f"weights on disk | {before} MB (a GGUF file) |" in card
+    assert re.search(row, packed_card)
 
 
 def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
@@ -328,6 +351,7 @@ def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_pat
     assert found["kl"] > 0.001
     assert found["after"]["blocks"] == 4
     assert found["after"]["bytes"] == file.stat().st_size
+    assert found["before"]["bytes"] == packed_model.stat().st_size
 
 
 def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):

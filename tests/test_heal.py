@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -62,6 +63,11 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     assert found["after"]["kl"] < found["before"]["kl"]
     assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]
     assert found["removed"] == list(REMOVED)
+    sums = [np.array(found[model]["kl_sums"]) for model in ("before", "after")]
+    counts = np.full(len(sums[0]), found["report_tokens"] // len(sums[0]))
+    assert found["after"]["kl_change_se"] == pytest.approx(recipe.difference(*sums, counts)[1])
+    apart = np.hypot(found["before"]["nll_se"], found["after"]["nll_se"])
+    assert 0 < found["after"]["nll_change_se"] < apart
     assert shapes(healed) == shapes(models / "student")
     names = {p.name for p in (models / "student").iterdir()}
     assert {p.name for p in healed.iterdir()} == {*names, "healing.json"}

@@ -1,14 +1,23 @@
 """Progress: a bar on a terminal, lines in a log, shares of a bar, and the best so far."""
 
 import contextlib
+import hashlib
+import inspect
+import shutil
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
 import isingcut
 from isingcut.console import progress
 from isingcut.data.calibration import Calibration
+from isingcut.files import ownership
+from isingcut.healing.heal import heal
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
+from shared import Bars
 
 
 @pytest.fixture
@@ -100,6 +109,55 @@ def test_measuring_reports_the_best_so_far(finished, tmp_path):
     assert len([note for note in first.notes if note]) == 3
     assert first.notes[-1] == best
     assert (again.done, again.notes) == (total, [best])
+
+
+def test_work_without_steps_moves_the_bar_by_its_time():
+    bars, moved = Bars(), threading.Event()
+
+    @contextlib.contextmanager
+    def watched(description, total):
+        with bars(description, total) as bar:
+            plain = bar.advance
+            bar.advance = lambda *a, **k: (plain(*a, **k), moved.set())
+            yield bar
+
+    with progress.show_time(watched, "solving", 3e-3, every=1e-3) as bar:
+        assert moved.wait(60)
+        bar.advance(0, "lowest energy 1")
+    assert bars.totals == {"solving": 3e-3}
+    assert 0 < bars.done["solving"] <= 3e-3 + 1e-9
+
+
+def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):
+    (file := tmp_path / "model.gguf").write_bytes(bytes(40))
+    bars, digest = Bars(), hashlib.sha256(bytes(40)).hexdigest()
+    assert ownership.file_sha256(file, bars) == digest
+    assert not bars.done
+    monkeypatch.setattr(ownership, "_LARGE", 30)
+    monkeypatch.setattr(ownership, "_PART", 16)
+    assert ownership.file_sha256(file, bars) == digest
+    assert bars.done == bars.totals == {"hashing model.gguf": 40}
+
+
+def test_solving_and_proving_show_progress(finished, tmp_path):
+    run, bars = Path(shutil.copytree(finished, tmp_path / "run")), Bars()
+    opened = isingcut.open_run(run, remove=1, progress=bars)
+    _ = opened.ranking
+    assert bars.totals["solving for 1"] == opened.config.solve_seconds
+    opened.save(tmp_path / "out", blocks=[1])
+    assert bars.done["verifying the checkpoint"] == bars.totals["verifying the checkpoint"] == 3
+    read = bars.totals["reading the text of the patch"]
+    assert bars.done["reading the text of the patch"] == read > 0
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_python_shows_progress_where_a_terminal_is(finished, monkeypatch, shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: shown)
+    wanted = progress.terminal if shown else progress.silent
+    assert isingcut.open_run(finished)._session.progress is wanted
+    assert progress.as_progress(None) is wanted
+    for call in (isingcut.prune, isingcut.run, isingcut.energy, heal):
+        assert inspect.signature(call).parameters["progress"].default is None
 
 
 def test_a_part_counts_its_share_of_a_bar():

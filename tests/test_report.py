@@ -6,9 +6,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from isingcut.cli import show
 from isingcut.errors import StageFileError
 from isingcut.files.cuts import CardParts, CutRecord, PatchRecord
-from isingcut.files.evaluations import EvaluationFile, FurtherScores
+from isingcut.files.evaluations import EvaluationFile, FurtherScores, PackedScores
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_json, write_json
 from isingcut.files.states import CandidatesFile, ChosenState, Correlations, Judged, SpectrumFile
@@ -102,6 +103,67 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
     assert "+25.0 ± 31.2 %" in page
+
+
+@pytest.mark.parametrize(
+    ("kl", "said"),
+    [
+        (0.09, "Expect nearly the same answers"),
+        (0.1, "Expect answers of the same kind with more mistakes"),
+        (0.3, "Expect fluent text with many mistakes"),
+        (0.6, "Expect text that repeats itself and is often wrong: heal it, or cut less"),
+        (1.2, "Text breaks down: cut less, or heal"),
+    ],
+)
+def test_the_first_sentence_judges(folder, kl, said):
+    change(folder / "evaluation.json", "evaluation", kl=kl)
+    first = f"{said} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
+    assert page_of(folder).split("\n")[2].startswith(f"{first} a-model without blocks")
+    assert f"<strong>{words.code(first)}</strong>" in (folder / "report.html").read_text()
+    assert RunFiles(folder).judgement[0] == first
+    ranked = read_json(folder / "candidates.json", "candidates")
+    ranked["candidates"] = [{**row, "kl": kl} for row in ranked["candidates"]]
+    change(folder / "candidates.json", "candidates", **ranked)
+    expected = said[0].lower() + said[1:]
+    assert f"At such a KL, {expected}." in model_card(folder, ranked["chosen"]["removed"])
+
+
+def test_a_gguf_that_grew_is_not_smaller(folder):
+    """A healed file may be larger than the packed one, although the unpacked model shrank."""
+    found = read_json(folder / "evaluation.json", "evaluation")
+    packed = {**found["after"], "kl": 0.3, "kl_se": 0.01, "bytes": 209_216}
+    packed = {k: v for k, v in packed.items() if k in PackedScores.model_fields}
+    found["before"]["bytes"] = 202_752
+    change(folder / "evaluation.json", "evaluation", **{**found, "gguf": packed})
+    page = page_of(folder)
+    assert "| weights on disk, MB | 0.2 | 22.0 | 0.2 | +3.2 % |" in page
+    assert "takes 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
+
+
+def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys):
+    document = healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
+    document["after"] |= {"kl_change_se": 0.1, "nll_change_se": 0.1}
+    found = HealingFile.model_validate(document)
+    show.show_healing(found, folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "│ -0.4000 ± 0.1000 │" in said
+    verdict = "Expect fluent text with many mistakes (KL 0.5000 ± 0.0100 nats per token on unseen"
+    clear = f"{verdict} text). Healing changed the KL by -0.4000 ± 0.1000."
+    assert said.endswith(clear)
+    parts = card_parts(folder, [10])
+    assert clear in card.healed_card(parts, "", found)
+    # The difference is 0.4 nats.
+    document["after"] |= {"kl_change_se": 0.21}
+    noisy = HealingFile.model_validate(document)
+    show.show_healing(noisy, folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "-0.4000 ± 0.2100 │ within the noise │" in said
+    assert said.endswith("Healing changed the KL by -0.4000 ± 0.2100, within the noise.")
+    assert "within the noise" in card.healed_card(parts, "", noisy)
+    (folder / "healed").mkdir()
+    write_json(folder / "healing.json", "healing", document)
+    page_of(folder)
+    assert "within the noise" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

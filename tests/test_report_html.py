@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -120,6 +121,35 @@ def test_every_coupling_has_the_colour_of_its_sign(page):
     ]
 
 
+def test_pairs_that_were_never_removed_together_are_hatched(tmp_path):
+    run = write_run(tmp_path / "run", extras=False)
+    energy = hamiltonian(12, 1)
+    coupling = energy.J.copy()
+    coupling[2:, 2:] = 0.0
+    found = {"targets": {}}
+    energy = replace(energy, J=coupling, meta={**energy.meta, "search": found})
+    energy.save(run / "hamiltonian.safetensors")
+    page = page_of(run)
+    assert len(page.classed("u")) == 90
+    assert page.classed("hatch")[0]["d"].count("M") == 90
+    assert "1 not measured" not in page.text
+    assert "45 other pairs were never removed together: not measured." in page.text
+    assert len(page.classed("unmeasured")) == 1
+    assert [page.data["J"][i][j] for i, j in ((2, 3), (11, 10), (4, 4))] == [None, None, 0.0]
+    assert "strongest couplings (21 rows)" in page.text
+    # Other energies measure every pair, so a J of 0 is a figure.
+    replace(energy, meta={}).save(run / "hamiltonian.safetensors")
+    page = page_of(run)
+    assert not page.classed("u") + page.classed("hatch") + page.classed("unmeasured")
+
+
+def test_the_sample_answers_are_open(page):
+    places = [k for k, (tag, _) in enumerate(page.elements) if tag == "pre"]
+    before = [tag for tag, _ in page.elements[: places[2]]]
+    assert "details" not in before
+    assert "Because." in page.text
+
+
 def test_ids_are_unique_and_links_lead_somewhere(page):
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -215,7 +245,10 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     write_json(run / "evaluation.json", "evaluation", {**found, "generation": None, "kl_se": None})
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
-    assert "decode speed" not in page.text.split("Before and after")[0]
+    source = (run / "report.html").read_text(encoding="utf-8")
+    first = source[source.index('<header class="top">') : source.index('<section id="compared"')]
+    assert first.count("<dt>") == 2
+    assert "not measured" not in first
     assert "No speed was measured" in page.text
     markdown = (run / "report.md").read_text(encoding="utf-8")
     assert "| perplexity | 20.00 | 29.00 | +45.0 % |" in markdown

@@ -291,8 +291,9 @@ def show_healing(found: healings.HealingFile, folder: Path) -> None:
         f"unseen text: {found.report_tokens} tokens; trained on {found.tokens_seen} tokens "
         f"in {len(found.steps)} steps"
     )
-    _show_rows(title, [row for row in healing_rows(found) if row.key != "nll"])
-    show_lines(f"wrote {folder}")
+    rows = [row for row in healing_rows(found) if row.key != "nll"]
+    _show_rows(title, rows, "change" if any(row.change for row in rows) else "")
+    show_lines(f"wrote {folder}", words.sentence("healing_verdict", found))
 
 
 def show_benchmarks(found: evaluations.BenchmarksFile, file: Path, *, last: str = "cut") -> None:

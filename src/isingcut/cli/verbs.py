@@ -148,9 +148,7 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     for one in [{"remove": remove} for remove in options.pop("remove", ())] or [{}]:
         folder, combined = reopen(directory, options | one, several=True)
         for config in each_removal(combined):
-            with progress(f"solving for {config.removal}", 0) as bar:
-                spectrum = solving.solve(folder, config)
-                bar.advance(1, f"lowest energy {spectrum.energies[0]:.4g}")
+            spectrum = solving.solve(folder, config, progress)
             file = folder.target(config.removal) / "spectrum.json"
             found.append((config.removal, spectrum, file))
 

@@ -135,18 +135,15 @@ def quality(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PL
     Raises:
         ModelError: a loss is not finite, or has no finite perplexity.
     """
-    sums = sample_sums(original, cut, tokens, work)
-    most = _MOST_NATS * tokens.counts
-    for model, losses in zip((original, cut, cut), sums, strict=True):
-        # Comparisons with NaN are false.
-        if len(bad := np.flatnonzero(~(losses <= most))):
-            plain = model.model if isinstance(model, StreamedReplay) else model
-            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
-    return quality_of(sums, tokens)
+    return quality_of(sample_sums(original, cut, tokens, work), tokens)
 
 
 def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> Floats:
-    """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens."""
+    """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens.
+
+    Raises:
+        ModelError: as `quality`.
+    """
     sums = np.zeros((3, tokens.samples))
     compute = partial(_sums_by_sample, original, cut)
     batches, limit = tokens.batches(work.batch_tokens), BatchLimit(original.device)
@@ -159,6 +156,12 @@ def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work 
             for batch, values in zip(batches[chunk], found, strict=True):
                 sums[:, batch.index.tolist()] = values.T
                 bar.advance(1)
+    most = _MOST_NATS * tokens.counts
+    for model, losses in zip((original, cut, cut), sums, strict=True):
+        # Comparisons with NaN are false.
+        if len(bad := np.flatnonzero(~(losses <= most))):
+            plain = model.model if isinstance(model, StreamedReplay) else model
+            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
     return sums
 
 

@@ -13,15 +13,27 @@ from isingcut.files.values import Blocks, Count, Number, Positive, Scalar, Some
 
 
 class HealedPart(FurtherPart):
-    """The cut model's scores on unseen text, or one source of it, before or after healing."""
+    """The cut model's scores on unseen text, or one source of it, before or after healing.
+
+    Attributes:
+        kl_change_se, nll_change_se: paired standard errors of the changes by the healing.
+    """
 
     original_perplexity: Positive
+    kl_change_se: Positive | None = None
+    nll_change_se: Positive | None = None
 
 
 class HealedScores(HealedPart, Document, kind="healing-before"):
-    """`HealedPart` on the whole text, and by source if it is a mixture."""
+    """`HealedPart` on the whole text, and by source if it is a mixture.
+
+    Attributes:
+        kl_sums, nll_sums: losses of each sample, summed over its predictions.
+    """
 
     parts: dict[str, HealedPart] = Field(default_factory=dict)
+    kl_sums: list[Number] = Field(default_factory=list)
+    nll_sums: list[Number] = Field(default_factory=list)
 
 
 class PatchScores(Document, kind="healing-patched"):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import InputError, IsingcutError, OutputExistsError, StageFileError
 from isingcut.files.inputs import load_json, parse_json, read_text
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MARKER = ".isingcut-output.json"
 _EDGE = 1 << 20
+_PART, _LARGE = 1 << 24, 2 << 30
 _SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
 
 
@@ -217,7 +219,7 @@ def hash_of(content: Mapping[str, object]) -> str:
 # Stages of a run folder ------------------------------------------------------------------
 
 
-def check_recorded(record: StageRecord | None, file: Path) -> None:
+def check_recorded(record: StageRecord | None, file: Path, progress: Progress = silent) -> None:
     """Raise if a file of a run folder differs from its record in `run.json`.
 
     Raises:
@@ -227,7 +229,7 @@ def check_recorded(record: StageRecord | None, file: Path) -> None:
         raise StageFileError(f"{file} was not written by this run; move it away")
     if not record.done:
         raise StageFileError(f"{file} is not finished; run its stage again: {record.stage}")
-    changed = find_change_since(file, record)
+    changed = find_change_since(file, record, progress)
     if changed is not None:
         raise StageFileError(
             f"{file} was changed or damaged after the run wrote it ({changed}); "
@@ -235,7 +237,7 @@ def check_recorded(record: StageRecord | None, file: Path) -> None:
         )
 
 
-def find_change_since(file: Path, record: StageRecord) -> str | None:
+def find_change_since(file: Path, record: StageRecord, progress: Progress = silent) -> str | None:
     """Describe how a file or folder differs from its record; None if it does not.
 
     Interrupted stages have no hash: no change is found.
@@ -246,13 +248,18 @@ def find_change_since(file: Path, record: StageRecord) -> str | None:
         return find_change(file, record.sha256)
     if not file.is_file():
         return "it is not a regular file"
-    return None if file_sha256(file) == record.sha256 else "its hash differs"
+    return None if file_sha256(file, progress) == record.sha256 else "its hash differs"
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_sha256(path: Path, progress: Progress = silent) -> str:
+    """Return the SHA-256 of a file's bytes; show progress for a file that takes seconds."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    shown = progress if size > _LARGE else silent
+    with path.open("rb") as f, shown(f"hashing {path.name}", size) as bar:
+        while part := f.read(_PART):
+            digest.update(part)
+            bar.advance(len(part))
+    return digest.hexdigest()
 
 
 # Text files -----------------------------------------------------------------------------

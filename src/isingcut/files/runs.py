@@ -18,7 +18,11 @@ _MOST_BLOCKS = 4096
 
 
 class ModelIdentity(Strict):
-    """The identity of a run's model."""
+    """The identity of a run's model.
+
+    Attributes:
+        weight_bytes: bytes of the user's weights on disk: of a GGUF file, or of safetensors files.
+    """
 
     sha256: str
     weight_bytes: Count = 0

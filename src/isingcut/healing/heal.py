@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from isingcut.console.progress import Progress, as_progress, duration, silent
@@ -24,13 +25,13 @@ from isingcut.data.healing_text import HealingText
 from isingcut.data.mixture import places_in, shares_text
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
-from isingcut.evaluation.quality import quality
+from isingcut.evaluation.quality import quality, quality_of, sample_sums
 from isingcut.files.evaluations import PairScores
 from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
-from isingcut.files.results import fingerprint, write_document
+from isingcut.files.results import fingerprint, without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.healing import RECORD
 from isingcut.healing.checks import (
@@ -47,6 +48,7 @@ from isingcut.healing.job import (
     Domains,
     Job,
     check_training,
+    difference,
     keep_beginnings,
     trainer_settings,
 )
@@ -77,7 +79,7 @@ def heal(
     config: HealConfig | None = None,
     /,
     *,
-    progress: Progress = silent,
+    progress: Progress | bool | None = None,
     sources: Sequence[str | os.PathLike[str]] = (),
     **options: Any,
 ) -> Path:
@@ -85,7 +87,7 @@ def heal(
 
     Args:
         config: all options; or give them by name (`student` and `out` at least).
-        progress: progress display.
+        progress: as in `isingcut.run`.
         sources: further input files of this call, which the output never replaces.
 
     Returns:
@@ -97,7 +99,7 @@ def heal(
     """
     if config is not None and (options or not isinstance(config, HealConfig)):
         raise InputError("give either a HealConfig or options by name (student=...), not both")
-    progress = as_progress(progress)
+    shown = as_progress(progress)
     config = config or options_from(HealConfig, options, "isingcut.healing.heal")
     config = check_inputs(config, sources)
     student, out = user_path(config.student), user_path(config.out)
@@ -110,7 +112,7 @@ def heal(
     processes = _processes(config)
     trust = config.trust_remote_code
     with contextlib.nullcontext() if processes.rank else lock_place(out):
-        source = resolve(config.teacher, trust_remote_code=trust)
+        source = resolve(config.teacher, trust_remote_code=trust, progress=shown)
         check_pair(config, student, known, source)
         refuse_changed(student)
         stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
@@ -126,7 +128,7 @@ def heal(
             # The run's patch was fitted on what follows its calibration in the shared text.
             own = used.splits["report"].first(text.report.tokens)
             text = HealingText(text.train, own, overlap(own, [text.train]))
-        job = Job(teacher, removed, student, text.train, out, config, progress, processes=processes)
+        job = Job(teacher, removed, student, text.train, out, config, shown, processes=processes)
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
@@ -309,7 +311,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     patch = (config.patch or "linear") if "patch" in record else "none"
     return done, HealingFile(
         **{"steps": [], **record},
-        after=_scores(job, done, text.report),
+        after=_pair(record["before"], _scores(job, done, text.report), text.report),
         start=start,
         removed=list(job.removed),
         of=len(find_stack(job.teacher.model)),
@@ -362,11 +364,25 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     """Measure a checkpoint's perplexity, and its KL to the original, on the unseen text."""
     cut = open_cut(job.teacher, job.removed, folder)
     work = Work(job.config.batch_tokens, job.progress)
-    found = quality(job.teacher.model, cut.runnable, report, work)
-    scores = HealedScores(**_figures(found))
+    sums = sample_sums(job.teacher.model, cut.runnable, report, work)
+    found, (_, nll, kl) = quality_of(sums, report), sums.tolist()
+    scores = HealedScores(**_figures(found), nll_sums=nll, kl_sums=kl)
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}
     return scores
+
+
+def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> HealedScores:
+    """Add the errors of the changes from ``before``, paired by sample, to ``after``."""
+    texts: list[tuple[Any, HealedPart]] = [(slice(None), after)]
+    texts += [(rows, after.parts[name]) for name, rows in report.rows_by_part.items()]
+    # Work that an earlier version began has no sums.
+    for rows, scores in texts if before.kl_sums else []:
+        for key in ("kl", "nll"):
+            first, last = (np.array(getattr(m, f"{key}_sums"))[rows] for m in (before, after))
+            _, error = difference(first, last, report.counts[rows])
+            setattr(scores, f"{key}_change_se", without_infinities(error))
+    return after
 
 
 def _figures(found: PairScores) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, CheckpointError, InputError, ModelError
 from isingcut.files.inputs import regular_file, user_path
-from isingcut.files.ownership import foreign_in
+from isingcut.files.ownership import file_sha256, foreign_in
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.models.fit import limit_structure
 from isingcut.models.loading import (
@@ -206,7 +206,7 @@ def gguf_cache() -> Path:
     return user_path(own or f"{HF_ASSETS_CACHE}/isingcut") / "gguf"
 
 
-def convert_file(path: Path) -> Path:
+def convert_file(path: Path, progress: Progress = silent) -> Path:
     """Convert a GGUF file on first use; return the folder, which is named by the content's hash.
 
     Every weight is dequantised to bfloat16, so a cut of a quantised file is a plain checkpoint.
@@ -220,12 +220,10 @@ def convert_file(path: Path) -> Path:
     with path.open("rb") as f:
         if f.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    target = gguf_cache() / digest
+    target = gguf_cache() / file_sha256(path, progress)
     try:
         if not target.is_dir():
-            _convert(path, target)
+            _convert(path, target, progress)
     except InputError as e:
         why = str(getattr(e.__cause__, "strerror", None) or e).lower()
         raise ModelError(
@@ -241,7 +239,7 @@ def convert_file(path: Path) -> Path:
     return target
 
 
-def _convert(path: Path, target: Path) -> None:
+def _convert(path: Path, target: Path, progress: Progress) -> None:
     """Write the converted file to the cache, unless another process has done so meanwhile."""
     _count_numbers(path)
     # One process at a time. The lock deletes the large leftovers of a killed process.
@@ -249,7 +247,7 @@ def _convert(path: Path, target: Path) -> None:
         if not target.is_dir():
             # Overwrite, because a file system may have no locks.
             with atomic_folder(target, overwrite=True) as temporary:
-                unpack_gguf(path, temporary)
+                unpack_gguf(path, temporary, progress)
 
 
 def _count_numbers(path: Path) -> int:
@@ -259,12 +257,23 @@ def _count_numbers(path: Path) -> int:
     return sum(tensor.n_elements for tensor in header.tensors.values())
 
 
-def unpack_gguf(path: Path, folder: Path) -> None:
+def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
     """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
 
     Raises:
         ModelError, CheckpointError: as in `convert_file`.
     """
+    with progress(f"unpacking {path.name}", 2) as bar:
+        model, tokenizer = _load_unpacked(path)
+        bar.advance(1)
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        bar.advance(1)
+
+
+def _load_unpacked(path: Path) -> tuple[Any, Any]:
+    """Load the model of a GGUF file in bfloat16, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -292,6 +301,4 @@ def unpack_gguf(path: Path, folder: Path) -> None:
             delattr(model, trace)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    return model, tokenizer

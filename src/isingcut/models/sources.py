@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import find_object, find_packaged, is_object_name, register_object
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
@@ -52,7 +53,13 @@ _READ_BY_TRANSFORMERS = (
 )
 
 
-def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
+def resolve(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    progress: Progress = silent,
+) -> Path:
     """Resolve a model's name to its local folder (config.json, safetensors, tokenizer).
 
     Args:
@@ -60,13 +67,14 @@ def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True)
             id of the same spelling.
         trust_remote_code: also download the repository's Python files.
         weights: also download the weights.
+        progress: shows the conversion of a GGUF file.
 
     Raises:
         ModelError: the model does not exist, or has no safetensors or config.
         CheckpointError: the config or index is damaged.
     """
     found = locate(name, trust_remote_code=trust_remote_code, weights=weights)
-    return found if found.is_dir() else convert_file(found)
+    return found if found.is_dir() else convert_file(found, progress)
 
 
 def locate(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
@@ -202,7 +210,7 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
-    """Return a hash that identifies a checkpoint, and the number of bytes of its weights.
+    """Return a hash that identifies a checkpoint, and the bytes of its files with weights.
 
     The hash is SHA-256 over the config (without the transformers version) and, of each shard, the
     name, size, safetensors header and first and last MiB. So only a few MiB of a shard are read. A

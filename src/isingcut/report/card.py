@@ -47,6 +47,9 @@ def card_parts(
         ["energy", files.energy],
         ["seed", str(files.run.config.seed)],
     ]
+    if size := provenance.model.weight_bytes:
+        file = " (a GGUF file)" if provenance.model.gguf_sha256 else ""
+        rows.insert(1, ["original weights on disk", f"{size / 1e6:.1f} MB{file}"])
     if (text := provenance.calibration) is not None:
         rows.append(["calibration", describe_source(text.source)])
         rows.append(["calibration tokens, SHA-256", text.sha256])

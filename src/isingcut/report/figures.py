@@ -15,7 +15,7 @@ import numpy as np
 from isingcut.files.healings import HealingFile
 from isingcut.files.states import MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats, states_of
+from isingcut.ising.states import Bools, Floats, states_of
 from isingcut.report.plots import Figure, Plot, Scale, span, whisker, x_span, y_span
 from isingcut.report.rows import CUT_RANKING, Value, kl_of, plus_minus
 from isingcut.report.run_files import RunFiles
@@ -92,17 +92,25 @@ def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
     return {"bars": bars, "ticks": ticks, "log": scale.log, "words": words, "rows": rows}
 
 
+def unmeasured(energy: Hamiltonian) -> Bools:
+    """Return (N, N), true at pairs that a search never removed together; their J is 0."""
+    unknown: Bools = (energy.J == 0) & ("search" in energy.meta)
+    np.fill_diagonal(unknown, False)
+    return unknown
+
+
 def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     """Draw the couplings J_ij as a heat map.
 
     Returns:
-        ``cells``, rows of pairs: CSS class (``p`` above 0, ``d`` the diagonal, else ``n``) and
-        opacity; ``full``, the |J| from which on the colour is full; ``beyond``, the number of
-        pairs above it; ``legend``, values along the colour bar with their opacity; ``strongest``,
-        the pairs of largest |J|, at most 200, as (i, j, text); ``words``, a description.
+        ``cells``, rows of pairs: CSS class (``p`` above 0, ``d`` the diagonal, ``u`` unmeasured,
+        else ``n``) and opacity; ``hatch``, an SVG path over the unmeasured cells; ``full``, the |J|
+        from which on the colour is full; ``beyond``, the number of pairs above it; ``legend``,
+        values along the colour bar with their opacity; ``strongest``, the measured pairs of largest
+        |J|, at most 200, as (i, j, text); ``words``, a description.
     """
-    n, coupling, errors = energy.n, energy.J, energy.J_error
-    rows, columns = np.triu_indices(n, 1)
+    coupling, errors, unknown = energy.J, energy.J_error, unmeasured(energy)
+    rows, columns = np.nonzero(np.triu(~unknown, 1))
     values = coupling[rows, columns]
     full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
     full = full or float(np.abs(values).max(initial=0.0)) or 1.0
@@ -111,6 +119,7 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         return np.minimum(1.0, (np.abs(found) / full) ** ROOT)
 
     kinds = np.where(coupling > 0, "p", "n")
+    kinds[unknown] = "u"
     np.fill_diagonal(kinds, "d")
     shades = opacity(coupling).tolist()
     strongest = []
@@ -122,9 +131,12 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         f"{int((values < 0).sum())} of {len(values)} pairs cost less together than apart (J below "
         f"0), {int((values > 0).sum())} cost more."
     )
+    if missing := int(unknown.sum()) // 2:
+        words += f" {missing} other pairs were never removed together: not measured."
     along = np.linspace(-full, full, 25)
     return {
         "cells": [list(zip(*row, strict=True)) for row in zip(kinds.tolist(), shades, strict=True)],
+        "hatch": "".join(f"M{j} {i + 1}l1-1" for i, j in np.argwhere(unknown).tolist()),
         "full": full,
         "beyond": int((np.abs(values) > full).sum()),
         "legend": list(zip(along.tolist(), opacity(along).tolist(), strict=True)),

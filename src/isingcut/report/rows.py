@@ -29,6 +29,29 @@ CUT_RANKING = f"cut, {RANKING}"
 """Label of the figures of a ranking: exact cuts, measured on the ranking text."""
 
 
+# The studies support these bounds (docs/experiments/). Quantised to 4 to 6 bits, SmolLM2-135M has a
+# KL of 0.06 to 0.09 (frontier.md). Of the right answers above chance are lost, at a KL of
+# - 0.15 to 0.28: a quarter; of 27 word problems solved in steps, 3 to 5 are left (coder.md, M = 4);
+# - 0.4 to 0.6: a fifth to a half (coder.md, M = 7; objectives.md; healing.md, healed);
+# - 0.6 to 1.2: a third to two thirds (objectives.md, 44 states; healing.md, cut);
+# - above: a half to all (objectives.md; healing.md, 9 removed). The generations of both models in
+#   first_hour.md repeat themselves at 0.65 and do not at 0.29.
+BANDS = (
+    (0.1, "expect nearly the same answers"),
+    (0.3, "expect answers of the same kind with more mistakes"),
+    (0.6, "expect fluent text with many mistakes"),
+    (1.2, "expect text that repeats itself and is often wrong: heal it, or cut less"),
+    (math.inf, "text breaks down: cut less, or heal"),
+)
+"""What a model is good for by its KL to the original in nats per token: below each bound, in words.
+"""
+
+
+def judge_kl(kl: float) -> str:
+    """Return in words what to expect of a model with this KL to the original."""
+    return next(words for bound, words in BANDS if kl < bound or bound == math.inf)
+
+
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
     """Format a figure with its standard error, if it has one."""
     return f"{figure:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
@@ -129,7 +152,7 @@ class Row:
     @property
     def last(self) -> str:
         """Name of the final model."""
-        return _final(self.values)
+        return _final(self.values, self.key)
 
     def text(self, model: str) -> str:
         """Format the figure of a model with its error; empty for a model without an entry."""
@@ -144,8 +167,9 @@ class Row:
         return "not measured" if value is None else f"{value.figure:{self.form}}"
 
 
-def _final(models: Mapping[str, Any]) -> str:
-    return [name for name in models if name != "gguf"][-1]
+def _final(models: Mapping[str, Any], key: str) -> str:
+    # A GGUF file was given, so the cut GGUF file is compared with it. The checkpoint is unpacked.
+    return [name for name in models if name != "gguf" or key == "bytes"][-1]
 
 
 # Key, label, unit, format, and the value of one unit.
@@ -201,7 +225,7 @@ def _collect(
             **dict(found.after),
             "kl": found.kl,
             "kl_se": found.kl_se,
-            "change_se": found.nll_change_se,
+            "nll_change_se": found.nll_change_se,
         },
         **({} if packed is None else {"gguf": dict(packed)}),
     }
@@ -261,8 +285,8 @@ def _row(
     *,
     first: str = "original",
 ) -> Row:
-    """Make a row; it has a difference to the final model only if ``first`` is ``original``."""
-    final = _final(models)
+    """Make a row, with the difference from the model ``first`` to the final one if it is known."""
+    final = _final(models, key)
     values = {
         name: _value(found, key, scale)
         for name, found in models.items()
@@ -271,11 +295,14 @@ def _row(
     a, b = values[first], values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    difference, error = None, models[final].get("change_se")
+    difference, notes = None, list[str]()
+    error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
-        # Both models were compared with the original, and not with each other sample by sample.
-        return Row(key, label, unit, form, values)
-    if key == "nll":
+        if error is None:
+            return Row(key, label, unit, form, values)
+        natural = math.log(b.figure / a.figure) if key == "perplexity" else b.figure - a.figure
+        notes = ["within the noise"] * (abs(natural) <= 2 * error)
+    if key in ("nll", "kl") and a.figure:
         difference = Difference(b.figure - a.figure, error=error)
     elif a.figure:
         ratio = b.figure / a.figure
@@ -285,7 +312,7 @@ def _row(
             spread = math.hypot(a.error / a.figure, b.error / b.figure)
         error = None if spread is None else 100 * ratio * spread
         difference = Difference(100 * (ratio - 1), percent=True, error=error)
-    return Row(key, label, unit, form, values, difference)
+    return Row(key, label, unit, form, values, difference, notes)
 
 
 def _value(found: Figures, key: str, scale: float) -> Value | None:
@@ -317,7 +344,7 @@ def benchmark_rows(found: evaluations.BenchmarksFile, *, last: str = "cut") -> l
         whole = max(1.0, *(v.figure for v in values.values()))
         rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
     if (text := found.wikitext2) is not None:
-        cut = {**dict(text.cut), "change_se": text.nll_change_se}
+        cut = {**dict(text.cut), "nll_change_se": text.nll_change_se}
         models = {"original": dict(text.original), last: cut}
         row = _row("perplexity", "WikiText-2", "", ".2f", 1.0, models)
         notes = ["perplexity", f"{text.tokens} tokens", f"KL {text.kl:.4f} nats/token"]

@@ -212,10 +212,15 @@ class RunFiles:
 
     @property
     def verdict(self) -> str:
-        """Text on size, speed, quality, budget and the next step; empty before a choice."""
+        """The sentences of the `verdict` as one text; empty before a choice."""
+        return " ".join(self.judgement)
+
+    @property
+    def judgement(self) -> list[str]:
+        """Sentences on quality, size, speed, budget and the next step; none before a choice."""
         if self.removed is not None:
-            return words.sentence("verdict", self)
-        return "" if self.packing is None else words.sentence("packing_words", self)
+            return words.paragraphs("verdict", self)
+        return [] if self.packing is None else words.paragraphs("packing_words", self)
 
     @property
     def last(self) -> str:

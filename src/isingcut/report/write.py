@@ -169,6 +169,8 @@ def _terms(energy: Hamiltonian | None) -> dict[str, Any]:
         return {"unit": "", **dict.fromkeys(("c", "h", "hError", "J", "JError"))}
     errors = {"hError": _short(energy.h_error, 2), "JError": _short(energy.J_error, 2)}
     terms = {"c": energy.c, "h": _short(energy.h), "J": _short(energy.J)}
+    for i, j in np.argwhere(figures.unmeasured(energy)).tolist():
+        terms["J"][i][j] = None
     return {"unit": energy.unit, **terms, **errors}
 
 

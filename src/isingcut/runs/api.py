@@ -329,7 +329,7 @@ def prune(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
-    progress: Progress | bool = False,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Run:
     """Measure the energy of a model's blocks, solve for the best removals, measure and choose.
@@ -343,7 +343,7 @@ def prune(
         tokenizer: the tokenizer of a loaded model.
         out: the run folder; finished results there are reused. By default, a temporary folder
             that is deleted with the returned object.
-        progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`.
+        progress: as in `run`.
         options: every other field of `RunConfig`; ``calibration`` may be a list of texts too.
 
     Returns:
@@ -403,7 +403,7 @@ def open_run(
     remove: int | str | None = None,
     *,
     model: str | Path | None = None,
-    progress: Progress | bool = False,
+    progress: Progress | bool | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Run:
@@ -413,7 +413,7 @@ def open_run(
         folder: the run folder.
         remove: one of its removals; by default the one it was made for.
         model: the current name or path of its model; by default the old one.
-        progress: as in `prune`.
+        progress: as in `run`.
         overwrite: allow replacing outputs made with other options.
         trust_remote_code: allow the model's own code to run; a run folder never stores this.
 

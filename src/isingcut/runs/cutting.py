@@ -133,7 +133,9 @@ def _write_exact(
     loads_with = find_loading_class(session.source, trust_remote_code=trust)
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp)
-    proof = verify(session.loaded.runnable, blocks, out, trust_remote_code=trust)
+    proof = verify(
+        session.loaded.runnable, blocks, out, trust_remote_code=trust, progress=session.progress
+    )
     mtp = count_mtp_layers(session.source)
     further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
     return cuts.CutRecord(
@@ -155,7 +157,8 @@ def check_gguf(session: Session, folder: RunFolder, source: Path) -> None:
     header = read_gguf(source)
     header.check_blocks()
     # The run's own source file needs no comparison; another quantisation of it does.
-    if folder.run.provenance.model.gguf_sha256 != ownership.file_sha256(source):
+    digest = ownership.file_sha256(source, session.progress)
+    if folder.run.provenance.model.gguf_sha256 != digest:
         gguf.check_same_model(header, session.source)
 
 
@@ -187,7 +190,7 @@ def make_gguf(
     made = folder.find_finished(out)
     if source is None and made and made.is_of(read):
         return out  # also if it was made from another GGUF file
-    options["source"] = ownership.file_sha256(found)
+    options["source"] = ownership.file_sha256(found, session.progress)
     packed = folder.run.blocks.packed if session.config.budget.packed else None
     if packed is not None:
         options["type"] = packed.type
@@ -196,7 +199,8 @@ def make_gguf(
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
         drop, kind = session.config.drop_mtp, packed.type if packed else None
-        gguf.cut_gguf(found, removed, path, drop_mtp=drop, changed=changed, packed=kind)
+        how: Any = {"changed": changed, "packed": kind, "progress": session.progress}
+        gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
 
     ownership.refuse_source(out, [found])
     try:

@@ -93,6 +93,7 @@ def evaluate(
             elsewhere=elsewhere,
             skip_speed=skip,
         ).model_copy(update=further)
+        found.before.bytes = session.identity.weight_bytes
         if not session.streaming and not cut.streamed:
             _add_drafts(session, found, cut, tokens)
         if not cut.streamed and not skip:
@@ -193,6 +194,7 @@ def evaluate_checkpoint(
             work=session.work(),
             skip_speed=config.skip_speed or packed,
         )
+        found.before.bytes = session.identity.weight_bytes
         if packed:
             found.after.bytes = checkpoint.stat().st_size
         else:
@@ -254,7 +256,7 @@ def score_gguf(
     if not fits(gguf.with_name("model"), torch.float32):
         raise ModelError("it does not fit the host's memory together with the original")
     with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
-        unpack_gguf(gguf, Path(aside))
+        unpack_gguf(gguf, Path(aside), session.progress)
         judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
         scores = dict(_score_texts(judge, tokens, elsewhere))
     return evaluations.PackedScores(**scores, bytes=gguf.stat().st_size)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import places_in
 from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsError, StageFileError
 from isingcut.files import documents, ownership, results, runs, writing
@@ -64,6 +65,7 @@ class RunFolder:
         make_room: frees memory after a stage ran out of it; returns whether it could.
         memory_record: returns the entries about memory for a stage's record.
         check_model: raises if the model's weights changed since a session opened it.
+        progress: shows the hashing of large files.
     """
 
     def __init__(self, path: Path, run: runs.RunFile, *, overwrite: bool = False) -> None:
@@ -73,6 +75,7 @@ class RunFolder:
         self.make_room: Callable[[], bool] = lambda: False
         self.memory_record: Callable[[], dict[str, Any]] = dict
         self.check_model: Callable[[], None] = lambda: None
+        self.progress: Progress = silent
 
     @classmethod
     def create_or_open(
@@ -232,7 +235,7 @@ class RunFolder:
         Raises:
             StageFileError: this run did not write it, or it was changed later.
         """
-        ownership.check_recorded(self.find_record(file), file)
+        ownership.check_recorded(self.find_record(file), file, self.progress)
 
     def load(self, file: Path, read: Callable[[Path], T]) -> T:
         """Read the file or folder of a finished stage, after `check`.
@@ -338,7 +341,7 @@ class RunFolder:
                 fits = [wanted, *map(self._fingerprint, completes)]
                 if record.fingerprint not in fits and not self.overwrite:
                     raise _changed_error(file, _list_changes(record.options.content(), options))
-                changed = ownership.find_change_since(file, record)
+                changed = ownership.find_change_since(file, record, self.progress)
                 if changed is not None:
                     raise OutputExistsError(
                         f"{file} is not replaced: {changed} after the run wrote it; --overwrite "
@@ -364,7 +367,10 @@ class RunFolder:
                 self._give_up(key, file, record, refused=isinstance(e, IsingcutError))
                 raise
             seconds = round(time.monotonic() - began, 3)
-            sha256 = ownership.folder_hash(file) if file.is_dir() else ownership.file_sha256(file)
+            if file.is_dir():
+                sha256 = ownership.folder_hash(file)
+            else:
+                sha256 = ownership.file_sha256(file, self.progress)
             done = {"done": True, "seconds": seconds, "sha256": sha256}
             self.run.stages[key] = begun.model_copy(update=done | self.memory_record())
             self.save()

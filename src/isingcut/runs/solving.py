@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isingcut.console.progress import Progress, show_time, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
@@ -205,7 +206,7 @@ def describe_blocks(
     )
 
 
-def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
+def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Spectrum:
     """Run stage `solve`: write `spectrum.json` of one removal, from the Hamiltonian's file."""
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
@@ -221,7 +222,9 @@ def solve(folder: RunFolder, config: RunConfig) -> Spectrum:
                 f"the options of {folder.path} have --solver {config.solver}, which imports "
                 f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
-        spectrum = find(problem, config.solver, config.states, **_solver_options(config))
+        with show_time(progress, f"solving for {config.removal}", config.solve_seconds) as bar:
+            spectrum = find(problem, config.solver, config.states, **_solver_options(config))
+            bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
         spectrum.save(path)
 
     target = folder.target(config.removal)

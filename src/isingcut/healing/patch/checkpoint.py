@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
 from isingcut.files.cuts import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
@@ -69,7 +70,7 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
     with apply_patches(job.teacher.replay.blocks, stored):
-        proof = verify(original, job.removed, out, trust_remote_code=trust)
+        proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
     return PatchRecord(
         maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
@@ -189,9 +190,10 @@ def tune(
     adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     adjacent = sorted(set(adjacent) - set(removed))
     # Not inference mode, because the recording takes part in the backward pass.
-    with torch.no_grad():
-        found = train.read(replay, adjacent, removed)
-        validation.read(replay, adjacent, removed)
+    batches = len(train.batches) + len(validation.batches)
+    with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
+        found = train.read(replay, adjacent, removed, bar)
+        validation.read(replay, adjacent, removed, bar)
     fitted = {(p.block, p.path): p for p in patches}
     # A tuned float8 layer would be stored as bfloat16, so tune it only if it is patched already.
     found = [
@@ -316,7 +318,7 @@ class _Text:
         return sum(batch.tokens for batch in self.batches)
 
     def read(
-        self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int]
+        self, replay: Replay, adjacent: Sequence[int], removed: Sequence[int], bar: Bar
     ) -> list[tuple[int, str, Any, bool]]:
         """Run the original, and record the data that is constant during tuning.
 
@@ -338,6 +340,7 @@ class _Text:
             self.calls.append(call)
             self.entered.append(entered)
             self.left.append(stream)
+            bar.advance(1)
         return found
 
     def part(self, at: int, parts: int) -> list[int]:

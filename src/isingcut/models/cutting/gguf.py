@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
 from isingcut.models.architectures.cuts import renumber_blocks
@@ -228,6 +229,7 @@ def cut_gguf(
     drop_mtp: bool = False,
     changed: Mapping[str, Changed] | None = None,
     packed: str | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Write the GGUF file ``source`` without the blocks ``removed`` to the file ``out``.
 
@@ -239,6 +241,7 @@ def cut_gguf(
         changed: tensors with new values, by their names in ``source``; packed as Q8_0 unless
             their type is finer.
         packed: type of all tensors, changed ones too, by `packed_type`; None: as they are.
+        progress: shows the tensors as they are written.
 
     Raises:
         ArchitectureError: llama.cpp would compute something else from the renumbered blocks.
@@ -300,7 +303,7 @@ def cut_gguf(
                 dtype = np.dtype(np.uint8)
             kept.append((tensor, new, kind))
             writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
-        with contextlib.closing(writer):
+        with contextlib.closing(writer), progress(f"writing {out.name}", len(kept)) as bar:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -312,6 +315,7 @@ def cut_gguf(
                     plain = gguf.quants.dequantize(data, tensor.tensor_type)
                     data = gguf.quants.quantize(plain, kind)
                 writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+                bar.advance(1)
 
 
 def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:

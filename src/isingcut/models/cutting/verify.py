@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.files.cuts import CutProof
 from isingcut.memory import raise_if_exhausted
@@ -267,6 +268,7 @@ def verify(
     new_tokens: int = 16,
     images: Callable[..., ImageInputs] = process_images,
     trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> CutProof:
     """Reload ``out`` with plain transformers and compare it with the original, blocks skipped.
 
@@ -282,6 +284,7 @@ def verify(
             streamed cut continues one.
         images: function that makes prompts with images, for a model that takes them.
         trust_remote_code: as in ``from_pretrained``.
+        progress: shows the comparisons.
 
     Raises:
         VerificationError: the checkpoint does not load, or computes something else.
@@ -291,9 +294,6 @@ def verify(
     model: Any = source.model if isinstance(source, StreamedReplay) else source
     model.eval()
     prompts = tokens = random_tokens(model, 2, _LENGTH)
-    cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
-    if streamed:
-        prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
     allowed = tolerance(model.dtype)
 
     def compare(kind: str, logits: Callable[[Any], torch.Tensor]) -> float:
@@ -333,8 +333,15 @@ def verify(
         remarks.append(
             f"the text was given to the {type(inner).__name__} inside the {type(model).__name__}"
         )
-    difference = compare("text", on_text)
-    check_generation(language_model(cut), prompts, new_tokens, str(out), generate)
+    with progress("verifying the checkpoint", 3) as bar:
+        cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
+        if streamed:
+            prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
+        bar.advance(1)
+        difference = compare("text", on_text)
+        bar.advance(1)
+        check_generation(language_model(cut), prompts, new_tokens, str(out), generate)
+        bar.advance(1)
     # A model that takes images.
     if not parameters(model.forward).isdisjoint(_PIXELS):
         try:

@@ -53,6 +53,7 @@
     J(i, j) {
       if (i === j) return describe.h(i);
       const value = data.J[i][j];
+      if (value === null) return `blocks ${i} and ${j}\nnot measured together`;
       const words = value < 0 ? "less than the two apart" : "more than the two apart";
       const sure = error(data.JError && data.JError[i][j]);
       return `blocks ${i} and ${j}\nJ = ${round(value)}${sure} ${data.unit}\ntogether they cost ${words}`;
