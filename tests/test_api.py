@@ -139,6 +139,20 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
         further.save(healed)
 
 
+def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    text = {"calibration": "my-text.txt", "out": "moved-run"}
+    made = isingcut.prune("my-model", remove=3, **text, **OPTIONS)
+    opened = isingcut.open_run("my-run"), isingcut.open_run("my-run", model="my-model")
+    monkeypatch.chdir(tmp_path)
+    for run in (made, *opened):
+        assert run.chosen in run.candidates
+        assert run.report().is_file()
+        assert run.at(2).spectrum.proven
+        saved = run.save(f"saved-{len(list(tmp_path.iterdir()))}", blocks=[1, 4])
+        assert (tmp_path / saved / "config.json").is_file()
+
+
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -229,6 +243,7 @@ def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
             lambda: run.save("new", blocks=5),
             lambda: run.save("new", blocks=[]),
             lambda: run.save("new", blocks=["1"]),
+            lambda: run.save("new", blocks=[True]),
             lambda: run.save("new", blocks=[-1, 2]),
         ),
         "either a RunConfig or options by name": (lambda: isingcut.run("my-model"),),

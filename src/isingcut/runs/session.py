@@ -103,7 +103,8 @@ class Session:
     @cached_property
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
-        found = resolve(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        trust = self.config.trust_remote_code
+        found = resolve(self.config.model, trust_remote_code=trust).absolute()
         self._stamp = weights_stamp(found)
         return found
 
