@@ -101,7 +101,8 @@ BLANK = "line 1: expected '_' and then text in 'context'"
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
-    ("no task", evaluate(","), "need benchmarks", asked(GOOD)),
+    ("no task", evaluate(","), "--tasks is empty", asked(GOOD)),
+    ("data alone", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
     ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),
