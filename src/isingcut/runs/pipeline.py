@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
 from isingcut.data import corpora
 from isingcut.errors import ArchitectureError, InputError, ModelError, StageFileError
@@ -22,6 +23,7 @@ from isingcut.files.states import CandidatesFile
 from isingcut.ising.solvers import registry as solvers
 from isingcut.memory import convert_memory_errors
 from isingcut.models.inspect import inspect_model
+from isingcut.models.load import explain_unused
 from isingcut.models.processes import ALONE, Processes
 from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig
@@ -270,6 +272,8 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
     if found.refusal:
         raise ArchitectureError(found.refusal)
+    if found.unused:
+        say(f"isingcut: warning: {explain_unused(found.unused)}")
     if needed or config.removal:
         blocks = solving.describe_blocks(found.stack, found.rows, found.parameters, 0)
         if len(config.remove.counts) > 1:
