@@ -5,10 +5,14 @@ import functools
 import gc
 import inspect
 import os
+import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import isingcut
@@ -20,6 +24,7 @@ from isingcut.models.load import load_tokenizer
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
 from shared import leave_speed_out, write_words
+from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -151,6 +156,27 @@ def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_p
         assert run.at(2).spectrum.proven
         saved = run.save(f"saved-{len(list(tmp_path.iterdir()))}", blocks=[1, 4])
         assert (tmp_path / saved / "config.json").is_file()
+
+
+def test_tensors_that_no_module_uses_are_left_out_with_a_warning(place, tmp_path, capsys):
+    model = Path(shutil.copytree(place / "my-model", tmp_path / "rewarded"))
+    with edit_tensors(model) as tensors:
+        tensors |= {"v_head.weight": torch.ones(1, 8), "v_head.bias": torch.ones(1)}
+    few = {
+        **OPTIONS,
+        "patch": "none",
+        "random_states": 0,
+        "calibration": str(place / "my-text.txt"),
+    }
+    run = isingcut.prune(str(model), remove=1, **few)
+    words = (
+        "the cut has no v_head.bias, v_head.weight: the model's class does not use these tensors"
+    )
+    assert capsys.readouterr().err.startswith(f"isingcut: warning: {words}")
+    saved = run.save(tmp_path / "saved", blocks=[1])
+    assert "v_head.weight" not in load_file(saved / "model.safetensors")
+    (remark,) = read_document(saved / "isingcut.json", CutRecord).proof.remarks
+    assert remark.startswith(words)
 
 
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):

@@ -54,6 +54,16 @@ BENCHMARKS = [
         ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
         ("many choices", CHOICES, {"choices": ["x"] * 1000}),
         ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),
+        (
+            "half a character",
+            r"line 3: expected a text 'context', got '.ud800', a lone surrogate",
+            {"context": "a\ud800"},
+        ),
+        (
+            "half a choice",
+            r"line 3: expected 'choices' without '.udc01', a lone surrogate",
+            {"choices": ["one", "\udc01"]},
+        ),
         ("a number as context", "line 3: expected a text 'context', got 7", {"context": 7}),
     )
 ]
