@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -458,12 +459,14 @@ def push(
         "folder": str(checkpoint),
         "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
+        "records": interop_hub.read_records(files),
     }
     if dry_run:
         whole = sum(sizes.values())
         shown = [
             *card.data.to_yaml().splitlines(),
             *(f"{name}: {decimal(size)}" for name, size in sizes.items()),
+            *json.dumps(data["records"], indent=1).splitlines(),
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])

@@ -34,7 +34,7 @@ from isingcut.data.mixture import (
 )
 from isingcut.data.text_files import Record, clear_errors, read_text
 from isingcut.errors import CalibrationError, IsingcutError, ModelError, first_line
-from isingcut.files.inputs import user_path
+from isingcut.files.inputs import find_surrogate, user_path
 from isingcut.files.ownership import edges_sha256, file_sha256
 
 if TYPE_CHECKING:
@@ -264,13 +264,10 @@ def _records_corpus(
                 raise CalibrationError(
                     f"{place}: 'text' must be a string, found {type(value).__name__}"
                 )
-            try:
-                value.encode()
-            except UnicodeEncodeError as e:
+            if half := find_surrogate(value):
                 raise CalibrationError(
-                    f"{place} contains {value[e.start]!a}, a lone surrogate (half of a character), "
-                    "which no tokenizer accepts; repair or remove it"
-                ) from e
+                    f"{place} contains {half}, which no tokenizer accepts; repair or remove it"
+                )
             if is_new(value, seen):
                 yield value
 

@@ -196,8 +196,11 @@ class RunConfig(Options):
         "Benchmarks for both models, comma-separated: lm-evaluation-harness tasks, with --data "
         "the tasks that isingcut ships, or your own .jsonl files of questions.",
         "rank",
+        filled=True,
     )
-    data: Place = option("", "Folder with the questions of --tasks (default: the hub).", "rank")
+    data: Place = option(
+        "", "Folder with the questions of --tasks (default: the hub).", "rank", filled=True
+    )
     questions: Count | None = option(None, "Most questions per task (default: all).", "rank")
 
     patch: Patch = option(

@@ -39,9 +39,9 @@ from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import count_mtp_layers
+from isingcut.models.fit import Checkpoint, count_mtp_layers
 from isingcut.models.gguf_files import read_gguf
-from isingcut.models.load import find_loading_class
+from isingcut.models.load import explain_unused, find_loading_class, find_unused
 from isingcut.models.sources import find_gguf
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -132,10 +132,13 @@ def _write_exact(
     trust = config.trust_remote_code
     loads_with = find_loading_class(session.source, trust_remote_code=trust)
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
-    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp)
+    unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
+    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
     proof = verify(
         session.loaded.runnable, blocks, out, trust_remote_code=trust, progress=session.progress
     )
+    if unused:
+        proof.remarks.append(explain_unused(unused))
     mtp = count_mtp_layers(session.source)
     further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
     return cuts.CutRecord(
