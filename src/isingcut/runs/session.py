@@ -118,9 +118,9 @@ class Session:
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
         trust = self.config.trust_remote_code
-        found = resolve(
-            self.config.model, trust_remote_code=trust, progress=self.progress
-        ).absolute()
+        place = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
+        # A later change of the working folder must not move it.
+        found = place.absolute()
         self._stamp = weights_stamp(found)
         return found
 
