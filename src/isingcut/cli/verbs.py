@@ -115,7 +115,8 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     folder = pipeline.energy(collect(RunConfig, config, options), progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
-    warnings = words.overlap_warnings(text.overlap if text else {})
+    assert text is not None
+    warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
@@ -211,7 +212,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", "drop_mtp", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "patch_share", "drop_mtp", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -355,7 +356,7 @@ def evaluate(
         if rows is not None:
             show.show_benchmarks(rows, target / "benchmarks.json", last=found.last or "cut")
 
-    warnings = words.patch_warnings(found)
+    warnings = [*words.paragraphs("harm_words", found), *words.patch_warnings(found)]
     return Output(output, show_all, brief=f"{found.kl:.4f}", warnings=warnings)
 
 

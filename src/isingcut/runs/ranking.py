@@ -28,6 +28,7 @@ from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
+from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
@@ -55,7 +56,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         "also": sorted(others),
     }
     if tokens := trial_tokens(config):
-        options |= {"patch_tokens": tokens, "patch": config.patch}
+        options |= {"patch_tokens": tokens, "patch": config.patch, **share_options(config)}
     benchmarking.check_run_tasks(config)
     benchmarking.check_whole(session)
     if config.choose == "tasks":
