@@ -23,9 +23,9 @@ import numpy as np
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.healing_text import to_fit
+from isingcut.data.tokens import TokenSet
 from isingcut.healing.job import Job, difference
 from isingcut.healing.patch.checkpoint import make_patches
-from isingcut.data.tokens import TokenSet
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -112,14 +112,18 @@ class Narrow(ModelStudy):
 
     @staticmethod
     def show(content: Content) -> dict[str, Any]:
-        print("text, share of the default text, tokens fitted on; KL as cut -> patched, own, unlike")
+        print(
+            "text, share of the default text, tokens fitted on; KL as cut -> patched, own, unlike"
+        )
         figures: dict[str, Any] = {}
         changes: dict[str, list[float]] = {}
         for row in content["rows"]:
             share, line = f"{100 * row['share']:.0f}", f"{row['text']:<10}{row['share']:>6.2f}"
             line += f"{row['fitted']['tokens']:>8,}"
             for name in ("own", "unlike"):
-                cut, patched, counts = (np.array(row[name][k]) for k in ("cut", "patched", "counts"))
+                cut, patched, counts = (
+                    np.array(row[name][k]) for k in ("cut", "patched", "counts")
+                )
                 change, error = difference(cut, patched, counts)
                 changes.setdefault(f"{name}_kl_change_{share}", []).append(change)
                 line += f"  {cut.sum() / counts.sum():.3f} -> {patched.sum() / counts.sum():.3f}"

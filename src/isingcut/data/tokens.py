@@ -327,9 +327,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 _SIZES = (32, 16, 8)
 
 
-def overlap(
-    tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] = _SIZES
-) -> float:
+def overlap(tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] = _SIZES) -> float:
     """Return the share of a split's n-grams that are in another split too; 0 for short samples.
 
     A passage in several splits makes results on the later splits too good. Equal documents are

@@ -21,13 +21,11 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
-from isingcut.ising.states import Floats
 from isingcut.measure.losses import difference
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import pick_device

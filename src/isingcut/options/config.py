@@ -207,7 +207,7 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         65536, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
-    patch_share: Annotated[float, Bounds(ge=0, lt=1)] = option(
+    patch_share: Annotated[float, Bounds(ge=0, le=1)] = option(
         0.5,
         "Share of --patch-tokens from the default text, if --calibration is of other text only: "
         "it keeps the patch from harming other text (0: your text alone).",

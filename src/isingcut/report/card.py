@@ -121,7 +121,11 @@ def mark_harm(card: str, evaluation: EvaluationFile) -> str:
     words = sentence("harm_words", evaluation)
     marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
     return re.sub(
-        rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", lambda m: m[1] + marked, card, 1, re.MULTILINE
+        rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?",
+        lambda m: m[1] + marked,
+        card,
+        count=1,
+        flags=re.MULTILINE,
     )
 
 

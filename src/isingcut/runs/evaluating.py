@@ -310,9 +310,7 @@ def _measure_exact_cut(session: Session, removed: Sequence[int], tokens: TokenSe
     )
 
 
-def _score_exact_cut(
-    measured: Measurement, tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
+def _score_exact_cut(measured: Measurement, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
     """Return the scores of an exact cut, as `_score_cut`."""
     losses = {"": measured.losses(0)}
     losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
