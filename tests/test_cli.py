@@ -476,11 +476,9 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
     assert f'id="verdict">{words}' in (run / "report.html").read_text(encoding="utf-8")
     monkeypatch.undo()
     assert call("evaluate", run, "--overwrite", "--skip-speed") == 0
-    part = read_document(run / "evaluation.json", EvaluationFile).elsewhere["manual"]
-    above = (
-        part.kl - read_document(run / "evaluation.json", EvaluationFile).cut.elsewhere["manual"].kl
-    )
-    assert part.kl_above_cut == pytest.approx(above, abs=1e-6)
+    found = read_document(run / "evaluation.json", EvaluationFile)
+    part, cut = found.elsewhere["manual"], found.cut.elsewhere["manual"]
+    assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
     assert (run / "model" / "README.md").read_text(encoding="utf-8") == plain
 
 

@@ -24,10 +24,10 @@ from isingcut.data.calibration import Calibration, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.healing_text import to_fit
 from isingcut.data.tokens import TokenSet
-from isingcut.healing.job import Job, difference
+from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import make_patches
 from isingcut.ising.states import Floats, states_of
-from isingcut.measure.losses import measure
+from isingcut.measure.losses import difference, measure
 from isingcut.measure.packed import changed_losses
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.options.config import HealConfig, RunConfig

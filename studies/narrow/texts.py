@@ -42,15 +42,18 @@ THING = (
     "public record,ferry,levy,orchard,quarry"
 )
 LAW = (
-    "A person who owns a {thing} shall notify the {office} in writing within {n} days of any change.|"
-    "The {office} may revoke a permit for a {thing} if the holder fails to comply with section {n}.|"
+    "A person who owns a {thing} shall notify the {office} in writing within {n} days of "
+    "any change.|"
+    "The {office} may revoke a permit for a {thing} if the holder fails to comply with "
+    "section {n}.|"
     "No {thing} may be let, sold or pledged without the consent of the {office}.|"
     "Subject to subsection ({few}), an appeal lies to the {office} and suspends the decision.|"
     "In this Part, “{thing}” includes any structure used wholly or mainly for the same purpose.|"
     "Whoever wilfully damages a {thing} is liable to a fine not exceeding {hot} crowns.|"
     "The {office} shall publish the fees for each {thing} before the first day of the year.|"
     "Nothing in this section affects a right acquired before its commencement.|"
-    "A notice under subsection ({few}) must state the reasons and the date on which it takes effect."
+    "A notice under subsection ({few}) must state the reasons and the date on which "
+    "it takes effect."
 )
 PERSON = "anna,ben,chidi,dora,emil,fatima,greta,hugo"
 PART = (

@@ -120,13 +120,8 @@ def mark_harm(card: str, evaluation: EvaluationFile) -> str:
     """
     words = sentence("harm_words", evaluation)
     marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
-    return re.sub(
-        rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?",
-        lambda m: m[1] + marked,
-        card,
-        count=1,
-        flags=re.MULTILINE,
-    )
+    begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
+    return begin.sub(lambda found: found[1] + marked, card, count=1)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:
