@@ -145,11 +145,11 @@ def test_a_run_warns_of_text_that_its_splits_share(leaking, llama, tmp_path, no_
 
 
 def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, capsys):
-    rows = [f"Step {i}: stir the pot number {7 * i % 91} and then wait." for i in range(300)]
+    rows = [f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)]
     file = write_jsonl(tmp_path / "recipes.jsonl", [{"text": row} for row in rows])
     # The tiny models have 262 tokens.
     monkeypatch.setattr(calibration, "_BYTES", 100)
-    options = ["--calibration", file, "--energy", "fisher", "--length", 24, "--samples", 9]
+    options = ["--calibration", file, "--energy", "fisher", "--length", 64, "--samples", 9]
     options += ["--rank-samples", 4, "--report-samples", 4, "--quiet", "--out", tmp_path / "run"]
     assert call("energy", llama, *options) == 0
     found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
