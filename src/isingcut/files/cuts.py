@@ -57,11 +57,19 @@ class CutProof(Strict):
 
 
 class FittedText(Strict):
-    """The text that a patch was fitted on."""
+    """The text that a patch was fitted on.
+
+    Attributes:
+        searched: samples that the energy was measured on.
+        mixed: tokens of the default text, added to a text of the user's.
+        unmixed: reason why none was added although an option requests it.
+    """
 
     source: str
     samples: Count
     searched: Count
+    mixed: Count = 0
+    unmixed: str = ""
     tokens: Count
     requested: Count
     short: str

@@ -212,6 +212,11 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         65536, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
+    patch_share: Annotated[float, Bounds(ge=0, le=1)] = option(
+        0.5,
+        "Share of --patch-tokens from the default text, if --calibration is of other text only: "
+        "it keeps the patch from harming other text (0: your text alone).",
+    )
     heal: spellings.Training = option(
         spellings.Training(),
         "Then distil the original into the cut model: for a time (10min), a number of tokens "
