@@ -2,9 +2,9 @@
 
 Only second moments are kept, in float64, so memory does not grow with the number of tokens.
 Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
-Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; in host memory if they do
-not fit the device. With at most F / 2 rows, the rows themselves are kept: the solution is the same
-and costs n^2 F for each strength.
+Memory: four (F, F) and three (D, F) matrices, 8 GB for a layer with F = 14,336 inputs and D = 4,096
+outputs; in host memory if they do not fit the device. With at most F / 2 rows, the rows themselves
+are kept: the solution is the same, costs n^2 F for each strength, and takes less memory.
 """
 
 from __future__ import annotations
@@ -100,9 +100,19 @@ class Rows(Moments):
         return torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
 
 
-def bytes_of(features: int) -> int:
-    """Return the bytes of a fit: second moments of both sets of rows, and one factorisation."""
-    return 3 * 8 * features**2
+def bytes_of(features: int, targets: int, rows: int = 0) -> int:
+    """Return the bytes of a fit at its peak, float64.
+
+    That is at the solution: second moments of both sets of rows, the matrix of one strength, and
+    the copies that torch makes of its factor and of the right side. With many rows at a time, it is
+    when they are added: their features and targets, plain and weighted.
+
+    Args:
+        rows: largest number of rows that are added at a time.
+    """
+    solving = 4 * features**2 + 3 * targets * features
+    adding = 2 * (features + targets) * (features + rows)
+    return 8 * max(solving, adding)
 
 
 @dataclass(frozen=True)
