@@ -1,9 +1,13 @@
-"""Record the call sites in isingcut that issue torch operations, and those that did on a fake card.
+"""Run everything that computes on fake cards, and find the code that never computed on one.
 
-A site is a line of the innermost frame in `isingcut`, with its function. Sites of blocks that
-transformers runs are thus the lines that call them. Reads of attributes (shape, device) are no
-operations. `make test` records the sites of its tests in the folder `SITES`; `make cards` compares
-with them what it ran on fake cards (`tests/card_paths.py`).
+    make test && make cards
+
+The paths are in `tests/card_paths.py`. A site is a line of isingcut that issues a torch operation:
+the innermost frame in the package, so that what transformers computes counts for the line that
+called it. `make test` records the sites of all tests. The coverage is the share of these sites that
+computed on a card; sites that work on the host by design are left out (`HOST`). Reads of attributes
+(shape, device) are no operations. Subprocesses that a test starts by a command are not recorded.
+Ends with one line `name: value` per figure, and fails if a path failed or the coverage is too low.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ import contextlib
 import json
 import linecache
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -27,8 +33,13 @@ import isingcut
 ROOT = str(Path(isingcut.__file__).parent) + os.sep
 FOLDER = "CARD_SITES"
 """The environment variable with the folder for the records of all processes."""
-Site = tuple[str, int, str]
-"""File, line and function."""
+PLACE = Path("card-sites")
+LEAST = 95.0
+HOST: dict[str, str] = {
+    "data/": "texts and tokens are on the host until a model reads them",
+    "testing/": "makes and checks tiny models",
+}
+"""Files and functions that compute on the host by design, by the start of ``file:function``."""
 
 
 class Recorder(TorchFunctionMode):
@@ -40,7 +51,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[Site, bool] = {}
+        self.seen: dict[tuple[str, int, str], bool] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -88,10 +99,48 @@ def record() -> Iterator[None]:
         (place / f"{os.getpid()}.json").write_text(json.dumps(found))
 
 
-def load(folder: Path) -> dict[Site, bool]:
-    """Return the sites of all records in a folder; true if one was seen on a card."""
-    found: dict[Site, bool] = {}
+def load(folder: Path) -> dict[tuple[str, str, str], bool]:
+    """Return file, function and text of the recorded sites; true if one was seen on a card."""
+    found: dict[tuple[str, str, str], bool] = {}
     for file in folder.glob("*.json"):
-        for *site, card in json.loads(file.read_text()):
-            found[tuple(site)] = found.get(tuple(site), False) or card
+        for name, function, text, card in json.loads(file.read_text()):
+            site = name, function, text
+            found[site] = found.get(site, False) or card
     return found
+
+
+class Failures:
+    """A plugin of pytest that counts the paths and those that failed."""
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        ended = {k: len(terminalreporter.stats.get(k, ())) for k in ("passed", "failed", "error")}
+        self.failed = ended["failed"] + ended["error"]
+        self.total = ended["passed"] + self.failed
+
+
+def main() -> int:
+    """Run all paths, print the sites that no path reached, and return the exit code."""
+    known, failures = load(PLACE / "tests"), Failures()
+    if not known:
+        print(f"{PLACE} has no records of the tests; type: make test")
+        return 2
+    os.environ[FOLDER] = str(PLACE / "cards")
+    shutil.rmtree(PLACE / "cards", ignore_errors=True)
+    pytest.main([*sys.argv[1:], "tests/card_paths.py"], plugins=[failures])
+    reached = load(PLACE / "cards")
+    wanted = [s for s in sorted(known) if not f"{s[0]}:{s[1]}".startswith(tuple(HOST))]
+    missed = [site for site in wanted if not reached.get(site)]
+    for name, function, text in missed:
+        print(f"not on a card: {name}:{function}: {text}")
+    for name, why in HOST.items():
+        print(f"left out: {name}: {why}")
+    coverage = 100 * (1 - len(missed) / len(wanted))
+    print(f"card_sites: {len(wanted)}")
+    print(f"card_coverage_percent: {coverage:.1f}")
+    print(f"card_paths: {failures.total}")
+    print(f"card_paths_failed: {failures.failed}")
+    return int(bool(failures.failed) or coverage < LEAST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

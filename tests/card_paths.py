@@ -25,8 +25,8 @@ from cards import fake_cards
 from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from healings import TRAINING, Killed, killing
 from isingcut import baselines
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
+from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model
@@ -38,13 +38,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 FEW = {
     **OPTIONS,
     "remove": 2,
+    "energy": "fisher",
     "random_states": 0,
-    "states": 3,
-    "effort": "4",
+    "states": 2,
+    "patch": "linear",
     "patch_tokens": 100,
     "skip_speed": True,
 }
 """Options of a run of a second."""
+SEARCHED = {"energy": "auto", "effort": "3"}
 
 
 class Place:
@@ -90,26 +92,32 @@ class Place:
         return heal(options_from(HealConfig, given, "test"), **more)
 
 
-def whole(place: Place) -> None:
-    """A default run with its speed, and every verb that opens it again."""
-    run = place.run(skip_speed=False, random_states=30, also="fisher,hessian")
+def default(place: Place) -> None:
+    """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
+    more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
+    place.run(**more, skip_speed=False, also="fisher")
+
+
+def verbs(place: Place) -> None:
+    """The verbs that open a run again, and those that look at a model."""
+    run, model = place.run(patch="none"), place.shared.checkpoint()
     for name in baselines.registry.names():
         place.type("baseline", name, run)
-    place.type("rank", run, "--remove", 1, "--energy", "auto")
+    place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
     place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
     plain = ("--device", place.device, "--dtype", "float32")
-    cut, model = run / "model", place.shared.checkpoint()
-    place.type("evaluate", cut, "--original", model, *plain, "--skip-speed")
+    place.type("evaluate", run / "model", "--original", model, *plain, "--skip-speed")
     place.type("inspect", model, *plain)
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
 
 def deep(place: Place, blocks: int, remove: int) -> None:
     """A deep cut, with the search among patched states, chooses the blocks of the CPU."""
+
     def chosen(device: str, out: Path) -> Any:
         model = place.shared.checkpoint(num_hidden_layers=blocks)
-        more = {"patch": "linear", "patch_tokens": 20_000, "batch_tokens": 512}
+        more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512}
         given = {"calibration": str(place.text), "device": device, "out": str(out)}
         isingcut.prune(**{**FEW, **more, **given, "model": str(model), "remove": remove})
         return json.loads((out / "candidates.json").read_text())["chosen"]["removed"]
@@ -120,14 +128,9 @@ def deep(place: Place, blocks: int, remove: int) -> None:
 
 
 def streamed(place: Place) -> None:
-    run = place.run(stream="on", also="empirical-fisher", skip_speed=False)
-    for name in ("sleb", "block-influence", "norm-ratio", "angular-window"):
+    run = place.run(stream="on", **SEARCHED, also="empirical-fisher")
+    for name in ("block-influence", "norm-ratio", "angular-window"):
         place.type("baseline", name, run)
-
-
-def trials(place: Place) -> None:
-    """A tuned patch, and near candidates that are patched for the choice."""
-    place.run(patch="tuned", patch_tokens=1000, effort="20", states=20)
 
 
 def tasks(place: Place) -> None:
@@ -151,12 +154,20 @@ def tasks(place: Place) -> None:
 
 
 def energies(place: Place, family: str = "llama", names: tuple[str, ...] = (), **more: Any) -> None:
-    names = names or ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
+    names = names or (
+        "pairwise",
+        "refined",
+        "empirical-fisher",
+        "fisher",
+        "hessian",
+        "gauss-newton",
+    )
     model = place.shared.checkpoint(family)
     for name in names:
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
         found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
+        found |= {"effort": "3"} if name == "refined" else {}
         for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
             del found[left_out]
         isingcut.energy(**found)
@@ -226,7 +237,12 @@ def resumed(place: Place) -> None:
 def chat(place: Place) -> None:
     talk = ("user", "assistant")
     records = [
-        {"messages": [{"role": r, "content": f"{w} {i}."} for r, w in zip(talk, ("say", "yes"), strict=True)]}
+        {
+            "messages": [
+                {"role": r, "content": f"{w} {i}."}
+                for r, w in zip(talk, ("say", "yes"), strict=True)
+            ]
+        }
         for i in range(80)
     ]
     file = write_jsonl(place.out / "chat.jsonl", records)
@@ -238,38 +254,37 @@ def own_text(place: Place) -> None:
 
 
 def eager(place: Place) -> None:
-    place.run(attention="eager", dtype="bfloat16", batch_tokens=None)
+    more = {"attention": "eager", "dtype": "bfloat16", "batch_tokens": None}
+    place.run(**more, patch="tuned", patch_tokens=200)
 
 
 PATHS: dict[str, Callable[[Place], Any]] = {
-    "run and verbs": whole,
-    "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
-    "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
     "range": range_of,
     "budget": budget,
-    "budget, packed": packed,
-    "tasks": tasks,
-    "trials": trials,
-    "energies": energies,
-    "energies, streamed": functools.partial(
-        energies, names=("pairwise", "refined", "fisher"), stream="on"
-    ),
-    "streamed": streamed,
     "gguf": from_gguf,
-    "mtp": mtp,
-    "chat": chat,
-    "own text": own_text,
-    "eager, bfloat16": eager,
     "heal lora": functools.partial(healing, method="lora:2"),
     "heal full": functools.partial(healing, method="full"),
     "heal last": functools.partial(healing, method="last:1"),
     "heal, bfloat16": healing_in_half,
     "heal, resumed": resumed,
     "patch alone": patch_alone,
+    "run": default,
+    "verbs": verbs,
+    "tasks": tasks,
+    "streamed": streamed,
+    "mtp": mtp,
+    "chat": chat,
+    "own text": own_text,
+    "eager, bfloat16": eager,
+    "budget, packed": packed,
+    "energies": energies,
+    "energies, streamed": functools.partial(energies, stream="on"),
     **{
         f"family {family}": functools.partial(Place.run, family=family)
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3", "glm4")
     },
+    "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
+    "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }
 
 

@@ -288,7 +288,8 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
 
     assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
     assert outside_row_space(tmp_path / "reads") > 1e-3
-    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width, width, 1024), 0))
+    room = Allowance(bytes_of(width, width), 0)
+    monkeypatch.setattr(linear, "allowance", lambda *given: room)
     record = patch_checkpoint(job, tmp_path / "writes")
     assert record.maps == "writes"
     assert record.cuts[0].held_out_error_left < 1

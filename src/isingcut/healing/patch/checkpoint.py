@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +114,21 @@ def make_patches(
         work = Work(count, job.progress)
         return fit_patches(replay, tokens, job.removed, work, layers, kept)
 
-    def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
+    def tune_with(share: float, count: int) -> tuple[list[Patch], PatchTuning]:
         assert held_out is not None
         given = (job, tokens, held_out, fitted.patches, layers)
         return tune(*given, at_a_time=count, share=share)
 
     longest = int(tokens.mask.sum(1).max())
-    fitted = attempt(
-        lambda: fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with), True
-    )
+    fewer = partial(fewer_tokens_to_fit, replay.limit)
+    fitted = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
     if fitted is None:
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
     patches, tuning = fitted.patches, None
     for share in SHARES if held_out is not None else ():
         try:
-            found = attempt(
-                lambda: fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with), True
-            )
+            found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
         except FitError as e:
             why = str(e)
             break
@@ -296,7 +294,9 @@ def _choose_layers(
             f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
-    return [(block, path, module) for i, (block, path, module, _) in enumerate(layers) if i in chosen]
+    return [
+        (block, path, module) for i, (block, path, module, _) in enumerate(layers) if i in chosen
+    ]
 
 
 class _Layer:

@@ -329,11 +329,10 @@ class _Fitting:
             FitError: there is too little memory for both maps.
         """
         width = write.weight.shape[0]
-        rows = max(int(batch.mask.sum()) for batch in self.batches)
         for write.reads in self.ways:
             # With as few rows as this, the rows do not take more memory than the moments.
             kind = Rows if 2 * self._tokens <= write.mapped else Moments
-            needed = bytes_of(write.mapped, width, rows)
+            needed = bytes_of(write.mapped, width)
             for place in dict.fromkeys((self._original[0].device, _CPU)):
 
                 def fit(kind: type[Moments] = kind, place: torch.device = place) -> Any:
