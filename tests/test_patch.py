@@ -297,6 +297,19 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
     assert outside_row_space(tmp_path / "writes") < 1e-5
 
 
+def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeypatch):
+    # For the map of inputs, that of outputs, and the message.
+    rooms = [0, 0, 0]
+    monkeypatch.setattr(
+        linear, "allowance", lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)
+    )
+    found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
+    (cut,) = found.unpatched
+    assert cut.removed == [2, 2]
+    assert "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB" in cut.reason
+    assert [patch.record.removed for patch in found.patches] == [[4, 4]]
+
+
 def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, monkeypatch):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher = load_streamed(source, dtype="float32", device="cpu")
