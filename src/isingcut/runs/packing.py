@@ -77,7 +77,7 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     config, file = session.config, folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
     typed = {name: getattr(config, name) for name in STAGES["pack"].options}
-    options = measuring.calibration_options(folder) | typed
+    options = measuring.calibration_options(folder) | typed | cutting.share_options(config)
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
