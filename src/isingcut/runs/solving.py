@@ -210,6 +210,8 @@ def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> 
         raise StageFileError(
             f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
         )
+    # An unusable solver is named before the result of another one.
+    registry.get(config.solver)
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
 
