@@ -450,7 +450,7 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
             same = list(own)
             if counted := sum(term.count for term in same):
                 span = sum((term.count / term.rate for term in same), rates(0, 0))
-                key = (stage, name, f"{counted:.3g} {same[0].unit}")
+                key = (stage, name, f"{float(f'{counted:.3g}'):,g} {same[0].unit}")
                 rows.setdefault(key, {})[machine] = spell(span)
                 longest[name] = span[1]
         bound = max(longest, key=longest.__getitem__, default="")
