@@ -300,7 +300,7 @@ class Setting:
         passes = (1 if known else 2) * last - m.removed / m.n
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
-            self.double(fits * solve, "card" if bytes_of(f) <= self.room else "host"),
+            self.double(fits * solve, "card" if bytes_of(f, d) <= self.room else "host"),
             self.double(fits * 2 * t * f * d, "card"),
             # The map in float64 is folded into the weight on the host.
             self.move("maps", fits * 8 * d * f, UNPINNED),
