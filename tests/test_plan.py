@@ -139,7 +139,7 @@ def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(
     energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
     assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
     context = _program.commands["energy"].make_context("energy", plan["command"].split()[2:])
-    assert (context.params["stream"], context.params["samples"]) == ("off", 3)
+    assert (context.params["stream"], context.params["samples"]) == ("off", "3")
 
 
 def test_a_budget_of_healing_takes_its_tokens_or_its_time():
