@@ -158,7 +158,7 @@ def test_text_has_no_answers(tmp_path, tokenizer, place):
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
     refused(f"answers:{text}", tokenizer, "has no conversations")
     running = tmp_path / "a.txt"
-    running.write_text("some text", encoding="utf-8")
+    running.write_text("some text")
     refused(f"answers:{running}", tokenizer, "has no conversations")
 
 
@@ -175,7 +175,7 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
     assert places_in(f"wiki=1,answers:{file}=1") == ["wiki", file]
     assert places_in("answers:-") == ["-"]
     monkeypatch.chdir(tmp_path)
-    Path("answers:a.txt").write_text("a", encoding="utf-8")
+    Path("answers:a.txt").write_text("a")
     assert places_in("answers:a.txt") == ["answers:a.txt"]
 
 
@@ -384,7 +384,7 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
         assert sum(shares[k] * part["kl"] for k, part in row["parts"].items()) == pytest.approx(
             row["kl"]
         )
-    card, healed = ((run / n / "README.md").read_text("utf-8") for n in ("model", "healed"))
+    card, healed = ((run / n / "README.md").read_text() for n in ("model", "healed"))
     assert re.search(r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card)
     after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
     assert re.search(

@@ -111,7 +111,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     monkeypatch.chdir(place)
     run = isingcut.open_run("my-run")
     patched = run.save(tmp_path / "patched")
-    card = (patched / "README.md").read_text(encoding="utf-8")
+    card = (patched / "README.md").read_text()
     assert "no weight was trained" not in card
     assert card.index("## Patched") < card.index("## Source")
     assert not (patched / "healing.json").exists()

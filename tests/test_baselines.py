@@ -21,7 +21,6 @@ from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.data.calibration import Calibration
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError, UnknownNameError
@@ -30,7 +29,6 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import stack_modules
-from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
@@ -42,9 +40,9 @@ N, SAMPLES, LENGTH = 6, 3, 12
 class Calls:
     """Counter of block and head calls of one model, on and off the original's path."""
 
-    def __init__(self, replay: Replay, tokens: TokenSet) -> None:
+    def __init__(self, replay, tokens):
         self.weights = [b.input_layernorm.weight.data_ptr() for b in replay.blocks]
-        self.originals: list[torch.Tensor] = []
+        self.originals = []
         with torch.no_grad():
             recording = replay.record(tokens.input_ids)
             stream = recording.entered
@@ -52,15 +50,15 @@ class Calls:
                 self.originals.append(stream)
                 stream = recording.block(i, stream)
             self.originals.append(stream)
-        self.on: set[tuple[int, int]] = set()
+        self.on = set()
         self.off = [0] * (N + 1)
         for i, block in enumerate(replay.blocks):
             block.input_layernorm.register_forward_pre_hook(self._counter(i))
         # The norm runs before every head, however the head itself is computed.
         replay.model.model.norm.register_forward_pre_hook(self._counter(N))
 
-    def _counter(self, i: int):
-        def count(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    def _counter(self, i):
+        def count(module, args):
             merged = i < N and module.weight.data_ptr() != self.weights[i]
             if args[0].shape[1] != LENGTH:
                 return  # a probe of how the model is built, on a few tokens of its own
@@ -74,12 +72,12 @@ class Calls:
         return count
 
     @property
-    def passes(self) -> float:
+    def passes(self):
         """Number of full passes over all samples, with the original's path counted once."""
         return (sum(self.off[:N]) + sum(i < N for i, _ in self.on)) / N / SAMPLES
 
     @property
-    def heads(self) -> tuple[float, float]:
+    def heads(self):
         """Number of heads over all samples: the original's, counted once, and other states'."""
         return sum(i == N for i, _ in self.on) / SAMPLES, self.off[N] / SAMPLES
 

@@ -18,7 +18,7 @@ from shared import write_jsonl
 
 def test_txt_is_packed_into_consecutive_disjoint_ranges(tmp_path, tokenizer):
     text = "".join(sentences(40))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(text)
     found = build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
     assert {k: s.samples for k, s in found.splits.items()} == COUNTS
     order = ("report", "rank", "energy")
@@ -35,7 +35,7 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    (tmp_path / "a.txt").write_text("".join(sentences(40)), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(sentences(40)))
     found = build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
     for tokens in found.splits.values():
         assert (tokens.input_ids[:, 0] == tokenizer.bos_token_id).all()
@@ -91,9 +91,9 @@ def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer)
 
 def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     file = tmp_path / "a.txt"
-    file.write_text("x" * 160, encoding="utf-8")
+    file.write_text("x" * 160)
     assert build(str(file), tokenizer, **SIZES).splits["energy"].tokens == 5 * 15
-    file.write_text("x" * 159, encoding="utf-8")
+    file.write_text("x" * 159)
     refused(str(file), tokenizer, "samples of 16 tokens are needed, found 9;")
 
 
@@ -111,15 +111,15 @@ def test_a_text_is_known_by_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("wiki/no.txt", "rows/a.jsonl", "rows/other", "one.txt"):
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("as it was", encoding="utf-8")
+        Path(name).write_text("as it was")
     source = "one.txt=1,wiki=1,rows=1,owner/name=1"
     before = corpora.text_hashes(source)
     # `wiki` and `owner/name` are names of data sets, not files.
     assert list(before) == ["one.txt", "rows"]
-    Path("rows/other").write_text("no text", encoding="utf-8")
+    Path("rows/other").write_text("no text")
     corpora.refuse_changed(before, source)
     for place, file in (("one.txt", "one.txt"), ("rows", "rows/a.jsonl")):
-        Path(file).write_text("as it is", encoding="utf-8")
+        Path(file).write_text("as it is")
         with pytest.raises(CalibrationError, match=f"{place} was changed since it was measured"):
             corpora.refuse_changed(before, place)
     Path("one.txt").unlink()
@@ -137,7 +137,7 @@ def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
 def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, monkeypatch):
     file = tmp_path / "summaries_en-us.json"
     leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
-    file.write_text(json.dumps(leads), encoding="utf-8")
+    file.write_text(json.dumps(leads))
 
     class Entry:
         name = file.name

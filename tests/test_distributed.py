@@ -79,7 +79,7 @@ def _all(place, out, notes):
     Journal.put = noted
     _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    path.write_text(json.dumps(computed), encoding="utf-8")
+    path.write_text(json.dumps(computed))
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):

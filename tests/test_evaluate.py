@@ -152,7 +152,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, mo
 def small_peak(llama, tmp_path_factory):
     """Peak memory of a process started in a folder with a torch.py that must not be imported."""
     place = tmp_path_factory.mktemp("trap")
-    (place / "torch.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
+    (place / "torch.py").write_text("raise SystemExit('a trap')")
     with contextlib.chdir(place):
         return timing.peak_memory(llama, "float32", "cpu", tokens=16)
 

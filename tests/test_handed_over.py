@@ -63,10 +63,7 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
-    provenance = [
-        json.loads((tmp_path / k / "run.json").read_text(encoding="utf-8"))["provenance"]
-        for k in "ab"
-    ]
+    provenance = [json.loads((tmp_path / k / "run.json").read_text())["provenance"] for k in "ab"]
     assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
     assert provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
     assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")

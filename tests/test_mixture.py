@@ -40,13 +40,13 @@ def tokens_of(tokens, name):
 
 def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_text("a", encoding="utf-8")
+    file.write_text("a")
     assert parts_of(f"wiki=3,{file}=1") == (
         Part("wiki", "wiki", 0.75),
         Part(str(file), "a.txt", 0.25),
     )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "b" / "a.txt").write_text("a")
     names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
     assert names == ["a.txt (1)", "a.txt (2)"]
 
@@ -63,7 +63,7 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
     tmp_path, monkeypatch, name, source, parts
 ):
     monkeypatch.chdir(tmp_path)
-    Path(name).write_text("a", encoding="utf-8")
+    Path(name).write_text("a")
     assert [part.source for part in parts_of(source)] == parts
 
 
@@ -268,7 +268,7 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
     said = (f"({i}) the river " + "ran " * (i % 5) for i in range(300))
     messages = [{"messages": [{"role": "user", "content": text}]} for text in said]
     talk = write_jsonl(tmp_path / "chat.jsonl", messages)
-    (tmp_path / "c.txt").write_text("".join(sentences(300)), encoding="utf-8")
+    (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})
     options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}

@@ -82,7 +82,7 @@ class Bar:
     """A bar that keeps its position and its notes."""
 
     def __init__(self):
-        self.done, self.notes = 0.0, list[str]()
+        self.done, self.notes = 0.0, []
 
     def advance(self, steps=1, note=""):
         self.done += steps

@@ -458,7 +458,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     shown = RunFiles(out).spectrum
     assert [s.removed for s in shown.states] == ranked
     assert shown.searched == len(ranked) - len(solved) > 0
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = (out / "report.html").read_text()
     assert f"{len(solved)} states by " in page
     assert f"With them {shown.searched} that the search had measured." in page
     assert "You named them" not in page
@@ -474,8 +474,8 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert quick.passes == pytest.approx(1.0)
     assert quick.search_passes == energy.meta["search"]["passes"]
     said = sentence("one_pass_words", found)
-    assert said in (out / "report.md").read_text(encoding="utf-8")
-    assert said in (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert said in (out / "report.md").read_text()
+    assert said in (out / "model" / "README.md").read_text()
 
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):

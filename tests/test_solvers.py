@@ -211,7 +211,7 @@ class Low(dimod.Sampler):
         Low.told = options
         return dimod.ExactSolver().sample(bqm)
 """
-    (tmp_path / "own_samplers.py").write_text(source, encoding="utf-8")
+    (tmp_path / "own_samplers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     energy = np.random.default_rng(0).normal(size=(8, 8))
     problem = Problem(Hamiltonian.from_quadratic(energy), [con.count(8, 3)])

@@ -120,10 +120,10 @@ def test_samples_too_short_for_chance_share_nothing():
 @pytest.fixture
 def leaking(tmp_path):
     """A text in which one passage is repeated many times."""
-    words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
+    words = write_words(tmp_path / "words.txt").read_text()
     parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
     path = tmp_path / "leaking.txt"
-    path.write_text(" ".join(parts), encoding="utf-8")
+    path.write_text(" ".join(parts))
     return path
 
 
@@ -234,12 +234,12 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
         pytest.MonkeyPatch.context() as patch,
     ):
         path = Path(folder) / "a.txt"
-        path.write_text(text, encoding="utf-8", newline="")
+        path.write_text(text, newline="")
         patch.setattr(text_files, "_PIECE", piece)
         patch.setattr(text_files, "LONGEST", longest)
         found = list(text_files.read_text(path, "a.txt"))[1:]
         expected = []
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(newline="") as file:
             while lines := file.readlines(piece):
                 expected.append("".join(lines))
     assert "".join(found) == text
@@ -250,7 +250,7 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
 
 
 def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypatch):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0")
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     monkeypatch.setattr(text_files, "_PIECE", 1000)
     build(str(tmp_path / "a.txt"), tokenizer, **SIZES)

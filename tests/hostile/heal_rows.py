@@ -22,7 +22,7 @@ def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed",
     """
     file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
-    file.write_text(json.dumps({"trainer": settings}), encoding="utf-8")
+    file.write_text(json.dumps({"trainer": settings}))
     return (
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
         f"--report-samples 2 --config {file} --device cpu --dtype float32 {more}"

@@ -15,7 +15,7 @@ def record(arena, name):
     if name == "run.json":
         return
     place = arena.run / "run.json"
-    run = json.loads(place.read_text(encoding="utf-8"))
+    run = json.loads(place.read_text())
     file = arena.run / name
     # Files in a folder, and healing.json, belong to the folder's record.
     key = {"healing.json": "healed"}.get(name, name.partition("/")[0])
@@ -25,7 +25,7 @@ def record(arena, name):
         **run["stages"].get(key, made),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if plain else None,
     }
-    place.write_text(json.dumps(run), encoding="utf-8")
+    place.write_text(json.dumps(run))
 
 
 EXTRAS = {

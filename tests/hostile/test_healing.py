@@ -42,7 +42,7 @@ def unfinished(arena):
 def changed_since(arena):
     """Write an output of isingcut to which the user added a file."""
     shutil.copytree(arena.run / "model", arena.here / "healed")
-    (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
+    (arena.here / "healed" / "notes.txt").write_text("mine")
 
 
 READ = "an input of this command; nothing was written"
@@ -263,7 +263,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def curve(arena, out="healed"):
-    found = json.loads((arena.here / out / "healing.json").read_text(encoding="utf-8"))
+    found = json.loads((arena.here / out / "healing.json").read_text())
     return found["steps"]
 
 
@@ -272,7 +272,7 @@ def half_written(arena, step):
     place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(b"half")
-    (place / "trainer_state.json").write_text('{"global_step"', encoding="utf-8")
+    (place / "trainer_state.json").write_text('{"global_step"')
 
 
 def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
@@ -376,7 +376,7 @@ def test_a_healed_student_is_replaced_and_healed_again(arena):
     """A healed student has other weights than the teacher, but its record is still valid."""
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = json.loads((arena.here / "healed" / "healing.json").read_text())
     assert found["options"]["seed"] == 1
     again = heal(student="{here}/healed", out="{here}/again")
     types(arena, again, makes=("again*", ".again*"))
@@ -396,7 +396,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    removed = json.loads((arena.run / "model" / "isingcut.json").read_text())
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
     excise(arena.model, removed["removed"], arena.here / "exact")
     (arena.here / "exact" / "isingcut.json").write_text(record)
@@ -413,7 +413,7 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = json.loads((arena.here / "healed" / "healing.json").read_text())
     assert found["patch"]["changed"] is False
     assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
 
@@ -421,6 +421,6 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
 def test_a_sample_longer_than_the_model_says_so(arena):
     line = "warning: samples have 128 tokens instead of --length 1000000"
     types(arena, heal("--length 1000000"), line=line)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = json.loads((arena.here / "healed" / "healing.json").read_text())
     # The run's own report text has samples of 16 tokens.
     assert (found["length"], found["report_tokens"]) == (128, 3 * 15)

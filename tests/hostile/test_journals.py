@@ -47,7 +47,7 @@ def test_what_a_damaged_journal_lost_is_measured_again(interrupted, line):
     journal.write_bytes(b"\n".join([head, rows[0][:-9], line, *rows[1:]]))
     makes = ("run/run.json", "run/candidates.json", "run/candidates.journal")
     arena.try_row(Row("rank", "rank {run}", code=0, makes=makes))
-    after = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
+    after = json.loads((arena.run / "candidates.json").read_text())
     assert after == before
 
 
@@ -57,7 +57,7 @@ left_behind = {}
 @pytest.fixture
 def interrupted(arena, monkeypatch):
     """A run whose ranking was interrupted with a full journal, and its earlier ranking."""
-    before = json.loads((arena.run / "candidates.json").read_text(encoding="utf-8"))
+    before = json.loads((arena.run / "candidates.json").read_text())
     (arena.run / "candidates.json").unlink()
     names = ("run.json", "candidates.journal")
     if not left_behind:
@@ -77,7 +77,7 @@ def interrupted(arena, monkeypatch):
 
 
 PLACES = {
-    "a user's own file": (lambda f: f.write_text("mine", encoding="utf-8"), "not a journal"),
+    "a user's own file": (lambda f: f.write_text("mine"), "not a journal"),
     "the earlier form": (
         lambda f: f.write_text('{"format": "isingcut-journal", "fingerprint": "a"}\n'),
         "of this version of isingcut; finish with the version that wrote it, or move the file away",

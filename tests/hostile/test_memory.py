@@ -113,5 +113,5 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(aren
     command = "excise {run} --blocks 0,3"
     arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
     record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
-    tuning = json.loads(record.read_text(encoding="utf-8"))["patch"]["tuning"]
+    tuning = json.loads(record.read_text())["patch"]["tuning"]
     assert "out of memory for tuning the patch" in tuning["left_out"]

@@ -161,7 +161,7 @@ def test_a_model_card_may_be_edited(arena):
 
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
-    record = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    record = json.loads((arena.run / "model" / "isingcut.json").read_text())
     assert record["removed"] == [0, 1]
     arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
     for flag in ("", "--overwrite"):
@@ -186,7 +186,7 @@ def test_save_replaces_what_it_wrote(arena):
     with pytest.raises(OutputExistsError, match=r"already exists.*overwrite=True"):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
-    record = json.loads((arena.here / "mine" / "isingcut.json").read_text(encoding="utf-8"))
+    record = json.loads((arena.here / "mine" / "isingcut.json").read_text())
     assert record["removed"] == [0, 2]
 
 
@@ -226,8 +226,8 @@ def test_a_forged_marker_opens_nothing(arena):
     """A marker whose hash is right is refused if its files are a list."""
     forged = {"format": "isingcut-output", "files": [], "sha256": sha256(b"[]").hexdigest()}
     marker = arena.home / ".isingcut-output.json"
-    marker.write_text(json.dumps(forged), encoding="utf-8")
+    marker.write_text(json.dumps(forged))
     run = isingcut.open_run("run")
     with pytest.raises(OutputExistsError, match="was changed"):
         run.save("home", blocks=[0, 1], overwrite=True)
-    assert (arena.home / "diary.txt").read_text(encoding="utf-8") == "mine\n"
+    assert (arena.home / "diary.txt").read_text() == "mine\n"

@@ -15,7 +15,7 @@ def asked(*records, task="arc_easy/test"):
         path = arena.here / "data" / f"{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(lines) + "\n")
 
     return prepare
 

@@ -108,7 +108,7 @@ def test_a_run_folder_is_only_data(arena, row):
 def test_trust_is_stored_nowhere(arena):
     code, _, err = call(f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60)
     assert code == 0, err
-    run = json.loads((arena.here / "e" / "run.json").read_text(encoding="utf-8"))
+    run = json.loads((arena.here / "e" / "run.json").read_text())
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
     assert not isingcut.open_run("e").config.trust_remote_code
     assert isingcut.open_run("e", trust_remote_code=True).config.trust_remote_code
@@ -141,7 +141,7 @@ def gone(arena):
 
 def back_but_changed(arena):
     """Restore the text at its old length, with upper and lower case exchanged."""
-    arena.text.write_text((arena.here / "away").read_text(encoding="utf-8").swapcase())
+    arena.text.write_text((arena.here / "away").read_text().swapcase())
 
 
 def test_a_text_that_was_changed_is_not_read_on(arena):
@@ -223,12 +223,12 @@ def plugins(tmp_path, monkeypatch):
     """An installed package with broken entry points in every group."""
     metadata = tmp_path / "their_parts-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Name: their-parts\nVersion: 1.0\n", encoding="utf-8")
+    (metadata / "METADATA").write_text("Name: their-parts\nVersion: 1.0\n")
     for name, (content, _) in CONTENTS.items():
-        (tmp_path / f"theirs_{name}.py").write_text(content, encoding="utf-8")
+        (tmp_path / f"theirs_{name}.py").write_text(content)
     parts = "\n".join(f"{name} = theirs_{name}:Part" for name in CONTENTS)
     groups = "\n".join(f"[isingcut.{room}]\n{parts}" for room in ROOMS)
-    (metadata / "entry_points.txt").write_text(groups, encoding="utf-8")
+    (metadata / "entry_points.txt").write_text(groups)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 

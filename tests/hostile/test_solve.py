@@ -198,7 +198,7 @@ def test_more_time_for_a_solver_is_not_ignored(arena):
 
 
 def evaluation(arena):
-    return json.loads((arena.run / "evaluation.json").read_text(encoding="utf-8"))
+    return json.loads((arena.run / "evaluation.json").read_text())
 
 
 def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
@@ -218,7 +218,7 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     assert not set(keys) & set(short["after"])
     arena.try_row(Row("again", "evaluate {run} --skip-speed", code=0))
     arena.try_row(Row("report", "report {run} --overwrite", code=0, makes=("run/report.*",)))
-    report = (arena.run / "report.md").read_text(encoding="utf-8")
+    report = (arena.run / "report.md").read_text()
     assert report.count(" not measured |  |") == 6
 
     completed = Row("completed", "evaluate {run}", code=0, makes=made, seconds=60)

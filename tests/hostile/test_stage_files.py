@@ -175,13 +175,13 @@ ROWS += [
 def test_no_control_character_of_a_run_reaches_its_report(arena):
     evil = "\x1b[31mred\x07\x9b\u202e\ud800 [bold]"
     place = arena.run / "evaluation.json"
-    found = json.loads(place.read_text(encoding="utf-8"))
+    found = json.loads(place.read_text())
     found["generation"] |= {"before": evil, "after": evil}
-    place.write_text(json.dumps(found), encoding="utf-8")
+    place.write_text(json.dumps(found))
     record(arena, "evaluation.json")
     arena.try_row(Row("report", "report {run}", code=0, makes=("run/report.*",)))
     for name in ("report.md", "report.html"):
-        text = (arena.run / name).read_text(encoding="utf-8")
+        text = (arena.run / name).read_text()
         assert r"\x1b[31mred\x07\x9b\u202e\ud800 [bold]" in text
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
 

@@ -131,7 +131,7 @@ def test_a_full_disk_under_stdout_is_one_line(arena, command):
     words = command.format(run=arena.run, model=arena.model).split()
     if "--quiet" in words:
         words = ["solve", str(arena.run), "--quiet"]
-    with open("/dev/full", "w", encoding="utf-8") as full:
+    with open("/dev/full", "w") as full:
         code, err = printed(words, full)
     assert code == 2
     lines = err.splitlines()

@@ -117,7 +117,7 @@ def folder_of(name, *files):
     def prepare(arena):
         (arena.here / name).mkdir()
         for file in files:
-            (arena.here / name / file).write_text("x", encoding="utf-8")
+            (arena.here / name / file).write_text("x")
 
     return prepare
 
@@ -323,7 +323,7 @@ def test_a_named_pipe_is_waited_for(arena):
     os.mkfifo(arena.here / "a.jsonl")
 
     def write():
-        (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
+        (arena.here / "a.jsonl").write_text(LINES)
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

@@ -185,10 +185,10 @@ def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
 
 def test_words_of_yaml_mean_what_they_say(tmp_path):
     file = tmp_path / "o.yaml"
-    file.write_text("stream: on\nremove: 010\nquick: false\nmodel: no\n", encoding="utf-8")
+    file.write_text("stream: on\nremove: 010\nquick: false\nmodel: no\n")
     found = from_yaml(RunConfig, file)
     assert found == {"stream": "on", "remove": "010", "quick": False, "model": "no"}
-    file.write_text("samples: 0x10", encoding="utf-8")
+    file.write_text("samples: 0x10")
     with pytest.raises(IsingcutError, match="samples must be a whole number, got '0x10'"):
         from_yaml(HealConfig, file)
     assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
