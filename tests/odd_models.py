@@ -11,6 +11,7 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.load import find_auto_class
 from isingcut.testing.tiny import BASE, FAMILIES, random_model, tiny_tokenizer
+from shared import load_json
 from sweep.shrink import tiny_configuration
 
 LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4}
@@ -149,7 +150,7 @@ def composite_checkpoint(family, folder, *, flat=False):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     if flat:
-        config = json.loads((folder / "config.json").read_text())
+        config = load_json(folder / "config.json")
         text = config.pop("text_config")
         for of_class in ("model_type", "architectures"):
             text.pop(of_class, None)

@@ -89,7 +89,7 @@ class Shared:
     def check(self):
         """Fail if a test has changed a shared folder."""
         for name in sorted(self._used):
-            made = json.loads((self._root / f"{name}.made").read_text())
+            made = load_json(self._root / f"{name}.made")
             assert snapshot(self._root / name) == made, f"a test changed the shared {name}"
 
 
@@ -117,6 +117,11 @@ def write_words(path, words=900):
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
     path.write_text(" ".join("".join(word) for word in letters))
     return path
+
+
+def load_json(path):
+    """Return the content of a JSON file, of any format."""
+    return json.loads(path.read_text())
 
 
 def write_jsonl(path, records):

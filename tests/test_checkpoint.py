@@ -19,6 +19,7 @@ from isingcut.models.safetensors_files import (
     write_checkpoint,
 )
 from quantised import assert_bytes_follow
+from shared import load_json
 from tiny import edit_config, edit_tensors, tiny_checkpoint, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ def sharded(folder):
 
 
 def change_index(folder, **changes):
-    index = json.loads((folder / INDEX).read_text())
+    index = load_json(folder / INDEX)
     index["weight_map"].update(changes)
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -177,14 +178,10 @@ def source(tmp_path):
     return tiny_checkpoint("llama", tmp_path / "source")
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 def test_bytes_are_untouched_and_layers_renamed(source, tmp_path):
     excise(source, [0, 3], tmp_path / "out")
     assert assert_bytes_follow(source, tmp_path / "out", [1, 2, 4, 5]) == {"F32"}
-    assert read(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
+    assert load_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
 
 
 def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
@@ -242,7 +239,7 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
     after = load_file(tmp_path / "out" / "model.safetensors")
     name = next(n for n in before if n.endswith("embed_tokens_per_layer.weight"))
     assert torch.equal(after[name], before[name][:, 8:56])
-    config = read(tmp_path / "out" / "config.json")
+    config = load_json(tmp_path / "out" / "config.json")
     assert config["num_kv_shared_layers"] == 2
     assert len(config["intermediate_size"]) == 6
 

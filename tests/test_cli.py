@@ -27,7 +27,7 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.runs import pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
-from shared import OPTIONS, call, write_jsonl
+from shared import OPTIONS, call, load_json, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -230,7 +230,7 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
 
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
-    manifest = json.loads((run / "run.json").read_text())
+    manifest = load_json(run / "run.json")
     cut = manifest["stages"]["model"]
     manifest["stages"]["remove-2/model.gguf"] = cut
     (run / "run.json").write_text(json.dumps(manifest))

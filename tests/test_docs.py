@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import json
 import re
 import shlex
 from pathlib import Path
@@ -17,7 +16,7 @@ from isingcut.cli import main as cli
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_words
+from shared import load_json, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
 
@@ -69,7 +68,7 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 def test_the_python_example_runs(place, capsys):
     script(ROOT / "examples" / "prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
-    assert json.loads(Path("smaller/config.json").read_text())["num_hidden_layers"] == 4
+    assert load_json(Path("smaller/config.json"))["num_hidden_layers"] == 4
 
 
 def test_the_config_file_example_is_read():
@@ -203,7 +202,7 @@ def test_pictures_are_drawn(tmp_path):
 def test_the_tour_shown_is_the_tour_of_the_script():
     jupytext = pytest.importorskip("jupytext")
     source = jupytext.read(ROOT / "examples" / "tour.py")
-    shown = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
+    shown = load_json(ROOT / "examples" / "tour.ipynb")
     cells = ["".join(c["source"]) for c in shown["cells"]]
     assert cells == [c.source for c in source.cells]
     page = (DOCS / "tour.md").read_text()

@@ -1,7 +1,5 @@
 """Fields that count or index blocks: cut with them, a legality row, or an error that names them."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,6 +15,7 @@ from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
+from shared import load_json
 from tiny import edit_config, forbids, replay_of
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6}
@@ -144,7 +143,7 @@ def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path
     assert len(find_stack(model)) == 4
     model.save_pretrained(tmp_path / "source")
     excise(tmp_path / "source", [1, 2], tmp_path / "out")
-    cut = json.loads((tmp_path / "out" / "config.json").read_text())
+    cut = load_json(tmp_path / "out" / "config.json")
     assert (cut["decoder_layers"], cut["encoder_layers"]) == (2, 2)
     assert verify(model, [1, 2], tmp_path / "out", new_tokens=4).difference <= 1e-6
 

@@ -22,7 +22,7 @@ from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lay
 from isingcut.models.gguf_files import read_gguf, unpack_gguf
 from isingcut.models.sources import resolve
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, Bars, call
+from shared import OPTIONS, Bars, call, load_json
 from tiny import edit_tensors
 
 
@@ -314,7 +314,7 @@ def test_reading_a_gguf_back_shows_progress(gguf_run, packed_model, tmp_path):
 
 
 def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
-    found = json.loads((gguf_run / "evaluation.json").read_text())
+    found = load_json(gguf_run / "evaluation.json")
     assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
     assert found["gguf"]["kl"] != found["kl"]
     assert found["gguf"]["bytes"] == (gguf_run / "model.gguf").stat().st_size
@@ -326,7 +326,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
 
 
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
-    found = json.loads((gguf_run / "evaluation.json").read_text())
+    found = load_json(gguf_run / "evaluation.json")
     sizes = [path.stat().st_size for path in (packed_model, gguf_run / "model.gguf")]
     assert [found["before"]["bytes"], found["gguf"]["bytes"]] == sizes
     before, after = (f"{size / 1e6:.1f}" for size in sizes)
@@ -347,7 +347,7 @@ def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_pat
     assert "give its original with --original" in capsys.readouterr().err
     line = ["evaluate", tmp_path / "elsewhere.gguf", "--original", packed_model, "--out", out]
     assert call(*line) == 0
-    found = json.loads(out.read_text())
+    found = load_json(out)
     assert found["kl"] > 0.001
     assert found["after"]["blocks"] == 4
     assert found["after"]["bytes"] == file.stat().st_size

@@ -1,7 +1,6 @@
 """A loaded model and a list of texts give the same as the folder and the file; both are freed."""
 
 import gc
-import json
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
-from shared import OPTIONS, leave_speed_out, write_jsonl
+from shared import OPTIONS, leave_speed_out, load_json, write_jsonl
 from tiny import tiny_checkpoint
 
 # Six blocks have fifteen states, too few to judge an energy, which no test here does.
@@ -63,7 +62,7 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
-    provenance = [json.loads((tmp_path / k / "run.json").read_text())["provenance"] for k in "ab"]
+    provenance = [load_json(tmp_path / k / "run.json")["provenance"] for k in "ab"]
     assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
     assert provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
     assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")

@@ -1,6 +1,5 @@
 """Checkpoints as hubs hold them, and models that need an image: text goes to the decoder inside."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +27,7 @@ from isingcut.models.safetensors_files import StoredTensor
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import random_model
 from odd_models import composite_checkpoint, prove_cut
+from shared import load_json
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
 from tiny import replay_of, tiny_checkpoint, tiny_model
@@ -37,9 +37,7 @@ from tiny import replay_of, tiny_checkpoint, tiny_model
 def test_a_flat_configuration_stays_flat(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source", flat=True)
     excise(tmp_path / "source", [0, 2], tmp_path / "out")
-    before, after = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out")
-    )
+    before, after = (load_json(tmp_path / name / "config.json") for name in ("source", "out"))
     assert "text_config" not in after
     assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (6, 4)
     assert after["vision_config"] == before["vision_config"]

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
 from isingcut.models.sources import hub_id, model_identity, resolve
+from shared import load_json
 from tiny import edit_config, tiny_checkpoint
 
 
@@ -164,7 +164,7 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     folder = resolve("smollm2")
     loaded = models.load(folder, device="cpu")
     assert loaded.model.config.num_hidden_layers == 30
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in load_json(folder / "config.json")
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
     answer = generate_text(loaded.model, loaded.tokenizer, question, 20)
     assert "Paris" in answer

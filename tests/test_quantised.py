@@ -23,6 +23,7 @@ from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
+from shared import load_json
 from tiny import edit_config, edit_tensors, replay_of, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
@@ -34,7 +35,7 @@ KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 def test_every_layout_is_read_and_cut(layout, tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
-    config = json.loads((source / "config.json").read_text())
+    config = load_json(source / "config.json")
     assert fp8_layout(source, config) == layout
     model, _ = load_plain(source, torch.float32)
     plain = dict(tiny_model("qwen3").named_parameters())
@@ -97,7 +98,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
             before[name].data(),
         )
     if shards:
-        index = json.loads((tmp_path / "patched" / "model.safetensors.index.json").read_text())
+        index = load_json(tmp_path / "patched" / "model.safetensors.index.json")
         assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
         assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
     file, part, name = {
@@ -105,7 +106,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
         "compressed-tensors": ("config.json", "quantization_config", "ignore"),
         "modelopt": ("hf_quant_config.json", "quantization", "exclude_modules"),
     }[layout]
-    told = [json.loads((tmp_path / n / file).read_text())[part][name] for n in ("cut", "patched")]
+    told = [load_json(tmp_path / n / file)[part][name] for n in ("cut", "patched")]
     assert told[1] == [*told[0], module]
     again, _ = load_plain(tmp_path / "patched", torch.float32)
     weight = again.get_submodule(module).weight
@@ -175,11 +176,11 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
         out = tmp_path / f"without-{removed[0]}-{len(removed)}"
         excise(source, removed, out, max_shard_bytes=400_000)
         kept = [i for i in range(52) if i not in removed]
-        config = json.loads((out / "config.json").read_text())
+        config = load_json(out / "config.json")
         assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
         assert config["num_hidden_layers"] == len(kept)
         assert "F8_E4M3" in assert_bytes_follow(source, out, kept)
-        excluded = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+        excluded = load_json(out / "hf_quant_config.json")["quantization"]
         names = [n for n in excluded["exclude_modules"] if n != "lm_head"]
         expected = []
         if 5 in kept:
@@ -194,7 +195,7 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
 
 
 def quantisation(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+    return load_json(folder / "config.json")["quantization_config"]
 
 
 def test_fp8_in_tiles_with_experts_apart(tmp_path):

@@ -31,7 +31,7 @@ from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
-from shared import OPTIONS, call
+from shared import OPTIONS, call, load_json
 from tiny import count_rows, keep_rows, tiny_replay
 
 WORK = Work(batch_tokens=64)
@@ -463,7 +463,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert f"With them {shown.searched} that the search had measured." in page
     assert "You named them" not in page
     assert f"gave {len(ranked)} candidates: the lowest states" in page
-    config = json.loads((out / "model" / "config.json").read_text())
+    config = load_json(out / "model" / "config.json")
     assert config["num_hidden_layers"] == 5
     # The one-pass choices are measured too, and the report shows the gain over them.
     found = read_document(out / "candidates.json", CandidatesFile)
@@ -497,7 +497,7 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     folder = RunFolder.open(out)
     config = folder.config.replace(remove="3", patch="none")
     model = make_model(session_of(folder, config), folder)
-    assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 5
+    assert load_json(model / "config.json")["num_hidden_layers"] == 5
 
 
 def test_effort_belongs_to_the_search(inputs, tmp_path):

@@ -1,7 +1,6 @@
 """Streaming: reading, keeping and proving parts, and whole runs."""
 
 import concurrent.futures
-import json
 import re
 import shutil
 from collections import Counter
@@ -28,7 +27,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
-from shared import OPTIONS
+from shared import OPTIONS, load_json
 from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed, watch
 
 
@@ -295,8 +294,8 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         "stream": "on",
     }
     folder = run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    chosen = json.loads((folder / "candidates.json").read_text())["chosen"]
+    evaluation = load_json(folder / "evaluation.json")
+    chosen = load_json(folder / "candidates.json")["chosen"]
     assert evaluation["streamed"]
     assert evaluation["after"]["blocks"] == 4
     assert len(chosen["removed"]) == 2

@@ -16,6 +16,7 @@ from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from shared import load_json
 
 __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 
@@ -42,7 +43,7 @@ def forbids(model, removed):
 @contextmanager
 def edit_config(folder):
     """Yield the ``config.json`` of a folder, and write it back afterwards."""
-    config = json.loads((folder / "config.json").read_text())
+    config = load_json(folder / "config.json")
     yield config
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -28,6 +28,7 @@ from isingcut.files.ownership import MARKER, mark
 from isingcut.files.results import write_json
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import load_json
 
 
 def unfinished(arena):
@@ -263,7 +264,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def curve(arena, out="healed"):
-    found = json.loads((arena.here / out / "healing.json").read_text())
+    found = load_json(arena.here / out / "healing.json")
     return found["steps"]
 
 
@@ -376,7 +377,7 @@ def test_a_healed_student_is_replaced_and_healed_again(arena):
     """A healed student has other weights than the teacher, but its record is still valid."""
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = json.loads((arena.here / "healed" / "healing.json").read_text())
+    found = load_json(arena.here / "healed" / "healing.json")
     assert found["options"]["seed"] == 1
     again = heal(student="{here}/healed", out="{here}/again")
     types(arena, again, makes=("again*", ".again*"))
@@ -396,7 +397,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = json.loads((arena.run / "model" / "isingcut.json").read_text())
+    removed = load_json(arena.run / "model" / "isingcut.json")
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
     excise(arena.model, removed["removed"], arena.here / "exact")
     (arena.here / "exact" / "isingcut.json").write_text(record)
@@ -413,7 +414,7 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text())
+    found = load_json(arena.here / "healed" / "healing.json")
     assert found["patch"]["changed"] is False
     assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
 
@@ -421,6 +422,6 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
 def test_a_sample_longer_than_the_model_says_so(arena):
     line = "warning: samples have 128 tokens instead of --length 1000000"
     types(arena, heal("--length 1000000"), line=line)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text())
+    found = load_json(arena.here / "healed" / "healing.json")
     # The run's own report text has samples of 16 tokens.
     assert (found["length"], found["report_tokens"]) == (128, 3 * 15)

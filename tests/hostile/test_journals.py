@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from arena import Row
 
+from shared import load_json
 from tiny import count_rows
 
 
@@ -47,7 +48,7 @@ def test_what_a_damaged_journal_lost_is_measured_again(interrupted, line):
     journal.write_bytes(b"\n".join([head, rows[0][:-9], line, *rows[1:]]))
     makes = ("run/run.json", "run/candidates.json", "run/candidates.journal")
     arena.try_row(Row("rank", "rank {run}", code=0, makes=makes))
-    after = json.loads((arena.run / "candidates.json").read_text())
+    after = load_json(arena.run / "candidates.json")
     assert after == before
 
 
@@ -57,7 +58,7 @@ left_behind = {}
 @pytest.fixture
 def interrupted(arena, monkeypatch):
     """A run whose ranking was interrupted with a full journal, and its earlier ranking."""
-    before = json.loads((arena.run / "candidates.json").read_text())
+    before = load_json(arena.run / "candidates.json")
     (arena.run / "candidates.json").unlink()
     names = ("run.json", "candidates.journal")
     if not left_behind:

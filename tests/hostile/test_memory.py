@@ -1,7 +1,6 @@
 """Out of memory: one line says how much was needed, and it is not called an internal error."""
 
 import errno
-import json
 import os
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import catch_text_errors
 from isingcut.models.cutting import verify
 from isingcut.models.loading import catch_errors
+from shared import load_json
 
 TOO_MANY = 10**15
 
@@ -113,5 +113,5 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(aren
     command = "excise {run} --blocks 0,3"
     arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
     record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
-    tuning = json.loads(record.read_text())["patch"]["tuning"]
+    tuning = load_json(record)["patch"]["tuning"]
     assert "out of memory for tuning the patch" in tuning["left_out"]

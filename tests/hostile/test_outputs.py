@@ -14,7 +14,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import snapshot
+from shared import load_json, snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -161,7 +161,7 @@ def test_a_model_card_may_be_edited(arena):
 
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
-    record = json.loads((arena.run / "model" / "isingcut.json").read_text())
+    record = load_json(arena.run / "model" / "isingcut.json")
     assert record["removed"] == [0, 1]
     arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
     for flag in ("", "--overwrite"):
@@ -186,7 +186,7 @@ def test_save_replaces_what_it_wrote(arena):
     with pytest.raises(OutputExistsError, match=r"already exists.*overwrite=True"):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
-    record = json.loads((arena.here / "mine" / "isingcut.json").read_text())
+    record = load_json(arena.here / "mine" / "isingcut.json")
     assert record["removed"] == [0, 2]
 
 

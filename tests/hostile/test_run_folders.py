@@ -15,6 +15,7 @@ from isingcut.errors import InputError
 from isingcut.files.journal import Journal
 from isingcut.files.results import read_json
 from isingcut.models.sources import model_identity
+from shared import load_json
 
 OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3"
@@ -108,7 +109,7 @@ def test_a_run_folder_is_only_data(arena, row):
 def test_trust_is_stored_nowhere(arena):
     code, _, err = call(f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60)
     assert code == 0, err
-    run = json.loads((arena.here / "e" / "run.json").read_text())
+    run = load_json(arena.here / "e" / "run.json")
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
     assert not isingcut.open_run("e").config.trust_remote_code
     assert isingcut.open_run("e", trust_remote_code=True).config.trust_remote_code

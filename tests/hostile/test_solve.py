@@ -7,6 +7,8 @@ import pytest
 from arena import Row
 from damage import both, edited, written
 
+from shared import load_json
+
 HEAD = """
 import sys
 import dimod
@@ -198,7 +200,7 @@ def test_more_time_for_a_solver_is_not_ignored(arena):
 
 
 def evaluation(arena):
-    return json.loads((arena.run / "evaluation.json").read_text())
+    return load_json(arena.run / "evaluation.json")
 
 
 def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
 from isingcut.files.results import tensor_header
+from shared import load_json
 
 
 def first_key_twice(content):
@@ -175,7 +176,7 @@ ROWS += [
 def test_no_control_character_of_a_run_reaches_its_report(arena):
     evil = "\x1b[31mred\x07\x9b\u202e\ud800 [bold]"
     place = arena.run / "evaluation.json"
-    found = json.loads(place.read_text())
+    found = load_json(place)
     found["generation"] |= {"before": evil, "after": evil}
     place.write_text(json.dumps(found))
     record(arena, "evaluation.json")

@@ -13,6 +13,7 @@ from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.architectures.fields import MTP, config_object, text_part
 from isingcut.models.cutting.verify import random_tokens, relative_difference
 from isingcut.models.fit import Checkpoint
+from shared import load_json
 
 _TOLERANCE = 1e-5
 
@@ -52,7 +53,7 @@ def add_mtp_layers(model, folder):
     text = model.config.get_text_config(decoder=True)
     if not patterns and not any(hasattr(text, field) for field in MTP):
         return None
-    config = json.loads((folder / "config.json").read_text())
+    config = load_json(folder / "config.json")
     count = 1 if text.model_type == "mellum" else 2  # Mellum allows only one.
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
@@ -145,7 +146,7 @@ def check_mtp_layers(found, model, removed, source, cut):
 
 
 def _config(folder):
-    return json.loads((folder / "config.json").read_text())
+    return load_json(folder / "config.json")
 
 
 def _tensors(folder):
