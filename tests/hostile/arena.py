@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import shared
 from shared import leave_speed_out, snapshot
 
@@ -49,6 +51,16 @@ class Row:
     seconds: float = 20
     megabytes: int = 1500
     stdin: str = ""
+
+
+def rows(cases):
+    """Return rows from tuples (name, command, line, preparation)."""
+    return [Row(*case) for case in cases]
+
+
+def parametrised(table):
+    """Run a test once for each row of a table."""
+    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
 
 
 class TooSlowError(BaseException):
@@ -92,6 +104,14 @@ class Arena:
         }
         assert not changed, f"changed or made: {sorted(changed)}\n{told}"
         return out
+
+    def works(self, command, *makes, **more):
+        """Run a row that must end well; return its stdout."""
+        return self.try_row(Row(command, command, code=0, makes=makes, **more))
+
+    def refuses(self, command, line, *more, **rest):
+        """Run a row that must be refused in a line; return its stdout."""
+        return self.try_row(Row(command, command, line, *more, **rest))
 
 
 def make_arena(world, folder, patch):

@@ -6,8 +6,6 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-import pytest
-from arena import Row
 from damage import edited, written
 
 FILES = tempfile.TemporaryDirectory()
@@ -27,15 +25,6 @@ def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed",
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
         f"--report-samples 2 --config {file} --device cpu --dtype float32 {more}"
     )
-
-
-def rows(cases):
-    """Return rows from tuples (name, command, line, preparation)."""
-    return [Row(*case) for case in cases]
-
-
-def parametrised(table):
-    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
 
 
 RECORD = "run/model/isingcut.json"

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from arena import Row
+from arena import Row, parametrised, rows
 from damage import (
     both,
     changed,
@@ -19,10 +19,9 @@ from damage import (
     pipe,
     removed,
     tensors,
-    truncated,
     written,
 )
-from heal_rows import RECORD, WITH_FILE, heal, parametrised, record, rows, trainer
+from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 
 from isingcut.files.ownership import MARKER, mark
 from isingcut.files.results import write_json
@@ -61,7 +60,6 @@ OUTPUTS = [
      linked("link", "run/model")),
     ("ours with a file of the user's", "{here}/healed", "isingcut did not write notes.txt in it",
      changed_since),
-    ("below a file", "{text}/healed", "lies in .*text.txt"),
     ("below another file", "{home}/diary.txt/healed", "cannot write"),
 ]  # fmt: skip
 # Contents of the work folder's path that are not replaced.
@@ -80,9 +78,6 @@ PLACES += rows([
     ("a link to nothing", heal(), "healed already exists", linked("healed", "gone")),
     ("the config file", heal("--overwrite --config {here}/c.yaml", out="{here}/c.yaml"),
      f"output .*c.yaml is .*{READ}", written("c.yaml", "seed: 1\n")),
-    ("the folder of the config file",
-     heal("--overwrite --config {here}/mine/c.yaml", out="{here}/mine"),
-     f"output .*mine contains .*{READ}", written("mine/c.yaml", "seed: 1\n")),
     ("the teacher in the work folder's place", heal(teacher="{here}/.healed.healing"),
      f"output .*healed.healing is .*{READ}",
      lambda a: shutil.copytree(a.model, a.here / WORK)),
@@ -175,10 +170,8 @@ SAYS = [
     ("a smaller model", "cut from a model of 5 blocks", removed_are(1, 2, of=5)),
     ("all blocks", UNREADABLE, removed_are(*range(6))),
     ("a block twice", UNREADABLE, removed_are(2, 2)),
-    ("a block beyond", UNREADABLE, removed_are(2, 6)),
     ("a huge model", UNREADABLE, removed_are(1, 2, of=10**12)),
     ("a list", UNREADABLE, written(RECORD, b"[1, 2]")),
-    ("cut short", "not readable as JSON", written(RECORD, b'{"removed": [1')),
 ]
 # Damage to the student or the teacher of a healing without further options.
 PLAIN = [
@@ -205,13 +198,10 @@ PLAIN = [
      config("run/model/config.json", rms_norm_eps=1e-3)),
     ("the student's marker", "its .isingcut-output.json was changed",
      written(f"{STUDENT}/{MARKER}", "{}")),
-    ("a student half there", "model.safetensors is damaged",
-     truncated("run/model/model.safetensors", 9000)),
     *((f"record: {name}", *rest) for name, *rest in SAYS),
 ]  # fmt: skip
 PAIRS = rows((name, HEAL, *rest) for name, *rest in PLAIN)
 PAIRS += rows([
-    ("another model of equal depth", heal(teacher="{here}/other"), ANOTHER, another(seed=1)),
     ("another depth", OTHER, "cut from a model of 6 blocks, but the teacher .* has 5",
      another(num_hidden_layers=5)),
     ("itself", heal("--other-teacher", teacher="{run}/model"), "of 6 blocks, but .* has 4"),
@@ -222,7 +212,6 @@ PAIRS += rows([
     ("a student of other shapes", heal(student="{here}/student"),
      "block 0 of .*student has a .* of shape", another_student),
     ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
-    ("a text as teacher", heal(teacher="{text}"), "text.txt is not a model"),
     ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
     ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
 ])  # fmt: skip
@@ -384,7 +373,7 @@ def test_a_healed_student_is_replaced_and_healed_again(arena):
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
-    arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
+    arena.works("excise {run} --patch none --overwrite", "run/*")
     from isingcut.healing.patch import linear
 
     def none_is_better(fit, held_out):

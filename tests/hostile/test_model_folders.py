@@ -1,8 +1,7 @@
 """Model folders with foreign or damaged config, index, headers, weights and tokenizer."""
 
 import numpy as np
-import pytest
-from arena import Row
+from arena import Row, parametrised
 from damage import (
     CONFIG,
     ENERGY,
@@ -199,10 +198,10 @@ def _rows():
 ROWS = list(_rows())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_a_models_folder_is_read_within_bounds(arena, row):
     arena.try_row(row)
 
 
 def test_inspect_needs_no_tokenizer(arena):
-    arena.try_row(Row("bare", LOOK, "6 blocks", removed(TOKENIZER), code=0))
+    arena.works(LOOK, line="6 blocks", prepare=removed(TOKENIZER))

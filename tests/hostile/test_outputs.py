@@ -6,7 +6,7 @@ import shutil
 from hashlib import sha256
 
 import pytest
-from arena import Row, call
+from arena import Row, call, parametrised
 from damage import changed, config, linked, written
 
 import isingcut
@@ -144,26 +144,26 @@ CHANGED = [
 ROWS = [*RUNS, *(Row(*row) for row in STAGES), *CHANGED]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_nothing_of_the_users_is_replaced(arena, row):
     arena.try_row(row)
 
 
 def test_other_blocks_without_leave_leave_the_model_alone(arena):
     made = ("run/run.json", "run/remove-2-blocks-0-1", "run/remove-2-blocks-0-1/*")
-    arena.try_row(Row("", "excise {run} --blocks 0,1", code=0, makes=made))
+    arena.works("excise {run} --blocks 0,1", *made)
 
 
 def test_a_model_card_may_be_edited(arena):
     written("run/model/README.md")(arena)
-    arena.try_row(Row("", "excise {run}", code=0))
+    arena.works("excise {run}")
 
 
 def test_what_isingcut_wrote_is_replaced(arena):
-    arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
+    arena.works("excise {run} --blocks 0,1 --overwrite", "run/*")
     record = load_json(arena.run / "model" / "isingcut.json")
     assert record["removed"] == [0, 1]
-    arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
+    arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
         row = Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",))
         arena.try_row(row)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arena import Row
+from arena import Row, parametrised
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
@@ -180,7 +180,7 @@ def test_no_control_character_of_a_run_reaches_its_report(arena):
     found["generation"] |= {"before": evil, "after": evil}
     place.write_text(json.dumps(found))
     record(arena, "evaluation.json")
-    arena.try_row(Row("report", "report {run}", code=0, makes=("run/report.*",)))
+    arena.works("report {run}", "run/report.*")
     for name in ("report.md", "report.html"):
         text = (arena.run / name).read_text()
         assert r"\x1b[31mred\x07\x9b\u202e\ud800 [bold]" in text
@@ -272,7 +272,7 @@ ROWS.append(
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_a_damaged_file_is_one_line(arena, row):
     arena.try_row(row)
 
@@ -304,12 +304,9 @@ def test_damaged_tokens_are_one_line(arena, change, line):
 
 
 def test_damaged_tokens_end_a_command(arena):
-    arena.try_row(
-        Row(
-            "rank",
-            "rank {run} --random-states 31 --overwrite",
-            "the tensor rank.mask is missing",
-            tensors(TEXT, lambda a: a.pop("rank.mask")),
-            makes=("run/run.json",),
-        )
+    arena.refuses(
+        "rank {run} --random-states 31 --overwrite",
+        "the tensor rank.mask is missing",
+        tensors(TEXT, lambda a: a.pop("rank.mask")),
+        makes=("run/run.json",),
     )

@@ -12,7 +12,7 @@ import shlex
 import numpy as np
 import pydantic
 import pytest
-from arena import Arena, Row
+from arena import Arena, Row, parametrised
 from damage import written
 
 import isingcut
@@ -66,8 +66,6 @@ WORDS = [
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
     ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
-    ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
-    ("--solve-seconds 0", "--solve-seconds must be above 0, got 0"),
     ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
     ("--calibration ''", "--calibration is empty"),
     ("--samples many", "(?i)invalid value for '--samples'"),
@@ -87,9 +85,7 @@ HEALING = [
     ("--text none.txt", "the calibration file 'none.txt' does not exist"),
 ]  # fmt: skip
 OTHERS = [
-    ("solve gone --remove two", "--remove: cannot read 'two'"),
     ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
-    ("solve gone --solver zorp", "unknown solver 'zorp'"),
     ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
     ("report gone --budget params=0", "'0' is nothing"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
@@ -141,9 +137,7 @@ FILES = [
     ("not UTF-8", b"remove: \xff", "is not UTF-8"),
     ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
     ("stream true", "stream: true", "stream must be one of auto, on, off; got True"),
-    ("stream true as a word", "stream: 'true'", "stream must be one of auto, on, off; got 'true'"),
     ("a flag in a word", "skip-speed: maybe", "skip_speed must be true or false, got 'maybe'"),
-    ("samples zero", "samples: 0", "o.yaml: samples must be at least 1, got 0"),
     ("samples of many digits", f"samples: {LONG}", "not a readable YAML file: Exceeds the limit"),
     ("samples of 90 digits", "samples: " + "9" * 90, "at most 1000000, got a number of more than"),
     ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
@@ -154,7 +148,6 @@ FILES = [
 SECTIONS = [
     ("{trust_remote_code: true}", "--healing: the run itself sets trust_remote_code"),
     ("{learning_rate: 1}", "unknown option 'learning_rate'"),
-    ("{samples: 0}", "samples must be at least 1"),
     ("{trainer: [optim]}", "trainer must be a section"),
 ]
 FILE_ROWS = [
@@ -178,7 +171,7 @@ FILE_ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", FILE_ROWS, ids=[r.name for r in FILE_ROWS])
+@parametrised(FILE_ROWS)
 def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
@@ -223,7 +216,6 @@ EARLY = [
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
     ("--remove 5 --keep 0,1", "these conflict: .*keep.*nearest possible number of blocks is 4$"),
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
-    ("--budget params=99M", r"the largest possible is params=0\.\d+M$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     (
         "--remove 2 --length 200",
@@ -240,23 +232,19 @@ def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypat
     monkeypatch.setattr("isingcut.models.load.load", load)
     short = "" if "--length" in words else "--length 16 "
     command = "run {model} --out new --calibration {text} " + short + words
-    arena.try_row(Row(words, command, line))
+    arena.refuses(command, line)
 
 
 def test_blocks_kept_are_checked_without_a_removal(arena):
     command = "energy {model} --out new --calibration {text} --length 16 --keep 0,17"
-    arena.try_row(Row("energy", command, "cannot keep block 17: blocks are numbered 0 to 5"))
+    arena.refuses(command, "cannot keep block 17: blocks are numbered 0 to 5")
 
 
 def test_the_largest_budget_can_be_had(arena):
     """The largest budget that the refusal names is accepted."""
-    said = arena.try_row(
-        Row("solve", "solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
-    )
+    said = arena.refuses("solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
     assert said == ""
-    arena.try_row(
-        Row("again", "solve {run} --budget params=30%,kv=83.3%", code=0, makes=("run/*",))
-    )
+    arena.works("solve {run} --budget params=30%,kv=83.3%", "run/*")
 
 
 # The first day ------------------------------------------------------------------------------------
@@ -275,7 +263,7 @@ FINE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", FINE, ids=[r.name for r in FINE])
+@parametrised(FINE)
 def test_what_can_be_typed(arena, row):
     arena.try_row(row)
 
