@@ -33,12 +33,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def documented_keys():
     """Return the keys that docs/cli.md promises, by verb."""
     table = (DOCS / "cli.md").read_text().partition("## Keys of `--json`")[2]
@@ -549,7 +543,7 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()
 
 
-def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_path, printed):
+def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, printed):
     page = (finished / "report.html").read_text()
     first = page[page.index('<header class="top">') : page.index('<section id="compared"')]
     assert first.count("<dt>") == 3
@@ -561,7 +555,6 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
     assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
 
 

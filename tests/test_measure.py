@@ -52,15 +52,6 @@ def test_pairwise_is_exact_up_to_two_blocks():
     assert (energy.h_error > 0).all()
 
 
-def test_micro_batches_and_padding_do_not_change_the_losses():
-    replay, tokens = tiny_replay("llama"), random_tokens()
-    states = states_of(len(replay), [(1,), (0, 3)])
-    whole = measure(replay, tokens, states, work=Work(10_000))
-    small = measure(replay, tokens, states, work=Work(1))
-    np.testing.assert_allclose(whole.kl_sums, small.kl_sums, rtol=1e-4, atol=1e-7)
-    assert whole.counts.tolist() == [13, 8, 13, 10]
-
-
 def test_router_logits_in_the_outputs_change_nothing():
     # Many fine-tunes of Mixtral have this field in their config.json.
     tokens, found = random_tokens(), []

@@ -58,13 +58,6 @@ def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     assert max(map(len, seen)) == 2
 
 
-def test_the_head_s_layout_changes_gradients_by_rounding_alone(llama, monkeypatch):
-    expected = gate_gradients(streamed(llama), samples(), work=Work(24))
-    monkeypatch.setattr(head, "_TRANSPOSED_BYTES", 1 << 30)
-    found = gate_gradients(in_memory(llama), samples(), work=Work(24))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_a_fine_tune_of_the_same_model_has_another_fingerprint(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "tuned")
     with edit_tensors(tmp_path / "tuned") as tensors:
@@ -123,18 +116,6 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights
-
-
-def test_a_streamed_search_finds_what_one_in_memory_finds(llama, monkeypatch):
-    monkeypatch.setattr("isingcut.energies.search.search.FIRST_SHARE", 0.4)
-    found = [
-        Search(replay, samples(), Work(16), [Target.count(len(replay), 2)], 30.0).run()
-        for replay in (in_memory(llama), streamed(llama))
-    ]
-    assert found[0].best(2) == found[1].best(2)
-    passes = [search.evaluator.ledger.passes for search in found]
-    assert passes[0] == pytest.approx(passes[1])
-    assert [t["removed"] for t in found[0].trace] == [t["removed"] for t in found[1].trace]
 
 
 def test_blocks_of_the_same_kind_are_timed_once(tmp_path):
