@@ -11,6 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+
+from isingcut.errors import InputError
 
 # Options of a run on a tiny model that takes a few seconds.
 OPTIONS = {
@@ -117,6 +120,11 @@ def write_words(path, words=900):
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
     path.write_text(" ".join("".join(word) for word in letters))
     return path
+
+
+def refuses(words, kind=InputError):
+    """Expect an error of this kind whose message has these words, a regular expression."""
+    return pytest.raises(kind, match=words)
 
 
 def load_json(path):

@@ -33,7 +33,7 @@ from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import OPTIONS, leave_speed_out, write_jsonl
+from shared import OPTIONS, leave_speed_out, refuses, write_jsonl
 from tiny import in_memory, plain_sums, replay_of, streamed, without
 
 
@@ -140,20 +140,20 @@ def test_answers_that_cannot_be_located_are_refused(tmp_path):
     )
     refused(source, tokenizer, r"chat\.jsonl line \d+: .* changes an assistant message, .*answers")
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    with pytest.raises(ModelError, match="a tool call or an image"):
+    with refuses("a tool call or an image", ModelError):
         mark_answers([*talk("hi"), call], lambda messages: "")
     far = lambda text, most=None: [len(text)] * len(text)  # noqa: E731
     whole = mark_answers(
         talk("hi, hi, hi", "yes", "no"), lambda ms: "".join(m["content"] for m in ms)
     )
-    with pytest.raises(CalibrationError, match="splits a truncated conversation differently"):
+    with refuses("splits a truncated conversation differently", CalibrationError):
         row_of(far, whole, 100)
 
 
 @pytest.mark.parametrize("place", ["wiki", "python", "self"])
 def test_text_has_no_answers(tmp_path, tokenizer, place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
-        with pytest.raises(CalibrationError, match=f"{place} has no conversations"):
+        with refuses(f"{place} has no conversations", CalibrationError):
             corpora.check(source)
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
     refused(f"answers:{text}", tokenizer, "has no conversations")
@@ -205,7 +205,7 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(tmp_path
     file = write_jsonl(tmp_path / "chat.jsonl", long)
     words = "30 conversations have no answer in their first 16 tokens; raise --length"
     refused(f"answers:{file}", tokenizer, f"too short.*found 0; {words}$")
-    with pytest.raises(CalibrationError, match=f"found 0 and 0; {words}$"):
+    with refuses(f"found 0 and 0; {words}$", CalibrationError):
         healing_text.build(
             f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
         )
@@ -391,5 +391,5 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
         rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
     )
     assert str(tmp_path) not in card + healed
-    with pytest.raises(OutputExistsError, match="made with other options"):
+    with refuses("made with other options", OutputExistsError):
         pipeline.run(config.replace(calibration=f"{text}=1,{chat}=1"))

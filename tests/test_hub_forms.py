@@ -27,7 +27,7 @@ from isingcut.models.safetensors_files import StoredTensor
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import random_model
 from odd_models import composite_checkpoint, prove_cut
-from shared import load_json
+from shared import load_json, refuses
 from sweep.images import invent_images
 from sweep.shrink import tiny_configuration
 from tiny import replay_of, tiny_checkpoint, tiny_model
@@ -82,13 +82,13 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
     assert checkpoint(6, *images, *blocks).prefix == "model.layers."
     # A configuration with too few blocks must not match a smaller stack of that many parts.
     few = checkpoint(3, *stored("projector", 3, 10), *blocks)
-    with pytest.raises(CheckpointError, match=r"says 3 blocks but the tensors model\.layers"):
+    with refuses(r"says 3 blocks but the tensors model\.layers", CheckpointError):
         _ = few.prefix
 
 
 def test_blocks_that_text_does_not_run_are_named(tmp_path):
     model = composite_checkpoint("mllama", tmp_path / "source")
-    with pytest.raises(ArchitectureError, match="does not run the blocks 3 "):
+    with refuses("does not run the blocks 3 ", ArchitectureError):
         replay_of(model)
     assert prove_cut(model, [0], tmp_path).difference == 0.0
 
@@ -125,7 +125,7 @@ def test_what_blocks_hand_on_matters_where_it_is_read(reads):
     if not reads:
         assert len(Replay(model, list(model.layers))) == 3
         return
-    with pytest.raises(ArchitectureError, match="more than the residual stream"):
+    with refuses("more than the residual stream", ArchitectureError):
         Replay(model, list(model.layers))
 
 
@@ -143,9 +143,9 @@ def test_what_does_not_run_on_text_is_not_proven_either(tmp_path):
     model = tiny_model("llama")
     model.lm_head.forward = lambda hidden: SimpleNamespace().image_outputs
     one_line = "does not run on text alone, .* measured or verified: AttributeError"
-    with pytest.raises(ArchitectureError, match=one_line):
+    with refuses(one_line, ArchitectureError):
         verify(model, [1], tmp_path / "out")
-    with pytest.raises(ArchitectureError, match=one_line):
+    with refuses(one_line, ArchitectureError):
         replay_of(model)
 
 
@@ -166,7 +166,7 @@ def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(family, t
     (remark,) = proof.remarks
     inside = f"the {INSIDE[family]} inside the {type(model).__name__}"
     assert remark == f"the text was given to {inside}"
-    with pytest.raises(VerificationError, match=r"without blocks \[0, 4\] on text:"):
+    with refuses(r"without blocks \[0, 4\] on text:", VerificationError):
         verify(model, [0, 4], tmp_path / "out")
 
 
@@ -177,7 +177,7 @@ def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path, monkeypatch):
     attention = cut.text_decoder.bert.encoder.layer[1].crossattention
     torch.nn.init.zeros_(attention.output.dense.weight)
     monkeypatch.setattr("isingcut.models.cutting.verify._open_cut", lambda *given: (cut, False))
-    with pytest.raises(VerificationError, match=r"\[0, 3\] on text and an image:"):
+    with refuses(r"\[0, 3\] on text and an image:", VerificationError):
         verify(model, [0, 3], tmp_path / "out", images=invent_images)
 
 
@@ -188,7 +188,7 @@ def test_an_encoder_decoder_inside_is_refused():
     )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(ArchitectureError, match="holds an encoder-decoder"):
+    with refuses("holds an encoder-decoder", ArchitectureError):
         find_stack(model)
 
 

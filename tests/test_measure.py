@@ -19,6 +19,7 @@ from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
 from isingcut.models.compute.head import Comparison, OutputHead, find_head_input
 from isingcut.models.replay import Replay
+from shared import refuses
 from tiny import plain_sums, random_tokens, tiny_replay, without
 
 
@@ -69,17 +70,17 @@ def test_a_loss_that_is_not_finite_names_state_block_and_text():
     replay.blocks[1].forward = lambda x, **rest: torch.where(x == 1, x, torch.inf)
     tokens = random_tokens()
     measure(replay, tokens, states_of(len(replay), [(1,), (2,)]))
-    with pytest.raises(ModelError, match=r"^the output of block 1 .* without blocks 0, 4 is NaN"):
+    with refuses(r"^the output of block 1 .* without blocks 0, 4 is NaN", ModelError):
         measure(replay, tokens, states_of(len(replay), [(1,), (0, 4)]))
     replay = tiny_replay("llama")
     replay.blocks[3].forward = lambda x, **rest: torch.full_like(x, torch.nan)
     # The same with only some of the model's blocks, as in a plan.
-    with pytest.raises(ModelError, match=r"^the output of block 3 "):
+    with refuses(r"^the output of block 3 ", ModelError):
         measure(Replay(replay.model, replay.blocks[2:4]), tokens, [])
     replay = tiny_replay("llama")
     replay.model.lm_head.weight *= 1e38
     begins = re.escape(str(tokens.input_ids[0].tolist())[:9])
-    with pytest.raises(ModelError, match=rf"^a loss or gradient of .* that begins {begins}"):
+    with refuses(rf"^a loss or gradient of .* that begins {begins}", ModelError):
         gate_gradients(replay, tokens)
 
 
@@ -90,7 +91,7 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
     of_states[0, 1, 2] = np.nan
     for found, row in ((np.array([[0.0], [np.nan], [0.0], [0.0]]), 1), (of_states, 2)):
         begins = re.escape(str(tokens.input_ids[row].tolist())[:9])
-        with pytest.raises(ModelError, match=f"that begins {begins}"):
+        with refuses(f"that begins {begins}", ModelError):
             check_finite(replay, tokens, found, states if row == 2 else None)
 
 

@@ -12,7 +12,7 @@ from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
-from isingcut.errors import CalibrationError, InputError, StageFileError
+from isingcut.errors import CalibrationError, StageFileError
 from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
@@ -22,7 +22,7 @@ from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
-from shared import OPTIONS, write_jsonl
+from shared import OPTIONS, refuses, write_jsonl
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -81,18 +81,18 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
     ],
 )
 def test_what_is_no_mixture_either_names_the_part(source, part):
-    with pytest.raises(CalibrationError, match=re.escape(f"its part {part!r} is not")):
+    with refuses(re.escape(f"its part {part!r} is not"), CalibrationError):
         corpora.check(source)
 
 
 @pytest.mark.parametrize("source", ["wiki=1e308,self=1e308", "wiki=1e-200,self=1e200"])
 def test_weights_that_leave_no_share_are_refused(source):
-    with pytest.raises(CalibrationError, match="too large or too unequal"):
+    with refuses("too large or too unequal", CalibrationError):
         corpora.check(source)
 
 
 def test_a_text_is_named_once():
-    with pytest.raises(CalibrationError, match="names 'wiki' twice"):
+    with refuses("names 'wiki' twice", CalibrationError):
         corpora.check("wiki=1,wiki=1")
 
 
@@ -167,7 +167,7 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
     refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
     refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
     refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")
-    with pytest.raises(InputError, match="a mixture of 2 texts needs as many report samples"):
+    with refuses("a mixture of 2 texts needs as many report samples"):
         build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
 
 
@@ -186,7 +186,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
         meta = json.loads(json.dumps(built.meta))
         meta["part_of_sample"]["energy"] = bad
         Calibration(built.splits, built.source, meta).save(path)
-        with pytest.raises(StageFileError, match="some samples of energy have no source"):
+        with refuses("some samples of energy have no source", StageFileError):
             Calibration.load(path)
 
 
@@ -354,9 +354,9 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
     counts = [found.train.parts.count(name) for name in ("a.jsonl", "b.jsonl")]
     assert min(counts) > 5
     assert abs(counts[0] - counts[1]) <= 1
-    with pytest.raises(CalibrationError, match=r"b\.jsonl is too short: .*of the mixture"):
+    with refuses(r"b\.jsonl is too short: .*of the mixture", CalibrationError):
         healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=200, **options)
-    with pytest.raises(CalibrationError, match="part 'self' of the mixture: healing needs real"):
+    with refuses("part 'self' of the mixture: healing needs real", CalibrationError):
         healing_text.build(f"{documents}=1,self=1", tokenizer, samples=2, **options)
 
 

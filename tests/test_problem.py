@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from isingcut.errors import InfeasibleError, InputError
+from isingcut.errors import InfeasibleError
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
+from shared import refuses
 
 
 def hamiltonian(n, seed=0):
@@ -30,7 +31,7 @@ def test_feasible_and_violations():
 
 def test_constraints_are_rows_of_the_hamiltonians_length():
     for rows, words in (([con.count(5, 2)], "is for 5 blocks"), ([con.keep(4, [0])], "unpack a")):
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             Problem(hamiltonian(4), rows)
 
 
@@ -53,17 +54,17 @@ def test_conflicting_constraints_are_named_and_no_others():
 def test_conflicting_constraints_of_one_reason_are_named_together():
     each = [("a", "why"), ("b", "why"), ("c", "")]
     rows = [con.LinearConstraint(x, np.eye(3)[i], "==", 1, y) for i, (x, y) in enumerate(each)]
-    with pytest.raises(InfeasibleError, match=r"removed\); a, b \(why\); c; relax"):
+    with refuses(r"removed\); a, b \(why\); c; relax", InfeasibleError):
         Problem(hamiltonian(3), [con.count(3, 2), *rows]).check()
 
 
 def test_budgets_in_bytes_conflict_too():
     rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
-    with pytest.raises(InfeasibleError, match="budget bytes"):
+    with refuses("budget bytes", InfeasibleError):
         Problem(hamiltonian(6), rows).check()
     rows[1] = con.budget("bytes", np.full(6, 3e9), amount=6e9)
     Problem(hamiltonian(6), rows).check()
-    with pytest.raises(InfeasibleError, match="half a block"):
+    with refuses("half a block", InfeasibleError):
         Problem(
             hamiltonian(6), [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)]
         ).check()
@@ -160,15 +161,15 @@ def test_save_and_load(tmp_path):
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
-    with pytest.raises(InputError, match=message):
+    with refuses(message):
         Hamiltonian(h, J)
-    with pytest.raises(InputError, match="a quadratic form must be an array of real numbers"):
+    with refuses("a quadratic form must be an array of real numbers"):
         Hamiltonian.from_quadratic([[1.0], [1.0, 2.0]])
 
 
 @pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
 def test_bad_states_are_refused(states):
-    with pytest.raises(InputError, match="states must"):
+    with refuses("states must"):
         random_hamiltonian(3).energies(states)
 
 
@@ -188,7 +189,7 @@ def obeyed(rows, state):
 def test_count():
     assert obeyed([con.count(4, 2)], [1, 0, 1, 0])
     assert not obeyed([con.count(4, 2)], [1, 1, 1, 0])
-    with pytest.raises(InputError, match="cannot remove 5 of 4"):
+    with refuses("cannot remove 5 of 4"):
         con.count(4, 5)
 
 
@@ -196,9 +197,9 @@ def test_kind_counts_keep_unnamed_kinds():
     rows = con.kind_counts(KINDS, {"attention": 1, "mlp": 2})
     assert obeyed(rows, [1, 1, 0, 0, 1])
     assert not obeyed(rows, [1, 1, 0, 1, 1])
-    with pytest.raises(InputError, match=r"no block is of kind 'mamba'; this model has attention"):
+    with refuses(r"no block is of kind 'mamba'; this model has attention"):
         con.kind_counts(KINDS, {"mamba": 1})
-    with pytest.raises(InputError, match="cannot remove 2 moe blocks of 1"):
+    with refuses("cannot remove 2 moe blocks of 1"):
         con.kind_counts(KINDS, {"moe": 2})
 
 
@@ -206,7 +207,7 @@ def test_keep_and_drop():
     assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), [0, 1, 1])
     assert not obeyed(con.keep(3, [0]), [1, 1, 1])
     assert not obeyed(con.drop(3, [2]), [1, 1, 0])
-    with pytest.raises(InputError, match="cannot keep block 3"):
+    with refuses("cannot keep block 3"):
         con.keep(3, [3])
 
 
@@ -219,9 +220,9 @@ def test_budget_by_share_and_amount():
     whole = con.budget("params", costs, share=0.3, total=200.0)
     assert not obeyed([whole], [0, 0, 1, 0])
     assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
-    with pytest.raises(InputError, match="either a share or an amount"):
+    with refuses("either a share or an amount"):
         con.budget("params", costs)
-    with pytest.raises(InputError, match="from 0% to 100%"):
+    with refuses("from 0% to 100%"):
         con.budget("params", costs, share=1.5)
 
 
@@ -241,7 +242,7 @@ def test_legality_rows():
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
     wrong = [([np.nan], "==", 0, "finite"), ([0], "==", np.inf, "finite"), ([0], "<", 0, "sense")]
     for row, sense, rhs, words in wrong:
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             con.LinearConstraint("bad", row, sense, rhs)
 
 
@@ -265,7 +266,7 @@ def test_sorted_distinct_and_recomputed(problem):
 
 
 def test_infeasible_states_are_refused(problem):
-    with pytest.raises(InputError, match="violates: count"):
+    with refuses("violates: count"):
         Spectrum.from_states(problem, states((0, 1, 2)), solver="mine")
 
 

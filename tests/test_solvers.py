@@ -18,6 +18,7 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
+from shared import refuses
 
 
 def hamiltonian(kind, n, seed):
@@ -38,11 +39,11 @@ N = 12
 
 def test_unknown_solvers_and_options_are_refused():
     problem = Problem(hamiltonian("indefinite", 4, 0), [con.count(4, 2)])
-    with pytest.raises(UnknownNameError, match="did you mean 'tabu'"):
+    with refuses("did you mean 'tabu'", UnknownNameError):
         solve(problem, "taboo")
-    with pytest.raises(InputError, match="heat"):
+    with refuses("heat"):
         solve(problem, "tabu", heat=3)
-    with pytest.raises(InputError, match="'tabu' is already registered") as caught:
+    with refuses("'tabu' is already registered") as caught:
         registry.register("tabu", None)
     assert caught.type is InputError
 
@@ -105,7 +106,7 @@ def test_tabu_stops_at_its_limit():
 
 @pytest.mark.parametrize("k", [0, -1, 10**9])
 def test_the_number_of_states_is_bounded(k):
-    with pytest.raises(InputError, match="k must be from 1 to 100,000"):
+    with refuses("k must be from 1 to 100,000"):
         solve(WIDE, "tabu", k=k)
 
 
@@ -126,7 +127,7 @@ def test_what_is_no_solution_is_refused(monkeypatch):
         Solution(np.zeros((0, 60), dtype=bool)): "found no state that satisfies",
     }.items():
         monkeypatch.setattr(Odd, "result", result)
-        with pytest.raises(InputError, match=message):
+        with refuses(message):
             solve(WIDE, "odd")
 
 
@@ -195,7 +196,7 @@ class Exits(AllOnes):
 
 def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
     problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
-    with pytest.raises(InputError, match=r"the sampler Exits failed: SystemExit: 3"):
+    with refuses(r"the sampler Exits failed: SystemExit: 3"):
         make("dimod", sampler=Exits(SystemExit(3))).solve(problem, 1)
     with pytest.raises(KeyboardInterrupt):
         make("dimod", sampler=Exits(KeyboardInterrupt())).solve(problem, 1)
@@ -259,7 +260,7 @@ class Fake:
     ],
 )
 def test_the_kit_finds_faults(fault, message):
-    with pytest.raises(VerificationError, match=message):
+    with refuses(message, VerificationError):
         check_solver(Fake(fault))
 
 
@@ -271,7 +272,7 @@ def test_the_kit_wants_infeasibility_reported():
             except Exception:
                 return Solution(np.zeros((0, problem.n), dtype=bool))
 
-    with pytest.raises(VerificationError, match="must raise InfeasibleError"):
+    with refuses("must raise InfeasibleError", VerificationError):
         check_solver(Silent())
 
 
@@ -415,7 +416,7 @@ def test_open_nodes_without_multipliers_are_still_solved(tree_only):
 
 def test_bad_options_are_refused():
     problem = Problem(hamiltonian("psd", 4, 0), [con.count(4, 2)])
-    with pytest.raises(InputError, match="threads"):
+    with refuses("threads"):
         solve(problem, "exact", threads=-1)
-    with pytest.raises(InputError, match="time limit"):
+    with refuses("time limit"):
         solve(problem, "exact", seconds=0.0)

@@ -9,7 +9,7 @@ import torch
 
 from cards import fake_cards
 from isingcut.energies.search import Search, Target
-from isingcut.errors import ArchitectureError, InputError, MemoryExhaustedError
+from isingcut.errors import ArchitectureError, MemoryExhaustedError
 from isingcut.measure import ledger, losses
 from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients, gate_slopes
@@ -22,6 +22,7 @@ from isingcut.models.replay import Replay
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import refuses
 from tiny import (
     count_rows,
     edit_tensors,
@@ -68,11 +69,11 @@ def test_a_fine_tune_of_the_same_model_has_another_fingerprint(llama, tmp_path):
 
 def test_gradients_through_several_blocks_are_refused(llama):
     replay = streamed(llama)
-    with pytest.raises(ArchitectureError, match="streamed one block at a time"):
+    with refuses("streamed one block at a time", ArchitectureError):
         gate_curvature(replay, samples(), "hessian")
     with torch.no_grad():
         recording = replay.record(samples().input_ids)
-    with pytest.raises(ArchitectureError, match="needs the whole model in memory"):
+    with refuses("needs the whole model in memory", ArchitectureError):
         recording.block(3, recording.entered)
 
 
@@ -156,7 +157,7 @@ def test_chunks_of_states_and_samples_do_not_change_the_losses(llama, narrow, al
 
 def test_too_little_memory_for_one_state_is_an_error(narrow):
     narrow.allowed = 3
-    with pytest.raises(InputError, match="raise --memory-limit or lower --batch-tokens"):
+    with refuses("raise --memory-limit or lower --batch-tokens"):
         measure(narrow, samples(), some_states(len(narrow)), work=Work(24))
 
 
@@ -168,7 +169,7 @@ def test_gradients_take_so_many_samples_at_a_time_as_fit(llama, narrow):
     narrow.room = lambda batch: narrow.allowed * each
     np.testing.assert_allclose(gate_gradients(narrow, whole, work=Work(24)), expected, rtol=1e-5)
     narrow.allowed -= 1
-    with pytest.raises(MemoryExhaustedError, match="raise --memory-limit or lower --length"):
+    with refuses("raise --memory-limit or lower --length", MemoryExhaustedError):
         gate_gradients(narrow, whole, work=Work(24))
 
 

@@ -19,7 +19,7 @@ from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.results import read_json
 from isingcut.report.words import overlap_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, write_jsonl, write_words
+from shared import call, refuses, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -194,7 +194,7 @@ def test_messages_need_a_chat_template(tmp_path):
 def test_what_a_template_refuses_is_one_line():
     own = tiny_tokenizer()
     own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
-    with pytest.raises(ModelError, match=r"refuses these messages \(.*\)$") as caught:
+    with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
         render_chat(own, [{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value)
     own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
@@ -254,7 +254,7 @@ def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     monkeypatch.setattr(text_files, "_PIECE", 1000)
     build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
-    with pytest.raises(CalibrationError, match="NUL"):
+    with refuses("NUL", CalibrationError):
         build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
 
 
@@ -266,7 +266,7 @@ def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):
     assert wider.pad_token_id == 262
     assert Encoder(wider, model).pad == 0
     assert Encoder(wider).pad == 262
-    with pytest.raises(CalibrationError, match=r"'<filling>' with id 262, but .* 262 rows"):
+    with refuses(r"'<filling>' with id 262, but .* 262 rows", CalibrationError):
         Encoder(wider, model)("a <filling>")
     model.resize_token_embeddings(263)
     assert 262 in Encoder(wider, model)("a <filling>")

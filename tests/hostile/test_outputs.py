@@ -14,7 +14,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import load_json, snapshot
+from shared import load_json, refuses, snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -183,7 +183,7 @@ def test_save_replaces_nothing_of_the_users(arena, place):
 def test_save_replaces_what_it_wrote(arena):
     run = isingcut.open_run("run")
     run.save("mine", blocks=[0, 1])
-    with pytest.raises(OutputExistsError, match=r"already exists.*overwrite=True"):
+    with refuses(r"already exists.*overwrite=True", OutputExistsError):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
     record = load_json(arena.here / "mine" / "isingcut.json")
@@ -192,7 +192,7 @@ def test_save_replaces_what_it_wrote(arena):
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
     os.link(arena.text, arena.here / "same.html")
-    with pytest.raises(InputError, match=OF_SOURCE):
+    with refuses(OF_SOURCE):
         check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
 
 
@@ -228,6 +228,6 @@ def test_a_forged_marker_opens_nothing(arena):
     marker = arena.home / ".isingcut-output.json"
     marker.write_text(json.dumps(forged))
     run = isingcut.open_run("run")
-    with pytest.raises(OutputExistsError, match="was changed"):
+    with refuses("was changed", OutputExistsError):
         run.save("home", blocks=[0, 1], overwrite=True)
     assert (arena.home / "diary.txt").read_text() == "mine\n"
