@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose
 
 from calibrating import SIZES, decoded, refused, sentences
 from isingcut.baselines.angular_window import AngularWindow
@@ -312,7 +313,7 @@ def test_gradients_are_of_the_answers(tmp_path):
     a = np.array(rows)
     states = states_of(len(replay), [(0,), (1, 3), (0, 2, 4)]).astype(float)
     expected = ((states @ a.T) ** 2).sum(1) / len(a)
-    np.testing.assert_allclose(found.energies(states.astype(bool)), expected, rtol=1e-3)
+    assert_allclose(found.energies(states.astype(bool)), expected, rtol=1e-3)
 
 
 def test_activations_are_compared_where_answers_are_predicted():
@@ -326,9 +327,9 @@ def test_activations_are_compared_where_answers_are_predicted():
         last, rel=1e-4
     )
     influence, angles = one_pass(replay, alone, Work())
-    np.testing.assert_allclose(angles, one_pass(replay, whole, Work())[1], rtol=1e-3, atol=1e-6)
+    assert_allclose(angles, one_pass(replay, whole, Work())[1], rtol=1e-3, atol=1e-6)
     both = one_pass(replay, TokenSet.from_rows([[1]]), Work())[0]
-    np.testing.assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
+    assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
 
 
 @pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])

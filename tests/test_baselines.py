@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose
 
 import shared
 from isingcut.baselines import registry
@@ -160,12 +161,12 @@ def test_block_influence_and_norm_ratio_are_means_over_real_tokens(replay, token
     before, after = boundary[:-1], boundary[1:]
     turned = (1 - F.cosine_similarity(before, after, dim=-1)).mean(1).numpy()
     found = BlockInfluence().choose(replay, tokens, 2, WORK, seed=0)
-    np.testing.assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
+    assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
     assert found.removed == tuple(sorted(np.argsort(turned)[:2]))
     assert found.passes == 1
     sizes = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean(1).numpy()
     found = NormRatio().choose(replay, tokens, 2, WORK, seed=0)
-    np.testing.assert_allclose(found.info["norm_ratio"], sizes, rtol=1e-4)
+    assert_allclose(found.info["norm_ratio"], sizes, rtol=1e-4)
     assert found.removed == tuple(sorted(np.argsort(sizes)[:2]))
 
 
@@ -186,7 +187,7 @@ def test_the_angular_window_is_the_least_turned_one(replay, tokens):
         angles.append(cosine.arccos() / math.pi)
     expected = torch.cat(angles, 1).mean(1).numpy()
     found = AngularWindow().choose(replay, tokens, 3, WORK, seed=0)
-    np.testing.assert_allclose(found.info["distance"], expected, rtol=1e-4)
+    assert_allclose(found.info["distance"], expected, rtol=1e-4)
     start = int(expected.argmin())
     assert found.removed == (start, start + 1, start + 2)
 
@@ -216,7 +217,7 @@ def test_ledger_losses_are_the_measured_ones(replay, tokens):
     for loss in ("kl", "nll"):
         got = open_ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
         found = measure(replay, tokens.select([1, 3]), states)
-        np.testing.assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
+        assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
     with refuses("kl, nll"):
         open_ledger(replay, tokens, WORK, "ppl")
 

@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import ModelError
@@ -100,7 +101,7 @@ def test_standard_error_of_equal_samples_is_that_of_the_mean():
     sums = rng.standard_normal((3, 50))
     counts = np.full(50, 7)
     expected = (sums / 7).std(1, ddof=1) / np.sqrt(50)
-    np.testing.assert_allclose(standard_error(sums, counts), expected)
+    assert_allclose(standard_error(sums, counts), expected)
 
 
 @pytest.mark.parametrize("changed", ["states", "weights", "attention"])
@@ -119,7 +120,7 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, mo
 
     before = work()
     assert computed
-    np.testing.assert_array_equal(work(), before)
+    assert_array_equal(work(), before)
     assert not computed, "what the same measurement has measured is there"
     if changed == "states":
         states[0] = (2,)
@@ -130,7 +131,7 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, mo
         replay.attention = "eager"
     after = work()
     assert computed
-    np.testing.assert_array_equal(after, work(None))
+    assert_array_equal(after, work(None))
     assert np.allclose(after, before, rtol=1e-4, atol=1e-6) == (changed == "attention")
 
 
@@ -168,8 +169,8 @@ def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, meth
     p, other = reference.double().log_softmax(-1), q.double().log_softmax(-1)
     kl = (p.exp() * (p - other)).sum(-1)
     nll = -other.gather(1, labels()[:, None])[:, 0]
-    np.testing.assert_allclose(sums.kl, kl.numpy(), atol=2e-6)
-    np.testing.assert_allclose(sums.nll, nll.numpy(), rtol=1e-6)
+    assert_allclose(sums.kl, kl.numpy(), atol=2e-6)
+    assert_allclose(sums.nll, nll.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["_add_compiled", "_add"])
@@ -189,7 +190,7 @@ def test_masked_words_have_no_weight_and_nan_is_not_lost(method):
     shown = [x[:, 1500:] for x in (reference, q)]
     p, other = (x.double().log_softmax(-1) for x in shown)
     sums = in_pieces(masked[1], masked[0], 1000, method)
-    np.testing.assert_allclose(sums.kl, (p.exp() * (p - other)).sum(-1).numpy(), atol=2e-6)
+    assert_allclose(sums.kl, (p.exp() * (p - other)).sum(-1).numpy(), atol=2e-6)
     q[2, 3000] = torch.nan
     lost = in_pieces(q, reference, 1000, method).kl
     assert lost.isfinite().logical_not().nonzero().tolist() == [[2]]
@@ -206,7 +207,7 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
             found.append(in_pieces(q, reference, 2000, "_add_compiled").kl)
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(*found)
+    assert_array_equal(*found)
 
 
 @pytest.mark.parametrize(

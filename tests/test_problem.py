@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.errors import InfeasibleError
 from isingcut.ising import constraints as con
@@ -23,7 +24,7 @@ def all_states(n):
 
 def test_feasible_and_violations():
     problem = Problem(hamiltonian(4), [con.count(4, 2), *con.keep(4, [0])])
-    np.testing.assert_array_equal(problem.feasible([[0, 1, 1, 0], [1, 1, 0, 0]]), [True, False])
+    assert_array_equal(problem.feasible([[0, 1, 1, 0], [1, 1, 0, 0]]), [True, False])
     assert problem.violations([0, 1, 1, 0]) == []
     broken = problem.violations([1, 1, 1, 0])
     assert [text.split(" (")[0] for text in broken] == ["count", "keep 0"]
@@ -130,7 +131,7 @@ def test_from_quadratic_is_the_form():
     Q = rng.normal(size=(5, 5))
     x = all_states(5)
     ham = Hamiltonian.from_quadratic(Q, c=0.5)
-    np.testing.assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
+    assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
 
 
 def test_save_and_load(tmp_path):
@@ -139,9 +140,9 @@ def test_save_and_load(tmp_path):
     )
     path = ham.save(tmp_path / "hamiltonian.safetensors")
     back = Hamiltonian.load(path)
-    np.testing.assert_array_equal(back.h, ham.h)
-    np.testing.assert_array_equal(back.J, ham.J)
-    np.testing.assert_array_equal(back.h_error, np.ones(5))
+    assert_array_equal(back.h, ham.h)
+    assert_array_equal(back.J, ham.J)
+    assert_array_equal(back.h_error, np.ones(5))
     assert back.J_error is None
     assert (back.c, back.unit, back.meta) == (ham.c, ham.unit, ham.meta)
     assert [p.name for p in tmp_path.iterdir()] == ["hamiltonian.safetensors"]
@@ -260,7 +261,7 @@ def test_sorted_distinct_and_recomputed(problem):
     spectrum = Spectrum.from_states(problem, x, 3)
     assert len(spectrum) == 3
     assert (np.diff(spectrum.energies) >= 0).all()
-    np.testing.assert_array_equal(spectrum.energies, problem.hamiltonian.energies(spectrum.states))
+    assert_array_equal(spectrum.energies, problem.hamiltonian.energies(spectrum.states))
     assert spectrum.gaps[0] == 0
     assert len({s.tobytes() for s in spectrum.states}) == 3
 
@@ -275,7 +276,7 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     x = states((0, 1), (2, 3), (4, 5))
     a = Spectrum.from_states(flat, x)
     b = Spectrum.from_states(flat, x[::-1])
-    np.testing.assert_array_equal(a.states, b.states)
+    assert_array_equal(a.states, b.states)
     assert a.removed(0) == [4, 5]
 
 
@@ -302,7 +303,7 @@ def test_a_spectrum_is_saved_and_loaded(problem, tmp_path):
         info={"nodes": 7},
     )
     back = Spectrum.load(spectrum.save(tmp_path / "spectrum.json"))
-    np.testing.assert_array_equal(back.states, spectrum.states)
-    np.testing.assert_array_equal(back.energies, spectrum.energies)
+    assert_array_equal(back.states, spectrum.states)
+    assert_array_equal(back.energies, spectrum.energies)
     assert back.to_dict() == spectrum.to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["spectrum.json"]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
@@ -41,7 +42,7 @@ def test_every_layout_is_read_and_cut(layout, tmp_path):
     plain = dict(tiny_model("qwen3").named_parameters())
     for name, value in model.named_parameters():
         # FP8 keeps 3 bits of mantissa, so half a step is 1/16 of a number.
-        torch.testing.assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
+        assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
 
@@ -142,13 +143,13 @@ def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
 def test_dequantise_spreads_every_kind_of_scale():
     weight = torch.arange(-12.0, 12.0).reshape(4, 6).to(torch.float8_e4m3fn)
     exact = weight.float()
-    torch.testing.assert_close(dequantise(weight, torch.tensor([0.5])), exact * 0.5)
+    assert_close(dequantise(weight, torch.tensor([0.5])), exact * 0.5)
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    torch.testing.assert_close(dequantise(weight, rows), exact * rows[:, None])
-    torch.testing.assert_close(dequantise(weight, rows[:, None]), exact * rows[:, None])
+    assert_close(dequantise(weight, rows), exact * rows[:, None])
+    assert_close(dequantise(weight, rows[:, None]), exact * rows[:, None])
     tiles = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spread = tiles.repeat_interleave(3, 0)[:4].repeat_interleave(4, 1)[:, :6]
-    torch.testing.assert_close(dequantise(weight, tiles, (3, 4)), exact * spread)
+    assert_close(dequantise(weight, tiles, (3, 4)), exact * spread)
     with refuses("not one tile per 3 numbers", CheckpointError):
         dequantise(weight, torch.ones(3, 2), (3, 4))
     with refuses("does not fit", CheckpointError):
@@ -209,7 +210,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     wanted = dict(plain.named_parameters())
     for name, value in model.named_parameters():
         # Three bits of mantissa: half a step is 1/16 of a number.
-        torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
+        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
     assert len(replay_of(model)) == 6
     excise(source, [0, 2], out)
     assert "F8_E4M3" in assert_bytes_follow(source, out, [1, 3, 4, 5])
@@ -240,7 +241,7 @@ def test_fp8_with_experts_in_one_tensor(tmp_path):
     assert found["unexpected_keys"] == set()
     wanted = dict(plain.named_parameters())
     for name, value in model.named_parameters():
-        torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
+        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [3, 5], out)
     assert verify(model, [3, 5], out).difference == 0.0
 
@@ -267,7 +268,7 @@ def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
     assert not found["missing_keys"]
     parameters = dict(model.named_parameters())
     for name, value in values.items():
-        torch.testing.assert_close(parameters[name].data, value, rtol=0, atol=0)
+        assert_close(parameters[name].data, value, rtol=0, atol=0)
     assert len(replay_of(model)) == 6
     excise(source, [0, 3], out)
     assert "U8" in assert_bytes_follow(source, out, [1, 2, 4, 5])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose, assert_array_equal
 
 import isingcut
 from isingcut.baselines.angular_window import AngularWindow
@@ -72,7 +73,7 @@ def test_evaluator_equals_measuring_at_once(replay, tokens):
     evaluator.measure(states, tokens.samples, "all")
     direct = measure(replay, tokens, states).kl_sums[:, evaluator.order]
     found = np.array([evaluator.known[key_of(s)].sums for s in states])
-    np.testing.assert_allclose(found, direct, atol=1e-5)
+    assert_allclose(found, direct, atol=1e-5)
     assert len(evaluator.known) == len(states)
 
 
@@ -97,7 +98,7 @@ def test_evaluator_resumes_from_its_journal(replay, tokens, tmp_path, monkeypatc
     monkeypatch.setattr("isingcut.measure.ledger.measure_together", None)
     again.measure(all_states(N, 2), 4, "pairs")
     for a, b in zip(first.known.values(), again.known.values(), strict=True):
-        np.testing.assert_array_equal(a.sums, b.sums)
+        assert_array_equal(a.sums, b.sums)
     assert first.ledger.passes == again.ledger.passes
 
 
@@ -190,11 +191,11 @@ def test_surrogate_mean_is_the_gaussian_posterior():
     weights = np.linalg.solve(precision, phi.T @ (found._y / found._sd**2))
     every = all_states(n, 3)
     expected = found._a + found._b * prior.energies(every) + features(every) @ weights
-    np.testing.assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
+    assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
     deviation = np.sqrt(
         np.einsum("sf,fg,sg->s", features(every), np.linalg.inv(precision), features(every))
     )
-    np.testing.assert_allclose(found.deviation(every), deviation, rtol=1e-5)
+    assert_allclose(found.deviation(every), deviation, rtol=1e-5)
 
 
 def test_surrogate_samples_have_the_posterior_moments():
@@ -207,7 +208,7 @@ def test_surrogate_samples_have_the_posterior_moments():
     draws = np.array([found.sample(rng).energies(every) for _ in range(3000)])
     sd = found.deviation(every)
     assert np.abs((draws.mean(0) - found.mean.energies(every)) / sd).max() < 0.1
-    np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
+    assert_allclose(draws.std(0), sd, rtol=0.1)
 
 
 def test_surrogate_of_many_states_that_cost_nothing():
@@ -255,7 +256,7 @@ def test_estimates_carry_few_samples_over_to_all(replay, tokens):
     evaluator.measure(states[:6], tokens.samples, "all")
     found = Estimates(evaluator, list(evaluator.known.values()), [2, tokens.samples])
     full = measure(replay, tokens, states).kl
-    np.testing.assert_allclose(found.loss[:6], full[:6], rtol=1e-5)
+    assert_allclose(found.loss[:6], full[:6], rtol=1e-5)
     assert (found.sd[:6] == 0).all()
     assert (found.sd[6:] > 0).all()
     # A shift that few samples give to all states is removed.

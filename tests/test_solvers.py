@@ -7,6 +7,7 @@ import pytest
 from dwave.samplers import SimulatedAnnealingSampler, TabuSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.errors import InfeasibleError, InputError, UnknownNameError, VerificationError
 from isingcut.ising import constraints as con
@@ -52,7 +53,7 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
     problem = Problem(hamiltonian("indefinite", 30, 0), [con.count(30, 12)])
     a = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     b = solve(problem, "tabu", restarts=3, steps=50, seed=5)
-    np.testing.assert_array_equal(a.states, b.states)
+    assert_array_equal(a.states, b.states)
 
 
 WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
@@ -222,7 +223,7 @@ class Low(dimod.Sampler):
 
     assert own_samplers.Low.told == {"heat": 2, "num_reads": 100, "seed": 0}
     assert found.info["ignored"] == ["cold"]
-    np.testing.assert_array_equal(found.states, solve(problem, "exact", k=5).states)
+    assert_array_equal(found.states, solve(problem, "exact", k=5).states)
 
 
 def test_repair_gives_up_where_no_move_helps():
@@ -340,7 +341,7 @@ def assert_the_k_best(problem, k, **options):
     tolerance = 1e-9 * max(problem.hamiltonian.scale, 1.0)
     assert spectrum.proven
     assert len(spectrum) == wanted.size
-    np.testing.assert_allclose(spectrum.energies, wanted, atol=tolerance)
+    assert_allclose(spectrum.energies, wanted, atol=tolerance)
     assert spectrum.lower_bound <= wanted[0] + tolerance
 
 
@@ -384,7 +385,7 @@ def test_bounds_are_bounds():
     x = x[x.sum(axis=1) == m]
     s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
     energies = ham.energies(x)
-    np.testing.assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
+    assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
     energies -= ham.c
     lowest = energies.min()
     reduced = reduce(Problem(ham, [con.count(n, m)]))
@@ -402,7 +403,7 @@ def test_threads_agree(tree_only):
     problem = Problem(hamiltonian("psd", 20, 3), [con.count(20, 8)])
     one = solve(problem, "exact", k=30, threads=1)
     two = solve(problem, "exact", k=30, threads=2)
-    np.testing.assert_array_equal(one.states, two.states)
+    assert_array_equal(one.states, two.states)
     assert one.info["evaluations"] > 0
 
 
@@ -410,7 +411,7 @@ def test_open_nodes_without_multipliers_are_still_solved(tree_only):
     problem = Problem(hamiltonian("indefinite", 16, 2), [con.count(16, 7)])
     lean = solve(problem, "exact", k=20, memory_mb=0.0)
     rich = solve(problem, "exact", k=20)
-    np.testing.assert_array_equal(lean.states, rich.states)
+    assert_array_equal(lean.states, rich.states)
     assert lean.proven
 
 

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose, assert_array_equal
 
 from cards import fake_cards
 from isingcut.energies.search import Search, Target
@@ -53,8 +54,8 @@ def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     rows = gate_gradients(whole, tokens, gate=gate, work=Work(24))
     streamed_rows = gate_gradients(parts, tokens, gate=gate, work=Work(24))
     for name in ("kl_sums", "nll_sums", "original_nll_sums"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    np.testing.assert_array_equal(streamed_rows, rows)
+        assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert_array_equal(streamed_rows, rows)
     assert np.abs(rows).max() > 0
     assert max(map(len, seen)) == 2
 
@@ -86,7 +87,7 @@ def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
     state[list(removed)] = True
     expected = gate_slopes(whole, tokens, state, 16)
     assert np.abs(expected).max() > 1e-6
-    np.testing.assert_array_equal(gate_slopes(parts, tokens, state, 16), expected)
+    assert_array_equal(gate_slopes(parts, tokens, state, 16), expected)
 
 
 def test_a_forward_pass_reads_what_it_needs(tmp_path):
@@ -151,8 +152,8 @@ def test_chunks_of_states_and_samples_do_not_change_the_losses(llama, narrow, al
     states[5] = False
     expected = measure(whole, samples(), states, work=Work(24))
     found = measure(narrow, samples(), states, work=Work(24))
-    np.testing.assert_array_equal(found.kl_sums, expected.kl_sums)
-    np.testing.assert_array_equal(found.nll_sums, expected.nll_sums)
+    assert_array_equal(found.kl_sums, expected.kl_sums)
+    assert_array_equal(found.nll_sums, expected.nll_sums)
 
 
 def test_too_little_memory_for_one_state_is_an_error(narrow):
@@ -167,7 +168,7 @@ def test_gradients_take_so_many_samples_at_a_time_as_fit(llama, narrow):
     narrow.allowed = len(narrow) + 6
     each = narrow.stream_bytes(whole.select([0]))
     narrow.room = lambda batch: narrow.allowed * each
-    np.testing.assert_allclose(gate_gradients(narrow, whole, work=Work(24)), expected, rtol=1e-5)
+    assert_allclose(gate_gradients(narrow, whole, work=Work(24)), expected, rtol=1e-5)
     narrow.allowed -= 1
     with refuses("raise --memory-limit or lower --length", MemoryExhaustedError):
         gate_gradients(narrow, whole, work=Work(24))
@@ -187,7 +188,7 @@ def test_graphs_are_kept_where_there_is_room(family, tmp_path, monkeypatch):
         monkeypatch.setattr(Replay, "room", room)
         ran.clear()
         found = gate_gradients(replay, samples(), work=Work(24))
-        np.testing.assert_array_equal(found, expected)
+        assert_array_equal(found, expected)
         counts.append(len(ran))
     none, some, every = counts
     # Recording a batch calls every block once too, without running it.
@@ -227,12 +228,12 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
     assert count == pytest.approx(1.0, abs=0.1)
     for result, (text, some) in zip(found, wanted, strict=True):
         expected = measure(replay, text, some, work=Work(12))
-        np.testing.assert_array_equal(result.kl_sums, expected.kl_sums)
-        np.testing.assert_array_equal(result.nll_sums, expected.nll_sums)
+        assert_array_equal(result.kl_sums, expected.kl_sums)
+        assert_array_equal(result.nll_sums, expected.nll_sums)
     count, found = sweeps(replay, one_pass, tokens, Work(12))
     assert count < 1
     for result, expected in zip(found, one_pass(in_memory(llama), tokens, Work(12)), strict=True):
-        np.testing.assert_array_equal(result, expected)
+        assert_array_equal(result, expected)
 
 
 def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeypatch):
@@ -289,7 +290,7 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
     journal = tmp_path / "journal"
     expected = work(streamed(llama), journal)
     # With several threads the two ways may add up in another order.
-    np.testing.assert_allclose(expected, work(in_memory(llama)), rtol=0, atol=1e-6)
+    assert_allclose(expected, work(in_memory(llama)), rtol=0, atol=1e-6)
     whole = count_rows(journal)
     batches = len(tokens.batches(12))
     # One row a micro-batch, or one for each of its states and the original.
@@ -299,6 +300,6 @@ def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, 
     replay = streamed(llama)
     ran = []
     replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
-    np.testing.assert_array_equal(work(replay, journal), expected)
+    assert_array_equal(work(replay, journal), expected)
     times = 2 if job == "gradients" else 1
     assert len(ran) == times * (batches - 1), "block 0 is run for each lost micro-batch"
