@@ -1,6 +1,5 @@
 """Quantised checkpoints: bytes copied, scales with them, lists renumbered; measured or refused."""
 
-import dataclasses
 import json
 import re
 
@@ -20,7 +19,6 @@ from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load, load_plain
 from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
@@ -113,12 +111,6 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     weight = again.get_submodule(module).weight
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
-    if shards == 20_000 and patch == "linear":
-        teacher = load_streamed(source, dtype="float32", device="cpu")
-        job = dataclasses.replace(job, teacher=teacher)
-        assert patch_checkpoint(job, tmp_path / "streamed") == record
-        for name, tensor in read_checkpoint(tmp_path / "streamed").items():
-            assert tensor.data() == after[name].data()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +135,7 @@ def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
 def test_dequantise_spreads_every_kind_of_scale():
     weight = torch.arange(-12.0, 12.0).reshape(4, 6).to(torch.float8_e4m3fn)
     exact = weight.float()
-    assert_close(dequantise(weight, torch.tensor([0.5])), exact * 0.5)
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert_close(dequantise(weight, rows), exact * rows[:, None])
     assert_close(dequantise(weight, rows[:, None]), exact * rows[:, None])
     tiles = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spread = tiles.repeat_interleave(3, 0)[:4].repeat_interleave(4, 1)[:, :6]
