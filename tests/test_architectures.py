@@ -113,18 +113,6 @@ def test_per_layer_fields_follow(model_type, fields, removed, expected):
         assert cut[key] == value
 
 
-def test_a_composite_configuration_is_cut_in_its_text_part():
-    config = {
-        "model_type": "gemma3",
-        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 4},
-        "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 4},
-    }
-    cut = cut_config(config, [0])
-    assert cut["text_config"]["num_hidden_layers"] == 3
-    assert len(cut["text_config"]["layer_types"]) == 3
-    assert cut["vision_config"]["num_hidden_layers"] == 4
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -51,13 +51,6 @@ def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
     assert after.mlp_layer_types == [before.mlp_layer_types[i] for i in (1, 2, 4, 5)]
 
 
-def test_block_numbers_that_start_at_1_are_renumbered():
-    cut = cut_config(HUB["kimi_linear"], [0, 2])
-    assert cut["linear_attn_config"]["full_attn_layers"] == [4]
-    assert cut["linear_attn_config"]["kda_layers"] == [1, 2, 3]
-    assert cut["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
-
-
 def test_a_scale_that_holds_the_depth_stays_what_it_was():
     whole = {**LLAMA, "model_type": "minicpm3", "num_hidden_layers": 9, "scale_depth": 1.5}
     assert cut_config(whole, [1, 2, 3, 5, 7])["scale_depth"] == pytest.approx(1.5 * (4 / 9) ** 0.5)

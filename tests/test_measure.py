@@ -13,7 +13,7 @@ from isingcut.errors import ModelError
 from isingcut.files.journal import Journal
 from isingcut.ising.states import states_of
 from isingcut.measure.gradients import gate_gradients
-from isingcut.measure.losses import measure, standard_error
+from isingcut.measure.losses import measure
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
 from isingcut.models.compute import head as head_module
@@ -94,14 +94,6 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
         begins = re.escape(str(tokens.input_ids[row].tolist())[:9])
         with refuses(f"that begins {begins}", ModelError):
             check_finite(replay, tokens, found, states if row == 2 else None)
-
-
-def test_standard_error_of_equal_samples_is_that_of_the_mean():
-    rng = np.random.default_rng(0)
-    sums = rng.standard_normal((3, 50))
-    counts = np.full(50, 7)
-    expected = (sums / 7).std(1, ddof=1) / np.sqrt(50)
-    assert_allclose(standard_error(sums, counts), expected)
 
 
 @pytest.mark.parametrize("changed", ["states", "weights", "attention"])

@@ -183,21 +183,22 @@ def test_arrays_cannot_be_changed_behind_its_back():
 KINDS = ["attention", "mlp", "attention", "moe", "mlp"]
 
 
-def obeyed(rows, state):
-    return all(row.satisfied(np.array([state]))[0] for row in rows)
+def obeyed(rows, bits):
+    state = np.array([[int(bit) for bit in bits]])
+    return all(row.satisfied(state)[0] for row in rows)
 
 
 def test_count():
-    assert obeyed([con.count(4, 2)], [1, 0, 1, 0])
-    assert not obeyed([con.count(4, 2)], [1, 1, 1, 0])
+    assert obeyed([con.count(4, 2)], "1010")
+    assert not obeyed([con.count(4, 2)], "1110")
     with refuses("cannot remove 5 of 4"):
         con.count(4, 5)
 
 
 def test_kind_counts_keep_unnamed_kinds():
     rows = con.kind_counts(KINDS, {"attention": 1, "mlp": 2})
-    assert obeyed(rows, [1, 1, 0, 0, 1])
-    assert not obeyed(rows, [1, 1, 0, 1, 1])
+    assert obeyed(rows, "11001")
+    assert not obeyed(rows, "11011")
     with refuses(r"no block is of kind 'mamba'; this model has attention"):
         con.kind_counts(KINDS, {"mamba": 1})
     with refuses("cannot remove 2 moe blocks of 1"):
@@ -205,9 +206,9 @@ def test_kind_counts_keep_unnamed_kinds():
 
 
 def test_keep_and_drop():
-    assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), [0, 1, 1])
-    assert not obeyed(con.keep(3, [0]), [1, 1, 1])
-    assert not obeyed(con.drop(3, [2]), [1, 1, 0])
+    assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), "011")
+    assert not obeyed(con.keep(3, [0]), "111")
+    assert not obeyed(con.drop(3, [2]), "110")
     with refuses("cannot keep block 3"):
         con.keep(3, [3])
 
@@ -215,12 +216,12 @@ def test_keep_and_drop():
 def test_budget_by_share_and_amount():
     costs = [10.0, 20.0, 30.0, 40.0]
     share = con.budget("params", costs, share=0.3)
-    assert obeyed([share], [0, 0, 1, 0])
-    assert obeyed([share], [1, 1, 0, 0])
-    assert not obeyed([share], [0, 1, 0, 0])
+    assert obeyed([share], "0010")
+    assert obeyed([share], "1100")
+    assert not obeyed([share], "0100")
     whole = con.budget("params", costs, share=0.3, total=200.0)
-    assert not obeyed([whole], [0, 0, 1, 0])
-    assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
+    assert not obeyed([whole], "0010")
+    assert obeyed([con.budget("params", costs, amount=40)], "0001")
     with refuses("either a share or an amount"):
         con.budget("params", costs)
     with refuses("from 0% to 100%"):
@@ -229,15 +230,15 @@ def test_budget_by_share_and_amount():
 
 def test_exact_byte_budgets_survive_rounding():
     costs = np.full(7, 1e9 / 3)
-    assert obeyed([con.budget("bytes", costs, share=3 / 7)], [1, 1, 1, 0, 0, 0, 0])
+    assert obeyed([con.budget("bytes", costs, share=3 / 7)], "1110000")
 
 
 def test_legality_rows():
-    assert obeyed([con.keep_at_least(KINDS, "attention")], [1, 1, 0, 1, 1])
-    assert not obeyed([con.keep_at_least(KINDS, "attention")], [1, 0, 1, 0, 0])
+    assert obeyed([con.keep_at_least(KINDS, "attention")], "11011")
+    assert not obeyed([con.keep_at_least(KINDS, "attention")], "10100")
     rows = con.together(5, [(0, 1), (2, 3, 4)], "period")
-    assert obeyed(rows, [1, 1, 0, 0, 0])
-    assert not obeyed(rows, [0, 0, 1, 1, 0])
+    assert obeyed(rows, "11000")
+    assert not obeyed(rows, "00110")
 
 
 def test_a_row_needs_finite_coefficients_and_a_known_sense():

@@ -186,21 +186,16 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
 
 
 class Exits(AllOnes):
-    """A sampler that raises an error."""
-
-    def __init__(self, error):
-        self.error = error
+    """A sampler that is interrupted."""
 
     def sample(self, bqm):
-        raise self.error
+        raise KeyboardInterrupt
 
 
-def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
+def test_an_interrupt_of_a_sampler_is_the_users():
     problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
-    with refuses(r"the sampler Exits failed: SystemExit: 3"):
-        make("dimod", sampler=Exits(SystemExit(3))).solve(problem, 1)
     with pytest.raises(KeyboardInterrupt):
-        make("dimod", sampler=Exits(KeyboardInterrupt())).solve(problem, 1)
+        make("dimod", sampler=Exits()).solve(problem, 1)
 
 
 def test_a_named_class_gets_its_options(tmp_path, monkeypatch):

@@ -299,12 +299,3 @@ def test_damaged_tokens_are_one_line(arena, change, line):
     with pytest.raises(StageFileError, match=f"{TEXT} is damaged: .*{line}") as caught:
         Calibration.load(arena.run / TEXT)
     assert "\n" not in str(caught.value)
-
-
-def test_damaged_tokens_end_a_command(arena):
-    arena.refuses(
-        "rank {run} --random-states 31 --overwrite",
-        "the tensor rank.mask is missing",
-        tensors(TEXT, lambda a: a.pop("rank.mask")),
-        makes=("run/run.json",),
-    )
