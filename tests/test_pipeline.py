@@ -84,7 +84,7 @@ def test_another_removal_reuses_the_energy(run, capsys):
     assert (run / "remove-3" / "model" / "config.json").is_file()
     assert (run / "remove-3" / "report.md").is_file()
     assert (run / "hamiltonian.safetensors").stat().st_mtime_ns == energy
-    assert "proven" in capsys.readouterr().run
+    assert "proven" in capsys.readouterr().out
 
 
 def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsys):
