@@ -45,22 +45,6 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
 # documents ----------------------------------------------------------------------------
 
 
-def test_no_document_nor_its_duplicate_is_in_two_splits(tmp_path, tokenizer):
-    texts = [f"<{i}>" + "abcdefgh"[i % 8] * 30 + f"</{i}>" for i in range(30)]
-    spaced = [t.replace(">", "> ") for t in texts]
-    copies = [t.replace(">", ">   ") for t in texts]
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in [*spaced, *copies, *spaced]])
-    found = build(source, tokenizer, **SIZES)
-    owners = {}
-    for name, tokens in found.splits.items():
-        stream = tokenizer.decode(tokens.input_ids.flatten())
-        for i in range(30):
-            if f"<{i}>" in stream:
-                owners.setdefault(str(i), set()).add(name)
-    assert owners
-    assert all(len(names) == 1 for names in owners.values())
-
-
 def test_order_follows_the_seed_and_report_ignores_the_energys_samples(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(60)])
     first = build(source, tokenizer, **SIZES)
