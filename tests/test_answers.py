@@ -19,7 +19,7 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, describe_source, parts_of, places_in
 from isingcut.data.tokens import Encoder, TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
-from isingcut.errors import CalibrationError, ModelError, OutputExistsError
+from isingcut.errors import CalibrationError, ModelError
 from isingcut.evaluation.quality import quality
 from isingcut.files.results import read_json
 from isingcut.healing.job import keep_beginnings
@@ -377,5 +377,3 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
         rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
     )
     assert str(tmp_path) not in card + healed
-    with refuses("made with other options", OutputExistsError):
-        pipeline.run(config.replace(calibration=f"{text}=1,{chat}=1"))

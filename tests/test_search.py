@@ -471,14 +471,8 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     assert set(search["targets"]) == {"2", "3", "4"}
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
-    from isingcut.runs.cutting import make_model
-    from isingcut.runs.folder import RunFolder
-    from isingcut.runs.pipeline import session_of
-
-    folder = RunFolder.open(out)
-    config = folder.config.replace(remove="3", patch="none")
-    model = make_model(session_of(folder, config), folder)
-    assert load_json(model / "config.json")["num_hidden_layers"] == 5
+    assert call("excise", out, "--remove", 3, "--patch", "none") == 0
+    assert load_json(out / "remove-3" / "model" / "config.json")["num_hidden_layers"] == 5
 
 
 def test_effort_belongs_to_the_search(inputs, tmp_path):
