@@ -21,6 +21,7 @@ from healings import (
     killing,
     models,
     options,
+    result,
     shapes,
     stored,
 )
@@ -34,7 +35,6 @@ from isingcut.errors import (
     StageFileError,
 )
 from isingcut.files.healings import HealingFile
-from isingcut.files.results import read_json
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
@@ -56,7 +56,7 @@ __all__ = ["healed", "models"]
 
 
 def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
-    found = read_json(healed / "healing.json", "healing")
+    found = result(healed)
     assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
     assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -139,7 +139,7 @@ def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
 
 def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="last:1"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
     assert shapes(out) == shapes(models / "student")
     before, after = stored(models / "student"), stored(out)
@@ -210,7 +210,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
 
 def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="lora:4"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
     assert shapes(out) == shapes(models / "student")
     assert not [p.name for p in out.iterdir() if "adapter" in p.name]
@@ -234,7 +234,7 @@ def test_training_in_half_precision(models, tmp_path):
     training = {"max_steps": 2, "adam_beta2": 0.95}
     out = heal(options(models, tmp_path / "out", training, student=student, dtype="bfloat16"))
     assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
 
 
@@ -286,11 +286,11 @@ def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
 
 def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
     assert len(found["steps"]) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
-    other = read_json(alone / "healing.json", "healing")
+    other = result(alone)
     assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
     assert other["steps"] == []
 
@@ -298,14 +298,14 @@ def test_patch_and_distillation_together(models, tmp_path):
 def test_the_patch_is_the_default_once(models, tmp_path):
     default = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # A healed model is not the exact cut that a patch is fitted for.
     with refuses("is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
-    further = read_json(again / "healing.json", "healing")
+    further = result(again)
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
 
@@ -337,7 +337,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
     given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     # The text has ten words, and its tokens are letters, so the splits are alike.
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
@@ -351,7 +351,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
 def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_path):
     student = saved_student(models, tmp_path / "trained", scale=1.01)
     out = heal(options(models, tmp_path / "out", ONCE, student=student, patch=None))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert "patch" not in found
     assert "logits" in found["unpatched"][0]["reason"]
 
@@ -361,14 +361,14 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_
     shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
     out = heal(options(models, tmp_path / "out", student=str(foreign)))
     assert curve(out) == curve(healed)
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert (found["removed"], found["of"]) == ([2, 3], 6)
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
-    assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
+    assert result(again)["removed"] == [2, 3]
 
 
 def bought(folder):
-    return read_json(folder / "healing.json", "healing")["recipe"]
+    return result(folder)["recipe"]
 
 
 def spending(models, out, effort, **changes):
@@ -413,7 +413,7 @@ def test_a_budget_in_tokens_is_spent(models, tmp_path):
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
-    assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
+    assert result(out)["tokens_seen"] == 5 * 4 * 63
     trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
