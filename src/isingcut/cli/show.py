@@ -117,7 +117,7 @@ def show_ranking(found: states.CandidatesFile) -> None:
         lines.append(line.replace("`", ""))
     if found.by_tasks is not None:
         for blocks, *cells in words.table("question_rows", found.by_tasks):
-            names = ("questions", "right", "difference", "log-probability", "p")
+            names = ("right", "difference", "log-probability")
             shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
             lines.append(f"without {blocks}: {', '.join(shown)}")
     show_lines(
