@@ -1,46 +1,59 @@
-"""Estimate the time of a default run and a healing on GPUs; nothing here runs on a GPU.
+"""Estimate the time of a default run and a healing on GPUs, as ranges; nothing here was measured.
 
-    python benchmarks/projection.py [8B] [70B] [400B-MoE]
+    python benchmarks/projection.py [8B] [70B] [400B-MoE] [--removed 0.4] [--tuning card]
 
-Counts come from a real default search of a tiny Llama with as many blocks, streamed, on samples of
-8 tokens: block calls, their tokens, heads, sweeps over the weights, and seconds of this machine's
-processor. Tokens are scaled to samples of 256. The sweeps of the other stages are those of a
-streamed default run of a tiny Llama of 12 blocks. Parameters come from the large model's
-configuration, card rates from `isingcut plan`: data sheets, of which arithmetic reaches 40 %.
+Every part of a stage has a count, and a rate with a fast and a slow end. Counts follow the code:
+its constants, its formulas, and a real default search of a tiny Llama with as many blocks, on
+samples of 8 tokens, scaled to samples of 256. The sweeps over the weights of a streamed model are
+those of a streamed default run of a tiny Llama of 12 blocks. Parameters come from the large model's
+configuration. Nothing overlaps, but for arithmetic, launches and reads of weights of the same
+calls: there the longest counts. Processes share the search and the ranking of states; rank 0 alone
+does everything else. A written checkpoint is hashed at its edges only (2 MiB a file), which takes
+no time.
 
-The time of a stage is the maximum of its arithmetic, its reads from the card's memory, its
-launches, PCIe and disk, plus its float64 fits and rank 0's own work. The largest of all these is
-printed as its bound. The cards of one process take turns. Rank 0 alone cuts, patches and evaluates.
-Processes of one node read each part from its disk once. Prints the arithmetic, then a table,
-which docs/gpu.md shows in part.
+Prints each part of each stage, then a table, which docs/gpu.md shows in part.
 """
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from isingcut.console.progress import duration
 from isingcut.data.tokens import TokenSet
+from isingcut.energies.refined import KEPT
 from isingcut.energies.search import Search, Target
+from isingcut.evaluation.quality import before_and_after
+from isingcut.evaluation.speed import speed
+from isingcut.healing.patch.checkpoint import BYTES, HELD_OUT_EVERY, STEP_TOKENS
 from isingcut.healing.patch.files import runs
+from isingcut.healing.patch.ridge import bytes_of
 from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
+from isingcut.models.cutting.verify import verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.options.config import RunConfig
-from isingcut.runs.plan import CARDS, REACHED
+from isingcut.options.config import LENGTH, HealConfig, RunConfig
+from isingcut.runs.plan import CARDS, READING
+from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
+
+NOTE = "not measured: no card was available"
+COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", "a run", "LoRA", "full"]
 
 
 def shape(hidden: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -72,29 +85,107 @@ MACHINES = {
     "8 x 80 GB": ("h100", 8, 1),
     "4 nodes of 8 x 80 GB": ("h100", 8, 4),
 }
-PCIE, NVME, HOST = 25e9, 5e9, {1: 64e9, 8: 1e12}
-"""Bytes per second from host memory to each card and from the disk of a node; bytes of host memory
-that cache read weights, by cards per node."""
-LAUNCHES, FLOAT64 = 3e-4, {"rtx4090": 1.3e12, "h100": 67e12}
-"""Host seconds per call of a block; float64 operations per second from the data sheets."""
+Range = NDArray[np.float64]
+"""Two numbers, of the shortest and the longest time."""
+
+
+def rates(fast: float, slow: float) -> Range:
+    """Return the fast and the slow end of a rate."""
+    return np.array([fast, slow], dtype=float)
+
+
+FEW, MANY, BACK, HEAD = rates(0.55, 0.3), rates(0.6, 0.35), rates(0.5, 0.3), rates(0.75, 0.5)
+"""Share of the data sheet's bfloat16 arithmetic: blocks in calls of some 500 tokens, of thousands,
+with gradients, and the output head. The best product reaches 0.80 on an H100 (MAMF table of
+stas00/ml-engineering), layers 0.30 to 0.63 on an RTX 4090 (qhduan/transformers-benchmarks)."""
+FLOAT64, DOUBLE = {"rtx4090": 1.3e12, "h100": 67e12}, rates(0.8, 0.3)
+"""Float64 operations per second, from the data sheets, and the share that products and a Cholesky
+factorisation reach."""
+BANDWIDTH, LOGIT = rates(0.9, 0.6), 96
+"""Share of the data sheet's memory bandwidth, of which a copy reaches 0.9; bytes moved per logit by
+the elementwise operations of `RowSums`, one after another."""
+CALLS = rates(5000, 1700)
+"""Block calls per second that the host issues: 38 kernels and 36 views each, counted in a Llama, at
+some 4 us an operation (measured by others) and twice as much with the modules around them."""
+CPU = {"rtx4090": rates(6e11, 2e11), "h100": rates(2e12, 5e11)}
+RAM = {"rtx4090": rates(60e9, 30e9), "h100": rates(250e9, 80e9)}
+"""Float64 operations and bytes per second of the host, all cores: two memory channels, and eight to
+twelve. Assumed."""
+HOST = {1: 64e9, 8: 1e12}
+"""Bytes of host memory by cards per node."""
+PINNED, UNPINNED, LINKS = rates(50e9, 20e9), rates(10e9, 2.5e9), {1: 2e11, 4: 3e10}
+"""Bytes per second between host and card from pinned memory (PCIe 5 and 4) and from unpinned memory
+(5e9 on PCIe 3, pytorch#16901; 1.4e9 into new memory, pytorch#138018); between cards, by nodes."""
+DISK = rates(6e9, READING)
+"""Bytes per second from NVMe or the page cache; the slow end is that of `isingcut plan`."""
+IMPORTS, TEXT = rates(1 / 5, 1 / 15), rates(1.0, 0.3)
+"""Starts of Python with torch and transformers, and readings of a patch's text, per second; one
+core of this project's machine takes 7 and 0.8 seconds."""
 USABLE, MOST = 0.8, 0.95
 """Shares of a card: default of --memory-limit, and maximum if two large blocks need more."""
-SHORT, SAMPLES, BATCH, MILLION = 8, 16, 4096, 10**6
+SHORT, SAMPLES, BATCH, MILLION, STEPS = 8, 16, 4096, 10**6, 61
+"""STEPS of 16 samples of 1,024 tokens are a million tokens."""
+SOLVES = 6
+"""Solutions per fit: three ridge strengths, two steps to the best, and that one on all rows."""
+ADAM = 88
+"""Bytes of memory traffic per parameter and step of AdamW, one tensor at a time (72), and of casts
+and copies to and from the layers in use."""
 TRAINED, LORA = 16, 0.005
 """Bytes per trained parameter (float32 weight, gradient, two moments); share that LoRA trains."""
-SWEEPS = {"rank": 2.0, "cut": 8.1, "patch": 9.1, "evaluate": 4.4}
-"""Sweeps over the weights by stage, mostly of the proofs, which generate eight tokens."""
+SWEEPS = {"rank": 2.0, "proof": 8.1, "evaluate": 4.4}
+"""Sweeps over the weights of a streamed model; a proof generates eight tokens."""
+TUNING = "host"
+"""Where `tune` keeps float32 weights, gradients and moments: "host" or "card"."""
 RUN = RunConfig(model="m", remove="1")
 
 
-def count(n: int, removed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Term:
+    """A count of work and the rate of it, in units per second."""
+
+    name: str
+    count: float
+    unit: str
+    rate: Range
+
+
+Part, Cells = tuple[Term, ...], dict[str, str]
+"""Terms that run at the same time; cells of a table by machine."""
+
+
+def default(function: Any, name: str) -> int:
+    """Return the default of an argument."""
+    return int(inspect.signature(inspect.unwrap(function)).parameters[name].default)
+
+
+def seconds(part: Part) -> Range:
+    """Return the shortest and the longest time of a part."""
+    return np.asarray(np.max([term.count / term.rate for term in part], axis=0))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a search did: passes and heads over its text, sweeps over the weights, tokens of a block
+    call, seconds of its own work on one core, and the removed blocks of its best state."""
+
+    passes: float
+    heads: float
+    sweeps: float
+    together: float
+    host: float
+    removed: tuple[int, ...]
+
+
+def count(n: int, removed: int) -> Counts:
     """Run the default search on a tiny Llama of n blocks and return its counts."""
-    calls: list[int] = []
-    run = Recording.block
+    calls, inside, run = list[int](), list[float](), Recording.block
 
     def block(recording: Recording, i: int, hidden: torch.Tensor) -> torch.Tensor:
         calls.append(hidden.shape[:-1].numel())
-        return run(recording, i, hidden)
+        began = time.process_time()
+        after = run(recording, i, hidden)
+        inside.append(time.process_time() - began)
+        return after
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(Recording, "block", block):
         tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
@@ -104,154 +195,297 @@ def count(n: int, removed: int) -> dict[str, float]:
         began, before = time.process_time(), replay.store.count_sweeps()
         text = TokenSet.from_rows(ids.tolist())
         found = Search(replay, text, Work(), [Target.count(n, removed)]).run()
-    return {
-        "passes": sum(calls) / (n * SAMPLES * SHORT),
-        "heads": found.evaluator.ledger.heads,
-        "sweeps": replay.store.count_sweeps() - before,
-        "tokens of a call": RUN.length * sum(calls) / (len(calls) * SHORT),
-        "host": time.process_time() - began,
-        "cuts": len(runs(found.best(removed))),
-    }
+    return Counts(
+        passes=sum(calls) / (n * SAMPLES * SHORT),
+        heads=found.evaluator.ledger.heads,
+        sweeps=replay.store.count_sweeps() - before,
+        together=RUN.length * sum(calls) / (len(calls) * SHORT),
+        host=time.process_time() - began - sum(inside),
+        removed=found.best(removed),
+    )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The work of one stage.
+class Model:
+    """The sizes of a model in parameters and bytes, and the counts of a search in it."""
 
-    Attributes:
-        tokens: tokens of the text, each with so many ``passes`` and ``heads``.
-        sweeps: reads of all weights, if they are streamed.
-        files: bytes of checkpoints written and read.
-        memory: bytes per card in addition to the weights.
-        at_a_time: tokens of one call of a block.
-        float64: operations of the least-squares fits.
-        needs: where all weights must fit: "cards" of a process together, each "card", or empty.
-    """
-
-    name: str
-    tokens: float
-    passes: float
-    heads: float
-    memory: float
-    sweeps: float = 0.0
-    files: float = 0.0
-    at_a_time: float = BATCH
-    float64: float = 0.0
-    alone: bool = False
-    host: float = 0.0
-    needs: str = ""
-
-
-class Projection:
-    """Projection of one model; `machine` prints the arithmetic and returns cells of a table row."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], share: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             found = inspect_model(Path(folder))
-        self.n, self.head = len(found.stack), config["vocab_size"] * config["hidden_size"]
-        self.width, self.inner = config["hidden_size"], config["intermediate_size"]
-        self.removed, self.stream = self.n // 4, 2 * self.width
-        self.active = sum(b.active_parameters for b in found.stack.blocks)
-        self.parameters, self.whole = found.parameters, 2 * found.parameters
-        self.blocks = 2 * sum(b.parameters for b in found.stack.blocks)
-        self.largest = 2 * max(self.head, *(b.parameters for b in found.stack.blocks))
-        self.counts = count(self.n, self.removed)
-        print(f"\n{self.removed} of {self.n} blocks are removed; measured counts of a search:")
-        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in self.counts.items()))
+        sizes = [b.parameters for b in found.stack.blocks]
+        self.n, self.width, self.inner = (
+            len(sizes),
+            config["hidden_size"],
+            config["intermediate_size"],
+        )
+        self.vocabulary, self.stream = config["vocab_size"], 2 * self.width
+        self.head = self.vocabulary * self.width
+        # Active parameters: Llama 4 in transformers computes every expert for every token.
+        self.active, self.whole = sum(sizes), 2 * found.parameters
+        self.largest, self.removed = 2 * max(self.head, *sizes), round(share * self.n)
+        self.left, self.counts = 1 - self.removed / self.n, count(self.n, self.removed)
+        self.cuts = runs(self.counts.removed)
+        near = {b for a, z in self.cuts for b in (a - 1, z + 1)} & {*range(self.n)}
+        self.tuned = len(near - {*self.counts.removed}) * self.active / self.n
 
-    def stages(self, processes: int, each: int, *, streamed: bool) -> list[Stage]:
-        """Return the stages of a run, and healings of a million tokens."""
-        left, logits = 1 - self.removed / self.n, 2 * BATCH * self.head / self.width
-        branches = BATCH * self.stream * (self.n + 1 + BLOCK_STREAMS) / each
-        ranked = RUN.states + RUN.random_states // 4
-        order = np.random.default_rng(0).random((ranked, self.n)).argsort(1).argsort(1)
-        nodes = 1 + tree_nodes(order < self.removed) / self.n
-        passes, heads, sweeps, together, host, cuts = self.counts.values()
-        few = (SAMPLES, RUN.rank_samples, 2 * RUN.report_samples)
-        (search, rank, text), patch = (k * RUN.length for k in few), RUN.patch_tokens
-        entered = BATCH * self.stream * self.n * left / each + 3 * logits
-        lora = TRAINED * LORA * self.parameters / each
-        full = TRAINED * left * self.parameters / (processes * each)
-        fits, kept = 3 if streamed else 8, 4 * patch * self.stream / each
-        # Moments of the inputs of a layer, and a solution for each of five strengths.
-        d, f = self.width, self.inner
-        fit = cuts * (2 * patch * f * (f + d) + 5 * (f**3 / 3 + 3 * d * f**2))
-        # A cut and its patch are written, and read again.
-        once: dict[str, Any] = {"alone": True, "files": 2 * left * self.whole}
+
+class Setting:
+    """A model on a machine: where its weights are, and the parts of its stages.
+
+    Attributes:
+        kind: where the weights are; "no: ..." if the model does not fit.
+        room: bytes of a card beside the weights.
+    """
+
+    def __init__(self, model: Model, machine: str, tuning: str) -> None:
+        self.model, self.tuning = model, tuning
+        self.card, cards, self.nodes = MACHINES[machine]
+        self.memory, self.peak, bandwidth = CARDS[self.card]
+        self.bandwidth, self.ram, self.host = BANDWIDTH * bandwidth, RAM[self.card], HOST[cards]
+        fit = [g for g in (1, 2, 4, 8) if g <= cards and model.whole <= g * USABLE * self.memory]
+        self.streamed, self.each = not fit, fit[0] if fit else 1
+        self.kind = "streamed" if not fit else "resident" if fit[0] == 1 else f"on {fit[0]} cards"
+        if wide := self.streamed and 2 * model.largest > USABLE * self.memory:
+            self.kind += f", --memory-limit {MOST:.0%}"
+        self.processes, most = cards * self.nodes // self.each, MOST if wide else USABLE
+        self.weights = 2 * model.largest if self.streamed else model.whole / self.each
+        self.room = most * self.memory - self.weights
+        if self.room < 0:
+            self.kind = f"no: two blocks have {self.weights / 1e9:.0f} GB"
+
+    def move(self, name: str, size: float, rate: Range) -> Part:
+        """Make the part that moves bytes."""
+        return (Term(name, size / 1e9, "GB", rate / 1e9),)
+
+    def read(self, sweeps: float) -> Part:
+        """Make the part that reads the weights of a streamed model: one thread, disk, then PCIe."""
+        rate = PINNED if self.model.whole <= self.host else 1 / (1 / DISK + 1 / PINNED)
+        return self.move("weights", sweeps * self.model.whole * self.streamed, rate)
+
+    def blocks(
+        self, tokens: float, passes: float, share: Range, at_a_time: float = BATCH, workers: int = 1
+    ) -> Part:
+        """Make the part that runs the blocks."""
+        m, calls, rate = self.model, max(1.0, tokens / at_a_time) * passes, share * self.peak / 1e15
+        return (
+            Term("arithmetic", 2e-15 * tokens * passes * m.active, "PFLOP", rate * workers),
+            Term("launches", calls * m.n, "calls", CALLS * workers),
+            *self.move("memory", 2 * calls * m.active, self.bandwidth * workers),
+        )
+
+    def heads(self, tokens: float, heads: float, workers: int = 1) -> list[Part]:
+        """Make the parts of the output head and the loss."""
+        m, rate = self.model, HEAD * self.peak / 1e15 * workers
+        logits = LOGIT * tokens * heads * m.vocabulary
+        product = Term("head", 2e-15 * tokens * heads * m.head, "PFLOP", rate)
+        return [(product,), self.move("logits", logits, self.bandwidth * workers)]
+
+    def double(self, flops: float, place: str) -> Part:
+        """Make the part of float64 arithmetic on the "card" or the "host"."""
+        rate = DOUBLE * FLOAT64[self.card] if place == "card" else CPU[self.card]
+        return (Term(f"float64, {place}", flops / 1e12, "TFLOP", rate / 1e12),)
+
+    def fit(self, tokens: float, times: float = 1, known: bool = False) -> list[Part]:
+        """Make the parts of least-squares fits; ``known``: without passes of the original."""
+        m, t, d, f = self.model, tokens, self.model.width, self.model.inner
+        last, fits = (m.cuts[-1][1] + 1) / m.n, times * len(m.cuts)
+        # With few rows their products are factorised, else the moments of the inputs.
+        if 2 * t <= f:
+            solve = 2 * t * t * f + 2 * t * f * d + SOLVES * (t**3 / 3 + 4 * d * t**2)
+        else:
+            solve = 2 * t * f * (f + d) + SOLVES * (f**3 / 3 + 4 * d * f**2)
+        passes = (1 if known else 2) * last - m.removed / m.n
         return [
-            Stage("search", search, passes, heads, branches, sweeps, 0, together, host=host),
-            Stage("rank", rank, nodes, 1 + ranked, branches, SWEEPS["rank"]),
-            Stage("cut", 48, 4, 4, branches, SWEEPS["cut"], **once),
-            Stage("patch", patch, fits, 0, kept, SWEEPS["patch"], float64=fit, **once),
-            Stage("evaluate", text, 3, 3, 4 * logits, SWEEPS["evaluate"], alone=True),
-            # Teacher forward; student forward, recomputed, and backward once or twice.
-            Stage("LoRA", MILLION, 1 + 3 * left, 4, entered + lora, needs="cards"),
-            Stage("full", MILLION, 1 + 4 * left, 5, entered + full, needs="card"),
+            (*self.blocks(t, times * passes, MANY), *self.read(times)),
+            self.double(fits * solve, "card" if bytes_of(f) <= self.room else "host"),
+            self.double(fits * 2 * t * f * d, "card"),
+            # The map in float64 is folded into the weight on the host.
+            self.move("maps", fits * 8 * d * f, UNPINNED),
+            self.move("fold", fits * 64 * d * f, self.ram),
         ]
 
-    def machine(self, name: str) -> list[str]:
-        """Print the arithmetic on one machine and return the cells of its table row."""
-        card, cards, nodes = MACHINES[name]
-        memory, peak, bandwidth = CARDS[card]
-        fit = [g for g in (1, 2, 4, 8) if g <= cards and self.whole <= g * USABLE * memory]
-        streamed, each = not fit, fit[0] if fit else 1
-        kind = "streamed" if streamed else "resident" if each == 1 else f"on {each} cards"
-        if wide := streamed and 2 * self.largest > USABLE * memory:
-            kind += f", --memory-limit {MOST:.0%}"
-        most, processes = (MOST if wide else USABLE) * memory, cards * nodes // each
-        print(f"\n{name}: weights {self.whole / 1e9:.0f} GB, {most / 1e9:.0f} GB a card")
-        if streamed and 2 * self.largest > most:
-            return [f"no: two blocks have {2 * self.largest / 1e9:.0f} GB"]
-        print(f"  {kind}: {processes} processes")
-        cached = self.whole <= HOST[cards]
-        total, cells = self.whole / NVME, [f"{kind}; {processes} x {each}"]
-        for stage in self.stages(processes, each, streamed=streamed):
-            workers = 1 if stage.alone else processes
-            weights = 2 * self.largest if streamed else self.whole / each
-            needed = (self.whole if stage.needs == "card" else weights) + stage.memory
-            if stage.needs and (needed > memory or (stage.needs == "cards" and streamed)):
-                print(f"  {stage.name:<9}no: {stage.needs}, {needed / 1e9:.0f} GB a card")
-                cells.append("no")
-                continue
-            flops = 2 * stage.tokens * (stage.passes * self.active + stage.heads * self.head)
-            calls = stage.tokens * stage.passes / stage.at_a_time
-            read = stage.sweeps * self.whole * streamed
-            seconds = {
-                "arithmetic": flops / (REACHED * peak * workers),
-                "card memory": calls * self.blocks / (bandwidth * workers),
-                "launches": calls * self.n * LAUNCHES / workers,
-                "PCIe": read * cached / PCIE,
-                "disk": (stage.files + read * (not cached)) / NVME,
-            }
-            after = {"float64": stage.float64 / (REACHED * FLOAT64[card]), "host": stage.host}
-            taken, seconds = max(seconds.values()) + sum(after.values()), seconds | after
-            total += taken * (stage.needs == "")
-            moved = stage.files + (read if streamed else calls * self.blocks)
-            print(
-                f"  {stage.name:<9}2 x {stage.tokens:.0f} tokens x ({stage.passes:.1f} passes x "
-                f"{self.active / 1e9:.1f}G + {stage.heads:.0f} heads x {self.head / 1e9:.2f}G) = "
-                f"{flops / 1e15:.2f} PFLOP; {moved / 1e12:.2f} TB moved; "
-                f"{min(needed, memory) / 1e9:.0f} GB a card; "
-                + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items() if value)
-            )
-            cells.append(f"{duration(taken)}, {max(seconds, key=lambda key: seconds[key])}")
-        print(f"  load {self.whole / 1e9:.0f} GB at {NVME / 1e9:.0f} GB/s; a run {total:.0f} s")
-        return [*cells[:6], duration(total), *cells[6:]]
+    def tune(self, tokens: float) -> list[Part]:
+        """Make the parts of `tune`, of the layers that fit; none for a streamed model."""
+        m, train, host = self.model, tokens * (1 - 1 / HELD_OUT_EVERY), self.tuning == "host"
+        # Blocks from the first tuned one on; hidden states twice, and the graph of a micro-batch.
+        after = m.n - m.cuts[0][0] + 1 - m.removed
+        kept = (2 * tokens + STEP_TOKENS * after * BLOCK_STREAMS // 2) * m.stream
+        # On the card a layer in use and its gradient, in bfloat16; elsewhere or there, the rest.
+        most = (self.each * self.room - kept) / (4 if host else 4 + BYTES)
+        tuned = min(m.tuned, most, USABLE * self.host / BYTES if host else m.tuned)
+        if self.streamed or tuned <= 0:
+            return []
+        moved = train / STEP_TOKENS * tuned
+        return [
+            self.blocks(tokens, 1, FEW, STEP_TOKENS),
+            self.blocks(train, 3 * after / m.n, FEW, STEP_TOKENS),
+            self.blocks(tokens - train, 2 * after / m.n, FEW, STEP_TOKENS),
+            *self.heads(tokens, 3 + 1 / HELD_OUT_EVERY),
+            # Each gradient of a micro-batch, and each weight of a step.
+            self.move("gradients and weights", 4 * moved * host, UNPINNED),
+            self.move(f"AdamW, {self.tuning}", ADAM * moved, self.ram if host else self.bandwidth),
+        ]
+
+    def load(self, size: float, name: str) -> list[Part]:
+        """Make the parts that read weights and, unless they are streamed, move them to a card."""
+        moved = size * (not self.streamed)
+        return [self.move(name, size, DISK), self.move("to the card", moved, UNPINNED)]
+
+    def write(self) -> list[Part]:
+        """Make the parts that copy a checkpoint without the cut blocks, and prove it."""
+        size = self.model.left * self.model.whole
+        # Logits of both models; two prompts are continued, with a cache and without.
+        passes = (2 + 2 * 2 * default(verify, "new_tokens")) * self.model.left
+        proof = self.blocks(1, passes * (not self.streamed), FEW, 1)
+        copied = self.move("copy", 2 * size, DISK)
+        return [copied, *self.load(size, "read back"), proof, self.read(SWEEPS["proof"])]
+
+    def rank(self) -> list[Part]:
+        """Make the parts of the ranking, with trial patches and a search in a deep cut."""
+        m, tokens, trial = self.model, RUN.rank_samples * RUN.length, trial_tokens(RUN)
+        # Of the spectrum, of the search, of two one-pass methods, and random ones.
+        states = RUN.states + KEPT + 2 + RUN.random_states // 4
+        order = np.random.default_rng(0).random((states, m.n)).argsort(1).argsort(1)
+        nodes, deep, tried = tree_nodes(order < m.removed), is_deep(m.removed, m.n), TRIED
+        ranked = self.blocks(tokens, 1 + nodes / m.n, MANY, workers=self.processes)
+        parts = [(*ranked, *self.read(SWEEPS["rank"]))]
+        parts += self.heads(tokens, 1 + states, self.processes)
+        if is_searched(RUN, m.removed, m.n, streamed=self.streamed):
+            searched = m.n + MORE
+            parts += self.fit(TOKENS, searched, known=True)
+            parts += [
+                self.blocks(TOKENS, searched * m.left, FEW),
+                *self.heads(TOKENS, 2 * searched),
+            ]
+            # The lowest, the best of one pass, and two of the search.
+            tried = 4
+        parts += [part for _ in range(tried * deep) for part in self.tune(trial)]
+        parts += [(Term("text", tried, "readings", TEXT),), *self.fit(trial, tried)]
+        measured = self.blocks(tokens, 1 + tried * m.left, MANY)
+        return [*parts, (*measured, *self.read(tried)), *self.heads(tokens, 2 * tried)]
+
+    def evaluate(self) -> list[Part]:
+        """Make the parts of the evaluation, on the report text and a quarter of it of another."""
+        m, tokens = self.model, 1.25 * RUN.report_samples * RUN.length
+        parts = [*self.load(m.left * m.whole, "read back"), *self.heads(tokens, 4)]
+        parts.append(self.blocks(tokens, 2 + 2 * m.left, MANY))
+        if self.streamed:
+            return [*parts, self.read(SWEEPS["evaluate"])]
+        # A prefill, a prompt with one token and one with more; one generation; two new processes.
+        passes = (default(speed, "repeats") + 1) * (3 + default(speed, "new_tokens"))
+        passes += default(before_and_after, "new_tokens")
+        parts.append(self.blocks(1, (1 + m.left) * passes, FEW, 1))
+        return [*parts, start(2), *self.load((1 + m.left) * m.whole, "load again")]
+
+    def heal(self, full: bool) -> list[Part] | None:
+        """Make the parts of a healing on a million tokens; None if it does not fit.
+
+        LoRA needs all weights on the cards of each process; full training shards the student's.
+        """
+        m, workers = self.model, self.processes
+        trained = (m.left if full else LORA) * m.whole / 2
+        held = m.whole if full else self.weights
+        held += TRAINED * trained / (self.each * (workers if full else 1))
+        held += BATCH * (m.stream * m.n * m.left / self.each + 6 * m.vocabulary)
+        if held > self.memory or (self.streamed and not full):
+            return None
+        # Before, after, and every 100,000 tokens.
+        checks, cut = 12 * HealConfig().report_samples * LENGTH, m.left * m.whole
+        exchanged = 4 * trained * STEPS * (3 if full else 2) * (workers > 1)
+        return [
+            start(1),
+            self.move("files", m.whole + (7 if full else 5) * cut, DISK),
+            # The student is float32, and the last proof is of 18 passes on the host.
+            self.move("student, host", (6 + 18) * cut, self.ram),
+            self.blocks(MILLION, 1 + (4 if full else 3) * m.left, BACK, workers=workers),
+            *self.heads(MILLION, 5 if full else 4, workers),
+            self.blocks(checks, 1 + m.left, MANY, workers=workers),
+            self.move("AdamW, card", ADAM * trained * STEPS, self.bandwidth * workers),
+            self.move("exchange", exchanged, rates(1, 0.5) * LINKS[self.nodes]),
+        ]
+
+    def stages(self) -> dict[str, list[Part] | None]:
+        """Return the parts of each stage of a run, and of two healings."""
+        m, c, tokens = self.model, self.model.counts, SAMPLES * RUN.length
+        searched = self.blocks(tokens, c.passes, FEW, c.together, self.processes)
+        # Proven at once up to some 40 blocks (docs/solvers.md).
+        solve = Term("solve", RUN.solve_seconds * (m.n > 40), "s", rates(100, 1))
+        fit = RUN.patch_tokens * (1 if self.streamed else 1 - 1 / HELD_OUT_EVERY)
+        search = [(*searched, *self.read(c.sweeps)), *self.heads(tokens, c.heads, self.processes)]
+        text = Term("text", 1, "readings", TEXT)
+        return {
+            "load": [start(1), *self.load(m.whole, "read")],
+            "search": [*search, (Term("search, host", c.host, "s", rates(2, 1)),), (solve,)],
+            "rank": self.rank(),
+            "cut": self.write(),
+            "patch": [(text,), *self.fit(fit), *self.tune(RUN.patch_tokens), *self.write()],
+            "evaluate": self.evaluate(),
+            "LoRA": self.heal(full=False),
+            "full": self.heal(full=True),
+        }
+
+
+def start(processes: int) -> Part:
+    """Make the part that starts processes."""
+    return (Term("imports", processes, "starts", IMPORTS),)
+
+
+def spell(span: Range) -> str:
+    """Return a range of seconds in words."""
+    low, high = map(duration, span)
+    return high if low == high else f"{low.removesuffix(high[high.index(' ') :])} to {high}"
+
+
+def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]) -> list[str]:
+    """Return the cells of a machine in the table of stages; add those of the parts to ``rows``."""
+    if setting.room < 0:
+        return []
+    total, cells = rates(0, 0), dict[str, str]()
+    for stage, found in setting.stages().items():
+        taken = sum(map(seconds, found or []), rates(0, 0))
+        total += taken * (stage not in ("LoRA", "full"))
+        terms = sorted((term for part in found or [] for term in part), key=attrgetter("name"))
+        longest = dict[str, float]()
+        for name, own in groupby(terms, attrgetter("name")):
+            same = list(own)
+            if counted := sum(term.count for term in same):
+                span = sum((term.count / term.rate for term in same), rates(0, 0))
+                key = (stage, name, f"{counted:.3g} {same[0].unit}")
+                rows.setdefault(key, {})[machine] = spell(span)
+                longest[name] = span[1]
+        bound = max(longest, key=longest.__getitem__, default="")
+        cells[stage] = "no" if found is None else f"{spell(taken)}, {bound}"
+    cells["a run"] = spell(total)
+    return [f"{setting.processes} x {setting.each}"] + [cells[stage] for stage in COLUMNS]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Print rows as a Markdown table; the first is its head."""
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
+        print("| " + " | ".join([*row, *[""] * (len(rows[0]) - len(row))]) + " |")
 
 
 def main() -> None:
-    """Print the arithmetic, and the table."""
-    head = ["model", "machine", "weights; processes x cards", "search", "rank", "cut", "patch"]
-    rows = [[*head, "evaluate", "a run", "LoRA", "full"], ["---"] * 11]
-    names = sys.argv[1:] or [*MODELS]
-    if unknown := [name for name in names if name not in MODELS]:
-        sys.exit(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
-    for name in names:
-        print(f"\n# {name}", end="")
-        model = Projection(MODELS[name])
-        rows += [[name, machine, *model.machine(machine)] for machine in MACHINES]
-    print("\n" + "\n".join("| " + " | ".join([*r, *[""] * (11 - len(r))]) + " |" for r in rows))
+    """Print the parts of each stage of each model, and the table of stages."""
+    parser = argparse.ArgumentParser(description="Estimate the time of a run on GPUs.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--removed", type=float, default=0.25, help="share of removed blocks")
+    parser.add_argument("--tuning", choices=("host", "card"), default=TUNING)
+    given = parser.parse_args()
+    if unknown := [name for name in given.models if name not in MODELS]:
+        parser.error(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
+    table = [["model", "machine", "weights", "processes x cards", *COLUMNS]]
+    for name in given.models or MODELS:
+        model, rows = Model(MODELS[name], given.removed), dict[tuple[str, ...], Cells]()
+        print(f"\n{name} without {model.removed} of {model.n} blocks; {NOTE}\n")
+        for machine in MACHINES:
+            setting = Setting(model, machine, given.tuning)
+            table.append([name, machine, setting.kind, *summarise(setting, machine, rows)])
+        keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
+        lines = [[*key, *(rows[key].get(machine, "") for machine in MACHINES)] for key in keys]
+        print_table([["stage", "part", "count", *MACHINES], *lines])
+    print(f"\nTuned on the {given.tuning}; {NOTE}\n")
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ OPTIONS: dict[str, Any] = {
     "batch_tokens": 64,
     # Tuning a patch on all of the text would take longer than the rest.
     "patch_tokens": 1000,
+    # The default text is read from the disk for each patch.
+    "patch_share": 0,
 }
 
 

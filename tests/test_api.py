@@ -5,10 +5,14 @@ import functools
 import gc
 import inspect
 import os
+import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import isingcut
@@ -20,6 +24,7 @@ from isingcut.models.load import load_tokenizer
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
 from shared import leave_speed_out, write_words
+from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -139,6 +144,41 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
         further.save(healed)
 
 
+def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    text = {"calibration": "my-text.txt", "out": "moved-run"}
+    made = isingcut.prune("my-model", remove=3, **text, **OPTIONS)
+    opened = isingcut.open_run("my-run"), isingcut.open_run("my-run", model="my-model")
+    monkeypatch.chdir(tmp_path)
+    for run in (made, *opened):
+        assert run.chosen in run.candidates
+        assert run.report().is_file()
+        assert run.at(2).spectrum.proven
+        saved = run.save(f"saved-{len(list(tmp_path.iterdir()))}", blocks=[1, 4])
+        assert (tmp_path / saved / "config.json").is_file()
+
+
+def test_tensors_that_no_module_uses_are_left_out_with_a_warning(place, tmp_path, capsys):
+    model = Path(shutil.copytree(place / "my-model", tmp_path / "rewarded"))
+    with edit_tensors(model) as tensors:
+        tensors |= {"v_head.weight": torch.ones(1, 8), "v_head.bias": torch.ones(1)}
+    few = {
+        **OPTIONS,
+        "patch": "none",
+        "random_states": 0,
+        "calibration": str(place / "my-text.txt"),
+    }
+    run = isingcut.prune(str(model), remove=1, **few)
+    words = (
+        "the cut has no v_head.bias, v_head.weight: the model's class does not use these tensors"
+    )
+    assert capsys.readouterr().err.startswith(f"isingcut: warning: {words}")
+    saved = run.save(tmp_path / "saved", blocks=[1])
+    assert "v_head.weight" not in load_file(saved / "model.safetensors")
+    (remark,) = read_document(saved / "isingcut.json", CutRecord).proof.remarks
+    assert remark.startswith(words)
+
+
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -229,6 +269,7 @@ def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
             lambda: run.save("new", blocks=5),
             lambda: run.save("new", blocks=[]),
             lambda: run.save("new", blocks=["1"]),
+            lambda: run.save("new", blocks=[True]),
             lambda: run.save("new", blocks=[-1, 2]),
         ),
         "either a RunConfig or options by name": (lambda: isingcut.run("my-model"),),

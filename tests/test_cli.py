@@ -1,5 +1,6 @@
 """The command line for people and scripts: help, JSON, streams, and the view of a new user."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,8 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
 from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
-from isingcut.runs import pipeline
+from isingcut.report.run_files import RunFiles
+from isingcut.runs import evaluating, pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
 from shared import OPTIONS, call, write_jsonl
@@ -505,6 +507,48 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     assert set(found.elsewhere) == set(found.cut.elsewhere) == {"manual"}
     assert found.elsewhere["manual"].kl != found.kl
     assert "manual (not calibrated on): perplexity" in (finished / "report.md").read_text()
+
+
+def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, capsys):
+    exact = evaluating.measure
+
+    def lower(*given):
+        found = exact(*given)
+        return dataclasses.replace(found, kl_sums=found.kl_sums / 1000)
+
+    plain = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "harms" not in plain + RunFiles(run).verdict
+    # The exact cut is made to look better than the patched model.
+    monkeypatch.setattr(evaluating, "measure", lower)
+    for _ in range(2):
+        capsys.readouterr()
+        (run / "evaluation.json").unlink()
+        assert call("evaluate", run, "--skip-speed") == 0
+        said = capsys.readouterr().err.splitlines()
+        first = next(line for line in said if line.startswith("isingcut: warning: "))
+        part = read_document(run / "evaluation.json", EvaluationFile).elsewhere["manual"]
+        assert part.harmed
+        assert part.kl_above_cut == pytest.approx(part.kl, rel=0.01)
+        assert 0 < part.kl_above_cut_se < part.kl_above_cut / 2
+        words = "The patch harms other text: on manual, which the model was not calibrated on"
+        assert words in first
+        assert f"{part.kl:.3f} nats per token, and" in first
+        card = (run / "model" / "README.md").read_text(encoding="utf-8")
+        title, said, *_ = card.split("---\n")[2].strip().split("\n\n")
+        assert title.startswith("# ")
+        assert said.startswith(f"**Warning.** {words}")
+        assert card.replace(f"{said}\n\n", "") == plain
+    assert call("report", run) == 0
+    assert RunFiles(run).verdict.startswith(words)
+    assert words in (run / "report.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert f'id="verdict">{words}' in (run / "report.html").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    (run / "evaluation.json").unlink()
+    assert call("evaluate", run, "--skip-speed") == 0
+    found = read_document(run / "evaluation.json", EvaluationFile)
+    part, cut = found.elsewhere["manual"], found.cut.elsewhere["manual"]
+    assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
+    assert (run / "model" / "README.md").read_text(encoding="utf-8") == plain
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):

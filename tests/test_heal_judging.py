@@ -14,8 +14,9 @@ from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
 from isingcut.files.results import read_document, read_json
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
-from isingcut.healing.job import Domains, difference
+from isingcut.healing.job import Domains
 from isingcut.healing.training import batches, train
+from isingcut.measure.losses import difference
 from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings, sentence

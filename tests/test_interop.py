@@ -138,3 +138,50 @@ def test_a_checkpoint_that_was_changed_is_not_pushed(cut):
 def test_only_a_checkpoint_of_ours_is_pushed(tmp_path):
     with pytest.raises(StageFileError, match="does not exist"):
         interop_hub.prepare(tmp_path, "me/cut")
+
+
+def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
+    text = f"wiki=0.5,{tmp_path}/my texts/a.txt=0.5"
+    healing = {
+        "provenance": {"torch": "2", "command_line": f"isingcut heal {cut} --text {text}"},
+        "options": {"text": text, "trainer": f'{{"deepspeed": "{tmp_path}/ds.json"}}'},
+        "before": {"parts": {f"{tmp_path}/my texts/a.txt": {"kl": 1.0}}},
+    }
+    record = json.loads((cut / "isingcut.json").read_text())
+    record["model"] = {"name": f"{tmp_path}/my-model"}
+    record["proof"] = {
+        "inputs": "text only",
+        "difference": 0.0,
+        "remarks": [f"no image could be made (cannot load {tmp_path}/my model/a.json); 1/3 left"],
+    }
+    config = {"_name_or_path": f"{tmp_path}/my-model", "pad_token": "/pad", "hidden_size": 8}
+    written = {
+        "isingcut.json": record,
+        "healing.json": healing,
+        "config.json": config,
+        "tokenizer_config.json": {"special_tokens_map_file": f"{tmp_path}/map.json"},
+        "notes.json": {"mine": str(tmp_path)},
+        "tokenizer.json": {"vocab": {"/tmp/": 1}},
+    }
+    for name, content in written.items():
+        (cut / name).write_text(json.dumps(content))
+    (cut / "notes.txt").write_text(str(tmp_path))
+    _, files = interop_hub.prepare(cut, "me/cut")
+    sent = {k: f if isinstance(f, bytes) else f.read_bytes() for k, f in files.items()}
+    assert set(files) == {*written, "README.md", "model.safetensors"} - {"notes.json"}
+    for name, content in sent.items():
+        assert str(tmp_path.parent).encode() not in content, name
+        assert tmp_path.name.encode() not in content, name
+    found = interop_hub.read_records(files)
+    assert set(found) == {"isingcut.json", "healing.json"}
+    assert found["isingcut.json"]["model"] == {"name": "my-model"}
+    assert found["isingcut.json"]["proof"]["remarks"] == [
+        "no image could be made (cannot load a.json); 1/3 left"
+    ]
+    assert found["healing.json"] == {
+        "provenance": {"torch": "2"},
+        "options": {"text": "50% wiki, 50% a.txt", "trainer": '{"deepspeed": "ds.json"}'},
+        "before": {"parts": {"a.txt": {"kl": 1.0}}},
+    }
+    assert json.loads(sent["config.json"]) == config | {"_name_or_path": "my-model"}
+    assert files["tokenizer.json"] == cut / "tokenizer.json"

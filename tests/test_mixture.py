@@ -14,12 +14,14 @@ from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
 from isingcut.errors import CalibrationError, InputError, StageFileError
 from isingcut.evaluation.quality import quality
+from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_document
+from isingcut.healing.patch.checkpoint import split_samples
 from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
-from isingcut.report.words import healing_warnings, paragraphs
+from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
 from shared import OPTIONS, write_jsonl
@@ -326,6 +328,47 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
         assert len(numbers) > 10
         assert not numbers & held
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
+
+
+def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    documents = numbered(tmp_path / "a.jsonl", "<")
+    used = build(documents, tokenizer, **SIZES)
+    (measured,) = decoded(tokenizer, used.splits["report"].select([0]))
+    # One article is a document of the calibration, which the patch must not see.
+    known = next(
+        text for text in (f"<{i}. " * 4 for i in range(200)) if text.strip()[:8] in measured
+    )
+    articles = [known, *(f"#{i}# " * 9 for i in range(300))]
+    monkeypatch.setitem(corpora.PACKAGED, "wiki", lambda: iter(articles))
+    monkeypatch.setitem(corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300)))
+    monkeypatch.setattr(healing_text, "has_wiki", lambda: True)
+    monkeypatch.setattr(corpora, "_wiki_file", lambda: None)
+    found, record = to_fit(used, tokenizer, 4000, share=0.25)
+    assert (record.source, record.unmixed) == ("a.jsonl + 75% wiki, 25% python", "")
+    assert record.mixed == pytest.approx(1000, abs=16)
+    assert record.tokens == pytest.approx(4000, abs=32)
+    text = " ".join(decoded(tokenizer, found))
+    assert text.count("#") == pytest.approx(3 * text.count("@"), rel=0.2)
+    assert known.strip() not in text
+    # Held out of the tuning is one sample in eight of both texts.
+    assert "#" in " ".join(decoded(tokenizer, split_samples(found)[1]))
+    for source, share in ((documents, 0.0), (f"{documents}=0.5,wiki=0.5", 0.25)):
+        own = build(source, tokenizer, **SIZES)
+        assert to_fit(own, tokenizer, 4000, share=share)[1].mixed == 0
+    monkeypatch.setattr(healing_text, "has_wiki", lambda: False)
+    _, record = to_fit(used, tokenizer, 4000, share=0.25)
+    assert record.mixed == 0
+    assert corpora.WIKI_PACKAGE in record.unmixed
+    (warning,) = patch_warnings(card_with(record))
+    assert warning.startswith("the patch was fitted on your text alone and may harm other text")
+
+
+def card_with(text):
+    """Return the record of a cut whose patch was fitted on a text."""
+    cut = PatchedCut(removed=[3], block=2, layer="down")
+    patch = PatchRecord(unpatched=[], changed=True, cuts=[cut], text=text)
+    return CutRecord(removed=[3], of=6, patch=patch)
 
 
 def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):

@@ -18,6 +18,7 @@ from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
 from isingcut.models.sources import hub_id, model_identity, resolve
+from isingcut.models.streaming.replay import load_streamed
 from tiny import edit_config, tiny_checkpoint
 
 
@@ -168,3 +169,20 @@ def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
     question = prompt_ids(loaded.tokenizer, "What is the capital of France?")
     answer = generate_text(loaded.model, loaded.tokenizer, question, 20)
     assert "Paris" in answer
+
+
+def test_a_configuration_may_ask_for_tuples(folder):
+    with edit_config(folder) as config:
+        config["return_dict"] = False
+    ids = torch.arange(8)[None]
+    whole = models.load(folder, dtype="float32", device="cpu").model(ids).logits
+    streamed = load_streamed(folder, dtype="float32", device="cpu").model
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=ids, use_cache=False).logits, whole)
+
+
+@pytest.mark.parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
+def test_a_generation_config_that_does_not_load_is_named_before_the_weights(folder, content):
+    (folder / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"cannot load generation_config\.json in .*model"):
+        inspect_model(folder)

@@ -158,6 +158,10 @@ def test_save_and_load(tmp_path):
         ([], np.zeros((0, 0)), "at least one entry"),
         (["a", "b"], np.zeros((2, 2)), "h must be an array of real numbers"),
         ([[1.0], [1.0, 2.0]], np.zeros((2, 2)), "h must be an array of real numbers"),
+        ([1e308, 1e308], np.zeros((2, 2)), r"at most 1e\+100 in size; entry \[0\] is 1e\+308"),
+        ([0.0, 1.0], [[0.0, 1e308], [1e308, 0.0]], "J must be finite and at most"),
+        (np.array([1.0 + 1.0j, 2.0]), np.zeros((2, 2)), "real numbers: it has complex numbers"),
+        ([0.0, 1.0], np.array([[0.0, 1.0j], [1.0j, 0.0]]), "J must be an array of real numbers"),
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
@@ -209,6 +213,22 @@ def test_keep_and_drop():
     assert not obeyed(con.drop(3, [2]), [1, 1, 0])
     with pytest.raises(InputError, match="cannot keep block 3"):
         con.keep(3, [3])
+    assert con.drop(3, np.array([2]))[0].name == "drop 2"
+
+
+@pytest.mark.parametrize("wrong", [1.5, True, "1", None])
+def test_blocks_and_their_numbers_are_whole_numbers(wrong):
+    calls = {
+        "a block to keep must be a whole number, got": lambda: con.keep(4, [wrong]),
+        "a block to drop must be a whole number, got": lambda: con.drop(4, [0, wrong]),
+        "the number of removed blocks must be a whole number": lambda: con.count(4, wrong),
+        "the number of mlp blocks must be a whole": lambda: con.kind_counts(KINDS, {"mlp": wrong}),
+    }
+    for words, call in calls.items():
+        with pytest.raises(InputError, match=words):
+            call()
+    with pytest.raises(InputError, match="give the blocks to keep as a list, got 1"):
+        con.keep(4, 1)
 
 
 def test_budget_by_share_and_amount():

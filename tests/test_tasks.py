@@ -341,3 +341,16 @@ def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="question of arc_easy has no finite acc"):
         score_states(models["original"], prepare_task("arc_easy", tmp_path), [()])
+
+
+def test_prompts_longer_than_the_positions_are_counted(shared, tmp_path, capsys):
+    short = load(shared.checkpoint(max_position_embeddings=64), dtype="float32", device="cpu")
+    rest = {"choices": ["one", "two"], "answer": 0}
+    records = [{"context": "river " * words, **rest} for words in (1, 2, 90)]
+    task = prepare_task(write_jsonl(tmp_path / "own.jsonl", records), None)
+    score_states(short, task, [(), (1,)])
+    said = capsys.readouterr().err
+    assert said.count("longer than") == 1
+    assert "isingcut: warning: 2 of 6 prompts of own.jsonl are longer than the 64 positions" in said
+    score_states(short, prepare_task(write_jsonl(tmp_path / "own.jsonl", records[:2]), None), [()])
+    assert "longer than" not in capsys.readouterr().err

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrating import SIZES, chats, decoded, refused, sentences
-from isingcut.data import healing_text, text_files
+from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
 from isingcut.data.calibration import build
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.results import read_json
-from isingcut.report.words import overlap_warnings
+from isingcut.files.runs import CalibrationText
+from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import call, write_jsonl, write_words
 
@@ -143,11 +144,33 @@ def test_a_run_warns_of_text_that_its_splits_share(leaking, llama, tmp_path, no_
         assert f"{shares['report']:.0%} of the report text is in another split too" in line
 
 
+def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, capsys):
+    rows = [f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)]
+    file = write_jsonl(tmp_path / "recipes.jsonl", [{"text": row} for row in rows])
+    # The tiny models have 262 tokens.
+    monkeypatch.setattr(calibration, "_BYTES", 100)
+    options = ["--calibration", file, "--energy", "fisher", "--length", 64, "--samples", 9]
+    options += ["--rank-samples", 4, "--report-samples", 4, "--quiet", "--out", tmp_path / "run"]
+    assert call("energy", llama, *options) == 0
+    found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
+    assert found["repeats"]["report"] > 0.2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
+    assert f"{found['repeats']['report']:.0%} of the report text repeats another split" in line
+
+
 def test_ordinary_text_is_not_warned_of(finished):
     provenance = read_json(finished / "run.json", "run")["provenance"]
     assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance["calibration"]["overlap"]) == []
     assert overlap_warnings({"rank": 0.019}) == []
+    known = {"rank": 0.0, "report": 0.0}
+    text = CalibrationText(
+        source="t", sha256="", splits={}, overlap=known, repeats={"report": 0.17}
+    )
+    assert repeat_warnings(text) == []
+    text.repeats = {"rank": 0.21, "report": 0.34}
+    (line,) = repeat_warnings(text)
+    assert line.startswith("21% of the rank text and 34% of the report text repeats another split")
 
 
 def test_a_healing_records_what_its_report_shares(leaking, tokenizer):

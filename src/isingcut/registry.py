@@ -75,6 +75,8 @@ class Registry:
             UnknownNameError: no such part. The message suggests the nearest name and lists all.
             InputError: the part is in a plug-in that cannot be imported.
         """
+        # A name passed in Python may be anything.
+        name = str(name)
         if name in self._registered:
             return self._registered[name]
         files = self._files()

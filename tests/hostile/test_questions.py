@@ -54,6 +54,16 @@ BENCHMARKS = [
         ("a blank choice", CHOICES, {"choices": ["one", " "], "answer": 0}),
         ("many choices", CHOICES, {"choices": ["x"] * 1000}),
         ("no context", "line 3: expected a text 'context', got ''", {"context": ""}),
+        (
+            "half a character",
+            r"line 3: expected a text 'context', got '.ud800', a lone surrogate",
+            {"context": "a\ud800"},
+        ),
+        (
+            "half a choice",
+            r"line 3: expected 'choices' without '.udc01', a lone surrogate",
+            {"choices": ["one", "\udc01"]},
+        ),
         ("a number as context", "line 3: expected a text 'context', got 7", {"context": 7}),
     )
 ]
@@ -101,7 +111,8 @@ BLANK = "line 1: expected '_' and then text in 'context'"
 MMLU = asked({**GOOD, "subject": "x"}, task="mmlu/test")
 OTHERS = [
     ("unknown task", evaluate("zorp"), "unknown local", asked(GOOD)),
-    ("no task", evaluate(","), "need benchmarks", asked(GOOD)),
+    ("no task", evaluate(","), "--tasks is empty", asked(GOOD)),
+    ("data alone", evaluate(""), "need benchmarks", asked(GOOD)),
     ("no questions", evaluate(more="--questions 0"), "Invalid value|questions", asked(GOOD)),
     ("text without data", evaluate("wikitext2", data=""), "wikitext2 needs a local folder", both()),
     ("an empty choice", evaluate("{here}/data/own.jsonl", data=""), OWN, EMPTY),

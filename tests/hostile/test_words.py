@@ -55,6 +55,8 @@ def test_every_number_has_both_ends(kind):
         assert high <= 2**32, f.name
 
 
+# Spellings of whole numbers that Python reads and YAML does not.
+ODD = ("1_0", "\u0663", "007")
 WORDS = [
     ("--remove two", "--remove: cannot read 'two' as a removal"),
     ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
@@ -68,9 +70,17 @@ WORDS = [
     ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
     ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ("--solve-seconds 0", "--solve-seconds must be above 0, got 0"),
-    ("--solve-seconds nan", "--solve-seconds must be a finite number, got nan"),
+    ("--solve-seconds nan", "--solve-seconds must be a number, got 'nan'"),
+    ("--solve-seconds 1e999", "--solve-seconds must be a finite number, got inf"),
+    ("--solve-seconds 1_0", "--solve-seconds must be a number, got '1_0'"),
     ("--calibration ''", "--calibration is empty"),
-    ("--samples many", "(?i)invalid value for '--samples'"),
+    ("--samples many", "--samples must be a whole number, got 'many'"),
+    *((f"--seed {n}", f"--seed must be a whole number, got '{n}'") for n in ODD),
+    *((f"--remove {n}", f"--remove: cannot read '{n}' as a removal") for n in ODD),
+    ("--budget file=142016", "no unit; write file=142016B$"),
+    ("--tasks ''", "--tasks is empty; give a value, or remove the option"),
+    ("--tasks ,", "--tasks is empty; give a value, or remove the option"),
+    ("--tasks arc_easy --data ''", "--data is empty; give a value, or remove the option"),
     ("--zorp 1", "(?i)no such option: --zorp"),
     ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a regular file"),
     ("--remove 2 --heal --healing heal.yaml", "--healing must be a section of the --config file"),
@@ -185,12 +195,16 @@ def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
 
 def test_words_of_yaml_mean_what_they_say(tmp_path):
     file = tmp_path / "o.yaml"
-    file.write_text("stream: on\nremove: 010\nquick: false\nmodel: no\n", encoding="utf-8")
+    file.write_text("stream: on\nremove: 4..9\nquick: false\nmodel: no\n", encoding="utf-8")
     found = from_yaml(RunConfig, file)
-    assert found == {"stream": "on", "remove": "010", "quick": False, "model": "no"}
-    file.write_text("samples: 0x10", encoding="utf-8")
-    with pytest.raises(IsingcutError, match="samples must be a whole number, got '0x10'"):
-        from_yaml(HealConfig, file)
+    assert found == {"stream": "on", "remove": "4..9", "quick": False, "model": "no"}
+    for typed in ("0x10", "010"):
+        file.write_text(f"samples: {typed}", encoding="utf-8")
+        with pytest.raises(IsingcutError, match=f"samples must be a whole number, got '{typed}'"):
+            from_yaml(HealConfig, file)
+    file.write_text("remove: 010", encoding="utf-8")
+    with pytest.raises(IsingcutError, match="cannot read '010' as a removal"):
+        from_yaml(RunConfig, file)
     assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
 
 

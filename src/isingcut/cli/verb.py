@@ -27,7 +27,15 @@ from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
-from isingcut.options.declaration import Kind, Options, flag, from_yaml, plain_type, read_options
+from isingcut.options.declaration import (
+    Kind,
+    Options,
+    flag,
+    from_yaml,
+    plain_type,
+    read_number,
+    read_options,
+)
 from isingcut.options.spellings import BlockList
 
 if TYPE_CHECKING:
@@ -85,7 +93,7 @@ _PANELS = {
     "Model and machine": "card cards_per_process dtype attention batch_tokens stream "
     "trust_remote_code",
     "Choosing": "energy also solver states solve_seconds random_states choose",
-    "Repair": "patch patch_tokens healing drop_mtp",
+    "Repair": "patch patch_tokens patch_share healing drop_mtp",
     "Judging": "data questions skip_speed",
 }
 """The options of a run, grouped under the headings of its help."""
@@ -197,6 +205,10 @@ def verb(
 def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspect.Parameter:
     """Return the command-line parameter of an option."""
     name = flag_or_name.removeprefix("--")
+    kind: Any = plain_type(of, name)
+    numeric = f"<{kind.__name__}>" if kind in (int, float) else None
+    # `_check` reads numbers, so that they have one spelling everywhere.
+    kind = str if numeric else kind
     f = of.__dataclass_fields__[name]
     info: Any
     if f.metadata["argument"] and name == flag_or_name:
@@ -208,10 +220,9 @@ def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspe
         info = typer.Option(
             called,
             help=f.metadata["help"] + default,
-            metavar=f.metadata["metavar"],
+            metavar=f.metadata["metavar"] or numeric,
             autocompletion=part_names(room) if room else None,
         )
-    kind: Any = plain_type(of, name)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -233,7 +244,11 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
 
 def _check(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
-    found = read_options(of, {k: v for k, v in typed.items() if k not in repeat})
+    single = {k: v for k, v in typed.items() if k not in repeat}
+    for name in single:
+        if plain_type(of, name) in (int, float):
+            single[name] = read_number(single[name])
+    found = read_options(of, single)
     for name in typed.keys() & {*repeat}:
         found[name] = [read_options(of, {name: value})[name] for value in typed[name]]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,7 +129,8 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
-    warnings = words.overlap_warnings(text.overlap if text else {})
+    assert text is not None
+    warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
@@ -223,7 +225,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", "drop_mtp", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "patch_share", "drop_mtp", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -373,7 +375,7 @@ def evaluate(
             output | found.content(),
             lambda: show.show_evaluation(found),
             brief=f"{found.kl:.4f}",
-            warnings=words.patch_warnings(found),
+            warnings=[*words.paragraphs("harm_words", found), *words.patch_warnings(found)],
         )
     rows, file = benchmarking.benchmarks(session, folder, removed), target / "benchmarks.json"
     files = RunFiles(folder.path, target)
@@ -458,12 +460,14 @@ def push(
         "folder": str(checkpoint),
         "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
+        "records": interop_hub.read_records(files),
     }
     if dry_run:
         whole = sum(sizes.values())
         shown = [
             *card.data.to_yaml().splitlines(),
             *(f"{name}: {decimal(size)}" for name, size in sizes.items()),
+            *json.dumps(data["records"], indent=1).splitlines(),
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])

@@ -191,6 +191,27 @@ def describe_source(source: str) -> str:
     return ", ".join(f"{part.share:.0%} {_without_folder(part.source)}" for part in parts)
 
 
+# Folders of an absolute path in a sentence; their names may have spaces.
+_FOLDERS = re.compile(r"(?<![\w.:/~])(~[^/\s]*)?/(?=\S)(?:[^/\n\"':;,()]*/)*")
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value without folder names in its texts and keys, for files that are shared.
+
+    The names of texts are those of `describe_source`, as in the model card.
+    """
+    if isinstance(value, dict):
+        sources = {k: describe_source(v) for k, v in value.items() if _is_source(k, v)}
+        return {without_folders(k): without_folders(v) for k, v in (value | sources).items()}
+    if isinstance(value, list):
+        return [without_folders(v) for v in value]
+    return _FOLDERS.sub("", _without_folder(value)) if isinstance(value, str) else value
+
+
+def _is_source(key: str, value: Any) -> bool:
+    return key in ("source", "text") and isinstance(value, str)
+
+
 def _parse_weights(source: str) -> list[tuple[str, float]]:
     found, word = [], ""
     for piece in source.split(","):

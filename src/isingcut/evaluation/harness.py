@@ -29,6 +29,10 @@ class Harness(HFLM):  # type: ignore[misc]
         answers: function that computes log-likelihoods.
         texts: function that returns generated texts, given prompts and a function that generates
             the texts of some of them.
+
+    Attributes:
+        asked: number of prompts so far.
+        shortened: number of prompts that were longer than the model's positions.
     """
 
     def __init__(self, loaded: LoadedModel, answers: Answering, texts: Writing) -> None:
@@ -38,12 +42,18 @@ class Harness(HFLM):  # type: ignore[misc]
             softmax_dtype="float32",
         )
         self.answers, self.texts = answers, texts
+        self.asked = self.shortened = 0
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:
         # Truncated on the left, as in the harness.
         longest = self.max_length + 1
+        self._count([len(c + a) for _, c, a in requests], longest)
         rows = [(tuple((c + a)[-longest:]), min(len(a), longest - 1)) for _, c, a in requests]
         return list(self.answers(rows))
+
+    def _count(self, lengths: Sequence[int], longest: int) -> None:
+        self.asked += len(lengths)
+        self.shortened += sum(length > longest for length in lengths)
 
     def _model_generate(self, *args: Any, **rest: Any) -> Any:
         own = finite_logits(self.model)
@@ -59,4 +69,7 @@ class Harness(HFLM):  # type: ignore[misc]
             return found
 
         prompts = [(tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests]
+        for ids, settings in prompts:
+            room = self.max_length - int(settings.get("max_gen_toks") or self.max_gen_toks or 0)
+            self._count([len(ids)], room)
         return self.texts(prompts, write)

@@ -24,7 +24,7 @@ from isingcut.files.evaluations import (
 )
 from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats
-from isingcut.measure.losses import standard_error
+from isingcut.measure.losses import difference, standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import find_stack, language_model
@@ -59,6 +59,7 @@ def before_and_after(
     *,
     work: Work = PLAIN,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
+    exact: Mapping[str, Floats] = MappingProxyType({}),
     new_tokens: int = 48,
     skip_speed: bool = False,
 ) -> EvaluationFile:
@@ -72,6 +73,7 @@ def before_and_after(
         tokens: the report split.
         work: settings of the measurement, without a journal.
         elsewhere: further texts by name, measured one by one.
+        exact: KL of the exact cut on these texts, summed by sample, if it is not ``cut``.
         new_tokens: maximum tokens of one greedy generation by each model.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
@@ -97,7 +99,8 @@ def before_and_after(
     if found.parts:
         rest["parts"] = found.parts
     rest["elsewhere"] = {
-        name: _part(text, quality(first, second, text, work)) for name, text in elsewhere.items()
+        name: _part(text, quality(first, second, text, work, exact.get(name)))
+        for name, text in elsewhere.items()
     }
     for name, side in both.items():
         rest[name] = ModelScores(
@@ -120,7 +123,13 @@ def before_and_after(
     )
 
 
-def quality(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> MixedScores:
+def quality(
+    original: AnyModel,
+    cut: AnyModel,
+    tokens: TokenSet,
+    work: Work = PLAIN,
+    exact: Floats | None = None,
+) -> MixedScores:
     """Measure NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
@@ -128,10 +137,18 @@ def quality(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PL
     few tokens at a time. Streamed models share buffers, and each is read once per chunk of samples;
     both heads are in memory together.
 
+    Args:
+        exact: KL of the exact cut, summed by sample, to compare ``cut`` with.
+
     Raises:
         ModelError: a loss is not finite, or has no finite perplexity.
     """
-    return quality_of(sample_sums(original, cut, tokens, work), tokens)
+    sums = sample_sums(original, cut, tokens, work)
+    found = quality_of(sums, tokens)
+    if exact is not None:
+        found.kl_above_cut, error = difference(exact, sums[2], tokens.counts)
+        found.kl_above_cut_se = without_infinities(error)
+    return found
 
 
 def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> Floats:

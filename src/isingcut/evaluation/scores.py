@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isingcut.console.printing import say
 from isingcut.errors import InputError, ModelError
 from isingcut.evaluation.answers import (
     Likelihood,
@@ -111,6 +112,14 @@ def score_states(
                 found.append(_score_one(engine, task, wanted))
             except ModelError as e:
                 raise ModelError(f"{task.name}: {e}") from e
+            if not s and engine.shortened:
+                with contextlib.redirect_stderr(shown):
+                    say(
+                        f"isingcut: warning: {engine.shortened} of {engine.asked} prompts of "
+                        f"{task.name} are longer than the {engine.max_length} positions of "
+                        f"{loaded.folder}; their beginnings are left out, as "
+                        "lm-evaluation-harness does"
+                    )
     return found
 
 

@@ -49,6 +49,8 @@ class PairScores(Strict):
 
     Attributes:
         nll_change_se: paired standard error of the difference of the NLLs.
+        kl_above_cut: KL minus that of the exact cut, with its paired standard error; measured on
+            unrelated texts, for a model that is not the exact cut.
     """
 
     before: Perplexity
@@ -56,6 +58,14 @@ class PairScores(Strict):
     kl: Number
     kl_se: Positive | None
     nll_change_se: Positive | None = None
+    kl_above_cut: Number | None = None
+    kl_above_cut_se: Positive | None = None
+
+    @property
+    def harmed(self) -> bool:
+        """Whether the model is worse than the exact cut, by more than two standard errors."""
+        above, error = self.kl_above_cut, self.kl_above_cut_se
+        return above is not None and error is not None and above > 2 * error
 
 
 class PartScores(PairScores):

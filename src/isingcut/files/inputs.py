@@ -131,6 +131,15 @@ def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
     return value
 
 
+def find_surrogate(text: str) -> str:
+    """Describe a lone surrogate, which no tokenizer accepts; empty if the text has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        return f"{text[e.start]!a}, a lone surrogate (half of a character)"
+    return ""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):

@@ -39,12 +39,18 @@ class SplitSize(Strict):
 
 
 class CalibrationText(Strict):
-    """The calibration text of a run."""
+    """The calibration text of a run.
+
+    Attributes:
+        overlap: share of long passages of a split that are in another split too.
+        repeats: the same for runs of 8 tokens; empty if tokens are about a character each.
+    """
 
     source: str
     sha256: str
     splits: dict[str, SplitSize]
     overlap: dict[str, Positive] = Field(default_factory=dict)
+    repeats: dict[str, Positive] = Field(default_factory=dict)
 
 
 class Computed(Strict):

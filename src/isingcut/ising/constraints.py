@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isingcut.errors import InputError
-from isingcut.ising.states import Bools, Floats
+from isingcut.ising.states import Bools, Floats, read_whole
 
 Sense = Literal["==", "<=", ">="]
 
@@ -76,6 +76,7 @@ class LinearConstraint:
 
 def count(n: int, m: int) -> LinearConstraint:
     """Require that exactly ``m`` of ``n`` blocks are removed."""
+    m = read_whole(m, "the number of removed blocks")
     if not 0 <= m <= n:
         raise InputError(f"cannot remove {m} of {n} blocks; choose a number from 0 to {n}")
     return LinearConstraint("count", np.ones(n), "==", m, f"exactly {m} of {n} blocks removed")
@@ -90,7 +91,7 @@ def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearC
                 f"no block is of kind {kind!r}; this model has "
                 + ", ".join(f"{k} ({v})" for k, v in present.items())
             )
-        if not 0 <= wanted <= present[kind]:
+        if not 0 <= read_whole(wanted, f"the number of {kind} blocks") <= present[kind]:
             raise InputError(f"cannot remove {wanted} {kind} blocks of {present[kind]}")
     rows = []
     for kind, total in present.items():
@@ -102,8 +103,10 @@ def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearC
 
 
 def _unit_rows(n: int, indices: Iterable[int], verb: str, value: int) -> list[LinearConstraint]:
+    if not isinstance(indices, Iterable):
+        raise InputError(f"give the blocks to {verb} as a list, got {indices!r:.60}")
     rows = []
-    for i in sorted(set(indices)):
+    for i in sorted({read_whole(i, f"a block to {verb}") for i in indices}):
         if not 0 <= i < n:
             raise InputError(f"cannot {verb} block {i}: blocks are numbered 0 to {n - 1}")
         row = np.eye(1, n, i)[0]

@@ -27,16 +27,27 @@ if TYPE_CHECKING:
     import dimod
 
 
+_LARGEST = 1e100
+"""Largest size of a coefficient: sums of coefficients, and squares of these, stay finite."""
+
+
 def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> Floats:
     try:
-        array = np.array(value, dtype=np.float64)
+        given = np.asarray(value)
+        if np.iscomplexobj(given):
+            raise TypeError("it has complex numbers")
+        array = np.array(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be an array of real numbers: {error}") from None
     if shape is not None and array.shape != shape:
         raise InputError(f"{name} must have shape {shape}, got {array.shape}")
-    if not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise InputError(f"{name} must be finite; entry {where} is {array[tuple(where)]}")
+    # NaN fails the comparison too.
+    if not (small := np.abs(array) <= _LARGEST).all():
+        where = np.argwhere(~small)[0].tolist()
+        raise InputError(
+            f"{name} must be finite and at most {_LARGEST:g} in size; entry {where} is "
+            f"{array[tuple(where)]}"
+        )
     array.setflags(write=False)
     return array
 

@@ -7,14 +7,32 @@ that list as text.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from isingcut.errors import InputError
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 States = NDArray[np.bool_]
+
+
+def read_whole(value: Any, what: str) -> int:
+    """Return a whole number of Python, NumPy or PyTorch as an `int`.
+
+    Raises:
+        InputError: any other value, also a boolean; ``what`` names it in the message.
+    """
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{what} must be a whole number, got {value!r:.60}")
 
 
 def states_of(n: int, removed: Iterable[Iterable[int]]) -> States:

@@ -222,6 +222,19 @@ def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
     return np.asarray(np.sqrt((residual**2).sum(-1) * m / (m - 1)) / counts.sum())
 
 
+def difference(
+    first: npt.ArrayLike, second: npt.ArrayLike, counts: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """Return second - first in nats per prediction, paired by sample, and its standard error.
+
+    Args:
+        first, second: sums over the predictions of each sample.
+        counts: number of predictions of each sample.
+    """
+    sums: Floats = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    return float(sums.sum() / counts.sum()), float(standard_error(sums, counts))
+
+
 def measure(
     replay: Replay,
     tokens: TokenSet,

@@ -31,7 +31,7 @@ from isingcut.models.architectures.cuts import cut_config, legality
 from isingcut.models.architectures.fields import config_object
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
 from isingcut.models.fit import Checkpoint, check_fit, check_sizes
-from isingcut.models.load import build_on_meta, find_auto_class
+from isingcut.models.load import build_on_meta, find_auto_class, find_unused
 from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import place
 
@@ -153,6 +153,7 @@ class Inspection:
         other_bytes: stored bytes outside the blocks; 0 without weights.
         parameters: number of parameters of the whole model, embeddings included.
         positions: length of the longest sequence, if the model has a limit.
+        unused: stored tensors that the model does not use, see `find_unused`.
         placement: first and last block on each device, if there are several.
     """
 
@@ -164,6 +165,7 @@ class Inspection:
     other_bytes: int
     parameters: int
     positions: int | None
+    unused: list[str]
     placement: dict[str, tuple[int, int]]
 
     def rules(self) -> list[str]:
@@ -248,6 +250,7 @@ def inspect_model(
         other_bytes=other,
         parameters=parameters,
         positions=getattr(text_config(model), "max_position_embeddings", None),
+        unused=find_unused(seen, model),
         placement=placement,
     )
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
-from isingcut.models.architectures.blocks import language_model, stop_rescaling
+from isingcut.models.architectures.blocks import language_model, stop_rescaling, text_config
 from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
-from isingcut.models.fit import Checkpoint, check_fit, limit_structure
-from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout
+from isingcut.models.fit import Checkpoint, check_fit, is_mtp, limit_structure
+from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout, weights_of
 from isingcut.models.loading import (
     catch_errors,
     refuse_incomplete,
@@ -26,7 +26,7 @@ from isingcut.models.loading import (
 from isingcut.models.placement import connect, place, place_of
 from isingcut.models.replay import Replay, reuse_freed_memory
 from isingcut.models.safetensors_files import read_config
-from isingcut.models.transformers_private import model_classes
+from isingcut.models.transformers_private import Names, model_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,15 +74,20 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         CheckpointError: the configuration is missing or damaged.
-        ModelError: transformers cannot read the configuration.
+        ModelError: transformers cannot read the configuration, or that of `generate`.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     configs: Any = AutoConfig
     # Checked first, because transformers would look for a deleted folder on the hub.
     read_config(folder)
     with catch_errors(f"the configuration in {folder}"):
-        return configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        found = configs.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        # The weights are loaded much later, and then fail on it.
+        with catch_errors(f"generation_config.json in {folder}"):
+            GenerationConfig.from_pretrained(folder)
+    return found
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
@@ -237,8 +242,15 @@ def load_plain(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     # Hooks of accelerate move the input of every layer, and the logits back to the first device.
     remove_hook_from_module(model, recurse=True)
-    stop_rescaling(model)
+    _prepare(model)
     return model.eval(), found
+
+
+def _prepare(model: Any) -> None:
+    stop_rescaling(model)
+    # A configuration may ask for tuples.
+    for config in (model.config, text_config(model)):
+        config.return_dict = True
 
 
 def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -257,6 +269,33 @@ def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple
     with catch_errors(f"the model in {seen.folder}"), bounds, torch.device("meta"):
         model = find_auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model, config
+
+
+def find_unused(seen: Checkpoint, model: Any) -> list[str]:
+    """List the stored tensors that a model does not use, such as the value head of a reward model.
+
+    Layers for multi-token prediction, and old buffers that transformers ignores too, do not count.
+
+    Args:
+        seen: the checkpoint; the tensors of packed weights have other names, and are not compared.
+        model: the model of its configuration; its weights are not needed.
+    """
+    fp8 = fp8_layout(seen.folder, seen.config) is not None
+    if seen.config.get("quantization_config") and not fp8:
+        return []
+    names = Names(model, torch.float32)
+    unused = []
+    for name in weights_of(seen.stored) if fp8 else seen.stored:
+        target, _ = names.target(name)
+        if target not in names.tensors and not names.may_be_extra(target):
+            unused.append(name)
+    return [name for name in unused if not is_mtp(name, seen.text)]
+
+
+def explain_unused(names: Sequence[str]) -> str:
+    """Return the warning that the tensors of `find_unused` are not in the cut."""
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return f"the cut has no {shown}: the model's class does not use these tensors of the original"
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
@@ -284,7 +323,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         model.tie_weights()
-        stop_rescaling(model)
+        _prepare(model)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()

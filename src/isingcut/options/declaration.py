@@ -7,6 +7,7 @@ model, a text or a run folder is opened.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -37,7 +38,14 @@ _WRONG = {
     "value_error": "{error}",
 }
 """Messages for the error types of pydantic."""
-_FURTHER = {"room": "", "bare": "", "metavar": None, "typed": False, "argument": False}
+_FURTHER = {
+    "room": "",
+    "bare": "",
+    "metavar": None,
+    "typed": False,
+    "argument": False,
+    "filled": False,
+}
 
 
 def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any:
@@ -51,6 +59,7 @@ def option(default: Any, help_: str, stage: str = "heal", **further: Any) -> Any
             several, comma-separated. ``typed``: must be given on each command line or call,
             never in a file. ``argument``: a positional argument. ``metavar``: the name of the
             value in the help. ``bare``: the value of the option when it is typed without one.
+            ``filled``: a value that is given may not be empty.
     """
     metadata = {**_FURTHER, **further, "stage": stage, "help": help_}
     return dataclasses.field(default=default, metadata=metadata)
@@ -224,6 +233,9 @@ def read_options(
     names = {str(k).replace("-", "_") for k in values}
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
+        if f.name in names and f.metadata["filled"] and not value.strip(" ,"):
+            called = f"{source}: {f.name}" if source else flag(f)
+            raise InputError(f"{called} is empty; give a value, or remove the option")
         if f.name in names and f.metadata["room"] and value != f.default:
             registry = importlib.import_module(f"isingcut.{f.metadata['room']}").registry
             # A known part is not imported, which takes seconds.
@@ -258,6 +270,15 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
 def flag(f: dataclasses.Field[Any]) -> str:
     """Return the name of an option on the command line."""
     return f.name.upper() if f.metadata["argument"] else "--" + f.name.replace("_", "-")
+
+
+def read_number(text: str) -> Any:
+    """Return the number that a YAML file or a typed option spells; other text as it is."""
+    for kind in (int, float):
+        if re.fullmatch(_PLAIN_VALUES[kind.__name__], text):
+            with contextlib.suppress(ValueError):  # Python does not convert thousands of digits.
+                return kind(text)
+    return text
 
 
 def shorten(value: Any) -> str:

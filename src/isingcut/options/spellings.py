@@ -16,6 +16,8 @@ from isingcut.errors import InputError
 LAST_BLOCK = 99_999
 """Largest block number, and largest number of blocks, that can be typed."""
 
+# Other digits, underscores and leading zeros are refused, as in YAML and in numeric options.
+_WHOLE = r"(0|[1-9][0-9]*)"
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BYTES = {"b": 1.0} | {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
@@ -24,7 +26,8 @@ _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _TIMES = {"minutes": 60.0, "min": 60.0, "m": 60.0, "hours": 3600.0, "h": 3600.0}
-_AMOUNT = r"(\d{1,15}(?:\.\d{0,12})?)\s*"
+_AMOUNT = r"([0-9]{1,15}(?:\.[0-9]{0,12})?)\s*"
+_SINGLE = 1e5
 _LONGEST_EFFORT = 1e6
 _MOST_TOKENS = 1e12
 
@@ -111,7 +114,7 @@ class Removal(Spelling):
         self.counts, self.kinds = range(0), dict[str, int]()
         if not text:
             return
-        span = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
+        span = re.fullmatch(rf"\s*{_WHOLE}\s*(?:\.\.\s*{_WHOLE}\s*)?", text)
         if span is not None:
             first, last = _read_bounded(span[1]), _read_bounded(span[2] or span[1])
             if span[2] and first >= last:
@@ -120,7 +123,7 @@ class Removal(Spelling):
                 )
             self.counts = range(first, last + 1)
         for part in text.split(",") if span is None else ():
-            match = re.fullmatch(rf"\s*({_KIND})\s*=\s*(\d+)\s*", part)
+            match = re.fullmatch(rf"\s*({_KIND})\s*=\s*{_WHOLE}\s*", part)
             if match is None:
                 share = text.strip().endswith("%")
                 how = "a number (8), a range (4..15) or counts per kind (attention=2,moe=3)"
@@ -170,7 +173,7 @@ def _read_budget(text: str) -> Budget:
     found, what, tokens = QUANTITIES[name], f"budget {_cut(text)}", 0
     if found.context:
         value, at, context = (part.strip() for part in value.partition("@"))
-        match = re.fullmatch(r"(\d{1,9})\s*(k?)", context.lower())
+        match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if not tokens and (at or found.units):
             raise InputError(f"{what}: expected a context in tokens behind @, as {name}={value}@8k")
@@ -228,7 +231,7 @@ class BlockList(Spelling):
         found: set[int] = set()
         parts = re.split(r"[\s,;]+", re.sub(r"\s*-\s*", "-", text.strip("[]() \t\n")))
         for part in dict.fromkeys(parts) if text else ():
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            match = re.fullmatch(rf"{_WHOLE}(?:-{_WHOLE})?", part)
             first = _read_bounded(match[1]) if match else 0
             last = _read_bounded(match[2] or match[1]) if match else -1
             if first > last:
@@ -270,7 +273,7 @@ class Device(Spelling):
     """The torch name of a device, or of several devices, separated by commas."""
 
     def __init__(self, text: str = "auto") -> None:
-        if not re.fullmatch(rf"auto|({_DEVICES})(:\d{{1,3}}(,\1:\d{{1,3}})*)?", text):
+        if not re.fullmatch(rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?", text):
             raise InputError(f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}")
 
 
@@ -288,7 +291,7 @@ def _measure(
     Args:
         ways: units for messages; a share is allowed if ``"%"`` is among them.
     """
-    match = re.fullmatch(r"(\d{1,30}(?:\.\d{0,30})?)\s*(%|[A-Za-z]*)", text)
+    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
         raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
     value, unit = float(match[1]), match[2].lower()
@@ -299,6 +302,11 @@ def _measure(
             raise InputError(f"{what}: a share must be between 0% and 100%")
         return value / 100, None
     if not unit:
+        # So large a number is of single bytes or parameters, whatever unit is usual.
+        if units.get("b") == 1 and value >= _SINGLE:
+            ways = ["B"]
+        elif units is _PLAIN and value >= _SINGLE:
+            text, ways = f"{value / 1e6:.15g}", ["M"]
         found = [f"{name}{text}{way}" for way in ways if way != "%" or value <= 100]
         raise InputError(f"{what}: no unit; write {' or '.join(found) or f'{name}25%'}")
     if unit not in units:
@@ -309,7 +317,7 @@ def _measure(
 
 def _read_bounded(digits: str) -> int:
     # Check the length first: Python does not convert many thousand digits.
-    if len(digits.lstrip("0")) > len(str(LAST_BLOCK)):
+    if len(digits) > len(str(LAST_BLOCK)):
         raise InputError(f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}")
     return int(digits)
 

@@ -11,7 +11,7 @@ it in a shell, and the other way round.
 from __future__ import annotations
 
 import contextlib
-import operator
+import os
 import shutil
 import warnings
 import weakref
@@ -29,6 +29,7 @@ from isingcut.files.inputs import user_path
 from isingcut.files.states import CandidatesFile, MeasuredState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import read_whole
 from isingcut.memory import convert_memory_errors
 from isingcut.models.processes import Processes
 from isingcut.models.sources import save_loaded_model
@@ -92,6 +93,8 @@ class Run:
         self, folder: RunFolder, config: RunConfig, session: Callable[[], Session]
     ) -> None:
         self._folder, self._open, self.config = folder, session, config
+        # The program may change its working folder before the next use.
+        folder.path = folder.path.absolute()
 
     @property
     def _session(self) -> Session:
@@ -110,11 +113,11 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The folder with this removal's files.
+        """The folder with this removal's files, an absolute path.
 
         Examples:
-            >>> isingcut.open_run("my-run").path
-            PosixPath('my-run')
+            >>> isingcut.open_run("my-run").path.name
+            'my-run'
         """
         return self._folder.target(self.config.removal)
 
@@ -305,12 +308,10 @@ class Run:
 
 
 def _numbers(blocks: Sequence[int]) -> list[int]:
-    try:
-        found = sorted({operator.index(b) for b in blocks})
+    with contextlib.suppress(TypeError, InputError):
+        found = sorted({read_whole(b, "a block") for b in blocks})
         if found and found[0] >= 0:
             return found
-    except TypeError:
-        pass
     raise InputError(f"blocks must be a list of block numbers, got {blocks!r:.60}")
 
 
@@ -426,6 +427,8 @@ def open_run(
     """
     shown = as_progress(progress)
     found = RunFolder.open(user_path(folder), overwrite=overwrite)
+    if model is not None and os.path.lexists(user_path(model)):
+        model = user_path(model).absolute()
     config = found.config if remove is None else found.config.at(remove)
     config = config.replace(
         model=config.model if model is None else model,

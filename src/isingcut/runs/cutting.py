@@ -21,7 +21,7 @@ from torch import Tensor
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import to_fit
+from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.healing import CUT
@@ -39,9 +39,9 @@ from isingcut.healing.work_folder import describe_options
 from isingcut.models.cutting import gguf
 from isingcut.models.cutting.checkpoint import excise as write_cut
 from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import count_mtp_layers
+from isingcut.models.fit import Checkpoint, count_mtp_layers
 from isingcut.models.gguf_files import read_gguf
-from isingcut.models.load import find_loading_class
+from isingcut.models.load import explain_unused, find_loading_class, find_unused
 from isingcut.models.sources import find_gguf
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -132,10 +132,13 @@ def _write_exact(
     trust = config.trust_remote_code
     loads_with = find_loading_class(session.source, trust_remote_code=trust)
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
-    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp)
+    unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
+    write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
     proof = verify(
         session.loaded.runnable, blocks, out, trust_remote_code=trust, progress=session.progress
     )
+    if unused:
+        proof.remarks.append(explain_unused(unused))
     mtp = count_mtp_layers(session.source)
     further = {"proof": proof.inputs, "mtp": mtp, "drop_mtp": config.drop_mtp}
     return cuts.CutRecord(
@@ -226,6 +229,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        how |= share_options(config)
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
@@ -277,13 +281,19 @@ def _patch_job(
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    most, later = session.config.patch_tokens, None
-    if session.config.heal:
-        later = distil_config(session.config)
+    config, later = session.config, None
+    if config.heal:
+        later = distil_config(config)
         later = later.replace(length=sample_length(later, loaded.model))
-    tokens, text = to_fit(own, loaded.tokenizer, most, loaded.model, later)
-    how = patch_config(session.config).replace(batch_tokens=session.batch_tokens)
+    share = config.patch_share
+    tokens, text = to_fit(own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share)
+    how = patch_config(config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
+
+
+def share_options(config: RunConfig) -> dict[str, Any]:
+    """Return the option `patch_share` for a text that it affects; else nothing."""
+    return {"patch_share": config.patch_share} if is_mixed(config.calibration) else {}
 
 
 def fit_patch(

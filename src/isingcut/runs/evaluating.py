@@ -21,16 +21,17 @@ from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import lock_place, temporary_prefix
+from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.healing.checks import start_of
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
+from isingcut.ising.states import Floats, states_of
+from isingcut.measure.losses import Measurement, measure
 from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import fits
 from isingcut.models.gguf_files import unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
+from isingcut.report.card import mark_harm
 from isingcut.runs import measuring, solving
 from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
@@ -69,7 +70,7 @@ def evaluate(
         tokens = measuring.splits_of(folder)["report"]
         session.choose_tuning(folder)
         elsewhere = _unlike(session, measuring.splits_of(folder))
-        further = _further_scores(session, checkpoint, tokens, elsewhere)
+        further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
         if packed:
             folder.check(gguf)
             try:
@@ -84,6 +85,7 @@ def evaluate(
             tokens,
             work=session.work(),
             elsewhere=elsewhere,
+            exact=exact,
             skip_speed=skip,
         ).model_copy(update=further)
         found.before.bytes = session.identity.weight_bytes
@@ -98,6 +100,11 @@ def evaluate(
                 trust_remote_code=config.trust_remote_code,
                 progress=session.progress,
             )
+        card = checkpoint / "README.md"
+        if card.is_file():
+            written = mark_harm(card.read_text(encoding="utf-8"), found)
+            with atomic_file(card) as temporary:
+                temporary.write_text(written, encoding="utf-8")
         write_document(path, found)
 
     wanted = without_speed if skip else whole
@@ -190,8 +197,13 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
 
 def _further_scores(
     session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
-) -> dict[str, Any]:
-    """Return the name of the last model, and the scores of the models between original and last."""
+) -> tuple[dict[str, Any], dict[str, Floats]]:
+    """Score the models between the original and the last.
+
+    Returns:
+        the name of the last model, and the scores; and the exact cut's KL by sample on each text
+        of ``elsewhere``, if it is not the last.
+    """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
     patch, healed = record.patch, checkpoint != model
@@ -201,11 +213,15 @@ def _further_scores(
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
     judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
+    exact: dict[TokenSet, Measurement] = {}
     if last != "cut":
-        judges["cut"] = partial(_score_exact_cut, session, record.removed)
+        texts = (tokens, *elsewhere.values())
+        exact = {text: _measure_exact_cut(session, record.removed, text) for text in texts}
+        judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
     if healed and changed:
         judges["patched"] = partial(_score_cut, session, session.open_cut(model))
-    return found | {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+    found |= {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+    return found, {name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact}
 
 
 def score_gguf(
@@ -253,17 +269,19 @@ def _score_cut(
     }
 
 
-def _score_exact_cut(
-    session: Session, removed: Sequence[int], tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Score the original with its blocks skipped, as `_score_cut`."""
-    measured = measure(
+def _measure_exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> Measurement:
+    """Measure the original with its blocks skipped."""
+    return measure(
         session.replay,
         tokens,
         states_of(len(session.replay), [removed]),
         session.work(),
         "perplexity and KL of the exact cut",
     )
+
+
+def _score_exact_cut(measured: Measurement, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
+    """Return the scores of an exact cut, as `_score_cut`."""
     losses = {"": measured.losses(0)}
     losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
     return {

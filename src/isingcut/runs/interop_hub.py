@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
-from isingcut.errors import InputError, first_line
+from isingcut.data.mixture import without_folders
+from isingcut.errors import InputError, StageFileError, first_line
 from isingcut.files.cuts import CutRecord
-from isingcut.files.ownership import MARKER, refuse_changed
+from isingcut.files.inputs import load_json
+from isingcut.files.ownership import refuse_changed
 from isingcut.files.results import read_document
+from isingcut.healing import RECORD as HEALING
 from isingcut.report.card import hub_results
 from isingcut.report.run_files import RunFiles
 from isingcut.runs.folder import RunFolder
@@ -21,6 +26,19 @@ from isingcut.runs.folder import RunFolder
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN to a token with write access)"
 # Versions of the hub library use different HTTP libraries, with different base classes.
 _TransportError = cast(type[Exception], HfHubHTTPError.__mro__[1])
+
+_UPLOADED = re.compile(
+    r".*\.safetensors|.*\.safetensors\.index\.json|README\.md|"
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json|vocab\.(txt|bpe)|"
+    r"merges\.txt|.*\.(model|tiktoken|py)|(additional_chat_templates/)?[^/]*\.jinja|"
+    r"(license|licence|notice|use_policy|copying)[^/]*",
+    re.IGNORECASE,
+)
+"""The files of a checkpoint besides its configurations and records; no others are uploaded."""
+RECORDS = ("isingcut.json", HEALING)
+"""The records of isingcut, which are uploaded without private paths."""
+_PATH_KEYS = re.compile(r"_?name_or_path|.*_(file|path|dir)")
+"""Keys of configurations in which other programs leave a path of their machine."""
 
 Files = dict[str, Path | bytes]
 """Files by their names in the repository: a path, or the content."""
@@ -47,9 +65,13 @@ def prepare(
     except HFValidationError as e:
         raise InputError(f"{first_line(e)}; write owner/name") from e
     read_document(checkpoint / "isingcut.json", CutRecord)
-    # The marker has a meaning on this machine only.
-    found = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
-    files: Files = {p.relative_to(checkpoint).as_posix(): p for p in found}
+    files: Files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        if name in RECORDS or name.endswith("config.json"):
+            files[name] = _clean(path, name)
+        elif _UPLOADED.fullmatch(name):
+            files[name] = path
     try:
         card = ModelCard.load(checkpoint / "README.md")
     except (OSError, ValueError, YAMLError) as e:
@@ -67,6 +89,26 @@ def prepare(
             files |= {p.name: p for p in packed if p.is_file()}
     files["README.md"] = str(card).encode()
     return card, files
+
+
+def _clean(path: Path, name: str) -> Path | bytes:
+    """Return a JSON file of a checkpoint without what is private: folders, and the command line."""
+    content = load_json(path, "the checkpoint's", StageFileError, infinite=True)
+    if name in RECORDS:
+        cleaned = without_folders(content)
+        cleaned.get("provenance", {}).pop("command_line", None)
+    else:
+        paths = {k: v for k, v in content.items() if _PATH_KEYS.fullmatch(k)}
+        cleaned = content | without_folders(paths)
+    if cleaned == content:
+        return path
+    return f"{json.dumps(cleaned, indent=2, ensure_ascii=False)}\n".encode()
+
+
+def read_records(files: Files) -> dict[str, Any]:
+    """Return the content of isingcut's records among the files that `prepare` returned."""
+    found = {name: files[name] for name in RECORDS if name in files}
+    return {k: json.loads(f if isinstance(f, bytes) else f.read_bytes()) for k, f in found.items()}
 
 
 def push(

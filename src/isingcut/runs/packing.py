@@ -77,6 +77,7 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     journal = file.with_name("packing.journal")
     keys = ("budget", "keep", "drop", "patch", "patch_tokens", "seed")
     options = measuring.calibration_options(folder) | {k: getattr(config, k) for k in keys}
+    options |= cutting.share_options(config)
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)

@@ -29,6 +29,7 @@ from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
+from isingcut.runs.cutting import share_options
 from isingcut.runs.folder import TYPED, RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
@@ -53,7 +54,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     options = solving.solve_options(folder, config) | {"also": sorted(others)}
     options |= {key: getattr(config, key) for key in TYPED["rank"]}
     if tokens := trial_tokens(config):
-        options |= {"patch_tokens": tokens, "patch": config.patch}
+        options |= {"patch_tokens": tokens, "patch": config.patch, **share_options(config)}
     check_run_tasks(config)
     benchmarking.check_whole(session)
     if config.choose == "tasks":

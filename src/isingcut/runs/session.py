@@ -118,7 +118,9 @@ class Session:
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
         trust = self.config.trust_remote_code
-        found = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
+        place = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
+        # A later change of the working folder must not move it.
+        found = place.absolute()
         self._stamp = weights_stamp(found)
         return found
 
@@ -319,6 +321,8 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
     found = inspect_model(folder, trust_remote_code=config.trust_remote_code)
     if found.refusal:
         raise ArchitectureError(found.refusal)
+    if found.unused:
+        say(f"isingcut: warning: {models.explain_unused(found.unused)}")
     if needed or config.removal:
         blocks = describe_blocks(found.stack, found.rows, found.parameters, 0)
         if len(config.remove.counts) > 1:

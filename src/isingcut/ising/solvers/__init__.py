@@ -13,6 +13,7 @@ from isingcut.ising.problem import Problem
 from isingcut.ising.solvers.base import NO_CLASS, Solution
 from isingcut.ising.solvers.dimod import sampler_class
 from isingcut.ising.spectrum import Spectrum
+from isingcut.ising.states import read_whole
 from isingcut.memory import convert_memory_errors
 from isingcut.registry import Registry
 
@@ -51,7 +52,7 @@ class Solvers(Registry):
 
 def imports(name: str) -> bool:
     """Whether Python must import a module that the solver's name contains."""
-    return name.startswith("dimod:")
+    return str(name).startswith("dimod:")
 
 
 registry = Solvers("solvers", "solver", "ising")
@@ -93,7 +94,7 @@ def solve(problem: Problem, solver: str = "auto", k: int = 20, **options: Any) -
         >>> isingcut.solve(problem, k=1).removed()
         [1, 2]
     """
-    if not 1 <= k <= MOST_STATES:
+    if not 1 <= read_whole(k, "k") <= MOST_STATES:
         raise InputError(f"k must be from 1 to {MOST_STATES:,}, got {k}")
     part = make(solver, **options)
     began = time.perf_counter()

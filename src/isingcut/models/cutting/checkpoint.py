@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from isingcut.errors import CheckpointError
@@ -42,6 +42,7 @@ def excise(
     out: Path,
     *,
     drop_mtp: bool = False,
+    unused: Collection[str] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write the checkpoint ``source`` without the blocks ``removed`` to the folder ``out``.
@@ -51,6 +52,7 @@ def excise(
         removed: block numbers, in any order.
         out: the new folder; it appears only when it is complete.
         drop_mtp: leave out the layers for multi-token prediction, which otherwise stay.
+        unused: tensors to leave out, because the model does not use them.
         max_shard_bytes: upper size of one shard; a larger tensor gets a shard of its own.
 
     Raises:
@@ -63,6 +65,7 @@ def excise(
     new_config = cuts.cut_config(whole.config, removed, drop_mtp=drop_mtp)
     mapping = cuts.renumber_blocks(whole.depth, removed, 0 if drop_mtp else whole.mtp_layers)
     tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
+    tensors = [t for t in tensors if t.source.name not in unused]
     with atomic_folder(out, sources=[source]) as folder:
         write_checkpoint(folder, tensors, max_shard_bytes)
         _copy_companions(source, folder, mapping)
