@@ -48,7 +48,6 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, HealConfig, RunConfig
-from isingcut.runs.plan import CARDS, READING
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
 
@@ -79,7 +78,9 @@ MODELS = {
         num_local_experts=128,
     ),
 }
-# By machine: card of `isingcut plan`, cards per node, nodes.
+CARDS = {"rtx4090": (24e9, 165e12, 1.0e12), "h100": (80e9, 989e12, 3.35e12)}
+"""Data sheets: bytes of memory, dense bfloat16 operations and bytes of that memory per second."""
+# By machine: card, cards per node, nodes.
 MACHINES = {
     "1 x 24 GB": ("rtx4090", 1, 1),
     "1 x 80 GB": ("h100", 1, 1),
@@ -117,8 +118,8 @@ HOST = {1: 64e9, 8: 1e12}
 PINNED, UNPINNED, LINKS = rates(50e9, 20e9), rates(10e9, 2.5e9), {1: 2e11, 4: 3e10}
 """Bytes per second between host and card from pinned memory (PCIe 5 and 4) and from unpinned memory
 (5e9 on PCIe 3, pytorch#16901; 1.4e9 into new memory, pytorch#138018); between cards, by nodes."""
-DISK = rates(6e9, READING)
-"""Bytes per second from NVMe or the page cache; the slow end is that of `isingcut plan`."""
+DISK = rates(6e9, 2e9)
+"""Bytes per second from NVMe or the page cache; the slow end is that of `isingcut run`."""
 IMPORTS, TEXT = rates(1 / 5, 1 / 15), rates(1.0, 0.3)
 """Starts of Python with torch and transformers, and readings of a patch's text, per second; one
 core of this project's machine takes 7 and 0.8 seconds."""

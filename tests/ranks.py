@@ -19,7 +19,6 @@ _context.set_forkserver_preload(
         "isingcut.cli.main",
         "isingcut.runs.pipeline",
         "isingcut.measure.gradients",
-        "isingcut.measure.curvature",
         "isingcut.energies.pairwise",
         "isingcut.ising.solvers.auto",
         "isingcut.evaluation.quality",

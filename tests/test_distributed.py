@@ -47,7 +47,7 @@ def alone(place):
 def _typed(place, out, name="pairwise", also=True):
     """Return a measurement as a command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
-    others = ["--also", "hessian"] if also and name == "pairwise" else []
+    others = ["--also", "empirical-fisher"] if also and name == "pairwise" else []
     others += ["--remove", 2] if name == "refined" else []
     return [
         "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
@@ -87,7 +87,7 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     ranks.run([0, 0, 0], notes.with_suffix(".err"), _all, place, out, notes)
     for name in (
         *(f"pairwise/{name}" for name in FILES),
-        "pairwise/hamiltonian.hessian.safetensors",
+        "pairwise/hamiltonian.empirical-fisher.safetensors",
         "pairwise/remove-2/candidates.json",
         "fisher/hamiltonian.safetensors",
         "refined/hamiltonian.safetensors",

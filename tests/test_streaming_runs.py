@@ -302,8 +302,9 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     report = (folder / "report.md").read_text()
     assert "not measured" in report
     assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy", report)
+    monkeypatch.setattr("isingcut.energies.fisher.Fisher.streams", False, raising=False)
     for wrong, message in (
-        ({"energy": "hessian"}, "'hessian' needs all blocks"),
+        ({"energy": "fisher"}, "'fisher' needs all blocks"),
         ({"calibration": "self"}, "would read a streamed model from disk for every token"),
     ):
         with refuses(message):

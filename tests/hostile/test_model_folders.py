@@ -133,7 +133,7 @@ NAMES = [
 ]
 
 
-ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
+ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher")
 OVERFLOW = (
     r"the output of block 2 \(LlamaDecoderLayer\) of .*model is NaN or infinite on the text that "
     "begins '.*'; the weights are damaged or too large"
@@ -151,11 +151,8 @@ def _rows():
         # The tokens of the text are kept.
         made = ("new", "new/*")
         yield Row(f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made)
-        if energy not in ("hessian", "gauss-newton"):
-            line = f"{command} --stream on"
-            yield Row(
-                f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made
-            )
+        line = f"{command} --stream on"
+        yield Row(f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made)
     nothing = f"{ENERGY} --remove 2 --energy refined"
     yield Row("refined: all weights 0", nothing, "", tensors(zero), code=0, makes=("new", "new/*"))
     yield Row(
