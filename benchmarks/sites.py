@@ -71,22 +71,28 @@ class Recorder(TorchFunctionMode):
         return out
 
 
+_RECORDER = Recorder()
+
+
 @contextlib.contextmanager
 def record() -> Iterator[None]:
-    """Record the sites of this process, also of its new threads, if the variable names a folder."""
+    """Record the sites of this process, also of its new threads, if the variable names a folder.
+
+    All sites that the process has recorded are written at the end.
+    """
     folder = os.environ.get(FOLDER)
     if not folder:
         yield
         return
-    recorder, run = Recorder(), threading.Thread.run
+    run = threading.Thread.run
 
     def recorded(self: threading.Thread) -> None:
-        with recorder:
+        with _RECORDER:
             run(self)
 
     threading.Thread.run = recorded  # type: ignore[method-assign]
     try:
-        with recorder:
+        with _RECORDER:
             yield
     finally:
         threading.Thread.run = run  # type: ignore[method-assign]
@@ -94,7 +100,7 @@ def record() -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
         found = [
             [name.removeprefix(ROOT), function, linecache.getline(name, line).strip(), card]
-            for (name, line, function), card in sorted(recorder.seen.items())
+            for (name, line, function), card in sorted(_RECORDER.seen.items())
         ]
         (place / f"{os.getpid()}.json").write_text(json.dumps(found))
 

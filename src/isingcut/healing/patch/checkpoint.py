@@ -222,7 +222,7 @@ def tune(
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
     found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = _choose_layers(found, max(at_a_time, longest) * each, share)
+    layers = choose_layers(found, max(at_a_time, longest) * each, share)
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
@@ -259,7 +259,7 @@ def tune(
     return [p for p in patches if (p.block, p.path) not in tuned] + new, record
 
 
-def _choose_layers(
+def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
 ) -> list[tuple[int, str, Any]]:
     """Return the layers that memory suffices for; those as wide as the stream come first.
@@ -365,7 +365,7 @@ class _Text:
         """Run the original, and record the data that is constant during tuning.
 
         Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
+            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
         """
         found: list[tuple[int, str, Any, bool]] = []
         for batch in self.batches:
