@@ -25,6 +25,7 @@ from cards import fake_cards
 from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from healings import TRAINING, Killed, killing
 from isingcut import baselines
+from isingcut.energies import registry as energy_parts
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
@@ -153,17 +154,11 @@ def tasks(place: Place) -> None:
     place.type("evaluate", run, "--tasks", f"{one},{two}", "--skip-speed")
 
 
-def energies(place: Place, family: str = "llama", names: tuple[str, ...] = (), **more: Any) -> None:
-    names = names or (
-        "pairwise",
-        "refined",
-        "empirical-fisher",
-        "fisher",
-        "hessian",
-        "gauss-newton",
-    )
-    model = place.shared.checkpoint(family)
-    for name in names:
+def energies(place: Place, **more: Any) -> None:
+    model = place.shared.checkpoint()
+    # The others differentiate through all blocks, which must be in memory.
+    streamed = ["pairwise", "refined", "empirical-fisher", "fisher"]
+    for name in streamed if more else energy_parts.names():
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
         found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
@@ -235,17 +230,11 @@ def resumed(place: Place) -> None:
 
 
 def chat(place: Place) -> None:
-    talk = ("user", "assistant")
-    records = [
-        {
-            "messages": [
-                {"role": r, "content": f"{w} {i}."}
-                for r, w in zip(talk, ("say", "yes"), strict=True)
-            ]
-        }
-        for i in range(80)
-    ]
-    file = write_jsonl(place.out / "chat.jsonl", records)
+    def talk(i: int) -> list[dict[str, str]]:
+        said = {"user": f"say {i}.", "assistant": f"yes {i}."}
+        return [{"role": role, "content": words} for role, words in said.items()]
+
+    file = write_jsonl(place.out / "chat.jsonl", [{"messages": talk(i)} for i in range(80)])
     place.run(calibration=f"answers:{file}", length=32)
 
 
