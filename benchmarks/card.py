@@ -6,9 +6,10 @@ Models have 32 narrow blocks of random weights in bfloat16 and texts have few to
 weights dominate; W is the bytes of the weights. Four blocks of each model do little, so that the
 run removes these: four neighbours, or four apart. A bisection finds the smallest budget at which a
 job completes: a resident run with its patch tuned and its speed measured; the same over two and
-four cards, per card; a run without a quarter of the blocks, all apart, with at least half of the layers
-tuned that a roomy card tunes, and the bytes that a micro-batch of its tuning takes; a streamed run,
-and the largest part of its model; LoRA next to its teacher; training of all weights, relative to the bytes that the refusal on a smaller card names. Adapters of
+four cards, per card; a run without a quarter of the blocks, all apart, with at least half of the
+layers tuned that a roomy card tunes, and the bytes of a micro-batch of this tuning; a streamed run,
+and the largest part of its model; LoRA next to its teacher; training of all weights, relative to
+the bytes that the refusal on a smaller card names. Adapters of
 rank 1 are as small a share of the weights for a width of 256 as rank 16 for 4,096. The cards are
 fake (`benchmarks/cards.py`); memory that they do not simulate is not counted.
 Finished figures are kept in DIR. Ends with one line `name: value` per figure.
@@ -220,8 +221,8 @@ def run_budget(
 
 
 def quarter_budget(place: Path) -> tuple[float, float]:
-    """Return the smallest budget of a run without a quarter of the blocks, and what a micro-batch of
-    its tuning takes, both in W."""
+    """Return the smallest budget of a run without a quarter of the blocks, and the bytes of a
+    micro-batch of its tuning, both in W."""
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
     fixed = {"remove": 8, "drop": ",".join(map(str, QUARTER)), "energy": "fisher", "effort": ""}
     job = partial(run, place, model, stream="off", **fixed)

@@ -189,21 +189,25 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
 def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
     """Patch the layers of the original's blocks within the context.
 
-    A layer has its new weights only during its calls, which also works for a streamed block, whose
-    weights are loaded and unloaded.
+    A layer of a streamed block has its new weights only during its calls, because the block is
+    loaded and unloaded. A cut that is opened meanwhile shares the other ones.
     """
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
             new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
             enter, leave = _swaps(new)
-            undo.callback(layer.register_forward_pre_hook(enter).remove)
-            undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+            if layer.weight.is_meta:
+                undo.callback(layer.register_forward_pre_hook(enter).remove)
+                undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+            else:
+                enter(layer, ())
+                undo.callback(leave, layer, (), None)
         yield
 
 
 def _swaps(new: dict[str, Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return hooks that give a layer new parameters during a call."""
+    """Return hooks that give a layer new parameters, and its own ones again."""
     before: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
