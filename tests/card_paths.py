@@ -104,6 +104,7 @@ def verbs(place: Place) -> None:
     run, model = place.run(patch="none"), place.shared.checkpoint()
     for name in baselines.registry.names():
         place.type("baseline", name, run)
+    place.type("solve", run, "--remove", 1)
     place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
     place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")

@@ -72,7 +72,8 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
-    with apply_patches(job.teacher.replay.blocks, stored):
+    replay = job.teacher.replay
+    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
         proof = verify(original, job.removed, out, trust_remote_code=trust)
     return PatchRecord(
         maps=fitted.maps,

@@ -186,23 +186,29 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
+def apply_patches(
+    blocks: Sequence[nn.Module], patches: Sequence[Patch], *, resident: bool = False
+) -> Iterator[None]:
     """Patch the layers of the original's blocks within the context.
 
-    A layer of a streamed block has its new weights only during its calls, because the block is
-    loaded and unloaded. A cut that is opened meanwhile shares the other ones.
+    A layer has its new weights only during its calls, which also works for a streamed block, whose
+    weights are loaded and unloaded.
+
+    Args:
+        resident: whether the blocks are in memory and have the new weights all the time, so that a
+            cut that is opened meanwhile shares them.
     """
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
             new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
             enter, leave = _swaps(new)
-            if layer.weight.is_meta:
-                undo.callback(layer.register_forward_pre_hook(enter).remove)
-                undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
-            else:
+            if resident:
                 enter(layer, ())
                 undo.callback(leave, layer, (), None)
+            else:
+                undo.callback(layer.register_forward_pre_hook(enter).remove)
+                undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
