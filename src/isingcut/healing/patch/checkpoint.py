@@ -315,17 +315,10 @@ class _Layer:
         self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
-        self.used.register_post_accumulate_grad_hook(self._collect)
+        self.used.register_post_accumulate_grad_hook(partial(_collect, self.weight))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def _collect(self, used: Tensor) -> None:
-        """Add the gradient of one micro-batch to that of ``weight``."""
-        assert used.grad is not None
-        gradient = used.grad.cpu().float()
-        used.grad = None
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     @torch.no_grad()
     def place(self) -> None:
@@ -335,6 +328,14 @@ class _Layer:
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
         return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
+
+
+def _collect(weight: Tensor, used: Tensor) -> None:
+    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
+    assert used.grad is not None
+    gradient = used.grad.cpu().float()
+    used.grad = None
+    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 class _Text:
