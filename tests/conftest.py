@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtestloop():
+def pytest_runtest_protocol():
     """Record the call sites of torch operations, see `benchmarks/sites.py`."""
     if "CARD_SITES" not in os.environ:
         return (yield)

@@ -73,7 +73,8 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
-    with apply_patches(job.teacher.replay.blocks, stored):
+    replay = job.teacher.replay
+    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
         proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
     return PatchRecord(
         maps=fitted.maps,
@@ -224,7 +225,7 @@ def tune(
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
     found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = _choose_layers(found, max(at_a_time, longest) * each, share)
+    layers = choose_layers(found, max(at_a_time, longest) * each, share)
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
@@ -261,7 +262,7 @@ def tune(
     return [p for p in patches if (p.block, p.path) not in tuned] + new, record
 
 
-def _choose_layers(
+def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
 ) -> list[tuple[int, str, Any]]:
     """Return the layers that memory suffices for; those as wide as the stream come first.
@@ -317,17 +318,10 @@ class _Layer:
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
         hook: Any = self.used.register_post_accumulate_grad_hook
-        hook(self._collect)
+        hook(partial(_collect, self.weight))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def _collect(self, used: Tensor) -> None:
-        """Add the gradient of one micro-batch to that of ``weight``."""
-        assert used.grad is not None
-        gradient = used.grad.cpu().float()
-        used.grad = None
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     @torch.no_grad()
     def place(self) -> None:
@@ -337,6 +331,14 @@ class _Layer:
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
         return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
+
+
+def _collect(weight: Tensor, used: Tensor) -> None:
+    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
+    assert used.grad is not None
+    gradient = used.grad.cpu().float()
+    used.grad = None
+    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 class _Text:
@@ -368,7 +370,7 @@ class _Text:
         """Run the original, and record the data that is constant during tuning.
 
         Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
+            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
         """
         found: list[tuple[int, str, Any, bool]] = []
         for batch in self.batches:
