@@ -211,9 +211,9 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
         expected = measure(replay, text, some, work=Work(12))
         assert_array_equal(result.kl_sums, expected.kl_sums)
         assert_array_equal(result.nll_sums, expected.nll_sums)
-    # The last block is still in memory when the backward sweep begins.
+    # The backward sweep reads neither embedding nor head, nor the last block, still in memory.
     count, _ = sweeps(replay, gate_gradients, tokens, work=Work(12))
-    assert count == pytest.approx(2 - 1 / len(replay), abs=0.1)
+    assert count < 1.55
     count, found = sweeps(replay, one_pass, tokens, Work(12))
     assert count < 1
     for result, expected in zip(found, one_pass(in_memory(llama), tokens, Work(12)), strict=True):
