@@ -78,7 +78,7 @@ class Choice(ModelStudy):
             "default": TEXT,
             "conversations": chats,
             "web pages": web,
-            "maths": self.texts.source("maths"),
+            "maths": self.texts.problems(),
             "Python": code,
             "Wikipedia": "wiki",
             "four kinds": ",".join(f"{place}=0.25" for place in ("wiki", chats, web, code)),

@@ -22,9 +22,16 @@ healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer
   below 1 is a win
 kl_over_best_peer_M, cut_ppl_over_best_peer_M  the ratios of KL and perplexity before any repair
 
+With `--tasks` every stage is also asked the questions of lm-evaluation-harness. The means are over
+the tasks without generation, paired by question, with 95 % intervals: each stage's minus that of
+the first stage with answers, and isingcut's minus another method's at the same stage.
+
 `patches.json` is from commit 70bd966, when patches were fitted and tuned on conversations and
 Wikipedia leads alone. `patch.json` has the patch tuned on 65,536 tokens, read once in steps of 512;
-that of `healing.json` read 32,768 twice, in steps of 2,048.
+that of `healing.json` read 32,768 twice, in steps of 2,048. `answers.json` and
+`answers_coder.json` are of the study `accuracy` before it became part of this one, the second from
+commit 70bd966; its stages `last3` (the last blocks removed, and the last three remaining ones
+trained), `length` and `channel` (the stream rescaled after each cut) have no code any more.
 """
 
 from __future__ import annotations
@@ -37,11 +44,11 @@ import numpy as np
 
 from isingcut.measure.losses import standard_error
 from isingcut.options.config import TEXT
+from studies.healing.repair import RepairStudy
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
 from studies.runner_choices import TOP, Setting, choose, cost
 from studies.runner_models import key, mean_loss
-from studies.runner_repair import RECIPE, RepairStudy
 
 USUAL_RATE = 3e-4
 
@@ -51,7 +58,7 @@ class Healing(RepairStudy):
 
     name = "healing"
     judged = ("wikitext2", "c4", "instruct", "code")
-    settings = (*RepairStudy.settings[: -len(RECIPE)], "state_tokens")
+    settings = (*RepairStudy.settings, "state_tokens")
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
@@ -72,7 +79,7 @@ class Healing(RepairStudy):
             if given:
                 return {"removed": sorted(given)}
             text = self.texts.samples(TEXT, o.state_tokens)
-            setting = Setting(self.replay, text, text, text, self.working(journal), o.seed, {})
+            setting = Setting(self.replay, text, text, self.working(journal), o.seed, {})
             name = method.removesuffix(f"-top{TOP}")
             return {"removed": choose(name, setting, [m])[method][0]["removed"]}
 
@@ -106,6 +113,7 @@ class Healing(RepairStudy):
             return found
         states = [s for m in o.remove for s in self.chosen(m).values()]
         found += [p for text in self.judged for p in self.losses(text, [(), *states])]
+        found += [p for task in o.tasks for p in self.answers(task, [(), *states])]
         for m in o.remove:
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
@@ -118,15 +126,20 @@ class Healing(RepairStudy):
     def collect(self) -> Content:
         removals = {}
         original = {text: self.rows(f"losses/{text}")["original"] for text in self.judged}
+        answers = {task: self.rows(f"answers/{task}") for task in self.options.tasks}
+
+        def right(name: str) -> Content:
+            return {"accuracy": {t: rows[name] for t, rows in answers.items() if name in rows}}
+
         for m in self.options.remove:
             rows = {}
             for method, removed in self.chosen(m).items():
                 cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
-                stages = {"cut": judged_stage(cut, original)}
+                stages = {"cut": judged_stage(cut, original) | right(key(removed))}
                 for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
                     found = self.read(f"{stage}/{key(removed)}")
-                    right = {"accuracy": found["accuracy"]}
-                    stages[stage] = judged_stage(found["losses"], original) | right
+                    rest = {"accuracy": found["accuracy"]}
+                    stages[stage] = judged_stage(found["losses"], original) | rest
                 for name, found in self.trainings(removed).items():
                     rest = {k: found[k] for k in ("tokens_seen", "stopped", "training", "accuracy")}
                     stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
@@ -136,7 +149,7 @@ class Healing(RepairStudy):
         where = o.states.name if o.states else f"chosen on {o.state_tokens} tokens of {TEXT}"
         settings = {k: getattr(o, k) for k in self.settings} | {"prefix": o.prefix}
         made = {"settings": settings, "states_from": where, "provenance": self.provenance()}
-        return {**made, "removals": removals}
+        return {**made, "original": right("original"), "removals": removals}
 
     show = staticmethod(show)
 

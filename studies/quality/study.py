@@ -98,7 +98,7 @@ class Quality(ModelStudy):
                 rows = self.read(f"choose/{text}/sleb-s0")["choices"]["sleb"]
                 budgets = {r["remove"]: r["passes"] for r in rows}
             work = self.working(journal)
-            setting = Setting(self.replay, pool, wide, pool, work, seed, budgets)
+            setting = Setting(self.replay, pool, wide, work, seed, budgets)
             found = choose(method, setting, removals)
             return {"text": text, "pool_tokens": int(pool.mask.sum()), "choices": found}
 
