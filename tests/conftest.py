@@ -21,6 +21,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "hostile" in item.path.parts)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop():
+    """Record the call sites of torch operations, see `benchmarks/sites.py`."""
+    if "CARD_SITES" not in os.environ:
+        return (yield)
+    import sites
+
+    with sites.record():
+        return (yield)
+
+
 imported = set()
 
 

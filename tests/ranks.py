@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import sites
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -81,7 +83,8 @@ def _say_into(said: Path, function: Callable[..., None], *arguments: object) -> 
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.enable()
-    function(*arguments)
+    with sites.record():
+        function(*arguments)
 
 
 def type_in(*arguments: object) -> None:

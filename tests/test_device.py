@@ -142,14 +142,17 @@ def timed(place):
 
 def patched(place, reads):
     given = (place.replay(), random_tokens(), [1, 3], Work(32))
-
-    def chosen(fitting, writes):
-        for write in writes:
-            write.reads = reads
-
-    with mock.patch.object(_Fitting, "_choose_maps", chosen):
+    with mock.patch.object(_Fitting, "ways", (reads,)):
         found = fit_patches(*given)
     return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
+
+
+def patched_again(place):
+    """Fit the patches of two states with the original's streams of the first kept on the host."""
+    given, kept = (place.replay(), random_tokens()), {}
+    found = [fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])]
+    assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
+    return np.concatenate([p.weight.cpu().numpy().ravel() for f in found for p in f.patches])
 
 
 def distilled(place, family="llama"):
@@ -206,6 +209,7 @@ STEPS = {
     "speed and latency": timed,
     "patch of what is read": lambda p: patched(p, True),
     "patch of what is written": lambda p: patched(p, False),
+    "patches of two states": patched_again,
     "distillation": distilled,
     "distillation, head in one": lambda p: distilled(p, "gemma2"),
     "baselines": chosen,

@@ -147,12 +147,13 @@ def back_but_changed(arena):
 def test_a_text_that_was_changed_is_not_read_on(arena):
     calibration = arena.run / "calibration.safetensors"
     measured = calibration.read_bytes()
-    run = f"run model --remove 2 {MEASURED} --random-states 30 --patch-tokens 1000 --out run"
+    patch = "--patch-tokens 1000 --patch-share 0"
+    run = f"run model --remove 2 {MEASURED} --random-states 30 {patch} --out run"
     made = {"code": 0, "makes": ("run/*",)}
     arena.try_row(Row("the text is gone", run, "", gone, **made))
     arena.try_row(Row("it is another", run, CHANGED, back_but_changed))
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
-    excise = "excise run --blocks 2,3 --overwrite --patch-tokens 1000"
+    excise = f"excise run --blocks 2,3 --overwrite {patch}"
     arena.try_row(Row("a cut", excise, **made))
     record = read_json(arena.run / "model" / "isingcut.json", "removal")
     fitted = record["patch"]["text"]
@@ -251,5 +252,6 @@ def test_a_broken_plugin_that_nobody_named_harms_nothing(arena):
     assert all({*CONTENTS} <= {*found[room]} for room in ROOMS)
     arena.try_row(Row("solve", "solve {run} --remove 3", code=0, makes=("run/*",)))
     again = "run model --calibration text.txt --remove 2 --out run --dtype float32 --length 16"
-    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30 --patch-tokens 1000"
-    arena.try_row(Row("run", f"{again} {sizes}", code=0, makes=("run/*",)))
+    sizes = "--samples 3 --rank-samples 3 --report-samples 3 --random-states 30"
+    patch = "--patch-tokens 1000 --patch-share 0"
+    arena.try_row(Row("run", f"{again} {sizes} {patch}", code=0, makes=("run/*",)))

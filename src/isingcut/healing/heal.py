@@ -335,7 +335,7 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     Raises:
         InputError: the time is too short; the message has an approximate time that is enough.
     """
-    seconds = job.config.effort.seconds
+    seconds = job.config.training.seconds
     if seconds is None or job.config.method == "none":
         return
     sample = keep_beginnings(report).select([0])

@@ -307,7 +307,7 @@ def choose_recipe(job: Job, seconds: float | None, pace: tuple[float, float]) ->
         seconds: the time for the training; None for a budget of tokens.
         pace: seconds per step, and additional seconds per token.
     """
-    config, text, tokens = job.config, job.tokens, job.config.effort.tokens
+    config, text, tokens = job.config, job.tokens, job.config.training.tokens
     width, processes = int(text_config(job.teacher.model).hidden_size), job.processes.size
     mask = text.mask
     longest = int(mask.sum(1).max())
