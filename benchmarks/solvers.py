@@ -22,7 +22,7 @@ import time
 
 import numpy as np
 
-from instances import SIZES, Instance, generated, measured
+from instances import SIZES, Instance, generated
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -99,18 +99,15 @@ def main() -> None:
     parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
     parser.add_argument("--tabu-seeds", type=int, default=100)
     args = parser.parse_args()
-    extra = measured()
-    known = list(dict.fromkeys([*SIZES, *(i.size for i in extra)]))
-    sizes = args.only.split(",") if args.only else known
+    sizes = args.only.split(",") if args.only else SIZES
     for size in sizes:
-        if size not in known:
-            parser.error(f"unknown size {size!r}; known: {', '.join(known)}")
+        if size not in SIZES:
+            parser.error(f"unknown size {size!r}; known: {', '.join(SIZES)}")
     warm_up()
     print(f"{'size':7} {'family':18} solver        {'best (s)':>9} {'proof (s)':>9}")
     figures: dict[str, dict[str, float]] = {}
     for size in sizes:
-        own = generated(size) if size in SIZES else []
-        for instance in (*own, *(i for i in extra if i.size == size)):
+        for instance in generated(size):
             got = run(instance, args)
             figures[f"{size}_{instance.family.replace('-', '_')}"] = got
             total = figures.setdefault(size, {})

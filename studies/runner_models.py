@@ -48,11 +48,9 @@ class ModelStudy(Study):
     """Base class of a study of one model.
 
     Attributes:
-        questions: default numbers of questions per task, in the format of ``--questions``.
         judged: names of the evaluation texts.
     """
 
-    questions: ClassVar[tuple[str, ...]] = ("500",)
     judged: ClassVar[tuple[str, ...]]
     settings = ("model", "length", "judged_tokens", "questions", "dtype", "seed")
 
@@ -163,7 +161,7 @@ class ModelStudy(Study):
 
     def count(self, task: str) -> int:
         """Return the number of questions that are used of a task."""
-        counts = {**dict(map(_counted, self.questions)), **dict(self.options.questions)}
+        counts = {"each": 500, **dict(self.options.questions)}
         return counts.get(task, counts["each"])
 
     def prepared(self, task: str) -> Any:

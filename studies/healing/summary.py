@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import exp
 from typing import Any
 
@@ -86,20 +85,14 @@ def _points(first: Content, second: Content) -> str:
     """Return the mean of second - first over tasks of the same questions, with a 95 % interval."""
     shared = [task for task in first if task in second and task != GENERATED]
     pairs = [(_bits(first[task]), _bits(second[task])) for task in shared]
-    gap, error = difference(b - a for a, b in pairs if len(a) == len(b))
-    return f"{100 * gap:+.1f} ± {196 * error:.1f}"
+    gaps = [b - a for a, b in pairs if len(a) == len(b)]
+    error = np.sqrt(sum(rows.var(ddof=1) / len(rows) for rows in gaps)) / len(gaps)
+    return f"{100 * np.mean([rows.mean() for rows in gaps]):+.1f} ± {196 * error:.1f}"
 
 
 def _bits(row: Content) -> Any:
     """Return 1 (right) or 0 (wrong) for each question (Q,)."""
     return np.array(list(row["right"]), dtype=float)
-
-
-def difference(gaps: Iterable[Any]) -> tuple[float, float]:
-    """Return the mean over tasks of gaps by question, and its standard error."""
-    found = [(rows.mean(), rows.var(ddof=1) / len(rows)) for rows in gaps]
-    means, variances = np.array(found).T
-    return float(means.mean()), float(np.sqrt(variances.sum()) / len(found))
 
 
 def _tuning(rows: Content) -> None:

@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from studies import runner
 from studies.healing.study import Healing, judged_stage
-from studies.healing.summary import STAGES, difference, paired
+from studies.healing.summary import STAGES, paired
 from studies.runner import Content
 
 PEERS = ("block-influence", "angular-window", "sleb")
@@ -134,24 +133,17 @@ def test_differences_are_paired() -> None:
 
 def test_accuracies_are_compared_by_question(capsys: pytest.CaptureFixture[str]) -> None:
     ours = method(4.0, 3.75, 3.4)
-    others = copy.deepcopy(OTHERS)
-    right = {"cut": "11110000", "tuned": "11111100"}
-    for stage, bits in right.items():
-        ours["stages"][stage]["accuracy"] = {"piqa": {"right": bits}, "gsm8k": {"right": "01"}}
-        peer = {"piqa": {"right": "11000000"}, "boolq": {"right": "1000"}}
-        others["sleb"]["stages"][stage]["accuracy"] = peer
-    figures(isingcut=ours, **others)
+    peer = copy.deepcopy(OTHERS["sleb"])
+    tasks = ("piqa", "arc_easy")
+    for stage, bits in (("cut", "1100"), ("tuned", "1011")):
+        right = {task: {"right": bits} for task in tasks}
+        ours["stages"][stage]["accuracy"] = {**right, "gsm8k": {"right": "01"}}
+        peer["stages"][stage]["accuracy"] = {task: {"right": "1100"} for task in tasks}
+    figures(isingcut=ours, sleb=peer)
     lines = capsys.readouterr().out.splitlines()
-    # Gaps of 0, 0, 0, 0, 1, 1, 0, 0: variance 3/14. GSM8K is not in the mean.
-    (tuned,) = (line for line in lines if line.startswith("isingcut         tuned"))
-    error = 196 * (3 / 14 / 8) ** 0.5
-    assert tuned.endswith(f"; piqa 75.0, gsm8k 50.0; mean 75.0, +25.0 ± {error:.1f}")
-    (peer,) = (line for line in lines if line.startswith("sleb             cut"))
-    assert peer.endswith(f"mean 25.0, +0.0 ± 0.0; isingcut minus it +25.0 ± {error:.1f}")
-
-
-def test_the_difference_of_a_mean_is_paired() -> None:
-    gap, error = difference([np.array([0, -1, 1, 1])] * 2)
-    assert gap == pytest.approx(0.25)
-    # Variance 11/12, two tasks alike.
-    assert error == pytest.approx(np.sqrt(2 * (11 / 12) / 4) / 2)
+    # Gaps of 0, -1, 1, 1: variance 11/12, two tasks alike. GSM8K is not in the mean.
+    gap = f"+25.0 ± {196 * (2 * 11 / 12 / 4) ** 0.5 / 2:.1f}"
+    (tuned,) = (line for line in lines if line.startswith("isingcut") and " tuned " in line)
+    assert tuned.endswith(f"; piqa 75.0, arc_easy 75.0, gsm8k 50.0; mean 75.0, {gap}")
+    (tuned,) = (line for line in lines if line.startswith("sleb") and " tuned " in line)
+    assert tuned.endswith(f"mean 50.0, +0.0 ± 0.0; isingcut minus it {gap}")
