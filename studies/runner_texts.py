@@ -52,15 +52,13 @@ class Texts:
 
     def judged(self, name: str, tokens: int) -> TokenSet:
         """Return about ``tokens`` tokens of an evaluation text."""
-        return self.samples(self.source(name), tokens, chat=name == "instruct")
-
-    def source(self, name: str) -> str:
-        """Return the source of an evaluation text, in the form that `samples` takes."""
         if name in FILES:
-            return str(self.data / FILES[name])
-        if name == "instruct":
-            return self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
-        return self.write("code", self._files(TRAINED_FILES, None))
+            source = str(self.data / FILES[name])
+        elif name == "instruct":
+            source = self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
+        else:
+            source = self.write("code", self._files(TRAINED_FILES, None))
+        return self.samples(source, tokens, chat=name == "instruct")
 
     def problems(self) -> str:
         """Return the path of a file of word problems with their solutions."""

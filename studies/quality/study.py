@@ -111,7 +111,6 @@ class Quality(ModelStudy):
     def collect(self) -> Content:
         found = {text: self.rows(f"losses/{text}") for text in self.judged}
         losses = {text: rows for text, rows in found.items() if rows}
-        minutes = {s: sum(p["seconds"] for p in self.under(s)) / 60 for s in ("choose", "losses")}
         return {
             "provenance": {
                 **self.provenance(),
@@ -119,7 +118,6 @@ class Quality(ModelStudy):
             },
             "judged": {text: judged_text(rows) for text, rows in losses.items()},
             "tables": tables(self.choices(), losses),
-            "minutes": {name: round(value, 1) for name, value in minutes.items()},
         }
 
     show = staticmethod(show)

@@ -22,7 +22,7 @@ def show(content: Content) -> dict[str, float]:
         _table(table, p["tokens_chosen_on"].get(table["chosen_on"]))
     _accuracy(content.get("accuracy", []))
     _estimators(content.get("estimators", []))
-    print("\nminutes: " + ", ".join(f"{k} {v:g}" for k, v in content["minutes"].items()) + "\n")
+    print()
     return _figures(content)
 
 
