@@ -157,7 +157,7 @@ def energies(place: Place, **more: Any) -> None:
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
         found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
-        found |= {"effort": "3"} if name == "refined" else {}
+        found |= {"effort": "20"} if name == "refined" else {}
         for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
             del found[left_out]
         isingcut.energy(**found)
@@ -264,7 +264,7 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{
-        f"family {family}": functools.partial(Place.run, family=family)
+        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
