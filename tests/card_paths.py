@@ -267,6 +267,7 @@ PATHS: dict[str, Callable[[Place], Any]] = {
         f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
+    "search, gemma2": functools.partial(Place.run, family="gemma2", energy="auto", effort="20"),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }
