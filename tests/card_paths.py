@@ -108,8 +108,9 @@ def verbs(place: Place) -> None:
     place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
     place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
-    plain = ("--device", place.device, "--dtype", "float32")
-    place.type("evaluate", run / "model", "--original", model, *plain, "--skip-speed")
+    plain = ("--device", place.device)
+    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    place.type("evaluate", run / "model", "--original", model, *plain, *scores)
     place.type("inspect", model, *plain)
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
