@@ -108,8 +108,9 @@ def verbs(place: Place) -> None:
     place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
     place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
-    plain = ("--device", place.device, "--dtype", "float32")
-    place.type("evaluate", run / "model", "--original", model, *plain, "--skip-speed")
+    plain = ("--device", place.device)
+    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    place.type("evaluate", run / "model", "--original", model, *plain, *scores)
     place.type("inspect", model, *plain)
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
@@ -155,7 +156,7 @@ def energies(place: Place, **more: Any) -> None:
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
         found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
-        found |= {"effort": "3"} if name == "refined" else {}
+        found |= {"effort": "20"} if name == "refined" else {}
         for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
             del found[left_out]
         isingcut.energy(**found)
@@ -262,9 +263,10 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{
-        f"family {family}": functools.partial(Place.run, family=family)
+        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
+    "search, gemma2": functools.partial(Place.run, family="gemma2", energy="auto", effort="20"),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }
