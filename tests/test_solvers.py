@@ -113,10 +113,10 @@ def test_the_number_of_states_is_bounded(k):
 
 def test_arguments_of_another_type_are_refused_in_words():
     for k in ("3", True, 1.5):
-        with pytest.raises(InputError, match=f"k must be a whole number, got {k!r}"):
+        with refuses(f"k must be a whole number, got {k!r}"):
             solve(WIDE, "tabu", k=k)
     for name in (3, ["tabu"]):
-        with pytest.raises(UnknownNameError, match="known: auto, dimod, exact, tabu"):
+        with refuses("known: auto, dimod, exact, tabu", UnknownNameError):
             solve(WIDE, name)
 
 
