@@ -1,7 +1,5 @@
 """Run folders written file by file, for tests that only read them: no model, no torch."""
 
-import json
-
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
@@ -10,6 +8,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
+from shared import load_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 _STAGES = {
@@ -38,7 +37,7 @@ def record(folder):
         key = path.relative_to(folder).as_posix()
         stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
         if path.is_dir():
-            removed = json.loads(cut.read_text())["removed"]
+            removed = load_json(cut)["removed"]
             stages[key]["options"] = {"removed": removed}
         else:
             stages[key]["sha256"] = file_sha256(path)

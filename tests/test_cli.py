@@ -506,7 +506,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
         found = exact(*given)
         return dataclasses.replace(found, kl_sums=found.kl_sums / 1000)
 
-    plain = (run / "model" / "README.md").read_text(encoding="utf-8")
+    plain = (run / "model" / "README.md").read_text()
     assert "harms" not in plain + RunFiles(run).verdict
     # The exact cut is made to look better than the patched model.
     monkeypatch.setattr(evaluating, "measure", lower)
@@ -523,22 +523,22 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
         words = "The patch harms other text: on manual, which the model was not calibrated on"
         assert words in first
         assert f"{part.kl:.3f} nats per token, and" in first
-        card = (run / "model" / "README.md").read_text(encoding="utf-8")
+        card = (run / "model" / "README.md").read_text()
         title, said, *_ = card.split("---\n")[2].strip().split("\n\n")
         assert title.startswith("# ")
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
     assert call("report", run) == 0
     assert RunFiles(run).verdict.startswith(words)
-    assert words in (run / "report.md").read_text(encoding="utf-8").split("\n\n")[1]
-    assert f'id="verdict">{words}' in (run / "report.html").read_text(encoding="utf-8")
+    assert words in (run / "report.md").read_text().split("\n\n")[1]
+    assert f'id="verdict">{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
     assert call("evaluate", run, "--skip-speed") == 0
     found = read_document(run / "evaluation.json", EvaluationFile)
     part, cut = found.elsewhere["manual"], found.cut.elsewhere["manual"]
     assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
-    assert (run / "model" / "README.md").read_text(encoding="utf-8") == plain
+    assert (run / "model" / "README.md").read_text() == plain
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):

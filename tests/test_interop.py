@@ -10,7 +10,7 @@ import pytest
 from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
 from isingcut.runs import interop_hub
-from shared import refuses
+from shared import load_json, refuses
 
 # The hub ---------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
         "options": {"text": text, "trainer": f'{{"deepspeed": "{tmp_path}/ds.json"}}'},
         "before": {"parts": {f"{tmp_path}/my texts/a.txt": {"kl": 1.0}}},
     }
-    record = json.loads((cut / "isingcut.json").read_text())
+    record = load_json(cut / "isingcut.json")
     record["model"] = {"name": f"{tmp_path}/my-model"}
     record["proof"] = {
         "inputs": "text only",
