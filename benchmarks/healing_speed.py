@@ -297,11 +297,10 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
 
 def show(seconds: dict[str, list[float]]) -> None:
     """Print the table."""
-    print(f"{'side':<10}{'tokens/s':>10}{'ms/token':>10}{'least':>9}{'most':>9}")
+    print(f"{'side':<10}{'tokens/s':>10}{'ms/token':>10}")
     for name, found in seconds.items():
         ms = 1000 * statistics.median(found)
-        print(f"{name:<10}{1000 / ms:>10.1f}{ms:>10.3f}", end="")
-        print(f"{1000 * min(found):>9.3f}{1000 * max(found):>9.3f}")
+        print(f"{name:<10}{1000 / ms:>10.1f}{ms:>10.3f}")
 
 
 def figures(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Compare all solvers: time to the best state, and time to the proof.
 
-    python benchmarks/solvers.py [--only 32x16,80x40]
+    python benchmarks/solvers.py [--only 32x16 80x40]
 
 Our exact solver proves the K best states (100 by default); its rivals search for the ground state
 only. Times exclude compilation. Every size NxM has several families (see instances.py). The figures
@@ -93,20 +93,16 @@ def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Run the instances and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="sizes, for example 32x16,80x40; all without it")
+    parser.add_argument("--only", nargs="+", default=SIZES, choices=SIZES, help="sizes")
     parser.add_argument("--k", type=int, default=100, help="states to prove")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
     parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
     parser.add_argument("--tabu-seeds", type=int, default=100)
     args = parser.parse_args()
-    sizes = args.only.split(",") if args.only else SIZES
-    for size in sizes:
-        if size not in SIZES:
-            parser.error(f"unknown size {size!r}; known: {', '.join(SIZES)}")
     warm_up()
     print(f"{'size':7} {'family':18} solver        {'best (s)':>9} {'proof (s)':>9}")
     figures: dict[str, dict[str, float]] = {}
-    for size in sizes:
+    for size in args.only:
         for instance in generated(size):
             got = run(instance, args)
             figures[f"{size}_{instance.family.replace('-', '_')}"] = got
