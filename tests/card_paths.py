@@ -154,14 +154,7 @@ def tasks(place: Place) -> None:
 
 
 def energies(place: Place, family: str = "llama", names: tuple[str, ...] = (), **more: Any) -> None:
-    names = names or (
-        "pairwise",
-        "refined",
-        "empirical-fisher",
-        "fisher",
-        "hessian",
-        "gauss-newton",
-    )
+    names = names or ("pairwise", "refined", "empirical-fisher", "fisher")
     model = place.shared.checkpoint(family)
     for name in names:
         given = {"calibration": str(place.text), "device": place.device}

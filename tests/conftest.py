@@ -7,7 +7,9 @@ anywhere, so that subprocesses inherit it.
 
 import gc
 import os
+import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -86,6 +88,12 @@ def finished(shared, llama, text):
             )
 
     return shared.folder("finished", make)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
-from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -87,10 +86,6 @@ def changed(place, family="llama", streamed=False):
 def gate_rows(place, family="llama", streamed=False, seed=None):
     replay = place.streamed() if streamed else place.replay(family)
     return gate_gradients(replay, random_tokens(), work=Work(32), label_seed=seed)
-
-
-def second(place, kind, family="llama"):
-    return gate_curvature(place.replay(family), random_tokens(), kind).curvature_sums
 
 
 def searched(place):
@@ -196,8 +191,6 @@ STEPS = {
     "gradients, drawn labels": lambda p: gate_rows(p, seed=3),
     "gradients, drawn labels, head in one": lambda p: gate_rows(p, "gemma2", seed=3),
     "gradients, streamed": lambda p: gate_rows(p, streamed=True),
-    "hessian": lambda p: second(p, "hessian"),
-    "gauss-newton, head in one": lambda p: second(p, "gauss-newton", "gemma2"),
     "search": searched,
     "search slopes, streamed": streamed_slopes,
     "answers": asked,

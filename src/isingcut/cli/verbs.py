@@ -505,17 +505,10 @@ _PLAN = (
 
 
 @verb(*_PLAN, group=LOOK)
-def plan(
-    card: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Plan for this GPU, from config.json alone: h100, ..."),
-    ] = "",
-    **options: Any,
-) -> Output:
+def plan(**options: Any) -> Output:
     """Estimate the time and memory of each energy and stage from a timed forward pass.
 
-    Examples: isingcut plan smollm2 --remove 6;
-    isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
+    Example: isingcut plan smollm2 --remove 6
     """
     from isingcut.models.sources import locate
 
@@ -524,7 +517,7 @@ def plan(
     # Imported last, because it imports torch.
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(config, card)
+    found = make_plan(config)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 

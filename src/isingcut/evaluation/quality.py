@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +28,13 @@ from isingcut.measure.losses import difference, standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, Work
-from isingcut.models.architectures.blocks import find_stack, language_model, text_config
+from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.head import split_predictions, sum_losses
 from isingcut.models.device import BatchLimit
-from isingcut.models.fit import Checkpoint, is_mtp
-from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.models.transformers_private import load_mtp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -251,54 +247,3 @@ def perplexity(nll: float, error: float | None) -> Perplexity:
         nll=nll,
         nll_se=without_infinities(error),
     )
-
-
-# Drafts of layers for multi-token prediction (MTP) ---------------------------------------------
-
-
-def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
-    """Load the MTP layers of a checkpoint, as `generate(use_mtp=True)` of transformers does.
-
-    Their numbers are set on ``model``, because its class has those of released depths only.
-
-    Returns:
-        the layers; None if there are none, or if transformers has no code that runs them.
-    """
-    checkpoint = Checkpoint.read(folder)
-    names = checkpoint.mtp_tensors()
-    if not names or getattr(text_config(model), "num_mtp_layers", None) is None:
-        return None
-    first = checkpoint.depth
-    numbers = range(first, first + checkpoint.mtp_layers) if not any(map(is_mtp, names)) else []
-    with quiet_transformers():
-        return load_mtp(model, language_model(model), numbers)
-
-
-@torch.inference_mode()
-def draft_acceptance(
-    model: PreTrainedModel, mtp: Any, tokens: TokenSet, batch_tokens: int
-) -> tuple[float, float]:
-    """Measure how often the first drafted token equals the token that the model itself predicts.
-
-    Takes one forward pass: at each position the input of the model is the true text before it, and
-    that of the MTP layer is the true next token too.
-
-    Returns:
-        the share of accepted drafts, and its standard error over samples.
-    """
-    accepted = torch.zeros(tokens.samples, dtype=torch.float64)
-    drafted = torch.zeros(tokens.samples, dtype=torch.float64)
-    for batch in tokens.batches(batch_tokens):
-        ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
-        found = language_model(model)(input_ids=ids, output_hidden_states=True, use_cache=False)
-        positions = torch.arange(1, ids.shape[1], device=ids.device)[None]
-        hidden = mtp.forward_layer(
-            0, found.hidden_states[-1][:, :-1], positions, None, input_ids=ids[:, 1:]
-        )
-        drafts = mtp._project_to_logits(hidden).argmax(-1)
-        counted = mask[:, 1:].bool()
-        equal = (drafts == found.logits[:, 1:].argmax(-1)) & counted
-        accepted[batch.index] = equal.sum(1).double().cpu()
-        drafted[batch.index] = counted.sum(1).double().cpu()
-    error = standard_error(accepted.numpy(), drafted.numpy().astype(int))
-    return float(accepted.sum() / drafted.sum()), float(error)

@@ -88,7 +88,7 @@ def check_finite(
     if states is not None:
         state = int(bad.any((0, 2)).argmax())
         bad, removed = bad[:, state].T, blocks_of(states[state])
-    one = batch.select(np.argwhere(bad)[0, :1])
+    one = batch.select([int(np.argwhere(bad)[0, 0])])
     if isinstance(model, Replay):
         with torch.no_grad():
             for _ in boundaries(model, [one], removed):

@@ -16,13 +16,7 @@ from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.quality import (
-    before_and_after,
-    draft_acceptance,
-    open_mtp,
-    perplexity,
-    quality,
-)
+from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
@@ -31,9 +25,8 @@ from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import Measurement, measure
-from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
+from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import fits
-from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.models.sources import resolve
@@ -62,10 +55,8 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
     gguf = checkpoint.with_name("model.gguf")
-    packed = folder.find_record(gguf)
     # The GGUF file may be of a model that was replaced.
-    if packed and not packed.is_of(excised):
-        packed = None
+    packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     whole = {**plain, "gguf": packed.fingerprint} if packed else plain
     # A result without speed or GGUF may be replaced; one with speed has everything requested.
     skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))
@@ -96,8 +87,6 @@ def evaluate(
             skip_speed=skip,
         ).model_copy(update=further)
         found.before.bytes = session.identity.weight_bytes
-        if not session.streaming and not cut.streamed:
-            _add_drafts(session, found, cut, tokens)
         if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -119,30 +108,6 @@ def evaluate(
     wanted = without_speed if skip else whole
     read = partial(read_document, model=evaluations.EvaluationFile)
     return folder.stage("evaluate", file, wanted, make, read, completes=completes)
-
-
-def _add_drafts(
-    session: Session, found: evaluations.EvaluationFile, cut: LoadedModel, text: TokenSet
-) -> None:
-    """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
-    original, size = session.loaded.model, session.batch_tokens
-    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, cut.folder)
-    if of_original is None or of_last is None:
-        if count_mtp_layers(cut.folder):
-            found.no_drafts = f"transformers cannot run those of {original.config.model_type}"
-        return
-    with session.progress("drafts of multi-token prediction", 1) as bar:
-        scores: list[tuple[evaluations.Perplexity, tuple[float, float]]] = [
-            (found.before, draft_acceptance(original, of_original, text, size)),
-            (found.after, draft_acceptance(cut.model, of_last, text, size)),
-        ]
-        if found.cut is not None:
-            removed = read_document(cut.folder / "isingcut.json", cuts.CutRecord).removed
-            with skip_blocks(original, removed):
-                scores.append((found.cut, draft_acceptance(original, of_original, text, size)))
-        bar.advance(1)
-    for model, (share, error) in scores:
-        model.draft_acceptance, model.draft_acceptance_se = share, error
 
 
 @contextlib.contextmanager

@@ -123,11 +123,11 @@ def make_patches(
 
     longest = int(tokens.mask.sum(1).max())
     fewer = partial(fewer_tokens_to_fit, replay.limit)
-    fitted = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
-    if fitted is None:
+    whole = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
+    if whole is None:
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
-    patches, tuning = fitted.patches, None
+    fitted, patches, tuning = whole, whole.patches, None
     for share in SHARES if held_out is not None else ():
         try:
             found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
@@ -317,7 +317,8 @@ class _Layer:
         self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
-        self.used.register_post_accumulate_grad_hook(self._collect)
+        hook: Any = self.used.register_post_accumulate_grad_hook
+        hook(self._collect)
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
@@ -415,8 +416,8 @@ class _Text:
         """Return KL(original || patched), nats per prediction."""
         total = 0.0
         for b, batch in enumerate(self.batches):
-            both = (split_predictions(logits, batch) for logits in self._logits(b, suffix))
-            total += sum_losses(*both, batch)[2].sum()
+            before, after = (split_predictions(one, batch) for one in self._logits(b, suffix))
+            total += float(sum_losses(before, after, batch)[2].sum())
         return total / self.predictions
 
     def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
