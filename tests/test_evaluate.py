@@ -15,6 +15,7 @@ from isingcut.evaluation import speed as timing
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
 from isingcut.models import load as models
+from isingcut.models.compute import divergence, head
 from shared import refuses
 from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -52,20 +53,16 @@ def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
     assert (alone.kl_se, alone.before.perplexity_se) == (None, None)
 
 
-def test_few_float32_logits_exist_at_once(pair, tokens, monkeypatch):
+def test_few_float32_logits_exist_at_once(tokens, monkeypatch):
+    pair = [tiny_model("llama", seed=seed).half() for seed in range(2)]
     whole = evaluation.quality(*pair, tokens)
-    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", 4 * 262)
-    sizes = []
-    plain = torch.log_softmax
-
-    def watched(values, dim):
-        sizes.append(len(values))
-        return plain(values, dim=dim)
-
-    monkeypatch.setattr(torch, "log_softmax", watched)
+    monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
+    sizes, plain = [], divergence.widen
+    monkeypatch.setattr(divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x))
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
-    assert max(sizes) == 4
-    assert sum(sizes) == 2 * tokens.tokens
+    assert max(sizes) <= 4 * 262
+    # The original's logits are read twice.
+    assert sum(sizes) == 3 * 262 * tokens.tokens
 
 
 def test_speed_takes_turns_and_reports_medians(pair, tokens):

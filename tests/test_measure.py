@@ -18,7 +18,7 @@ from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
 from isingcut.models.compute import head as head_module
 from isingcut.models.compute.divergence import RowSums
-from isingcut.models.compute.head import Comparison, OutputHead, find_head_input
+from isingcut.models.compute.head import OutputHead, find_head_input, sum_losses
 from isingcut.models.replay import Replay
 from shared import refuses
 from tiny import plain_sums, random_tokens, tiny_replay, without
@@ -214,8 +214,8 @@ def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, p
     with torch.inference_mode():
         recording = replay.record(batch.input_ids)
         other = recording.block(1, recording.entered)
-        original = Comparison(head, recording, recording.entered, batch)
-        (_, kl), (own, nll) = original.sum_samples([original.own, original.compare(other)])
+        both = (head.logits(recording, stream, batch) for stream in (recording.entered, other))
+        own, nll, kl = sum_losses(*both, batch)
         for s in range(batch.samples):
             rows = batch.predicted[s]
             p, q = (

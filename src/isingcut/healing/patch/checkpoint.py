@@ -15,7 +15,7 @@ maps must not be fitted on them either, because a map of a wide layer nearly mem
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
+from isingcut.models.compute.head import select_predictions, split_predictions, sum_losses
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance, least_left
@@ -400,25 +401,31 @@ class _Text:
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
         """Add the gradient of one micro-batch to the layers' gradients."""
         try:
-            loss = self._sum_divergence(batch, suffix) / STEP_TOKENS
+            left, end = self._logits(batch, suffix)
+            found = []
+            for student, rows in zip(end, self.batches[batch].predicted, strict=True):
+                with torch.no_grad():
+                    target = select_predictions(next(left), rows)
+                found.append(divergence(select_predictions(student, rows), target))
+            loss = sum(found[1:], found[0]) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
+    @torch.no_grad()
     def divergence(self, suffix: Sequence[int]) -> float:
         """Return KL(original || patched), nats per prediction."""
-        with torch.no_grad():
-            total = sum(float(self._sum_divergence(b, suffix)) for b in range(len(self.batches)))
+        total = 0.0
+        for b, batch in enumerate(self.batches):
+            before, after = (split_predictions(one, batch) for one in self._logits(b, suffix))
+            total += float(sum_losses(before, after, batch)[2].sum())
         return total / self.predictions
 
-    def _sum_divergence(self, batch: int, suffix: Sequence[int]) -> Tensor:
-        tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
+    def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
+        """Return iterators over the samples' logits (T, V), of the original and of the patched."""
+        call, stream = self.calls[batch], self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)
-        found = []
-        for s, rows in enumerate(tokens.predicted):
-            with torch.no_grad():
-                target = call.logits(self.left[batch][s], s)[:-1][rows]
-            found.append(divergence(call.logits(stream[s], s)[:-1][rows], target))
-        return sum(found[1:], found[0])
+        numbers = range(len(stream))
+        return [map(call.logits, streams, numbers) for streams in (self.left[batch], stream)]
