@@ -181,7 +181,7 @@ def test_places_of_images_are_renumbered_and_never_meet():
     assert cut["spatial_target_layers"] == [2, 3, 3, 9]
     for removed in ([1], [2, 3], [4, 5]):
         assert forbids(model, removed)
-        with pytest.raises(ArchitectureError, match="each at a place of its own"):
+        with pytest.raises(ArchitectureError, match="which must not fall together"):
             cut_config(config, removed)
 
 
