@@ -14,7 +14,7 @@ from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_json
-from isingcut.files.states import ByTasks
+from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
@@ -83,11 +83,20 @@ def test_contenders_are_no_near_copies_while_there_are_others():
 
 def test_a_choice_against_the_loss_is_explained():
     parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
-    found = ByTasks.model_construct(**parts, ahead=True)
-    assert sentence("chosen_by_tasks", found, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
-    within = sentence("chosen_by_tasks", found.model_copy(update={"ahead": False}), 0.9, 0.8)
-    assert within == "lowest KL within a standard error of the best of 2 on 9 questions of a"
-    assert "its KL is 2.67, the lowest 0.231" in sentence("chosen_by_tasks", found, 2.671, 0.231)
+
+    def said(ahead, kl, lowest):
+        chosen = ChosenState.model_construct(why="questions", kl=kl)
+        found = CandidatesFile.model_construct(
+            chosen=chosen,
+            candidates=[chosen, chosen.model_copy(update={"kl": lowest})],
+            by_tasks=ByTasks.model_construct(**parts, ahead=ahead),
+        )
+        return sentence("why_words", found)
+
+    assert said(True, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
+    within = "lowest KL within a standard error of the best of 2 on 9 questions of a"
+    assert said(False, 0.9, 0.8) == within
+    assert "its KL is 2.67, the lowest 0.231" in said(True, 2.671, 0.231)
 
 
 def test_a_clear_leader_ends_the_questions_early():
@@ -198,7 +207,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
     assert chosen["difference"] is None
     assert not chosen["dropped"]
-    assert "questions of mine.jsonl" in found["chosen"]["why"]
+    assert found["chosen"]["why"] == "questions"
     assert len(choice["questions"]) == 30
     assert not (target / ".questions").exists()
 
@@ -221,6 +230,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     page = (target / "report.md").read_text(encoding="utf-8")
     assert "## Choice by questions" in page
     assert "30 of mine.jsonl" in page
+    assert "30 questions of mine.jsonl" in page
     assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
     files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
     before = {p: p.stat().st_mtime_ns for p in files}

@@ -79,6 +79,19 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
 
 
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("near states 1 and 2; lower after a patch", "near states 1 and 2; lower after a patch"),
+        ("ground", "the ground state, as --choose ground says"),
+    ],
+)
+def test_a_reason_is_a_fact_and_in_older_files_a_sentence(folder, why, said):
+    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
+    change(folder / "candidates.json", "candidates", chosen={**chosen, "why": why})
+    assert f"Reason: {said} (KL " in page_of(folder)
+
+
 NAMES = (
     "<script>alert(1)</script>",
     "a`<b>x</b>`",
