@@ -57,10 +57,11 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
     return ";".join(style)
 
 
-def block_ticks(n: int) -> list[int]:
-    """Return the block numbers to print along the axis, at most nine."""
+def block_ticks(n: int) -> list[tuple[int, float]]:
+    """Return the block numbers to print along the axis, at most nine, with their place in percent.
+    """
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= 9 * s)
-    return list(range(0, n, step))
+    return [(i, round(100 * (i + 0.5) / n, 3)) for i in range(0, n, step)]
 
 
 def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
