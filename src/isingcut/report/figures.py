@@ -212,9 +212,9 @@ def healing_figure(healing: HealingFile) -> Figure:
     for s in steps[:: -(-len(steps) // MOST_MARKS)]:
         tip = f"step {s.step}\n{s.tokens} tokens\nloss {s.loss:.4f}"
         plot.mark(s.tokens, s.loss, tip, "healed")
-    words = sentence("training_words", steps)
     rows = [(str(s.step), str(s.tokens), f"{s.loss:.5f}") for s in steps]
     columns = ("step", "tokens", "loss")
+    words = f"The lowest of {len(losses)} is {min(losses):.4f}."
     return Figure("healing", title, words, plot, "Training loss.", columns, rows)
 
 
@@ -324,8 +324,6 @@ def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[fl
 
 def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     """Plot the KL of all removals of a run against an axis, with the Pareto front."""
-    if axis.cost and not axis.total(files):
-        return Figure(axis.key, axis.title, sentence("no_cost"))
     points = points_of(files, axis)
     if not points:
         return Figure(axis.key, axis.title, sentence("no_points", files, axis))
@@ -353,7 +351,7 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     return Figure(
         axis.key,
         axis.title,
-        sentence("removals_words", points),
+        f"The original and {len(points)} removal" + "s" * (len(points) > 1) + ".",
         plot,
         f"{axis.title} against KL.",
         ("removal", axis.label, f"KL ({CUT_RANKING}), nats/token", "how known", "blocks removed"),

@@ -173,7 +173,7 @@ def spectrum_map(
 def render(template: str, **values: Any) -> str:
     """Render a packaged template of Markdown or HTML with the given values."""
     pages = _pages(template.endswith(".html.j2"))
-    return printable(pages.get_template(template).render(**values))
+    return printable(pages.get_template(template).render(**values).strip() + "\n")
 
 
 def render_page(template: str, **values: Any) -> str:
