@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.load import find_auto_class
-from isingcut.testing.tiny import BASE, FAMILIES, random_model, tiny_tokenizer
+from isingcut.testing.tiny import BASE, random_model, tiny_tokenizer
 from shared import load_json
 from sweep.shrink import tiny_configuration
 
@@ -25,12 +25,18 @@ FULL, SLIDING, LINEAR_TYPE = "full_attention", "sliding_attention", "linear_atte
 MOE_ODD = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 ODD = {
     "kimi_linear": {
-        **FAMILIES["deepseek_v3"],
         **LINEAR,
-        "q_lora_rank": None,
+        "head_dim": None,
+        "num_key_value_heads": 4,
+        **{f"{name}_head_dim": 8 for name in ("qk_nope", "qk_rope", "v")},
+        "kv_lora_rank": 16,
         "n_group": 1,
+        "topk_group": 1,
         "num_local_experts": 4,
-        "n_routed_experts": None,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 2,
         "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2,
         "mlp_layer_types": ["dense"] + ["sparse"] * 5,
     },

@@ -309,7 +309,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     os.mkfifo(meeting)
     arguments = _typed(place, out, also=False)
     (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)
-    assert "ended by a signal" in line
+    assert "stopped by a signal; launchers send one" in line
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
     # Each process has kept one half of the first micro-batch, the original included.
     assert list(map(count_rows, journals)) == [11, 11]

@@ -180,7 +180,7 @@ def test_places_of_images_are_renumbered_and_never_meet():
     assert cut["spatial_target_layers"] == [2, 3, 3, 9]
     for removed in ([1], [2, 3], [4, 5]):
         assert forbids(model, removed)
-        with refuses("each at a place of its own", ArchitectureError):
+        with refuses("which must not fall together", ArchitectureError):
             cut_config(config, removed)
 
 

@@ -51,7 +51,7 @@ UNREAD = [
     ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has an unknown form"),
     ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has an unknown"),
     ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
-    ("a period of nothing", {"attn_layer_period": 0}, "'attn_layer_period' has an unknown form"),
+    ("a period of 0", {"attn_layer_period": 0}, "'attn_layer_period' has an unknown form"),
     ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
     ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
     ("no block type", {"block_types": []}, "'block_types' has an unknown form"),

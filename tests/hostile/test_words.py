@@ -97,7 +97,7 @@ HEALING = [
 OTHERS = [
     ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
     ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
-    ("report gone --budget params=0", "'0' is nothing"),
+    ("report gone --budget params=0", "expected more than 0, got '0'"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
     ("baseline zorp gone", "unknown baseline 'zorp'"),
     ("excise gone --blocks three", "cannot read 'three' as block numbers"),

@@ -27,7 +27,6 @@ from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
-from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
@@ -80,19 +79,20 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
-        rows, position, why = found.candidates, found.chosen.position, found.chosen.why
+        rows, position = found.candidates, found.chosen.position
+        reason: dict[str, Any] = {"why": found.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
             position, found.by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
-            lowest = min(row.kl for row in rows)
-            why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
+            reason = {"why": "questions"}
         elif tokens:
             trials = Trials(session, folder, split, patched, session.progress)
             deep = is_deep(count, problem.n)
             near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
                 position = near[0]
-                why = sentence("chosen_by_patch", rows, near, found.samples, deep)
-        found.chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
+                compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
+                reason = {"why": "patch", "compared": compared, "deep": deep}
+        found.chosen = states.ChosenState(**rows[position].content(), position=position, **reason)
         write_document(path, found)
 
     file = target / "candidates.json"
