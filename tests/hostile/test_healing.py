@@ -394,7 +394,7 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     from isingcut.healing.patch import linear
     from isingcut.healing.patch.ridge import RidgeFit
 
-    def too_small(fit, held_out):
+    def too_small(fit, held_out, left):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)
 
     monkeypatch.setattr(linear, "fit_ridge", too_small)
