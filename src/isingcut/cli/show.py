@@ -249,6 +249,9 @@ def show_plan(plan: dict[str, Any]) -> None:
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
         f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",
+        f"a card with {decimal(plan['card_bytes'])} holds the whole run: {plan['card_weights']} x "
+        f"weights + {decimal(plan['card_bytes'] - int(plan['card_weights'] * plan['weights']))}, "
+        "without CUDA's own memory",
         f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}",
         plan["command"],
     )

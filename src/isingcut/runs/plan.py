@@ -28,6 +28,7 @@ from isingcut.energies.base import Price, price_states
 from isingcut.energies.search import Target
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
+from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
@@ -50,6 +51,11 @@ _DISK = 2e9
 _PATCH = {"linear": 2, "tuned": 4}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
+RESIDENT = 1.54
+"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks, apart from
+each other; measured by `benchmarks/card.py`."""
+# Float32 copies of a chunk of logits: two models, their difference, a gradient.
+_LOGIT_COPIES = 4
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
@@ -295,6 +301,14 @@ def _estimate(
     return found | {"seconds": seconds, "memory": int(memory)}
 
 
+def card_bytes(prices: Prices) -> int:
+    """Return the bytes of a card that a run needs in memory: `RESIDENT` times the weights, a sample
+    of the patch's tuning, and the logits of a micro-batch with a chunk of them in float32."""
+    sample = prices.config.length * prices.graph
+    logits = prices.batch * prices.logits + _LOGIT_COPIES * 4 * CHUNK_ELEMENTS
+    return int(RESIDENT * prices.weights + sample + logits)
+
+
 def make_plan(config: RunConfig) -> dict[str, Any]:
     """Time a pass of a model and estimate every energy at its default samples.
 
@@ -302,8 +316,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         config: `model`; `remove` or `budget` for the stages after the energy.
 
     Returns:
-        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` in bytes, ``forward``
-        in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
+        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` and ``card_bytes``
+        (see `card_bytes`) in bytes, ``forward`` in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
         ``seconds`` of the whole run that ``command`` starts.
 
     Raises:
@@ -327,6 +341,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "weights": prices.weights,
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),
+        "card_bytes": card_bytes(prices),
+        "card_weights": RESIDENT,
         "streamed": prices.streamed,
         "forward": 1 / prices.forward,
         "reading": 1 / max(1e-15, prices.reading),
