@@ -122,10 +122,11 @@ def make_patches(
 
     longest = int(tokens.mask.sum(1).max())
     fewer = partial(fewer_tokens_to_fit, replay.limit)
-    fitted = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
-    if fitted is None:
+    made = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
+    if made is None:
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
+    fitted: Fitted = made
     patches, tuning = fitted.patches, None
     for share in SHARES if held_out is not None else ():
         try:
@@ -315,7 +316,8 @@ class _Layer:
         self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
-        self.used.register_post_accumulate_grad_hook(partial(_collect, self.weight))
+        hook = partial(_collect, self.weight)
+        self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
