@@ -123,7 +123,8 @@ def show_ranking(found: states.CandidatesFile) -> None:
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
-        f"{words.sentence('why_words', found)}): KL ({CUT_RANKING}) {kl_of(chosen).text()} nats/token",
+        f"{words.sentence('why_words', found)}): KL ({CUT_RANKING}) {kl_of(chosen).text()} "
+        "nats/token",
     )
 
 

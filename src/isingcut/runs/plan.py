@@ -52,8 +52,8 @@ _PATCH = {"linear": 2, "tuned": 4}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
 RESIDENT = 1.54
-"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks, apart from
-each other; measured by `benchmarks/card.py`."""
+"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
+apart; measured by `benchmarks/card.py`."""
 # Float32 copies of a chunk of logits: two models, their difference, a gradient.
 _LOGIT_COPIES = 4
 # Bytes per trained number (weight, gradient, two moments).
@@ -317,8 +317,9 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` and ``card_bytes``
-        (see `card_bytes`) in bytes, ``forward`` in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
-        ``seconds`` of the whole run that ``command`` starts.
+        (see `card_bytes`) in bytes, ``forward`` in tokens per second, ``reading`` in bytes per
+        second, ``energies`` and ``stages``, and ``seconds`` of the whole run that ``command``
+        starts.
 
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.

@@ -124,11 +124,12 @@ def make_patches(
 
     longest = int(tokens.mask.sum(1).max())
     fewer = partial(fewer_tokens_to_fit, replay.limit)
-    whole = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
-    if whole is None:
+    made = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
+    if made is None:
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
-    fitted, patches, tuning = whole, whole.patches, None
+    fitted: Fitted = made
+    patches, tuning = fitted.patches, None
     for share in SHARES if held_out is not None else ():
         try:
             found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
@@ -318,8 +319,8 @@ class _Layer:
         self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
-        hook: Any = self.used.register_post_accumulate_grad_hook
-        hook(partial(_collect, self.weight))
+        hook = partial(_collect, self.weight)
+        self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
