@@ -113,7 +113,8 @@ class Bench:
 
     def teacher(self) -> list[float]:
         """Time the teacher's forward pass."""
-        model, found = self.original.model, []
+        model = self.original.model
+        found = []
         with torch.inference_mode():
             for ids in self.full():
                 began = now()

@@ -54,7 +54,8 @@ def scip(problem: Problem, seconds: float, target: float) -> Times:
     from pyscipopt import Eventhdlr, Model, quicksum
     from pyscipopt.scip import PY_SCIP_EVENTTYPE
 
-    ham, n = problem.hamiltonian, problem.n
+    ham = problem.hamiltonian
+    n = problem.n
     model = Model()
     model.hideOutput()
     model.setParam("limits/time", seconds)
@@ -96,11 +97,13 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
     """Run OR-Tools CP-SAT on linearised products, coefficients rounded to 1e-7 of the largest."""
     from ortools.sat.python import cp_model
 
-    ham, n = problem.hamiltonian, problem.n
+    ham = problem.hamiltonian
+    n = problem.n
     scale = 1e7 / max(np.abs(ham.h).max(), np.abs(ham.J).max())
     model = cp_model.CpModel()
     x = [model.new_bool_var("") for _ in range(n)]
-    y, weights = {}, [round(v * scale) for v in ham.h]
+    y = {}
+    weights = [round(v * scale) for v in ham.h]
     for i, j in np.argwhere(np.triu(ham.J, 1)).tolist():
         y[i, j] = v = model.new_bool_var("")
         model.add_implication(v, x[i])
@@ -132,7 +135,8 @@ def add_rows(problem: Problem, x: list[Any], y: dict[Any, Any], total: Any, add:
         terms = [int(a) * v for a, v in zip(row.coefficients, x, strict=True) if a]
         assert row.sense == "=="
         add(total(terms) == round(row.rhs))
-    n, (low, high) = problem.n, problem.cardinality
+    n = problem.n
+    low, high = problem.cardinality
     if low == high and len(y) == n * (n - 1) // 2:
         for i in range(n):
             others = total(y[min(i, j), max(i, j)] for j in range(n) if j != i)

@@ -48,7 +48,8 @@ def text(seconds: float | None) -> str:
 
 def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
     """Print the rows of one instance; return its figures."""
-    problem, figures = instance.problem, {}
+    problem = instance.problem
+    figures = {}
     label = f"{instance.size:7} {instance.family:18}"
     spectrum = solve(problem, "exact", k=args.k, seconds=args.seconds)
     if spectrum.proven:
@@ -58,7 +59,8 @@ def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
         figures["gap_percent"] = 100 * (spectrum.relative_gap or 0.0)
         status = f"gap {figures['gap_percent']:.3f}% to the ground state at the limit"
     best = float(spectrum.energies[0])
-    seconds, energies = [], []
+    seconds = []
+    energies = []
     for seed in range(args.tabu_seeds):
         began = time.perf_counter()
         states = make("tabu", seed=seed).solve(problem, 20).states

@@ -83,7 +83,8 @@ class ModelStudy(Study):
     @cached_property
     def seconds(self) -> float:
         """Seconds per token of a forward pass of the original, fastest of three batches."""
-        ids, taken = torch.randint(8, 200, (4, self.options.length)), []
+        ids = torch.randint(8, 200, (4, self.options.length))
+        taken = []
         with torch.inference_mode():
             for _ in range(3):
                 began = time.perf_counter()
@@ -137,7 +138,8 @@ class ModelStudy(Study):
         """Return parts that measure states' KL to the original and NLL, summed by sample."""
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
-            tokens, wanted = self.judged_text(text), states_of(len(self.replay), rest.values())
+            tokens = self.judged_text(text)
+            wanted = states_of(len(self.replay), rest.values())
             found = measure(self.replay, tokens, wanted, self.working(journal))
             rows = zip(found.kl_sums, found.nll_sums, strict=True)
             return [loss_row(kl, nll, tokens) for kl, nll in rows]

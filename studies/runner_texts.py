@@ -38,7 +38,10 @@ class Texts:
     """
 
     def __init__(self, data: Path, work: Path, tokenizer: Any, length: int) -> None:
-        self.data, self.work, self.tokenizer, self.length = data, work, tokenizer, length
+        self.data = data
+        self.work = work
+        self.tokenizer = tokenizer
+        self.length = length
 
     def samples(self, source: str, tokens: int, *, chat: bool = False) -> TokenSet:
         """Return about ``tokens`` tokens of a source, named as in ``--calibration``."""
@@ -76,7 +79,8 @@ class Texts:
 
     def halves(self, file: str) -> tuple[str, str]:
         """Return the paths of two files: first and second half of a data file's documents."""
-        records, name = self.records(file), Path(file).name
+        records = self.records(file)
+        name = Path(file).name
         middle = len(records) // 2
         first = self.write(f"{name}-first", records[:middle])
         return first, self.write(f"{name}-second", records[middle:])

@@ -126,7 +126,8 @@ class Healing(ModelStudy):
 
         def make(journal: Path) -> Content:
             folder = self.work / "models" / key(removed)
-            cut, out = folder / "cut", folder / (name or stage)
+            cut = folder / "cut"
+            out = folder / (name or stage)
             if not cut.exists():
                 excise(self.original.folder, list(removed), cut)
             start = cut if stage in ("patched", "tuned") else folder / "patched"
@@ -172,7 +173,8 @@ class Healing(ModelStudy):
 
     def choosing(self, method: str, m: int) -> Part:
         """Return the part that chooses the blocks of a method."""
-        o, n = self.options, len(self.replay)
+        o = self.options
+        n = len(self.replay)
         given = read(o.states).get(str(m), {}).get(method) if o.states else None
 
         def make(journal: Path) -> Content:
@@ -199,7 +201,8 @@ class Healing(ModelStudy):
         """Return a state's finished trainings by tokens, and by recipe if it is not the usual."""
         found = {}
         for path in sorted((self.work / "parts/healed").glob(f"*/{key(removed)}.json")):
-            usual, (recipe, _, steps) = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")
+            usual = f"full-{USUAL_RATE:g}"
+            recipe, _, steps = path.parent.name.rpartition("-")
             tokens = f"{(content := read(path))['tokens_seen'] / 1e6:.2g}M"
             name = tokens + f" {recipe}" * (recipe != usual)
             # Two lengths may round to the same tokens.

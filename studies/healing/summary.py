@@ -20,7 +20,8 @@ GENERATED = "gsm8k"
 
 def show(content: Content) -> dict[str, float]:
     """Print the tables and return the figures."""
-    settings, figures = content["settings"], {}
+    settings = content["settings"]
+    figures = {}
     print(f"states: {content['states_from']}; settings: {settings}")
     if accuracy := content.get("original", {}).get("accuracy"):
         print(f"original{_shares(accuracy)}")
@@ -120,7 +121,8 @@ def _recovered(row: Content, stage: str) -> float:
 
 
 def _figures(m: str, rows: Content) -> dict[str, float]:
-    ours, found = rows[OURS], dict[str, float]()
+    ours = rows[OURS]
+    found = dict[str, float]()
     for stage in ours["stages"]:
         tokens = stage.removeprefix("healed ").replace(" ", "_")
         if stage == "tuned":

@@ -67,7 +67,8 @@ class Narrow(ModelStudy):
     @cache  # noqa: B019
     def judged_cut(self, source: str) -> tuple[TokenSet, Floats, dict[int, Any]]:
         """Return the report split of a text, the exact cut's KL by sample, and what to keep."""
-        tokens, state = self.calibration(source).splits["report"], [self.options.removed]
+        tokens = self.calibration(source).splits["report"]
+        state = [self.options.removed]
         found = measure(self.replay, tokens, states_of(len(self.replay), state), self.working())
         return tokens, found.kl_sums[0], {}
 
@@ -85,13 +86,16 @@ class Narrow(ModelStudy):
 
     def _judge(self, text: str, share: float) -> Content:
         """Fit a patch, and return the KL by sample as cut and as patched, on both texts."""
-        o, replay, work = self.options, self.replay, self.working()
+        o = self.options
+        replay = self.replay
+        work = self.working()
         used = self.calibration(str(write_text(text, self.work)))
         fitted, record = to_fit(used, self.original.tokenizer, o.patch_tokens, share=share)
         config = HealConfig(patch="tuned", patch_tokens=o.patch_tokens, batch_tokens=o.batch_tokens)
         job = Job(self.original, tuple(o.removed), Path(), fitted, self.work, config, work.progress)
         _, patches, _ = make_patches(job)
-        new, blocks = {}, find_stack(self.original.model).blocks
+        new = {}
+        blocks = find_stack(self.original.model).blocks
         for p in patches:
             layer = f"{blocks[p.block].path}.{p.path}"
             new |= {f"{layer}.weight": p.weight, f"{layer}.bias": p.bias}
@@ -118,7 +122,8 @@ class Narrow(ModelStudy):
         figures: dict[str, Any] = {}
         changes: dict[str, list[float]] = {}
         for row in content["rows"]:
-            share, line = f"{100 * row['share']:.0f}", f"{row['text']:<10}{row['share']:>6.2f}"
+            share = f"{100 * row['share']:.0f}"
+            line = f"{row['text']:<10}{row['share']:>6.2f}"
             line += f"{row['fitted']['tokens']:>8,}"
             for name in ("own", "unlike"):
                 cut, patched, counts = (

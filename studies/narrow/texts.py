@@ -13,7 +13,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "isingcut"
 """The project whose code is a text."""
-DOCUMENTS, LINES = 300, 40
+DOCUMENTS = 300
+LINES = 40
 
 FOOD = (
     "carrot,leek,potato,white bean,red lentil,aubergine,pumpkin,spinach,mushroom,cauliflower,"

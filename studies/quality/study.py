@@ -74,7 +74,8 @@ class Quality(ModelStudy):
 
     def choosing(self, text: str, method: str, seed: int) -> Part:
         """Return the part of a method's choices on a text, for all numbers of blocks."""
-        o, (pool, wide) = self.options, self.pools[text]
+        o = self.options
+        pool, wide = self.pools[text]
         removals = o.second_remove if text == "instruct" else o.remove
 
         def make(journal: Path) -> Content:

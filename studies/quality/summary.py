@@ -38,14 +38,18 @@ def _table(table: Content, pool: int) -> None:
     print(f"{'method':<28}{'runs':>5}{'passes':>8}{'heads':>7}{head}")
     last = losses[texts[-1]]["kl"]["methods"]
     for entry in sorted(table["methods"], key=lambda e: float(last[e["method"]]["value"])):
-        name, cells = entry["method"], ""
+        name = entry["method"]
+        cells = ""
         for text in texts:
-            kl, nll = losses[text]["kl"], losses[text]["nll"]
+            kl = losses[text]["kl"]
+            nll = losses[text]["nll"]
             loss = nll["methods"][name]["value"]
             perplexity = f"{exp(loss):.2f}" if loss < 20 else "> 1e8"
             cells += f"{kl['methods'][name]['value']:>11.4f}{_mark(kl, name)}"
             cells += f"{perplexity:>10}{_mark(nll, name)}"
-        runs, passes, heads = len(entry["runs"]), entry["passes"], entry["heads"]
+        runs = len(entry["runs"])
+        passes = entry["passes"]
+        heads = entry["heads"]
         print(f"{name:<28}{runs:>5}{passes:>8.1f}{heads:>7.0f}{cells}")
     for name in OURS:
         for text in texts:

@@ -65,7 +65,8 @@ def test_figures_follow_from_the_tables(content: Content) -> None:
     over = []
     for table in content["tables"][:2]:
         entries = {e["method"]: e for e in table["methods"]}
-        runs, sleb = entries["refined"]["runs"], entries["sleb"]
+        runs = entries["refined"]["runs"]
+        sleb = entries["sleb"]
         over += [max(r[unit] for r in runs) / sleb[unit] for unit in ("passes", "heads")]
     assert figures["refined_price_over_sleb"] == pytest.approx(max(over), rel=1e-3)
 
