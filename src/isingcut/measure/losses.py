@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -447,13 +448,13 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         original: Comparison | None = None
         found, lengths = list[Tensor](), list[int]()
         for _, first, last, end in group:
-            logits = head.logits(recordings[tree], end, batches[tree])
+            logits = partial(head.logits, recordings[tree], end, batches[tree])
             if original is None:
-                original = Comparison(logits, batches[tree])
+                original = Comparison(logits(), batches[tree])
                 found, lengths = [original.own], [1]
                 first += 1
             if first < last:
-                found.append(original.compare(logits))
+                found.append(original.compare(logits()))
                 lengths.append(last - first)
         assert original is not None
         # Before this line, nothing is read from the device.
