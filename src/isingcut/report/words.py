@@ -106,7 +106,9 @@ def _environment(**more: Any) -> jinja2.Environment:
         was_tuned,
     )
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {name: getattr(rows, name) for name in ("CUT_RANKING", "RANKING", "UNSEEN")}
+    environment.globals |= {
+        name: getattr(rows, name) for name in ("CUT_RANKING", "RANKING", "UNSEEN")
+    }
     return environment
 
 

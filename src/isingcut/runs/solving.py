@@ -78,7 +78,9 @@ def removal_rows(
     blank = Hamiltonian(np.zeros(n), np.zeros((n, n)))
     plain = Problem(blank, [*counts, *others])
     if bounds and config.budget.packed and all(row.rhs <= 0 for row in bounds):
-        raise InputError(f"the whole model meets --budget {config.budget}; no block has to be removed")
+        raise InputError(
+            f"the whole model meets --budget {config.budget}; no block has to be removed"
+        )
     try:
         Problem(blank, [*counts, *others, *bounds]).check()
     except InfeasibleError as e:
