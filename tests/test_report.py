@@ -219,12 +219,8 @@ def read(page):
 
 def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     page = page_of(folder)
-    lines = (
-        section(page, "How the blocks were chosen")
-        .split("```text\n")[1]
-        .split("\n```")[0]
-        .splitlines()
-    )
+    shown = section(page, "How the blocks were chosen").split("```text\n")[1]
+    lines = shown.split("\n```")[0].splitlines()
     found = read_json(folder / "candidates.json", "candidates")
     assert len(lines) == 2 + len(found["candidates"])
     assert lines[1].endswith("012345678901")

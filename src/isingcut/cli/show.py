@@ -102,6 +102,7 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
 def show_ranking(found: states.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
     chosen, lines = found.chosen, []
+    why = words.sentence("why_words", found)
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
         figures = judged.kl
         if not figures.n:
@@ -123,8 +124,7 @@ def show_ranking(found: states.CandidatesFile) -> None:
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
-        f"{words.sentence('why_words', found)}): KL ({CUT_RANKING}) {kl_of(chosen).text()} "
-        "nats/token",
+        f"{why}): KL ({CUT_RANKING}) {kl_of(chosen).text()} nats/token",
     )
 
 

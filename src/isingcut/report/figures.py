@@ -58,7 +58,7 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
 
 
 def block_ticks(n: int) -> list[tuple[int, float]]:
-    """Return at most nine block numbers to print along the axis, with their place in percent."""
+    """Return at most nine block numbers along the axis, with their positions in percent."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= 9 * s)
     return [(i, round(100 * (i + 0.5) / n, 3)) for i in range(0, n, step)]
 
