@@ -40,6 +40,7 @@ from isingcut.healing.heal import heal
 from isingcut.healing.patch import checkpoint as tuning
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import stack_modules
+from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.load import load
@@ -224,8 +225,13 @@ def quarter_budget(place: Path) -> tuple[float, float]:
     """Return the smallest budget of a run without a quarter of the blocks, and the bytes of a
     micro-batch of its tuning, both in W."""
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
-    fixed = {"remove": 8, "drop": ",".join(map(str, QUARTER)), "energy": "fisher", "effort": ""}
-    job = partial(run, place, model, stream="off", **fixed)
+    fixed: dict[str, Any] = {
+        "remove": 8,
+        "drop": ",".join(map(str, QUARTER)),
+        "energy": "fisher",
+        "effort": "",
+    }
+    job: Any = partial(run, place, model, stream="off", **fixed)
     roomy = job(3.0)["layers"]
 
     def with_half(budget: float) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def quarter_budget(place: Path) -> tuple[float, float]:
         return found | {"half": 2 * found["layers"] >= roomy}
 
     wanted = ("resident", "patched", "tuned", "timed", "half")
-    backward = tuning.bytes_of_backward(load(model, dtype="bfloat16", device="cpu").replay)
+    backward = bytes_of_backward(load(model, dtype="bfloat16", device="cpu").replay)
     sample = options(place, model, [])["length"] * backward / weights(model)
     return smallest(with_half, *wanted), sample
 
