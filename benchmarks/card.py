@@ -231,7 +231,8 @@ def quarter_budget(place: Path) -> tuple[float, float]:
         "energy": "fisher",
         "effort": "",
     }
-    job: Any = partial(run, place, model, stream="off", **fixed)
+    job: Callable[[float], dict[str, Any]]
+    job = partial(run, place, model, stream="off", **fixed)
     roomy = job(3.0)["layers"]
 
     def with_half(budget: float) -> dict[str, Any]:
