@@ -52,7 +52,8 @@ from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, tria
 from isingcut.testing.tiny import tiny_checkpoint
 
 NOTE = "not measured: no card was available"
-COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", "a run", "LoRA", "full"]
+A_RUN = "a run, not measured"
+COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", A_RUN, "LoRA", "full"]
 
 
 def shape(hidden: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -150,8 +151,10 @@ class Term:
     rate: Range
 
 
-Part, Cells = tuple[Term, ...], dict[str, str]
-"""Terms that run at the same time; cells of a table by machine."""
+Part = tuple[Term, ...]
+"""Terms that run at the same time."""
+Cells = dict[str, str]
+"""Cells of a table by machine."""
 
 
 def default(function: Any, name: str) -> int:
@@ -298,7 +301,7 @@ class Setting:
         passes = (1 if known else 2) * last - m.removed / m.n
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
-            self.double(fits * solve, "card" if bytes_of(f) <= self.room else "host"),
+            self.double(fits * solve, "card" if bytes_of(f, d) <= self.room else "host"),
             self.double(fits * 2 * t * f * d, "card"),
             # The map in float64 is folded into the weight on the host.
             self.move("maps", fits * 8 * d * f, UNPINNED),
@@ -451,12 +454,12 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
             same = list(own)
             if counted := sum(term.count for term in same):
                 span = sum((term.count / term.rate for term in same), rates(0, 0))
-                key = (stage, name, f"{counted:.3g} {same[0].unit}")
+                key = (stage, name, f"{float(f'{counted:.3g}'):,g} {same[0].unit}")
                 rows.setdefault(key, {})[machine] = spell(span)
                 longest[name] = span[1]
         bound = max(longest, key=longest.__getitem__, default="")
         cells[stage] = "no" if found is None else f"{spell(taken)}, {bound}"
-    cells["a run"] = spell(total)
+    cells[A_RUN] = spell(total)
     return [f"{setting.processes} x {setting.each}"] + [cells[stage] for stage in COLUMNS]
 
 
@@ -484,7 +487,7 @@ def main() -> None:
             table.append([name, machine, setting.kind, *summarise(setting, machine, rows)])
         keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
         lines = [[*key, *(rows[key].get(machine, "") for machine in MACHINES)] for key in keys]
-        print_table([["stage", "part", "count", *MACHINES], *lines])
+        print_table([["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)], *lines])
     print(f"\nTuned on the {given.tuning}; {NOTE}\n")
     print_table(table)
 

@@ -130,11 +130,8 @@ def add_rows(problem: Problem, x: list[Any], y: dict[Any, Any], total: Any, add:
     """Add the constraints, and the count times each variable if all products exist."""
     for row in problem.constraints:
         terms = [int(a) * v for a, v in zip(row.coefficients, x, strict=True) if a]
-        if terms and row.sense == "==":
-            add(total(terms) == round(row.rhs))
-        elif terms:
-            assert row.sense == "<="
-            add(total(terms) <= round(row.rhs))
+        assert row.sense == "=="
+        add(total(terms) == round(row.rhs))
     n, (low, high) = problem.n, problem.cardinality
     if low == high and len(y) == n * (n - 1) // 2:
         for i in range(n):

@@ -1,8 +1,7 @@
 """Block choices of the methods of the studies, and the cost of each choice.
 
 Costs are counted as in `isingcut.baselines`: full forward passes and output heads over the text
-that blocks are chosen on, shared prefixes once. `cbo` is the energy of arXiv 2602.00161, on a
-separate text if a study provides one; its three passes are over that text.
+that blocks are chosen on, shared prefixes once. `cbo` is the energy of arXiv 2602.00161.
 """
 
 from __future__ import annotations
@@ -50,14 +49,12 @@ class Setting:
     Attributes:
         tokens: text to choose on; costs are counted in passes over it.
         wide: text of the methods that draw parts of it.
-        fisher: text of `cbo`, the paper's energy.
         budgets: maximum passes of EvoPress by number of blocks; by default a greedy path's cost.
     """
 
     replay: Replay
     tokens: TokenSet
     wide: TokenSet
-    fisher: TokenSet
     work: Work
     seed: int
     budgets: Mapping[int, float]
@@ -97,7 +94,7 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
             energy = Pairwise().measure(s.replay, s.tokens, s.working("energy"))
             paid = energy.meta["blocks_run"] / n, n * (n + 1) // 2 + 1.0
         else:
-            energy = EmpiricalFisher().measure(s.replay, s.fisher, s.working("energy"))
+            energy = EmpiricalFisher().measure(s.replay, s.tokens, s.working("energy"))
             paid = 3.0, 3.0
         for top, name in ((1, method), (TOP, f"{method}-top{TOP}")):
             found[name] = {m: _lowest(s, energy, paid, m, top) for m in removals}

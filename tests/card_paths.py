@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import isingcut
@@ -25,6 +24,7 @@ from cards import fake_cards
 from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from healings import TRAINING, Killed, killing
 from isingcut import baselines
+from isingcut.energies import registry as energy_parts
 from isingcut.healing.heal import heal
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
@@ -32,6 +32,7 @@ from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS, call, write_jsonl
 from sweep.mtp import add_mtp_layers
+from test_tasks import arc, gsm8k
 
 pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 
@@ -103,11 +104,13 @@ def verbs(place: Place) -> None:
     run, model = place.run(patch="none"), place.shared.checkpoint()
     for name in baselines.registry.names():
         place.type("baseline", name, run)
+    place.type("solve", run, "--remove", 1)
     place.type("rank", run, "--remove", 1)
     place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
     place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
-    plain = ("--device", place.device, "--dtype", "float32")
-    place.type("evaluate", run / "model", "--original", model, *plain, "--skip-speed")
+    plain = ("--device", place.device)
+    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    place.type("evaluate", run / "model", "--original", model, *plain, *scores)
     place.type("inspect", model, *plain)
     place.type("plan", model, *plain, "--remove", 2, "--length", 16)
 
@@ -134,33 +137,26 @@ def streamed(place: Place) -> None:
 
 
 def tasks(place: Place) -> None:
-    words = ["river", "bridge", "lantern", "orchard", "harbour", "mill"]
-    rng = np.random.default_rng(0)
-    likely = [
-        {
-            "context": f"Number {i} stands by the {words[i % 6]},",
-            "choices": [f"so it is a {w}" for w in rng.permutation(words)[:3]],
-            "answer": i % 3,
-        }
-        for i in range(16)
-    ]
-    one = write_jsonl(place.out / "likely.jsonl", likely)
-    two = write_jsonl(
-        place.out / "written.jsonl",
-        [{"context": f"{i} and {i} are", "target": f" {2 * i}"} for i in range(4)],
-    )
-    run = place.run(choose="tasks", tasks=one, patch="none")
-    place.type("evaluate", run, "--tasks", f"{one},{two}", "--skip-speed")
+    """Likelihoods, answers that are generated, and a text."""
+    data = place.out / "data"
+    for name, make in (("arc_easy/test", arc), ("gsm8k/test", gsm8k), ("gsm8k/train", gsm8k)):
+        write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
+    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
+    write_jsonl(data / "wikitext2/test_raw.jsonl", articles)
+    model = str(place.shared.checkpoint(max_position_embeddings=2048))
+    given = {"data": str(data), "tasks": "arc_easy", "questions": 12}
+    run = place.run(model=model, choose="tasks", patch="none", **given)
+    names = ("--tasks", "arc_easy,gsm8k,wikitext2", "--questions", 2)
+    place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
 
 
-def energies(place: Place, family: str = "llama", names: tuple[str, ...] = (), **more: Any) -> None:
-    names = names or ("pairwise", "refined", "empirical-fisher", "fisher")
-    model = place.shared.checkpoint(family)
-    for name in names:
+def energies(place: Place, **more: Any) -> None:
+    model = place.shared.checkpoint()
+    for name in energy_parts.names():
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
         found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
-        found |= {"effort": "3"} if name == "refined" else {}
+        found |= {"effort": "20"} if name == "refined" else {}
         for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
             del found[left_out]
         isingcut.energy(**found)
@@ -228,17 +224,11 @@ def resumed(place: Place) -> None:
 
 
 def chat(place: Place) -> None:
-    talk = ("user", "assistant")
-    records = [
-        {
-            "messages": [
-                {"role": r, "content": f"{w} {i}."}
-                for r, w in zip(talk, ("say", "yes"), strict=True)
-            ]
-        }
-        for i in range(80)
-    ]
-    file = write_jsonl(place.out / "chat.jsonl", records)
+    def talk(i: int) -> list[dict[str, str]]:
+        said = {"user": f"say {i}.", "assistant": f"yes {i}."}
+        return [{"role": role, "content": words} for role, words in said.items()]
+
+    file = write_jsonl(place.out / "chat.jsonl", [{"messages": talk(i)} for i in range(80)])
     place.run(calibration=f"answers:{file}", length=32)
 
 
@@ -273,9 +263,10 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{
-        f"family {family}": functools.partial(Place.run, family=family)
-        for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3", "glm4")
+        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
+        for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
+    "search, gemma2": functools.partial(Place.run, family="gemma2", energy="auto", effort="20"),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }

@@ -76,8 +76,12 @@ def flags_of(config):
     return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
 
+def result(folder):
+    return read_json(folder / "healing.json", "healing")
+
+
 def curve(folder):
-    return read_json(folder / "healing.json", "healing")["steps"]
+    return result(folder)["steps"]
 
 
 @pytest.fixture(scope="module")

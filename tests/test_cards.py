@@ -323,8 +323,9 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
         card.budget = card.live + 8_200_000
         found = fit_patches(replay, tokens, [3], Work(128))
         assert card.peak < card.budget
-        # The same where the estimate is wrong.
+        # The same where the estimate is wrong, and where the layer's inputs do not fit either.
         monkeypatch.setattr(linear, "bytes_of", lambda *given: 0)
+        monkeypatch.setattr(Replay, "room", lambda self, batch: 0)
         again = fit_patches(replay, tokens, [3], Work(128))
     assert (found.maps, found.unpatched) == ("reads", [])
     for fit in (found, again):

@@ -13,7 +13,7 @@ from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_json
-from isingcut.files.states import ByTasks
+from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
@@ -62,10 +62,19 @@ def test_contenders_are_no_near_copies_while_there_are_others():
 
 def test_a_choice_against_the_loss_is_explained():
     parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
-    found = ByTasks.model_construct(**parts)
-    within = sentence("chosen_by_tasks", found, 0.9, 0.8)
-    assert within == "lowest KL within a standard error of the best of 2 on 9 questions of a"
-    assert "its KL is 2.67, the lowest 0.231" in sentence("chosen_by_tasks", found, 2.671, 0.231)
+
+    def said(kl, lowest):
+        chosen = ChosenState.model_construct(why="questions", kl=kl)
+        found = CandidatesFile.model_construct(
+            chosen=chosen,
+            candidates=[chosen, chosen.model_copy(update={"kl": lowest})],
+            by_tasks=ByTasks.model_construct(**parts),
+        )
+        return sentence("why_words", found)
+
+    within = "lowest KL within a standard error of the best of 2 on 9 questions of a"
+    assert said(0.9, 0.8) == within
+    assert "its KL is 2.67, the lowest 0.231" in said(2.671, 0.231)
 
 
 def test_the_best_of_all_candidates_is_chosen_and_compared():
@@ -138,7 +147,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
     assert chosen["difference"] is None
-    assert "questions of mine.jsonl" in found["chosen"]["why"]
+    assert found["chosen"]["why"] == "questions"
     assert len(choice["questions"]) == 30
     assert not (target / ".questions").exists()
 
@@ -161,6 +170,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     page = (target / "report.md").read_text(encoding="utf-8")
     assert "## Choice by questions" in page
     assert "30 of mine.jsonl" in page
+    assert "30 questions of mine.jsonl" in page
     assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
     files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
     before = {p: p.stat().st_mtime_ns for p in files}

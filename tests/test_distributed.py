@@ -14,7 +14,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import call, write_words
+from shared import call, load_json, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -79,7 +79,7 @@ def _all(place, out, notes):
     Journal.put = noted
     _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    path.write_text(json.dumps(computed), encoding="utf-8")
+    path.write_text(json.dumps(computed))
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
@@ -93,7 +93,7 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
         "refined/hamiltonian.safetensors",
     ):
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
-    others = [json.loads((tmp_path / f"notes.{r}").read_text()) for r in (1, 2)]
+    others = [load_json(tmp_path / f"notes.{r}") for r in (1, 2)]
     assert all(others), "every process has computed a part"
     said = notes.with_suffix(".err").read_text()
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"
@@ -309,7 +309,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     os.mkfifo(meeting)
     arguments = _typed(place, out, also=False)
     (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)
-    assert "ended by a signal" in line
+    assert "stopped by a signal; launchers send one" in line
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
     # Each process has kept one half of the first micro-batch, the original included.
     assert list(map(count_rows, journals)) == [11, 11]

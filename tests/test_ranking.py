@@ -13,7 +13,7 @@ from isingcut.errors import OutputExistsError
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
 from isingcut.files.results import read_document, read_json
-from isingcut.files.states import CandidatesFile
+from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -136,18 +136,6 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     assert [r.kl for r in found.candidates] == pytest.approx(whole)
 
 
-def test_without_random_states_the_energy_is_not_judged(ranked):
-    replay, split, problem, spectrum, config = ranked
-    others = {"other": problem.hamiltonian}
-    config = config.replace(random_states=0)
-    found = rank(replay, split, problem, spectrum, others, config, Work())
-    assert found.random == []
-    for judged in (found.fidelity, found.fidelity_of_others["other"]):
-        for j in (judged.kl, judged.nll, judged.kl_random_only):
-            assert (j.n, j.spearman) == (0, None)
-    assert found.chosen.kl == min(row.kl for row in found.candidates)
-
-
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
     tried, measure_patched = [], trials.changed_losses
 
@@ -172,8 +160,10 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row["patched_kl"])
     assert found["chosen"]["removed"] == best["removed"]
-    assert f"; lower after a patch: {best['patched_kl']:.4g} against " in found["chosen"]["why"]
-    assert all(f"{row['patched_kl']:.4g}" in found["chosen"]["why"] for row in others)
+    assert found["chosen"]["why"] == "patch"
+    why = sentence("why_words", read_document(target / "candidates.json", CandidatesFile))
+    assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
+    assert all(f"{row['patched_kl']:.4g}" in why for row in others)
     with pytest.raises(OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"):
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # A checkpoint with the same patch has the same KL.
@@ -202,7 +192,11 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(p
     order = trials.choose_by_patch(found, True, RunConfig(), measured, [[2]])
     assert order == [chosen, 1 - chosen]
     words = "lower" if chosen else "lowest KL, and within 5 % of the lowest"
-    why = sentence("chosen_by_patch", rows, order, 16, True)
+    compared = [PatchedState(position=i, patched_kl=losses[i + 1]) for i in order]
+    picked = ChosenState.model_construct(why="patch", compared=compared, deep=True)
+    ranked = CandidatesFile.model_construct(chosen=picked, samples=16)
+    why = sentence("why_words", ranked)
+    assert why.startswith("compared in a deep cut with state")
     assert f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
 
 
@@ -248,7 +242,7 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
     assert hidden in last
     assert set(kinds) == {("linear", 64, ""), ("tuned", few, "")}
     assert found["chosen"]["removed"] == hidden
-    assert found["chosen"]["why"].startswith("compared in a deep cut with state")
+    assert (found["chosen"]["why"], found["chosen"]["deep"]) == ("patch", True)
     assert not list(out.glob("*.journal"))
     ranked = read_document(out / "candidates.json", CandidatesFile)
     assert "The choice was not made by this KL" in sentence("one_pass_words", ranked)

@@ -62,9 +62,9 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert "| `pairwise` | KL | candidates and random | 0.90 (0.80 to 0.95)" in ranks
     assert "| `empirical-fisher` | KL | candidates and random | -0.25 (-0.35 to -0.20)" in ranks
     assert "Warning" not in ranks
-    assert 'from_pretrained("r/model")' in section(page, "Loading the model")
+    assert 'from_pretrained("r/model")' in section(page, "Load the model")
     assert "Not run" not in page
-    part = section(page, "Reproducing this")
+    part = section(page, "Provenance")
     for fact in ("`sha-of-a-model`", "`text-0`", "seed=0", "isingcut run a-model", "2.9.0"):
         assert fact in part
     assert "a CPU \\| with a bar" in part
@@ -77,6 +77,19 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
         found = read_json(folder / f"{name}.json", name)
         assert data[name] == {k: v for k, v in found.items() if k not in ("format", "version")}
     assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("near states 1 and 2; lower after a patch", "near states 1 and 2; lower after a patch"),
+        ("ground", "the ground state, as --choose ground says"),
+    ],
+)
+def test_a_reason_is_a_fact_and_in_older_files_a_sentence(folder, why, said):
+    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
+    change(folder / "candidates.json", "candidates", chosen={**chosen, "why": why})
+    assert f"Reason: {said} (KL " in page_of(folder)
 
 
 NAMES = (
@@ -103,6 +116,15 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
     assert "+25.0 ± 31.2 %" in page
+
+
+def test_a_batch_is_a_row_where_it_was_timed(folder):
+    assert "32 sequences" not in page_of(folder)
+    found = read_json(folder / "evaluation.json", "evaluation")
+    for name, rate in (("before", 2000.0), ("after", 2500.0)):
+        found[name]["batched_decode_tokens_per_second"] = rate
+    change(folder / "evaluation.json", "evaluation", before=found["before"], after=found["after"])
+    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,12 @@ def read(page):
 
 def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     page = page_of(folder)
-    lines = section(page, "Spectrum").split("```text\n")[1].split("\n```")[0].splitlines()
+    lines = (
+        section(page, "How the blocks were chosen")
+        .split("```text\n")[1]
+        .split("\n```")[0]
+        .splitlines()
+    )
     found = read_json(folder / "candidates.json", "candidates")
     assert len(lines) == 2 + len(found["candidates"])
     assert lines[1].endswith("012345678901")
@@ -215,8 +242,8 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     [
         ("evaluation.json", "Before and after", "evaluate"),
         ("candidates.json", "How well the energy ranks", "rank"),
-        ("spectrum.json", "Spectrum", "solve"),
-        ("model/isingcut.json", "Loading the model", "excise"),
+        ("spectrum.json", "How the blocks were chosen", "solve"),
+        ("model/isingcut.json", "Load the model", "excise"),
     ],
 )
 def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
@@ -226,7 +253,7 @@ def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     page = page_of(folder)
     assert page.count("**Warning.** text only") == (stage != "excise")
     part = section(page, title)
-    assert part.strip().startswith("Not run")
+    assert "Not run: " in part
     assert f"`isingcut {stage} r`" in part
     assert page.count("Not run") == 1
     assert read_json(folder / "report.json", "report")["not_run"] == [stage]
@@ -345,7 +372,7 @@ def test_other_methods_stand_with_the_chosen_state_lowest_first(folder):
     ):
         content = baseline(name, [0, 3, 5], kl, **more)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
-    part = section(page_of(folder), "Other methods")
+    part = section(page_of(folder), "Baselines")
     rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
     figures = "3.5000 ± 0.1000 | 12.5 | 1000 |"
     assert rows[0] == f"| `none` | 0, 3 and 5 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
@@ -355,7 +382,7 @@ def test_other_methods_stand_with_the_chosen_state_lowest_first(folder):
     assert rows[2].endswith(" | not counted | 40 | none |")
     assert rows[3].startswith("| `sleb` | ")
     # A method that breaks a constraint does not win.
-    assert "**Warning.** Measured here, cbo found a lower KL" in part
+    assert "**Warning.** cbo found a lower KL" in part
 
 
 def test_an_error_of_our_own_is_not_blamed_on_the_files(folder, monkeypatch):

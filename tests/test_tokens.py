@@ -20,7 +20,7 @@ from isingcut.files.results import read_json
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, write_jsonl, write_words
+from shared import call, refuses, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -121,10 +121,10 @@ def test_samples_too_short_for_chance_share_nothing():
 @pytest.fixture
 def leaking(tmp_path):
     """A text in which one passage is repeated many times."""
-    words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
+    words = write_words(tmp_path / "words.txt").read_text()
     parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
     path = tmp_path / "leaking.txt"
-    path.write_text(" ".join(parts), encoding="utf-8")
+    path.write_text(" ".join(parts))
     return path
 
 
@@ -217,7 +217,7 @@ def test_messages_need_a_chat_template(tmp_path):
 def test_what_a_template_refuses_is_one_line():
     own = tiny_tokenizer()
     own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
-    with pytest.raises(ModelError, match=r"refuses these messages \(.*\)$") as caught:
+    with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
         render_chat(own, [{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value)
     own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
@@ -257,12 +257,12 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
         pytest.MonkeyPatch.context() as patch,
     ):
         path = Path(folder) / "a.txt"
-        path.write_text(text, encoding="utf-8", newline="")
+        path.write_text(text, newline="")
         patch.setattr(text_files, "_PIECE", piece)
         patch.setattr(text_files, "LONGEST", longest)
         found = list(text_files.read_text(path, "a.txt"))[1:]
         expected = []
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(newline="") as file:
             while lines := file.readlines(piece):
                 expected.append("".join(lines))
     assert "".join(found) == text
@@ -273,11 +273,11 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
 
 
 def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypatch):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0")
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     monkeypatch.setattr(text_files, "_PIECE", 1000)
     build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
-    with pytest.raises(CalibrationError, match="NUL"):
+    with refuses("NUL", CalibrationError):
         build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
 
 
@@ -289,7 +289,7 @@ def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):
     assert wider.pad_token_id == 262
     assert Encoder(wider, model).pad == 0
     assert Encoder(wider).pad == 262
-    with pytest.raises(CalibrationError, match=r"'<filling>' with id 262, but .* 262 rows"):
+    with refuses(r"'<filling>' with id 262, but .* 262 rows", CalibrationError):
         Encoder(wider, model)("a <filling>")
     model.resize_token_embeddings(263)
     assert 262 in Encoder(wider, model)("a <filling>")

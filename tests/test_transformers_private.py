@@ -76,6 +76,6 @@ def test_no_other_file_uses_what_is_not_public():
     found = {
         path.relative_to(home).as_posix()
         for path in home.rglob("*.py")
-        if used.search(path.read_text(encoding="utf-8"))
+        if used.search(path.read_text())
     }
     assert found == {"models/transformers_private.py"}

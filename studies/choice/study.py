@@ -17,8 +17,6 @@ tie_regret_percent_STAGE  gain of the lowest patched KL among the candidates wit
     standard errors of the lowest mean
 near_gain_percent_STAGE  the same within two standard errors or 5 %, which is the rule of a run
 patched_choice_gain_percent_STAGE  the same among all three
-worst_part_gain_percent_STAGE  gain of the near candidate whose highest KL on a part of the text is
-    lowest; mixed texts only
 best_gain_percent_STAGE  gain of the lowest patched KL on the unseen text itself, an upper bound of
     the other patched gains
 """
@@ -78,7 +76,7 @@ class Choice(ModelStudy):
             "default": TEXT,
             "conversations": chats,
             "web pages": web,
-            "maths": self.texts.source("maths"),
+            "maths": self.texts.problems(),
             "Python": code,
             "Wikipedia": "wiki",
             "four kinds": ",".join(f"{place}=0.25" for place in ("wiki", chats, web, code)),
@@ -222,7 +220,4 @@ def _rules(near: list[Content]) -> dict[str, int]:
 
     found = {"tie_regret": min(level, key=patched), "near_gain": min(close, key=patched)}
     found["patched_choice_gain"] = min(range(len(near)), key=patched)
-    if near[0].get("parts"):
-        worst = [max(part["kl"] for part in row["parts"].values()) for row in near]
-        found["worst_part_gain"] = min(close, key=worst.__getitem__)
     return found

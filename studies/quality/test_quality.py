@@ -70,16 +70,6 @@ def test_figures_follow_from_the_tables(content: Content) -> None:
     assert figures["refined_price_over_sleb"] == pytest.approx(max(over), rel=1e-3)
 
 
-def test_any_text_is_judged_on(
-    tiny: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ["--judge", str(data / "calib_text/c4_300.jsonl"), "--remove", "2", "--seeds", "1"]
-    words = [*tiny, *SIZES, *own, "--work", str(tmp_path / "work")]
-    runner.run(Quality, words)
-    runner.run(Quality, [*words, "--collect", "--results", str(tmp_path / "own.json")])
-    assert "judged on c4_300.jsonl: " in capsys.readouterr().out
-
-
 def test_intervals_are_paired() -> None:
     rng = np.random.default_rng(0)
     base = rng.gamma(2.0, 10.0, 40)

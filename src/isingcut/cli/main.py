@@ -125,7 +125,7 @@ def _describe_error(error: Exception) -> tuple[int, str]:
 def _report_signal(number: int, frame: object) -> None:
     """Print the reason for a launcher's signal, which the launcher does not report, and exit."""
     found = last_word()
-    words = "ended by a signal, as launchers do when one process was killed; "
+    words = "stopped by a signal; launchers send one when another process has ended; "
     say(f"isingcut: {found or words + 'run the same command again to resume'}")
     # Exit at once: a library's callback may swallow an exception raised here.
     os._exit(found.code if found else 128 + number)

@@ -123,7 +123,7 @@ def show_ranking(found: states.CandidatesFile) -> None:
     show_lines(
         *lines,
         f"chosen: blocks {words.join_blocks(chosen.removed)} (state {chosen.position} by energy, "
-        f"{chosen.why}): KL ({CUT_RANKING}) {kl_of(chosen).text()} nats/token",
+        f"{words.sentence('why_words', found)}): KL ({CUT_RANKING}) {kl_of(chosen).text()} nats/token",
     )
 
 
@@ -322,9 +322,8 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     """Print the results of a finished run; with ``generation`` also one text before and after."""
     page = files.target / "report.html"
     if files.packing is not None:
-        headings = ("type", "whole, MB", "KL", "removed", "MB", "KL predicted", "KL measured")
-        rows = words.table("packing_rows", files)
-        _show_table(f"types for {files.packing.budget}", headings, rows, ("type", "removed"))
+        headings, *rows = words.table("packing_rows", files)
+        _show_table(f"types for {files.packing.budget}", headings, rows, ("type", headings[3]))
     if files.candidates is None or files.evaluation is None:
         show_lines(f"report:     {page} (and report.md)", files.verdict.replace("`", ""))
         return

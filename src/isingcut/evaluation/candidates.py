@@ -72,7 +72,7 @@ def rank(
         random = [losses(tokens.select(few), drawn, "random states", journal)]
     judged_on = [measured.of_samples(few), *random] if config.random_states else []
     if config.choose == "ground":
-        chosen, why = 0, "the ground state, as --choose ground says"
+        chosen, why = 0, "ground"
     else:
         chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
     energy = problem.hamiltonian

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,13 @@ from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import difference, standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import find_stack, language_model
-from isingcut.models.compute.divergence import row_kl
+from isingcut.models.compute.head import split_predictions, sum_losses
 from isingcut.models.device import BatchLimit
-from isingcut.models.load import explain_nan
 from isingcut.models.placement import name_devices
-from isingcut.models.replay import HEAD, Recording
+from isingcut.models.replay import HEAD
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     AnyModel = PreTrainedModel | StreamedReplay
 
-# Float32 logits to process at a time; the extra memory is a few times their size.
-_CHUNK_ELEMENTS = 1 << 23
 # Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
@@ -133,9 +131,8 @@ def quality(
     """Measure NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
-    perplexity by the delta method) and None for a single sample. Logits are converted to float32 a
-    few tokens at a time. Streamed models share buffers, and each is read once per chunk of samples;
-    both heads are in memory together.
+    perplexity by the delta method) and None for a single sample. Streamed models share buffers, and
+    each is read once per chunk of samples; both heads are in memory together.
 
     Args:
         exact: KL of the exact cut, summed by sample, to compare ``cut`` with.
@@ -164,38 +161,29 @@ def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work 
     with work.progress(description, len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
             found = split_to_fit(
-                limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b])
+                limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b], 1)
             )
             for batch, values in zip(batches[chunk], found, strict=True):
-                sums[:, batch.index.tolist()] = values.T
+                sums[:, batch.index.tolist()] = values
                 bar.advance(1)
     most = _MOST_NATS * tokens.counts
     for model, losses in zip((original, cut, cut), sums, strict=True):
         # Comparisons with NaN are false.
-        if len(bad := np.flatnonzero(~(losses <= most))):
-            plain = model.model if isinstance(model, StreamedReplay) else model
-            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
+        finite = np.where(losses <= most, losses, np.nan)
+        check_finite(model, tokens, finite, what="the perplexity")
     return sums
 
 
 def _sums_by_sample(original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]) -> list[Floats]:
-    """Return for each micro-batch of R samples their sums (R, 3) by `sum_losses`."""
+    """Return for each micro-batch of R samples their sums (3, R) by `sum_losses`."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
             model.store.hold(HEAD)
-    found = []
-    for batch, *logits in zip(batches, *both, strict=True):
-        before, after = (of_rows() for of_rows in logits)
-        sums = []
-        for row in range(batch.samples):
-            counts = batch.predicted[row]
-            at = slice(int(counts.sum())) if batch.counted is None else batch.compared[row]
-            first, second = before(row)[at], after(row)[at]
-            labels = batch.input_ids[row, 1:][counts].to(first.device)
-            sums.append(sum_losses(first, second.to(first.device), labels))
-        found.append(np.array(sums))
-    return found
+    return [
+        sum_losses(split_predictions(before, batch), split_predictions(after, batch), batch)
+        for batch, before, after in zip(batches, *both, strict=True)
+    ]
 
 
 def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator[slice]:
@@ -206,28 +194,24 @@ def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator
     return (slice(b, b + 1) for b in range(len(batches)))
 
 
-def _logits(
-    model: AnyModel, batches: Sequence[TokenSet]
-) -> list[Callable[[], Callable[[int], Tensor]]]:
-    """Return for each micro-batch a function that computes the logits (T, V) of a row."""
+def _logits(model: AnyModel, batches: Sequence[TokenSet]) -> list[Iterator[Tensor]]:
+    """Return for each micro-batch an iterator over the logits (T, V) of its samples."""
     if not isinstance(model, StreamedReplay):
-        return [partial(_read_logits, model, batch) for batch in batches]
+        return [_read_logits(model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):
         for b, recording in enumerate(recordings):
             streams[b] = recording.block(i, streams[b])
+    return [
+        map(recording.logits, stream, range(len(stream)))
+        for recording, stream in zip(recordings, streams, strict=True)
+    ]
 
-    def rows(recording: Recording, stream: Tensor) -> Callable[[int], Tensor]:
-        return lambda row: recording.logits(stream[row], row)
 
-    return [partial(rows, *pair) for pair in zip(recordings, streams, strict=True)]
-
-
-def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
+def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Iterator[Tensor]:
     ids = batch.input_ids.to(model.device)
-    found: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
-    return found.__getitem__
+    yield from language_model(model)(input_ids=ids, use_cache=False).logits
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
@@ -252,21 +236,6 @@ def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
 def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
     scores = {name: value for name, value in found if name != "parts"}
     return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
-
-
-def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
-    """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
-    totals = torch.zeros(3, dtype=torch.float64)
-    rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
-    parts = (torch.split(logits, rows) for logits in (before, after, labels[:, None]))
-    for first, second, label in zip(*parts, strict=True):
-        p = torch.log_softmax(first.float(), dim=-1)
-        q = torch.log_softmax(second.float(), dim=-1)
-        totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
-        totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
-        totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
-    found: list[float] = totals.tolist()
-    return found
 
 
 def perplexity(nll: float, error: float | None) -> Perplexity:

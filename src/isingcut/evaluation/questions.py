@@ -165,14 +165,13 @@ def quiet() -> Iterator[None]:
 
 # Tasks of isingcut, and files of questions ---------------------------------------------------
 
-_FOLDER = Path(__file__).parent / "tasks"
 _LARGEST = 2**28
 _MOST_CHOICES = 64
 
 
 def task_names() -> list[str]:
     """Return the names of all local tasks."""
-    return sorted(p.stem for p in _FOLDER.glob("[a-z]*.yaml"))
+    return sorted(_configurations().keys() - {"_file"})
 
 
 def is_file(name: str) -> bool:
@@ -240,9 +239,16 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
 
 
 def _configuration(name: str) -> dict[str, Any]:
+    return copy.deepcopy({"task": name, **_configurations()[name]})
+
+
+@functools.cache
+def _configurations() -> dict[str, dict[str, Any]]:
     import yaml
 
-    found: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = yaml.safe_load(
+        Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    )
     return found
 
 

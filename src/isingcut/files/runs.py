@@ -135,10 +135,6 @@ class StageRecord(Strict):
             raise ValueError("a cut lacks its removed blocks")
         return self
 
-    def is_of(self, cut: StageRecord) -> bool:
-        """Whether the stage read this checkpoint; true of a stage that reads none."""
-        return self.options.content().get("model") in (None, cut.fingerprint)
-
 
 class BlockCosts(Strict):
     """One removable block of the residual stream, and its costs.

@@ -77,11 +77,28 @@ class MeasuredState(MeasuredLoss, Level):
     patched_kl: Number | None = None
 
 
+class PatchedState(Strict):
+    """The KL of a candidate after a patch."""
+
+    position: Count
+    patched_kl: Number
+
+
 class ChosenState(MeasuredState):
-    """The chosen state."""
+    """The chosen state.
+
+    Attributes:
+        position: its index among the candidates.
+        why: ``lowest measured KL``, ``ground``, ``patch`` or ``questions``; older files may have a
+            sentence.
+        compared: for ``patch``, the patched candidates, the chosen one first.
+        deep: whether these were compared as in a deep cut.
+    """
 
     position: Count
     why: str
+    compared: Annotated[list[PatchedState], Field(min_length=2)] | None = None
+    deep: bool = False
 
 
 class Correlations(Strict):

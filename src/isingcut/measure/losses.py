@@ -447,12 +447,13 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         original: Comparison | None = None
         found, lengths = list[Tensor](), list[int]()
         for _, first, last, end in group:
+            logits = head.logits(recordings[tree], end, batches[tree])
             if original is None:
-                original = Comparison(head, recordings[tree], end, batches[tree])
+                original = Comparison(logits, batches[tree])
                 found, lengths = [original.own], [1]
                 first += 1
             if first < last:
-                found.append(original.compare(end))
+                found.append(original.compare(logits))
                 lengths.append(last - first)
         assert original is not None
         # Before this line, nothing is read from the device.

@@ -296,7 +296,7 @@ def _measure(
         raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
     value, unit = float(match[1]), match[2].lower()
     if value == 0:
-        raise InputError(f"{what}: {_cut(text)} is nothing; give more than 0")
+        raise InputError(f"{what}: expected more than 0, got {_cut(text)}")
     if unit == "%" and "%" in ways:
         if value > 100:
             raise InputError(f"{what}: a share must be between 0% and 100%")

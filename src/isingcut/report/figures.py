@@ -57,10 +57,10 @@ def dots(state: KnownState, scale: Scale, *, energies: bool) -> str:
     return ";".join(style)
 
 
-def block_ticks(n: int) -> list[int]:
-    """Return the block numbers to print along the axis, at most nine."""
+def block_ticks(n: int) -> list[tuple[int, float]]:
+    """Return the block numbers to print along the axis, at most nine, with their place in percent."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= 9 * s)
-    return list(range(0, n, step))
+    return [(i, round(100 * (i + 0.5) / n, 3)) for i in range(0, n, step)]
 
 
 def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def healing_figure(healing: HealingFile) -> Figure:
     for s in steps[:: -(-len(steps) // MOST_MARKS)]:
         tip = f"step {s.step}\n{s.tokens} tokens\nloss {s.loss:.4f}"
         plot.mark(s.tokens, s.loss, tip, "healed")
-    words = sentence("training_words", steps)
     rows = [(str(s.step), str(s.tokens), f"{s.loss:.5f}") for s in steps]
     columns = ("step", "tokens", "loss")
+    words = f"The lowest of {len(losses)} is {min(losses):.4f}."
     return Figure("healing", title, words, plot, "Training loss.", columns, rows)
 
 
@@ -323,8 +323,6 @@ def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[fl
 
 def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     """Plot the KL of all removals of a run against an axis, with the Pareto front."""
-    if axis.cost and not axis.total(files):
-        return Figure(axis.key, axis.title, sentence("no_cost"))
     points = points_of(files, axis)
     if not points:
         return Figure(axis.key, axis.title, sentence("no_points", files, axis))
@@ -352,7 +350,7 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     return Figure(
         axis.key,
         axis.title,
-        sentence("removals_words", points),
+        f"The original and {len(points)} removal" + "s" * (len(points) > 1) + ".",
         plot,
         f"{axis.title} against KL.",
         ("removal", axis.label, f"KL ({CUT_RANKING}), nats/token", "how known", "blocks removed"),

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from isingcut.report.rows import Row
+
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 34.0, 50.0
 
@@ -200,6 +202,18 @@ def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k")
     """Return the positions of a value and its interval in percent, as CSS properties."""
     a, b = scale(low), scale(high)
     return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
+
+
+def meter(row: Row, model: str, models: Sequence[str]) -> str:
+    """Return the CSS properties of the bar under a figure: length and whisker; empty for no bar."""
+    value = row.values.get(model)
+    whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
+    if value is None or not whole or value.figure < 0:
+        return ""
+    scale = Scale(0.0, whole)
+    if value.error is None:
+        return f"--v:{scale(value.figure)}%"
+    return whisker(scale, value.figure, value.low, value.high, "v")
 
 
 def x_span(values: Iterable[float], *, zero: bool = False, log: bool = False) -> Scale:

@@ -184,6 +184,7 @@ _SIZE_AND_SPEED = (
     ("bytes", "weights on disk", "MB", ".1f", 1e6),
     ("prefill_tokens_per_second", "prefill", "tokens/s", ".0f", 1.0),
     ("decode_tokens_per_second", "decode", "tokens/s", ".1f", 1.0),
+    ("batched_decode_tokens_per_second", "decode, 32 sequences", "tokens/s", ".0f", 1.0),
     ("peak_memory_bytes", "peak memory", "MB", ".0f", 1e6),
 )
 
@@ -208,7 +209,9 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     sizes: dict[str, Figures] = {"original": dict(evaluation.before), last: dict(evaluation.after)}
     if packed:
         sizes["gguf"] = {"bytes": packed.bytes}
-    return rows + [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
+    more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
+    # Only GPUs decode a batch.
+    return rows + [r for r in more if not r.key.startswith("batched") or any(r.values.values())]
 
 
 def _collect(

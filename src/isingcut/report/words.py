@@ -24,8 +24,7 @@ from markupsafe import Markup, escape
 from isingcut.console.printing import printable
 from isingcut.files import cuts, healings, states
 from isingcut.files.provenance import __version__
-from isingcut.report import rows as report_rows
-from isingcut.report.rows import kl_of
+from isingcut.report import plots, rows
 
 
 def numbers(blocks: Sequence[int]) -> str:
@@ -60,8 +59,8 @@ def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
         columns: number of columns; a further ``::`` is text of the last one. 0: any number.
     """
     lines = str(getattr(_sentences(), name)(*about)).split("\n")
-    rows = [line.split("::", columns - 1) for line in lines if line.strip()]
-    return [tuple(cell.strip() for cell in row) for row in rows]
+    split = [line.split("::", columns - 1) for line in lines if line.strip()]
+    return [tuple(cell.strip() for cell in row) for row in split]
 
 
 search_warnings = partial(paragraphs, "search_warnings")
@@ -78,15 +77,39 @@ def healing_warnings(found: healings.HealingFile) -> list[str]:
 
 
 def _environment(**more: Any) -> jinja2.Environment:
-    """Make an environment in which templates may call all functions of this module and of rows."""
-    loader, undefined = jinja2.PackageLoader("isingcut.report"), jinja2.StrictUndefined
+    """Make an environment whose templates may call the functions named here, and no others."""
     environment = jinja2.Environment(
-        loader=loader, undefined=undefined, trim_blocks=True, lstrip_blocks=True, **more
+        loader=jinja2.PackageLoader("isingcut.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **more,
     )
-    filters = (code, cell, cells, fence_text, join_blocks, numbers, shlex.quote)
+    filters = (cell, cells, fence_text, join_blocks, numbers, shlex.quote)
     environment.filters |= {function.__name__: function for function in filters}
-    environment.filters["kl"] = lambda row: kl_of(row).text()
-    environment.globals |= {**vars(report_rows), **globals(), "find_spec": find_spec}
+    environment.filters["kl"] = lambda row: rows.kl_of(row).text()
+    functions = (
+        correlation_text,
+        find_spec,
+        known_rows,
+        paragraphs,
+        plots.meter,
+        rows.benchmark_rows,
+        rows.healing_rows,
+        rows.healing_start,
+        rows.judge_kl,
+        rows.kl_of,
+        rows.label_figure,
+        rows.plus_minus,
+        sentence,
+        spectrum_map,
+        table,
+        was_tuned,
+    )
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {
+        name: getattr(rows, name) for name in ("CUT_RANKING", "RANKING", "UNSEEN")
+    }
     return environment
 
 
@@ -100,9 +123,9 @@ def known_rows(
     found: states.CandidatesFile, removed: Sequence[int]
 ) -> list[tuple[states.MeasuredState, int]]:
     """Return the first ranking row of a state and its number of tokens, or an empty list."""
-    rows = [(row, found.tokens) for row in found.candidates]
-    rows += [(row, found.random_tokens) for row in found.random]
-    return [(row, n) for row, n in rows if sorted(row.removed) == sorted(removed)][:1]
+    known = [(row, found.tokens) for row in found.candidates]
+    known += [(row, found.random_tokens) for row in found.random]
+    return [(row, n) for row, n in known if sorted(row.removed) == sorted(removed)][:1]
 
 
 def correlation_text(found: states.Correlations) -> str:
@@ -134,8 +157,8 @@ def spectrum_map(
 ) -> list[str]:
     """Return monospaced lines, one per state: rank (* marks ``removed``), energy, KL, blocks."""
     n = spectrum.n
-    rows = () if candidates is None else candidates.candidates
-    measured = {tuple(row.removed): kl_of(row).text() for row in rows}
+    ranked = () if candidates is None else candidates.candidates
+    measured = {tuple(row.removed): rows.kl_of(row).text() for row in ranked}
     tens = "".join(str(i // 10) if i % 10 == 0 else " " for i in range(n)).rstrip()
     lines = [("", "", "", tens), ("rank", "energy", "KL", "".join(str(i % 10) for i in range(n)))]
     for state in spectrum.states:
@@ -151,8 +174,9 @@ def spectrum_map(
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a packaged template with the given values."""
-    return printable(_pages().get_template(template).render(**values))
+    """Render a packaged template of Markdown or HTML with the given values."""
+    pages = _pages(template.endswith(".html.j2"))
+    return printable(pages.get_template(template).render(**values).strip() + "\n")
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -175,11 +199,13 @@ def _packaged(name: str) -> str:
 
 
 @cache
-def _pages() -> jinja2.Environment:
+def _pages(html: bool) -> jinja2.Environment:
+    """Make the environment of one form, in which each value is escaped unless it is `Markup`."""
+    escaped = code if html else markdown
     return _environment(
-        autoescape=lambda name: name is None or name.endswith(".html.j2"),
+        autoescape=True,
         keep_trailing_newline=True,
-        finalize=_in_markdown,
+        finalize=lambda value: escaped(value) if type(value) is str else value,
     )
 
 
@@ -190,12 +216,6 @@ def code(text: str) -> Markup:
     plain = [re.sub(r"(?<=\d) (?=%)|(?<=\d) (?=±)|(?<=±) ", "\u00a0", p) for p in plain]
     marked = [f"<code>{p}</code>" for p in parts[1::2]]
     return Markup("".join(a + b for a, b in zip_longest(plain, marked, fillvalue="")))
-
-
-@jinja2.pass_eval_context
-def _in_markdown(context: Any, value: Any) -> Any:
-    """Escape a value in a Markdown template; HTML templates are escaped by jinja2."""
-    return value if context.autoescape or isinstance(value, Markup) else markdown(str(value))
 
 
 # Characters with a meaning in Markdown: an underscore only outside words, a bracket only if an

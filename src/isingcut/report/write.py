@@ -18,15 +18,14 @@ import numpy as np
 
 from isingcut.files.ownership import check_output
 from isingcut.files.results import write_json, write_sealed
-from isingcut.files.states import ChosenState
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.report import figures, plots
 from isingcut.report.card import gguf_card
-from isingcut.report.rows import CUT_RANKING, Row, kl_of
+from isingcut.report.rows import CUT_RANKING
 from isingcut.report.run_files import RunFiles
 from isingcut.report.states import Book, list_rivals, number_states
-from isingcut.report.words import paragraphs, render, render_page, table
+from isingcut.report.words import paragraphs, render, render_page
 
 
 def write_report(folder: Path, target: Path | None = None) -> None:
@@ -76,8 +75,6 @@ def report_view(files: RunFiles) -> dict[str, Any]:
         "title": files.title,
         "states": states,
         "rivals": list_rivals(files, states),
-        "provenance": table("provenance", files, columns=2),
-        "timings": table("timing_rows", files),
     }
 
 
@@ -112,7 +109,6 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     rows, scale = figures.map_rows(files, states)
     return {
         "n": n,
-        "meter": _meter,
         "rows": rows,
         "scale": scale,
         "ticks": figures.block_ticks(n),
@@ -131,44 +127,23 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _meter(row: Row, model: str, models: Sequence[str]) -> str:
-    """Return the CSS properties of the bar under a figure: length and whisker; empty for no bar."""
-    value = row.values.get(model)
-    whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
-    if value is None or not whole or value.figure < 0:
-        return ""
-    scale = plots.Scale(0.0, whole)
-    if value.error is None:
-        return f"--v:{scale(value.figure)}%"
-    return plots.whisker(scale, value.figure, value.low, value.high, "v")
-
-
 def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
     """Return the data of the page's script: the blocks, the energy's terms and the states."""
     return {
         "n": len(files.blocks),
         "kinds": [b.kind for b in files.blocks],
-        "parameters": [b.parameters for b in files.blocks],
         **_terms(files.hamiltonian),
         "states": [
-            {
-                "name": s.name,
-                "removed": list(s.removed),
-                "energy": s.energy,
-                "kl": None if s.kl is None else s.kl.figure,
-                "se": None if s.kl is None else s.kl.error,
-                "chosen": s.chosen,
-            }
-            for s in states
+            {"name": s.name, "removed": list(s.removed), "chosen": s.chosen} for s in states
         ],
     }
 
 
 def _terms(energy: Hamiltonian | None) -> dict[str, Any]:
     if energy is None:
-        return {"unit": "", **dict.fromkeys(("c", "h", "hError", "J", "JError"))}
+        return {"unit": "", **dict.fromkeys(("h", "hError", "J", "JError"))}
     errors = {"hError": _short(energy.h_error, 2), "JError": _short(energy.J_error, 2)}
-    terms = {"c": energy.c, "h": _short(energy.h), "J": _short(energy.J)}
+    terms = {"h": _short(energy.h), "J": _short(energy.J)}
     for i, j in np.argwhere(figures.unmeasured(energy)).tolist():
         terms["J"][i][j] = None
     return {"unit": energy.unit, **terms, **errors}
@@ -208,11 +183,6 @@ class Side:
         return self.files.run.provenance.model.sha256
 
     @property
-    def loss(self) -> ChosenState | None:
-        """The chosen state with its losses in the ranking, or None before a ranking."""
-        return None if self.files.candidates is None else self.files.candidates.chosen
-
-    @property
     def sizes(self) -> list[RunFiles]:
         """The removals to list: all with a choice in the run folder, or the one that was named."""
         whole = self.files.removals if self.files.target == self.files.folder else []
@@ -240,21 +210,15 @@ def write_comparison(
     check_output(out, overwrite=overwrite)
     runs = _sides([RunFiles(*places) for places in folders])
     warnings = paragraphs("comparison_warnings", runs)
-    ranked = [r for r in runs if r.loss is not None]
-    ends = [end for r in ranked if r.loss for end in (kl_of(r.loss).low, kl_of(r.loss).high)]
     page = render_page(
         "compare.html.j2",
         title=f"{len(runs)} runs compared",
         runs=runs,
         differences=differences(runs),
         warnings=warnings,
-        ranked=ranked,
-        correlations=plots.Scale(-1.0, 1.0, 0.0, 100.0),
-        losses=plots.span(ends, 0.0, 100.0, zero=True),
-        whisker=plots.whisker,
         block_ticks=figures.block_ticks,
         trade_offs=[_trade_off(runs, axis) for axis in figures.AXES],
-        data={"n": 0, "kinds": [], "parameters": [], "states": []},
+        data={"n": 0, "kinds": [], "states": []},
     )
     write_sealed(out, page)
     return warnings

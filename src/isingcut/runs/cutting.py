@@ -98,9 +98,9 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    made, cut = folder.find_finished(target / HEALED), folder.find_record(target / "model")
+    made = folder.find_finished(target / HEALED)
     # An earlier command may have left the healed checkpoint of another cut.
-    own = made and cut and made.is_of(cut)
+    own = made is not None and not folder.find_outdated(target / HEALED)
     healed = own or (config.heal and made is None)
     return place / (HEALED if healed and place == target else "model")
 
@@ -191,7 +191,7 @@ def make_gguf(
     options: dict[str, Any] = {"removed": removed, "model": read.fingerprint}
     out = checkpoint.with_name("model.gguf")
     made = folder.find_finished(out)
-    if source is None and made and made.is_of(read):
+    if source is None and made and not folder.find_outdated(out):
         return out  # also if it was made from another GGUF file
     options["source"] = ownership.file_sha256(found, session.progress)
     packed = folder.run.blocks.packed if session.config.budget.packed else None

@@ -55,10 +55,8 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
     gguf = checkpoint.with_name("model.gguf")
-    packed = folder.find_record(gguf)
     # The GGUF file may be of a model that was replaced.
-    if packed and not packed.is_of(excised):
-        packed = None
+    packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     whole = {**plain, "gguf": packed.fingerprint} if packed else plain
     # A result without speed or GGUF may be replaced; one with speed has everything requested.
     skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))

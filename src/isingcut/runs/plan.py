@@ -13,6 +13,7 @@ import math
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,11 @@ class Prices:
         self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
         with torch.inference_mode():
             recording, seconds = replay.record(batch.input_ids), []
-            original = Comparison(OutputHead(replay), recording, recording.entered, batch)
+            logits = partial(OutputHead(replay).logits, recording, recording.entered, batch)
+            original = Comparison(logits(), batch)
             for _ in range(3):
                 began = time.perf_counter()
-                original.sum_samples([original.compare(recording.entered)])
+                original.sum_samples([original.compare(logits())])
                 seconds.append(time.perf_counter() - began)
         self.once = min(seconds) / batch.positions
         self.stream = replay.bytes_per_token

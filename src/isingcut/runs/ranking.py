@@ -19,6 +19,7 @@ from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
+from isingcut.files.stages import STAGES
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -26,11 +27,10 @@ from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
-from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
 from isingcut.runs.cutting import share_options
-from isingcut.runs.folder import TYPED, RunFolder
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
     Trials,
@@ -52,7 +52,7 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         for name in config.energies[1:]
     }
     options = solving.solve_options(folder, config) | {"also": sorted(others)}
-    options |= {key: getattr(config, key) for key in TYPED["rank"]}
+    options |= {key: getattr(config, key) for key in STAGES["rank"].options}
     if tokens := trial_tokens(config):
         options |= {"patch_tokens": tokens, "patch": config.patch, **share_options(config)}
     check_run_tasks(config)
@@ -79,19 +79,20 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
-        rows, position, why = found.candidates, found.chosen.position, found.chosen.why
+        rows, position = found.candidates, found.chosen.position
+        reason: dict[str, Any] = {"why": found.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
             position, found.by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
-            lowest = min(row.kl for row in rows)
-            why = sentence("chosen_by_tasks", found.by_tasks, rows[position].kl, lowest)
+            reason = {"why": "questions"}
         elif tokens:
             trials = Trials(session, folder, split, patched, session.progress)
             deep = is_deep(count, problem.n)
             near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
                 position = near[0]
-                why = sentence("chosen_by_patch", rows, near, found.samples, deep)
-        found.chosen = states.ChosenState(**rows[position].content(), position=position, why=why)
+                compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
+                reason = {"why": "patch", "compared": compared, "deep": deep}
+        found.chosen = states.ChosenState(**rows[position].content(), position=position, **reason)
         write_document(path, found)
 
     file = target / "candidates.json"

@@ -29,9 +29,10 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-FAMILIES: dict[str, dict[str, Any]] = yaml.safe_load(
+_TABLE: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
-)["families"]
+)
+FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
 """Fields that each family adds to or changes in the base; None removes a field of the base."""
 
 
@@ -43,9 +44,11 @@ CHAT_TEMPLATE = (
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Make the configuration of the tiny model of ``family``, with ``changes`` applied."""
-    values = {**BASE, **FAMILIES[family], **changes}
-    model_type = values.pop("model_type", family)
-    values = {k: v for k, v in values.items() if v is not None}
+    own = {**FAMILIES[family], **changes}
+    model_type = own.pop("model_type", family)
+    default = AutoConfig.for_model(model_type).to_dict()
+    shared = {k: v for k, v in _TABLE["shared"].items() if default.get(k) is not None}
+    values = {k: v for k, v in {**BASE, **shared, **own}.items() if v is not None}
     return AutoConfig.for_model(model_type, **values)
 
 

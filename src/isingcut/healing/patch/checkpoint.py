@@ -15,7 +15,7 @@ maps must not be fitted on them either, because a map of a wide layer nearly mem
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
+from isingcut.models.compute.head import select_predictions, split_predictions, sum_losses
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance, least_left
@@ -73,7 +74,8 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
-    with apply_patches(job.teacher.replay.blocks, stored):
+    replay = job.teacher.replay
+    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
         proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
     return PatchRecord(
         maps=fitted.maps,
@@ -122,11 +124,11 @@ def make_patches(
 
     longest = int(tokens.mask.sum(1).max())
     fewer = partial(fewer_tokens_to_fit, replay.limit)
-    fitted = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
-    if fitted is None:
+    whole = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
+    if whole is None:
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
-    patches, tuning = fitted.patches, None
+    fitted, patches, tuning = whole, whole.patches, None
     for share in SHARES if held_out is not None else ():
         try:
             found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
@@ -224,7 +226,7 @@ def tune(
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
     found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = _choose_layers(found, max(at_a_time, longest) * each, share)
+    layers = choose_layers(found, max(at_a_time, longest) * each, share)
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
@@ -261,7 +263,7 @@ def tune(
     return [p for p in patches if (p.block, p.path) not in tuned] + new, record
 
 
-def _choose_layers(
+def choose_layers(
     layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
 ) -> list[tuple[int, str, Any]]:
     """Return the layers that memory suffices for; those as wide as the stream come first.
@@ -316,17 +318,11 @@ class _Layer:
         self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
         # At once, so that the device never has the gradients of all layers.
-        self.used.register_post_accumulate_grad_hook(self._collect)
+        hook: Any = self.used.register_post_accumulate_grad_hook
+        hook(partial(_collect, self.weight))
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def _collect(self, used: Tensor) -> None:
-        """Add the gradient of one micro-batch to that of ``weight``."""
-        assert used.grad is not None
-        gradient = used.grad.cpu().float()
-        used.grad = None
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     @torch.no_grad()
     def place(self) -> None:
@@ -336,6 +332,14 @@ class _Layer:
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
         return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
+
+
+def _collect(weight: Tensor, used: Tensor) -> None:
+    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
+    assert used.grad is not None
+    gradient = used.grad.cpu().float()
+    used.grad = None
+    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 class _Text:
@@ -367,7 +371,7 @@ class _Text:
         """Run the original, and record the data that is constant during tuning.
 
         Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
+            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
         """
         found: list[tuple[int, str, Any, bool]] = []
         for batch in self.batches:
@@ -397,25 +401,31 @@ class _Text:
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
         """Add the gradient of one micro-batch to the layers' gradients."""
         try:
-            loss = self._sum_divergence(batch, suffix) / STEP_TOKENS
+            left, end = self._logits(batch, suffix)
+            found = []
+            for student, rows in zip(end, self.batches[batch].predicted, strict=True):
+                with torch.no_grad():
+                    target = select_predictions(next(left), rows)
+                found.append(divergence(select_predictions(student, rows), target))
+            loss = sum(found[1:], found[0]) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
+    @torch.no_grad()
     def divergence(self, suffix: Sequence[int]) -> float:
         """Return KL(original || patched), nats per prediction."""
-        with torch.no_grad():
-            total = sum(float(self._sum_divergence(b, suffix)) for b in range(len(self.batches)))
+        total = 0.0
+        for b, batch in enumerate(self.batches):
+            before, after = (split_predictions(one, batch) for one in self._logits(b, suffix))
+            total += float(sum_losses(before, after, batch)[2].sum())
         return total / self.predictions
 
-    def _sum_divergence(self, batch: int, suffix: Sequence[int]) -> Tensor:
-        tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
+    def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
+        """Return iterators over the samples' logits (T, V), of the original and of the patched."""
+        call, stream = self.calls[batch], self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)
-        found = []
-        for s, rows in enumerate(tokens.predicted):
-            with torch.no_grad():
-                target = call.logits(self.left[batch][s], s)[:-1][rows]
-            found.append(divergence(call.logits(stream[s], s)[:-1][rows], target))
-        return sum(found[1:], found[0])
+        numbers = range(len(stream))
+        return [map(call.logits, streams, numbers) for streams in (self.left[batch], stream)]

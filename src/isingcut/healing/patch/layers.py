@@ -75,9 +75,7 @@ class Write:
             read: the layer's input (B, T, F).
         """
         if not self.reads:
-            # Elsewhere if the inputs were moved to the CPU.
-            bias = None if self.bias is None else self.bias.to(read.device)
-            return functional.linear(read, self.weight.to(read.device), bias)
+            return functional.linear(read, self.weight, self.bias)
         if self.bias is None:
             return read
         return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)

@@ -205,7 +205,7 @@ class _Fitting:
         def add(moments: Sequence[Moments]) -> None:
             for b, (output, read) in enumerate(seen):
                 target = self._original[b].double() - output.double()
-                self._add(moments, b, write.features(read), target)
+                self._add(moments, b, write.features(read.to(output.device)), target)
 
         try:
             found = self._fit(write, add)
@@ -215,7 +215,7 @@ class _Fitting:
             return _no_better(p, [write.path])
         change = found.map.to(self._original[0].device)
         for b, (output, read) in enumerate(seen):
-            x = write.features(read).to(output.device)
+            x = write.features(read.to(output.device))
             self._patched[b] = (output.double() + x.double() @ change.T).to(output.dtype)
         return self._patch(p, last, write, found, exact=True)
 
@@ -238,6 +238,7 @@ class _Fitting:
             tried = usable[:_CANDIDATES]
             for gained in tried:
                 try:
+                    self._home_of_inputs(gained.write)
                     found = self._solve(p, entered, gained)
                 except FitError as e:
                     reasons.append(str(e))

@@ -182,7 +182,7 @@ def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often:
     if key in fields.CYCLE:
         return [value[i % len(value)] for i in kept]
     if key in fields.PERIODS and value < 1:
-        raise ValueError("a period of nothing")
+        raise ValueError("a period below 1")
     return value
 
 

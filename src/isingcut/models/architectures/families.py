@@ -31,7 +31,7 @@ ATTENTION = (
     "cache"
 )
 _RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
-_ENTERS = "image features join the stream in front of blocks {}, each at a place of its own"
+_ENTERS = "image features join the stream in front of blocks {}, which must not fall together"
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
