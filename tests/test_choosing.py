@@ -137,7 +137,8 @@ def by_questions(llama, text, questions, tmp_path_factory):
 def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, questions):
     options, target = by_questions
     found = read_json(target / "candidates.json", "candidates")
-    choice, rows = found["by_tasks"], found["by_tasks"]["candidates"]
+    choice = found["by_tasks"]
+    rows = found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
     measured_kl = [kl[tuple(row["removed"])] for row in rows]
     assert measured_kl == sorted(measured_kl)
@@ -186,9 +187,13 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()
     more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
-    out, tasks = tmp_path / "run", f"{questions},{more}"
+    out = tmp_path / "run"
+    tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": str(out)}
-    whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
+    whole = benchmarking.score_states
+    compute = likelihoods._scores
+    calls = []
+    computed = []
 
     def counted(model, task, *given, **rest):
         calls.append(task.name)
@@ -216,7 +221,8 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 
 def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_path, capsys):
-    run, own = shutil.copytree(finished, tmp_path / "run"), tmp_path / "own.jsonl"
+    run = shutil.copytree(finished, tmp_path / "run")
+    own = tmp_path / "own.jsonl"
     data = tmp_path / "data" / "arc_easy" / "test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text(encoding="utf-8")

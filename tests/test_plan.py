@@ -77,7 +77,8 @@ def test_energies_take_the_passes_that_are_counted(llama):
     """Compare operations relative to a measurement, not seconds."""
     replay = replay_of(load(llama, dtype="float32", device="cpu").model)
     replay.attention = "eager"
-    n, text = len(replay), random_tokens([LENGTH] * 4)
+    n = len(replay)
+    text = random_tokens([LENGTH] * 4)
 
     def operations(run):
         with Operations() as own:
@@ -121,11 +122,13 @@ def test_a_patch_costs_passes_over_its_text():
 
 def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     config = RunConfig(model="m", length=LENGTH, samples=5, patch="none")
-    counted, each = prices(config=config, n=20, latency=(1.0,) * 20), []
+    counted = prices(config=config, n=20, latency=(1.0,) * 20)
+    each = []
     for counted.remove in (8, 9, 10):
         each.append((stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"]))
     counted.config = counted.config.replace(remove="8..10")
-    ranked, searched = stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"]
+    ranked = stage(counted, "rank")["seconds"]
+    searched = counted.energy("refined")["seconds"]
     assert ranked == pytest.approx(sum(rank for rank, _ in each))
     assert searched > max(search for _, search in each)
     assert [one["name"] for one in counted.stages()] == ["load", "rank"]
@@ -153,7 +156,8 @@ def test_a_budget_of_healing_takes_its_tokens_or_its_time():
     assert stage(counted, "heal")["seconds"] == pytest.approx(7200)
     counted.config = counted.config.replace(heal=True)
     assert "set a limit with --heal 10min" in stage(counted, "heal")["impossible"]
-    counted.streamed, counted.room = True, 1
+    counted.streamed = True
+    counted.room = 1
     assert "whole model in memory" in stage(counted, "heal")["impossible"]
 
 
@@ -238,7 +242,8 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, monk
 
 def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeypatch):
     """A block takes a second for a token, the output head two, the first measurement more."""
-    clock, measured = [0.0], []
+    clock = [0.0]
+    measured = []
 
     def timed(replay, tokens, states, work):
         states = np.asarray(states, dtype=bool).reshape(-1, 6)

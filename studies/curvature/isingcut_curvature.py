@@ -199,14 +199,16 @@ def _through_blocks(
     toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
     first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)
     wanted = [toward, *alphas] if kind == "hessian" else [toward]
-    own, tangents = [], []
+    own = []
+    tangents = []
     for row in first:
         tangent, *second = torch.autograd.grad(
             row.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         tangents.append(tangent)
         own.append(_stack(second or map(torch.zeros_like, first), stream))
-    gradient, along = _stack(first, stream).detach(), torch.stack(tangents)
+    gradient = _stack(first, stream).detach()
+    along = torch.stack(tangents)
     _check_linear(gradient, along, toward.detach())
     return gradient, torch.stack(own, 1).detach(), along, stream
 
@@ -222,7 +224,8 @@ def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
     """
     again = (widen(tangents) * widen(toward)).flatten(2).sum(2).T
     tolerance = 0.2 if toward.element_size() < 4 else 0.01
-    off, size = (again - gradient).norm(), gradient.norm()
+    off = (again - gradient).norm()
+    size = gradient.norm()
     if off > tolerance * size:
         raise ArchitectureError(
             "part of this model cannot be differentiated twice "

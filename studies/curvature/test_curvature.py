@@ -35,7 +35,8 @@ STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 
 def test_energies_equal_autograd_of_the_plain_model(
     energy: type[Hessian], family: str, gate: str
 ) -> None:
-    replay, tokens = tiny_replay(family, torch.float64), random_tokens()
+    replay = tiny_replay(family, torch.float64)
+    tokens = random_tokens()
     replay.model.set_attn_implementation("eager")
     one = torch.ones(len(replay), dtype=torch.float64)
     added = ADDED[family] if gate == "sublayer" else ()
@@ -53,7 +54,8 @@ def test_energies_equal_autograd_of_the_plain_model(
 def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(
     tmp_path: Path,
 ) -> None:
-    replay, tokens = tiny_replay("llama", torch.float64), random_tokens()
+    replay = tiny_replay("llama", torch.float64)
+    tokens = random_tokens()
     journal = tmp_path / "j"
 
     def curvature(kind: str, work: Work) -> Any:

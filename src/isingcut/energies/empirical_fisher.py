@@ -61,5 +61,6 @@ def form_energy(rows: Floats, meta: dict[str, Any]) -> Hamiltonian:
 
     It is the Taylor expansion with a zero gradient and twice the curvature.
     """
-    outer, each = rows[:, :, None] * rows[:, None, :], np.ones(len(rows), dtype=np.int64)
+    outer = rows[:, :, None] * rows[:, None, :]
+    each = np.ones(len(rows), dtype=np.int64)
     return replace(quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary")

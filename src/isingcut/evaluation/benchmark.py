@@ -162,7 +162,8 @@ def compare_scores(first: Floats, second: Floats) -> PairedScores:
     the mean difference. The 95 % interval of second - first is by the paired bootstrap over
     questions.
     """
-    n, means = len(first), (float(first.mean()), float(second.mean()))
+    n = len(first)
+    means = (float(first.mean()), float(second.mean()))
     difference = second - first
     resampled = _resample(difference)
     low, high = np.quantile(resampled, [0.025, 0.975]).tolist()

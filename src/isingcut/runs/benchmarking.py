@@ -83,12 +83,14 @@ def choose_by_tasks(
     Returns:
         the index of the chosen row, and the record of the choice.
     """
-    config, model = session.config, session.loaded
+    config = session.config
+    model = session.loaded
     tasks = prepare_tasks(config)
     best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
     removed = [rows[i].removed for i in best]
     drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
-    count, scores = sum(map(len, drawn.values())), []
+    count = sum(map(len, drawn.values()))
+    scores = []
     with session.progress(f"scoring {len(best)} candidates on {count} questions", count) as bar:
         for task in tasks:
             keys = drawn[task.name]
@@ -176,7 +178,8 @@ def _score_both(
     from importlib.metadata import version
 
     check_whole(session)
-    config, work = session.config, session.work()
+    config = session.config
+    work = session.work()
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:

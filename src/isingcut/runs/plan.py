@@ -84,7 +84,8 @@ class Prices:
         found = inspect_model(source, **{name: getattr(config, name) for name in names})
         trust = config.trust_remote_code
         text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)
-        self.n, self.placement = len(found.stack), found.placement
+        self.n = len(found.stack)
+        self.placement = found.placement
         if run is None:
             self._time(session, found, text)
         else:
@@ -96,7 +97,8 @@ class Prices:
         # By default, a fifth of the blocks is removed.
         self.remove = max(1, self.n // 5)
         if config.removal:
-            last, parameters = each_removal(config)[-1], found.parameters
+            last = each_removal(config)[-1]
+            parameters = found.parameters
             seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
             if run is None:
                 blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
@@ -135,7 +137,8 @@ class Prices:
         self.reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
         self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
         with torch.inference_mode():
-            recording, seconds = replay.record(batch.input_ids), []
+            recording = replay.record(batch.input_ids)
+            seconds = []
             logits = partial(OutputHead(replay).logits, recording, recording.entered, batch)
             original = Comparison(logits(), batch)
             for _ in range(3):
@@ -149,9 +152,13 @@ class Prices:
     def _time_removals(self, session: Session, folder: RunFolder, found: Inspection) -> None:
         """Time the original and a few single removals of a run, on one micro-batch of its text."""
         session.choose_tuning(folder)
-        replay, self.batch, self.streamed = session.replay, session.batch_tokens, session.streaming
-        split, work = splits_of(folder)["energy"], Work(session.batch_tokens)
-        batch, last = split.batches(self.batch)[0], np.eye(self.n, dtype=bool)[-_SINGLES:]
+        replay = session.replay
+        self.batch = session.batch_tokens
+        self.streamed = session.streaming
+        split = splits_of(folder)["energy"]
+        work = Work(session.batch_tokens)
+        batch = split.batches(self.batch)[0]
+        last = np.eye(self.n, dtype=bool)[-_SINGLES:]
 
         def seconds(tokens: TokenSet, states: Any) -> float:
             began = time.perf_counter()
@@ -160,7 +167,8 @@ class Prices:
 
         # The first measurement takes longer.
         seconds(split.select([0]), last)
-        more, whole = seconds(batch, last), seconds(batch, [])
+        more = seconds(batch, last)
+        whole = seconds(batch, [])
         # The removals run the shared blocks once, and the output head for each.
         extra = tree_nodes(last) / self.n
         head = (more - whole * (1 + extra)) / (len(last) - extra)
@@ -199,8 +207,11 @@ class Prices:
 
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
-        c, weights, forward = self.config, self._weights_in_memory(), self.forward
-        reading, work = self.reading * self.weights, self.batch * self.logits
+        c = self.config
+        weights = self._weights_in_memory()
+        forward = self.forward
+        reading = self.reading * self.weights
+        work = self.batch * self.logits
         ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
         seconds = sum(one["seconds"] for one in ranked)
         found = [_estimate("load", 0, reading, weights), ranked[-1] | {"seconds": seconds}]
@@ -240,7 +251,8 @@ class Prices:
 
     def _healing(self) -> dict[str, Any]:
         """Estimate healing with a budget of time or tokens."""
-        tokens, seconds = self.config.heal.tokens, self.config.heal.seconds
+        tokens = self.config.heal.tokens
+        seconds = self.config.heal.seconds
         # A pass of the original, then forward and backward through the remaining blocks.
         each = self.forward * (1 + 3 * self.left)
         if self.streamed:
@@ -280,7 +292,8 @@ class Prices:
 
 def say_times(session: Session, folder: RunFolder) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
-    config, file = session.config, folder.path / "hamiltonian.safetensors"
+    config = session.config
+    file = folder.path / "hamiltonian.safetensors"
     if session.progress is silent or session.processes.size > 1 or folder.find_record(file):
         return
     prices = Prices(config, (session, folder))
