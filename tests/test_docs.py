@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,7 @@ import typer
 import yaml
 
 from isingcut.cli import main as cli
+from isingcut.errors import ArchitectureError
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
@@ -33,6 +35,8 @@ def script(path):
     """Import a script outside the package as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    # A dataclass of the module looks its annotations up there.
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -156,6 +160,16 @@ def test_the_site_ships_no_scripts():
 def test_the_tables_of_options_are_those_declared():
     made = script(DOCS / "make_options.py").page()
     assert (DOCS / "options.md").read_text() == made, "run docs/make_options.py"
+
+
+def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
+    patches = script(DOCS / "make_patches.py")
+    found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
+    *_, hybrid, experts = patches.table(found).splitlines()
+    assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
+    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
+    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
+        patches.absorbers("gemma4", tmp_path / "gemma4")
 
 
 def test_the_architectures_are_those_of_the_sweep():

@@ -5,7 +5,6 @@ import dataclasses
 from contextlib import contextmanager
 from unittest import mock
 
-import make_patches as patches
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -501,12 +500,3 @@ def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())
-
-
-def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
-    found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
-    *_, hybrid, experts = patches.table(found).splitlines()
-    assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
-    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
-    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
-        patches.absorbers("gemma4", tmp_path / "gemma4")
