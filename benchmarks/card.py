@@ -231,8 +231,10 @@ def quarter_budget(place: Path) -> tuple[float, float]:
         "energy": "fisher",
         "effort": "",
     }
-    job: Callable[[float], dict[str, Any]]
-    job = partial(run, place, model, stream="off", **fixed)
+
+    def job(budget: float) -> dict[str, Any]:
+        return run(place, model, budget, stream="off", **fixed)
+
     roomy = job(3.0)["layers"]
 
     def with_half(budget: float) -> dict[str, Any]:
