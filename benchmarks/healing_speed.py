@@ -1,15 +1,14 @@
 """Time healing per token: our training loop against a plain one, trl's and bare passes.
 
-    python benchmarks/healing_speed.py [--model smollm2] [--remove 13-18] [--text packed chat]
+    python benchmarks/healing_speed.py [--model smollm2] [--remove 13-18]
     python benchmarks/healing_speed.py --tiny         # a tiny random model: seconds, no figures
                                                       # to quote
 
 All sides train the same cut model, with float32 weights, on the same samples with the same steps:
 
 ours    the training of `isingcut heal` from its first step to its last, without the work around it
-last    the same with `--method last:3`
 plain   a hand-written loop: teacher, student, KL, backward, AdamW
-gkd     trl's GKDTrainer on the given text (lmbda 0, beta 0: the same loss), if trl is installed
+gkd     trl's GKDTrainer on the same text (lmbda 0, beta 0: the same loss), if trl is installed
 sft     trl's SFTTrainer: the student alone is trained on the text
 
 and bare passes, without loss, optimiser or padding: the teacher's logits (`teacher`), and the
@@ -20,15 +19,12 @@ that other work on the machine does not count.
 Sides take turns, and medians are compared. Each turn's warm-up is left out: the first bare pass,
 and two steps of a training, because AdamW allocates its moments at the end of the first step and
 the second's activations take new memory, once. Without trl its sides are left out: `pip install
-trl` into an environment that has isingcut. Samples of the text `packed` are full, those of `chat`
-are conversations of unequal length. Ends with one line `name: value` per figure; names for `chat`
-end in `_chat`:
+trl` into an environment that has isingcut. Ends with one line `name: value` per figure:
 
 healing_cost_over_ideal     our seconds per token over the sum of bare teacher and bare student
 healing_speedup_over_trl    the GKDTrainer's seconds per token over ours
 healing_speedup_over_sft    the SFTTrainer's over ours; it runs no teacher
 healing_speedup_over_plain  the plain loop's over ours
-healing_last_over_full      ours with the last three blocks trained over ours with all
 """
 
 from __future__ import annotations
@@ -42,7 +38,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -65,17 +60,15 @@ from isingcut.options.config import HealConfig
 from isingcut.options.spellings import BlockList
 from isingcut.testing.tiny import tiny_checkpoint
 
-SIDES = ("teacher", "student", "ours", "last", "plain", "gkd", "sft")
+SIDES = ("teacher", "student", "ours", "plain", "gkd", "sft")
 WARM_UP = 2
 """First steps of a training, which are not counted."""
 RATIOS = {
     "healing_cost_over_ideal": ("ours", "both"),
-    "healing_last_over_full": ("last", "ours"),
     "healing_speedup_over_trl": ("gkd", "ours"),
     "healing_speedup_over_sft": ("sft", "ours"),
     "healing_speedup_over_plain": ("plain", "ours"),
 }
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def now() -> float:
@@ -93,50 +86,35 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder = options, folder
-        self.micro = options.micro_batch or options.batch
+        self.options = options
+        self.folder = folder
         source = tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
         self.original = load(resolve(str(source)), dtype=options.dtype)
         self.removed = (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
-        self.numbers = itertools.count()
-
-    def take(self, text: str) -> None:
-        """Use this kind of text from now on."""
-        o = self.options
-        source = o.chat if text == "chat" else "wiki"
         self.tokens = healing_text.build(
-            source,
+            "wiki",
             self.original.tokenizer,
-            samples=o.batch * o.steps,
+            samples=options.batch * options.steps,
             report_samples=1,
-            length=o.length,
+            length=options.length,
             seed=0,
         ).train
-
-    def run(self, side: str) -> list[float]:
-        """Return the seconds per real token of every step of one side."""
-        changed = {
-            "last": partial(self.ours, method="last:3"),
-            "gkd": partial(self.trl, distilling=True),
-            "sft": partial(self.trl, distilling=False),
-        }
-        found: list[float] = (changed.get(side) or getattr(self, side))()
-        return found
 
     # bare passes --------------------------------------------------------------------------
 
     def full(self) -> list[Tensor]:
-        """Return batches of ids without padding, of about as many tokens as a micro-batch."""
+        """Return batches of ids without padding, of about as many tokens as a step."""
         o = self.options
         flat = self.tokens.input_ids[self.tokens.mask]
         rows = flat[: len(flat) // o.length * o.length].view(-1, o.length)
-        return list(rows.to(self.original.device).split(self.micro))
+        return list(rows.to(self.original.device).split(o.batch))
 
     def teacher(self) -> list[float]:
         """Time the teacher's forward pass."""
-        model, found = self.original.model, []
+        model = self.original.model
+        found = []
         with torch.inference_mode():
             for ids in self.full():
                 began = now()
@@ -163,15 +141,14 @@ class Bench:
 
     # training loops -----------------------------------------------------------------------
 
-    def ours(self, **changes: Any) -> list[float]:
+    def ours(self) -> list[float]:
         """Time the distillation of `isingcut heal`."""
-        o, clock = self.options, Clock()
-        work = self.folder / f"work-{next(self.numbers)}"
+        o = self.options
+        clock = Clock()
+        work = self.folder / "work"
         settings = {"max_steps": o.steps, "save_steps": 10**6}
-        settings["per_device_train_batch_size"] = self.micro
-        if o.micro_batch is not None:
-            settings["gradient_accumulation_steps"] = o.batch // o.micro_batch
-        config = HealConfig(length=o.length).replace(trainer=settings, **changes)
+        settings["per_device_train_batch_size"] = o.batch
+        config = HealConfig(length=o.length).replace(trainer=settings)
         job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
         found = train(job)[0]["steps"]
         shutil.rmtree(work)
@@ -179,51 +156,51 @@ class Bench:
         predicted = counts[WARM_UP - 1 :]
         return [s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)]
 
-    def batches(self) -> list[list[TokenSet]]:
-        """Return the samples in order: steps of micro-batches, padded to their longest sample."""
-        o, micro = self.options, self.micro
-        return [
-            [self.tokens.select(range(b, b + micro)) for b in range(a, a + o.batch, micro)]
-            for a in range(0, self.tokens.samples, o.batch)
-        ]
-
     def plain(self) -> list[float]:
         """Time a hand-written distillation loop."""
-        device, teacher, clock = self.original.device, self.original.model, Clock()
+        device = self.original.device
+        teacher = self.original.model
+        clock = Clock()
         student = reload(self.cut, dtype=torch.float32).to(device).train()
         optimiser = torch.optim.AdamW(student.parameters(), lr=2e-5, weight_decay=0.0)
         half = self.original.dtype == torch.bfloat16
-        for step in self.batches():
-            count = sum(b.tokens for b in step)
-            for batch in step:
-                ids, mask = batch.input_ids.to(device), batch.mask.to(device)
-                given = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-                with torch.no_grad():
-                    target = teacher(**given).logits[:, :-1].float().log_softmax(-1)
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    logits = student(**given).logits
-                logq = logits[:, :-1].float().log_softmax(-1)
-                each = F.kl_div(logq, target, reduction="none", log_target=True).sum(-1)
-                (each[mask[:, 1:]].sum() / count).backward()
+        for start in range(0, self.tokens.samples, self.options.batch):
+            batch = self.tokens.select(range(start, start + self.options.batch))
+            mask = batch.mask.to(device)
+            given = {"input_ids": batch.input_ids.to(device), "attention_mask": mask.long()}
+            with torch.no_grad():
+                target = teacher(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                logits = student(**given, use_cache=False).logits
+            logq = logits[:, :-1].float().log_softmax(-1)
+            each = F.kl_div(logq, target, reduction="none", log_target=True).sum(-1)
+            each[mask[:, 1:]].mean().backward()
             optimiser.step()
             optimiser.zero_grad()
             clock.advance()
         return self.per_token(clock)
 
+    def gkd(self) -> list[float]:
+        """Time trl's GKDTrainer with the same loss."""
+        return self.trl(distilling=True)
+
+    def sft(self) -> list[float]:
+        """Time trl's SFTTrainer."""
+        return self.trl(distilling=False)
+
     def trl(self, distilling: bool) -> list[float]:
-        """Time trl's GKDTrainer with the same loss, or its SFTTrainer."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-        o, clock, micro = self.options, Clock(), self.micro
+        o = self.options
+        clock = Clock()
         rows = [
             ids[m].tolist() for ids, m in zip(self.tokens.input_ids, self.tokens.mask, strict=True)
         ]
         common: dict[str, Any] = {
             "output_dir": str(self.folder / "trl"),
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": o.batch // micro,
+            "per_device_train_batch_size": o.batch,
             "max_steps": o.steps,
             "bf16": self.original.dtype == torch.bfloat16,
             "use_cpu": self.original.device.type == "cpu",
@@ -295,12 +272,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2")
     add("--remove", default="13-18", help="blocks the student lacks")
     add("--tiny", action="store_true", help="a tiny random model instead")
-    add("--text", nargs="+", default=["packed"], choices=["packed", "chat"])
-    add("--chat", default=str(REPOSITORY.parent / "shared/data/calib_instruct/mix1000.jsonl"))
     add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     add("--length", type=int, default=256)
     add("--batch", type=int, default=8)
-    add("--micro-batch", type=int, help="default: as healing chooses; trl gets it too")
     add("--steps", type=int, default=4, help=f"of a turn; the first {WARM_UP} are a warm-up")
     add("--repeats", type=int, default=3)
     add("--dtype", default="auto")
@@ -315,30 +289,28 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
     for turn in range(repeats):
         for name in names:
             began = time.perf_counter()
-            seconds.setdefault(name, []).extend(bench.run(name))
+            seconds.setdefault(name, []).extend(getattr(bench, name)())
             taken = time.perf_counter() - began
             BatchLimit(bench.original.device).release()
             print(f"turn {turn + 1}/{repeats}: {name} {taken:.1f} s", flush=True)
     return seconds
 
 
-def show(text: str, seconds: dict[str, list[float]]) -> None:
-    """Print the table of one text."""
-    print(f"{text:<10}{'tokens/s':>10}{'ms/token':>10}{'least':>9}{'most':>9}")
+def show(seconds: dict[str, list[float]]) -> None:
+    """Print the table."""
+    print(f"{'side':<10}{'tokens/s':>10}{'ms/token':>10}")
     for name, found in seconds.items():
         ms = 1000 * statistics.median(found)
-        print(f"{name:<10}{1000 / ms:>10.1f}{ms:>10.3f}", end="")
-        print(f"{1000 * min(found):>9.3f}{1000 * max(found):>9.3f}")
+        print(f"{name:<10}{1000 / ms:>10.1f}{ms:>10.3f}")
 
 
-def figures(text: str, seconds: dict[str, list[float]]) -> dict[str, float]:
+def figures(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Return the ratios of the medians, for the sides that were run."""
     middle = {name: statistics.median(found) for name, found in seconds.items()}
     if {"teacher", "student"} <= middle.keys():
         middle["both"] = middle["teacher"] + middle["student"]
-    end = "" if text == "packed" else f"_{text}"
     return {
-        name + end: middle[above] / middle[below]
+        name: middle[above] / middle[below]
         for name, (above, below) in RATIOS.items()
         if {above, below} <= middle.keys()
     }
@@ -348,8 +320,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.steps <= WARM_UP:
         parser().error(f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up")
-    if options.batch % (options.micro_batch or 1):
-        parser().error("--micro-batch must divide --batch")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(
@@ -359,13 +329,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"{bench.original.device}, torch {torch.__version__}",
             flush=True,
         )
-        found: dict[str, float] = {}
-        for text in options.text:
-            bench.take(text)
-            seconds = measure(bench, options.repeats)
-            show(text, seconds)
-            found |= figures(text, seconds)
-    for name, value in found.items():
+        seconds = measure(bench, options.repeats)
+    show(seconds)
+    for name, value in figures(seconds).items():
         print(f"{name}: {value:.3f}")
 
 

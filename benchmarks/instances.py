@@ -1,4 +1,4 @@
-"""Instances of the solver benchmark: a published recipe, and measured Hamiltonians.
+"""Instances of the solver benchmark, of a published recipe.
 
 Recipe, for N blocks: own terms d_i = 0.02 x 10^(p_i), where p is the profile
 1.5 (2 t - 1)^2 over the depth t in [0, 1] plus normal noise of 0.15, rescaled to exactly
@@ -13,9 +13,7 @@ models. Blocks are correlated as C_ij = 0.8^|i-j|.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -24,8 +22,6 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 
 SIZES = ["32x16", "40x12", "52x13", "80x8", "80x16", "80x24", "80x40", "126x63"]
-MEASURED_M = (4, 8, 12, 15)
-DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -69,20 +65,3 @@ def generated(size: str) -> list[Instance]:
         Instance(size, family, Problem(generate(n, family), [count(n, m)]))
         for family in ("psd", "indefinite")
     ]
-
-
-def measured() -> list[Instance]:
-    """Return instances of the two Hamiltonians of SmolLM2-135M in `data`."""
-    found = {p.stem.removeprefix("smollm2-135m-"): _read(p) for p in sorted(DATA.glob("*.json"))}
-    return [
-        Instance(f"{ham.n}x{m}", name, Problem(ham, [count(ham.n, m)]))
-        for name, ham in found.items()
-        for m in MEASURED_M
-    ]
-
-
-def _read(path: Path) -> Hamiltonian:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    J = np.zeros((len(data["h"]),) * 2)
-    J[np.triu_indices(len(data["h"]), 1)] = data["J_upper"]
-    return Hamiltonian(np.array(data["h"]), J + J.T, data["c"], data["unit"], data["meta"])

@@ -48,12 +48,12 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, HealConfig, RunConfig
-from isingcut.runs.plan import CARDS, READING
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint
 
 NOTE = "not measured: no card was available"
-COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", "a run", "LoRA", "full"]
+A_RUN = "a run, not measured"
+COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", A_RUN, "LoRA", "full"]
 
 
 def shape(hidden: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -78,7 +78,9 @@ MODELS = {
         num_local_experts=128,
     ),
 }
-# By machine: card of `isingcut plan`, cards per node, nodes.
+CARDS = {"rtx4090": (24e9, 165e12, 1.0e12), "h100": (80e9, 989e12, 3.35e12)}
+"""Data sheets: bytes of memory, dense bfloat16 operations and bytes of that memory per second."""
+# By machine: card, cards per node, nodes.
 MACHINES = {
     "1 x 24 GB": ("rtx4090", 1, 1),
     "1 x 80 GB": ("h100", 1, 1),
@@ -116,8 +118,8 @@ HOST = {1: 64e9, 8: 1e12}
 PINNED, UNPINNED, LINKS = rates(50e9, 20e9), rates(10e9, 2.5e9), {1: 2e11, 4: 3e10}
 """Bytes per second between host and card from pinned memory (PCIe 5 and 4) and from unpinned memory
 (5e9 on PCIe 3, pytorch#16901; 1.4e9 into new memory, pytorch#138018); between cards, by nodes."""
-DISK = rates(6e9, READING)
-"""Bytes per second from NVMe or the page cache; the slow end is that of `isingcut plan`."""
+DISK = rates(6e9, 2e9)
+"""Bytes per second from NVMe or the page cache; the slow end is that of `isingcut run`."""
 IMPORTS, TEXT = rates(1 / 5, 1 / 15), rates(1.0, 0.3)
 """Starts of Python with torch and transformers, and readings of a patch's text, per second; one
 core of this project's machine takes 7 and 0.8 seconds."""
@@ -149,8 +151,10 @@ class Term:
     rate: Range
 
 
-Part, Cells = tuple[Term, ...], dict[str, str]
-"""Terms that run at the same time; cells of a table by machine."""
+Part = tuple[Term, ...]
+"""Terms that run at the same time."""
+Cells = dict[str, str]
+"""Cells of a table by machine."""
 
 
 def default(function: Any, name: str) -> int:
@@ -297,7 +301,7 @@ class Setting:
         passes = (1 if known else 2) * last - m.removed / m.n
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
-            self.double(fits * solve, "card" if bytes_of(f) <= self.room else "host"),
+            self.double(fits * solve, "card" if bytes_of(f, d) <= self.room else "host"),
             self.double(fits * 2 * t * f * d, "card"),
             # The map in float64 is folded into the weight on the host.
             self.move("maps", fits * 8 * d * f, UNPINNED),
@@ -450,12 +454,12 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
             same = list(own)
             if counted := sum(term.count for term in same):
                 span = sum((term.count / term.rate for term in same), rates(0, 0))
-                key = (stage, name, f"{counted:.3g} {same[0].unit}")
+                key = (stage, name, f"{float(f'{counted:.3g}'):,g} {same[0].unit}")
                 rows.setdefault(key, {})[machine] = spell(span)
                 longest[name] = span[1]
         bound = max(longest, key=longest.__getitem__, default="")
         cells[stage] = "no" if found is None else f"{spell(taken)}, {bound}"
-    cells["a run"] = spell(total)
+    cells[A_RUN] = spell(total)
     return [f"{setting.processes} x {setting.each}"] + [cells[stage] for stage in COLUMNS]
 
 
@@ -483,7 +487,7 @@ def main() -> None:
             table.append([name, machine, setting.kind, *summarise(setting, machine, rows)])
         keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
         lines = [[*key, *(rows[key].get(machine, "") for machine in MACHINES)] for key in keys]
-        print_table([["stage", "part", "count", *MACHINES], *lines])
+        print_table([["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)], *lines])
     print(f"\nTuned on the {given.tuning}; {NOTE}\n")
     print_table(table)
 

@@ -1,6 +1,6 @@
 """Compare all solvers: time to the best state, and time to the proof.
 
-    python benchmarks/solvers.py [--only 32x16,80x40]
+    python benchmarks/solvers.py [--only 32x16 80x40]
 
 Our exact solver proves the K best states (100 by default); its rivals search for the ground state
 only. Times exclude compilation. Every size NxM has several families (see instances.py). The figures
@@ -12,22 +12,17 @@ tabu_seconds_*         mean time of one such search, to its end
 tabu_found_*           seconds until short tabu searches (3 restarts, new seeds) found that state
 best_rival_seconds_*   fastest rival's time to prove the ground state; inf if none did in its limit
 best_rival_found_*     fastest rival's time to find the best known state; inf if none did
-peak_mb_80x16          peak resident memory of a process that only solves that instance
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import re
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from instances import SIZES, Instance, generated, measured
+from instances import SIZES, Instance, generated
 from isingcut.ising.constraints import count
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -46,21 +41,15 @@ def warm_up() -> None:
     solve(problem, "tabu", k=5)
 
 
-def peak_mb(instance: Instance, k: int, seconds: float) -> float:
-    """Solve the instance and return the peak resident memory of this process, in MB (Linux)."""
-    solve(instance.problem, "exact", k=k, seconds=seconds)
-    found = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[0]) / 1024
-
-
 def text(seconds: float | None) -> str:
     """Format seconds for the table."""
     return "-" if seconds is None or math.isinf(seconds) else f"{seconds:.3g}"
 
 
-def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, float]:
+def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
     """Print the rows of one instance; return its figures."""
-    problem, figures = instance.problem, {}
+    problem = instance.problem
+    figures = {}
     label = f"{instance.size:7} {instance.family:18}"
     spectrum = solve(problem, "exact", k=args.k, seconds=args.seconds)
     if spectrum.proven:
@@ -70,7 +59,8 @@ def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, 
         figures["gap_percent"] = 100 * (spectrum.relative_gap or 0.0)
         status = f"gap {figures['gap_percent']:.3f}% to the ground state at the limit"
     best = float(spectrum.energies[0])
-    seconds, energies = [], []
+    seconds = []
+    energies = []
     for seed in range(args.tabu_seeds):
         began = time.perf_counter()
         states = make("tabu", seed=seed).solve(problem, 20).states
@@ -99,36 +89,24 @@ def run(instance: Instance, args: argparse.Namespace, heavy: bool) -> dict[str, 
         print(f"{label} {name:13} {text(reached):>9} {text(proof):>9}", flush=True)
         figures["best_rival_seconds"] = min(figures["best_rival_seconds"], proof or math.inf)
         figures["best_rival_found"] = min(figures["best_rival_found"], reached or math.inf)
-    if heavy:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            peak = pool.submit(peak_mb, instance, args.k, args.seconds)
-            figures["peak_mb"] = peak.result()
-        print(f"{label} exact         peak memory {figures['peak_mb']:.0f} MB")
     return figures
 
 
 def main() -> None:
     """Run the instances and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="sizes, for example 32x16,80x40; all without it")
+    parser.add_argument("--only", nargs="+", default=SIZES, choices=SIZES, help="sizes")
     parser.add_argument("--k", type=int, default=100, help="states to prove")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
     parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
     parser.add_argument("--tabu-seeds", type=int, default=100)
     args = parser.parse_args()
-    extra = measured()
-    known = list(dict.fromkeys([*SIZES, *(i.size for i in extra)]))
-    sizes = args.only.split(",") if args.only else known
-    for size in sizes:
-        if size not in known:
-            parser.error(f"unknown size {size!r}; known: {', '.join(known)}")
     warm_up()
     print(f"{'size':7} {'family':18} solver        {'best (s)':>9} {'proof (s)':>9}")
     figures: dict[str, dict[str, float]] = {}
-    for size in sizes:
-        own = generated(size) if size in SIZES else []
-        for instance in (*own, *(i for i in extra if i.size == size)):
-            got = run(instance, args, heavy=size == "80x16")
+    for size in args.only:
+        for instance in generated(size):
+            got = run(instance, args)
             figures[f"{size}_{instance.family.replace('-', '_')}"] = got
             total = figures.setdefault(size, {})
             for name, value in got.items():

@@ -24,7 +24,9 @@ NO_PROSE = re.compile(r" *(?:\||#+ |<|:::|!!!|$)")
 
 def paragraphs(text: str) -> Iterator[str]:
     """Yield the paragraphs and list items of a Markdown page, each in one line."""
-    lines, indent, after_prose = list[str](), 0, False
+    lines = list[str]()
+    indent = 0
+    after_prose = False
     for line in FENCED.sub("", GENERATED.sub("", text)).splitlines():
         item = ITEM.match(line)
         if item and (indent or item.end() < 6):
@@ -34,7 +36,8 @@ def paragraphs(text: str) -> Iterator[str]:
         code = not after_prose and not item and line.startswith(" " * (indent + 4))
         if item or code or NO_PROSE.match(line):
             yield " ".join(lines)
-            lines, after_prose = [], bool(item)
+            lines = []
+            after_prose = bool(item)
         if item or not (code or NO_PROSE.match(line)):
             lines.append(line[item.end() if item else 0 :].strip())
             after_prose = True

@@ -10,11 +10,6 @@ import pytest
 from isingcut.testing.tiny import tiny_checkpoint
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "fell", "over", "old", "stone", "town"]
-QUESTIONS = (
-    ("arc_easy/test_sub500", 4, 6),
-    ("piqa/val_sub500", 2, 6),
-    ("arc_challenge/dev", 4, 12),
-)
 
 
 def words(seed: int, count: int) -> str:
@@ -43,22 +38,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return [{"role": "user", "content": words(2 * k, 5)}, answer]
 
     write(folder / "calib_instruct/mix1000.jsonl", [{"messages": chat(k)} for k in range(400)])
-    names = ("wikitext2/test_raw", "calib_text/c4_300", "calib_text/wiki_demo")
-    for i, name in enumerate((*names, "calib_text/tinystories")):
+    for i, name in enumerate(("wikitext2/test_raw", "calib_text/c4_300")):
         write(folder / f"{name}.jsonl", [{"text": words(99 * i + k, 60)} for k in range(12)])
     solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
     write(folder / "gsm8k/train1000.jsonl", solved)
-    write(folder / "gsm8k/test_sub200.jsonl", [{**s, "answer": "7"} for s in solved])
-    for name, choices, count in QUESTIONS:
-        records = [
-            {
-                "context": words(q, 4),
-                "choices": [words(10 * q + c, 1 + c) for c in range(choices)],
-                "answer": q % choices,
-            }
-            for q in range(count)
-        ]
-        write(folder / f"{name}.jsonl", records)
+    records = [
+        {
+            "context": words(q, 4),
+            "choices": [words(10 * q + c, 1 + c) for c in range(4)],
+            "answer": q % 4,
+        }
+        for q in range(6)
+    ]
+    write(folder / "arc_easy/test_sub500.jsonl", records)
     return folder
 
 
@@ -67,10 +59,3 @@ def tiny(model: Path, data: Path) -> list[str]:
     """Return options for a study that takes a few seconds."""
     where = ["--model", str(model), "--data", str(data), "--dtype", "float32"]
     return [*where, "--length", "24", "--judged-tokens", "96", "--batch-tokens", "96"]
-
-
-@pytest.fixture(scope="session")
-def healed() -> list[str]:
-    """Return options for a short training."""
-    steps = ["--steps", "2", "--batch", "2", "--patch-tokens", "960"]
-    return [*steps, "--questions", "6"]

@@ -77,7 +77,8 @@ class Study(ABC):
     seconds: float = 0.0
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.work = options, Path(options.work)
+        self.options = options
+        self.work = Path(options.work)
         given = json.loads(json.dumps({k: getattr(options, k) for k in self.settings}, default=str))
         path = self.work / "settings.json"
         if not path.exists():
@@ -133,7 +134,8 @@ class Study(ABC):
 
     def make(self, part: Part) -> float:
         """Make a part and return the minutes it took."""
-        path, began = self.path(part.name), time.perf_counter()
+        path = self.path(part.name)
+        began = time.perf_counter()
         path.parent.mkdir(parents=True, exist_ok=True)
         content = part.make(path.with_name(f"{path.stem}.journal"))
         seconds = time.perf_counter() - began
@@ -157,9 +159,12 @@ def make_parts(study: Study) -> None:
     Raises:
         IsingcutError: parts failed; the others are made first.
     """
-    began, tried, failed = time.perf_counter(), set[str](), list[str]()
+    began = time.perf_counter()
+    tried = set[str]()
+    failed = list[str]()
     while waiting := [p for p in study.left() if p.name not in tried]:
-        part, spent = waiting[0], (time.perf_counter() - began) / 60
+        part = waiting[0]
+        spent = (time.perf_counter() - began) / 60
         tried.add(part.name)
         expected = study.minutes([part])
         if spent + expected > study.options.minutes:
@@ -216,7 +221,8 @@ def parse(study: type[Study], words: Sequence[str]) -> argparse.Namespace:
 
 def run(study: type[Study], words: Sequence[str]) -> None:
     """Run the command line of a study."""
-    options, folder = parse(study, words), STUDIES / study.name / "results"
+    options = parse(study, words)
+    folder = STUDIES / study.name / "results"
     shown = [options.results] if options.results else sorted(folder.glob("*.json"))
     try:
         if options.collect:

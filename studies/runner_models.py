@@ -38,11 +38,6 @@ def key(removed: State) -> str:
     return "-".join(map(str, removed)) or "original"
 
 
-def as_bits(right: str) -> Bits:
-    """Return 1 (right) or 0 (wrong) for each question (Q,)."""
-    return np.array(list(right), dtype=float)
-
-
 def _counted(text: str) -> tuple[str, int]:
     """Parse ``TASK=N`` as (TASK, N), and ``N`` as ("each", N), which is for all other tasks."""
     task, _, count = text.rpartition("=")
@@ -53,11 +48,9 @@ class ModelStudy(Study):
     """Base class of a study of one model.
 
     Attributes:
-        questions: default numbers of questions per task, in the format of ``--questions``.
         judged: names of the evaluation texts.
     """
 
-    questions: ClassVar[tuple[str, ...]] = ("500",)
     judged: ClassVar[tuple[str, ...]]
     settings = ("model", "length", "judged_tokens", "questions", "dtype", "seed")
 
@@ -90,7 +83,8 @@ class ModelStudy(Study):
     @cached_property
     def seconds(self) -> float:
         """Seconds per token of a forward pass of the original, fastest of three batches."""
-        ids, taken = torch.randint(8, 200, (4, self.options.length)), []
+        ids = torch.randint(8, 200, (4, self.options.length))
+        taken = []
         with torch.inference_mode():
             for _ in range(3):
                 began = time.perf_counter()
@@ -144,7 +138,8 @@ class ModelStudy(Study):
         """Return parts that measure states' KL to the original and NLL, summed by sample."""
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
-            tokens, wanted = self.judged_text(text), states_of(len(self.replay), rest.values())
+            tokens = self.judged_text(text)
+            wanted = states_of(len(self.replay), rest.values())
             found = measure(self.replay, tokens, wanted, self.working(journal))
             rows = zip(found.kl_sums, found.nll_sums, strict=True)
             return [loss_row(kl, nll, tokens) for kl, nll in rows]
@@ -160,27 +155,26 @@ class ModelStudy(Study):
             )
             return [self.answer_row(s) for s in found]
 
-        return self._rest(f"answers/{task}", states, make, self.question_tokens([task]))
+        return self._rest(f"answers/{task}", states, make, self.question_tokens(task))
 
-    def question_tokens(self, tasks: Sequence[str]) -> float:
-        """Return the estimated tokens to evaluate one model on tasks."""
-        return sum(QUESTION_TOKENS.get(t, 100) * self.count(t) for t in tasks)
+    def question_tokens(self, task: str) -> float:
+        """Return the estimated tokens to evaluate one model on a task."""
+        return QUESTION_TOKENS.get(task, 100) * self.count(task)
 
     def count(self, task: str) -> int:
         """Return the number of questions that are used of a task."""
-        counts = {**dict(map(_counted, self.questions)), **dict(self.options.questions)}
+        counts = {"each": 500, **dict(self.options.questions)}
         return counts.get(task, counts["each"])
 
     def prepared(self, task: str) -> Any:
         return prepare_task(task, self.options.data, self.count(task))
 
     def answer_row(self, scores: Scores) -> Content:
-        """Return right or wrong and certainty by question, with the metric and the dtype."""
+        """Return right or wrong by question, with the metric and the dtype."""
         return {
             "metric": scores.metric.removesuffix(",none"),
             "dtype": str(self.original.dtype).removeprefix("torch."),
             "right": "".join("1" if r else "0" for r in scores.values),
-            "certainties": " ".join(f"{c:.2f}" for c in scores.certainties),
         }
 
 
@@ -194,21 +188,3 @@ def mean_loss(rows: Iterable[Content], what: str) -> float:
     """Return the mean loss over all texts, in nats per token."""
     found = list(rows)
     return float(sum(sum(r[what]) for r in found) / sum(sum(r["counts"]) for r in found))
-
-
-def mean_accuracy(accuracy: Content, tasks: Sequence[str]) -> tuple[float, float] | None:
-    """Return the mean over tasks and its standard error, or None if a task is missing."""
-    if not tasks or any(t not in accuracy for t in tasks):
-        return None
-    return _mean_of([as_bits(accuracy[t]["right"]) for t in tasks])
-
-
-def difference(first: Content, second: Content, tasks: Sequence[str]) -> tuple[float, float]:
-    """Return the mean of second - first over tasks, and its standard error paired by question."""
-    pairs = [(as_bits(first[t]["right"]), as_bits(second[t]["right"])) for t in tasks]
-    return _mean_of([b - a for a, b in pairs])
-
-
-def _mean_of(rows: Sequence[Bits]) -> tuple[float, float]:
-    error = np.sqrt(sum(r.var(ddof=1) / len(r) for r in rows)) / len(rows)
-    return float(np.mean([r.mean() for r in rows])), float(error)

@@ -23,9 +23,6 @@ TRAINED_FILES = 400
 FILES = {
     "wikitext2": "wikitext2/test_raw.jsonl",
     "c4": "calib_text/c4_300.jsonl",
-    "web": "calib_text/c4_300.jsonl",
-    "wiki": "calib_text/wiki_demo.jsonl",
-    "stories": "calib_text/tinystories.jsonl",
 }
 CONVERSATION = 170
 """Mean tokens of a conversation, to convert a number of tokens to a number of samples."""
@@ -41,7 +38,10 @@ class Texts:
     """
 
     def __init__(self, data: Path, work: Path, tokenizer: Any, length: int) -> None:
-        self.data, self.work, self.tokenizer, self.length = data, work, tokenizer, length
+        self.data = data
+        self.work = work
+        self.tokenizer = tokenizer
+        self.length = length
 
     def samples(self, source: str, tokens: int, *, chat: bool = False) -> TokenSet:
         """Return about ``tokens`` tokens of a source, named as in ``--calibration``."""
@@ -55,37 +55,23 @@ class Texts:
 
     def judged(self, name: str, tokens: int) -> TokenSet:
         """Return about ``tokens`` tokens of an evaluation text."""
-        return self.samples(self.source(name), tokens, chat=name in ("instruct", "answers"))
-
-    def source(self, name: str) -> str:
-        """Return the source of an evaluation text, in the form that `samples` takes."""
         if name in FILES:
-            return str(self.data / FILES[name])
-        if name in ("instruct", "answers"):
-            path = self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
-            return path if name == "instruct" else f"answers:{path}"
-        if name in ("code", "python"):
-            return self.write("code", self._files(TRAINED_FILES, None))
-        if name == "maths":
-            return self._problems("gsm8k/train1000", "solution", 1)
-        return self._problems("arc_challenge/dev", "choices", 8)
+            source = str(self.data / FILES[name])
+        elif name == "instruct":
+            source = self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
+        else:
+            source = self.write("code", self._files(TRAINED_FILES, None))
+        return self.samples(source, tokens, chat=name == "instruct")
+
+    def problems(self) -> str:
+        """Return the path of a file of word problems with their solutions."""
+        records = self.records("gsm8k/train1000")
+        texts = (f"Question: {r['context']}\nAnswer: {r['solution']}" for r in records)
+        return self.write("gsm8k-train1000", ({"text": text} for text in texts))
 
     def conversations(self) -> str:
         """Return the path of a file of the conversations that are not for evaluation."""
         return self.write("chosen", self._conversations()[:-JUDGED_CONVERSATIONS])
-
-    def questions(self, count: int) -> list[str]:
-        """Return questions that no task has: word problems, and openings of conversations that are
-        not for evaluation, two to one."""
-        problems = iter(self.records("gsm8k/train1000"))
-        chats = iter(self.records("calib_instruct/mix1000")[:-JUDGED_CONVERSATIONS])
-
-        def question(i: int) -> str:
-            if i % 3 < 2:
-                return str(next(problems)["context"])
-            return next(str(m["content"]) for m in next(chats)["messages"] if m["role"] == "user")
-
-        return [question(i) for i in range(count)]
 
     def trained_code(self) -> str:
         """Return the path of a file of the Python files that are not for evaluation."""
@@ -93,7 +79,8 @@ class Texts:
 
     def halves(self, file: str) -> tuple[str, str]:
         """Return the paths of two files: first and second half of a data file's documents."""
-        records, name = self.records(file), Path(file).name
+        records = self.records(file)
+        name = Path(file).name
         middle = len(records) // 2
         first = self.write(f"{name}-first", records[:middle])
         return first, self.write(f"{name}-second", records[middle:])
@@ -119,16 +106,6 @@ class Texts:
     def _files(self, start: int, stop: int | None) -> Iterable[dict[str, Any]]:
         files = corpora.read("python", self.tokenizer, 0).documents
         return ({"text": text} for text in itertools.islice(files, start, stop))
-
-    def _problems(self, file: str, answer: str, together: int) -> str:
-        """Write questions with right answers, ``together`` to a document; return the path."""
-        texts = [
-            f"Question: {r['context']}\nAnswer: "
-            + (r["choices"][r["answer"]] if answer == "choices" else r[answer])
-            for r in self.records(file)
-        ]
-        groups = [texts[i : i + together] for i in range(0, len(texts), together)]
-        return self.write(file.replace("/", "-"), ({"text": "\n".join(g)} for g in groups))
 
     def records(self, file: str) -> list[dict[str, Any]]:
         """Return the records of a data file."""

@@ -18,7 +18,9 @@ from studies.runner import Content, Part, Study
 class Sums(Study):
     """Study of two numbers, and of their sum once both are finished."""
 
-    name, settings, seconds = "sums", ("first",), 60.0
+    name = "sums"
+    settings = ("first",)
+    seconds = 60.0
     made: list[str]
 
     @classmethod

@@ -1,23 +1,20 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
-from typing import Any
-
 import pytest
 
 from isingcut.data.calibration import build
-from isingcut.data.tokens import TokenSet
 from isingcut.errors import CalibrationError
 
-SIZES: dict[str, Any] = {"samples": 5, "rank_samples": 3, "report_samples": 2}
+SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
 SIZES |= {"length": 16, "seed": 0}
 COUNTS = {"energy": 5, "rank": 3, "report": 2}
 
 
-def sentences(count: int) -> list[str]:
+def sentences(count):
     return [f"Document {i}: {i * 7919 % 1000} things happened." for i in range(count)]
 
 
-def chats(count: int) -> list[dict[str, Any]]:
+def chats(count):
     answers = ((f"{i}?", "yes " * (i % 3)) for i in range(count))
     roles = ("user", "assistant")
     return [
@@ -26,12 +23,12 @@ def chats(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def decoded(tokenizer: Any, tokens: TokenSet) -> list[str]:
+def decoded(tokenizer, tokens):
     pairs = zip(tokens.input_ids, tokens.mask, strict=True)
     return [tokenizer.decode(ids[mask]) for ids, mask in pairs]
 
 
-def refused(source: str, tokenizer: Any, words: str, **changes: Any) -> str:
+def refused(source, tokenizer, words, **changes):
     with pytest.raises(CalibrationError, match=words) as caught:
         build(source, tokenizer, **{**SIZES, **changes})
     message = str(caught.value)

@@ -7,7 +7,9 @@ anywhere, so that subprocesses inherit it.
 
 import gc
 import os
+import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,6 +21,17 @@ from shared import OPTIONS, Shared, leave_speed_out, write_words
 def pytest_collection_modifyitems(items):
     """Run the many short tests last, so that all worker processes end at about the same time."""
     items.sort(key=lambda item: "hostile" in item.path.parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """Record the call sites of torch operations, see `benchmarks/sites.py`."""
+    if "CARD_SITES" not in os.environ:
+        return (yield)
+    import sites
+
+    with sites.record():
+        return (yield)
 
 
 imported = set()
@@ -75,6 +88,12 @@ def finished(shared, llama, text):
             )
 
     return shared.folder("finished", make)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import struct
 from functools import cache
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -19,9 +18,7 @@ def named(held):
     return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
 
 
-def write_gguf(
-    path: Path, metadata, held, *, architecture="llama", more=lambda writer: None, **writing
-) -> Path:
+def write_gguf(path, metadata, held, *, architecture="llama", more=lambda writer: None, **writing):
     """Write a GGUF file of these tensors, and of the architecture's own metadata.
 
     Args:
@@ -63,7 +60,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 WIDE_NUMBERS = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
 
 
-def write(path: Path, held, *, architecture="llama", blocks=6, **changes) -> None:
+def write(path, held, *, architecture="llama", blocks=6, **changes):
     """Write a file of float32 tensors with metadata of a tiny llama."""
     size = {"feed_forward_length": 48, "rope.dimension_count": 8, "vocab_size": 262}
     metadata = {"block_count": blocks, **NUMBERS, **size, **changes}
@@ -136,18 +133,18 @@ def at(place, code, value):
     return changed(lambda data: struct.pack_into(f"<{code}", data, place, value))
 
 
-def text(words) -> bytes:
+def text(words):
     """Return a string in the encoding of GGUF."""
     data = words if isinstance(words, bytes) else words.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def pair(key, kind, value: bytes) -> bytes:
+def pair(key, kind, value):
     """Return one entry of the metadata."""
     return text(key) + struct.pack("<I", kind) + value
 
 
-def info(name="a", shape=(32,), kind=0, offset=0) -> bytes:
+def info(name="a", shape=(32,), kind=0, offset=0):
     """Return one entry of the tensor list."""
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 

@@ -72,16 +72,16 @@ def options(models, out, training=None, **changes):
 
 def flags_of(config):
     """Return the options as command-line flags, without the student."""
-    typed = {
-        k: v
-        for k, v in vars(config.validate()).items()
-        if v not in (None, False, "") and k != "student"
-    }
+    typed = {k: v for k, v in vars(config).items() if v not in (None, False, "") and k != "student"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
 
+def result(folder):
+    return read_json(folder / "healing.json", "healing")
+
+
 def curve(folder):
-    return read_json(folder / "healing.json", "healing")["steps"]
+    return result(folder)["steps"]
 
 
 @pytest.fixture(scope="module")

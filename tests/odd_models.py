@@ -4,8 +4,6 @@
 """
 
 import json
-from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -13,10 +11,11 @@ from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.load import find_auto_class
 from isingcut.testing.tiny import BASE, random_model, tiny_tokenizer
+from shared import load_json
 from sweep.shrink import tiny_configuration
 
-LINEAR: dict[str, Any] = {"linear_head_dim": 8, "linear_num_heads": 4}
-GATED: dict[str, Any] = {
+LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4}
+GATED = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -24,7 +23,7 @@ GATED: dict[str, Any] = {
 }
 FULL, SLIDING, LINEAR_TYPE = "full_attention", "sliding_attention", "linear_attention"
 MOE_ODD = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-ODD: dict[str, dict[str, Any]] = {
+ODD = {
     "kimi_linear": {
         **LINEAR,
         "head_dim": None,
@@ -69,12 +68,12 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def _given(values):
     return {k: v for k, v in values.items() if v is not None}
 
 
 # Contents of config.json in the model's own repository, for models of `ODD`.
-HUB: dict[str, dict[str, Any]] = {
+HUB = {
     "step3p7": {
         "model_type": "step3p7",
         "text_config": {"model_type": "step3p5", **ODD["step3p7"]["text_config"]},
@@ -111,7 +110,7 @@ HUB: dict[str, dict[str, Any]] = {
 }
 
 
-def odd_config(model_type: str, **changes: Any) -> Any:
+def odd_config(model_type, **changes):
     """Return the family's tiny configuration; ``changes`` apply to its decoder."""
     if model_type not in ODD:
         config = tiny_configuration(model_type)
@@ -122,12 +121,12 @@ def odd_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **_given({**BASE, **ODD[model_type], **changes}))
 
 
-def odd_model(model_type: str, **changes: Any) -> Any:
+def odd_model(model_type, **changes):
     config = odd_config(model_type, **changes)
     return random_model(find_auto_class(config), config)
 
 
-def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:
+def odd_checkpoint(model_type, folder, **changes):
     """Write the model and a tokenizer to ``folder``; return the model."""
     model = odd_model(model_type, **changes)
     model.save_pretrained(folder)
@@ -135,7 +134,7 @@ def odd_checkpoint(model_type: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
-def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes: Any) -> Any:
+def composite(family, factory=AutoModelForImageTextToText, **changes):
     """Return a tiny random float32 model of a multimodal family, or the part ``factory`` builds.
 
     Args:
@@ -147,7 +146,7 @@ def composite(family: str, factory: Any = AutoModelForImageTextToText, **changes
     return random_model(factory, config).requires_grad_(False)
 
 
-def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> Any:
+def composite_checkpoint(family, folder, *, flat=False):
     """Save `composite` and a tokenizer to ``folder``; return the model.
 
     Args:
@@ -157,15 +156,15 @@ def composite_checkpoint(family: str, folder: Path, *, flat: bool = False) -> An
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     if flat:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json(folder / "config.json")
         text = config.pop("text_config")
         for of_class in ("model_type", "architectures"):
             text.pop(of_class, None)
-        (folder / "config.json").write_text(json.dumps({**text, **config}), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps({**text, **config}))
     return model
 
 
-def prove_cut(model: Any, removed: list[int], folder: Path, **options: Any) -> Any:
+def prove_cut(model, removed, folder, **options):
     """Cut ``source`` to ``out``, both in ``folder``, and return the proof against ``model``."""
     excise(folder / "source", removed, folder / "out")
     return verify(model, removed, folder / "out", **options)

@@ -2,13 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from isingcut.models.safetensors_files import read_checkpoint
 from tiny import edit_config, edit_tensors
@@ -20,7 +16,7 @@ _GROUP = 16
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
+def quantise(folder, layout, skip=()):
     """Convert the linear weights of a checkpoint to float8 with scales."""
     tensors = load_file(folder / "model.safetensors")
     out = {}
@@ -66,7 +62,7 @@ def quantise(folder: Path, layout: str, skip: Sequence[str] = ()) -> None:
         }[layout] | {"quant_method": layout}
 
 
-def fp8_in_tiles(folder: Path) -> None:
+def fp8_in_tiles(folder):
     """Store experts one by one, in float8 with one scale per tile, as Qwen publishes MoE models.
 
     Embeddings, norms, routers and small projections are not converted; the config lists those
@@ -88,7 +84,7 @@ def fp8_in_tiles(folder: Path) -> None:
         config["quantization_config"] |= {"modules_to_not_convert": whole}
 
 
-def _one_by_one(head: str, last: str, value: Tensor) -> dict[str, Tensor]:
+def _one_by_one(head, last, value):
     names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
     return {
         f"{head}.{expert}.{name}.weight": part.contiguous()
@@ -97,10 +93,10 @@ def _one_by_one(head: str, last: str, value: Tensor) -> dict[str, Tensor]:
     }
 
 
-def int4(folder: Path) -> None:
+def int4(folder):
     """Pack MLPs in compressed-tensors' ``pack-quantized``: eight signed 4-bit numbers per int32."""
 
-    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
+    def pack(name, value):
         if ".mlp." not in name or value.ndim != 2:
             return {name: value}
         module = name.removesuffix(".weight")
@@ -126,15 +122,15 @@ def int4(folder: Path) -> None:
     _rewrite(folder, pack, quantisation)
 
 
-def mxfp4(folder: Path) -> dict[str, Tensor]:
+def mxfp4(folder):
     """Pack experts as in gpt-oss: two FP4 numbers per byte, a power of two per 32 numbers.
 
     Returns:
         the values that these stand for, by the model's own names.
     """
-    values: dict[str, Tensor] = {}
+    values = {}
 
-    def pack(name: str, value: Tensor) -> dict[str, Tensor]:
+    def pack(name, value):
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             return {name: value}
         groups = value.transpose(1, 2).reshape(value.shape[0], value.shape[2], -1, 32)
@@ -158,9 +154,7 @@ def mxfp4(folder: Path) -> dict[str, Tensor]:
     return values
 
 
-def _rewrite(
-    folder: Path, pack: Callable[[str, Tensor], dict[str, Tensor]], quantisation: dict[str, Any]
-) -> None:
+def _rewrite(folder, pack, quantisation):
     tensors = load_file(folder / "model.safetensors")
     packed = {new: v for name, value in tensors.items() for new, v in pack(name, value).items()}
     save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})

@@ -5,8 +5,8 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+
+import sites
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -19,7 +19,6 @@ _context.set_forkserver_preload(
         "isingcut.cli.main",
         "isingcut.runs.pipeline",
         "isingcut.measure.gradients",
-        "isingcut.measure.curvature",
         "isingcut.energies.pairwise",
         "isingcut.ising.solvers.auto",
         "isingcut.evaluation.quality",
@@ -36,14 +35,14 @@ _context.set_forkserver_preload(
 gc.freeze()
 
 
-def start(said: Path, function: Callable[..., None], *arguments: object):
+def start(said, function, *arguments):
     """Start a process that runs ``function``; its output goes into the file ``said``."""
     process = _context.Process(target=_say_into, args=(said, function, *arguments))
     process.start()
     return process
 
 
-def launch(size: int, said: Path, function: Callable[..., None], *arguments: object):
+def launch(size, said, function, *arguments):
     """Start the processes of a run; return them and their launcher's store, needed meanwhile."""
     from torch.distributed import TCPStore
 
@@ -52,23 +51,21 @@ def launch(size: int, said: Path, function: Callable[..., None], *arguments: obj
     return [start(said, _as_rank, r, *given) for r in range(size)], store
 
 
-def run(codes: list[int], said: Path, function: Callable[..., None], *arguments: object) -> None:
+def run(codes, said, function, *arguments):
     """Run the processes of one run to their end and check their exit codes."""
     ranks, _store = launch(len(codes), said, function, *arguments)
     found = join(ranks)
     assert found == codes, f"exit codes {found}\n{said.read_text()}"
 
 
-def join(ranks) -> list[int]:
+def join(ranks):
     """Wait for processes and return their exit codes."""
     for rank in ranks:
         rank.join(120)
     return [rank.exitcode for rank in ranks]
 
 
-def _as_rank(
-    rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]
-) -> None:
+def _as_rank(rank, size, port, function, arguments):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", LOCAL_WORLD_SIZE=str(size),
@@ -76,15 +73,16 @@ def _as_rank(
     function(*arguments)
 
 
-def _say_into(said: Path, function: Callable[..., None], *arguments: object) -> None:
+def _say_into(said, function, *arguments):
     file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.enable()
-    function(*arguments)
+    with sites.record():
+        function(*arguments)
 
 
-def type_in(*arguments: object) -> None:
+def type_in(*arguments):
     """Run the command line in this process, then exit."""
     from isingcut.cli import main as cli
 

@@ -1,9 +1,5 @@
 """Run folders written file by file, for tests that only read them: no model, no torch."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
@@ -12,6 +8,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
+from shared import load_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 _STAGES = {
@@ -23,12 +20,12 @@ _STAGES = {
 }
 
 
-def change(path: Path, kind: str, **values: Any) -> None:
+def change(path, kind, **values):
     """Rewrite a file with other values."""
     write_json(path, kind, {**without_header(read_json(path, kind)), **values})
 
 
-def record(folder: Path) -> None:
+def record(folder):
     """Record all files of the run in `run.json` as finished, with their present hashes."""
     stages = read_json(folder / "run.json", "run")["stages"]
     for path in folder.rglob("*"):
@@ -40,7 +37,7 @@ def record(folder: Path) -> None:
         key = path.relative_to(folder).as_posix()
         stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
         if path.is_dir():
-            removed = json.loads(cut.read_text(encoding="utf-8"))["removed"]
+            removed = load_json(cut)["removed"]
             stages[key]["options"] = {"removed": removed}
         else:
             stages[key]["sha256"] = file_sha256(path)
@@ -49,57 +46,55 @@ def record(folder: Path) -> None:
     change(folder / "run.json", "run", stages=stages)
 
 
-def _done(stage: str, seconds: float = 0.5, **options: Any) -> dict[str, Any]:
+def _done(stage, seconds=0.5, **options):
     made = {"stage": stage, "fingerprint": "0", "options": options}
     return {**made, "seconds": seconds, "done": True}
 
 
-def write_report(folder: Path, target: Path | None = None) -> None:
+def write_report(folder, target=None):
     """Record the files of a folder written by hand, and call `report.write_report`."""
     record(folder)
     report.write_report(folder, target)
 
 
-def model_card(folder: Path, removed: list[int], **patch: Any) -> str:
+def model_card(folder, removed, **patch):
     """Return `card.model_card` of a folder written by hand."""
     return card.model_card(card_parts(folder, removed).model_copy(update=patch))
 
 
-def card_parts(folder: Path, removed: list[int]) -> Any:
+def card_parts(folder, removed):
     """Record the files of such a folder, and return its `card.card_parts`."""
     record(folder)
     return card.card_parts(folder, folder, removed)
 
 
-def write_comparison(
-    folders: list[tuple[Path, Path]], out: Path, *, overwrite: bool = False
-) -> list[str]:
+def write_comparison(folders, out, *, overwrite=False):
     """Record the files of folders written by hand, and call `report.write_comparison`."""
     for folder, _ in folders:
         record(folder)
     return report.write_comparison(folders, out, overwrite=overwrite)
 
 
-def fidelity(value: float | None, n: int, low: float | None = None) -> dict[str, Any]:
+def fidelity(value, n, low=None):
     low = value - 0.1 if low is None and value is not None else low
     high = None if value is None else min(1.0, value + 0.05)
     ends = (("", value), ("_low", low), ("_high", high))
     return {"n": n, **{f"spearman{end}": v for end, v in ends}}
 
 
-def text_scores(perplexity: float, **more: Any) -> dict[str, Any]:
+def text_scores(perplexity, **more):
     nll = {"nll": float(np.log(perplexity)), "nll_se": 0.025}
     return {"perplexity": perplexity, "perplexity_se": 0.5, **nll, **more}
 
 
-def side(perplexity: float, blocks: int, speed: float) -> dict[str, Any]:
+def side(perplexity, blocks, speed):
     sizes = {"parameters": 10**6 * (blocks + 2), "bytes": 2 * 10**6 * (blocks + 2)}
     speeds = {"prefill_tokens_per_second": 8 * speed, "decode_tokens_per_second": speed}
     memory = {"peak_memory_bytes": 5 * 10**8}
     return text_scores(perplexity, blocks=blocks, **sizes, **speeds, **memory)
 
 
-def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
+def hamiltonian(n, seed, unit="nats/token"):
     rng = np.random.default_rng(seed)
     coupling = np.triu(0.05 * rng.standard_normal((n, n)), 1)
     h = 0.2 + rng.random(n) + np.where(np.arange(n) == 0, 5.0, 0.0)
@@ -110,7 +105,7 @@ def hamiltonian(n: int, seed: int, unit: str = "nats/token") -> Hamiltonian:
     )  # fmt: skip
 
 
-def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = True) -> list[int]:
+def write_removal(place, energy, m, *, ranked=True):
     """Write `spectrum.json`, and all later files if ranked, for m blocks; return the choice."""
     n, rng = energy.n, np.random.default_rng(m)
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
@@ -133,7 +128,7 @@ def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = Tr
     write_json(place / "spectrum.json", "spectrum", found)
     random = [sorted(rng.choice(n, m, replace=False).tolist()) for _ in range(30)]
 
-    def measured(removed: list[int]) -> dict[str, Any]:
+    def measured(removed):
         state = np.zeros(n, dtype=bool)
         state[removed] = True
         value = energy.energy(state)
@@ -178,14 +173,14 @@ def write_removal(place: Path, energy: Hamiltonian, m: int, *, ranked: bool = Tr
     return low[best]
 
 
-def baseline(name: str, removed: list[int], kl: float, **more: Any) -> dict[str, Any]:
+def baseline(name, removed, kl, **more):
     losses = {"kl": kl, "kl_se": 0.05, "nll": 3.5, "nll_se": 0.1}
     price = {"passes": 12.5, "heads": 0, "tokens_searched": 1000, "tokens_judged": 333}
     found = {"baseline": name, "removed": removed, "violated": []}
     return {**found, **losses, **price, **more}
 
 
-def patch(**more: Any) -> dict[str, Any]:
+def patch(**more):
     text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700}
     text |= {"requested": 900, "short": ""}
     cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
@@ -194,7 +189,7 @@ def patch(**more: Any) -> dict[str, Any]:
     return {**found, **more}
 
 
-def healing(steps: list[dict[str, Any]], removed: list[int], n: int) -> dict[str, Any]:
+def healing(steps, removed, n):
     return {
         "steps": steps,
         "before": text_scores(29.0, kl=0.9, kl_se=0.01, original_perplexity=20.0),
@@ -208,7 +203,7 @@ def healing(steps: list[dict[str, Any]], removed: list[int], n: int) -> dict[str
     }
 
 
-def task(name: str, original: float, cut: float) -> dict[str, Any]:
+def task(name, original, cut):
     change = cut - original
     return {
         "task": name, "metric": "acc", "original": original, "original_se": 0.02, "cut": cut,
@@ -218,7 +213,7 @@ def task(name: str, original: float, cut: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_content(model: str, energy: str, n: int, m: int, seed: int) -> dict[str, Any]:
+def run_content(model, energy, n, m, seed):
     """Return the content of `run.json` before its files are recorded."""
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "keep", "budget")}
     solved = {
@@ -258,16 +253,16 @@ def run_content(model: str, energy: str, n: int, m: int, seed: int) -> dict[str,
 
 
 def write_run(
-    path: Path,
+    path,
     *,
-    n: int = 12,
-    m: int = 3,
-    seed: int = 0,
-    energy: str = "pairwise",
-    model: str = "a-model",
-    extras: bool = True,
-    unit: str = "nats/token",
-) -> Path:
+    n=12,
+    m=3,
+    seed=0,
+    energy="pairwise",
+    model="a-model",
+    extras=True,
+    unit="nats/token",
+):
     """Write a finished run of m of n blocks; ``extras`` adds all else that a report can show."""
     path.mkdir(parents=True)
     write_json(path / "run.json", "run", run_content(model, energy, n, m, seed))
@@ -280,7 +275,7 @@ def write_run(
     return path
 
 
-def _write_extras(path: Path, main: Hamiltonian, m: int, chosen: list[int]) -> None:
+def _write_extras(path, main, m, chosen):
     n = main.n
     hamiltonian(n, 2, "arbitrary").save(path / "hamiltonian.empirical-fisher.safetensors")
     write_removal(path / f"remove-{m - 1}", main, m - 1)

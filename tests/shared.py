@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
+import pytest
+
+from isingcut.errors import InputError
 
 # Options of a run on a tiny model that takes a few seconds.
-OPTIONS: dict[str, Any] = {
+OPTIONS = {
     "samples": 3,
     "length": 16,
     "rank_samples": 3,
@@ -26,10 +27,12 @@ OPTIONS: dict[str, Any] = {
     "batch_tokens": 64,
     # Tuning a patch on all of the text would take longer than the rest.
     "patch_tokens": 1000,
+    # The default text is read from the disk for each patch.
+    "patch_share": 0,
 }
 
 
-def call(*arguments: Any) -> int:
+def call(*arguments):
     """Run the command line in this process and return its exit code."""
     from isingcut.cli import main as cli
 
@@ -46,15 +49,15 @@ def call(*arguments: Any) -> int:
 class Bars:
     """A progress that keeps the totals of its bars and the steps done, by description."""
 
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self.done: dict[str, float] = {}
+    def __init__(self):
+        self.totals = {}
+        self.done = {}
 
     @contextlib.contextmanager
-    def __call__(self, description: str, total: float) -> Iterator[Any]:
+    def __call__(self, description, total):
         self.totals[description], self.done[description] = total, 0.0
 
-        def advance(steps: float = 1, note: str = "") -> None:
+        def advance(steps=1, note=""):
             self.done[description] += steps
 
         yield SimpleNamespace(advance=advance)
@@ -66,36 +69,36 @@ class Shared:
     No test may write to them: `check` reports folders that changed.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         self._root = root
-        self._used: set[str] = set()
+        self._used = set()
 
-    def folder(self, name: str, make: Callable[[Path], Any]) -> Path:
+    def folder(self, name, make):
         """Return the folder of that name; if missing, ``make`` creates it at the given path."""
         place, record = self._root / name, self._root / f"{name}.made"
         with (self._root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not record.exists():
                 make(place)
-                record.write_text(json.dumps(snapshot(place)), encoding="utf-8")
+                record.write_text(json.dumps(snapshot(place)))
         self._used.add(name)
         return place
 
-    def checkpoint(self, family: str = "llama", **changes: Any) -> Path:
+    def checkpoint(self, family="llama", **changes):
         """Return a tiny checkpoint of a family."""
         from isingcut.testing.tiny import tiny_checkpoint
 
         named = "-".join([family, *(f"{k}={v}" for k, v in changes.items())])
         return self.folder(named, lambda place: tiny_checkpoint(family, place, **changes))
 
-    def check(self) -> None:
+    def check(self):
         """Fail if a test has changed a shared folder."""
         for name in sorted(self._used):
-            made = json.loads((self._root / f"{name}.made").read_text(encoding="utf-8"))
+            made = load_json(self._root / f"{name}.made")
             assert snapshot(self._root / name) == made, f"a test changed the shared {name}"
 
 
-def snapshot(folder: Path) -> dict[str, str]:
+def snapshot(folder):
     """Return every file (by its hash), link and folder below ``folder``, by relative path."""
     found = {}
     for place, folders, names in os.walk(folder):
@@ -113,22 +116,32 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
-def write_words(path: Path, words: int = 900) -> Path:
+def write_words(path, words=900):
     """Write a text of random six-letter words, enough for the splits of a tiny run."""
     path.parent.mkdir(exist_ok=True)
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
-    path.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+    path.write_text(" ".join("".join(word) for word in letters))
     return path
 
 
-def write_jsonl(path: Path, records: list[Any]) -> str:
+def refuses(words, kind=InputError):
+    """Expect an error of this kind whose message has these words, a regular expression."""
+    return pytest.raises(kind, match=words)
+
+
+def load_json(path):
+    """Return the content of a JSON file, of any format."""
+    return json.loads(path.read_text())
+
+
+def write_jsonl(path, records):
     """Write each record on a line of its own; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(path)
 
 
-def leave_speed_out(put: Callable[[str, Any], None]) -> None:
+def leave_speed_out(put):
     """Replace the speed and memory of evaluations by constants; ``put`` is a `setattr` by name.
 
     Block latencies are timed once instead of several times, and the sample text is short.
@@ -140,7 +153,7 @@ def leave_speed_out(put: Callable[[str, Any], None]) -> None:
 
     # `wraps` keeps the parameters of the replaced function, which a plan inspects.
     @functools.wraps(speed.speed)
-    def unmeasured(models: Mapping[str, Any], *_: Any) -> dict[str, Any]:
+    def unmeasured(models, *_):
         return dict.fromkeys(models, rates)
 
     put("isingcut.evaluation.speed.peak_memory", lambda *a, **k: 1)

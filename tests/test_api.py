@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import isingcut
-from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document, read_json
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
-from shared import leave_speed_out, write_words
+from shared import leave_speed_out, refuses, write_words
 from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -116,10 +115,6 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     monkeypatch.chdir(place)
     run = isingcut.open_run("my-run")
     patched = run.save(tmp_path / "patched")
-    card = (patched / "README.md").read_text(encoding="utf-8")
-    assert "no weight was trained" not in card
-    assert card.index("## Patched") < card.index("## Source")
-    assert not (patched / "healing.json").exists()
     record = read_document(patched / "isingcut.json", CutRecord)
     assert record.removed == list(run.chosen.removed)
     assert record.patch.changed
@@ -140,8 +135,6 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert record.patch.tuning.steps
     assert fitted.changed
     assert fitted.tuning is None
-    with pytest.raises(OutputExistsError):
-        further.save(healed)
 
 
 def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_path):
@@ -188,7 +181,7 @@ def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     del run
     gc.collect()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="from 1 to 9"):
+    with refuses("from 1 to 9"):
         isingcut.prune("my-model", remove=10, calibration="my-text.txt", **OPTIONS)
     assert not list(tmp_path.iterdir())
 
@@ -277,6 +270,6 @@ def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
     }
     for words, several in calls.items():
         for call in several:
-            with pytest.raises(InputError, match=words):
+            with refuses(words):
                 call()
     assert not (place / "new").exists()

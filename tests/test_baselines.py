@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose
 
 import shared
 from isingcut.baselines import registry
@@ -21,19 +22,18 @@ from isingcut.baselines.norm_ratio import NormRatio
 from isingcut.baselines.random import Random
 from isingcut.baselines.sleb import Sleb
 from isingcut.data.calibration import Calibration
-from isingcut.data.tokens import TokenSet
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
-from isingcut.errors import InputError, UnknownNameError
+from isingcut.errors import InputError
 from isingcut.files.results import read_json
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import stack_modules
-from isingcut.models.replay import Replay
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
+from shared import refuses
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N, SAMPLES, LENGTH = 6, 3, 12
@@ -42,9 +42,9 @@ N, SAMPLES, LENGTH = 6, 3, 12
 class Calls:
     """Counter of block and head calls of one model, on and off the original's path."""
 
-    def __init__(self, replay: Replay, tokens: TokenSet) -> None:
+    def __init__(self, replay, tokens):
         self.weights = [b.input_layernorm.weight.data_ptr() for b in replay.blocks]
-        self.originals: list[torch.Tensor] = []
+        self.originals = []
         with torch.no_grad():
             recording = replay.record(tokens.input_ids)
             stream = recording.entered
@@ -52,15 +52,15 @@ class Calls:
                 self.originals.append(stream)
                 stream = recording.block(i, stream)
             self.originals.append(stream)
-        self.on: set[tuple[int, int]] = set()
+        self.on = set()
         self.off = [0] * (N + 1)
         for i, block in enumerate(replay.blocks):
             block.input_layernorm.register_forward_pre_hook(self._counter(i))
         # The norm runs before every head, however the head itself is computed.
         replay.model.model.norm.register_forward_pre_hook(self._counter(N))
 
-    def _counter(self, i: int):
-        def count(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    def _counter(self, i):
+        def count(module, args):
             merged = i < N and module.weight.data_ptr() != self.weights[i]
             if args[0].shape[1] != LENGTH:
                 return  # a probe of how the model is built, on a few tokens of its own
@@ -74,12 +74,12 @@ class Calls:
         return count
 
     @property
-    def passes(self) -> float:
+    def passes(self):
         """Number of full passes over all samples, with the original's path counted once."""
         return (sum(self.off[:N]) + sum(i < N for i, _ in self.on)) / N / SAMPLES
 
     @property
-    def heads(self) -> tuple[float, float]:
+    def heads(self):
         """Number of heads over all samples: the original's, counted once, and other states'."""
         return sum(i == N for i, _ in self.on) / SAMPLES, self.off[N] / SAMPLES
 
@@ -94,6 +94,16 @@ SMALL = {
 
 def part(name):
     return SMALL[name] if name in SMALL else registry.get(name)()
+
+
+@pytest.fixture
+def replay():
+    return tiny_replay()
+
+
+@pytest.fixture
+def tokens():
+    return random_tokens()
 
 
 def streams(replay, tokens, removed=()):
@@ -128,8 +138,9 @@ def test_all_baselines_are_found():
 
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("remove", [1, 3])
-def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(name, remove):
-    replay, tokens = tiny_replay(), random_tokens()
+def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
+    replay, tokens, name, remove
+):
     first = part(name).choose(replay, tokens, remove, WORK, seed=1)
     again = part(name).choose(replay, tokens, remove, WORK, seed=1)
     assert first == again
@@ -141,27 +152,25 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(name, re
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("remove", [0, 6])
 def test_impossible_removals_are_refused(name, remove):
-    with pytest.raises(InputError, match=f"cannot remove {remove} of 6"):
+    with refuses(f"cannot remove {remove} of 6"):
         part(name).choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
 
 
-def test_block_influence_and_norm_ratio_are_means_over_real_tokens():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_block_influence_and_norm_ratio_are_means_over_real_tokens(replay, tokens):
     boundary = torch.cat(streams(replay, tokens), dim=1)  # (N + 1, tokens, D)
     before, after = boundary[:-1], boundary[1:]
     turned = (1 - F.cosine_similarity(before, after, dim=-1)).mean(1).numpy()
     found = BlockInfluence().choose(replay, tokens, 2, WORK, seed=0)
-    np.testing.assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
+    assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
     assert found.removed == tuple(sorted(np.argsort(turned)[:2]))
     assert found.passes == 1
     sizes = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean(1).numpy()
     found = NormRatio().choose(replay, tokens, 2, WORK, seed=0)
-    np.testing.assert_allclose(found.info["norm_ratio"], sizes, rtol=1e-4)
+    assert_allclose(found.info["norm_ratio"], sizes, rtol=1e-4)
     assert found.removed == tuple(sorted(np.argsort(sizes)[:2]))
 
 
-def test_iterative_block_influence_scores_the_cut_model():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_iterative_block_influence_scores_the_cut_model(replay, tokens):
     order, left = [], list(range(6))
     for _ in range(3):
         boundary = torch.cat(streams(replay, tokens, sorted(order)), dim=1)
@@ -169,26 +178,22 @@ def test_iterative_block_influence_scores_the_cut_model():
         order.append(left.pop(int(turned.argmin())))
     found = BlockInfluence(iterative=True).choose(replay, tokens, 3, WORK, seed=0)
     assert found.info["order"] == order
-    after = [6 - order[0] - 1, 6 - min(order[:2]) - 2]
-    assert found.passes == pytest.approx((6 + sum(after)) / 6)
 
 
-def test_the_angular_window_is_the_least_turned_one():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_the_angular_window_is_the_least_turned_one(replay, tokens):
     angles = []
     for stream in streams(replay, tokens):
         cosine = F.cosine_similarity(stream[:-3, -1:], stream[3:, -1:], dim=-1)
         angles.append(cosine.arccos() / math.pi)
     expected = torch.cat(angles, 1).mean(1).numpy()
     found = AngularWindow().choose(replay, tokens, 3, WORK, seed=0)
-    np.testing.assert_allclose(found.info["distance"], expected, rtol=1e-4)
+    assert_allclose(found.info["distance"], expected, rtol=1e-4)
     start = int(expected.argmin())
     assert found.removed == (start, start + 1, start + 2)
 
 
 @pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
-def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
-    replay, tokens = tiny_replay(), random_tokens()
+def test_sleb_is_greedy_on_really_removed_blocks(replay, tokens, loss, ends):
     order = []
     for _ in range(3):
         candidates = [i for i in range(6) if i not in order and not (ends and i in (0, 5))]
@@ -203,47 +208,21 @@ def test_sleb_is_greedy_on_really_removed_blocks(loss, ends):
 def test_sleb_keeps_the_ends_to_the_last():
     got = Sleb().choose(tiny_replay(), random_tokens(), 4, WORK, seed=0)
     assert got.removed == (1, 2, 3, 4)
-    with pytest.raises(InputError, match="1 to 4"):
+    with refuses("1 to 4"):
         Sleb().choose(tiny_replay(), random_tokens(), 5, WORK, seed=0)
 
 
-def test_the_price_is_the_blocks_that_are_run():
-    replay, tokens = tiny_replay(), random_tokens()
-    rng = np.random.default_rng(1)
-    states = np.unique(rng.random((7, 6)) < 0.5, axis=0)
-    states = states[(~states).any(1)]
-    # Blocks run from the first removed one on; the original's outputs are used before it.
-    prefixes = {(i, tuple(s[:i])) for s in states for i in range(6) if s[:i].any() and not s[i]}
-    assert tree_nodes(states) == len(prefixes)
-    assert tree_nodes(np.zeros((0, 6), dtype=bool)) == 0
-    ledger = open_ledger(replay, tokens, WORK, "nll")
-    assert (ledger.passes, ledger.heads) == (1, 0)
-    ledger.losses(states)
-    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes))
-    assert measure(replay, tokens, states).blocks_run == 6 + len(prefixes)
-    ledger.losses(states)
-    assert ledger.evaluations == len(states), "a state is paid for once"
-    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes))
-    ledger.losses(states[:1], rows=[0])
-    share = 14 / 48
-    own = (~states[0])[int(states[0].argmax()) :].sum()
-    assert ledger.passes * 6 == pytest.approx(6 + len(prefixes) + share * own)
-    assert ledger.heads == pytest.approx(len(states) + share)
-
-
-def test_ledger_losses_are_the_measured_ones():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_ledger_losses_are_the_measured_ones(replay, tokens):
     states = states_of(6, [(1, 2), (4,)])
     for loss in ("kl", "nll"):
         got = open_ledger(replay, tokens, WORK, loss).losses(states, rows=[3, 1])
         found = measure(replay, tokens.select([1, 3]), states)
-        np.testing.assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
-    with pytest.raises(InputError, match="kl, nll"):
+        assert_allclose(got, found.kl if loss == "kl" else found.nll, rtol=1e-5)
+    with refuses("kl, nll"):
         open_ledger(replay, tokens, WORK, "ppl")
 
 
-def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(replay, tokens):
     energy = EmpiricalFisher().measure(replay, tokens, WORK)
     states = states_of(6, list(combinations(range(6), 3)))
     lowest = states[np.argsort(energy.energies(states))]
@@ -259,12 +238,11 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
     assert found.heads == 3 + 8
     # A ``top`` above the number of states.
     assert Cbo(top=99).choose(replay, tokens, 1, WORK, seed=0).info["evaluations"] == 6
-    with pytest.raises(InputError, match="top must be at least 1"):
+    with refuses("top must be at least 1"):
         Cbo(top=0).choose(replay, tokens, 2, WORK, seed=0)
 
 
-def test_evopress_finds_the_best_state_of_a_small_stack():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_evopress_finds_the_best_state_of_a_small_stack(replay, tokens):
     pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
     kl = measure(replay, tokens, states_of(6, pairs)).kl
     everything = Evopress(generations=6, offspring=14, step_tokens=(1000, 1000), initial=2)
@@ -298,8 +276,9 @@ def test_evopress_refuses_inconsistent_steps(wrong):
 
 
 @pytest.mark.parametrize("name", ["sleb", "evopress"])
-def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_path):
-    replay, tokens = tiny_replay(), random_tokens()
+def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
+    replay, tokens, name, tmp_path
+):
     work = Work(batch_tokens=30, journal=tmp_path / "j")
     first = part(name).choose(replay, tokens, 3, work, seed=0)
     keep_rows(work.journal, count_rows(work.journal) // 2)
@@ -313,8 +292,7 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(name, tmp_
     assert len(ran) == half, "nothing is measured twice"
 
 
-def test_seeds_matter_to_random_only_where_they_should():
-    replay, tokens = tiny_replay(), random_tokens()
+def test_seeds_matter_to_random_only_where_they_should(replay, tokens):
     drawn = {registry.get("random")().choose(replay, tokens, 3, WORK, s).removed for s in range(8)}
     assert len(drawn) > 3
 
@@ -385,7 +363,7 @@ def folder(tmp_path_factory, llama, text):
         model=str(llama),
         calibration=str(text),
         out=str(tmp_path_factory.mktemp("comparison") / "run"),
-        **{**shared.OPTIONS, "remove": "2", "also": "hessian", "keep": "0"},
+        **{**shared.OPTIONS, "remove": "2", "also": "fisher", "keep": "0"},
     )
 
 
@@ -438,11 +416,6 @@ def test_a_broken_constraint_is_reported(capsys, folder):
     found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
     assert found["violated"] == expected
-
-
-def test_an_unknown_baseline_is_refused():
-    with pytest.raises(UnknownNameError, match="did you mean 'sleb'"):
-        registry.get("slep")
 
 
 def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(capsys, folder, tmp_path):

@@ -6,6 +6,7 @@ import platform
 import re
 import socket
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -17,6 +18,8 @@ import isingcut
 from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.evaluation import candidates
+from isingcut.healing.patch import checkpoint, linear
+from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -308,6 +311,27 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
+WIDE = {"intermediate_size": 512}
+
+
+def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
+    model, tokens = tiny_model("llama", **WIDE), random_tokens([14] * 24)
+    expected = fit_patches(replay_of(model), tokens, [3], Work(128)).patches[0].weight
+    with fake_cards() as (card,):
+        replay = replay_of(model.to(card.device))
+        # The second moments fit, but not the solution next to them.
+        card.budget = card.live + 8_200_000
+        found = fit_patches(replay, tokens, [3], Work(128))
+        assert card.peak < card.budget
+        # The same where the estimate is wrong, and where the layer's inputs do not fit either.
+        monkeypatch.setattr(linear, "bytes_of", lambda *given: 0)
+        monkeypatch.setattr(Replay, "room", lambda self, batch: 0)
+        again = fit_patches(replay, tokens, [3], Work(128))
+    assert (found.maps, found.unpatched) == ("reads", [])
+    for fit in (found, again):
+        torch.testing.assert_close(fit.patches[0].weight, expected, rtol=1e-6, atol=1e-6)
+
+
 FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch": "none"}
 
 
@@ -339,6 +363,28 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     (out / "evaluation.json").unlink()
     with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
         isingcut.run(out=str(out), stream="off", **options)
+
+
+def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(shared, text, tmp_path):
+    given = {**OPTIONS, **FEW, "model": str(shared.checkpoint()), "calibration": str(text)}
+    given |= {"patch": "tuned", "skip_speed": True}
+    with fake_cards() as (card,):
+
+        def exhausted(*rest, **named):
+            return torch.empty(2 << 30, device=card.device)
+
+        card.budget = 1 << 30
+        with mock.patch.multiple(checkpoint, fit_patches=exhausted):
+            none = isingcut.run(out=str(tmp_path / "none"), device=str(card.device), **given)
+        with mock.patch.multiple(checkpoint, tune=exhausted):
+            linear = isingcut.run(out=str(tmp_path / "linear"), device=str(card.device), **given)
+    for target in (none, linear):
+        stages = json.loads((target / "run.json").read_text())["stages"]
+        assert not any(record.get("streamed") for record in stages.values())
+    patches = [json.loads((t / "model/isingcut.json").read_text())["patch"] for t in (none, linear)]
+    assert "out of memory for fitting a patch" in patches[0]["unpatched"][0]["reason"]
+    assert "out of memory for tuning the patch" in patches[1]["tuning"]["left_out"]
+    assert patches[1]["cuts"]
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from isingcut.errors import ArchitectureError, CheckpointError, InputError, VerificationError
+from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.cutting.verify import verify
 from isingcut.models.safetensors_files import (
@@ -19,6 +19,7 @@ from isingcut.models.safetensors_files import (
     write_checkpoint,
 )
 from quantised import assert_bytes_follow
+from shared import load_json, refuses
 from tiny import edit_config, edit_tensors, tiny_checkpoint, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ def sharded(folder):
 
 
 def change_index(folder, **changes):
-    index = json.loads((folder / INDEX).read_text())
+    index = load_json(folder / INDEX)
     index["weight_map"].update(changes)
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -78,7 +79,7 @@ def test_hostile_checkpoints_are_refused(spoil, message, tmp_path):
     spoil(source)
     home = tmp_path / "home"
     home.mkdir()
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with refuses(message, CheckpointError) as caught:
         excise(source, [1], home / "out")
     assert "\n" not in str(caught.value)
     assert list(home.iterdir()) == []
@@ -112,7 +113,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("isingcut.models.safetensors_files.copy_bytes", fill)
-    with pytest.raises(InputError, match="no space left on the disk"):
+    with refuses("no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
 
@@ -120,7 +121,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
 def test_a_shard_that_shrinks_meanwhile_is_noticed(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"12345")
-    with (tmp_path / "y").open("wb") as f, pytest.raises(CheckpointError, match="ended early"):
+    with (tmp_path / "y").open("wb") as f, refuses("ended early", CheckpointError):
         copy_bytes(f, path, 2, 10)
 
 
@@ -177,14 +178,10 @@ def source(tmp_path):
     return tiny_checkpoint("llama", tmp_path / "source")
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 def test_bytes_are_untouched_and_layers_renamed(source, tmp_path):
     excise(source, [0, 3], tmp_path / "out")
     assert assert_bytes_follow(source, tmp_path / "out", [1, 2, 4, 5]) == {"F32"}
-    assert read(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
+    assert load_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
 
 
 def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
@@ -216,7 +213,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     )
     assert chat == "<|user|>hi</s><|assistant|>"
     (templates / "mine.jinja").symlink_to(tmp_path / "out" / "LICENSE")
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+    with refuses("outside the checkpoint", CheckpointError):
         excise(source, [1], tmp_path / "again")
 
 
@@ -230,7 +227,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
     ],
 )
 def test_impossible_states_are_refused(source, tmp_path, removed, message):
-    with pytest.raises(ArchitectureError, match=message):
+    with refuses(message, ArchitectureError):
         excise(source, removed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -242,7 +239,7 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
     after = load_file(tmp_path / "out" / "model.safetensors")
     name = next(n for n in before if n.endswith("embed_tokens_per_layer.weight"))
     assert torch.equal(after[name], before[name][:, 8:56])
-    config = read(tmp_path / "out" / "config.json")
+    config = load_json(tmp_path / "out" / "config.json")
     assert config["num_kv_shared_layers"] == 2
     assert len(config["intermediate_size"]) == 6
 
@@ -252,7 +249,7 @@ def test_invented_tensors_are_noticed(source, tmp_path):
     excise(source, [1], out)
     with edit_tensors(out) as tensors:
         del tensors["model.layers.2.mlp.up_proj.weight"]
-    with pytest.raises(VerificationError, match=r"missing keys: model\.layers\.2\.mlp\.up_proj"):
+    with refuses(r"missing keys: model\.layers\.2\.mlp\.up_proj", VerificationError):
         verify(tiny_model("llama"), [1], out)
 
 

@@ -9,8 +9,7 @@ import pytest
 
 import isingcut
 from isingcut.errors import InputError
-from isingcut.evaluation import benchmark as choosing
-from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half, looks
+from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_json
@@ -28,34 +27,14 @@ pytestmark = [
 ]
 
 
-def choose(*given):
-    """Return the content of `choose_by_questions` with the chosen position."""
-    position, found = choose_by_questions(*given)
+def choose(table):
+    """Choose among candidates by a table: task -> certainties (K, n), which are the scores too."""
+    table = {task: np.array(values, dtype=float) for task, values in table.items()}
+    keys = {task: [f"{task}{i}" for i in range(v.shape[1])] for task, v in table.items()}
+    scores = [[SimpleNamespace(values=v, certainties=v) for v in rows] for rows in table.values()]
+    candidates = [[k] for k in range(len(scores[0]))]
+    position, found = choose_by_questions(candidates, keys, scores)
     return {"chosen": position, **found.content()}
-
-
-def answers(table):
-    """Return an `ask` that reads a table: removed blocks -> key -> score."""
-
-    def ask(left, task, keys):
-        rows = [[table[tuple(removed)][key] for key in keys] for removed in left]
-        return [SimpleNamespace(values=row, certainties=row) for row in np.array(rows)]
-
-    return ask
-
-
-def drawn(rng, keys, *rates):
-    return {
-        (i,): dict(zip(keys, (rng.random(len(keys)) < rate).astype(float), strict=True))
-        for i, rate in enumerate(rates)
-    }
-
-
-def test_looks_grow_and_end_with_all():
-    assert looks(30) == [30]
-    assert looks(120) == [50, 75, 112, 120]
-    assert looks(169) == [50, 75, 112, 169]
-    assert len(looks(10_000)) < 16
 
 
 def test_half_of_the_questions_by_a_seed():
@@ -84,76 +63,38 @@ def test_contenders_are_no_near_copies_while_there_are_others():
 def test_a_choice_against_the_loss_is_explained():
     parts = {"candidates": [None, None], "by_task": {"a": 9}, "tasks": ["a"]}
 
-    def said(ahead, kl, lowest):
+    def said(kl, lowest):
         chosen = ChosenState.model_construct(why="questions", kl=kl)
         found = CandidatesFile.model_construct(
             chosen=chosen,
             candidates=[chosen, chosen.model_copy(update={"kl": lowest})],
-            by_tasks=ByTasks.model_construct(**parts, ahead=ahead),
+            by_tasks=ByTasks.model_construct(**parts),
         )
         return sentence("why_words", found)
 
-    assert said(True, 0.0, 0.0) == "ahead of 2 on 9 questions of a"
     within = "lowest KL within a standard error of the best of 2 on 9 questions of a"
-    assert said(False, 0.9, 0.8) == within
-    assert "its KL is 2.67, the lowest 0.231" in said(True, 2.671, 0.231)
+    assert said(0.9, 0.8) == within
+    assert "its KL is 2.67, the lowest 0.231" in said(2.671, 0.231)
 
 
-def test_a_clear_leader_ends_the_questions_early():
-    keys = [f"q{i}" for i in range(1000)]
-    table = drawn(np.random.default_rng(0), keys, 0.3, 0.8, 0.35)
-    found = choose([[0], [1], [2]], {"t": keys}, answers(table))
-    assert found["chosen"] == 1
-    assert found["ahead"]
-    assert len(found["questions"]) == found["by_task"]["t"] < 200
-    assert found["questions"] == keys[: len(found["questions"])]
+def test_the_best_of_all_candidates_is_chosen_and_compared():
+    rows = (np.random.default_rng(0).random((3, 90)) < [[0.3], [0.8], [0.35]]).astype(float)
+    found = choose({"t": rows[:, :50], "u": rows[:, 50:]})
+    assert (found["chosen"], found["by_task"]) == (1, {"t": 50, "u": 40})
+    assert found["questions"][49:51] == ["t49", "u0"]
     loser, winner, _ = found["candidates"]
-    assert loser["dropped"]
-    assert not winner["dropped"]
     assert winner["difference"] is None
-    seen = keys[: loser["questions"]]
-    difference = np.array([table[(0,)][k] - table[(1,)][k] for k in seen])
+    difference = rows[0] - rows[1]
+    assert loser["accuracy"] == pytest.approx(rows[0].mean())
     assert loser["difference"] == pytest.approx(difference.mean())
-    assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / len(seen) ** 0.5)
+    assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / 90**0.5)
 
 
-def test_equal_candidates_answer_all_questions_and_the_lower_loss_is_chosen():
-    keys = [f"q{i}" for i in range(90)]
-    table = {(i,): {k: float(int(k[1:]) % 2) for k in keys} for i in range(3)}
-    found = choose([[0], [1], [2]], {"t": keys}, answers(table))
+@pytest.mark.parametrize("rows", [[np.arange(9) % 2] * 3, [[0.0], [1.0]]])
+def test_equal_candidates_and_a_single_question_leave_the_lower_loss(rows):
+    found = choose({"t": rows})
     assert found["chosen"] == 0
-    assert not found["ahead"]
-    assert len(found["questions"]) == 90
-
-
-def test_tasks_take_turns_until_the_shortest_is_through():
-    keys = {"long": [f"l{i}" for i in range(100)], "short": [f"s{i}" for i in range(10)]}
-    both = keys["long"] + keys["short"]
-    table = {(i,): dict.fromkeys(both, 1.0) for i in range(2)}
-    found = choose([[0], [1]], keys, answers(table))
-    assert found["by_task"] == {"long": 100, "short": 10}
-    assert found["questions"][:4] == ["l0", "s0", "l1", "s1"]
-
-
-def test_a_single_candidate_needs_no_questions():
-    found = choose([[3]], {"t": ["a", "b"]}, answers({}))
-    assert (found["chosen"], found["questions"], found["looks"]) == (0, [], 0)
-
-
-@pytest.mark.parametrize("kind", ["right or wrong", "probabilities"])
-def test_equal_candidates_are_rarely_dropped_however_many_looks(kind):
-    """Of four equally good candidates any is dropped in at most one of twenty choices."""
-    rng, keys = np.random.default_rng(1), [f"q{i}" for i in range(200)]
-    dropped = 0
-    for _ in range(20):
-        table = drawn(rng, keys, *[0.5] * 4)
-        if kind == "probabilities":
-            # Very skewed: sure and mostly right, or sure and wrong.
-            values = rng.beta(0.3, 0.2, (4, len(keys)))
-            table = {(i,): dict(zip(keys, values[i].tolist(), strict=True)) for i in range(4)}
-        found = choose([[i] for i in range(4)], {"t": keys}, answers(table))
-        dropped += any(row["dropped"] for row in found["candidates"])
-    assert dropped <= 20 * choosing.ALPHA
+    assert found["candidates"][1]["difference_se"] == (0 if len(rows[0]) > 1 else None)
 
 
 # runs -----------------------------------------------------------------------------------
@@ -196,7 +137,8 @@ def by_questions(llama, text, questions, tmp_path_factory):
 def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, questions):
     options, target = by_questions
     found = read_json(target / "candidates.json", "candidates")
-    choice, rows = found["by_tasks"], found["by_tasks"]["candidates"]
+    choice = found["by_tasks"]
+    rows = found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
     measured_kl = [kl[tuple(row["removed"])] for row in rows]
     assert measured_kl == sorted(measured_kl)
@@ -206,7 +148,6 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
     assert chosen["difference"] is None
-    assert not chosen["dropped"]
     assert found["chosen"]["why"] == "questions"
     assert len(choice["questions"]) == 30
     assert not (target / ".questions").exists()
@@ -246,9 +187,13 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     more = questions.with_name("more.jsonl")
     lines = questions.read_text(encoding="utf-8").splitlines()
     more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
-    out, tasks = tmp_path / "run", f"{questions},{more}"
+    out = tmp_path / "run"
+    tasks = f"{questions},{more}"
     options = {**chosen_by(llama, text), "tasks": tasks, "out": str(out)}
-    whole, compute, calls, computed = benchmarking.score_states, likelihoods._scores, [], []
+    whole = benchmarking.score_states
+    compute = likelihoods._scores
+    calls = []
+    computed = []
 
     def counted(model, task, *given, **rest):
         calls.append(task.name)
@@ -276,7 +221,8 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 
 def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_path, capsys):
-    run, own = shutil.copytree(finished, tmp_path / "run"), tmp_path / "own.jsonl"
+    run = shutil.copytree(finished, tmp_path / "run")
+    own = tmp_path / "own.jsonl"
     data = tmp_path / "data" / "arc_easy" / "test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text(encoding="utf-8")
@@ -339,39 +285,26 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
 
 def test_certainties_separate_candidates_of_equal_scores():
     """Both candidates have the same right answers, but one is surer of them."""
-    rng, keys = np.random.default_rng(2), [f"q{i}" for i in range(400)]
-    sure = rng.uniform(-2.0, 0.0, len(keys))
-
-    def ask(left, task, names):
-        at = [keys.index(name) for name in names]
-        more = {(0,): 0.0, (1,): 0.1}
-        return [
-            SimpleNamespace(
-                values=(sure[at] > -0.7).astype(float),
-                certainties=sure[at] + more[tuple(r)] * rng.random(len(at)),
-            )
-            for r in left
-        ]
-
-    found = choose([[0], [1]], {"t": keys}, ask)
-    assert (found["chosen"], found["ahead"]) == (1, True)
-    assert len(found["questions"]) == 50
-    first, second = found["candidates"]
-    assert first["accuracy"] == second["accuracy"]
-    assert first["difference"] == 0
-    assert second["certainty"] > first["certainty"]
+    rng = np.random.default_rng(2)
+    sure = rng.uniform(-2.0, 0.0, 50)
+    more = [np.zeros(50), 0.1 * rng.random(50)]
+    right = (sure > -0.7).astype(float)
+    scores = [SimpleNamespace(values=right, certainties=sure + extra) for extra in more]
+    position, found = choose_by_questions([[0], [1]], {"t": []}, [scores])
+    assert position == 1
+    first, second = found.candidates
+    assert (first.accuracy, first.difference) == (second.accuracy, 0)
+    assert second.certainty > first.certainty
 
 
 def test_the_lowest_loss_within_a_standard_error_is_chosen():
     """With few questions the best of several candidates is mostly the luckiest one."""
-    rng, keys = np.random.default_rng(3), [f"q{i}" for i in range(40)]
-    noise = rng.normal(size=40)
+    noise = np.random.default_rng(3).normal(size=40)
     noise = (noise - noise.mean()) / noise.std()
 
     def chosen(lead):
         # The paired difference has a standard deviation of one.
-        table = {(i,): dict(zip(keys, i * (noise + lead), strict=True)) for i in range(2)}
-        return choose([[0], [1]], {"t": keys}, answers(table))["chosen"]
+        return choose({"t": [np.zeros(40), noise + lead]})["chosen"]
 
     error = 1 / np.sqrt(39)
     assert chosen(0.9 * error) == 0
@@ -379,34 +312,8 @@ def test_the_lowest_loss_within_a_standard_error_is_chosen():
 
 
 def test_a_task_of_many_nats_does_not_outvote_another():
-    rng, n = np.random.default_rng(4), 60
-    keys = {t: [f"{t}{i}" for i in range(n)] for t in ("letters", "words")}
-    scale = {"letters": 1.0, "words": 30.0}
+    rng = np.random.default_rng(4)
     # One is better by letters, the other slightly by words, in units of their spreads.
-    lead = {(0,): {"letters": 0.0, "words": 0.1}, (1,): {"letters": 0.5, "words": 0.0}}
-    table = {
-        removed: {
-            key: scale[t] * float(0.3 * rng.normal() + better[t])
-            for t, names in keys.items()
-            for key in names
-        }
-        for removed, better in lead.items()
-    }
-    assert choose([[0], [1]], keys, answers(table))["chosen"] == 1
-
-
-def test_a_candidate_dropped_before_a_task_is_compared_on_the_others():
-    rng = np.random.default_rng(5)
-    # More tasks than the first look has questions.
-    keys = {f"t{i}": [f"t{i}q{j}" for j in range(3)] for i in range(choosing.FIRST + 10)}
-    table = {
-        (i,): {k: float(rng.random() < rate) for names in keys.values() for k in names}
-        for i, rate in enumerate((0.95, 0.05))
-    }
-    table[(2,)] = dict(table[(0,)])
-    found = choose([[0], [1], [2]], keys, answers(table))
-    _, dropped, _ = found["candidates"]
-    assert (dropped["dropped"], dropped["questions"]) == (True, choosing.FIRST)
-    assert dropped["difference"] < -0.5
-    assert dropped["p_value"] < 0.01
-    assert found["chosen"] == 0
+    letters = 0.3 * rng.normal(size=(2, 60)) + np.array([[0.0], [0.5]])
+    words = 0.3 * rng.normal(size=(2, 60)) + np.array([[0.1], [0.0]])
+    assert choose({"letters": letters, "words": 30 * words})["chosen"] == 1

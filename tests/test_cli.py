@@ -1,5 +1,6 @@
 """The command line for people and scripts: help, JSON, streams, and the view of a new user."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -24,24 +25,19 @@ from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
 from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
-from isingcut.runs import pipeline
+from isingcut.report.run_files import RunFiles
+from isingcut.runs import evaluating, pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
-from shared import OPTIONS, call, write_jsonl
+from shared import OPTIONS, call, load_json, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of the finished run that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def documented_keys():
     """Return the keys that docs/cli.md promises, by verb."""
-    table = (DOCS / "cli.md").read_text(encoding="utf-8").partition("## Keys of `--json`")[2]
+    table = (DOCS / "cli.md").read_text().partition("## Keys of `--json`")[2]
     found = {}
     for line in table.splitlines():
         if line.startswith("| `"):
@@ -65,7 +61,7 @@ def test_every_verb_has_an_example_json_and_quiet():
 
 
 def test_every_verb_is_documented():
-    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    text = (DOCS / "cli.md").read_text()
     listed = set(re.findall(r"^\| `([\w-]+)` \|", text.partition("## Output")[0], re.MULTILINE))
     assert listed == set(VERBS)
     assert set(documented_keys()) == set(VERBS)
@@ -160,10 +156,10 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, c
     card = model_card(card_parts(run, run, removed))
     assert "How well the energy ranks states was not measured." in card
     assert call("report", run, "--quiet") == 0
-    page = (run / "report.md").read_text(encoding="utf-8")
+    page = (run / "report.md").read_text()
     assert "How well the energy ranks was not measured." in page
     assert "Spearman" not in page
-    html = (run / "report.html").read_text(encoding="utf-8")
+    html = (run / "report.html").read_text()
     assert "Rank correlation of energy and measured loss" not in html
     assert "How well it ranks was not measured." in html
 
@@ -212,11 +208,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     other = answer(capsys, "evaluate", run, "--blocks", "1-3", "--skip-speed")
     assert other["file"] == str(run / "remove-3-blocks-1-2-3" / "evaluation.json")
     page = Path(answer(capsys, "report", run / "remove-3-blocks-1-2-3")["report"])
-    assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text(encoding="utf-8")
-    assert (
-        read_json(run / "remove-3-blocks-1-2-3" / "evaluation.json", "evaluation")["kl"]
-        != (read_json(run / "remove-3" / "evaluation.json", "evaluation")["kl"])
-    )
+    assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
     assert call("evaluate", run, "--blocks", "2,3,4") == 2
     assert "type: isingcut excise" in capsys.readouterr().err
 
@@ -230,7 +222,7 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
 
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
-    manifest = json.loads((run / "run.json").read_text())
+    manifest = load_json(run / "run.json")
     cut = manifest["stages"]["model"]
     manifest["stages"]["remove-2/model.gguf"] = cut
     (run / "run.json").write_text(json.dumps(manifest))
@@ -258,7 +250,7 @@ def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):
     found = answer(capsys, "solve", run, "--remove", "1")
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
     assert call("report", run) == 0
-    assert "is met" not in (run / "report.md").read_text("utf-8"), "it was solved for no budget"
+    assert "is met" not in (run / "report.md").read_text(), "it was solved for no budget"
     assert call("evaluate", run, "--remove", "1..2") == 2
     assert "got 1..2; choose one with --remove M" in capsys.readouterr().err
 
@@ -283,7 +275,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     }
     index = listed["metadata"]["model-index"][0]
     perplexity = index["results"][0]["metrics"][0]
-    page = (run / "report.md").read_text(encoding="utf-8")
+    page = (run / "report.md").read_text()
     assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
     assert f"| {perplexity['value']:.2f} ± {perplexity['name'].rpartition(' ± ')[2]} |" in page
     assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
@@ -414,7 +406,7 @@ assert not heavy, heavy
 
 
 def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, text, tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n")
     write_jsonl(tmp_path / "rows.jsonl", [{"body": "a text"}])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").touch()
@@ -486,7 +478,7 @@ def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_
     assert "benchmarks, the same questions for both models" in printed()
     show.show_ranking(read_document(finished / "candidates.json", CandidatesFile))
     assert "KL (cut, ranking text) 0." in printed()
-    assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text("utf-8")
+    assert "perplexity (patched, unseen text)" in (finished / "report.html").read_text()
 
 
 def test_differences_come_with_their_paired_errors(finished):
@@ -496,7 +488,7 @@ def test_differences_come_with_their_paired_errors(finished):
         assert (row.above_lowest_se == 0) == (row.removed == lowest.removed)
     found = read_document(finished / "evaluation.json", EvaluationFile)
     assert 0 < found.nll_change_se < found.before.nll_se + found.after.nll_se
-    page = (finished / "report.md").read_text(encoding="utf-8")
+    page = (finished / "report.md").read_text()
     assert re.search(r"\| perplexity \|.* [+-][\d.]+ ± [\d.]+ % \|", page)
 
 
@@ -505,6 +497,48 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     assert set(found.elsewhere) == set(found.cut.elsewhere) == {"manual"}
     assert found.elsewhere["manual"].kl != found.kl
     assert "manual (not calibrated on): perplexity" in (finished / "report.md").read_text()
+
+
+def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, capsys):
+    exact = evaluating.measure
+
+    def lower(*given):
+        found = exact(*given)
+        return dataclasses.replace(found, kl_sums=found.kl_sums / 1000)
+
+    plain = (run / "model" / "README.md").read_text()
+    assert "harms" not in plain + RunFiles(run).verdict
+    # The exact cut is made to look better than the patched model.
+    monkeypatch.setattr(evaluating, "measure", lower)
+    for _ in range(2):
+        capsys.readouterr()
+        (run / "evaluation.json").unlink()
+        assert call("evaluate", run, "--skip-speed") == 0
+        said = capsys.readouterr().err.splitlines()
+        first = next(line for line in said if line.startswith("isingcut: warning: "))
+        part = read_document(run / "evaluation.json", EvaluationFile).elsewhere["manual"]
+        assert part.harmed
+        assert part.kl_above_cut == pytest.approx(part.kl, rel=0.01)
+        assert 0 < part.kl_above_cut_se < part.kl_above_cut / 2
+        words = "The patch harms other text: on manual, which the model was not calibrated on"
+        assert words in first
+        assert f"{part.kl:.3f} nats per token, and" in first
+        card = (run / "model" / "README.md").read_text()
+        title, said, *_ = card.split("---\n")[2].strip().split("\n\n")
+        assert title.startswith("# ")
+        assert said.startswith(f"**Warning.** {words}")
+        assert card.replace(f"{said}\n\n", "") == plain
+    assert call("report", run) == 0
+    assert RunFiles(run).verdict.startswith(words)
+    assert words in (run / "report.md").read_text().split("\n\n")[1]
+    assert f'id="verdict">{words}' in (run / "report.html").read_text()
+    monkeypatch.undo()
+    (run / "evaluation.json").unlink()
+    assert call("evaluate", run, "--skip-speed") == 0
+    found = read_document(run / "evaluation.json", EvaluationFile)
+    part, cut = found.elsewhere["manual"], found.cut.elsewhere["manual"]
+    assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
+    assert (run / "model" / "README.md").read_text() == plain
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):
@@ -549,8 +583,8 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()
 
 
-def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_path, printed):
-    page = (finished / "report.html").read_text(encoding="utf-8")
+def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, printed):
+    page = (finished / "report.html").read_text()
     first = page[page.index('<header class="top">') : page.index('<section id="compared"')]
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
@@ -561,7 +595,6 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, tmp_pat
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))
     assert printed().endswith(verdict.replace("`", ""))
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
     assert show.run_data(show.open_finished(run))["verdict"].startswith(verdict[:40])
 
 

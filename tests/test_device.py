@@ -24,7 +24,6 @@ from isingcut.evaluation.answers import answer_scores
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
-from isingcut.measure.curvature import gate_curvature
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -89,10 +88,6 @@ def gate_rows(place, family="llama", streamed=False, seed=None):
     return gate_gradients(replay, random_tokens(), work=Work(32), label_seed=seed)
 
 
-def second(place, kind, family="llama"):
-    return gate_curvature(place.replay(family), random_tokens(), kind).curvature_sums
-
-
 def searched(place):
     evaluator = Evaluator(place.replay(), random_tokens(), Work(32), seed=0)
     evaluator.measure(states(), 3, "measuring")
@@ -142,14 +137,17 @@ def timed(place):
 
 def patched(place, reads):
     given = (place.replay(), random_tokens(), [1, 3], Work(32))
-
-    def chosen(fitting, writes):
-        for write in writes:
-            write.reads = reads
-
-    with mock.patch.object(_Fitting, "_choose_maps", chosen):
+    with mock.patch.object(_Fitting, "ways", (reads,)):
         found = fit_patches(*given)
     return np.concatenate([p.weight.cpu().numpy().ravel() for p in found.patches])
+
+
+def patched_again(place):
+    """Fit the patches of two states with the original's streams of the first kept on the host."""
+    given, kept = (place.replay(), random_tokens()), {}
+    found = [fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])]
+    assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
+    return np.concatenate([p.weight.cpu().numpy().ravel() for f in found for p in f.patches])
 
 
 def distilled(place, family="llama"):
@@ -193,8 +191,6 @@ STEPS = {
     "gradients, drawn labels": lambda p: gate_rows(p, seed=3),
     "gradients, drawn labels, head in one": lambda p: gate_rows(p, "gemma2", seed=3),
     "gradients, streamed": lambda p: gate_rows(p, streamed=True),
-    "hessian": lambda p: second(p, "hessian"),
-    "gauss-newton, head in one": lambda p: second(p, "gauss-newton", "gemma2"),
     "search": searched,
     "search slopes, streamed": streamed_slopes,
     "answers": asked,
@@ -206,6 +202,7 @@ STEPS = {
     "speed and latency": timed,
     "patch of what is read": lambda p: patched(p, True),
     "patch of what is written": lambda p: patched(p, False),
+    "patches of two states": patched_again,
     "distillation": distilled,
     "distillation, head in one": lambda p: distilled(p, "gemma2"),
     "baselines": chosen,

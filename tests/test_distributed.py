@@ -14,7 +14,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import call, write_words
+from shared import call, load_json, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -47,7 +47,7 @@ def alone(place):
 def _typed(place, out, name="pairwise", also=True):
     """Return a measurement as a command line."""
     options = [x for k, v in OPTIONS.items() for x in (f"--{k.replace('_', '-')}", v)]
-    others = ["--also", "hessian"] if also and name == "pairwise" else []
+    others = ["--also", "empirical-fisher"] if also and name == "pairwise" else []
     others += ["--remove", 2] if name == "refined" else []
     return [
         "energy", place / "model", "--calibration", place / "text.txt", "--out", out,
@@ -79,7 +79,7 @@ def _all(place, out, notes):
     Journal.put = noted
     _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    path.write_text(json.dumps(computed), encoding="utf-8")
+    path.write_text(json.dumps(computed))
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
@@ -87,13 +87,13 @@ def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
     ranks.run([0, 0, 0], notes.with_suffix(".err"), _all, place, out, notes)
     for name in (
         *(f"pairwise/{name}" for name in FILES),
-        "pairwise/hamiltonian.hessian.safetensors",
+        "pairwise/hamiltonian.empirical-fisher.safetensors",
         "pairwise/remove-2/candidates.json",
         "fisher/hamiltonian.safetensors",
         "refined/hamiltonian.safetensors",
     ):
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
-    others = [json.loads((tmp_path / f"notes.{r}").read_text()) for r in (1, 2)]
+    others = [load_json(tmp_path / f"notes.{r}") for r in (1, 2)]
     assert all(others), "every process has computed a part"
     said = notes.with_suffix(".err").read_text()
     assert said.count("measuring 21 removals: done") == 1, "one process shows progress"

@@ -3,9 +3,9 @@
 import contextlib
 import importlib.util
 import io
-import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import nbformat
@@ -14,10 +14,11 @@ import typer
 import yaml
 
 from isingcut.cli import main as cli
+from isingcut.errors import ArchitectureError
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_words
+from shared import load_json, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
 
@@ -34,13 +35,15 @@ def script(path):
     """Import a script outside the package as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    # A dataclass of the module looks its annotations up there.
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
 
 def blocks(page, language):
     """Return the fenced code blocks of one language."""
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
@@ -69,7 +72,7 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 def test_the_python_example_runs(place, capsys):
     script(ROOT / "examples" / "prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
-    assert json.loads(Path("smaller/config.json").read_text())["num_hidden_layers"] == 4
+    assert load_json(Path("smaller/config.json"))["num_hidden_layers"] == 4
 
 
 def test_the_config_file_example_is_read():
@@ -112,7 +115,7 @@ def wrong(found):
     ["README.md", *(f"docs/{p}" for p in PAGES), *(f"examples/{p.name}" for p in SCRIPTS)],
 )
 def test_commands_exist_with_their_options(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text()
     if page.endswith(".sh"):
         text = "```bash\n" + text.replace("say isingcut", "isingcut") + "```\n"
     found = list(commands(text))
@@ -131,7 +134,7 @@ isingcut solve my-run --remove 4 && isingcut slove my-run
 
 
 def test_every_page_is_in_the_navigation():
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
     def pages(entry):
         if isinstance(entry, str):
@@ -147,7 +150,7 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_site_ships_no_scripts():
     pathspec = pytest.importorskip("pathspec")
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     left_out = pathspec.GitIgnoreSpec.from_lines(config["exclude_docs"].splitlines())
     scripts = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.py")]
     assert "make_options.py" in scripts
@@ -156,12 +159,22 @@ def test_the_site_ships_no_scripts():
 
 def test_the_tables_of_options_are_those_declared():
     made = script(DOCS / "make_options.py").page()
-    assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run docs/make_options.py"
+    assert (DOCS / "options.md").read_text() == made, "run docs/make_options.py"
+
+
+def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
+    patches = script(DOCS / "make_patches.py")
+    found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
+    *_, hybrid, experts = patches.table(found).splitlines()
+    assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
+    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
+    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
+        patches.absorbers("gemma4", tmp_path / "gemma4")
 
 
 def test_the_architectures_are_those_of_the_sweep():
     make = script(DOCS / "make_architectures.py")
-    assert make.PAGE.read_text(encoding="utf-8") == make.page(), "run docs/make_architectures.py"
+    assert make.PAGE.read_text() == make.page(), "run docs/make_architectures.py"
 
 
 def test_architectures_of_one_outcome_share_a_line():
@@ -185,11 +198,11 @@ def test_pictures_are_small_and_self_contained():
     shown = {
         name
         for page in DOCS.rglob("*.md")
-        for name in re.findall(r"pictures/(\w+)\.svg", page.read_text(encoding="utf-8"))
+        for name in re.findall(r"pictures/(\w+)\.svg", page.read_text())
     }
     assert shown == set(make.PICTURES)
     for name in shown:
-        text = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        text = (DOCS / "pictures" / f"{name}.svg").read_text()
         assert len(text) < 100_000
         assert not re.search(r'(href|src)="http', text)
 
@@ -203,10 +216,10 @@ def test_pictures_are_drawn(tmp_path):
 def test_the_tour_shown_is_the_tour_of_the_script():
     jupytext = pytest.importorskip("jupytext")
     source = jupytext.read(ROOT / "examples" / "tour.py")
-    shown = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    shown = load_json(ROOT / "examples" / "tour.ipynb")
     cells = ["".join(c["source"]) for c in shown["cells"]]
     assert cells == [c.source for c in source.cells]
-    page = (DOCS / "tour.md").read_text(encoding="utf-8")
+    page = (DOCS / "tour.md").read_text()
     assert all(cell in page for cell in cells)
     code = [c for c in shown["cells"] if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
@@ -230,5 +243,5 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
     make = script(ROOT / "examples" / "make_tour.py")
     monkeypatch.setattr(make.NotebookClient, "execute", lambda client: execute(client.nb))
     make.main(tmp_path)
-    page = (tmp_path / "tour.md").read_text(encoding="utf-8")
+    page = (tmp_path / "tour.md").read_text()
     assert "10 blocks before, 7 after" in page

@@ -7,9 +7,10 @@ import stat
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from safetensors.torch import save_file
 
-from isingcut.errors import InputError, OutputExistsError, StageFileError
+from isingcut.errors import OutputExistsError, StageFileError
 from isingcut.files.documents import check_blocks
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER, edges_sha256
@@ -18,12 +19,13 @@ from isingcut.files.results import write_json
 from isingcut.files.states import BaselineFile
 from isingcut.files.writing import atomic_file, atomic_folder
 from run_files import baseline
+from shared import refuses
 
 
 def test_blocks_are_named_by_known_keys_alone(tmp_path):
     found = BaselineFile.model_validate(baseline("mine", [1, 7], 0.5, info={"removed": 99}))
     check_blocks(tmp_path, found, 8)
-    with pytest.raises(StageFileError, match="names block 7"):
+    with refuses("names block 7", StageFileError):
         check_blocks(tmp_path, found, 7)
 
 
@@ -72,11 +74,11 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
     target = tmp_path / "d"
     target.mkdir()
     (target / "mine").write_text("1")
-    with pytest.raises(OutputExistsError, match="--overwrite"), atomic_folder(target):
+    with refuses("--overwrite", OutputExistsError), atomic_folder(target):
         pass
     assert (target / "mine").read_text() == "1"
     with (
-        pytest.raises(OutputExistsError, match="only files of isingcut"),
+        refuses("only files of isingcut", OutputExistsError),
         atomic_folder(target, overwrite=True),
     ):
         pass
@@ -110,9 +112,9 @@ def path(tmp_path):
 def test_rows_come_back_with_their_bits_and_in_their_order(path):
     again = Journal(path, "a")
     assert again.keys() == ["0", "1", "2"]
-    np.testing.assert_array_equal(again.get("1"), np.full((2, 2), 1 + np.pi))
+    assert_array_equal(again.get("1"), np.full((2, 2), 1 + np.pi))
     again.put({"1": np.zeros(3)})
-    np.testing.assert_array_equal(Journal(path, "a").get("1"), np.zeros(3))
+    assert_array_equal(Journal(path, "a").get("1"), np.zeros(3))
     assert Journal(path, "a", lambda key, row: row.shape == (3,)).keys() == ["1"]
     assert os.listdir(path.parent) == ["journal"]
 
@@ -145,5 +147,5 @@ def test_a_full_disk_is_named(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match="no space left on the disk"):
+    with refuses("no space left on the disk"):
         kept.put({"large": np.ones(100)})

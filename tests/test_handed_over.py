@@ -1,7 +1,6 @@
 """A loaded model and a list of texts give the same as the folder and the file; both are freed."""
 
 import gc
-import json
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
-from shared import OPTIONS, leave_speed_out, write_jsonl
+from shared import OPTIONS, leave_speed_out, load_json, refuses, write_jsonl
 from tiny import tiny_checkpoint
 
 # Six blocks have fifteen states, too few to judge an energy, which no test here does.
@@ -63,10 +62,7 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
-    provenance = [
-        json.loads((tmp_path / k / "run.json").read_text(encoding="utf-8"))["provenance"]
-        for k in "ab"
-    ]
+    provenance = [load_json(tmp_path / k / "run.json")["provenance"] for k in "ab"]
     assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
     assert provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
     assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")
@@ -97,7 +93,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
         patch.setattr("isingcut.runs.measuring.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
-    with pytest.raises(OutputExistsError, match=r"made with other options .calibration: was '40"):
+    with refuses(r"made with other options .calibration: was '40", OutputExistsError):
         prune(TEXTS[:-1])
 
 
@@ -107,7 +103,7 @@ def test_texts_no_longer_in_memory_are_named():
         with register_texts(("a", "b")) as again:
             assert again == name
         assert find_object(name) == ["a", "b"]
-    with pytest.raises(InputError, match=r"2 texts in memory .* was passed in Python"):
+    with refuses(r"2 texts in memory .* was passed in Python"):
         find_object(name)
     assert find_object("my-text.txt") is None
 
@@ -122,7 +118,7 @@ def test_texts_no_longer_in_memory_are_named():
     ],
 )
 def test_bad_lists_of_texts(folder, tmp_path, texts, words):
-    with pytest.raises(CalibrationError, match=words):
+    with refuses(words, CalibrationError):
         isingcut.prune(folder / "model", 2, calibration=texts, out=tmp_path / "r", **OPTIONS)
     assert not (tmp_path / "r").exists()
 
@@ -184,8 +180,8 @@ def test_what_is_no_model_or_lacks_its_tokenizer(folder, loaded, tmp_path):
         (torch.nn.Linear(2, 2), tokenizer, "a loaded transformers model, got Linear"),
         (str(folder / "model"), tokenizer, "tokenizer is only for a loaded model"),
     ):
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             isingcut.prune(given, 2, tokenizer=own, out=tmp_path / "r", **OPTIONS)
-    with pytest.raises(InputError, match="prune: random_states must be 0 or at least 30"):
+    with refuses("prune: random_states must be 0 or at least 30"):
         isingcut.prune(model, 2, tokenizer=tokenizer, **{**OPTIONS, "random_states": 1})
     assert not list((tmp_path / "temporary").iterdir())

@@ -21,6 +21,7 @@ from healings import (
     killing,
     models,
     options,
+    result,
     shapes,
     stored,
 )
@@ -29,13 +30,11 @@ from isingcut.data.calibration import build
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import (
     ArchitectureError,
-    InputError,
     IsingcutError,
     OutputExistsError,
     StageFileError,
 )
 from isingcut.files.healings import HealingFile
-from isingcut.files.results import read_json
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
@@ -51,13 +50,13 @@ from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import write_jsonl
+from shared import refuses, write_jsonl
 
 __all__ = ["healed", "models"]
 
 
 def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
-    found = read_json(healed / "healing.json", "healing")
+    found = result(healed)
     assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
     assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -83,7 +82,7 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, 
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     assert not (tmp_path / "b").exists()
-    with pytest.raises(StageFileError, match="unfinished healing with other options"):
+    with refuses("unfinished healing with other options", StageFileError):
         heal(config.replace(seed=7))
     heal(config)
     assert curve(tmp_path / "b") == curve(whole)
@@ -97,12 +96,12 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     config = options(models, out)
     assert heal(config) == out
     for other in (config.replace(seed=7), config.replace(teacher=str(models / "student"))):
-        with pytest.raises(OutputExistsError, match="already exists"):
+        with refuses("already exists", OutputExistsError):
             heal(other)
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with refuses("already exists", OutputExistsError):
         heal(config.replace(text=str(text)))
     (out / "config.json").write_text("{}")
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with refuses("already exists", OutputExistsError):
         heal(config)
     assert (out / "healing.json").stat().st_mtime_ns == before
 
@@ -140,7 +139,7 @@ def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
 
 def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="last:1"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
     assert shapes(out) == shapes(models / "student")
     before, after = stored(models / "student"), stored(out)
@@ -211,7 +210,7 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
 
 def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="lora:4"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
     assert shapes(out) == shapes(models / "student")
     assert not [p.name for p in out.iterdir() if "adapter" in p.name]
@@ -235,7 +234,7 @@ def test_training_in_half_precision(models, tmp_path):
     training = {"max_steps": 2, "adam_beta2": 0.95}
     out = heal(options(models, tmp_path / "out", training, student=student, dtype="bfloat16"))
     assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
 
 
@@ -272,7 +271,7 @@ def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
 def test_processes_that_lack_host_memory_for_their_students_are_refused(models, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(parts, "allowance", lambda limit, device: SimpleNamespace(left=1000))
-    with pytest.raises(InputError, match=r"in 8 processes, 8e-06 GB are free; start fewer"):
+    with refuses(r"in 8 processes, 8e-06 GB are free; start fewer"):
         load_student(models / "student", HealConfig())
 
 
@@ -287,11 +286,11 @@ def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
 
 def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
     assert len(found["steps"]) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
-    other = read_json(alone / "healing.json", "healing")
+    other = result(alone)
     assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
     assert other["steps"] == []
 
@@ -299,14 +298,14 @@ def test_patch_and_distillation_together(models, tmp_path):
 def test_the_patch_is_the_default_once(models, tmp_path):
     default = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["options"]["patch"] == "tuned"
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # A healed model is not the exact cut that a patch is fitted for.
-    with pytest.raises(InputError, match="is healed already, but a patch needs the exact"):
+    with refuses("is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
-    further = read_json(again / "healing.json", "healing")
+    further = result(again)
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
 
@@ -338,21 +337,21 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
     given = {"training": ONCE, "student": str(headless)}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     # The text has ten words, and its tokens are letters, so the splits are alike.
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
     assert "of the report text is in another split too" in alike
     assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
     for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
-        with pytest.raises(ArchitectureError, match="block 0 is removed"):
+        with refuses("block 0 is removed", ArchitectureError):
             heal(options(models, tmp_path / "no", **given, **asked))
 
 
 def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_path):
     student = saved_student(models, tmp_path / "trained", scale=1.01)
     out = heal(options(models, tmp_path / "out", ONCE, student=student, patch=None))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert "patch" not in found
     assert "logits" in found["unpatched"][0]["reason"]
 
@@ -362,14 +361,14 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_
     shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
     out = heal(options(models, tmp_path / "out", student=str(foreign)))
     assert curve(out) == curve(healed)
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert (found["removed"], found["of"]) == ([2, 3], 6)
     again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
-    assert read_json(again / "healing.json", "healing")["removed"] == [2, 3]
+    assert result(again)["removed"] == [2, 3]
 
 
 def bought(folder):
-    return read_json(folder / "healing.json", "healing")["recipe"]
+    return result(folder)["recipe"]
 
 
 def spending(models, out, effort, **changes):
@@ -405,9 +404,6 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
     # Without a common first token, each predicts the next from the last one before.
     other = pieces(TokenSet.from_rows([[1, 2, 3, 4], [5, 6]]), 2)
     assert other.input_ids.tolist() == [[1, 2], [2, 3], [3, 4], [5, 6]]
-    # The only token that counts is not lost at a boundary.
-    answers = pieces(TokenSet.from_rows([[~1, ~2, ~3, ~4, 5], [~6, 7]]), 4)
-    assert [answers.samples, answers.tokens] == [2, 2]
 
 
 def test_a_budget_in_tokens_is_spent(models, tmp_path):
@@ -417,7 +413,7 @@ def test_a_budget_in_tokens_is_spent(models, tmp_path):
     assert found["tokens"] == 5 * 4 * 64
     assert found["seconds"] is None
     assert len(curve(out)) == 5
-    assert read_json(out / "healing.json", "healing")["tokens_seen"] == 5 * 4 * 63
+    assert result(out)["tokens_seen"] == 5 * 4 * 63
     trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
     assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
@@ -446,7 +442,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
 
 
 def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path):
-    with pytest.raises(InputError, match=r"too short: evaluating .*10 steps .*give --effort 1min"):
+    with refuses(r"too short: evaluating .*10 steps .*give --effort 1min"):
         heal(spending(models, tmp_path / "out", "0.0001min"))
     assert not (tmp_path / "out").exists()
 
@@ -459,7 +455,7 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
     config, teacher = HealConfig(effort="3min"), SimpleNamespace(model=None)
     job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
     home._check_effort(job, text.select([0, 1]), patches=False)
-    with pytest.raises(InputError, match=r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
+    with refuses(r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
         home._check_effort(job, text.select([0, 1]), patches=True)
 
 
@@ -483,7 +479,7 @@ def test_a_runs_budget_is_that_of_its_healing():
     assert heal_config(config.replace(heal="10min")).effort == "10min"
     assert heal_config(config.replace(heal=True)).effort == ""
     assert heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
-    with pytest.raises(InputError, match=r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
+    with refuses(r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
         config.replace(heal="soon")
 
 
@@ -493,8 +489,6 @@ def test_a_runs_budget_is_that_of_its_healing():
         (["--heal", "--patch", "cubic"], "--patch must be"),
         (["--patch=linear", "--heal"], "gone"),
         (["--heal", "2h"], "gone"),
-        (["--heal", "all"], "gone"),
-        (["--heal", "9"], "--heal: '9': expected a time"),
         (["--heal=9"], "--heal: '9': expected a time"),
     ],
 )

@@ -8,14 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from healings import Killed, curve, flags_of, healed, killing, models, options, shapes, stored
+from healings import (
+    Killed,
+    curve,
+    flags_of,
+    healed,
+    killing,
+    models,
+    options,
+    result,
+    shapes,
+    stored,
+)
 from isingcut.data.tokens import TokenSet
 from isingcut.files.healings import HealingCheck, HealingFile, HealingStop
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.healing import heal as home
 from isingcut.healing.heal import heal
-from isingcut.healing.job import Domains, difference
+from isingcut.healing.job import Domains
 from isingcut.healing.training import batches, train
+from isingcut.measure.losses import difference
 from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
@@ -70,7 +82,7 @@ class Stops(Domains):
 
 
 def test_checks_are_the_divergence_on_text_held_out(healed):
-    found = read_json(healed / "healing.json", "healing")
+    found = result(healed)
     assert [c["step"] for c in found["checks"]] == [0, 2, 4]
     kl = [sum(c["kl_sums"]) / found["report_tokens"] for c in found["checks"]]
     assert kl[0] == pytest.approx(found["before"]["kl"], rel=1e-4)
@@ -81,7 +93,7 @@ def test_checks_are_the_divergence_on_text_held_out(healed):
 def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch):
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["stopped"] == {"why": "enough", "kept": 2}
     assert len(curve(out)) == 4
     # The kept model is the one at step 2 in a schedule of eight steps.
@@ -105,7 +117,7 @@ def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(models, tmp
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
     assert stored(out) == stored(models / "student")
-    found = read_json(out / "healing.json", "healing")
+    found = result(out)
     assert found["stopped"] == {"why": "no", "kept": 0}
     assert found["after"]["kl"] == found["before"]["kl"]
 
@@ -119,7 +131,7 @@ def test_two_processes_stop_together(models, tmp_path):
     config = options(models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1})
     words = ("--debug", "heal", config.student, *flags_of(config))
     run([0, 0], tmp_path / "said", _stopped, *words)
-    found = read_json(tmp_path / "out" / "healing.json", "healing")
+    found = result(tmp_path / "out")
     assert (found["processes"], found["stopped"]["kept"]) == (2, 2)
     kl = sum(found["checks"][1]["kl_sums"]) / found["report_tokens"]
     assert found["after"]["kl"] == pytest.approx(kl, rel=1e-3)
@@ -168,7 +180,7 @@ def test_two_processes_train_as_one_does(models, healed, tmp_path, room, trainer
     assert len(sharded) == (room < 10**9 or bool(trainer))
     # It resumes as it began, even with more room.
     run([0, 0], tmp_path / "said", _trains, 10**9, 0, *words)
-    found = read_json(tmp_path / "out" / "healing.json", "healing")
+    found = result(tmp_path / "out")
     assert found["processes"] == 2
     for mine, theirs in zip(found["steps"], curve(one), strict=True):
         assert mine["tokens"] == theirs["tokens"]

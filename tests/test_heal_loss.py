@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import card as on_card
 from cards import fake_cards
@@ -63,7 +64,7 @@ def test_divergence_and_its_gradient(dtype, words, rtol):
     (3 * found).backward()
     (3 * expected).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=rtol, atol=1e-6)
+    assert_close(ours.grad.double(), exact.grad, rtol=rtol, atol=1e-6)
 
 
 def test_chunks_of_the_vocabulary_change_nothing():
@@ -89,7 +90,7 @@ def test_chunks_of_the_vocabulary_change_nothing():
         )
         loss.backward()
         results.append((loss.detach(), head.grad, read.grad, sizes))
-    torch.testing.assert_close(results[0][:3], results[1][:3])
+    assert_close(results[0][:3], results[1][:3])
     # No chunk is computed again in the backward pass.
     assert [r[3] for r in results] == [[7], [2, 2, 2, 1]]
 
@@ -126,8 +127,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family,
     before, gradients = found()
     set_dtypes(model, torch.bfloat16)
     after, again = found()
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
-    torch.testing.assert_close(again, gradients, rtol=0, atol=0)
+    assert_close(after, before, rtol=0, atol=0)
+    assert_close(again, gradients, rtol=0, atol=0)
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
     assert plain.get_output_embeddings().weight.dtype == ends

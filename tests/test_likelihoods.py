@@ -258,7 +258,7 @@ def written(model, work, state=0):
 
 def kill_after(goes, monkeypatch):
     """Raise KeyboardInterrupt once, after ``goes`` calls; return the number of texts per call."""
-    counts, generate = list[int](), HFLM._model_generate
+    counts, generate = [], HFLM._model_generate
 
     def killed(self, context, **rest):
         if len(counts) == goes:
@@ -281,7 +281,7 @@ def test_texts_are_the_harness_s(model, state):
 
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
-    went, generate = list[torch.Size](), HFLM._model_generate
+    went, generate = [], HFLM._model_generate
 
     def seen(self, context, **rest):
         went.append(context.shape)

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-import isingcut
 from calibrating import COUNTS, SIZES, chats, decoded, refused, sentences
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.healing_text import to_fit
 from isingcut.data.mixture import Part, Turns, parts_of
-from isingcut.errors import CalibrationError, InputError, StageFileError
+from isingcut.errors import CalibrationError, StageFileError
 from isingcut.evaluation.quality import quality
+from isingcut.files.cuts import CutRecord, PatchedCut, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, PartScores
 from isingcut.files.healings import HealingFile
-from isingcut.files.results import read_document
+from isingcut.healing.patch.checkpoint import split_samples
 from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
-from isingcut.report.words import healing_warnings, paragraphs
+from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from run_files import healing, text_scores
-from shared import OPTIONS, write_jsonl
+from shared import refuses, write_jsonl
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -40,13 +40,13 @@ def tokens_of(tokens, name):
 
 def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_text("a", encoding="utf-8")
+    file.write_text("a")
     assert parts_of(f"wiki=3,{file}=1") == (
         Part("wiki", "wiki", 0.75),
         Part(str(file), "a.txt", 0.25),
     )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "b" / "a.txt").write_text("a")
     names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
     assert names == ["a.txt (1)", "a.txt (2)"]
 
@@ -63,37 +63,30 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
     tmp_path, monkeypatch, name, source, parts
 ):
     monkeypatch.chdir(tmp_path)
-    Path(name).write_text("a", encoding="utf-8")
+    Path(name).write_text("a")
     assert [part.source for part in parts_of(source)] == parts
 
 
+UNLIKE = "its part '{}' is not"
+
+
 @pytest.mark.parametrize(
-    ("source", "part"),
+    ("source", "words"),
     [
-        ("wiki=0.5,self", "self"),
-        ("wiki=half,self=1", "wiki=half,self=1"),
-        ("wiki=0,self=1", "wiki=0"),
-        ("wiki=-1", "wiki=-1"),
-        ("wiki=nan", "wiki=nan"),
-        ("=1", "=1"),
-        ("wiki=1,=1", "=1"),
-        ("no-such=file.txt", "no-such=file.txt"),
+        ("wiki=0.5,self", UNLIKE.format("self")),
+        ("wiki=half,self=1", UNLIKE.format("wiki=half,self=1")),
+        ("wiki=0,self=1", UNLIKE.format("wiki=0")),
+        ("wiki=-1", UNLIKE.format("wiki=-1")),
+        ("wiki=nan", UNLIKE.format("wiki=nan")),
+        ("wiki=1,=1", UNLIKE.format("=1")),
+        ("wiki=1e308,self=1e308", "too large or too unequal"),
+        ("wiki=1e-200,self=1e200", "too large or too unequal"),
+        ("wiki=1,wiki=1", "names 'wiki' twice"),
     ],
 )
-def test_what_is_no_mixture_either_names_the_part(source, part):
-    with pytest.raises(CalibrationError, match=re.escape(f"its part {part!r} is not")):
+def test_what_is_no_mixture_either_names_the_part(source, words):
+    with refuses(words, CalibrationError):
         corpora.check(source)
-
-
-@pytest.mark.parametrize("source", ["wiki=1e308,self=1e308", "wiki=1e-200,self=1e200"])
-def test_weights_that_leave_no_share_are_refused(source):
-    with pytest.raises(CalibrationError, match="too large or too unequal"):
-        corpora.check(source)
-
-
-def test_a_text_is_named_once():
-    with pytest.raises(CalibrationError, match="names 'wiki' twice"):
-        corpora.check("wiki=1,wiki=1")
 
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
@@ -132,14 +125,13 @@ def test_every_split_holds_the_shares_of_tokens(tmp_path, tokenizer):
 
 
 def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokenizer):
-    names = [f"<{i}>{'abcdefgh'[i % 8] * 12}</{i}>" for i in range(120)]
-    # Half of the second text is a copy of the first, with other white space.
-    first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in names[:80]])
-    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f" {t}\n"} for t in names[40:]])
-    owners = {}
+    names = [f"<{i}>{'abcdefgh'[i % 8] * 12}</{i}>" for i in range(30)]
+    # The second text is a copy of the first, with other white space.
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in names])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f" {t}\n"} for t in names])
     for seed in range(4):
+        owners = {}
         found = build(f"{first}=1,{second}=1", tokenizer, **{**SIZES, "seed": seed})
-        owners.clear()
         for name, tokens in found.splits.items():
             for part in set(tokens.parts):
                 own = [i for i, p in enumerate(tokens.parts) if p == part]
@@ -167,7 +159,7 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
     refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
     refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
     refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")
-    with pytest.raises(InputError, match="a mixture of 2 texts needs as many report samples"):
+    with refuses("a mixture of 2 texts needs as many report samples"):
         build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
 
 
@@ -186,7 +178,7 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
         meta = json.loads(json.dumps(built.meta))
         meta["part_of_sample"]["energy"] = bad
         Calibration(built.splits, built.source, meta).save(path)
-        with pytest.raises(StageFileError, match="some samples of energy have no source"):
+        with refuses("some samples of energy have no source", StageFileError):
             Calibration.load(path)
 
 
@@ -211,16 +203,6 @@ def test_the_quality_of_the_parts_adds_up(tmp_path, tokenizer):
     assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
     assert keys.index("b.jsonl: kl") < keys.index("blocks")
     assert {row.key: row.plain("cut") for row in rows}["a.jsonl: kl"] == f"{alone.kl:.4f}"
-
-
-def test_a_part_of_one_sample_has_no_standard_error(llama, tmp_path, no_speed):
-    texts = [numbered(tmp_path / f"{word}.jsonl", word) for word in ("one", "two")]
-    mixture = f"{texts[0]}=0.75,{texts[1]}=0.25"
-    options = {**OPTIONS, "length": 32, "report_samples": 4, "random_states": 0, "remove": 2}
-    run = isingcut.run(model=str(llama), calibration=mixture, out=str(tmp_path / "r"), **options)
-    part = read_document(run / "evaluation.json", EvaluationFile).cut.parts["two.jsonl"]
-    assert part.perplexity > 1
-    assert part.perplexity_se is part.nll_se is None
 
 
 def test_a_state_that_ruins_one_part_is_warned_of():
@@ -268,7 +250,7 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
     said = (f"({i}) the river " + "ran " * (i % 5) for i in range(300))
     messages = [{"messages": [{"role": "user", "content": text}]} for text in said]
     talk = write_jsonl(tmp_path / "chat.jsonl", messages)
-    (tmp_path / "c.txt").write_text("".join(sentences(300)), encoding="utf-8")
+    (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
     used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})
     options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
@@ -328,6 +310,47 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
 
 
+def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    documents = numbered(tmp_path / "a.jsonl", "<")
+    used = build(documents, tokenizer, **SIZES)
+    (measured,) = decoded(tokenizer, used.splits["report"].select([0]))
+    # One article is a document of the calibration, which the patch must not see.
+    known = next(
+        text for text in (f"<{i}. " * 4 for i in range(200)) if text.strip()[:8] in measured
+    )
+    articles = [known, *(f"#{i}# " * 9 for i in range(300))]
+    monkeypatch.setitem(corpora.PACKAGED, "wiki", lambda: iter(articles))
+    monkeypatch.setitem(corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300)))
+    monkeypatch.setattr(healing_text, "has_wiki", lambda: True)
+    monkeypatch.setattr(corpora, "_wiki_file", lambda: None)
+    found, record = to_fit(used, tokenizer, 4000, share=0.25)
+    assert (record.source, record.unmixed) == ("a.jsonl + 75% wiki, 25% python", "")
+    assert record.mixed == pytest.approx(1000, abs=16)
+    assert record.tokens == pytest.approx(4000, abs=32)
+    text = " ".join(decoded(tokenizer, found))
+    assert text.count("#") == pytest.approx(3 * text.count("@"), rel=0.2)
+    assert known.strip() not in text
+    # Held out of the tuning is one sample in eight of both texts.
+    assert "#" in " ".join(decoded(tokenizer, split_samples(found)[1]))
+    for source, share in ((documents, 0.0), (f"{documents}=0.5,wiki=0.5", 0.25)):
+        own = build(source, tokenizer, **SIZES)
+        assert to_fit(own, tokenizer, 4000, share=share)[1].mixed == 0
+    monkeypatch.setattr(healing_text, "has_wiki", lambda: False)
+    _, record = to_fit(used, tokenizer, 4000, share=0.25)
+    assert record.mixed == 0
+    assert corpora.WIKI_PACKAGE in record.unmixed
+    (warning,) = patch_warnings(card_with(record))
+    assert warning.startswith("the patch was fitted on your text alone and may harm other text")
+
+
+def card_with(text):
+    """Return the record of a cut whose patch was fitted on a text."""
+    cut = PatchedCut(removed=[3], block=2, layer="down")
+    patch = PatchRecord(unpatched=[], changed=True, cuts=[cut], text=text)
+    return CutRecord(removed=[3], of=6, patch=patch)
+
+
 def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
     tokenizer = tiny_tokenizer()
     documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
@@ -354,9 +377,9 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
     counts = [found.train.parts.count(name) for name in ("a.jsonl", "b.jsonl")]
     assert min(counts) > 5
     assert abs(counts[0] - counts[1]) <= 1
-    with pytest.raises(CalibrationError, match=r"b\.jsonl is too short: .*of the mixture"):
+    with refuses(r"b\.jsonl is too short: .*of the mixture", CalibrationError):
         healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=200, **options)
-    with pytest.raises(CalibrationError, match="part 'self' of the mixture: healing needs real"):
+    with refuses("part 'self' of the mixture: healing needs real", CalibrationError):
         healing_text.build(f"{documents}=1,self=1", tokenizer, samples=2, **options)
 
 

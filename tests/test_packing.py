@@ -24,7 +24,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, call
+from shared import OPTIONS, call, load_json
 from tiny import in_memory, plain_sums, random_tokens, streamed, without
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -193,4 +193,4 @@ def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, capsy
         assert command in text
         assert f"--token-embedding-type q8_0 model-bf16.gguf model.gguf {kind}" in text
     assert not (run / "model").exists()
-    assert json.loads((run / "run.json").read_text())["complete"]
+    assert load_json(run / "run.json")["complete"]

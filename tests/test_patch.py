@@ -5,7 +5,6 @@ import dataclasses
 from contextlib import contextmanager
 from unittest import mock
 
-import make_patches as patches
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,12 +39,7 @@ def tokens(samples=12, length=24, seed=0):
 
 def fitted(model, removed, text, *, reads=True):
     """Return patches that map a layer's inputs, or its outputs, as with little memory."""
-
-    def chosen(fitting, writes):
-        for write in writes:
-            write.reads = reads
-
-    with mock.patch.object(_Fitting, "_choose_maps", chosen):
+    with mock.patch.object(_Fitting, "ways", (reads,)):
         return fit_patches(replay_of(model), text, removed, Work(96)).patches
 
 
@@ -225,11 +219,11 @@ def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
 def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     model, calls = tiny_model("llama"), []
 
-    def first_fails(fit, held_out):
+    def first_fails(fit, held_out, left):
         calls.append(fit)
         if len(calls) == 1:
             return None
-        return fit_ridge(fit, held_out)
+        return fit_ridge(fit, held_out, left)
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
     found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
@@ -293,12 +287,26 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
 
     assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
     assert outside_row_space(tmp_path / "reads") > 1e-3
-    monkeypatch.setattr(linear, "allowance", lambda *given: Allowance(bytes_of(width), 0))
+    room = Allowance(bytes_of(width, width), 0)
+    monkeypatch.setattr(linear, "allowance", lambda *given: room)
     record = patch_checkpoint(job, tmp_path / "writes")
     assert record.maps == "writes"
     assert record.cuts[0].held_out_error_left < 1
     # W' = (1 + T) W.
     assert outside_row_space(tmp_path / "writes") < 1e-5
+
+
+def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeypatch):
+    # For the map of inputs, that of outputs, and the message.
+    rooms = [0, 0, 0]
+    monkeypatch.setattr(
+        linear, "allowance", lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)
+    )
+    found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
+    (cut,) = found.unpatched
+    assert cut.removed == [2, 2]
+    assert "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB" in cut.reason
+    assert [patch.record.removed for patch in found.patches] == [[4, 4]]
 
 
 def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, monkeypatch):
@@ -492,12 +500,3 @@ def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())
-
-
-def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
-    found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
-    *_, hybrid, experts = patches.table(found).splitlines()
-    assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
-    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
-    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
-        patches.absorbers("gemma4", tmp_path / "gemma4")

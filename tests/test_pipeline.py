@@ -1,7 +1,5 @@
 """The whole job on tiny models: every stage, resuming, refusing, and the command line's errors."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
-from isingcut.errors import InputError, StageFileError
+from isingcut.errors import StageFileError
 from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.models.architectures.blocks import find_stack, skip_blocks
@@ -69,17 +67,8 @@ def test_every_stage_left_its_file(finished):
         "evaluation.json", "report.md", "report.json", "report.html",
     }  # fmt: skip
     assert read_json(finished / "run.json", "run")["complete"] is True
-
-
-def test_the_figures_are_those_of_the_files(finished):
-    found = read_json(finished / "candidates.json", "candidates")
-    assert found["chosen"]["kl"] == min(row["kl"] for row in found["candidates"])
-    assert found["fidelity"]["kl"]["n"] == len(found["candidates"]) + len(found["random"])
-    assert set(found["fidelity_of_others"]) == {"empirical-fisher"}
-    evaluation = read_json(finished / "evaluation.json", "evaluation")
-    assert evaluation["after"]["parameters"] < evaluation["before"]["parameters"]
-    assert evaluation["after"]["bytes"] < evaluation["before"]["bytes"]
-    assert evaluation["kl"] > 0
+    ranked = read_json(finished / "candidates.json", "candidates")
+    assert set(ranked["fidelity_of_others"]) == {"empirical-fisher"}
 
 
 def test_a_second_call_changes_nothing(finished, llama, text):
@@ -88,65 +77,47 @@ def test_a_second_call_changes_nothing(finished, llama, text):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
-def test_another_removal_reuses_the_energy(finished, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    energy = (out / "hamiltonian.safetensors").stat().st_mtime_ns
-    assert call("solve", out, "--remove", 1, "--remove", 3) == 0
-    for m in (1, 3):
-        spectrum = isingcut.Spectrum.load(out / f"remove-{m}" / "spectrum.json")
-        assert (spectrum.states.sum(1) == m).all()
-    assert call("rank", out, "--remove", 3) == 0
-    assert call("excise", out, "--remove", 3) == 0
-    assert call("evaluate", out, "--remove", 3) == 0
-    assert call("report", out, "--remove", 3) == 0
-    assert (out / "remove-3" / "model" / "config.json").is_file()
-    assert (out / "remove-3" / "report.md").is_file()
-    assert (out / "hamiltonian.safetensors").stat().st_mtime_ns == energy
+def test_another_removal_reuses_the_energy(run, capsys):
+    energy = (run / "hamiltonian.safetensors").stat().st_mtime_ns
+    for verb in ("solve", "rank", "excise", "evaluate", "report"):
+        assert call(verb, run, "--remove", 3) == 0
+    assert (run / "remove-3" / "model" / "config.json").is_file()
+    assert (run / "remove-3" / "report.md").is_file()
+    assert (run / "hamiltonian.safetensors").stat().st_mtime_ns == energy
     assert "proven" in capsys.readouterr().out
 
 
-def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(finished, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    kept = read_json(out / "candidates.json", "candidates")["chosen"]["removed"][0]
-    assert call("solve", out, "--keep", kept, "--overwrite") == 0
-    assert call("excise", out) == 2, "the ranking is of the earlier spectrum"
+def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsys):
+    kept = read_json(run / "candidates.json", "candidates")["chosen"]["removed"][0]
+    assert call("solve", run, "--keep", kept, "--overwrite") == 0
+    assert call("excise", run) == 2, "the ranking is of the earlier spectrum"
     assert "is of an earlier energy or spectrum" in capsys.readouterr().err
     with pytest.raises(StageFileError, match="solve and rank again"):
-        _ = isingcut.open_run(out).chosen
-    assert call("rank", out) == 2
+        _ = isingcut.open_run(run).chosen
+    assert call("rank", run) == 2
     assert f"keep: was none, now {kept}" in capsys.readouterr().err
-    assert call("rank", out, "--overwrite") == 0
-    found = read_json(out / "candidates.json", "candidates")
+    assert call("rank", run, "--overwrite") == 0
+    found = read_json(run / "candidates.json", "candidates")
     assert not any(kept in row["removed"] for row in found["candidates"] + found["random"])
-    assert call("baseline", "random", out) == 0
-    violated = read_json(out / "baseline-random.json", "baseline")
+    assert call("baseline", "random", run) == 0
+    violated = read_json(run / "baseline-random.json", "baseline")
     assert (kept in violated["removed"]) == bool(violated["violated"])
-    config = isingcut.runs.folder.RunFolder.open(out).config
+    config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(also="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert call("rank", out, "--overwrite") == 2
+    assert call("rank", run, "--overwrite") == 2
     assert "was solved for another energy or budget; solve again" in capsys.readouterr().err
 
 
-def test_what_quick_has_set_does_not_replace_what_is_typed_later(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    config = read_json(out / "run.json", "run")["config"]
-    change(out / "run.json", "run", config={**config, "quick": True, "random_states": 0})
-    opened = isingcut.runs.folder.RunFolder.open(out).config
+def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
+    config = read_json(run / "run.json", "run")["config"]
+    change(run / "run.json", "run", config={**config, "quick": True, "random_states": 0})
+    opened = isingcut.runs.folder.RunFolder.open(run).config
     assert (opened.random_states, opened.skip_speed) == (0, False)
     assert opened.replace(random_states=40).random_states == 40
 
 
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
-
-
-def test_a_range_beyond_the_model_is_refused_before_it_is_built(llama, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(isingcut.runs.pipeline, "each_removal", None)
-    with pytest.raises(InputError, match="from 1 to 5 for this model of 6 blocks, got 99999"):
-        job(llama, text, tmp_path / "run", remove="4..99999")
 
 
 def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, monkeypatch):
@@ -163,16 +134,14 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path,
     assert read_json(out / "run.json", "run")["complete"] is False
 
 
-def test_a_budget_decides_how_many_blocks_go(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    folder = isingcut.runs.folder.RunFolder.open(out)
+def test_a_budget_decides_how_many_blocks_go(run):
+    folder = isingcut.runs.folder.RunFolder.open(run)
     config = folder.config.replace(remove="", budget="params=30%")
     spectrum = isingcut.runs.solving.solve(folder, config)
     blocks = folder.run.blocks
     costs = np.array([b.parameters for b in blocks.blocks])
     assert (spectrum.states @ costs >= 0.3 * blocks.total_parameters).all()
-    assert folder.target(config.removal) == out / "remove-params-30_"
+    assert folder.target(config.removal) == run / "remove-params-30_"
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(llama, text, tmp_path, capsys):

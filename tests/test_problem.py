@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import InfeasibleError, InputError
+from isingcut.errors import InfeasibleError
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
+from shared import refuses
 
 
 def hamiltonian(n, seed=0):
@@ -22,7 +24,7 @@ def all_states(n):
 
 def test_feasible_and_violations():
     problem = Problem(hamiltonian(4), [con.count(4, 2), *con.keep(4, [0])])
-    np.testing.assert_array_equal(problem.feasible([[0, 1, 1, 0], [1, 1, 0, 0]]), [True, False])
+    assert_array_equal(problem.feasible([[0, 1, 1, 0], [1, 1, 0, 0]]), [True, False])
     assert problem.violations([0, 1, 1, 0]) == []
     broken = problem.violations([1, 1, 1, 0])
     assert [text.split(" (")[0] for text in broken] == ["count", "keep 0"]
@@ -30,7 +32,7 @@ def test_feasible_and_violations():
 
 def test_constraints_are_rows_of_the_hamiltonians_length():
     for rows, words in (([con.count(5, 2)], "is for 5 blocks"), ([con.keep(4, [0])], "unpack a")):
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             Problem(hamiltonian(4), rows)
 
 
@@ -53,17 +55,17 @@ def test_conflicting_constraints_are_named_and_no_others():
 def test_conflicting_constraints_of_one_reason_are_named_together():
     each = [("a", "why"), ("b", "why"), ("c", "")]
     rows = [con.LinearConstraint(x, np.eye(3)[i], "==", 1, y) for i, (x, y) in enumerate(each)]
-    with pytest.raises(InfeasibleError, match=r"removed\); a, b \(why\); c; relax"):
+    with refuses(r"removed\); a, b \(why\); c; relax", InfeasibleError):
         Problem(hamiltonian(3), [con.count(3, 2), *rows]).check()
 
 
 def test_budgets_in_bytes_conflict_too():
     rows = [con.count(6, 2), con.budget("bytes", np.full(6, 3e9), amount=7e9)]
-    with pytest.raises(InfeasibleError, match="budget bytes"):
+    with refuses("budget bytes", InfeasibleError):
         Problem(hamiltonian(6), rows).check()
     rows[1] = con.budget("bytes", np.full(6, 3e9), amount=6e9)
     Problem(hamiltonian(6), rows).check()
-    with pytest.raises(InfeasibleError, match="half a block"):
+    with refuses("half a block", InfeasibleError):
         Problem(
             hamiltonian(6), [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)]
         ).check()
@@ -129,7 +131,7 @@ def test_from_quadratic_is_the_form():
     Q = rng.normal(size=(5, 5))
     x = all_states(5)
     ham = Hamiltonian.from_quadratic(Q, c=0.5)
-    np.testing.assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
+    assert_allclose(ham.energies(x), 0.5 + np.einsum("si,ij,sj->s", x, Q, x))
 
 
 def test_save_and_load(tmp_path):
@@ -138,9 +140,9 @@ def test_save_and_load(tmp_path):
     )
     path = ham.save(tmp_path / "hamiltonian.safetensors")
     back = Hamiltonian.load(path)
-    np.testing.assert_array_equal(back.h, ham.h)
-    np.testing.assert_array_equal(back.J, ham.J)
-    np.testing.assert_array_equal(back.h_error, np.ones(5))
+    assert_array_equal(back.h, ham.h)
+    assert_array_equal(back.J, ham.J)
+    assert_array_equal(back.h_error, np.ones(5))
     assert back.J_error is None
     assert (back.c, back.unit, back.meta) == (ham.c, ham.unit, ham.meta)
     assert [p.name for p in tmp_path.iterdir()] == ["hamiltonian.safetensors"]
@@ -156,7 +158,6 @@ def test_save_and_load(tmp_path):
         ([0.0, 1.0], np.zeros((3, 3)), r"J must have shape \(2, 2\)"),
         ([[0.0, 1.0]], np.zeros((1, 1)), r"h must be a vector .*, got shape \(1, 2\)"),
         ([], np.zeros((0, 0)), "at least one entry"),
-        (["a", "b"], np.zeros((2, 2)), "h must be an array of real numbers"),
         ([[1.0], [1.0, 2.0]], np.zeros((2, 2)), "h must be an array of real numbers"),
         ([1e308, 1e308], np.zeros((2, 2)), r"at most 1e\+100 in size; entry \[0\] is 1e\+308"),
         ([0.0, 1.0], [[0.0, 1e308], [1e308, 0.0]], "J must be finite and at most"),
@@ -165,15 +166,15 @@ def test_save_and_load(tmp_path):
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
-    with pytest.raises(InputError, match=message):
+    with refuses(message):
         Hamiltonian(h, J)
-    with pytest.raises(InputError, match="a quadratic form must be an array of real numbers"):
+    with refuses("a quadratic form must be an array of real numbers"):
         Hamiltonian.from_quadratic([[1.0], [1.0, 2.0]])
 
 
 @pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
 def test_bad_states_are_refused(states):
-    with pytest.raises(InputError, match="states must"):
+    with refuses("states must"):
         random_hamiltonian(3).energies(states)
 
 
@@ -186,32 +187,33 @@ def test_arrays_cannot_be_changed_behind_its_back():
 KINDS = ["attention", "mlp", "attention", "moe", "mlp"]
 
 
-def obeyed(rows, state):
-    return all(row.satisfied(np.array([state]))[0] for row in rows)
+def obeyed(rows, bits):
+    state = np.array([[int(bit) for bit in bits]])
+    return all(row.satisfied(state)[0] for row in rows)
 
 
 def test_count():
-    assert obeyed([con.count(4, 2)], [1, 0, 1, 0])
-    assert not obeyed([con.count(4, 2)], [1, 1, 1, 0])
-    with pytest.raises(InputError, match="cannot remove 5 of 4"):
+    assert obeyed([con.count(4, 2)], "1010")
+    assert not obeyed([con.count(4, 2)], "1110")
+    with refuses("cannot remove 5 of 4"):
         con.count(4, 5)
 
 
 def test_kind_counts_keep_unnamed_kinds():
     rows = con.kind_counts(KINDS, {"attention": 1, "mlp": 2})
-    assert obeyed(rows, [1, 1, 0, 0, 1])
-    assert not obeyed(rows, [1, 1, 0, 1, 1])
-    with pytest.raises(InputError, match=r"no block is of kind 'mamba'; this model has attention"):
+    assert obeyed(rows, "11001")
+    assert not obeyed(rows, "11011")
+    with refuses(r"no block is of kind 'mamba'; this model has attention"):
         con.kind_counts(KINDS, {"mamba": 1})
-    with pytest.raises(InputError, match="cannot remove 2 moe blocks of 1"):
+    with refuses("cannot remove 2 moe blocks of 1"):
         con.kind_counts(KINDS, {"moe": 2})
 
 
 def test_keep_and_drop():
-    assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), [0, 1, 1])
-    assert not obeyed(con.keep(3, [0]), [1, 1, 1])
-    assert not obeyed(con.drop(3, [2]), [1, 1, 0])
-    with pytest.raises(InputError, match="cannot keep block 3"):
+    assert obeyed(con.keep(3, [0]) + con.drop(3, [2]), "011")
+    assert not obeyed(con.keep(3, [0]), "111")
+    assert not obeyed(con.drop(3, [2]), "110")
+    with refuses("cannot keep block 3"):
         con.keep(3, [3])
     assert con.drop(3, np.array([2]))[0].name == "drop 2"
 
@@ -225,44 +227,44 @@ def test_blocks_and_their_numbers_are_whole_numbers(wrong):
         "the number of mlp blocks must be a whole": lambda: con.kind_counts(KINDS, {"mlp": wrong}),
     }
     for words, call in calls.items():
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             call()
-    with pytest.raises(InputError, match="give the blocks to keep as a list, got 1"):
+    with refuses("give the blocks to keep as a list, got 1"):
         con.keep(4, 1)
 
 
 def test_budget_by_share_and_amount():
     costs = [10.0, 20.0, 30.0, 40.0]
     share = con.budget("params", costs, share=0.3)
-    assert obeyed([share], [0, 0, 1, 0])
-    assert obeyed([share], [1, 1, 0, 0])
-    assert not obeyed([share], [0, 1, 0, 0])
+    assert obeyed([share], "0010")
+    assert obeyed([share], "1100")
+    assert not obeyed([share], "0100")
     whole = con.budget("params", costs, share=0.3, total=200.0)
-    assert not obeyed([whole], [0, 0, 1, 0])
-    assert obeyed([con.budget("params", costs, amount=40)], [0, 0, 0, 1])
-    with pytest.raises(InputError, match="either a share or an amount"):
+    assert not obeyed([whole], "0010")
+    assert obeyed([con.budget("params", costs, amount=40)], "0001")
+    with refuses("either a share or an amount"):
         con.budget("params", costs)
-    with pytest.raises(InputError, match="from 0% to 100%"):
+    with refuses("from 0% to 100%"):
         con.budget("params", costs, share=1.5)
 
 
 def test_exact_byte_budgets_survive_rounding():
     costs = np.full(7, 1e9 / 3)
-    assert obeyed([con.budget("bytes", costs, share=3 / 7)], [1, 1, 1, 0, 0, 0, 0])
+    assert obeyed([con.budget("bytes", costs, share=3 / 7)], "1110000")
 
 
 def test_legality_rows():
-    assert obeyed([con.keep_at_least(KINDS, "attention")], [1, 1, 0, 1, 1])
-    assert not obeyed([con.keep_at_least(KINDS, "attention")], [1, 0, 1, 0, 0])
+    assert obeyed([con.keep_at_least(KINDS, "attention")], "11011")
+    assert not obeyed([con.keep_at_least(KINDS, "attention")], "10100")
     rows = con.together(5, [(0, 1), (2, 3, 4)], "period")
-    assert obeyed(rows, [1, 1, 0, 0, 0])
-    assert not obeyed(rows, [0, 0, 1, 1, 0])
+    assert obeyed(rows, "11000")
+    assert not obeyed(rows, "00110")
 
 
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
     wrong = [([np.nan], "==", 0, "finite"), ([0], "==", np.inf, "finite"), ([0], "<", 0, "sense")]
     for row, sense, rhs, words in wrong:
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             con.LinearConstraint("bad", row, sense, rhs)
 
 
@@ -280,13 +282,13 @@ def test_sorted_distinct_and_recomputed(problem):
     spectrum = Spectrum.from_states(problem, x, 3)
     assert len(spectrum) == 3
     assert (np.diff(spectrum.energies) >= 0).all()
-    np.testing.assert_array_equal(spectrum.energies, problem.hamiltonian.energies(spectrum.states))
+    assert_array_equal(spectrum.energies, problem.hamiltonian.energies(spectrum.states))
     assert spectrum.gaps[0] == 0
     assert len({s.tobytes() for s in spectrum.states}) == 3
 
 
 def test_infeasible_states_are_refused(problem):
-    with pytest.raises(InputError, match="violates: count"):
+    with refuses("violates: count"):
         Spectrum.from_states(problem, states((0, 1, 2)), solver="mine")
 
 
@@ -295,7 +297,7 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     x = states((0, 1), (2, 3), (4, 5))
     a = Spectrum.from_states(flat, x)
     b = Spectrum.from_states(flat, x[::-1])
-    np.testing.assert_array_equal(a.states, b.states)
+    assert_array_equal(a.states, b.states)
     assert a.removed(0) == [4, 5]
 
 
@@ -322,7 +324,7 @@ def test_a_spectrum_is_saved_and_loaded(problem, tmp_path):
         info={"nodes": 7},
     )
     back = Spectrum.load(spectrum.save(tmp_path / "spectrum.json"))
-    np.testing.assert_array_equal(back.states, spectrum.states)
-    np.testing.assert_array_equal(back.energies, spectrum.energies)
+    assert_array_equal(back.states, spectrum.states)
+    assert_array_equal(back.energies, spectrum.energies)
     assert back.to_dict() == spectrum.to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["spectrum.json"]

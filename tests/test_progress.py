@@ -3,10 +3,8 @@
 import contextlib
 import hashlib
 import inspect
-import shutil
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -82,7 +80,7 @@ class Bar:
     """A bar that keeps its position and its notes."""
 
     def __init__(self):
-        self.done, self.notes = 0.0, list[str]()
+        self.done, self.notes = 0.0, []
 
     def advance(self, steps=1, note=""):
         self.done += steps
@@ -139,8 +137,8 @@ def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):
     assert bars.done == bars.totals == {"hashing model.gguf": 40}
 
 
-def test_solving_and_proving_show_progress(finished, tmp_path):
-    run, bars = Path(shutil.copytree(finished, tmp_path / "run")), Bars()
+def test_solving_and_proving_show_progress(run, tmp_path):
+    bars = Bars()
     opened = isingcut.open_run(run, remove=1, progress=bars)
     _ = opened.ranking
     assert bars.totals["solving for 1"] == opened.config.solve_seconds

@@ -21,6 +21,7 @@ from isingcut.models.cutting.verify import (
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
+from shared import refuses
 from sweep.images import invent_images
 from tiny import forbids, tiny_model, tiny_tokenizer
 
@@ -75,7 +76,7 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
     cut = cut_of(model, [1], tmp_path)
     proof = verify(model, [1], cut, images=invent_images)
     assert proof.difference == 0.0
-    with pytest.raises(VerificationError, match="differs from the original"):
+    with refuses("differs from the original", VerificationError):
         verify(model, [2], cut)
 
 
@@ -84,14 +85,14 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeyp
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
     monkeypatch.setattr("isingcut.models.cutting.verify._open_cut", lambda *given: (cut, False))
-    with pytest.raises(VerificationError, match="fails on text, but the original without"):
+    with refuses("fails on text, but the original without", VerificationError):
         verify(model, [1], tmp_path)
 
 
 def test_generation_is_compared_despite_masked_logits():
     model = composite("chameleon")
     model.model.layers[2].self_attn.layer_idx = 0
-    with pytest.raises(VerificationError, match="differs from generation"):
+    with refuses("differs from generation", VerificationError):
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
@@ -119,7 +120,7 @@ def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
             return SimpleNamespace(logits=logits.bfloat16())
 
     # One step of bfloat16 at 16 is 0.125: 0.8 % of 16, and 3 % of the usual size.
-    noticed = pytest.raises(VerificationError, match="differs from generation")
+    noticed = refuses("differs from generation", VerificationError)
     with contextlib.nullcontext() if tie else noticed:
         check_generation(Rounded(), torch.arange(6)[None], 1, "the model")
 
@@ -146,9 +147,7 @@ def test_blocks_that_image_features_join_behind_stay(family):
     model = composite(family)
     for removed in ([0], [1, 3]):
         assert forbids(model, removed)
-        with pytest.raises(
-            ArchitectureError, match=r"image features \(DeepStack\) join the stream"
-        ):
+        with refuses(r"image features \(DeepStack\) join the stream", ArchitectureError):
             cut_config(model.config.to_dict(), removed)
     assert not forbids(model, [3, 4, 5])
 
@@ -156,7 +155,7 @@ def test_blocks_that_image_features_join_behind_stay(family):
 def test_deepstack_is_found_where_only_its_class_names_it():
     config = composite("qwen3_vl").config.to_dict()
     del config["vision_config"]["deepstack_visual_indexes"]  # (8, 16, 24) by default
-    with pytest.raises(ArchitectureError, match="behind the first 3 blocks"):
+    with refuses("behind the first 3 blocks", ArchitectureError):
         cut_config(config, [2])
 
 
@@ -168,7 +167,7 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeyp
     monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
-    with pytest.raises(VerificationError, match=r"without blocks \[1\] on text and an image"):
+    with refuses(r"without blocks \[1\] on text and an image", VerificationError):
         verify(model, [1], cut, images=invent_images)
 
 
@@ -181,7 +180,7 @@ def test_places_of_images_are_renumbered_and_never_meet():
     assert cut["spatial_target_layers"] == [2, 3, 3, 9]
     for removed in ([1], [2, 3], [4, 5]):
         assert forbids(model, removed)
-        with pytest.raises(ArchitectureError, match="which must not fall together"):
+        with refuses("which must not fall together", ArchitectureError):
             cut_config(config, removed)
 
 

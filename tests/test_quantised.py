@@ -1,11 +1,11 @@
 """Quantised checkpoints: bytes copied, scales with them, lists renumbered; measured or refused."""
 
-import dataclasses
 import json
 import re
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
@@ -19,10 +19,10 @@ from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load, load_plain
 from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.models.streaming.replay import load_streamed
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
+from shared import load_json, refuses
 from tiny import edit_config, edit_tensors, replay_of, tiny_checkpoint, tiny_model
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
@@ -34,13 +34,13 @@ KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 def test_every_layout_is_read_and_cut(layout, tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
-    config = json.loads((source / "config.json").read_text())
+    config = load_json(source / "config.json")
     assert fp8_layout(source, config) == layout
     model, _ = load_plain(source, torch.float32)
     plain = dict(tiny_model("qwen3").named_parameters())
     for name, value in model.named_parameters():
         # FP8 keeps 3 bits of mantissa, so half a step is 1/16 of a number.
-        torch.testing.assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
+        assert_close(value.data, plain[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [0, 3], tmp_path / "out")
     assert verify(model, [0, 3], tmp_path / "out").difference == 0.0
 
@@ -97,7 +97,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
             before[name].data(),
         )
     if shards:
-        index = json.loads((tmp_path / "patched" / "model.safetensors.index.json").read_text())
+        index = load_json(tmp_path / "patched" / "model.safetensors.index.json")
         assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
         assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
     file, part, name = {
@@ -105,18 +105,12 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
         "compressed-tensors": ("config.json", "quantization_config", "ignore"),
         "modelopt": ("hf_quant_config.json", "quantization", "exclude_modules"),
     }[layout]
-    told = [json.loads((tmp_path / n / file).read_text())[part][name] for n in ("cut", "patched")]
+    told = [load_json(tmp_path / n / file)[part][name] for n in ("cut", "patched")]
     assert told[1] == [*told[0], module]
     again, _ = load_plain(tmp_path / "patched", torch.float32)
     weight = again.get_submodule(module).weight
     assert torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
-    if shards == 20_000 and patch == "linear":
-        teacher = load_streamed(source, dtype="float32", device="cpu")
-        job = dataclasses.replace(job, teacher=teacher)
-        assert patch_checkpoint(job, tmp_path / "streamed") == record
-        for name, tensor in read_checkpoint(tmp_path / "streamed").items():
-            assert tensor.data() == after[name].data()
 
 
 @pytest.mark.parametrize(
@@ -134,23 +128,21 @@ def test_a_float8_tensor_without_its_scale_is_refused(tmp_path):
     quantise(source, "modelopt")
     with edit_tensors(source) as tensors:
         del tensors["model.layers.2.mlp.up_proj.weight_scale"]
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight' has no scale"):
+    with refuses(r"layers\.2\.mlp\.up_proj\.weight' has no scale", CheckpointError):
         dict(dequantise_checkpoint(source, {}, torch.float32))
 
 
 def test_dequantise_spreads_every_kind_of_scale():
     weight = torch.arange(-12.0, 12.0).reshape(4, 6).to(torch.float8_e4m3fn)
     exact = weight.float()
-    torch.testing.assert_close(dequantise(weight, torch.tensor([0.5])), exact * 0.5)
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    torch.testing.assert_close(dequantise(weight, rows), exact * rows[:, None])
-    torch.testing.assert_close(dequantise(weight, rows[:, None]), exact * rows[:, None])
+    assert_close(dequantise(weight, rows[:, None]), exact * rows[:, None])
     tiles = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spread = tiles.repeat_interleave(3, 0)[:4].repeat_interleave(4, 1)[:, :6]
-    torch.testing.assert_close(dequantise(weight, tiles, (3, 4)), exact * spread)
-    with pytest.raises(CheckpointError, match="not one tile per 3 numbers"):
+    assert_close(dequantise(weight, tiles, (3, 4)), exact * spread)
+    with refuses("not one tile per 3 numbers", CheckpointError):
         dequantise(weight, torch.ones(3, 2), (3, 4))
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with refuses("does not fit", CheckpointError):
         dequantise(weight, torch.ones(5))
 
 
@@ -175,11 +167,11 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
         out = tmp_path / f"without-{removed[0]}-{len(removed)}"
         excise(source, removed, out, max_shard_bytes=400_000)
         kept = [i for i in range(52) if i not in removed]
-        config = json.loads((out / "config.json").read_text())
+        config = load_json(out / "config.json")
         assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
         assert config["num_hidden_layers"] == len(kept)
         assert "F8_E4M3" in assert_bytes_follow(source, out, kept)
-        excluded = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+        excluded = load_json(out / "hf_quant_config.json")["quantization"]
         names = [n for n in excluded["exclude_modules"] if n != "lm_head"]
         expected = []
         if 5 in kept:
@@ -194,7 +186,7 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
 
 
 def quantisation(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+    return load_json(folder / "config.json")["quantization_config"]
 
 
 def test_fp8_in_tiles_with_experts_apart(tmp_path):
@@ -208,7 +200,7 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
     wanted = dict(plain.named_parameters())
     for name, value in model.named_parameters():
         # Three bits of mantissa: half a step is 1/16 of a number.
-        torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
+        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=2e-2)
     assert len(replay_of(model)) == 6
     excise(source, [0, 2], out)
     assert "F8_E4M3" in assert_bytes_follow(source, out, [1, 3, 4, 5])
@@ -239,7 +231,7 @@ def test_fp8_with_experts_in_one_tensor(tmp_path):
     assert found["unexpected_keys"] == set()
     wanted = dict(plain.named_parameters())
     for name, value in model.named_parameters():
-        torch.testing.assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
+        assert_close(value.data, wanted[name].data, rtol=1 / 15, atol=1e-3)
     excise(source, [3, 5], out)
     assert verify(model, [3, 5], out).difference == 0.0
 
@@ -266,7 +258,7 @@ def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
     assert not found["missing_keys"]
     parameters = dict(model.named_parameters())
     for name, value in values.items():
-        torch.testing.assert_close(parameters[name].data, value, rtol=0, atol=0)
+        assert_close(parameters[name].data, value, rtol=0, atol=0)
     assert len(replay_of(model)) == 6
     excise(source, [0, 3], out)
     assert "U8" in assert_bytes_follow(source, out, [1, 2, 4, 5])
@@ -279,7 +271,7 @@ def test_bitsandbytes_is_refused_with_the_way_out(tmp_path):
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     wanted = "cut the checkpoint it was made from and quantise the result"
     assert wanted in inspect_model(source).refusal
-    with pytest.raises(ArchitectureError, match=wanted):
+    with refuses(wanted, ArchitectureError):
         excise(source, [0], tmp_path / "out")
-    with pytest.raises(ArchitectureError, match=wanted):
+    with refuses(wanted, ArchitectureError):
         load(source)

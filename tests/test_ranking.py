@@ -136,18 +136,6 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
     assert [r.kl for r in found.candidates] == pytest.approx(whole)
 
 
-def test_without_random_states_the_energy_is_not_judged(ranked):
-    replay, split, problem, spectrum, config = ranked
-    others = {"other": problem.hamiltonian}
-    config = config.replace(random_states=0)
-    found = rank(replay, split, problem, spectrum, others, config, Work())
-    assert found.random == []
-    for judged in (found.fidelity, found.fidelity_of_others["other"]):
-        for j in (judged.kl, judged.nll, judged.kl_random_only):
-            assert (j.n, j.spearman) == (0, None)
-    assert found.chosen.kl == min(row.kl for row in found.candidates)
-
-
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
     tried, measure_patched = [], trials.changed_losses
 

@@ -359,7 +359,7 @@ def compared(*runs, out):
 
 
 def test_two_energies_on_one_text_differ_in_nothing_else(run, tmp_path):
-    other = write_run(tmp_path / "other", energy="hessian", extras=False)
+    other = write_run(tmp_path / "other", energy="fisher", extras=False)
     page, warnings = compared(run, other, out=tmp_path / "c.html")
     assert warnings == []
     assert "They differ in energy; everything else is the same." in page.text

@@ -54,7 +54,7 @@ def files(run):
     """The pages to test: a run, one of 96 blocks, and a comparison of three."""
     large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
     write_report(large)
-    other = write_run(run.parent / "other", energy="hessian", extras=False)
+    other = write_run(run.parent / "other", energy="fisher", extras=False)
     several = run.parent / "compare.html"
     write_comparison([(run, run), (other, other), (large, large)], several)
     return {"run": run / "report.html", "large": large / "report.html", "several": several}

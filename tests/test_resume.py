@@ -17,7 +17,7 @@ from ranks import start
 from shared import OPTIONS as USUAL
 from shared import leave_speed_out, write_words
 
-OPTIONS = {**USUAL, "remove": 2, "also": "hessian", "attention": "sdpa", "batch_tokens": 32}
+OPTIONS = {**USUAL, "remove": 2, "also": "fisher", "attention": "sdpa", "batch_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def _run(place, out, moment):
     _die_at(moment)
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
-        patch.setattr("isingcut.energies.hessian.Hessian.default_samples", 4)
+        patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
         isingcut.run(
             model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
         )

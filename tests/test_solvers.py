@@ -7,6 +7,7 @@ import pytest
 from dwave.samplers import SimulatedAnnealingSampler, TabuSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
 from isingcut.errors import InfeasibleError, InputError, UnknownNameError, VerificationError
 from isingcut.ising import constraints as con
@@ -18,6 +19,7 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
+from shared import refuses
 
 
 def hamiltonian(kind, n, seed):
@@ -38,11 +40,11 @@ N = 12
 
 def test_unknown_solvers_and_options_are_refused():
     problem = Problem(hamiltonian("indefinite", 4, 0), [con.count(4, 2)])
-    with pytest.raises(UnknownNameError, match="did you mean 'tabu'"):
+    with refuses("did you mean 'tabu'", UnknownNameError):
         solve(problem, "taboo")
-    with pytest.raises(InputError, match="heat"):
+    with refuses("heat"):
         solve(problem, "tabu", heat=3)
-    with pytest.raises(InputError, match="'tabu' is already registered") as caught:
+    with refuses("'tabu' is already registered") as caught:
         registry.register("tabu", None)
     assert caught.type is InputError
 
@@ -51,7 +53,7 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
     problem = Problem(hamiltonian("indefinite", 30, 0), [con.count(30, 12)])
     a = solve(problem, "tabu", restarts=3, steps=50, seed=5)
     b = solve(problem, "tabu", restarts=3, steps=50, seed=5)
-    np.testing.assert_array_equal(a.states, b.states)
+    assert_array_equal(a.states, b.states)
 
 
 WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
@@ -105,16 +107,16 @@ def test_tabu_stops_at_its_limit():
 
 @pytest.mark.parametrize("k", [0, -1, 10**9])
 def test_the_number_of_states_is_bounded(k):
-    with pytest.raises(InputError, match="k must be from 1 to 100,000"):
+    with refuses("k must be from 1 to 100,000"):
         solve(WIDE, "tabu", k=k)
 
 
 def test_arguments_of_another_type_are_refused_in_words():
     for k in ("3", True, 1.5):
-        with pytest.raises(InputError, match=f"k must be a whole number, got {k!r}"):
+        with refuses(f"k must be a whole number, got {k!r}"):
             solve(WIDE, "tabu", k=k)
     for name in (3, ["tabu"]):
-        with pytest.raises(UnknownNameError, match="known: auto, dimod, exact, tabu"):
+        with refuses("known: auto, dimod, exact, tabu", UnknownNameError):
             solve(WIDE, name)
 
 
@@ -135,7 +137,7 @@ def test_what_is_no_solution_is_refused(monkeypatch):
         Solution(np.zeros((0, 60), dtype=bool)): "found no state that satisfies",
     }.items():
         monkeypatch.setattr(Odd, "result", result)
-        with pytest.raises(InputError, match=message):
+        with refuses(message):
             solve(WIDE, "odd")
 
 
@@ -193,21 +195,16 @@ def test_infeasible_samples_are_repaired_and_counted(sampler):
 
 
 class Exits(AllOnes):
-    """A sampler that raises an error."""
-
-    def __init__(self, error):
-        self.error = error
+    """A sampler that is interrupted."""
 
     def sample(self, bqm):
-        raise self.error
+        raise KeyboardInterrupt
 
 
-def test_what_a_sampler_raises_is_one_error_but_an_interrupt_is_the_users():
+def test_an_interrupt_of_a_sampler_is_the_users():
     problem = Problem(Hamiltonian(np.zeros(3), np.zeros((3, 3))), [con.count(3, 1)])
-    with pytest.raises(InputError, match=r"the sampler Exits failed: SystemExit: 3"):
-        make("dimod", sampler=Exits(SystemExit(3))).solve(problem, 1)
     with pytest.raises(KeyboardInterrupt):
-        make("dimod", sampler=Exits(KeyboardInterrupt())).solve(problem, 1)
+        make("dimod", sampler=Exits()).solve(problem, 1)
 
 
 def test_a_named_class_gets_its_options(tmp_path, monkeypatch):
@@ -220,7 +217,7 @@ class Low(dimod.Sampler):
         Low.told = options
         return dimod.ExactSolver().sample(bqm)
 """
-    (tmp_path / "own_samplers.py").write_text(source, encoding="utf-8")
+    (tmp_path / "own_samplers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     energy = np.random.default_rng(0).normal(size=(8, 8))
     problem = Problem(Hamiltonian.from_quadratic(energy), [con.count(8, 3)])
@@ -230,7 +227,7 @@ class Low(dimod.Sampler):
 
     assert own_samplers.Low.told == {"heat": 2, "num_reads": 100, "seed": 0}
     assert found.info["ignored"] == ["cold"]
-    np.testing.assert_array_equal(found.states, solve(problem, "exact", k=5).states)
+    assert_array_equal(found.states, solve(problem, "exact", k=5).states)
 
 
 def test_repair_gives_up_where_no_move_helps():
@@ -268,7 +265,7 @@ class Fake:
     ],
 )
 def test_the_kit_finds_faults(fault, message):
-    with pytest.raises(VerificationError, match=message):
+    with refuses(message, VerificationError):
         check_solver(Fake(fault))
 
 
@@ -280,7 +277,7 @@ def test_the_kit_wants_infeasibility_reported():
             except Exception:
                 return Solution(np.zeros((0, problem.n), dtype=bool))
 
-    with pytest.raises(VerificationError, match="must raise InfeasibleError"):
+    with refuses("must raise InfeasibleError", VerificationError):
         check_solver(Silent())
 
 
@@ -348,7 +345,7 @@ def assert_the_k_best(problem, k, **options):
     tolerance = 1e-9 * max(problem.hamiltonian.scale, 1.0)
     assert spectrum.proven
     assert len(spectrum) == wanted.size
-    np.testing.assert_allclose(spectrum.energies, wanted, atol=tolerance)
+    assert_allclose(spectrum.energies, wanted, atol=tolerance)
     assert spectrum.lower_bound <= wanted[0] + tolerance
 
 
@@ -392,7 +389,7 @@ def test_bounds_are_bounds():
     x = x[x.sum(axis=1) == m]
     s = np.column_stack([np.ones(len(x)), 2 * x - 1.0])
     energies = ham.energies(x)
-    np.testing.assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
+    assert_allclose(np.einsum("si,ij,sj->s", s, C, s), energies, atol=1e-12)
     energies -= ham.c
     lowest = energies.min()
     reduced = reduce(Problem(ham, [con.count(n, m)]))
@@ -422,7 +419,7 @@ def test_threads_agree(tree_only):
     problem = Problem(hamiltonian("psd", 20, 3), [con.count(20, 8)])
     one = solve(problem, "exact", k=30, threads=1)
     two = solve(problem, "exact", k=30, threads=2)
-    np.testing.assert_array_equal(one.states, two.states)
+    assert_array_equal(one.states, two.states)
     assert one.info["evaluations"] > 0
 
 
@@ -430,13 +427,13 @@ def test_open_nodes_without_multipliers_are_still_solved(tree_only):
     problem = Problem(hamiltonian("indefinite", 16, 2), [con.count(16, 7)])
     lean = solve(problem, "exact", k=20, memory_mb=0.0)
     rich = solve(problem, "exact", k=20)
-    np.testing.assert_array_equal(lean.states, rich.states)
+    assert_array_equal(lean.states, rich.states)
     assert lean.proven
 
 
 def test_bad_options_are_refused():
     problem = Problem(hamiltonian("psd", 4, 0), [con.count(4, 2)])
-    with pytest.raises(InputError, match="threads"):
+    with refuses("threads"):
         solve(problem, "exact", threads=-1)
-    with pytest.raises(InputError, match="time limit"):
+    with refuses("time limit"):
         solve(problem, "exact", seconds=0.0)

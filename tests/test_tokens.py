@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrating import SIZES, chats, decoded, refused, sentences
-from isingcut.data import healing_text, text_files
+from isingcut.data import calibration, healing_text, text_files
 from isingcut.data import tokens as encoder
 from isingcut.data.calibration import build
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.results import read_json
-from isingcut.report.words import overlap_warnings
+from isingcut.files.runs import CalibrationText
+from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, write_jsonl, write_words
+from shared import call, refuses, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -120,10 +121,10 @@ def test_samples_too_short_for_chance_share_nothing():
 @pytest.fixture
 def leaking(tmp_path):
     """A text in which one passage is repeated many times."""
-    words = write_words(tmp_path / "words.txt").read_text(encoding="utf-8")
+    words = write_words(tmp_path / "words.txt").read_text()
     parts = [words[i : i + 150] + words[-90:] for i in range(0, 3000, 150)]
     path = tmp_path / "leaking.txt"
-    path.write_text(" ".join(parts), encoding="utf-8")
+    path.write_text(" ".join(parts))
     return path
 
 
@@ -143,11 +144,33 @@ def test_a_run_warns_of_text_that_its_splits_share(leaking, llama, tmp_path, no_
         assert f"{shares['report']:.0%} of the report text is in another split too" in line
 
 
+def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, capsys):
+    rows = [f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)]
+    file = write_jsonl(tmp_path / "recipes.jsonl", [{"text": row} for row in rows])
+    # The tiny models have 262 tokens.
+    monkeypatch.setattr(calibration, "_BYTES", 100)
+    options = ["--calibration", file, "--energy", "fisher", "--length", 64, "--samples", 9]
+    options += ["--rank-samples", 4, "--report-samples", 4, "--quiet", "--out", tmp_path / "run"]
+    assert call("energy", llama, *options) == 0
+    found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
+    assert found["repeats"]["report"] > 0.2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
+    assert f"{found['repeats']['report']:.0%} of the report text repeats another split" in line
+
+
 def test_ordinary_text_is_not_warned_of(finished):
     provenance = read_json(finished / "run.json", "run")["provenance"]
     assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance["calibration"]["overlap"]) == []
     assert overlap_warnings({"rank": 0.019}) == []
+    known = {"rank": 0.0, "report": 0.0}
+    text = CalibrationText(
+        source="t", sha256="", splits={}, overlap=known, repeats={"report": 0.17}
+    )
+    assert repeat_warnings(text) == []
+    text.repeats = {"rank": 0.21, "report": 0.34}
+    (line,) = repeat_warnings(text)
+    assert line.startswith("21% of the rank text and 34% of the report text repeats another split")
 
 
 def test_a_healing_records_what_its_report_shares(leaking, tokenizer):
@@ -194,7 +217,7 @@ def test_messages_need_a_chat_template(tmp_path):
 def test_what_a_template_refuses_is_one_line():
     own = tiny_tokenizer()
     own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
-    with pytest.raises(ModelError, match=r"refuses these messages \(.*\)$") as caught:
+    with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
         render_chat(own, [{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value)
     own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
@@ -234,12 +257,12 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
         pytest.MonkeyPatch.context() as patch,
     ):
         path = Path(folder) / "a.txt"
-        path.write_text(text, encoding="utf-8", newline="")
+        path.write_text(text, newline="")
         patch.setattr(text_files, "_PIECE", piece)
         patch.setattr(text_files, "LONGEST", longest)
         found = list(text_files.read_text(path, "a.txt"))[1:]
         expected = []
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(newline="") as file:
             while lines := file.readlines(piece):
                 expected.append("".join(lines))
     assert "".join(found) == text
@@ -250,11 +273,11 @@ def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
 
 
 def test_only_as_much_is_read_as_the_samples_need(tmp_path, tokenizer, monkeypatch):
-    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(sentences(40)) * 20 + "\0")
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     monkeypatch.setattr(text_files, "_PIECE", 1000)
     build(str(tmp_path / "a.txt"), tokenizer, **SIZES)
-    with pytest.raises(CalibrationError, match="NUL"):
+    with refuses("NUL", CalibrationError):
         build(str(tmp_path / "a.txt"), tokenizer, **{**SIZES, "samples": 10**4})
 
 
@@ -266,7 +289,7 @@ def test_a_padding_token_beyond_the_embedding_pads_with_another(tokenizer):
     assert wider.pad_token_id == 262
     assert Encoder(wider, model).pad == 0
     assert Encoder(wider).pad == 262
-    with pytest.raises(CalibrationError, match=r"'<filling>' with id 262, but .* 262 rows"):
+    with refuses(r"'<filling>' with id 262, but .* 262 rows", CalibrationError):
         Encoder(wider, model)("a <filling>")
     model.resize_token_embeddings(263)
     assert 262 in Encoder(wider, model)("a <filling>")

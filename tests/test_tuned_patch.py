@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cards import fake_cards
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.healing.job import Job
 from isingcut.healing.patch import checkpoint as tuning
@@ -14,6 +15,7 @@ from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import skip_blocks, stack_modules
+from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model
 from test_patch import tokens
@@ -103,6 +105,27 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
     paths = {layer.layer for layer in tuned(model, tokens(16)).record.layers}
     assert {"self_attn.o_proj", "mlp.down_proj"} <= paths
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
+
+
+def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(monkeypatch):
+    text = tokens(16)
+    with fake_cards() as (card,):
+        model = tiny_model("llama").to(card.device)
+        whole = tuned(model, text).record
+        gradient = model.model.layers[1].mlp.down_proj.weight.nbytes
+        room = {"cpu": 1 << 30, "lazy": gradient + 40_000}
+        monkeypatch.setattr(tuning, "bytes_of_backward", lambda replay: 0)
+        monkeypatch.setattr(
+            tuning, "allowance", lambda limit, device: Allowance(room[device.type], 0)
+        )
+        found = tuned(model, text).record
+    layers = {(one.block, one.layer) for one in found.layers}
+    assert whole.of == 0
+    assert found.of == len(whole.layers) == 14
+    assert len(layers) < 14
+    wide = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    assert {(block, path) for block in (1, 4) for path in wide} <= layers
+    assert found.held_out_kl[1] < found.held_out_kl[0]
 
 
 def test_three_samples_are_too_few():

@@ -2,10 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +16,23 @@ from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from shared import load_json
 
 __all__ = ["tiny_checkpoint", "tiny_model", "tiny_tokenizer", "without"]
 
 
-def replay_of(model: Any) -> Replay:
+def replay_of(model):
     """Freeze the weights of a model and return its replay."""
     model.requires_grad_(False)
     return Replay(model)
 
 
-def tiny_replay(
-    family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
-) -> Replay:
+def tiny_replay(family="llama", dtype=torch.float32, **changes):
     """Return the replay of a tiny model of a family."""
     return replay_of(tiny_model(family, **changes).to(dtype))
 
 
-def forbids(model: Any, removed: Sequence[int]) -> bool:
+def forbids(model, removed):
     """Return whether a row of legality forbids a state."""
     stack = find_stack(model)
     state = np.zeros((1, len(stack)), dtype=bool)
@@ -45,28 +41,28 @@ def forbids(model: Any, removed: Sequence[int]) -> bool:
 
 
 @contextmanager
-def edit_config(folder: Path) -> Iterator[dict[str, Any]]:
+def edit_config(folder):
     """Yield the ``config.json`` of a folder, and write it back afterwards."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = load_json(folder / "config.json")
     yield config
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @contextmanager
-def edit_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+def edit_tensors(folder):
     """Yield the tensors of a folder's single file, and write them back afterwards."""
     tensors = load_file(folder / "model.safetensors")
     yield tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def random_tokens(lengths: Sequence[int] = (14, 9, 14, 11)) -> TokenSet:
+def random_tokens(lengths=(14, 9, 14, 11)):
     """Return samples of random tokens."""
     rng = np.random.default_rng(0)
     return TokenSet.from_rows([rng.integers(8, 200, k).tolist() for k in lengths])
 
 
-def without(model: Any, removed: Sequence[int]) -> Any:
+def without(model, removed):
     """Return a copy of a model without the removed blocks, for forward passes without a cache."""
     cut = copy.deepcopy(model)
     stack = find_stack(cut)
@@ -81,19 +77,19 @@ def without(model: Any, removed: Sequence[int]) -> Any:
     return cut
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path):
     """Return the number of rows of a journal."""
     return path.read_bytes().count(b"\n")
 
 
-def keep_rows(path: Path, rows: int, *, torn: int = 0) -> None:
+def keep_rows(path, rows, *, torn=0):
     """Keep the first rows of a journal, and after them ``torn`` rows without their end."""
     head, *lines = path.read_bytes().split(b"\n")
     cut = [line[:-3] for line in lines[rows : rows + torn]]
     path.write_bytes(b"\n".join([head, *lines[:rows], *cut]))
 
 
-def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray:
+def plain_sums(first, second, tokens):
     """Return (3, S) float64: NLL of both models and KL of counted tokens, sample by sample."""
     columns = []
     for s in range(tokens.samples):
@@ -112,25 +108,25 @@ def plain_sums(first: Any, second: Any, tokens: TokenSet) -> np.ndarray:
 CPU = torch.device("cpu")
 
 
-def samples() -> TokenSet:
+def samples():
     return random_tokens((12, 9, 12))
 
 
-def some_states(n: int, count: int = 6) -> np.ndarray:
+def some_states(n, count=6):
     return np.random.default_rng(1).random((count, n)) < 0.4
 
 
-def in_memory(folder) -> Replay:
+def in_memory(folder):
     return replay_of(load(folder, dtype="float32", device="cpu").model)
 
 
-def streamed(folder) -> StreamedReplay:
+def streamed(folder):
     return StreamedReplay(*open_model(folder, dtype=torch.float32, device=CPU))
 
 
-def watch(replay: StreamedReplay) -> list[set[str]]:
+def watch(replay):
     """Record which parts have weights at each call of a block; check that two buffers hold them."""
-    seen: list[set[str]] = []
+    seen = []
     text, head = replay.text, replay.model.get_output_embeddings()
     outer = {"embed": text.get_input_embeddings(), "head": head}
     modules = {**{str(i): block for i, block in enumerate(replay.blocks)}, **outer}

@@ -17,8 +17,6 @@ tie_regret_percent_STAGE  gain of the lowest patched KL among the candidates wit
     standard errors of the lowest mean
 near_gain_percent_STAGE  the same within two standard errors or 5 %, which is the rule of a run
 patched_choice_gain_percent_STAGE  the same among all three
-worst_part_gain_percent_STAGE  gain of the near candidate whose highest KL on a part of the text is
-    lowest; mixed texts only
 best_gain_percent_STAGE  gain of the lowest patched KL on the unseen text itself, an upper bound of
     the other patched gains
 """
@@ -48,7 +46,8 @@ from isingcut.runs.session import Session
 from studies.runner import Content, Part
 from studies.runner_models import ModelStudy, State, mean_loss
 
-LONGER, NEAR = 1.25, trials.NEAR
+LONGER = 1.25
+NEAR = trials.NEAR
 STAGES = ("cut", "patched")
 WEB = "calib_text/c4_300"
 
@@ -72,13 +71,15 @@ class Choice(ModelStudy):
     @cached_property
     def sources(self) -> dict[str, str]:
         """Calibration texts by name."""
-        chats, code = self.texts.conversations(), self.texts.trained_code()
-        web, books = self.texts.halves(WEB)[0], self.options.data / "calib_text"
+        chats = self.texts.conversations()
+        code = self.texts.trained_code()
+        web = self.texts.halves(WEB)[0]
+        books = self.options.data / "calib_text"
         return {
             "default": TEXT,
             "conversations": chats,
             "web pages": web,
-            "maths": self.texts.source("maths"),
+            "maths": self.texts.problems(),
             "Python": code,
             "Wikipedia": "wiki",
             "four kinds": ",".join(f"{place}=0.25" for place in ("wiki", chats, web, code)),
@@ -154,7 +155,8 @@ class Choice(ModelStudy):
 
     def _judge(self, run: Session, removed: State, new: Any) -> Content:
         """Return a state's KL on unseen texts by sample, cut, and patched with ``new``."""
-        state, work = states_of(len(run.replay), [removed]), Work(run.batch_tokens)
+        state = states_of(len(run.replay), [removed])
+        work = Work(run.batch_tokens)
         found = {}
         for name, text in self.unseen.items():
             cut = measure(run.replay, text, state, work).kl_sums[0]
@@ -173,10 +175,12 @@ class Choice(ModelStudy):
 
     @staticmethod
     def show(content: Content) -> dict[str, Any]:
-        rows, o = content["texts"], content["settings"]
+        rows = content["texts"]
+        o = content["settings"]
         print(f"\n{content['provenance']['model']} without {o['remove']} blocks")
         print("text, passes of the search and of a longer one, KL above it; near candidates")
-        regrets, gains = [], dict[str, list[Any]]()
+        regrets = []
+        gains = dict[str, list[Any]]()
         for row in rows:
             regrets.append(100 * (row["ended"]["kl"] / row["longer"]["kl"] - 1))
             passes = f"{row['ended']['passes']:.1f}, {row['longer']['passes']:.1f}"
@@ -222,7 +226,4 @@ def _rules(near: list[Content]) -> dict[str, int]:
 
     found = {"tie_regret": min(level, key=patched), "near_gain": min(close, key=patched)}
     found["patched_choice_gain"] = min(range(len(near)), key=patched)
-    if near[0].get("parts"):
-        worst = [max(part["kl"] for part in row["parts"].values()) for row in near]
-        found["worst_part_gain"] = min(close, key=worst.__getitem__)
     return found

@@ -12,24 +12,23 @@ from studies.choice.study import Choice, _rules
 from studies.runner import Content
 
 
-def candidate(kl: float, patched: float, parts: list[float], error: float = 0.01) -> Content:
+def candidate(kl: float, patched: float) -> Content:
     unseen = {"c4": {"cut": [4 * kl], "patched": [2 * patched], "counts": [2]}}
-    losses = {str(i): {"kl": part} for i, part in enumerate(parts)}
-    shared: Content = {"removed": [1], "above_lowest_se": error, "unseen": unseen}
-    return {**shared, "kl": kl, "patched_kl": patched, "parts": losses}
+    shared: Content = {"removed": [1], "above_lowest_se": 0.01, "unseen": unseen}
+    return {**shared, "kl": kl, "patched_kl": patched}
 
 
 NEAR = [
-    candidate(1.0, 0.8, [1.0, 1.2]),
-    candidate(1.015, 0.7, [1.0, 1.1]),
-    candidate(1.04, 0.6, [1.05, 1.3]),
+    candidate(1.0, 0.8),
+    candidate(1.015, 0.7),
+    candidate(1.04, 0.6),
 ]
 
 
 def test_rules() -> None:
-    rules = {"tie_regret": 1, "near_gain": 2, "patched_choice_gain": 2, "worst_part_gain": 1}
+    rules = {"tie_regret": 1, "near_gain": 2, "patched_choice_gain": 2}
     assert _rules(NEAR) == rules
-    far = [*NEAR[:2], candidate(1.06, 0.6, [1.0, 1.0])]
+    far = [*NEAR[:2], candidate(1.06, 0.6)]
     assert _rules(far) == {**rules, "near_gain": 1}
 
 

@@ -145,7 +145,8 @@ def _write_source(subject: Subject, folder: Path) -> None:
 
 
 def _as_on_hubs(path: Path, pattern: str) -> None:
-    config, dropped = read(path), {"layers_block_type"}
+    config = read(path)
+    dropped = {"layers_block_type"}
     if "E" not in pattern:
         dropped |= {
             k for k in config if k in ROUTER or "expert" in k or k.startswith(("moe_", "mtp_"))
@@ -173,7 +174,8 @@ def make_files(subject: Subject, folder: Path, converter: Path) -> Content:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run, text = folder / "run", folder / "text.txt"
+    run = folder / "run"
+    text = folder / "text.txt"
     source = folder / "source" if subject.family else resolve(PACKAGED)
     if subject.family:
         _write_source(subject, source)

@@ -52,7 +52,8 @@ from studies.runner import Content, Part, Study, read, write
 WORKER = Path(__file__).with_name("worker.py")
 KEPT = 50
 """Number of highest logits kept at each step."""
-TIE, PACKED_TIE = 0.001, 0.5
+TIE = 0.001
+PACKED_TIE = 0.5
 """Largest gaps of near-ties, in general and for packed weights."""
 ROWS = (
     ("transformers", "transformers", "checkpoint", "source"),
@@ -193,11 +194,13 @@ def greedy(
     liked = []
     with torch.no_grad(), skip_blocks(model, removed):
         for ids in prompts:
-            grown, steps = list(ids), []
+            grown = list(ids)
+            steps = []
             for _ in range(new_tokens):
                 logits = model(torch.tensor([grown]), use_cache=False).logits[0, -1].float()
                 top = logits.topk(KEPT)
-                tokens, values = top.indices.tolist(), top.values.tolist()
+                tokens = top.indices.tolist()
+                values = top.values.tolist()
                 steps.append({str(t): v for t, v in zip(tokens, values, strict=True)})
                 grown.append(tokens[0])
             liked.append(steps)
@@ -217,7 +220,8 @@ def ask(client: str, python: Path, job: Content, seconds: float) -> Content:
         "GGML_NO_BACKTRACE": "1",
     }
     with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        question = Path(folder) / "job.json"
+        answer = Path(folder) / "answer.json"
         write(question, job)
         command = [str(python), str(WORKER), client, str(question), str(answer)]
         try:

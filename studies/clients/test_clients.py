@@ -87,7 +87,8 @@ def test_an_error_is_one_line_with_what_the_program_said() -> None:
 
 
 def test_a_client_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
-    job, answer = tmp_path / "job.json", tmp_path / "answer.json"
+    job = tmp_path / "job.json"
+    answer = tmp_path / "answer.json"
     job.write_text(json.dumps({"model": "none", "prompts": [[1]], "new_tokens": 1}))
     # -S: without site-packages, so that no client is installed.
     worker = [sys.executable, "-S", str(WORKER)]

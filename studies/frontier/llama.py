@@ -35,7 +35,8 @@ def quantise(source: Path, kind: str, out: Path) -> None:
     library = importlib.import_module("llama_cpp")
     library._logger.set_verbose(False)
     options = library.llama_model_quantize_default_params()
-    options.nthread, options.allow_requantize = 1, True
+    options.nthread = 1
+    options.allow_requantize = True
     options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     part = out.with_suffix(".part")
     if library.llama_model_quantize(bytes(source), bytes(part), options):
@@ -45,8 +46,10 @@ def quantise(source: Path, kind: str, out: Path) -> None:
 
 def measure(model: Path, samples: Sequence[Row], reference: Path) -> list[tuple[float, float]]:
     """Return KL and NLL of every sample; the first model writes its logits as the reference."""
-    llama, found = open_model(model, len(samples[0]), logits_all=True), []
-    shape, first = (*np.shape(samples), llama.n_vocab()), not reference.exists()
+    llama = open_model(model, len(samples[0]), logits_all=True)
+    found = []
+    shape = (*np.shape(samples), llama.n_vocab())
+    first = not reference.exists()
     place = reference.with_suffix(".part") if first else reference
     rows: Any = np.memmap(place, np.float32, "w+" if first else "r", shape=shape)
     for row, ids in zip(rows, samples, strict=True):
@@ -63,7 +66,8 @@ def measure_speed(models: Sequence[Path], tokens: Row) -> list[tuple[float, floa
     """Return each model's rates of prefill and of decoding 16 tokens, per second of CPU time."""
     found = []
     for model in models:
-        llama, times = open_model(model, len(tokens) + 32, logits_all=False), []
+        llama = open_model(model, len(tokens) + 32, logits_all=False)
+        times = []
         # The first evaluation reads the file into memory.
         for ids in (tokens[:16], tokens, *([t] for t in tokens[:16])):
             llama.eval(ids)

@@ -37,9 +37,11 @@ from studies.runner_models import ModelStudy, State, key
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 STATES: Sequence[State] = ((), (16, 17), (14, 16, 17, 18), range(13, 19), (5, *range(12, 19), 26))
 """Removed blocks: the lowest states that searches on this model found."""
-LAST, ROUNDS = "-last", 3
+LAST = "-last"
+ROUNDS = 3
 FILES = [(s, t) for t in TYPES for s in STATES]
-WEIGHTS, KV_BYTES = 134_515_008, 2 * 3 * 64 * 2
+WEIGHTS = 134_515_008
+KV_BYTES = 2 * 3 * 64 * 2
 """Weights of the whole model; bytes per token and block: keys and values, 3 heads, 64 float16."""
 KEYS = {"bytes": 1, "decode": -1, "prefill": -1, "memory_4k": 1, "memory_32k": 1}
 """Keys to compare files by; 1: lower is better, -1: higher is better."""
@@ -82,7 +84,8 @@ class Frontier(ModelStudy):
         """Wikipedia leads of a run's report text, then as many samples of C4."""
         sizes = {"samples": 16, "rank_samples": 16, "report_samples": 32, "length": 256, "seed": 0}
         made = build("wiki=0.75,python=0.25", self.original.tokenizer, **sizes)
-        leads, web = made.splits["report"], self.judged_text("c4").rows
+        leads = made.splits["report"]
+        web = self.judged_text("c4").rows
         found = [r for r, part in zip(leads.rows, leads.parts, strict=True) if part == "wiki"]
         return found[: len(web)] + web
 
@@ -99,7 +102,8 @@ class Frontier(ModelStudy):
         (folder / f"remove-{len(removed)}" / "model.gguf").rename(out)
 
     def _measure(self, removed: State, name: str, _: Path) -> Content:
-        whole, out = self._file((), name.removesuffix(LAST)), self._file(removed, name)
+        whole = self._file((), name.removesuffix(LAST))
+        out = self._file(removed, name)
         if removed and name == "F16":
             self._cut(self.options.model, removed, whole, out)
         elif name.endswith(LAST):
@@ -108,8 +112,11 @@ class Frontier(ModelStudy):
             source = packed_model() if name == "F16" else self._file(removed, "F16")
             llama.quantise(source, name, out)
         found = llama.measure(out, self.samples, self.work / "reference.f32")
-        (kl, nll), errors = np.mean(found, 0), np.std(found, 0, ddof=1) / len(found) ** 0.5
-        blocks, size, ppl = 30 - len(removed), out.stat().st_size, float(np.exp(nll))
+        kl, nll = np.mean(found, 0)
+        errors = np.std(found, 0, ddof=1) / len(found) ** 0.5
+        blocks = 30 - len(removed)
+        size = out.stat().st_size
+        ppl = float(np.exp(nll))
         row = {f"memory_{k}k": size + k * 1024 * KV_BYTES * blocks for k in (4, 32)}
         row |= {"kl": float(kl), "kl_se": errors[0], "ppl": ppl, "ppl_se": ppl * errors[1]}
         row = {"blocks": blocks, "type": name, "bytes": size, **row}
@@ -121,7 +128,8 @@ class Frontier(ModelStudy):
         return {"rates": dict(zip(files, rates, strict=True))}
 
     def collect(self) -> Content:
-        points, rounds = self.rows("point"), [part["rates"] for part in self.under("speed")]
+        points = self.rows("point")
+        rounds = [part["rates"] for part in self.under("speed")]
         for name in rounds[0]:
             ratios = np.median([np.divide(r[name], r["30/F16"]) for r in rounds], 0)
             points[name] |= zip(("prefill", "decode"), ratios.tolist(), strict=True)

@@ -7,10 +7,12 @@ same text and seed: Wikipedia leads, conversations and Python code. `--steps` ma
 lengths: separate trainings, all on the first of the `--samples` in the same order. `--method` and
 `--rate` may change between calls with one work folder.
 
-States of the methods in `--tuned` also get the tuned patch, which is the product's default without
-distillation. Every stage is evaluated on text that nothing was chosen, fitted or trained on.
-`--model coder` is the second model. (In `healing.json` the state to heal was chosen by a trial of
-20 steps, code of 70bd966; it was the method's own each time.)
+The stages of a state: `cut` alone; `patched` by least squares; `tuned`, with the patch tuned on the
+loss; `healed`, distilled from the patched model. Checkpoints that no other stage starts from are
+deleted. States of the methods in `--tuned` also get the tuned patch, which is the product's default
+without distillation. Every stage is evaluated on text that nothing was chosen, fitted or trained
+on. `--model coder` is the second model. (In `healing.json` the state to heal was chosen by a trial
+of 20 steps, code of 70bd966; it was the method's own each time.)
 
 Figures, for M removed blocks, pooled over all tokens of the evaluation texts, with the `--prefix`
 of the results file in front; each `over` has a paired standard error, `_se`:
@@ -22,40 +24,67 @@ healed_ppl_over_best_peer_M_TOKENS  healed perplexity over that of the best peer
   below 1 is a win
 kl_over_best_peer_M, cut_ppl_over_best_peer_M  the ratios of KL and perplexity before any repair
 
+With `--tasks` every stage is also asked the questions of lm-evaluation-harness. The means are over
+the tasks without generation, paired by question, with 95 % intervals: each stage's minus that of
+the first stage with answers, and isingcut's minus another method's at the same stage.
+
 `patches.json` is from commit 70bd966, when patches were fitted and tuned on conversations and
 Wikipedia leads alone. `patch.json` has the patch tuned on 65,536 tokens, read once in steps of 512;
-that of `healing.json` read 32,768 twice, in steps of 2,048.
+that of `healing.json` read 32,768 twice, in steps of 2,048. `answers.json` and
+`answers_coder.json` are of the study `accuracy` before it became part of this one, the second from
+commit 70bd966; its stages `last3` (the last blocks removed, and the last three remaining ones
+trained), `length` and `channel` (the stream rescaled after each cut) have no code any more.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from isingcut.data.healing_text import HealingText
+from isingcut.evaluation.quality import sample_sums
+from isingcut.evaluation.scores import score_states
+from isingcut.healing.heal import heal_checkpoint
+from isingcut.healing.job import Job
 from isingcut.measure.losses import standard_error
-from isingcut.options.config import TEXT
+from isingcut.measure.work import Work
+from isingcut.models import load as models
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.options.config import TEXT, HealConfig
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read
 from studies.runner_choices import TOP, Setting, choose, cost
-from studies.runner_models import key, mean_loss
-from studies.runner_repair import RECIPE, RepairStudy
+from studies.runner_models import ModelStudy, State, key, loss_row, mean_loss
 
 USUAL_RATE = 3e-4
 
 
-class Healing(RepairStudy):
+class Healing(ModelStudy):
     """Study of our repaired state and the peers' repaired states."""
 
     name = "healing"
     judged = ("wikitext2", "c4", "instruct", "code")
-    settings = (*RepairStudy.settings[: -len(RECIPE)], "state_tokens")
+    settings = (
+        *ModelStudy.settings,
+        *("samples", "batch", "patch_tokens", "tasks", "state_tokens"),
+    )
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
+        add("--method", default="full", help="of healing: full, lora or last:N")
+        add("--steps", type=numbers, default=[40], help="of trainings")
+        add("--samples", type=int, help="of the training text; by default what the steps see")
+        add("--batch", type=int, default=8)
+        add("--rate", type=float, default=3e-4, help="highest learning rate")
+        add("--patch-tokens", type=int, default=32768)
+        add("--tasks", nargs="*", default=[])
         add("--remove", type=numbers, default=[9, 6, 12])
         add("--methods", nargs="*", default=[OURS, *PEERS], help="those of `runner_choices`")
         add("--states", type=Path, help="JSON file with blocks of methods; others are chosen")
@@ -63,16 +92,96 @@ class Healing(RepairStudy):
         add("--prefix", default="", help="of the names of figures")
         add("--tuned", nargs="*", default=[], help="those of the methods to patch by tuning, too")
 
+    @cached_property
+    def text(self) -> HealingText:
+        """Text for fitting patches and for healing, with held-out samples."""
+        o = self.options
+        samples = o.samples or max(max(o.steps) * o.batch, -(-o.patch_tokens // o.length))
+        return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
+
+    def _config(self, stage: str, steps: int) -> HealConfig:
+        o = self.options
+        config = HealConfig(
+            length=o.length,
+            seed=o.seed,
+            dtype=o.dtype,
+            patch_tokens=o.patch_tokens,
+            batch_tokens=o.batch_tokens,
+        )
+        if stage in ("patched", "tuned"):
+            patch = "tuned" if stage == "tuned" else "linear"
+            return config.replace(patch=patch, method="none")
+        settings = {"max_steps": steps, "per_device_train_batch_size": o.batch}
+        settings |= {"learning_rate": o.rate, "save_steps": 25}
+        return config.replace(patch="none", method=o.method, trainer=settings)
+
+    def repair(self, removed: State, stage: str, steps: int = 0, name: str = "") -> Part:
+        """Return the part that brings a state to a stage, from the one before, and evaluates it.
+
+        Args:
+            steps: training steps.
+            name: folder of the part; by default the stage.
+        """
+        o = self.options
+
+        def make(journal: Path) -> Content:
+            folder = self.work / "models" / key(removed)
+            cut = folder / "cut"
+            out = folder / (name or stage)
+            if not cut.exists():
+                excise(self.original.folder, list(removed), cut)
+            start = cut if stage in ("patched", "tuned") else folder / "patched"
+            # An existing checkpoint is complete: its evaluation was killed.
+            if not out.exists():
+                # Four samples are enough for the record; the evaluation texts measure the gain.
+                text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
+                config = self._config(stage, steps)
+                job = Job(self.original, tuple(removed), start, text.train, out, config)
+                heal_checkpoint(job, text, out)
+            record = read(out / "healing.json")
+            found = {
+                "tokens_seen": record.get("tokens_seen"),
+                "stopped": record.get("stopped"),
+                "training": [step["loss"] for step in record["steps"]],
+                **self._judged(models.load(out, dtype=self.original.dtype_name), journal),
+            }
+            if stage != "patched":
+                shutil.rmtree(out)
+            return found
+
+        seen = (4.5 if o.method == "full" else 3) * steps * o.batch * o.length
+        if stage in ("patched", "tuned"):
+            seen = o.patch_tokens * (6 if stage == "tuned" else 2.2)
+        asked = sum(map(self.question_tokens, o.tasks))
+        judged = 2 * o.judged_tokens * len(self.judged)
+        return Part(f"{name or stage}/{key(removed)}", make, seen + asked + judged)
+
+    def _judged(self, loaded: models.LoadedModel, journal: Path) -> Content:
+        """Return the losses and answers of a model."""
+        both = (self.original.model, loaded.model)
+        losses = {}
+        accuracy = {}
+        for name in self.judged:
+            tokens = self.judged_text(name)
+            _, nll, kl = sample_sums(*both, tokens, Work(self.options.batch_tokens))
+            losses[name] = loss_row(kl, nll, tokens)
+        for task in self.options.tasks:
+            work = self.working(journal.with_name(f"{journal.name}-{task}"))
+            (scores,) = score_states(loaded, self.prepared(task), [()], work)
+            accuracy[task] = self.answer_row(scores)
+        return {"losses": losses, "accuracy": accuracy}
+
     def choosing(self, method: str, m: int) -> Part:
         """Return the part that chooses the blocks of a method."""
-        o, n = self.options, len(self.replay)
+        o = self.options
+        n = len(self.replay)
         given = read(o.states).get(str(m), {}).get(method) if o.states else None
 
         def make(journal: Path) -> Content:
             if given:
                 return {"removed": sorted(given)}
             text = self.texts.samples(TEXT, o.state_tokens)
-            setting = Setting(self.replay, text, text, text, self.working(journal), o.seed, {})
+            setting = Setting(self.replay, text, text, self.working(journal), o.seed, {})
             name = method.removesuffix(f"-top{TOP}")
             return {"removed": choose(name, setting, [m])[method][0]["removed"]}
 
@@ -92,7 +201,8 @@ class Healing(RepairStudy):
         """Return a state's finished trainings by tokens, and by recipe if it is not the usual."""
         found = {}
         for path in sorted((self.work / "parts/healed").glob(f"*/{key(removed)}.json")):
-            usual, (recipe, _, steps) = f"full-{USUAL_RATE:g}", path.parent.name.rpartition("-")
+            usual = f"full-{USUAL_RATE:g}"
+            recipe, _, steps = path.parent.name.rpartition("-")
             tokens = f"{(content := read(path))['tokens_seen'] / 1e6:.2g}M"
             name = tokens + f" {recipe}" * (recipe != usual)
             # Two lengths may round to the same tokens.
@@ -106,6 +216,7 @@ class Healing(RepairStudy):
             return found
         states = [s for m in o.remove for s in self.chosen(m).values()]
         found += [p for text in self.judged for p in self.losses(text, [(), *states])]
+        found += [p for task in o.tasks for p in self.answers(task, [(), *states])]
         for m in o.remove:
             rows = self.chosen(m)
             found += [self.repair(removed, "patched") for removed in rows.values()]
@@ -118,15 +229,20 @@ class Healing(RepairStudy):
     def collect(self) -> Content:
         removals = {}
         original = {text: self.rows(f"losses/{text}")["original"] for text in self.judged}
+        answers = {task: self.rows(f"answers/{task}") for task in self.options.tasks}
+
+        def right(name: str) -> Content:
+            return {"accuracy": {t: rows[name] for t, rows in answers.items() if name in rows}}
+
         for m in self.options.remove:
             rows = {}
             for method, removed in self.chosen(m).items():
                 cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
-                stages = {"cut": judged_stage(cut, original)}
+                stages = {"cut": judged_stage(cut, original) | right(key(removed))}
                 for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
                     found = self.read(f"{stage}/{key(removed)}")
-                    right = {"accuracy": found["accuracy"]}
-                    stages[stage] = judged_stage(found["losses"], original) | right
+                    rest = {"accuracy": found["accuracy"]}
+                    stages[stage] = judged_stage(found["losses"], original) | rest
                 for name, found in self.trainings(removed).items():
                     rest = {k: found[k] for k in ("tokens_seen", "stopped", "training", "accuracy")}
                     stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
@@ -136,7 +252,7 @@ class Healing(RepairStudy):
         where = o.states.name if o.states else f"chosen on {o.state_tokens} tokens of {TEXT}"
         settings = {k: getattr(o, k) for k in self.settings} | {"prefix": o.prefix}
         made = {"settings": settings, "states_from": where, "provenance": self.provenance()}
-        return {**made, "removals": removals}
+        return {**made, "original": right("original"), "removals": removals}
 
     show = staticmethod(show)
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from math import exp
+from typing import Any
 
 import numpy as np
 
 from isingcut.measure.losses import standard_error
 from studies.runner import Content
-from studies.runner_models import as_bits, difference
 
 OURS = "isingcut"
 PEERS = ("block-influence", "angular-window", "sleb")
 STAGES = ("cut", "patched", "tuned")
 """Stages before the trainings; those are named by their tokens, such as `healed 0.1M`."""
+GENERATED = "gsm8k"
+"""Task that no mean over tasks includes."""
 
 
 def show(content: Content) -> dict[str, float]:
     """Print the tables and return the figures."""
-    settings, figures = content["settings"], {}
+    settings = content["settings"]
+    figures = {}
     print(f"states: {content['states_from']}; settings: {settings}")
+    if accuracy := content.get("original", {}).get("accuracy"):
+        print(f"original{_shares(accuracy)}")
     for m, rows in content["removals"].items():
         _table(m, rows)
         if OURS in rows:
@@ -43,9 +48,11 @@ def paired(first: Content, second: Content, what: str) -> tuple[float, float, in
 
 def _table(m: str, rows: Content) -> None:
     print(f"\n{m} blocks removed")
-    header = f"{'':<17}{'stage':<13}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
-    print(f"{header}  perplexity/KL by text; blocks; tokens seen")
+    header = f"{'':<27}{'stage':<13}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
+    print(f"{header}  perplexity/KL by text; blocks; tokens seen; right answers, in percent")
+    ours = rows.get(OURS, {"stages": {}})["stages"]
     for method, row in rows.items():
+        asked = [s["accuracy"] for s in row["stages"].values() if s.get("accuracy")]
         for stage, found in row["stages"].items():
             pooled = found["pooled"]
             won = f"{'':>10}" if stage == "cut" else f"{_recovered(row, stage):9.1f}%"
@@ -56,20 +63,37 @@ def _table(m: str, rows: Content) -> None:
                 tail += "; " + " ".join(map(str, row["removed"]))
             if "tokens_seen" in found:
                 tail += f"; {found['tokens_seen']} tokens" + "; stopped" * bool(found["stopped"])
-            if right := found.get("accuracy"):
-                tail += _right(right, row["stages"]["patched"]["accuracy"])
+            if accuracy := found.get("accuracy"):
+                tail += f"{_shares(accuracy)}, {_points(asked[0], accuracy)}"
+                same = ours.get(stage, {}).get("accuracy")
+                if same and method != OURS:
+                    tail += f"; {OURS} minus it {_points(accuracy, same)}"
             print(
-                f"{method:<17}{stage:<13}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
+                f"{method:<27}{stage:<13}{exp(pooled['nll']):>11.3f}{pooled['kl']:>8.4f}"
                 f"{pooled['kl_se']:>7.4f}{won}  {tail}"
             )
 
 
-def _right(accuracy: Content, patched: Content) -> str:
-    """Return the right answers by task, and their mean less the patched model's, with 95 %."""
-    shares = {task: 100 * as_bits(row["right"]).mean() for task, row in accuracy.items()}
-    gap, error = difference(patched, accuracy, [*accuracy])
-    mean = f"mean {np.mean([*shares.values()]):.1f}, {100 * gap:+.1f} ± {196 * error:.1f}"
-    return f"; {', '.join(f'{t} {share:.1f}' for t, share in shares.items())}; {mean}"
+def _shares(accuracy: Content) -> str:
+    """Return the percentage of right answers by task, and their mean."""
+    shares = {task: _bits(row).mean() for task, row in accuracy.items()}
+    words = ", ".join(f"{task} {100 * share:.1f}" for task, share in shares.items())
+    shares.pop(GENERATED, None)
+    return f"; {words}; mean {100 * np.mean([*shares.values()]):.1f}"
+
+
+def _points(first: Content, second: Content) -> str:
+    """Return the mean of second - first over tasks of the same questions, with a 95 % interval."""
+    shared = [task for task in first if task in second and task != GENERATED]
+    pairs = [(_bits(first[task]), _bits(second[task])) for task in shared]
+    gaps = [b - a for a, b in pairs if len(a) == len(b)]
+    error = np.sqrt(sum(rows.var(ddof=1) / len(rows) for rows in gaps)) / len(gaps)
+    return f"{100 * np.mean([rows.mean() for rows in gaps]):+.1f} ± {196 * error:.1f}"
+
+
+def _bits(row: Content) -> Any:
+    """Return 1 (right) or 0 (wrong) for each question (Q,)."""
+    return np.array(list(row["right"]), dtype=float)
 
 
 def _tuning(rows: Content) -> None:
@@ -86,13 +110,19 @@ def _tuning(rows: Content) -> None:
 
 
 def _recovered(row: Content, stage: str) -> float:
-    """Return the percentage of the lost log-perplexity that is recovered at a stage."""
-    cut, now = (row["stages"][s]["pooled"] for s in ("cut", stage))
-    return float(100 * (cut["nll"] - now["nll"]) / (cut["nll"] - cut["original_nll"]))
+    """Return the percentage of the log-perplexity lost on a stage's texts that is recovered."""
+    lost = 0.0
+    recovered = 0.0
+    for name, now in row["stages"][stage]["texts"].items():
+        cut = row["stages"]["cut"]["texts"][name]
+        lost += cut["tokens"] * (cut["nll"] - cut["original_nll"])
+        recovered += cut["tokens"] * (cut["nll"] - now["nll"])
+    return 100 * recovered / lost
 
 
 def _figures(m: str, rows: Content) -> dict[str, float]:
-    ours, found = rows[OURS], dict[str, float]()
+    ours = rows[OURS]
+    found = dict[str, float]()
     for stage in ours["stages"]:
         tokens = stage.removeprefix("healed ").replace(" ", "_")
         if stage == "tuned":
@@ -100,7 +130,7 @@ def _figures(m: str, rows: Content) -> dict[str, float]:
         elif stage == "cut":
             found |= _over_peers(rows, stage, "kl", f"kl_over_best_peer_{m}")
             found |= _over_peers(rows, stage, "nll", f"cut_ppl_over_best_peer_{m}")
-        elif stage != "patched":
+        elif stage.startswith("healed"):
             found[f"recovered_percent_{m}_at_{tokens}"] = _recovered(ours, stage)
             name = f"healed_ppl_over_best_peer_{m}_{tokens}"
             found |= _over_peers(rows, stage, "nll", name)

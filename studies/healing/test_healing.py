@@ -18,11 +18,10 @@ PEERS = ("block-influence", "angular-window", "sleb")
 
 
 @pytest.fixture(scope="module")
-def content(
-    tiny: list[str], healed: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Content:
+def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Content:
     work = tmp_path_factory.mktemp("healing")
-    words = [*tiny, *healed, "--remove", "2", "--state-tokens", "96", "--tuned", "isingcut"]
+    words = [*tiny, "--remove", "2", "--state-tokens", "96", "--tuned", "isingcut"]
+    words += ["--batch", "2", "--patch-tokens", "960", "--questions", "6"]
     words += ["--samples", "40", "--steps", "1,2", "--work", str(work / "work")]
     words += ["--methods", "isingcut", *PEERS, "last", "--tasks", "arc_easy"]
     runner.run(Healing, words)
@@ -44,10 +43,11 @@ def test_every_stage_is_judged(content: Content, capsys: pytest.CaptureFixture[s
     # The longer training begins with the same samples.
     assert long["training"][0] == short["training"][0]
     assert set(ours["stages"]["cut"]["texts"]) == set(Healing.judged)
-    rows = [ours["stages"][name] for name in ("patched", *trainings)]
+    rows = [ours["stages"][name] for name in ("cut", "patched", *trainings)]
+    rows.append(content["original"])
     assert all(len(row["accuracy"]["arc_easy"]["right"]) == 6 for row in rows)
     figures = Healing.show(content)
-    assert "; arc_easy " in capsys.readouterr().out
+    assert "; isingcut minus it " in capsys.readouterr().out
     assert {
         "recovered_percent_2_at_9.2e-05M",
         "recovered_percent_2_at_4.6e-05M_lora-0.002",
@@ -129,3 +129,21 @@ def test_differences_are_paired() -> None:
     # Residuals of the gaps 1 and 0 around 1/12 per token: 2/3 and -2/3.
     assert gap == pytest.approx(1 / 12)
     assert error == pytest.approx(math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
+
+
+def test_accuracies_are_compared_by_question(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = method(4.0, 3.75, 3.4)
+    peer = copy.deepcopy(OTHERS["sleb"])
+    tasks = ("piqa", "arc_easy")
+    for stage, bits in (("cut", "1100"), ("tuned", "1011")):
+        right = {task: {"right": bits} for task in tasks}
+        ours["stages"][stage]["accuracy"] = {**right, "gsm8k": {"right": "01"}}
+        peer["stages"][stage]["accuracy"] = {task: {"right": "1100"} for task in tasks}
+    figures(isingcut=ours, sleb=peer)
+    lines = capsys.readouterr().out.splitlines()
+    # Gaps of 0, -1, 1, 1: variance 11/12, two tasks alike. GSM8K is not in the mean.
+    gap = f"+25.0 ± {196 * (2 * 11 / 12 / 4) ** 0.5 / 2:.1f}"
+    (tuned,) = (line for line in lines if line.startswith("isingcut") and " tuned " in line)
+    assert tuned.endswith(f"; piqa 75.0, arc_easy 75.0, gsm8k 50.0; mean 75.0, {gap}")
+    (tuned,) = (line for line in lines if line.startswith("sleb") and " tuned " in line)
+    assert tuned.endswith(f"mean 50.0, +0.0 ± 0.0; isingcut minus it {gap}")

@@ -9,8 +9,6 @@ costs are counted in passes over the pool too: the same budget measures fewer st
 `refined` takes its own default budget, and `refined-joint` that of one search for all numbers. KL
 is to the original model, in nats per token.
 
-`--model DIR --calibration FILE --judge FILE` compares the methods on any other model and text.
-
 Figures, from the table of the first text that blocks are chosen on:
 
 refined_kl_over_best_baseline_M  KL of `refined` over the lowest KL of all other methods (the
@@ -25,8 +23,8 @@ refined_mean_kl_over_best_baseline  the mean over the numbers of removals of the
 refined_price_over_sleb  passes of `refined` over those of SLEB for the same number of removals, or
     the ratio of heads if that is larger; the maximum over numbers and seeds.
 
-The committed file also holds, from commit 70bd966, accuracies, the rank correlations of energies
-with measured losses (spearman_ENERGY_M) and a long evolution (refined_tokens_over_evopress).
+The committed file also holds, from commit 70bd966, accuracies and the rank correlations of energies
+with measured losses.
 """
 
 from __future__ import annotations
@@ -53,43 +51,31 @@ class Quality(ModelStudy):
     name = "quality"
     judged = ("wikitext2", "c4", "instruct")
     defaults: ClassVar[Content] = {"judged_tokens": 8192}
-    settings = (*ModelStudy.settings, "calibration", "pool", "search_pool", "judge")
+    settings = (*ModelStudy.settings, "pool", "search_pool")
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
-        add("--calibration", default="wiki", help="text to choose on")
-        add("--judge", action="append", help="text to judge on instead of the three standard ones")
         add("--remove", type=numbers, default=[3, 6, 9, 12, 15], help="numbers of blocks")
         add("--second-remove", type=numbers, default=[6, 12], help="the same on instructions")
         add("--pool", type=int, default=8, help="samples to choose on")
         add("--search-pool", type=int, default=16, help="samples for evopress and refined")
         add("--seeds", type=int, default=3, help="runs of methods that are random")
 
-    @property
-    def judged_names(self) -> tuple[str, ...]:
-        return tuple(self.options.judge or self.judged)
-
-    def judged_text(self, name: str) -> TokenSet:
-        if self.options.judge:
-            return self.texts.samples(name, self.options.judged_tokens)
-        return super().judged_text(name)
-
     @cached_property
     def pools(self) -> dict[str, tuple[TokenSet, TokenSet]]:
         """Pool and search pool, by the name of the text that blocks are chosen on."""
         o = self.options
         sizes = [samples * o.length for samples in (o.pool, o.search_pool)]
-        own = "wiki" if o.calibration == "wiki" else "own"
-        found = {own: tuple(self.texts.samples(o.calibration, t) for t in sizes)}
-        if not o.judge:
-            chats = self.texts.conversations()
-            found["instruct"] = tuple(self.texts.samples(chats, t, chat=True) for t in sizes)
-        return found  # type: ignore[return-value]
+        chats = self.texts.conversations()
+        wiki, wide = (self.texts.samples("wiki", tokens) for tokens in sizes)
+        few, more = (self.texts.samples(chats, tokens, chat=True) for tokens in sizes)
+        return {"wiki": (wiki, wide), "instruct": (few, more)}
 
     def choosing(self, text: str, method: str, seed: int) -> Part:
         """Return the part of a method's choices on a text, for all numbers of blocks."""
-        o, (pool, wide) = self.options, self.pools[text]
+        o = self.options
+        pool, wide = self.pools[text]
         removals = o.second_remove if text == "instruct" else o.remove
 
         def make(journal: Path) -> Content:
@@ -98,7 +84,7 @@ class Quality(ModelStudy):
                 rows = self.read(f"choose/{text}/sleb-s0")["choices"]["sleb"]
                 budgets = {r["remove"]: r["passes"] for r in rows}
             work = self.working(journal)
-            setting = Setting(self.replay, pool, wide, pool, work, seed, budgets)
+            setting = Setting(self.replay, pool, wide, work, seed, budgets)
             found = choose(method, setting, removals)
             return {"text": text, "pool_tokens": int(pool.mask.sum()), "choices": found}
 
@@ -112,7 +98,7 @@ class Quality(ModelStudy):
                 joint = ("refined-joint",) if i == 0 else ()
                 found += [self.choosing(text, method, seed) for method in (*SEEDED, *joint)]
         states = [row["removed"] for row in self.choices()]
-        return found + [p for t in self.judged_names for p in self.losses(t, [(), *states])]
+        return found + [p for t in self.judged for p in self.losses(t, [(), *states])]
 
     def choices(self) -> list[Content]:
         """Return all choices that are finished."""
@@ -124,9 +110,8 @@ class Quality(ModelStudy):
         ]
 
     def collect(self) -> Content:
-        found = {Path(t).name: self.rows(f"losses/{t}") for t in self.judged_names}
+        found = {text: self.rows(f"losses/{text}") for text in self.judged}
         losses = {text: rows for text, rows in found.items() if rows}
-        minutes = {s: sum(p["seconds"] for p in self.under(s)) / 60 for s in ("choose", "losses")}
         return {
             "provenance": {
                 **self.provenance(),
@@ -134,7 +119,6 @@ class Quality(ModelStudy):
             },
             "judged": {text: judged_text(rows) for text, rows in losses.items()},
             "tables": tables(self.choices(), losses),
-            "minutes": {name: round(value, 1) for name, value in minutes.items()},
         }
 
     show = staticmethod(show)

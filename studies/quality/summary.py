@@ -5,8 +5,6 @@ from __future__ import annotations
 from math import exp
 from typing import Any
 
-import yaml
-
 from studies.quality.tables import OURS
 from studies.runner import Content
 
@@ -24,9 +22,7 @@ def show(content: Content) -> dict[str, float]:
         _table(table, p["tokens_chosen_on"].get(table["chosen_on"]))
     _accuracy(content.get("accuracy", []))
     _estimators(content.get("estimators", []))
-    if large := content.get("large"):
-        print("\n" + yaml.safe_dump(large, default_flow_style=None, sort_keys=False, width=100))
-    print("\nminutes: " + ", ".join(f"{k} {v:g}" for k, v in content["minutes"].items()) + "\n")
+    print()
     return _figures(content)
 
 
@@ -42,14 +38,18 @@ def _table(table: Content, pool: int) -> None:
     print(f"{'method':<28}{'runs':>5}{'passes':>8}{'heads':>7}{head}")
     last = losses[texts[-1]]["kl"]["methods"]
     for entry in sorted(table["methods"], key=lambda e: float(last[e["method"]]["value"])):
-        name, cells = entry["method"], ""
+        name = entry["method"]
+        cells = ""
         for text in texts:
-            kl, nll = losses[text]["kl"], losses[text]["nll"]
+            kl = losses[text]["kl"]
+            nll = losses[text]["nll"]
             loss = nll["methods"][name]["value"]
             perplexity = f"{exp(loss):.2f}" if loss < 20 else "> 1e8"
             cells += f"{kl['methods'][name]['value']:>11.4f}{_mark(kl, name)}"
             cells += f"{perplexity:>10}{_mark(nll, name)}"
-        runs, passes, heads = len(entry["runs"]), entry["passes"], entry["heads"]
+        runs = len(entry["runs"])
+        passes = entry["passes"]
+        heads = entry["heads"]
         print(f"{name:<28}{runs:>5}{passes:>8.1f}{heads:>7.0f}{cells}")
     for name in OURS:
         for text in texts:
@@ -119,15 +119,6 @@ def _figures(content: Content) -> dict[str, float]:
         found[f"refined_kl_over_best_baseline_{table['remove']}"] = ratio
     if tables:
         found |= _over_all(tables)
-    for name in ("pairwise", "empirical-fisher-2048"):
-        for part in content.get("estimators", []):
-            value = part["energies"][name]["all"]["spearman"]
-            found[f"spearman_{name.replace('-', '_')}_{part['remove']}"] = value
-    if large := content.get("large"):
-        final = large["evopress"]["trace"][-1]["kl"]
-        reached = [s["token_passes"] for s in large["refined"]["trace"] if s["kl"] <= final]
-        spent = large["evopress"]["passes"] * large["evopress"]["pool_tokens"]
-        found["refined_tokens_over_evopress"] = min(reached) / spent
     return found
 
 

@@ -81,16 +81,19 @@ def compare(losses: Mapping[str, Rows], keys: Mapping[str, str], what: str) -> C
     names = list(keys)
     sums = {t: np.array([r[k][what] for k in keys.values()]) for t, r in losses.items()}
     counts = {t: np.array(r[keys[names[0]]]["counts"]) for t, r in losses.items()}
-    drawn, held = np.zeros((RESAMPLES, len(names))), np.zeros((RESAMPLES, 1))
+    drawn = np.zeros((RESAMPLES, len(names)))
+    held = np.zeros((RESAMPLES, 1))
     for place, text in enumerate(sorted(losses)):
         m = len(counts[text])
         draw = np.random.default_rng([0xB007, place])
         weights = draw.multinomial(m, np.full(m, 1 / m), RESAMPLES)
         drawn += weights @ sums[text].T
         held += (weights @ counts[text])[:, None]
-    draws, whole = drawn / held, np.concatenate(list(sums.values()), 1)
+    draws = drawn / held
+    whole = np.concatenate(list(sums.values()), 1)
     tokens = np.concatenate(list(counts.values()))
-    means, errors = whole.sum(1) / tokens.sum(), standard_error(whole, tokens)
+    means = whole.sum(1) / tokens.sum()
+    errors = standard_error(whole, tokens)
     lowest = int(np.argmin(means))
     found: Content = {"lowest": names[lowest], "methods": {}}
     for i, name in enumerate(names):

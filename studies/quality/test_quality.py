@@ -65,19 +65,10 @@ def test_figures_follow_from_the_tables(content: Content) -> None:
     over = []
     for table in content["tables"][:2]:
         entries = {e["method"]: e for e in table["methods"]}
-        runs, sleb = entries["refined"]["runs"], entries["sleb"]
+        runs = entries["refined"]["runs"]
+        sleb = entries["sleb"]
         over += [max(r[unit] for r in runs) / sleb[unit] for unit in ("passes", "heads")]
     assert figures["refined_price_over_sleb"] == pytest.approx(max(over), rel=1e-3)
-
-
-def test_any_text_is_judged_on(
-    tiny: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ["--judge", str(data / "calib_text/c4_300.jsonl"), "--remove", "2", "--seeds", "1"]
-    words = [*tiny, *SIZES, *own, "--work", str(tmp_path / "work")]
-    runner.run(Quality, words)
-    runner.run(Quality, [*words, "--collect", "--results", str(tmp_path / "own.json")])
-    assert "judged on c4_300.jsonl: " in capsys.readouterr().out
 
 
 def test_intervals_are_paired() -> None:

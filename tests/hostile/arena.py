@@ -15,7 +15,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,16 @@ class Row:
     stdin: str = ""
 
 
+def rows(cases):
+    """Return rows from tuples (name, command, line, preparation)."""
+    return [Row(*case) for case in cases]
+
+
+def parametrised(table):
+    """Run a test once for each row of a table."""
+    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
+
+
 class TooSlowError(BaseException):
     """A row exceeded its time limit."""
 
@@ -63,12 +73,12 @@ class Arena:
 
     here: Path
 
-    def __getattr__(self, name: str) -> Path:
+    def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         return self.here / {"text": "text.txt"}.get(name, name)
 
-    def try_row(self, row: Row) -> str:
+    def try_row(self, row):
         """Run a row, check all that it expects, and return its stdout."""
         row.prepare(self)
         places = {n: str(getattr(self, n)) for n in ("model", "run", "text", "home", "here")}
@@ -95,14 +105,22 @@ class Arena:
         assert not changed, f"changed or made: {sorted(changed)}\n{told}"
         return out
 
+    def works(self, command, *makes, **more):
+        """Run a row that must end well; return its stdout."""
+        return self.try_row(Row(command, command, code=0, makes=makes, **more))
 
-def make_arena(world: Path, folder: Path, patch: pytest.MonkeyPatch) -> Arena:
+    def refuses(self, command, line, *more, **rest):
+        """Run a row that must be refused in a line; return its stdout."""
+        return self.try_row(Row(command, command, line, *more, **rest))
+
+
+def make_arena(world, folder, patch):
     """Return a copy of the world as the working folder, with HOME and the cache in it."""
     here = Path(shutil.copytree(world, folder / "here", symlinks=True))
     manifest = here / "run" / "run.json"
     # Make the run's record name the copied folder.
-    text = manifest.read_text(encoding="utf-8").replace(str(world), str(here))
-    manifest.write_text(text, encoding="utf-8")
+    text = manifest.read_text().replace(str(world), str(here))
+    manifest.write_text(text)
     patch.chdir(here)
     for name, value in {"HOME": "home", "ISINGCUT_CACHE": "home/cache"}.items():
         patch.setenv(name, str(here / value))
@@ -111,14 +129,12 @@ def make_arena(world: Path, folder: Path, patch: pytest.MonkeyPatch) -> Arena:
     return Arena(here)
 
 
-def glob_to_regex(pattern: str) -> str:
+def glob_to_regex(pattern):
     """Return the regular expression of a pattern; ``run/*`` matches any depth below ``run``."""
     return "^" + re.escape(pattern).replace(r"\*", ".*") + "$"
 
 
-def call(
-    arguments: list[str], seconds: float = 20, megabytes: int = 1500, stdin: str = ""
-) -> tuple[int, str, str]:
+def call(arguments, seconds=20, megabytes=1500, stdin=""):
     """Run the command line in this process, within limits; return exit code, stdout, stderr."""
     out, err, typed = io.StringIO(), io.StringIO(), sys.stdin
     sys.stdin = io.StringIO(stdin)
@@ -139,13 +155,13 @@ def call(
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, megabytes: int) -> Iterator[None]:
+def bounded(seconds, megabytes):
     """Raise `TooSlowError` after that time, and let allocations beyond the limit fail."""
 
-    def late(number: int, frame: Any) -> None:
+    def late(number, frame):
         raise TooSlowError
 
-    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * 4096
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)

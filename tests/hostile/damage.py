@@ -76,16 +76,6 @@ def linked(place, to):
     return prepare
 
 
-def truncated(place, size):
-    """Truncate or extend a file to ``size`` bytes."""
-
-    def prepare(arena):
-        (arena.here / place).touch()
-        os.truncate(arena.here / place, size)
-
-    return prepare
-
-
 def removed(*places):
     """Delete files."""
     return lambda arena: [(arena.here / place).unlink() for place in places]

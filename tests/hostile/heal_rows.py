@@ -6,8 +6,6 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-import pytest
-from arena import Row
 from damage import edited, written
 
 FILES = tempfile.TemporaryDirectory()
@@ -22,20 +20,11 @@ def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed",
     """
     file = Path(FILES.name) / f"{next(NUMBERS)}.yaml"
     settings = {"max_steps": 2, "per_device_train_batch_size": 2, **settings}
-    file.write_text(json.dumps({"trainer": settings}), encoding="utf-8")
+    file.write_text(json.dumps({"trainer": settings}))
     return (
         f"heal {student} --teacher {teacher} --out {out} --text {{text}} --samples 6 --length 16 "
         f"--report-samples 2 --config {file} --device cpu --dtype float32 {more}"
     )
-
-
-def rows(cases):
-    """Return rows from tuples (name, command, line, preparation)."""
-    return [Row(*case) for case in cases]
-
-
-def parametrised(table):
-    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
 
 
 RECORD = "run/model/isingcut.json"

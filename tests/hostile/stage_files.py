@@ -5,6 +5,7 @@ import json
 
 from isingcut.files.results import write_json
 from run_files import baseline, healing, task
+from shared import load_json
 
 SOLVE = "solve {run} --remove 2 --overwrite"
 REPORT = "report {run}"
@@ -15,7 +16,7 @@ def record(arena, name):
     if name == "run.json":
         return
     place = arena.run / "run.json"
-    run = json.loads(place.read_text(encoding="utf-8"))
+    run = load_json(place)
     file = arena.run / name
     # Files in a folder, and healing.json, belong to the folder's record.
     key = {"healing.json": "healed"}.get(name, name.partition("/")[0])
@@ -25,7 +26,7 @@ def record(arena, name):
         **run["stages"].get(key, made),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if plain else None,
     }
-    place.write_text(json.dumps(run), encoding="utf-8")
+    place.write_text(json.dumps(run))
 
 
 EXTRAS = {

@@ -4,9 +4,8 @@ import resource
 import struct
 import threading
 
-import pytest
-from arena import Row
-from damage import linked, pipe, written
+from arena import Row, parametrised
+from damage import pipe, written
 
 from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
 from isingcut.files.writing import lock_place
@@ -44,20 +43,15 @@ HEADERS = [
     ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
     ("a block more", file(seventh), "says 6 blocks but has tensors of 7"),
     ("billions of blocks", file(block_count=2**32 - 1), "says 4294967295 blocks but has tensors"),
-    ("no number of blocks", file(block_count=None), "'llama.block_count' with a whole number"),
     ("blocks in pieces", file(block_count=6.0), "'llama.block_count' with a whole number"),
     ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
     ("version 9", at(4, "I", 9), BAD + ".*version 9"),
-    ("exa-many tensors", at(8, "Q", 2**60), BAD),
     ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD),
     ("a key twice", raw([pair("a", WORD, bytes(4))] * 2), BAD + ".*Duplicate a"),
     ("a tensor beyond the end", raw([], [info(shape=(2**40,))]), BAD + "it ends early"),
     ("no architecture", raw([], [info()]), "no metadata 'general.architecture'"),
-    ("architecture in digits", raw([pair("general.architecture", WORD, bytes(4))]), "no metad"),
-    ("a dangling file", linked(FILE, "nowhere"), "m.gguf is a broken link"),
     ("a pipe", pipe(FILE), "m.gguf is a pipe"),
-    ("a folder", lambda arena: (arena.here / "m.gguf").mkdir(), "no config.json|is a folder"),
     ("another format", written(FILE, b"PK\x03\x04" + bytes(100)), "no(t a)? GGUF file"),
 ]
 # Errors that only building the model reveals.
@@ -67,8 +61,6 @@ CONVERTED = [
     ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], but"),
     ("another width", file(embedding_length=64), r"has the shape .*, but its model expects .*64"),
     ("a huge width", file(embedding_length=2**30), "more than its weights have"),
-    ("no width", file(embedding_length=0), "m.gguf"),
-    ("a width in words", file(embedding_length="wide"), "cannot load m.gguf with transformers"),
     ("no heads", file(**{"attention.head_count": 0}), "cannot load m.gguf with transformers"),
     ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
     ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values"),
@@ -103,7 +95,7 @@ def _rows():
 ROWS = list(_rows())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_a_hostile_gguf_file_is_refused(arena, row):
     arena.try_row(row)
 
@@ -113,7 +105,7 @@ CACHED = ("home/cache*",)
 
 def test_a_whole_file_is_cut_next_to_the_run(arena):
     made = ("run/model.gguf", "run/run.json")
-    arena.try_row(Row("whole", CUT, "", file(), code=0, makes=made))
+    arena.works(CUT, *made, prepare=file())
     assert (arena.run / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 
@@ -121,7 +113,7 @@ def test_a_conversion_clears_what_killed_ones_left(arena):
     left = arena.home / "cache" / "gguf" / f".{'a' * 64}.isingcut-x.part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(1000))
-    arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
+    arena.works(LOOK, *CACHED, line="6 blocks", prepare=file())
     assert not left.exists()
 
 
@@ -151,15 +143,15 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
 
 
 def test_a_converted_model_that_was_changed_is_refused(arena):
-    arena.try_row(Row("whole", LOOK, "6 blocks", file(), code=0, makes=CACHED))
+    arena.works(LOOK, *CACHED, line="6 blocks", prepare=file())
     (config,) = (arena.home / "cache").glob("gguf/*/config.json")
     config.write_text(config.read_text().replace("silu", "gelu"))
-    arena.try_row(Row("changed", LOOK, "was changed: config.json in it was changed"))
+    arena.refuses(LOOK, "was changed: config.json in it was changed")
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkeypatch):
     monkeypatch.setenv("ISINGCUT_CACHE", str(arena.text / "cache"))
-    arena.try_row(Row("no folder", LOOK, "cannot be stored .*set ISINGCUT_CACHE", file()))
+    arena.refuses(LOOK, "cannot be stored .*set ISINGCUT_CACHE", file())
 
 
 def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
@@ -176,7 +168,7 @@ def test_a_full_disk_leaves_no_half_made_model(arena):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        arena.try_row(Row("full", LOOK, "cannot be stored .*set ISINGCUT", makes=("home/cache*",)))
+        arena.refuses(LOOK, "cannot be stored .*set ISINGCUT", makes=("home/cache*",))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     made = snapshot(arena.here).keys() - before.keys()

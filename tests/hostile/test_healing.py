@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from arena import Row
+from arena import Row, parametrised, rows
 from damage import (
     both,
     changed,
@@ -19,15 +19,15 @@ from damage import (
     pipe,
     removed,
     tensors,
-    truncated,
     written,
 )
-from heal_rows import RECORD, WITH_FILE, heal, parametrised, record, rows, trainer
+from heal_rows import RECORD, WITH_FILE, heal, record, trainer
 
 from isingcut.files.ownership import MARKER, mark
 from isingcut.files.results import write_json
 from isingcut.models.cutting.checkpoint import excise
 from isingcut.testing.tiny import tiny_checkpoint
+from shared import load_json
 
 
 def unfinished(arena):
@@ -42,7 +42,7 @@ def unfinished(arena):
 def changed_since(arena):
     """Write an output of isingcut to which the user added a file."""
     shutil.copytree(arena.run / "model", arena.here / "healed")
-    (arena.here / "healed" / "notes.txt").write_text("mine", encoding="utf-8")
+    (arena.here / "healed" / "notes.txt").write_text("mine")
 
 
 READ = "an input of this command; nothing was written"
@@ -60,7 +60,6 @@ OUTPUTS = [
      linked("link", "run/model")),
     ("ours with a file of the user's", "{here}/healed", "isingcut did not write notes.txt in it",
      changed_since),
-    ("below a file", "{text}/healed", "lies in .*text.txt"),
     ("below another file", "{home}/diary.txt/healed", "cannot write"),
 ]  # fmt: skip
 # Contents of the work folder's path that are not replaced.
@@ -79,9 +78,6 @@ PLACES += rows([
     ("a link to nothing", heal(), "healed already exists", linked("healed", "gone")),
     ("the config file", heal("--overwrite --config {here}/c.yaml", out="{here}/c.yaml"),
      f"output .*c.yaml is .*{READ}", written("c.yaml", "seed: 1\n")),
-    ("the folder of the config file",
-     heal("--overwrite --config {here}/mine/c.yaml", out="{here}/mine"),
-     f"output .*mine contains .*{READ}", written("mine/c.yaml", "seed: 1\n")),
     ("the teacher in the work folder's place", heal(teacher="{here}/.healed.healing"),
      f"output .*healed.healing is .*{READ}",
      lambda a: shutil.copytree(a.model, a.here / WORK)),
@@ -175,10 +171,8 @@ SAYS = [
     ("a smaller model", "cut from a model of 5 blocks", removed_are(1, 2, of=5)),
     ("all blocks", UNREADABLE, removed_are(*range(6))),
     ("a block twice", UNREADABLE, removed_are(2, 2)),
-    ("a block beyond", UNREADABLE, removed_are(2, 6)),
     ("a huge model", UNREADABLE, removed_are(1, 2, of=10**12)),
     ("a list", UNREADABLE, written(RECORD, b"[1, 2]")),
-    ("cut short", "not readable as JSON", written(RECORD, b'{"removed": [1')),
 ]
 # Damage to the student or the teacher of a healing without further options.
 PLAIN = [
@@ -205,13 +199,10 @@ PLAIN = [
      config("run/model/config.json", rms_norm_eps=1e-3)),
     ("the student's marker", "its .isingcut-output.json was changed",
      written(f"{STUDENT}/{MARKER}", "{}")),
-    ("a student half there", "model.safetensors is damaged",
-     truncated("run/model/model.safetensors", 9000)),
     *((f"record: {name}", *rest) for name, *rest in SAYS),
 ]  # fmt: skip
 PAIRS = rows((name, HEAL, *rest) for name, *rest in PLAIN)
 PAIRS += rows([
-    ("another model of equal depth", heal(teacher="{here}/other"), ANOTHER, another(seed=1)),
     ("another depth", OTHER, "cut from a model of 6 blocks, but the teacher .* has 5",
      another(num_hidden_layers=5)),
     ("itself", heal("--other-teacher", teacher="{run}/model"), "of 6 blocks, but .* has 4"),
@@ -222,7 +213,6 @@ PAIRS += rows([
     ("a student of other shapes", heal(student="{here}/student"),
      "block 0 of .*student has a .* of shape", another_student),
     ("no teacher", heal(teacher="{here}/gone"), "there is no model at .*gone"),
-    ("a text as teacher", heal(teacher="{text}"), "text.txt is not a model"),
     ("the run as student", heal(student="{run}"), "run is not a checkpoint"),
     ("no record, nothing missing", heal(student="{model}"), "has all blocks of model"),
 ])  # fmt: skip
@@ -264,7 +254,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def curve(arena, out="healed"):
-    found = json.loads((arena.here / out / "healing.json").read_text(encoding="utf-8"))
+    found = load_json(arena.here / out / "healing.json")
     return found["steps"]
 
 
@@ -273,7 +263,7 @@ def half_written(arena, step):
     place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(b"half")
-    (place / "trainer_state.json").write_text('{"global_step"', encoding="utf-8")
+    (place / "trainer_state.json").write_text('{"global_step"')
 
 
 def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
@@ -373,18 +363,15 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
     types(arena, heal(), prepare=both(old, lambda arena: mark(arena.run / "model")))
 
 
-def test_a_healed_student_is_replaced_and_healed_again(arena):
-    """A healed student has other weights than the teacher, but its record is still valid."""
+def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = load_json(arena.here / "healed" / "healing.json")
     assert found["options"]["seed"] == 1
-    again = heal(student="{here}/healed", out="{here}/again")
-    types(arena, again, makes=("again*", ".again*"))
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
-    arena.try_row(Row("cut", "excise {run} --patch none --overwrite", code=0, makes=("run/*",)))
+    arena.works("excise {run} --patch none --overwrite", "run/*")
     from isingcut.healing.patch import linear
 
     def none_is_better(fit, held_out):
@@ -397,7 +384,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    removed = load_json(arena.run / "model" / "isingcut.json")
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
     excise(arena.model, removed["removed"], arena.here / "exact")
     (arena.here / "exact" / "isingcut.json").write_text(record)
@@ -407,14 +394,14 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     from isingcut.healing.patch import linear
     from isingcut.healing.patch.ridge import RidgeFit
 
-    def too_small(fit, held_out):
+    def too_small(fit, held_out, left):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)
 
     monkeypatch.setattr(linear, "fit_ridge", too_small)
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = load_json(arena.here / "healed" / "healing.json")
     assert found["patch"]["changed"] is False
     assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
 
@@ -422,6 +409,6 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
 def test_a_sample_longer_than_the_model_says_so(arena):
     line = "warning: samples have 128 tokens instead of --length 1000000"
     types(arena, heal("--length 1000000"), line=line)
-    found = json.loads((arena.here / "healed" / "healing.json").read_text(encoding="utf-8"))
+    found = load_json(arena.here / "healed" / "healing.json")
     # The run's own report text has samples of 16 tokens.
     assert (found["length"], found["report_tokens"]) == (128, 3 * 15)

@@ -1,14 +1,12 @@
 """Out of memory: one line says how much was needed, and it is not called an internal error."""
 
 import errno
-import json
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from arena import Row
 
 import isingcut
 from isingcut.errors import MemoryExhaustedError
@@ -17,6 +15,7 @@ from isingcut.memory import is_memory_exhausted
 from isingcut.models.architectures.blocks import catch_text_errors
 from isingcut.models.cutting import verify
 from isingcut.models.loading import catch_errors
+from shared import load_json, refuses
 
 TOO_MANY = 10**15
 
@@ -50,7 +49,7 @@ EXHAUSTED = {
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
     more = "" if wanted is None else f": {wanted:,} more bytes were needed"
-    arena.try_row(Row("report", "report {run}", f"{where} is out of memory{more}.*; .*--stream"))
+    arena.refuses("report {run}", f"{where} is out of memory{more}.*; .*--stream")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
@@ -76,7 +75,7 @@ DOORS = {
 def test_python_raises_one_of_our_errors(arena, monkeypatch, call):
     for name in ("runs.session.resolve", "healing.heal.resolve", "ising.solvers.make"):
         monkeypatch.setattr(f"isingcut.{name}", in_torch)
-    with pytest.raises(MemoryExhaustedError, match="this machine") as caught:
+    with refuses("this machine", MemoryExhaustedError) as caught:
         call()
     assert caught.value.wanted == 4 * TOO_MANY
     assert not (arena.here / "new").exists()
@@ -111,7 +110,7 @@ def test_no_library_or_model_is_blamed(monkeypatch, step):
 def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(arena, monkeypatch):
     monkeypatch.setattr("isingcut.healing.patch.checkpoint.tune", in_torch)
     command = "excise {run} --blocks 0,3"
-    arena.try_row(Row("excise", command, "model", code=0, makes=("run/*",)))
+    arena.works(command, "run/*", line="model")
     record = arena.run / "remove-2-blocks-0-3" / "model" / "isingcut.json"
-    tuning = json.loads(record.read_text(encoding="utf-8"))["patch"]["tuning"]
+    tuning = load_json(record)["patch"]["tuning"]
     assert "out of memory for tuning the patch" in tuning["left_out"]

@@ -1,8 +1,7 @@
 """Model folders with foreign or damaged config, index, headers, weights and tokenizer."""
 
 import numpy as np
-import pytest
-from arena import Row
+from arena import Row, parametrised
 from damage import (
     CONFIG,
     ENERGY,
@@ -60,7 +59,6 @@ UNREAD = [
     ("a place before the blocks", {"ple_layer_ids": [0, 1]}, "'ple_layer_ids' has an unknown form"),
     ("indexers in a number", {"indexer_types": -1}, "'indexer_types' has an unknown form"),
     ("a half source", {"kv_source_layers": [0.0] * 6}, "'kv_source_layers' has an unknown form"),
-    ("images at 1.5", {"spatial_target_layers": [1.5]}, "'spatial_target_layers' has an unknown"),
     ("images nowhere", {"deepstack_layer_map": [[]]}, "'deepstack_layer_map' has an unknown form"),
 ]
 DEEP = "nested deeper than 200"
@@ -70,11 +68,9 @@ FILES = [
     ("a deep generation config", deep("model/generation_config.json"), DEEP),
     ("a config that is a list", written(CONFIG, "[]"), "is not a JSON object"),
     ("a config of NaN", written(CONFIG, '{"a": NaN}'), "NaN is not JSON"),
-    ("a pipe for a config", pipe(CONFIG), "config.json is not a regular file"),
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),
     ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a broken link"),
-    ("weights linked to themselves", linked(WEIGHTS, WEIGHTS), "model.safetensors cannot be read"),
     ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "outside the checkpoint"),
     (
         "an adapter",
@@ -84,14 +80,12 @@ FILES = [
     ("an adapter beside a model", written("model/adapter_config.json", "{}"), "PEFT adapter"),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
     ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
-    ("long names", sharded(lambda i: {"weight_map": {UP: "x" * 5000}}), "lacks 1 of the"),
     (
         "an index with more",
         sharded(lambda i: {"weight_map": {"more": next(iter(i["weight_map"].values()))}}),
         "says that tensor 'more' is in",
     ),
     ("a noisy header", written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), DAMAGED),
-    ("another shape", entry(shape=[31]), DAMAGED),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), DAMAGED),
     ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
     ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
@@ -127,7 +121,6 @@ SOME = [
 OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
-    ("a long hub name", f"inspect {'x' * 5000}", "there is no local folder"),
     ("a dangling model", "inspect {here}/dangling", "is a broken link"),
     ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
     ("a model that is a text", "inspect {text}", "is not a model"),
@@ -140,7 +133,7 @@ NAMES = [
 ]
 
 
-ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher", "hessian", "gauss-newton")
+ENERGIES = ("pairwise", "refined", "empirical-fisher", "fisher")
 OVERFLOW = (
     r"the output of block 2 \(LlamaDecoderLayer\) of .*model is NaN or infinite on the text that "
     "begins '.*'; the weights are damaged or too large"
@@ -158,11 +151,8 @@ def _rows():
         # The tokens of the text are kept.
         made = ("new", "new/*")
         yield Row(f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made)
-        if energy not in ("hessian", "gauss-newton"):
-            line = f"{command} --stream on"
-            yield Row(
-                f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made
-            )
+        line = f"{command} --stream on"
+        yield Row(f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made)
     nothing = f"{ENERGY} --remove 2 --energy refined"
     yield Row("refined: all weights 0", nothing, "", tensors(zero), code=0, makes=("new", "new/*"))
     yield Row(
@@ -199,10 +189,10 @@ def _rows():
 ROWS = list(_rows())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_a_models_folder_is_read_within_bounds(arena, row):
     arena.try_row(row)
 
 
 def test_inspect_needs_no_tokenizer(arena):
-    arena.try_row(Row("bare", LOOK, "6 blocks", removed(TOKENIZER), code=0))
+    arena.works(LOOK, line="6 blocks", prepare=removed(TOKENIZER))

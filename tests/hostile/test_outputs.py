@@ -6,7 +6,7 @@ import shutil
 from hashlib import sha256
 
 import pytest
-from arena import Row, call
+from arena import Row, call, parametrised
 from damage import changed, config, linked, written
 
 import isingcut
@@ -14,7 +14,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import snapshot
+from shared import load_json, refuses, snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -144,26 +144,26 @@ CHANGED = [
 ROWS = [*RUNS, *(Row(*row) for row in STAGES), *CHANGED]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_nothing_of_the_users_is_replaced(arena, row):
     arena.try_row(row)
 
 
 def test_other_blocks_without_leave_leave_the_model_alone(arena):
     made = ("run/run.json", "run/remove-2-blocks-0-1", "run/remove-2-blocks-0-1/*")
-    arena.try_row(Row("", "excise {run} --blocks 0,1", code=0, makes=made))
+    arena.works("excise {run} --blocks 0,1", *made)
 
 
 def test_a_model_card_may_be_edited(arena):
     written("run/model/README.md")(arena)
-    arena.try_row(Row("", "excise {run}", code=0))
+    arena.works("excise {run}")
 
 
 def test_what_isingcut_wrote_is_replaced(arena):
-    arena.try_row(Row("", "excise {run} --blocks 0,1 --overwrite", code=0, makes=("run/*",)))
-    record = json.loads((arena.run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    arena.works("excise {run} --blocks 0,1 --overwrite", "run/*")
+    record = load_json(arena.run / "model" / "isingcut.json")
     assert record["removed"] == [0, 1]
-    arena.try_row(Row("", "report {run}", code=0, makes=("run/report*",)))
+    arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
         row = Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",))
         arena.try_row(row)
@@ -183,16 +183,16 @@ def test_save_replaces_nothing_of_the_users(arena, place):
 def test_save_replaces_what_it_wrote(arena):
     run = isingcut.open_run("run")
     run.save("mine", blocks=[0, 1])
-    with pytest.raises(OutputExistsError, match=r"already exists.*overwrite=True"):
+    with refuses(r"already exists.*overwrite=True", OutputExistsError):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
-    record = json.loads((arena.here / "mine" / "isingcut.json").read_text(encoding="utf-8"))
+    record = load_json(arena.here / "mine" / "isingcut.json")
     assert record["removed"] == [0, 2]
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):
     os.link(arena.text, arena.here / "same.html")
-    with pytest.raises(InputError, match=OF_SOURCE):
+    with refuses(OF_SOURCE):
         check_output(arena.here / "same.html", overwrite=True, sources=[arena.text])
 
 
@@ -226,8 +226,8 @@ def test_a_forged_marker_opens_nothing(arena):
     """A marker whose hash is right is refused if its files are a list."""
     forged = {"format": "isingcut-output", "files": [], "sha256": sha256(b"[]").hexdigest()}
     marker = arena.home / ".isingcut-output.json"
-    marker.write_text(json.dumps(forged), encoding="utf-8")
+    marker.write_text(json.dumps(forged))
     run = isingcut.open_run("run")
-    with pytest.raises(OutputExistsError, match="was changed"):
+    with refuses("was changed", OutputExistsError):
         run.save("home", blocks=[0, 1], overwrite=True)
-    assert (arena.home / "diary.txt").read_text(encoding="utf-8") == "mine\n"
+    assert (arena.home / "diary.txt").read_text() == "mine\n"

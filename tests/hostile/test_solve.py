@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
-from arena import Row
+from arena import Row, parametrised
 from damage import both, edited, written
+
+from shared import load_json
 
 HEAD = """
 import sys
@@ -35,20 +37,16 @@ CALLS = {
     # errors that the sampler raises
     "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
     "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
-    "a generator's end": ("raise GeneratorExit", FAILED + "GeneratorExit"),
     "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
     "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
     "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
-    "endless recursion": ("return self.sample(bqm)", FAILED + "RecursionError"),
     "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
     # values that the sampler returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
-    "a list": ("return [{0: 1}]", RETURNED + "list, expected"),
     "no samples": ("return found([], [])", RETURNED),
     "no rows": ("return found((np.zeros((0, 99)), range(99)), [])", RETURNED + "no samples"),
     "other variables": ("return found({'a': 1})", RETURNED + "samples without the variables 0, 1"),
     "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
-    "NaN values": ("return states(bqm, np.nan, 'REAL')", RETURNED + r".*not binary \(nan\)"),
     "NaN energies": (
         "return states(bqm, 1, 'BINARY', np.nan)",
         RETURNED + "energies that are not finite",
@@ -63,7 +61,6 @@ MODULES = {
     "an import that exits": ("raise SystemExit(1)", "importing 'bad' failed: SystemExit: 1"),
     "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
-    "a null byte": ("x = '\0'", "importing 'bad' failed: "),
     "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",
@@ -85,9 +82,7 @@ NAMES = {
     "dimod:os.system": r"os\.system is not a dimod sampler",
     "dimod:dimod.Nothing": "'dimod' has no class .Nothing.",
     "dimod:nowhere.Class": "cannot import 'nowhere'",
-    "dimod:": "write dimod:package.Class",
     "dimod:Class": "write dimod:package.Class",
-    "dimod:..os.Class": "write dimod:package.Class",
     "dimod": "needs a class: write dimod:package.Class",
     "os.system": "unknown solver 'os.system'",
 }
@@ -110,9 +105,8 @@ ROWS = [
     *(
         Row(f"run with the name {n}", f"run {{model}} --remove 2 --calibration {{text}} --length 16"
             f" --out {{here}}/new --solver {n}", NAMES[n])
-        for n in ("dimod:os.system", "dimod:nowhere.Class", "dimod")
+        for n in ("dimod:os.system",)
     ),
-    Row("no states", SOLVE + "exact --states 0", "states must be .*1.*got 0"),
     Row("a billion states", SOLVE + "exact --states 1000000000", "100,?000.* got 1000000000"),
     Row("a failed solve over a good one", "solve {run} --solver dimod:bad.Bad --overwrite",
         FAILED + "ValueError", method("raise ValueError")),
@@ -129,7 +123,7 @@ def place(arena, monkeypatch):
     sys.modules.pop("bad", None)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+@parametrised(ROWS)
 def test_a_sampler_that_fails_is_one_line(place, row):
     place.try_row(row)
 
@@ -159,7 +153,6 @@ REMEMBERED = [
     Row(f"{name}: {command}", command, line, asks(name))
     for name, line in {
         "dimod:bad.Bad": "have --solver dimod:bad.Bad, which imports third-party code; .*type",
-        "dimod:dimod.ExactSolver": "have --solver dimod:dimod.ExactSolver, which imports",
         "bad.Bad": "unknown solver 'bad.Bad'",
     }.items()
     for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")
@@ -167,38 +160,32 @@ REMEMBERED = [
 REPORTED = Row("report", "report {run}", code=0, prepare=asks("bad.Bad"), makes=("run/report.*",))
 
 
-@pytest.mark.parametrize("row", [*REMEMBERED, REPORTED], ids=lambda row: row.name)
+@parametrised([*REMEMBERED, REPORTED])
 def test_a_run_folder_chooses_no_code_to_import(place, row):
     place.try_row(row)
-
-
-def test_a_sampler_that_a_run_folder_remembers_is_used_when_typed_again(place):
-    method("return dimod.ExactSolver().sample(bqm)")(place)
-    typed = "solve {run} --remove 3 --solver dimod:bad.Bad"
-    place.try_row(Row("typed", typed, code=0, makes=("run/*",)))
 
 
 def test_a_run_folder_chooses_no_kernel(arena):
     # For an unknown name transformers would download code from the hub.
     kernel = edited("run/run.json", lambda r: r["config"].update(attention="someone/kernel"))
     command = "rank {run} --random-states 31 --overwrite"
-    arena.try_row(Row("kernel", command, "run.json: attention must be one of auto", kernel))
+    arena.refuses(command, "run.json: attention must be one of auto", kernel)
 
 
 def test_more_time_for_a_solver_is_not_ignored(arena):
     command = "solve {run} --remove 3 --solver tabu --solve-seconds"
     made = ("run/run.json", "run/remove-3", "run/remove-3/spectrum.json")
-    arena.try_row(Row("first", f"{command} 1", code=0, makes=made))
+    arena.works(f"{command} 1", *made)
     words = r"solve_seconds: was 1\.0, now 9\.0"
-    arena.try_row(Row("refused", f"{command} 9", words))
-    arena.try_row(Row("again", f"{command} 9 --overwrite", code=0, makes=made))
+    arena.refuses(f"{command} 9", words)
+    arena.works(f"{command} 9 --overwrite", *made)
 
 
 # Speed, which may be left out ---------------------------------------------------------
 
 
 def evaluation(arena):
-    return json.loads((arena.run / "evaluation.json").read_text(encoding="utf-8"))
+    return load_json(arena.run / "evaluation.json")
 
 
 def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
@@ -207,18 +194,18 @@ def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     assert all(k in whole["after"] for k in keys)
     assert "prefill_tokens_per_second_se" in whole["before"]
     # An evaluation with speeds is kept.
-    arena.try_row(Row("there", "evaluate {run} --skip-speed", code=0))
+    arena.works("evaluate {run} --skip-speed")
 
     (arena.run / "evaluation.json").unlink()
     made = ("run/run.json", "run/evaluation.json")
-    shown = arena.try_row(Row("left out", "evaluate {run} --skip-speed", code=0, makes=made))
+    shown = arena.works("evaluate {run} --skip-speed", *made)
     assert "decode, tokens/s" not in shown
     short = evaluation(arena)
     assert short["not_measured"] == list(keys)
     assert not set(keys) & set(short["after"])
-    arena.try_row(Row("again", "evaluate {run} --skip-speed", code=0))
-    arena.try_row(Row("report", "report {run} --overwrite", code=0, makes=("run/report.*",)))
-    report = (arena.run / "report.md").read_text(encoding="utf-8")
+    arena.works("evaluate {run} --skip-speed")
+    arena.works("report {run} --overwrite", "run/report.*")
+    report = (arena.run / "report.md").read_text()
     assert report.count(" not measured |  |") == 6
 
     completed = Row("completed", "evaluate {run}", code=0, makes=made, seconds=60)

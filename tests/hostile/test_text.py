@@ -10,8 +10,8 @@ import socket
 import threading
 
 import pytest
-from arena import Row
-from damage import both, edited, linked, truncated, written
+from arena import Row, parametrised
+from damage import both, edited, linked, written
 from transformers import AutoTokenizer
 
 from calibrating import chats, sentences
@@ -43,11 +43,6 @@ pytestmark = pytest.mark.usefixtures("smaller_bounds")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-def sparse(name, size, begin=b""):
-    """Return a step that writes a sparse file: ``begin``, then NUL bytes up to ``size``."""
-    return both(written(name, begin), truncated(name, size))
-
-
 def broken(content, at):
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
@@ -60,19 +55,15 @@ TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is empty; give a longer text"),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
-    ("a.txt", "cut in a character", b"abc \xe2\x82", UTF8.format(0xE2)),
     ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),
     ("a.jsonl", "empty", b"", "a.jsonl has no records"),
     ("a.jsonl", "broken", TWO_LINES, r"a\.jsonl line 2 is not valid JSON"),
-    ("a.jsonl", "two on a line", b'{"text": "a"}{"text": "b"}', "line 1 is not valid JSON: Extra"),
     ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "nested deeper than 200 levels"),
     ("a.jsonl", "a list", b"[1]\n", NO_OBJECT + "list"),
     ("a.jsonl", "other fields", b'{"body": "a"}\n', "neither 'text' nor 'messages' .it has body"),
-    ("a.jsonl", "no fields", b"{}\n", "neither 'text' nor 'messages' .it has nothing"),
     ("a.jsonl", "text null", b'{"text": null}\n', NO_STRING + "NoneType"),
     ("a.jsonl", "mixed", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
     ("a.jsonl", "half a character", HALF, r"'\\ud83d', a lone surrogate"),
-    ("a.jsonl", "messages text", b'{"messages": "hello"}\n', NO_MESSAGES),
     ("a.jsonl", "messages none", b'{"messages": []}\n', NO_MESSAGES),
     ("a.jsonl", "messages texts", b'{"messages": ["a"]}\n', NO_MESSAGES),
     ("a.jsonl", "no role", NO_ROLE, "objects with 'role' and 'content'"),
@@ -83,11 +74,9 @@ CONTENTS = [
     ("a.json", "mixed", b'["a", {"body": "b"}]', "item 1 has no 'text'"),
     ("a.csv", "empty", b"", "must have a column 'text'.* has nothing"),
     ("a.csv", "no text", b"id,body\n1,a\n", "must have a column 'text'.* has id, body"),
-    ("a.csv", "text twice", b"text,text\na,b\n", "must have a column 'text', or one column"),
     ("a.csv", "semicolons", b"id;text\n1;a\n", "has id;text .columns are separated by commas"),
     ("a.csv", "a bare comma", b"id,text\n1,a, b\n", "line 2 has 3 fields, but .* has 2 columns"),
     ("a.csv", "an open quote", b'text\n"a\nb\n', "line 3 is not valid CSV: unexpected end of data"),
-    ("a.csv", "NUL", b"text\na\0b\n", NUL),
     ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is not a complete gzip file .Not a"),
     ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is not a complete gzip file"),
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
@@ -99,13 +88,6 @@ HELD = [
     Row(f"{name} {what}", MEASURE + name, line, written(name, content))
     for name, what, content, line in CONTENTS
 ]
-HELD += [
-    Row("a line of records beyond the bound", MEASURE + "a.jsonl", "line 1 is longer than",
-        sparse("a.jsonl", 1 << 26)),
-    Row("a text of nothing", MEASURE + "a.txt", NUL, sparse("a.txt", 1 << 26)),
-    Row("a list beyond the bound", MEASURE + "a.json", "a.json has more than 524288 bytes",
-        sparse("a.json", 1 << 26, b"[")),
-]  # fmt: skip
 
 
 def bound_socket(arena):
@@ -117,7 +99,7 @@ def folder_of(name, *files):
     def prepare(arena):
         (arena.here / name).mkdir()
         for file in files:
-            (arena.here / name / file).write_text("x", encoding="utf-8")
+            (arena.here / name / file).write_text("x")
 
     return prepare
 
@@ -127,16 +109,12 @@ LOOP = "cannot (read|resolve) .*a.txt: (Too many levels|Symlink loop)"
 # Values of `--calibration`: name, value, expected line, preparation.
 PLACES = [
     ("a device", "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
-    ("a link to a device", "a.txt", "a.txt is a device", linked("a.txt", "/dev/zero")),
     ("a socket", "a.txt", "cannot read .*a.txt: No such device", bound_socket),
-    ("a link to nothing", "a.txt", GONE, linked("a.txt", "none")),
     ("a link to itself", "a.txt", LOOP, linked("a.txt", "a.txt")),
     ("nothing at home", "~/none", GONE),
     ("no such user", "~nobody-there/a.txt", "no home folder of that name"),
     ("a long name", "x" * 300 + ".txt", "cannot read x.*: File name too long"),
     ("a folder of others", "data", FOLDER, folder_of("data", "a.py")),
-    ("a folder like a file", "a.txt", FOLDER, folder_of("a.txt", "b.txt")),
-    ("a list that is gone", "'2 texts in memory (0123456789abcdef)'", "is not kept; pass it again"),
 ]
 HELD += [Row(name, MEASURE + place, *more) for name, place, *more in PLACES]
 GONE_MODEL = "energy 'Llama in memory (0123456789abcdef)' --out new " + SMALL
@@ -147,11 +125,7 @@ HEAL = (
     "heal {run}/model --teacher {model} --out new --length 16 --samples 3 --report-samples 3 "
     "--dtype float32 --text "
 )
-HELD += [
-    Row("heal a device", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"),
-    Row("heal a table", HEAL + "a.csv", "must have a column 'text'", written("a.csv", b"a,b\n1,2")),
-    Row("heal nothing", HEAL + "a.json", "a.json has no records", written("a.json", b"[]")),
-]
+HELD.append(Row("heal", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"))
 
 
 # Kinds of files give the same tokens -----------------------------------------------------
@@ -208,7 +182,7 @@ def test_the_same_records_in_any_file_are_the_same_tokens(tokens_of):
 def test_one_long_line_takes_no_more_memory_than_a_piece(arena, monkeypatch, name, content):
     monkeypatch.setattr(text_files, "RECORD", 64 << 20)
     (arena.here / name).write_bytes(content)
-    arena.try_row(Row(name, MEASURE + name, code=0, makes=("new*", "home*"), megabytes=1000))
+    arena.works(MEASURE + name, "new*", "home*", megabytes=1000)
 
 
 # The disk --------------------------------------------------------------------------------
@@ -220,11 +194,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         command = MEASURE.replace("--samples 3", "--samples 250") + "{text}"
-        arena.try_row(
-            Row(
-                "full", command, "cannot write .*calibration.safetensors: File too", makes=("new*",)
-            )
-        )
+        arena.refuses(command, "cannot write .*calibration.safetensors: File too", makes=("new*",))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in (arena.here / "new").iterdir()) == ["run.json"]
@@ -268,8 +238,6 @@ STREAMED = [
     ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
     ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
-    ("half a gzip", packed(WORDS.encode())[:60], {}, "standard input is not a complete gzip file"),
-    ("a broken record", b"{oh no", {}, "standard input line 1 is not valid JSON"),
     ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
 ]
 
@@ -284,17 +252,17 @@ def test_standard_input(arena, what, content, how, line):
 def test_a_terminal_is_not_waited_for(arena):
     mine, its = pty.openpty()
     with standard_input(its):
-        arena.try_row(Row("a terminal", MEASURE + "-", "standard input is a terminal; pipe a text"))
+        arena.refuses(MEASURE + "-", "standard input is a terminal; pipe a text")
     os.close(mine)
     os.close(its)
 
 
 def test_standard_input_may_be_a_file_but_no_device(arena):
     with (arena.here / "text.txt").open("rb") as file, standard_input(file.fileno()):
-        arena.try_row(Row("a file", MEASURE + "-", code=0, makes=("new*", "home*")))
+        arena.works(MEASURE + "-", "new*", "home*")
     with open("/dev/null", "rb") as file, standard_input(file.fileno()):
         command = MEASURE.replace("new", "other") + "-"
-        arena.try_row(Row("none", command, "standard input is a device"))
+        arena.refuses(command, "standard input is a device")
 
 
 @pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
@@ -302,11 +270,11 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
     """`<(...)`: a resumed run has its tokens and does not need the pipe again."""
     with pipe_of(content) as end:
         command = MEASURE + f"/dev/fd/{end}"
-        arena.try_row(Row("the pipe", command, code=0, makes=("new*", "home*")))
+        arena.works(command, "new*", "home*")
         before = snapshot(arena.here / "new")["calibration.safetensors"]
-        arena.try_row(Row("again", command, code=0, makes=("new*", "home*")))
+        arena.works(command, "new*", "home*")
         assert snapshot(arena.here / "new")["calibration.safetensors"] == before
-    arena.try_row(Row("solved", "solve new --remove 2", code=0, makes=("new*", "home*")))
+    arena.works("solve new --remove 2", "new*", "home*")
     row = Row(
         "the pipe is gone", command.replace("new", "other"), GONE.replace(".*", f"/dev/fd/{end}")
     )
@@ -316,18 +284,18 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
 def test_a_pipe_cannot_be_healed_with(arena):
     with pipe_of(WORDS.encode()) as end, standard_input(end):
         command = MEASURE.replace("energy", "run --remove 2 --heal") + "-"
-        arena.try_row(Row("healing", command, "- is a pipe and can be read only once; save it to"))
+        arena.refuses(command, "- is a pipe and can be read only once; save it to")
 
 
 def test_a_named_pipe_is_waited_for(arena):
     os.mkfifo(arena.here / "a.jsonl")
 
     def write():
-        (arena.here / "a.jsonl").write_text(LINES, encoding="utf-8")
+        (arena.here / "a.jsonl").write_text(LINES)
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    arena.try_row(Row("a pipe", MEASURE + "a.jsonl", code=0, makes=("new*", "home*")))
+    arena.works(MEASURE + "a.jsonl", "new*", "home*")
     writer.join()
 
 
@@ -402,6 +370,6 @@ HELD += [
 ]
 
 
-@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+@parametrised(HELD)
 def test_texts(arena, row):
     arena.try_row(row)

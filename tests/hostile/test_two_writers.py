@@ -104,8 +104,8 @@ ORDERS = {
 def test_a_second_writer_is_refused_and_touches_nothing(arena, tmp_path, name):
     first, where, second, place, afterwards = ORDERS[name]
     with working(arena, tmp_path, first, where) as (holder,):
-        arena.try_row(Row(name, second, busy(place).replace(r"pid \d+", f"pid {holder.pid}")))
-        arena.try_row(Row("a reader", "push {run}/model me/it --dry-run", code=0))
+        arena.refuses(second, busy(place).replace(r"pid \d+", f"pid {holder.pid}"))
+        arena.works("push {run}/model me/it --dry-run")
     assert not left_behind(arena)
     # The second command is no longer refused as busy: it keeps what exists and makes the rest.
     made = ("new*", "run*", "healed*", ".healed*")
@@ -118,14 +118,14 @@ def test_a_killed_writer_leaves_no_lock(arena, tmp_path):
         os.kill(holder.pid, signal.SIGKILL)
         holder.join(60)
     assert (arena.here / "new" / LOCK).exists()
-    arena.try_row(Row("again", f"energy {MEASURE} 2", code=0, makes=("new*",)))
+    arena.works(f"energy {MEASURE} 2", "new*")
     assert not left_behind(arena)
 
 
 def test_the_processes_of_a_run_share_the_lock_of_the_first(arena, tmp_path):
     with working(arena, tmp_path, f"energy {MEASURE} 2", PUT, size=2) as (leader, _other):
         line = busy("new").replace(r"pid \d+", f"pid {leader.pid}")
-        arena.try_row(Row("a second run", f"energy {MEASURE} 3", line))
+        arena.refuses(f"energy {MEASURE} 3", line)
     assert not left_behind(arena)
 
 

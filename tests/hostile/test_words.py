@@ -12,13 +12,14 @@ import shlex
 import numpy as np
 import pydantic
 import pytest
-from arena import Arena, Row
+from arena import Arena, Row, parametrised
 from damage import written
 
 import isingcut
 from isingcut.errors import IsingcutError
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
+from shared import refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -68,10 +69,7 @@ WORDS = [
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
     ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
-    ("--dtype float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
-    ("--solve-seconds 0", "--solve-seconds must be above 0, got 0"),
     ("--solve-seconds nan", "--solve-seconds must be a number, got 'nan'"),
-    ("--solve-seconds 1e999", "--solve-seconds must be a finite number, got inf"),
     ("--solve-seconds 1_0", "--solve-seconds must be a number, got '1_0'"),
     ("--calibration ''", "--calibration is empty"),
     ("--samples many", "--samples must be a whole number, got 'many'"),
@@ -97,9 +95,7 @@ HEALING = [
     ("--text none.txt", "the calibration file 'none.txt' does not exist"),
 ]  # fmt: skip
 OTHERS = [
-    ("solve gone --remove two", "--remove: cannot read 'two'"),
     ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
-    ("solve gone --solver zorp", "unknown solver 'zorp'"),
     ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
     ("report gone --budget params=0", "expected more than 0, got '0'"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
@@ -151,9 +147,7 @@ FILES = [
     ("not UTF-8", b"remove: \xff", "is not UTF-8"),
     ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
     ("stream true", "stream: true", "stream must be one of auto, on, off; got True"),
-    ("stream true as a word", "stream: 'true'", "stream must be one of auto, on, off; got 'true'"),
     ("a flag in a word", "skip-speed: maybe", "skip_speed must be true or false, got 'maybe'"),
-    ("samples zero", "samples: 0", "o.yaml: samples must be at least 1, got 0"),
     ("samples of many digits", f"samples: {LONG}", "not a readable YAML file: Exceeds the limit"),
     ("samples of 90 digits", "samples: " + "9" * 90, "at most 1000000, got a number of more than"),
     ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
@@ -164,7 +158,6 @@ FILES = [
 SECTIONS = [
     ("{trust_remote_code: true}", "--healing: the run itself sets trust_remote_code"),
     ("{learning_rate: 1}", "unknown option 'learning_rate'"),
-    ("{samples: 0}", "samples must be at least 1"),
     ("{trainer: [optim]}", "trainer must be a section"),
 ]
 FILE_ROWS = [
@@ -188,22 +181,22 @@ FILE_ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", FILE_ROWS, ids=[r.name for r in FILE_ROWS])
+@parametrised(FILE_ROWS)
 def test_files_of_options_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
 
 def test_words_of_yaml_mean_what_they_say(tmp_path):
     file = tmp_path / "o.yaml"
-    file.write_text("stream: on\nremove: 4..9\nquick: false\nmodel: no\n", encoding="utf-8")
+    file.write_text("stream: on\nremove: 4..9\nquick: false\nmodel: no\n")
     found = from_yaml(RunConfig, file)
     assert found == {"stream": "on", "remove": "4..9", "quick": False, "model": "no"}
     for typed in ("0x10", "010"):
-        file.write_text(f"samples: {typed}", encoding="utf-8")
-        with pytest.raises(IsingcutError, match=f"samples must be a whole number, got '{typed}'"):
+        file.write_text(f"samples: {typed}")
+        with refuses(f"samples must be a whole number, got '{typed}'", IsingcutError):
             from_yaml(HealConfig, file)
-    file.write_text("remove: 010", encoding="utf-8")
-    with pytest.raises(IsingcutError, match="cannot read '010' as a removal"):
+    file.write_text("remove: 010")
+    with refuses("cannot read '010' as a removal", IsingcutError):
         from_yaml(RunConfig, file)
     assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
 
@@ -221,9 +214,9 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
     ],
 )
 def test_python_is_checked_alike(nothing, options, line):
-    with pytest.raises(IsingcutError, match=line):
+    with refuses(line, IsingcutError):
         isingcut.run(**{"model": "gone", "out": "new", "remove": 2, **options})
-    with pytest.raises(IsingcutError, match=line):
+    with refuses(line, IsingcutError):
         isingcut.run(RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options}))
 
 
@@ -237,7 +230,6 @@ EARLY = [
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
     ("--remove 5 --keep 0,1", "these conflict: .*keep.*nearest possible number of blocks is 4$"),
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
-    ("--budget params=99M", r"the largest possible is params=0\.\d+M$"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     (
         "--remove 2 --length 200",
@@ -254,23 +246,19 @@ def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypat
     monkeypatch.setattr("isingcut.models.load.load", load)
     short = "" if "--length" in words else "--length 16 "
     command = "run {model} --out new --calibration {text} " + short + words
-    arena.try_row(Row(words, command, line))
+    arena.refuses(command, line)
 
 
 def test_blocks_kept_are_checked_without_a_removal(arena):
     command = "energy {model} --out new --calibration {text} --length 16 --keep 0,17"
-    arena.try_row(Row("energy", command, "cannot keep block 17: blocks are numbered 0 to 5"))
+    arena.refuses(command, "cannot keep block 17: blocks are numbered 0 to 5")
 
 
 def test_the_largest_budget_can_be_had(arena):
     """The largest budget that the refusal names is accepted."""
-    said = arena.try_row(
-        Row("solve", "solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
-    )
+    said = arena.refuses("solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
     assert said == ""
-    arena.try_row(
-        Row("again", "solve {run} --budget params=30%,kv=83.3%", code=0, makes=("run/*",))
-    )
+    arena.works("solve {run} --budget params=30%,kv=83.3%", "run/*")
 
 
 # The first day ------------------------------------------------------------------------------------
@@ -289,7 +277,7 @@ FINE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", FINE, ids=[r.name for r in FINE])
+@parametrised(FINE)
 def test_what_can_be_typed(arena, row):
     arena.try_row(row)
 

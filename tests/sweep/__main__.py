@@ -27,7 +27,7 @@ OUTCOMES = ("passed", "refused", "failed", "not built")
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
-def main(names: list[str]) -> int:
+def main(names):
     """Check these model types and families, or all; return 1 if one failed."""
     found = {e: e.model_type for e in entries()}
     if unknown := sorted(set(names) - {*FAMILIES, *found.values()}):
@@ -54,7 +54,7 @@ def main(names: list[str]) -> int:
     if not names:
         facts = [r.facts() for r in reports[len(families) :]]
         lines = map(json.dumps, [{"transformers": transformers.__version__}, *facts])
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        RESULTS.write_text("\n".join(lines) + "\n")
     for outcome in OUTCOMES:
         count = sum(r.outcome == outcome for r in reports)
         print(f"architectures_{outcome.replace(' ', '_')}: {count}")
@@ -88,10 +88,10 @@ def _report(name, result):
     return r
 
 
-def _limit() -> None:
+def _limit():
     """Limit how much memory this process may take beyond the present, and silence its output."""
     if sys.platform.startswith("linux"):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + _BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     torch.set_num_threads(1)

@@ -3,11 +3,8 @@
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,7 +17,6 @@ from cards import fake_cards
 from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
 from isingcut.ising.states import blocks_of
 from isingcut.models.architectures.blocks import (
-    BlockStack,
     find_stack,
     skip_blocks,
     stop_rescaling,
@@ -55,23 +51,23 @@ class Entry:
     auto_class: str
 
     @property
-    def name(self) -> str:
+    def name(self):
         """The model type, marked if it is of the image-text class."""
         causal = self.auto_class == "AutoModelForCausalLM"
         return self.model_type if causal else f"{self.model_type} (image-text)"
 
     @property
-    def factory(self) -> Any:
+    def factory(self):
         """The auto class."""
         return getattr(transformers, self.auto_class)
 
     @property
-    def built(self) -> tuple[str, Any]:
+    def built(self):
         """The model type, and the name of the class that the auto class builds."""
         return self.model_type, getattr(modeling_auto, _MAPPINGS[self.auto_class])[self.model_type]
 
 
-def entries() -> list[Entry]:
+def entries():
     """Return all entries of the installed transformers."""
     return [
         Entry(model_type, auto_class)
@@ -110,7 +106,7 @@ class Report:
     mtp: MtpLayers | None = None
     drafts: bool = False
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self):
         """Return what the documentation says of the architecture."""
         names = ("name", "outcome", "reason", "rows", "drafts")
         facts = {name: getattr(self, name) for name in names}
@@ -124,7 +120,7 @@ class NotBuilt(Exception):
     """No tiny model could be made, so that the architecture was not checked."""
 
 
-def check_family(family: str, folder: Path, *, states: int = 6, **changes: Any) -> Report:
+def check_family(family, folder, *, states=6, **changes):
     """Run all checks of one family.
 
     Args:
@@ -134,17 +130,17 @@ def check_family(family: str, folder: Path, *, states: int = 6, **changes: Any) 
         changes: configuration fields to set.
     """
 
-    def build() -> Any:
+    def build():
         tiny_checkpoint(family, folder / "source", **changes)
         return tiny_model(family, **changes)
 
     return _report(family, build, folder, states)
 
 
-def check_entry(entry: Entry, folder: Path, *, states: int = 2) -> Report:
+def check_entry(entry, folder, *, states=2):
     """Run all checks of one entry of transformers' mappings; arguments as of `check_family`."""
 
-    def build() -> Any:
+    def build():
         try:
             model = random_model(entry.factory, tiny_configuration(entry.model_type))
             _refuse_large(model)
@@ -160,14 +156,14 @@ def check_entry(entry: Entry, folder: Path, *, states: int = 2) -> Report:
     return Report(entry.name, "not built", reason=reason) if missing else report
 
 
-def _count_missing(factory: Any, source: Path) -> int:
+def _count_missing(factory, source):
     """Return how many tensors transformers lacks when it reads its own checkpoint back."""
     with suppress(Exception), quiet_transformers():
         return len(factory.from_pretrained(source, output_loading_info=True)[1]["missing_keys"])
     return 0  # Maybe a checkpoint of another auto class, or none.
 
 
-def _refuse_large(model: Any) -> None:
+def _refuse_large(model):
     count = sum(p.numel() for p in model.parameters())
     if count > _MOST_PARAMETERS:
         name, largest = max(model.named_parameters(), key=lambda item: item[1].numel())
@@ -177,7 +173,7 @@ def _refuse_large(model: Any) -> None:
         )
 
 
-def _report(name: str, build: Callable[[], Any], folder: Path, states: int) -> Report:
+def _report(name, build, folder, states):
     mtp = None
     try:
         with quiet_transformers():
@@ -195,7 +191,7 @@ def _report(name: str, build: Callable[[], Any], folder: Path, states: int) -> R
     return Report(name, outcome, reason=reason.replace(f"{folder}/", ""), mtp=mtp)
 
 
-def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Report:
+def _check(model, mtp, folder, states):
     source = folder / "source"
     stop_rescaling(model)
     shown = inspect_model(source)
@@ -247,10 +243,10 @@ def _check(model: Any, mtp: MtpLayers | None, folder: Path, states: int) -> Repo
     )
 
 
-def _two_cards_are_one(whole: Replay, tokens: torch.Tensor) -> None:
+def _two_cards_are_one(whole, tokens):
     """Check that a model placed over two cards gives the logits of the model that is not placed."""
 
-    def compute(replay: Replay) -> list[Any]:
+    def compute(replay):
         recording = replay.record(tokens.to(replay.device))
         stream = recording.entered
         for i in range(len(replay)):
@@ -270,7 +266,7 @@ def _two_cards_are_one(whole: Replay, tokens: torch.Tensor) -> None:
     assert found == expected, "two cards do not give the logits of one device"
 
 
-def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[list[int]]:
+def legal_states(stack, rows, wanted):
     """Return different legal states: with the first block, the last, both, and random ones.
 
     Raises:
@@ -293,9 +289,7 @@ def legal_states(stack: BlockStack, rows: Sequence[Any], wanted: int) -> list[li
     return [blocks_of(bits[p]) for p in unique]
 
 
-def _replay_is_forward(
-    replay: Replay, tokens: torch.Tensor, states: Sequence[Sequence[int]]
-) -> float:
+def _replay_is_forward(replay, tokens, states):
     """Return the largest relative difference of replayed from real passes. The original comes
     after all states, to show changes that a state leaves in the recorded calls."""
     recording = replay.record(tokens)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +15,15 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
-from isingcut.models.architectures.blocks import BlockStack
 from isingcut.models.cutting.verify import relative_difference
-from isingcut.models.replay import Recording, Replay
+from isingcut.models.replay import Replay
 
 _ROUNDING = 1e-9
 # With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).
 _STEP, _CURVED = 1e-6, 1e-5
 
 
-def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
+def check_gates(model, stack, tokens):
     """Check the block gates; return whether sublayer gates work too.
 
     Block gates are compared with autograd on the whole model, sublayer gates with finite
@@ -79,31 +76,31 @@ def check_gates(model: Any, stack: BlockStack, tokens: Tensor) -> bool:
 class _InFloat64(TorchFunctionMode):
     """Compute in float64 even where a model asks for float32, as norms and routers do."""
 
-    def __enter__(self) -> Any:
+    def __enter__(self):
         torch.set_default_dtype(torch.float64)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         super().__exit__(*error)
         torch.set_default_dtype(torch.float32)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         function = torch.Tensor.double if func is torch.Tensor.float else func
         return function(*map(_wide, args), **{k: _wide(v) for k, v in (kwargs or {}).items()})
 
 
-def _wide(argument: Any) -> Any:
+def _wide(argument):
     return torch.float64 if argument is torch.float32 else argument
 
 
-def _gated(recording: Recording, block: int, stream: Tensor, alpha: float) -> Tensor:
+def _gated(recording, block, stream, alpha):
     """Return the stream after a block whose sublayer gates are set to a number."""
     with torch.no_grad():
         value = torch.full((len(stream),), alpha)
         return run_gated(recording, block, stream, value, "sublayer", ones=False)
 
 
-def _losses(recording: Recording, block: int, entered: list[Tensor], alpha: float) -> Any:
+def _losses(recording, block, entered, alpha):
     """Return the (B,) float64 mean NLL with the sublayer gates of a block set to a number.
 
     ``entered`` holds the residual stream before that block, before each later one, and at the end.
@@ -118,13 +115,11 @@ def _losses(recording: Recording, block: int, entered: list[Tensor], alpha: floa
     return torch.stack(found).double().numpy()
 
 
-def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+def _nll(logits, ids):
     return nn.functional.cross_entropy(logits[:-1], ids[1:])
 
 
-def gated_loss(
-    replay: Replay, tokens: TokenSet, added: Sequence[str], alpha: Tensor, *, kl: bool = False
-) -> Tensor:
+def gated_loss(replay, tokens, added, alpha, *, kl=False):
     """Return the mean token loss of the whole model with gates as hooks, one sample at a time.
 
     Args:
@@ -134,8 +129,8 @@ def gated_loss(
         kl: whether the loss is the KL to the original instead of the NLL.
     """
 
-    def gate(alpha: Tensor) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def gate(alpha):
+        def hook(module, args, kwargs, output):
             before = 0 if added else args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
             mixed = before + alpha * (after - before)
@@ -143,10 +138,10 @@ def gated_loss(
 
         return hook
 
-    def predict(ids: Tensor) -> Tensor:
+    def predict(ids):
         return replay.text(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
 
-    total: Any = 0.0
+    total = 0.0
     for row, mask in zip(tokens.input_ids, tokens.mask, strict=True):
         ids = row[None, : int(mask.sum())]
         with torch.no_grad():

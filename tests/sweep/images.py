@@ -5,16 +5,13 @@ The prompt has as many image tokens as the model computes features of an image. 
 found by trial, because the model fails with any other.
 """
 
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.cutting.verify import ImageInputs, move_inputs, parameters, try_images
+from isingcut.models.cutting.verify import move_inputs, parameters, try_images
 
 _TOKENS = (
     "image_token_id",
@@ -34,7 +31,7 @@ _TILES = (1, 2, 3, 5)
 WORDS = 6
 
 
-def invent_images(model: Any, folder: Path, words: Tensor, **ignored: Any) -> ImageInputs:
+def invent_images(model, folder, words, **ignored):
     """Return two prompts that a model accepts, for `models.cutting.verify.verify`.
 
     Args:
@@ -55,31 +52,31 @@ def invent_images(model: Any, folder: Path, words: Tensor, **ignored: Any) -> Im
     raise ModelError(reason or "no way is known to make one of its configuration")
 
 
-def _prompts(model: Any, words: Tensor, token: int | None, pixels: ImageInputs) -> ImageInputs:
+def _prompts(model, words, token, pixels):
     placed = token is not None or _PLACES in parameters(model.forward)
     count = _features(model, pixels) if placed else 0
     return {**_prompt(model, words, token, count), **pixels}
 
 
-def _image_token(model: Any) -> int | None:
+def _image_token(model):
     config = model.config
     if isinstance(table := getattr(config, "vocabulary_map", None), dict) and "<image>" in table:
         return int(table["<image>"])
     return first_number(config, _TOKENS)
 
 
-def _features(model: Any, pixels: ImageInputs) -> int:
+def _features(model, pixels):
     """Return the number of feature vectors, and so of image tokens, of one image."""
     if "aspect_ratio_ids" in pixels:
         return 1  # mllama: the text attends to the image.
     names = ("get_image_features", "get_video_features")
     places = (model, getattr(model, "model", model))
     found = (getattr(place, name, None) for name in names for place in places)
-    features: Any = next(filter(None, found), None) or model.get_image_features
+    features = next(filter(None, found), None) or model.get_image_features
     return _rows(features(**move_inputs(model, pixels), return_dict=True)) // 2
 
 
-def _rows(found: Any) -> int:
+def _rows(found):
     """Return the number of feature vectors in the image features that a model returned."""
     if isinstance(found, Tensor):
         return found.shape[:-1].numel()
@@ -93,7 +90,7 @@ def _rows(found: Any) -> int:
     return 0
 
 
-def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageInputs:
+def _prompt(model, words, token, count):
     """Return the inputs of both rows: words, the image tokens between their marks, words.
 
     With a ``count`` of 0 there are only words: the blocks then attend to the image.
@@ -123,7 +120,7 @@ def _prompt(model: Any, words: Tensor, token: int | None, count: int) -> ImageIn
     return inputs
 
 
-def first_number(config: Any, names: tuple[str, ...]) -> int | None:
+def first_number(config, names):
     """Return the first of these fields that is a number; of height and width, the height."""
     for name in names:
         value = getattr(config, name, None)
@@ -136,7 +133,7 @@ def first_number(config: Any, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _vision(config: Any) -> Any:
+def _vision(config):
     """Return the vision configuration: the first inner one with a patch or image size."""
     parts = [part for part in vars(config).values() if hasattr(part, "to_dict")]
     sizes = ("patch_size", "patch_embed_hidden_size", *_SIDES)
@@ -145,7 +142,7 @@ def _vision(config: Any) -> Any:
     return named[0] if named else next(deeper, config)
 
 
-def image_forms(model: Any) -> Iterator[ImageInputs]:
+def image_forms(model):
     """Yield two images in each form that models of transformers take, with the inputs they need."""
     beside = {}
     if "qformer_input_ids" in parameters(model.forward):
@@ -157,7 +154,7 @@ def image_forms(model: Any) -> Iterator[ImageInputs]:
         yield {**pixels, **beside}
 
 
-def _pixels(model: Any) -> Iterator[ImageInputs]:
+def _pixels(model):
     names, vision = parameters(model.forward), _vision(model.config)
     patch = first_number(vision, ("patch_size",)) or 14
     channels = first_number(vision, _CHANNELS) or 3
@@ -217,11 +214,11 @@ def _pixels(model: Any) -> Iterator[ImageInputs]:
             }
 
 
-def _merge(model: Any) -> int:
+def _merge(model):
     """Return the number of patches along a side of one feature."""
     vision = _vision(model.config)
     return first_number(vision, _MERGES) or first_number(model.config, _MERGES) or 2
 
 
-def _noise(*shape: int) -> Tensor:
+def _noise(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -2,10 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +13,7 @@ from isingcut.models.architectures.cuts import depth, mtp_layers, read_decoder
 from isingcut.models.architectures.fields import MTP, config_object, text_part
 from isingcut.models.cutting.verify import random_tokens, relative_difference
 from isingcut.models.fit import Checkpoint
+from shared import load_json
 
 _TOLERANCE = 1e-5
 
@@ -36,12 +34,12 @@ class MtpLayers:
     count: int
     runs: bool
 
-    def name(self, number: int, depth: int) -> str:
+    def name(self, number, depth):
         """Return the prefix of the tensors of one layer, in a model of ``depth`` blocks."""
         return f"{self.prefix}{number + depth * self.numbered_on}."
 
 
-def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
+def add_mtp_layers(model, folder):
     """Give a saved tiny checkpoint random MTP layers, in the form of its architecture.
 
     Returns:
@@ -55,7 +53,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     text = model.config.get_text_config(decoder=True)
     if not patterns and not any(hasattr(text, field) for field in MTP):
         return None
-    config = json.loads((folder / "config.json").read_text())
+    config = load_json(folder / "config.json")
     count = 1 if text.model_type == "mellum" else 2  # Mellum allows only one.
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
@@ -79,7 +77,7 @@ def add_mtp_layers(model: Any, folder: Path) -> MtpLayers | None:
     return found
 
 
-def _write_fields(config: dict[str, Any], text: Any, count: int) -> None:
+def _write_fields(config, text, count):
     """Set the fields of a configuration for MTP layers, of the same type as the last block."""
     part = text_part(config, config_object(config))
     known = [field for field in MTP if hasattr(text, field)]
@@ -92,7 +90,7 @@ def _write_fields(config: dict[str, Any], text: Any, count: int) -> None:
             part[f"mtp_{listed}"] = [getattr(text, listed)[-1]] * count
 
 
-def _random_weights(model: Any, folder: Path, count: int) -> dict[str, torch.Tensor] | None:
+def _random_weights(model, folder, count):
     """Return random weights of transformers' MTP model, or None if it does not support this one."""
     try:
         torch.manual_seed(1)
@@ -106,9 +104,7 @@ def _random_weights(model: Any, folder: Path, count: int) -> dict[str, torch.Ten
     return {name: t for name, t in mtp.state_dict().items() if not name.startswith(shared)}
 
 
-def check_mtp_layers(
-    found: MtpLayers, model: Any, removed: Sequence[int], source: Path, cut: Path
-) -> bool:
+def check_mtp_layers(found, model, removed, source, cut):
     """Check that a cut keeps the MTP layers, and that their drafts are those of the original with
     the removed blocks skipped.
 
@@ -149,16 +145,15 @@ def check_mtp_layers(
     return True
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+def _config(folder):
+    return load_json(folder / "config.json")
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _tensors(folder):
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
-def _load(model: Any, found: MtpLayers, folder: Path) -> Any:
+def _load(model, found, folder):
     loaded = type(model).from_pretrained(folder)
     if found.numbered_on:
         # The class lists the layer numbers of one released model.
@@ -169,7 +164,7 @@ def _load(model: Any, found: MtpLayers, folder: Path) -> Any:
 
 
 @torch.no_grad()
-def _draft(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _draft(model, tokens):
     """Return the logits of the drafts (1, MTP layers, V) after the tokens (1, L)."""
     hidden = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
     positions = torch.arange(1, tokens.shape[1])[None]

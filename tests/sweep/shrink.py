@@ -10,7 +10,6 @@ which these rules are not enough.
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -27,7 +26,7 @@ _DEPTH = re.compile(
 )
 # The patterns of a size match whole names; the first match decides. Only integers are shrunk:
 # switches and fractions stay.
-_SIZES: tuple[tuple[int, str], ...] = (
+_SIZES = (
     # Ids of tokens.
     (0, "pad_token_id"),
     (1, "(decoder_start|bos)_token_id"),
@@ -93,7 +92,7 @@ _ALIKE = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_
 _TOWER = re.compile(r"vision|audio|image|speech|protein|encoder|vq|perceiver|qformer")
 
 
-def tiny_configuration(model_type: str) -> Any:
+def tiny_configuration(model_type):
     """Return the configuration of a tiny model of any model type of transformers.
 
     Raises:
@@ -103,7 +102,7 @@ def tiny_configuration(model_type: str) -> Any:
     return cls(**_tiny_values(_default(cls), DEPTH))
 
 
-def _default(cls: Any) -> Any:
+def _default(cls):
     try:
         return cls()
     except Exception:
@@ -112,13 +111,13 @@ def _default(cls: Any) -> Any:
     return cls(**copy.deepcopy(HANDS[cls.model_type]))
 
 
-def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
+def _tiny_values(default, depth):
     """Return arguments that make the class of a default configuration describe a tiny model."""
     cls = type(default)
     plain = _default(cls)
     old = _depth_of(default)
     declared = _declared(cls)
-    values: dict[str, Any] = {}
+    values = {}
     for name, actual in vars(default).items():
         if hasattr(actual, "to_dict") and hasattr(actual, "model_type"):
             inner = TOWER_DEPTH if _TOWER.search(name) else depth
@@ -147,10 +146,10 @@ def _tiny_values(default: Any, depth: int) -> dict[str, Any]:
     return _all_kinds(default, values, old, depth)
 
 
-_KEEP: Any = object()
+_KEEP = object()
 
 
-def _declared(cls: type[Any]) -> dict[str, Any]:
+def _declared(cls):
     """Return the declared defaults of a class by field, before any is derived from others."""
     common = {f.name for f in dataclasses.fields(cast(Any, PreTrainedConfig))}
     found = {}
@@ -164,13 +163,13 @@ def _declared(cls: type[Any]) -> dict[str, Any]:
     return found
 
 
-def _depth_of(config: Any) -> int:
+def _depth_of(config):
     names = [name for name in vars(config) if _DEPTH.fullmatch(name)]
     found = [vars(config).get(name) for name in ("num_hidden_layers", *names)]
     return next((n for n in found if isinstance(n, int) and n > 0), 0)
 
 
-def _small(name: str, value: Any, old: int, depth: int) -> Any:
+def _small(name, value, old, depth):
     """Return the size of a field in a tiny model, or `_KEEP` if it may stay as it is."""
     if isinstance(value, (bool, str, float)):
         return _KEEP
@@ -187,11 +186,11 @@ def _small(name: str, value: Any, old: int, depth: int) -> Any:
     return [min(v, size) for v in value] if numbers and size is not None else _KEEP
 
 
-def _named(name: str) -> int | None:
+def _named(name):
     return next((size for pattern, size in _NAMED if pattern.fullmatch(name)), None)
 
 
-def _sections(rope: dict[str, Any], values: dict[str, Any]) -> list[int]:
+def _sections(rope, values):
     """Return shares of time, height and width that fill half of the tiny rotary dimensions."""
     width = values.get("qk_rope_head_dim") or HEAD_DIM
     wanted = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -202,7 +201,7 @@ def _sections(rope: dict[str, Any], values: dict[str, Any]) -> list[int]:
     return found
 
 
-def _join(values: dict[str, Any], hand: dict[str, Any]) -> None:
+def _join(values, hand):
     for name, value in hand.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             _join(values[name], value)
@@ -210,7 +209,7 @@ def _join(values: dict[str, Any], hand: dict[str, Any]) -> None:
             values[name] = value
 
 
-def _all_kinds(default: Any, values: dict[str, Any], old: int, depth: int) -> dict[str, Any]:
+def _all_kinds(default, values, old, depth):
     """Return the arguments, with per-layer lists if a short model would lack a kind of block."""
     lists = {
         name: value
@@ -227,14 +226,14 @@ def _all_kinds(default: Any, values: dict[str, Any], old: int, depth: int) -> di
     return {**values, **{name: spread(lists[name], depth) for name in lost}}
 
 
-def _differ(values: Sequence[Any]) -> bool:
+def _differ(values):
     return len({*map(repr, values)}) == len(values)
 
 
-def spread(values: list[Any], count: int) -> list[Any]:
+def spread(values, count):
     """Return ``count`` entries of a longer list, in order, as many different ones as possible."""
     kept = [round(i * (len(values) - 1) / (count - 1)) for i in range(count)]
-    first: dict[str, int] = {}
+    first = {}
     for i, entry in enumerate(values):
         first.setdefault(repr(entry), i)
     for name, i in list(first.items())[:count]:
@@ -264,7 +263,7 @@ _VISUAL_TOKENS = {f"<|visual token {i:06d}|>": 8 + i for i in range(64)}
 
 # Model type of a configuration, whole or part -> arguments added to the derived ones or replacing
 # them; dictionaries are merged recursively.
-HANDS: dict[str, dict[str, Any]] = {
+HANDS = {
     # The default has no attention block, and transformers cannot generate with such a model.
     "bamba": {"attn_layer_indices": [1, 4]},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},

@@ -118,7 +118,7 @@ def show_ranking(found: states.CandidatesFile) -> None:
         lines.append(line.replace("`", ""))
     if found.by_tasks is not None:
         for blocks, *cells in words.table("question_rows", found.by_tasks):
-            names = ("questions", "right", "difference", "log-probability", "p")
+            names = ("right", "difference", "log-probability")
             shown = [f"{name} {x}" for name, x in zip(names, cells, strict=True) if x]
             lines.append(f"without {blocks}: {', '.join(shown)}")
     show_lines(
@@ -232,15 +232,11 @@ def show_plan(plan: dict[str, Any]) -> None:
     """Print the estimates of the energies and of the later stages, and the recommended command."""
     where = "read from disk block by block" if plan["streamed"] else "in memory"
     limit = "limit of each" if plan["placement"] else "limit"
-    probe, trust = f"timed in {duration(plan['probe_seconds'])}", "are right within a factor of 2"
-    if plan["card"]:
-        probe = "from the card's data sheet"
-        trust = "assume 40 % of the card's peak FLOP/s; nothing was timed"
     show_lines(
         f"{plan['model']}: {plan['blocks']} blocks, {decimal(plan['weights'])} as {plan['dtype']}, "
         f"{where} ({limit}: {decimal(plan['allowed'])}) on {plan['device']}",
         f"forward {plan['forward']:.0f} tokens/s, weights from disk {decimal(int(plan['reading']))}"
-        f"/s; {probe}; one process",
+        f"/s; timed in {duration(plan['probe_seconds'])}; one process",
         *_words_of_placement(plan["placement"]),
     )
     for key, name, title in (
@@ -253,7 +249,10 @@ def show_plan(plan: dict[str, Any]) -> None:
             rows.append([e["name"], str(e["samples"] or ""), *figures])
         _show_table(title, (name, "samples", "time", "memory"), rows, [name])
     show_lines(
-        f"times {trust}; the checkpoint has {decimal(plan['checkpoint'])}",
+        f"times are right within a factor of 2; the checkpoint has {decimal(plan['checkpoint'])}",
+        f"a card with {decimal(plan['card_bytes'])} holds the whole run: {plan['card_weights']} x "
+        f"weights + {decimal(plan['card_bytes'] - int(plan['card_weights'] * plan['weights']))}, "
+        "without CUDA's own memory",
         f"recommended: {plan['recommended']}, {duration(plan['seconds'])} in all: {plan['why']}",
         plan["command"],
     )

@@ -90,10 +90,9 @@ _PANELS = {
     "config overwrite",
     "What to remove": "keep drop",
     "Text": "samples length rank_samples report_samples seed",
-    "Model and machine": "card cards_per_process dtype attention batch_tokens stream "
-    "trust_remote_code",
+    "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
     "Choosing": "energy also solver states solve_seconds random_states choose",
-    "Repair": "patch patch_tokens healing drop_mtp",
+    "Repair": "patch patch_tokens patch_share healing drop_mtp",
     "Judging": "data questions skip_speed",
 }
 """The options of a run, grouped under the headings of its help."""

@@ -129,7 +129,8 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
     text, file = RunFiles(folder).calibration, data["hamiltonian"]
-    warnings = words.overlap_warnings(text.overlap if text else {})
+    assert text is not None
+    warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
@@ -224,7 +225,7 @@ def baseline(
     )
 
 
-@verb("patch", "patch_tokens", "drop_mtp", *OF_RUN, group=STAGES)
+@verb("patch", "patch_tokens", "patch_share", "drop_mtp", *OF_RUN, group=STAGES)
 def excise(
     directory: Folder,
     progress: Any,
@@ -374,7 +375,7 @@ def evaluate(
             output | found.content(),
             lambda: show.show_evaluation(found),
             brief=f"{found.kl:.4f}",
-            warnings=words.patch_warnings(found),
+            warnings=[*words.paragraphs("harm_words", found), *words.patch_warnings(found)],
         )
     rows, file = benchmarking.benchmarks(session, folder, removed), target / "benchmarks.json"
     files = RunFiles(folder.path, target)
@@ -504,17 +505,10 @@ _PLAN = (
 
 
 @verb(*_PLAN, group=LOOK)
-def plan(
-    card: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Plan for this GPU, from config.json alone: h100, ..."),
-    ] = "",
-    **options: Any,
-) -> Output:
+def plan(**options: Any) -> Output:
     """Estimate the time and memory of each energy and stage from a timed forward pass.
 
-    Examples: isingcut plan smollm2 --remove 6;
-    isingcut plan meta-llama/Llama-3.1-8B --remove 8 --card h100
+    Example: isingcut plan smollm2 --remove 6
     """
     from isingcut.models.sources import locate
 
@@ -523,7 +517,7 @@ def plan(
     # Imported last, because it imports torch.
     from isingcut.runs.plan import make_plan
 
-    found = make_plan(config, card)
+    found = make_plan(config)
     return Output(found, lambda: show.show_plan(found), brief=found["command"])
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("energy", "rank", "report")
+# Largest vocabulary whose tokens are about a character each; eight of them are no phrase.
+_BYTES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,8 @@ class Calibration:
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
         source: the source as given.
-        meta: provenance (kind of source, seed, length, documents used, overlap of the splits),
+        meta: provenance (kind of source, seed, length, documents used, overlap of the splits and
+            shared 8-grams),
             JSON-able.
     """
 
@@ -212,8 +215,11 @@ def build(
     say_left_out(parts, texts, length)
     splits = {name: tokens_of(drawn[name], parts, encode.pad) for name in SPLITS}
     energy, rank, report = splits.values()
-    shared = {"rank": overlap(rank, [energy]), "report": overlap(report, [energy, rank])}
+    earlier = {"rank": (rank, [energy]), "report": (report, [energy, rank])}
+    shared = {name: overlap(*splits) for name, splits in earlier.items()}
     meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes, "overlap": shared}
+    if len(tokenizer) > _BYTES:
+        meta["repeats"] = {name: overlap(*splits, [8]) for name, splits in earlier.items()}
     if len(parts) == 1:
         meta |= texts[0].facts
     else:

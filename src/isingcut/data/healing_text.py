@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from isingcut.data.calibration import draw_split, left_out, open_parts, say_left_out, tokens_of
-from isingcut.data.mixture import describe_source, parts_of, places_in
+from isingcut.data.corpora import NO_WIKI, has_wiki
+from isingcut.data.mixture import describe_source, parts_of, places_in, shares_text
 from isingcut.data.text_files import is_read_once
-from isingcut.data.tokens import Encoder, TokenSet, overlap
+from isingcut.data.tokens import Encoder, Row, TokenSet, overlap
 from isingcut.errors import CalibrationError, IsingcutError
 from isingcut.files.cuts import FittedText
-from isingcut.options.config import HealConfig
+from isingcut.options.config import TEXT, HealConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,48 +89,69 @@ def to_fit(
     most: int,
     model: PreTrainedModel | None = None,
     healing: HealConfig | None = None,
+    share: float = 0.0,
 ) -> tuple[TokenSet, FittedText]:
     """Return about ``most`` tokens outside the rank and report splits, and a record of them.
 
-    The energy split comes first, then more of the source, or the training text of a healing.
+    The energy split comes first, then more of the source, or the training text of a healing, then
+    a share of the default text.
 
     Args:
         used: calibration of a run; its source is read further if its energy split is too short.
         most: number of tokens, including those without a prediction.
         model: model whose embedding limits the token ids.
         healing: options of the healing that follows, with a length; its report text stays unseen.
+        share: share of the tokens to take from the default text, unless the source has a part of
+            it; documents of the calibration are left out.
     """
     source, length, seed = used.source, used.meta["length"], used.meta["seed"]
     if healing is not None:
         source, length, seed = healing.text, healing.length, healing.seed
     split, encode = used.splits["energy"], Encoder(tokenizer, model)
-    own = split.first(most)
-    rows = own.rows
-    missing, short = most - int(own.mask.sum()), ""
-    places = places_in(source)
-    if missing > 0 and "self" in places:
-        short = "the model wrote no more"
-    elif missing > 0 and any(map(is_read_once, places)):
-        short = "a pipe is read once"
-    elif missing > 0:
-        try:
-            parts = parts_of(source)
-            splits, turns = (1, "further") if healing is None else (2, "train")
-            texts = open_parts(parts, encode, length, seed, splits, used=used)
+    mixed = round(share * most) if is_mixed(used.source, source) else 0
+    unmixed = NO_WIKI if mixed and not has_wiki() else ""
+    mixed = 0 if unmixed else mixed
+    own = split.first(most - mixed)
+    rows, general = own.rows, list[Row]()
+    missing = max(0, most - mixed - int(own.mask.sum()))
+    places, unread = places_in(source), ""
+    if "self" in places:
+        unread = "the model wrote no more"
+    elif any(map(is_read_once, places)):
+        unread = "a pipe is read once"
+    short = unread if missing else ""
+    try:
+        parts, others = () if unread else parts_of(source), parts_of(TEXT) if mixed else ()
+        splits, turns = (1, "further") if healing is None else (2, "train")
+        # Opened together, so that the default text repeats no document of the calibration.
+        both = (*parts, *others) if missing or mixed else ()
+        texts = open_parts(both, encode, length, seed, splits, used=used)
+        if parts and missing:
             if healing is not None:
                 draw_split(parts, texts, 0, length, f"{seed} report", healing.report_samples)
             drawn, ended = draw_split(parts, texts, -1, length, f"{seed} {turns}", None, missing)
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
-        except IsingcutError:
-            # A moved file, or texts passed in Python. The error may name a private folder.
-            short = "the source was changed or cannot be read; restore the old text to fit on more"
-    found = TokenSet.from_rows(rows, encode.pad)
+        texts = texts[len(parts) :]
+        drawn, _ = draw_split(others, texts, -1, length, f"{seed} mixed", None, mixed)
+        general = [row for _, row in drawn]
+    except IsingcutError:
+        # A moved file, or texts passed in Python. The error may name a private folder.
+        short = "the source was changed or cannot be read; restore the old text to fit on more"
+    found = TokenSet.from_rows(rows + general, encode.pad)
+    named = [used.source, source, *([TEXT] if general else [])]
     return found, FittedText(
-        source=" + ".join(dict.fromkeys(map(describe_source, (used.source, source)))),
+        source=" + ".join(dict.fromkeys(map(describe_source, named))),
         samples=found.samples,
         searched=own.samples,
+        mixed=sum(map(len, general)),
+        unmixed=unmixed,
         tokens=int(found.mask.sum()),
         requested=most,
         short=short,
     )
+
+
+def is_mixed(*sources: str) -> bool:
+    """Whether a patch's text gets a share of the default text: no source has a part of it."""
+    return not any(shares_text(source, TEXT) for source in sources)

@@ -5,19 +5,20 @@ x_i = 1 for a removed block, the paper's energy is E = x^T (A^T A / m) x: the em
 matrix replaces the Hessian, without the linear term and the Taylor factor 1/2.
 
 The empirical Fisher matrix, which takes its labels from the text, is in general not a Hessian
-(Kunstner, Balles, Hennig, arXiv 1905.12558). The energies `fisher` and `gauss-newton` are the
-curvature that it is often mistaken for.
+(Kunstner, Balles, Hennig, arXiv 1905.12558). The energy `fisher` is the curvature that
+it is often mistaken for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy, quadratic
+from isingcut.energies.base import Price, describe_energy, quadratic
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.measure.gradients import gate_gradients
@@ -50,11 +51,16 @@ class EmpiricalFisher:
         described = "empirical-fisher", "mean token NLL per sample"
         return form_energy(rows, describe_energy(*described, tokens, gate=self.gate))
 
+    def price(self, n: int, sizes: Sequence[int]) -> Price:
+        """Return what the energy computes, whatever the model."""
+        return Price(2.5, 2.5, gradients=True)
+
 
 def form_energy(rows: Floats, meta: dict[str, Any]) -> Hamiltonian:
     """Form the energy of gradient rows (m, N).
 
     It is the Taylor expansion with a zero gradient and twice the curvature.
     """
-    outer, each = rows[:, :, None] * rows[:, None, :], np.ones(len(rows), dtype=np.int64)
+    outer = rows[:, :, None] * rows[:, None, :]
+    each = np.ones(len(rows), dtype=np.int64)
     return replace(quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary")

@@ -17,13 +17,14 @@ from the model's prediction error (Kunstner, Balles, Hennig, arXiv 1905.12558).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy, quadratic
+from isingcut.energies.base import Price, describe_energy, quadratic
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.work import Work
@@ -60,3 +61,7 @@ class Fisher:
         meta = describe_energy("fisher", "KL(original || gated)", tokens, **options)
         outer = sums[:, :, None] * sums[:, None, :]
         return quadratic(np.zeros_like(sums), outer, tokens.counts, meta)
+
+    def price(self, n: int, sizes: Sequence[int]) -> Price:
+        """Return what the energy computes, whatever the model."""
+        return Price(2.5, 2.5, gradients=True)

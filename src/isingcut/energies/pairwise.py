@@ -10,6 +10,7 @@ states share their prefixes, which saves about two thirds of the block evaluatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -17,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy, join_samples
+from isingcut.energies.base import Price, describe_energy, join_samples, price_states
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import States, states_of
 from isingcut.measure.losses import measure
@@ -52,6 +53,10 @@ class Pairwise:
         meta = describe_energy("pairwise", "KL(original || cut)", tokens)
         meta["blocks_run"] = found.blocks_run
         return join_samples(own.T, coupled, found.counts, meta)
+
+    def price(self, n: int, sizes: Sequence[int]) -> Price:
+        """Return what the energy of ``n`` blocks computes."""
+        return price_states(list_removals(n))
 
 
 def list_removals(n: int) -> States:

@@ -8,14 +8,16 @@ every state measured near the requested sizes. The best states of the search are
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from isingcut.data.tokens import TokenSet
-from isingcut.energies._quadratic import describe_energy
-from isingcut.energies.search import Search, Target
+from isingcut.energies.base import Price, describe_energy, price_states
+from isingcut.energies.pairwise import list_removals
+from isingcut.energies.search import Search, Target, default_passes
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import InputError
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -68,6 +70,18 @@ class Refined:
         search = Search(replay, tokens, work, self.targets, passes, self.seed).run()
         meta = describe_energy("refined", "KL(original || cut)", tokens)
         return replace(search.energy(), meta=meta | {"search": summary(search)})
+
+    def price(self, n: int, sizes: Sequence[int]) -> Price:
+        """Return what a search for ``sizes`` of ``n`` blocks computes, or the limit of its time.
+
+        Its states have about as many heads for each pass as the pairs. On average, a search ends
+        after half of its default budget.
+        """
+        effort = Effort(self.effort)
+        targets = [Target.count(n, size) for size in sizes]
+        passes = effort.passes or default_passes(n, targets) / 2
+        pairs = price_states(list_removals(n))
+        return Price(passes, passes * pairs.heads / pairs.passes, seconds=effort.seconds)
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:

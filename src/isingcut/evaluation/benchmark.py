@@ -4,17 +4,10 @@ tasks by name -> scores of both models -> paired comparison, task by task
 
 Results are kept in a journal until a task is complete.
 
-To choose, all remaining candidates are scored on the same questions, first on `FIRST` and then on
-`GROWTH` times as many at each look. The score is the log-probability of the right answers, which is
-more precise than accuracy (docs/experiments.md). At each look, a candidate is dropped if it is
-worse than the best one with a paired p-value (by the bootstrap over questions) below
-
-    alpha / (L K (K - 1) / 2)
-
-with L looks and K candidates at the start: Bonferroni's correction over all looks and all pairs. So
-the probability of dropping a candidate as good as the best one is at most about alpha. Among the
-remaining candidates within one standard error of the best one, the one of lowest loss is chosen,
-because a lead of a few questions is mostly chance.
+To choose, all candidates are scored on the same questions. The score is the log-probability of the
+right answers, which is more precise than accuracy (docs/experiments.md). Of the candidates within
+one standard error of the best one, the one of lowest loss is chosen, because a lead of a few
+questions is mostly chance.
 """
 
 from __future__ import annotations
@@ -22,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice, zip_longest
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +31,10 @@ from isingcut.evaluation.quality import quality
 from isingcut.evaluation.questions import Prepared, articles, short_name
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
-from isingcut.files.results import fingerprint
+from isingcut.files.results import fingerprint, without_infinities
 from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
 from isingcut.ising.states import Floats, swaps
+from isingcut.measure.losses import standard_error
 from isingcut.measure.work import PLAIN, Work
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.sources import model_identity
@@ -168,10 +162,19 @@ def compare_scores(first: Floats, second: Floats) -> PairedScores:
     the mean difference. The 95 % interval of second - first is by the paired bootstrap over
     questions.
     """
-    n, means = len(first), (float(first.mean()), float(second.mean()))
-    resampled = _resample(second - first)
+    n = len(first)
+    means = (float(first.mean()), float(second.mean()))
+    difference = second - first
+    resampled = _resample(difference)
     low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
-    p = p_value(first, second, resampled)
+    right_or_wrong = np.isin(np.concatenate([first, second]), (0.0, 1.0)).all()
+    if right_or_wrong:
+        p = mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
+    else:
+        mean = difference.mean()
+        p = float((1 + (np.abs(resampled - mean) >= abs(mean)).sum()) / (1 + RESAMPLES))
+        # Resamples of a few questions vary too little; the sign test has no p-value below this.
+        p = max(p, 2.0 ** (1 - n))
     errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
     return PairedScores(
         original=means[0],
@@ -183,31 +186,9 @@ def compare_scores(first: Floats, second: Floats) -> PairedScores:
         difference_high=high,
         n=n,
         p_value=p,
-        test="mcnemar" if right_or_wrong(first, second) else "bootstrap",
+        test="mcnemar" if right_or_wrong else "bootstrap",
         more_than_noise=p < 0.05,
     )
-
-
-def p_value(first: Floats, second: Floats, resampled: Floats | None = None) -> float:
-    """Return the two-sided p-value of no difference between two models' scores (n,).
-
-    Args:
-        resampled: resampled means of the difference, if computed already.
-    """
-    difference = second - first
-    if right_or_wrong(first, second):
-        return mcnemar(int((difference < 0).sum()), int((difference > 0).sum()))
-    if resampled is None:
-        resampled = _resample(difference)
-    mean = difference.mean()
-    p = (1 + (np.abs(resampled - mean) >= abs(mean)).sum()) / (1 + len(resampled))
-    # Resamples of a few questions vary too little; the sign test has no p-value below this.
-    return max(float(p), 2.0 ** (1 - len(difference)))
-
-
-def right_or_wrong(*scores: Floats) -> bool:
-    """Whether all scores are 0 or 1."""
-    return bool(np.isin(np.concatenate(scores), (0.0, 1.0)).all())
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -237,37 +218,10 @@ def _resample(values: Floats) -> Floats:
     return np.concatenate(parts)
 
 
-FIRST, GROWTH = 50, 1.5
-"""Questions at the first look, and the factor from one look to the next."""
-ALPHA = 0.05
-"""Probability of wrongly dropping a candidate, over all looks and pairs."""
 CONTENDERS = 5
 """Number of candidates to compare."""
 _APART = 2
 """Minimum number of blocks in which two of them differ, if possible: near copies score the same."""
-
-
-Ask = Callable[[Sequence[Sequence[int]], str, Sequence[str]], Sequence[Scores]]
-"""Function that scores candidates (removed blocks) on a task's questions, in one order for all."""
-
-
-@dataclass(eq=False)
-class _Contender:
-    """A candidate; scores and certainties are in question order and end when it is dropped."""
-
-    removed: Sequence[int]
-    scores: list[float] = field(default_factory=list)
-    certainties: list[float] = field(default_factory=list)
-    out: bool = False
-
-
-def looks(total: int) -> list[int]:
-    """Return the number of questions at each look, ascending; the last is all questions."""
-    ends, size = [], float(FIRST)
-    while round(size) < total:
-        ends.append(round(size))
-        size *= GROWTH
-    return [*ends, total]
 
 
 def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
@@ -306,107 +260,47 @@ def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[
 
 
 def choose_by_questions(
-    candidates: Sequence[Sequence[int]], questions: Mapping[str, Sequence[str]], ask: Ask
+    candidates: Sequence[Sequence[int]],
+    questions: Mapping[str, Sequence[str]],
+    scores: Sequence[Sequence[Scores]],
 ) -> tuple[int, ByTasks]:
     """Choose the candidate of lowest loss among those that score as well as the best.
 
-    Questions alternate between tasks, so that tasks have equal weight until the shortest ends.
+    That is within one paired standard error of the highest mean certainty. The certainties of each
+    task are divided by their spread around the means of its questions, because long answers have
+    more nats than single letters.
 
     Args:
-        candidates: removed blocks of each candidate, lowest loss first.
-        questions: keys by task, in order.
-        ask: scores all remaining candidates at once.
+        candidates: removed blocks of each of the K candidates, lowest loss first.
+        questions: keys by task.
+        scores: of each task, those of all candidates.
 
     Returns:
-        the index in ``candidates``, and the record of the choice. Its differences are of
-        accuracies, on the questions that both the candidate and the chosen one were scored on.
+        the index in ``candidates``, and the record of the choice.
     """
-    turns = [
-        (task, key)
-        for row in zip_longest(*([(t, k) for k in keys] for t, keys in questions.items()))
-        for task, key in filter(None, row)
+    right = np.concatenate([[one.values for one in each] for each in scores], axis=1)
+    certain = [np.array([one.certainties for one in each]) for each in scores]
+    spreads = [float((values - values.mean(0)).std()) for values in certain]
+    merits = np.concatenate([v / (s or 1.0) for v, s in zip(certain, spreads, strict=True)], axis=1)
+    behind = merits[int(merits.mean(1).argmax())] - merits
+    each = np.ones(merits.shape[1], dtype=np.int64)
+    # The error of a single question is NaN, and the first candidate is chosen.
+    best = int(np.argmax(behind.mean(1) <= standard_error(behind, each)))
+    differences = right - right[best]
+    errors = standard_error(differences, each).tolist()
+    rows = [
+        ScoredCandidate(
+            removed=list(removed),
+            accuracy=float(right[k].mean()),
+            certainty=float(np.concatenate(certain, axis=1)[k].mean()),
+            difference=None if k == best else float(differences[k].mean()),
+            difference_se=None if k == best else without_infinities(errors[k]),
+        )
+        for k, removed in enumerate(candidates)
     ]
-    ends = looks(len(turns))
-    pairs = len(candidates) * (len(candidates) - 1) / 2
-    bound = ALPHA / (len(ends) * max(1.0, pairs))
-    all_of_them = [_Contender(removed) for removed in candidates]
-    left, done, looked, tasks = all_of_them, 0, 0, list[str]()
-    while len(left) > 1 and looked < len(ends):
-        batch: dict[str, list[str]] = {}
-        for task, key in turns[done : ends[looked]]:
-            batch.setdefault(task, []).append(key)
-        for task, keys in batch.items():
-            for contender, answered in zip(
-                left, ask([c.removed for c in left], task, keys), strict=True
-            ):
-                contender.scores += answered.values.tolist()
-                contender.certainties += answered.certainties.tolist()
-            tasks += [task] * len(answered.values)
-        done, looked = ends[looked], looked + 1
-        merits = _merits(left, tasks)
-        leader = int(np.argmax(merits.mean(1)))
-        for other, own in zip(left, merits, strict=True):
-            behind = bool(own.mean() < merits[leader].mean())
-            other.out = behind and p_value(own, merits[leader]) < bound
-        left = [c for c in left if not c.out]
-    best = left[0]
-    if done:
-        # The first within one paired standard error of the best.
-        merits = _merits(left, tasks)
-        behind = merits[int(np.argmax(merits.mean(1)))] - merits
-        n = merits.shape[1]
-        error = behind.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(left))
-        best = left[int(np.argmax(behind.mean(1) <= error))]
-    used = turns[:done]
-    return all_of_them.index(best), ByTasks(
-        ahead=len(left) == 1,
-        alpha=ALPHA,
-        looks=looked,
-        looks_planned=len(ends),
-        by_task={task: sum(t == task for t, _ in used) for task in questions},
-        questions=list(dict.fromkeys(key for _, key in used)),
-        candidates=[_row(c, best, tasks) for c in all_of_them],
+    return best, ByTasks(
         tasks=list(questions),
-    )
-
-
-def _places(tasks: Sequence[str]) -> list[list[int]]:
-    """Return the indices of each distinct task in a list of tasks."""
-    return [[i for i, t in enumerate(tasks) if t == task] for task in dict.fromkeys(tasks)]
-
-
-def _merits(several: Sequence[_Contender], tasks: Sequence[str]) -> Floats:
-    """Return (K, n) certainties on the questions that all candidates were scored on, by task.
-
-    The values of each task are divided by their spread around the means of its questions, because
-    long answers have more nats than single letters.
-    """
-    shared = min(len(c.scores) for c in several)
-    parts = []
-    for places in _places(tasks[:shared]):
-        values = np.array([c.certainties[:shared] for c in several])[:, places]
-        spread = float((values - values.mean(0)).std())
-        parts.append(values / (spread or 1.0))
-    return np.concatenate(parts, axis=1)
-
-
-def _row(contender: _Contender, best: _Contender, tasks: Sequence[str]) -> ScoredCandidate:
-    count = len(contender.scores)
-    places = [i for task in _places(tasks[:count]) for i in task]
-    right, certain = (np.array(v)[places] for v in (contender.scores, contender.certainties))
-    mean, error, p = None, None, None
-    if contender is not best and count:
-        difference = right - np.array(best.scores)[places]
-        mean = float(difference.mean())
-        error = float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-        p = p_value(*_merits([best, contender], tasks))
-    return ScoredCandidate(
-        removed=list(contender.removed),
-        questions=count,
-        accuracy=float(right.mean()) if count else None,
-        certainty=float(certain.mean()) if count else None,
-        dropped=contender.out,
-        difference=mean,
-        difference_se=error,
-        p_value=p,
+        by_task={task: len(keys) for task, keys in questions.items()},
+        questions=[key for keys in questions.values() for key in keys],
+        candidates=rows,
     )

@@ -70,6 +70,6 @@ class Harness(HFLM):  # type: ignore[misc]
 
         prompts = [(tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests]
         for ids, settings in prompts:
-            room = self.max_length - int(settings.get("max_gen_toks") or self.max_gen_toks)
+            room = self.max_length - int(settings.get("max_gen_toks") or self.max_gen_toks or 0)
             self._count([len(ids)], room)
         return self.texts(prompts, write)

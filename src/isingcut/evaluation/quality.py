@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +24,17 @@ from isingcut.files.evaluations import (
 )
 from isingcut.files.results import without_infinities
 from isingcut.ising.states import Floats
-from isingcut.measure.losses import standard_error
+from isingcut.measure.losses import difference, standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
+from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, Work
-from isingcut.models.architectures.blocks import find_stack, language_model, text_config
-from isingcut.models.compute.divergence import row_kl
+from isingcut.models.architectures.blocks import find_stack, language_model
+from isingcut.models.compute.head import split_predictions, sum_losses
 from isingcut.models.device import BatchLimit
-from isingcut.models.fit import Checkpoint, is_mtp
-from isingcut.models.load import explain_nan
-from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import name_devices
-from isingcut.models.replay import HEAD, Recording
+from isingcut.models.replay import HEAD
 from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
-from isingcut.models.transformers_private import load_mtp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +43,6 @@ if TYPE_CHECKING:
 
     AnyModel = PreTrainedModel | StreamedReplay
 
-# Float32 logits to process at a time; the extra memory is a few times their size.
-_CHUNK_ELEMENTS = 1 << 23
 # Hidden states of both models: after the blocks, before the blocks, and the current ones.
 _STREAMS = 6
 # Maximum loss in nats per token; the perplexity of a larger one is treated as infinite.
@@ -63,6 +57,7 @@ def before_and_after(
     *,
     work: Work = PLAIN,
     elsewhere: Mapping[str, TokenSet] = MappingProxyType({}),
+    exact: Mapping[str, Floats] = MappingProxyType({}),
     new_tokens: int = 48,
     skip_speed: bool = False,
 ) -> EvaluationFile:
@@ -76,6 +71,7 @@ def before_and_after(
         tokens: the report split.
         work: settings of the measurement, without a journal.
         elsewhere: further texts by name, measured one by one.
+        exact: KL of the exact cut on these texts, summed by sample, if it is not ``cut``.
         new_tokens: maximum tokens of one greedy generation by each model.
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
@@ -101,7 +97,8 @@ def before_and_after(
     if found.parts:
         rest["parts"] = found.parts
     rest["elsewhere"] = {
-        name: _part(text, quality(first, second, text, work)) for name, text in elsewhere.items()
+        name: _part(text, quality(first, second, text, work, exact.get(name)))
+        for name, text in elsewhere.items()
     }
     for name, side in both.items():
         rest[name] = ModelScores(
@@ -124,18 +121,31 @@ def before_and_after(
     )
 
 
-def quality(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> MixedScores:
+def quality(
+    original: AnyModel,
+    cut: AnyModel,
+    tokens: TokenSet,
+    work: Work = PLAIN,
+    exact: Floats | None = None,
+) -> MixedScores:
     """Measure NLL and perplexity of both models and KL(original || cut), per token, in nats.
 
     Means are over tokens, standard errors over samples (a ratio estimator, linearised; for the
-    perplexity by the delta method) and None for a single sample. Logits are converted to float32 a
-    few tokens at a time. Streamed models share buffers, and each is read once per chunk of samples;
-    both heads are in memory together.
+    perplexity by the delta method) and None for a single sample. Streamed models share buffers, and
+    each is read once per chunk of samples; both heads are in memory together.
+
+    Args:
+        exact: KL of the exact cut, summed by sample, to compare ``cut`` with.
 
     Raises:
         ModelError: a loss is not finite, or has no finite perplexity.
     """
-    return quality_of(sample_sums(original, cut, tokens, work), tokens)
+    sums = sample_sums(original, cut, tokens, work)
+    found = quality_of(sums, tokens)
+    if exact is not None:
+        found.kl_above_cut, error = difference(exact, sums[2], tokens.counts)
+        found.kl_above_cut_se = without_infinities(error)
+    return found
 
 
 def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> Floats:
@@ -151,38 +161,29 @@ def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work 
     with work.progress(description, len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
             found = split_to_fit(
-                limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b])
+                limit, batches[chunk], compute, lambda a, b: np.concatenate([a, b], 1)
             )
             for batch, values in zip(batches[chunk], found, strict=True):
-                sums[:, batch.index.tolist()] = values.T
+                sums[:, batch.index.tolist()] = values
                 bar.advance(1)
     most = _MOST_NATS * tokens.counts
     for model, losses in zip((original, cut, cut), sums, strict=True):
         # Comparisons with NaN are false.
-        if len(bad := np.flatnonzero(~(losses <= most))):
-            plain = model.model if isinstance(model, StreamedReplay) else model
-            raise explain_nan(plain, "the perplexity", tokens.input_ids[bad[0]].tolist())
+        finite = np.where(losses <= most, losses, np.nan)
+        check_finite(model, tokens, finite, what="the perplexity")
     return sums
 
 
 def _sums_by_sample(original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]) -> list[Floats]:
-    """Return for each micro-batch of R samples their sums (R, 3) by `sum_losses`."""
+    """Return for each micro-batch of R samples their sums (3, R) by `sum_losses`."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
             model.store.hold(HEAD)
-    found = []
-    for batch, *logits in zip(batches, *both, strict=True):
-        before, after = (of_rows() for of_rows in logits)
-        sums = []
-        for row in range(batch.samples):
-            counts = batch.predicted[row]
-            at = slice(int(counts.sum())) if batch.counted is None else batch.compared[row]
-            first, second = before(row)[at], after(row)[at]
-            labels = batch.input_ids[row, 1:][counts].to(first.device)
-            sums.append(sum_losses(first, second.to(first.device), labels))
-        found.append(np.array(sums))
-    return found
+    return [
+        sum_losses(split_predictions(before, batch), split_predictions(after, batch), batch)
+        for batch, before, after in zip(batches, *both, strict=True)
+    ]
 
 
 def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator[slice]:
@@ -193,28 +194,24 @@ def _chunks(models: Sequence[AnyModel], batches: Sequence[TokenSet]) -> Iterator
     return (slice(b, b + 1) for b in range(len(batches)))
 
 
-def _logits(
-    model: AnyModel, batches: Sequence[TokenSet]
-) -> list[Callable[[], Callable[[int], Tensor]]]:
-    """Return for each micro-batch a function that computes the logits (T, V) of a row."""
+def _logits(model: AnyModel, batches: Sequence[TokenSet]) -> list[Iterator[Tensor]]:
+    """Return for each micro-batch an iterator over the logits (T, V) of its samples."""
     if not isinstance(model, StreamedReplay):
-        return [partial(_read_logits, model, batch) for batch in batches]
+        return [_read_logits(model, batch) for batch in batches]
     recordings = [model.record(batch.input_ids) for batch in batches]
     streams = [recording.entered for recording in recordings]
     for i in range(len(model)):
         for b, recording in enumerate(recordings):
             streams[b] = recording.block(i, streams[b])
+    return [
+        map(recording.logits, stream, range(len(stream)))
+        for recording, stream in zip(recordings, streams, strict=True)
+    ]
 
-    def rows(recording: Recording, stream: Tensor) -> Callable[[int], Tensor]:
-        return lambda row: recording.logits(stream[row], row)
 
-    return [partial(rows, *pair) for pair in zip(recordings, streams, strict=True)]
-
-
-def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Callable[[int], Tensor]:
+def _read_logits(model: PreTrainedModel, batch: TokenSet) -> Iterator[Tensor]:
     ids = batch.input_ids.to(model.device)
-    found: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
-    return found.__getitem__
+    yield from language_model(model)(input_ids=ids, use_cache=False).logits
 
 
 def quality_of(sums: Floats, tokens: TokenSet) -> MixedScores:
@@ -241,21 +238,6 @@ def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
     return PartScores(samples=tokens.samples, tokens=tokens.tokens, **scores)
 
 
-def sum_losses(before: Tensor, after: Tensor, labels: Tensor) -> list[float]:
-    """Return NLL of both models and KL, summed over the T tokens of (T, V) logits."""
-    totals = torch.zeros(3, dtype=torch.float64)
-    rows = max(1, _CHUNK_ELEMENTS // before.shape[-1])
-    parts = (torch.split(logits, rows) for logits in (before, after, labels[:, None]))
-    for first, second, label in zip(*parts, strict=True):
-        p = torch.log_softmax(first.float(), dim=-1)
-        q = torch.log_softmax(second.float(), dim=-1)
-        totals[0] -= p.gather(1, label).sum(dtype=torch.float64).cpu()
-        totals[1] -= q.gather(1, label).sum(dtype=torch.float64).cpu()
-        totals[2] += row_kl(p, q).sum(dtype=torch.float64).cpu()
-    found: list[float] = totals.tolist()
-    return found
-
-
 def perplexity(nll: float, error: float | None) -> Perplexity:
     """Return a loss in nats per token and its perplexity, each with its standard error if known."""
     value, error = float(np.exp(nll)), np.nan if error is None else error
@@ -265,54 +247,3 @@ def perplexity(nll: float, error: float | None) -> Perplexity:
         nll=nll,
         nll_se=without_infinities(error),
     )
-
-
-# Drafts of layers for multi-token prediction (MTP) ---------------------------------------------
-
-
-def open_mtp(model: PreTrainedModel, folder: Path) -> Any | None:
-    """Load the MTP layers of a checkpoint, as `generate(use_mtp=True)` of transformers does.
-
-    Their numbers are set on ``model``, because its class has those of released depths only.
-
-    Returns:
-        the layers; None if there are none, or if transformers has no code that runs them.
-    """
-    checkpoint = Checkpoint.read(folder)
-    names = checkpoint.mtp_tensors()
-    if not names or getattr(text_config(model), "num_mtp_layers", None) is None:
-        return None
-    first = checkpoint.depth
-    numbers = range(first, first + checkpoint.mtp_layers) if not any(map(is_mtp, names)) else []
-    with quiet_transformers():
-        return load_mtp(model, language_model(model), numbers)
-
-
-@torch.inference_mode()
-def draft_acceptance(
-    model: PreTrainedModel, mtp: Any, tokens: TokenSet, batch_tokens: int
-) -> tuple[float, float]:
-    """Measure how often the first drafted token equals the token that the model itself predicts.
-
-    Takes one forward pass: at each position the input of the model is the true text before it, and
-    that of the MTP layer is the true next token too.
-
-    Returns:
-        the share of accepted drafts, and its standard error over samples.
-    """
-    accepted = torch.zeros(tokens.samples, dtype=torch.float64)
-    drafted = torch.zeros(tokens.samples, dtype=torch.float64)
-    for batch in tokens.batches(batch_tokens):
-        ids, mask = batch.input_ids.to(model.device), batch.mask.to(model.device)
-        found = language_model(model)(input_ids=ids, output_hidden_states=True, use_cache=False)
-        positions = torch.arange(1, ids.shape[1], device=ids.device)[None]
-        hidden = mtp.forward_layer(
-            0, found.hidden_states[-1][:, :-1], positions, None, input_ids=ids[:, 1:]
-        )
-        drafts = mtp._project_to_logits(hidden).argmax(-1)
-        counted = mask[:, 1:].bool()
-        equal = (drafts == found.logits[:, 1:].argmax(-1)) & counted
-        accepted[batch.index] = equal.sum(1).double().cpu()
-        drafted[batch.index] = counted.sum(1).double().cpu()
-    error = standard_error(accepted.numpy(), drafted.numpy().astype(int))
-    return float(accepted.sum() / drafted.sum()), float(error)

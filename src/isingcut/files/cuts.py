@@ -11,7 +11,11 @@ from isingcut.files.values import Blocks, Count, Index, Number, Positive, Scalar
 
 
 class PatchedCut(Strict):
-    """The map that was folded into the block before one cut."""
+    """The map that was folded into the block before one cut.
+
+    Attributes:
+        reads: whether it maps the layer's input; else its output, for which less memory suffices.
+    """
 
     removed: list[Index] | None = None
     block: Index
@@ -19,6 +23,7 @@ class PatchedCut(Strict):
     ridge: Number | None = None
     held_out_error_left: Number | None = None
     exact: bool = False
+    reads: bool = True
     tokens: Count | None = None
     changed: bool = True
 
@@ -31,9 +36,14 @@ class TunedLayer(Strict):
 
 
 class PatchTuning(Strict):
-    """The result of tuning a patch: the KL before and after, or why it was not tuned."""
+    """The result of tuning a patch: the KL before and after, or why it was not tuned.
+
+    Attributes:
+        of: number of layers that could be tuned, if memory did not suffice for all.
+    """
 
     left_out: str = ""
+    of: Count = 0
     layers: list[TunedLayer] = Field(default_factory=list)
     steps: Count = 0
     predictions: Count = 0
@@ -57,11 +67,19 @@ class CutProof(Strict):
 
 
 class FittedText(Strict):
-    """The text that a patch was fitted on."""
+    """The text that a patch was fitted on.
+
+    Attributes:
+        searched: samples that the energy was measured on.
+        mixed: tokens of the default text, added to a text of the user's.
+        unmixed: reason why none was added although an option requests it.
+    """
 
     source: str
     samples: Count
     searched: Count
+    mixed: Count = 0
+    unmixed: str = ""
     tokens: Count
     requested: Count
     short: str

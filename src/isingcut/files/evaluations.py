@@ -13,18 +13,12 @@ from isingcut.files.values import Count, Number, Positive, Some
 
 
 class Perplexity(Strict):
-    """The perplexity of a model on a text.
-
-    Attributes:
-        draft_acceptance: share of the tokens drafted by its MTP layers that equal its predictions.
-    """
+    """The perplexity of a model on a text."""
 
     perplexity: Positive
     perplexity_se: Positive | None
     nll: Number
     nll_se: Positive | None
-    draft_acceptance: Positive | None = None
-    draft_acceptance_se: Positive | None = None
 
 
 class ModelScores(Perplexity):
@@ -55,6 +49,8 @@ class PairScores(Strict):
 
     Attributes:
         nll_change_se: paired standard error of the difference of the NLLs.
+        kl_above_cut: KL minus that of the exact cut, with its paired standard error; measured on
+            unrelated texts, for a model that is not the exact cut.
     """
 
     before: Perplexity
@@ -62,6 +58,14 @@ class PairScores(Strict):
     kl: Number
     kl_se: Positive | None
     nll_change_se: Positive | None = None
+    kl_above_cut: Number | None = None
+    kl_above_cut_se: Positive | None = None
+
+    @property
+    def harmed(self) -> bool:
+        """Whether the model is worse than the exact cut, by more than two standard errors."""
+        above, error = self.kl_above_cut, self.kl_above_cut_se
+        return above is not None and error is not None and above > 2 * error
 
 
 class PartScores(PairScores):
@@ -105,7 +109,6 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
             run cut.
         cut, patched: scores of the exact cut and of the patched model, if these are not the last.
         gguf_unread: reason why the cut GGUF file next to the checkpoint was not measured.
-        no_drafts: reason why the drafts of the MTP layers were not measured.
         elsewhere: scores on unrelated texts, which no choice or fit used.
         not_measured: keys of speed and memory that were not measured.
         streamed: whether a model was read from disk block by block, so that its speed is unknown.
@@ -117,7 +120,6 @@ class EvaluationFile(MixedScores, Document, kind="evaluation"):
     patched: FurtherScores | None = None
     gguf: PackedScores | None = None
     gguf_unread: str = ""
-    no_drafts: str = ""
     samples: Some
     tokens: Some
     before: ModelScores

@@ -39,12 +39,18 @@ class SplitSize(Strict):
 
 
 class CalibrationText(Strict):
-    """The calibration text of a run."""
+    """The calibration text of a run.
+
+    Attributes:
+        overlap: share of long passages of a split that are in another split too.
+        repeats: the same for runs of 8 tokens; empty if tokens are about a character each.
+    """
 
     source: str
     sha256: str
     splits: dict[str, SplitSize]
     overlap: dict[str, Positive] = Field(default_factory=dict)
+    repeats: dict[str, Positive] = Field(default_factory=dict)
 
 
 class Computed(Strict):
@@ -128,10 +134,6 @@ class StageRecord(Strict):
         if self.stage == "excise" and self.options.removed is None:
             raise ValueError("a cut lacks its removed blocks")
         return self
-
-    def is_of(self, cut: StageRecord) -> bool:
-        """Whether the stage read this checkpoint; true of a stage that reads none."""
-        return self.options.content().get("model") in (None, cut.fingerprint)
 
 
 class BlockCosts(Strict):

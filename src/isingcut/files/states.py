@@ -122,13 +122,10 @@ class ScoredCandidate(Strict):
     """A candidate's score on the questions, compared with the chosen candidate's."""
 
     removed: Blocks
-    questions: Count
     accuracy: Number | None
     certainty: Number | None
-    dropped: bool
     difference: Number | None
     difference_se: Positive | None
-    p_value: Positive | None
 
 
 class ByTasks(Strict):
@@ -138,15 +135,8 @@ class ByTasks(Strict):
         tasks: names of the tasks.
         by_task: number of questions used of each task.
         questions: keys of the questions used.
-        ahead: whether all other candidates were dropped.
-        alpha: probability of wrongly dropping a candidate.
-        looks: number of comparisons made, of ``looks_planned``.
     """
 
-    ahead: bool
-    alpha: Positive
-    looks: Count
-    looks_planned: Count
     by_task: dict[str, Count]
     questions: list[str]
     candidates: Annotated[list[ScoredCandidate], Field(min_length=1)]

@@ -48,7 +48,6 @@ from isingcut.healing.job import (
     Domains,
     Job,
     check_training,
-    difference,
     keep_beginnings,
     trainer_settings,
 )
@@ -61,6 +60,7 @@ from isingcut.healing.work_folder import (
     keep_result,
     work_of,
 )
+from isingcut.measure.losses import difference
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors
 from isingcut.models.architectures.blocks import find_stack, text_config
@@ -335,7 +335,7 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     Raises:
         InputError: the time is too short; the message has an approximate time that is enough.
     """
-    seconds = job.config.effort.seconds
+    seconds = job.config.training.seconds
     if seconds is None or job.config.method == "none":
         return
     sample = keep_beginnings(report).select([0])

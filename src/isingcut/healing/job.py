@@ -21,14 +21,12 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
-import numpy.typing as npt
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
-from isingcut.ising.states import Floats
-from isingcut.measure.losses import standard_error
+from isingcut.measure.losses import difference
 from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import pick_device
 from isingcut.models.load import LoadedModel
@@ -51,19 +49,6 @@ def keep_beginnings(tokens: TokenSet) -> TokenSet:
         first = next((t for t in range(1, len(row)) if row[t] >= 0), 0)
         rows.append(row[: max(_LENGTH, first + _LENGTH // 4)])
     return TokenSet.from_rows(rows, parts=tokens.parts)
-
-
-def difference(
-    first: npt.ArrayLike, second: npt.ArrayLike, counts: npt.NDArray[np.int64]
-) -> tuple[float, float]:
-    """Return second - first in nats per prediction, paired by sample, and its standard error.
-
-    Args:
-        first, second: sums over the predictions of each sample.
-        counts: number of predictions of each sample.
-    """
-    sums: Floats = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    return float(sums.sum() / counts.sum()), float(standard_error(sums, counts))
 
 
 class Domains:
@@ -322,7 +307,7 @@ def choose_recipe(job: Job, seconds: float | None, pace: tuple[float, float]) ->
         seconds: the time for the training; None for a budget of tokens.
         pace: seconds per step, and additional seconds per token.
     """
-    config, text, tokens = job.config, job.tokens, job.config.effort.tokens
+    config, text, tokens = job.config, job.tokens, job.config.training.tokens
     width, processes = int(text_config(job.teacher.model).hidden_size), job.processes.size
     mask = text.mask
     longest = int(mask.sum(1).max())

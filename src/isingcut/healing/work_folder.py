@@ -45,13 +45,9 @@ def work_of(out: Path) -> Path:
 
 def describe_options(config: HealConfig) -> dict[str, Any]:
     """Return the options of a healing that affect its result."""
-    found = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in ("student", "teacher", "out", "overwrite", "trust_remote_code")
-    }
-    # Records have an epoch as no effort.
-    return found | {"effort": "" if config.effort == "all" else config.effort}
+    found = dataclasses.asdict(config) | {"effort": config.training}
+    left_out = ("student", "teacher", "out", "overwrite", "trust_remote_code")
+    return {k: v for k, v in found.items() if k not in left_out}
 
 
 def complete_states(trainer: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import SupportsIndex, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ Bools = NDArray[np.bool_]
 States = NDArray[np.bool_]
 
 
-def read_whole(value: object, what: str) -> int:
+def read_whole(value: Any, what: str) -> int:
     """Return a whole number of Python, NumPy or PyTorch as an `int`.
 
     Raises:
@@ -29,7 +29,7 @@ def read_whole(value: object, what: str) -> int:
     """
     try:
         if not isinstance(value, bool | np.bool_):
-            return operator.index(cast(SupportsIndex, value))
+            return operator.index(value)
     except TypeError:
         pass
     raise InputError(f"{what} must be a whole number, got {value!r:.60}")

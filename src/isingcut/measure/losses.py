@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -220,6 +221,19 @@ def standard_error(sums: Floats, counts: npt.NDArray[np.int64]) -> Floats:
     ratio = sums.sum(-1, keepdims=True) / counts.sum()
     residual = sums - ratio * counts
     return np.asarray(np.sqrt((residual**2).sum(-1) * m / (m - 1)) / counts.sum())
+
+
+def difference(
+    first: npt.ArrayLike, second: npt.ArrayLike, counts: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """Return second - first in nats per prediction, paired by sample, and its standard error.
+
+    Args:
+        first, second: sums over the predictions of each sample.
+        counts: number of predictions of each sample.
+    """
+    sums: Floats = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    return float(sums.sum() / counts.sum()), float(standard_error(sums, counts))
 
 
 def measure(
@@ -434,12 +448,13 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
         original: Comparison | None = None
         found, lengths = list[Tensor](), list[int]()
         for _, first, last, end in group:
+            logits = partial(head.logits, recordings[tree], end, batches[tree])
             if original is None:
-                original = Comparison(head, recordings[tree], end, batches[tree])
+                original = Comparison(logits(), batches[tree])
                 found, lengths = [original.own], [1]
                 first += 1
             if first < last:
-                found.append(original.compare(end))
+                found.append(original.compare(logits()))
                 lengths.append(last - first)
         assert original is not None
         # Before this line, nothing is read from the device.

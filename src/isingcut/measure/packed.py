@@ -78,9 +78,10 @@ def changed_losses(
                 new = changed(output)
                 ends = zip(batches, recordings, streams, others, strict=True)
                 for batch, recording, stream, other in ends:
-                    original = Comparison(head, recording, stream, batch)
+                    original = Comparison(head.logits(recording, stream, batch), batch)
                     with _swapped(new):
-                        kl, _ = original.sum_samples([original.compare(other)])[:, 0]
+                        changed_logits = head.logits(recording, other, batch)
+                        kl, _ = original.sum_samples([original.compare(changed_logits)])[:, 0]
                     check_finite(replay, batch, kl)
                     found[batch.index.numpy()] = kl
             bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")

@@ -87,7 +87,7 @@ def split_to_fit(
     can_split = len(batches) > 1 or batches[0].samples > 1
     tokens = sum(batch.positions for batch in batches)
     if tokens <= limit.tokens or not can_split:
-        found = _attempt(lambda: compute(batches), can_split)
+        found = attempt(lambda: compute(batches), can_split)
         if found is not None:
             return found
         limit.tokens = tokens // 2
@@ -115,19 +115,19 @@ def fewer_tokens_to_fit(
     Raises:
         Exception: the error of ``compute`` with ``least`` tokens.
     """
-    found = _attempt(lambda: compute(tokens), tokens > least)
+    found = attempt(lambda: compute(tokens), tokens > least)
     if found is not None:
         return found
     limit.release()
     return fewer_tokens_to_fit(limit, max(least, tokens // 2), least, compute)
 
 
-def _attempt(compute: Callable[[], T], can_split: bool) -> T | None:
-    """Run ``compute``; return None if memory is exhausted and the work can be split."""
+def attempt(compute: Callable[[], T], another: bool) -> T | None:
+    """Run ``compute``; return None if memory is exhausted and there is another way."""
     try:
         return compute()
     except Exception as error:
-        if not (can_split and is_memory_exhausted(error)):
+        if not (another and is_memory_exhausted(error)):
             raise
         # Returning releases the error, and with it the frames that hold references to the tensors.
         return None

@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,15 +62,21 @@ def _check_stream(
 
 
 def check_finite(
-    replay: Replay, batch: TokenSet, found: Floats, states: States | None = None
+    model: Any,
+    batch: TokenSet,
+    found: Floats,
+    states: States | None = None,
+    what: str = "a loss or gradient",
 ) -> None:
-    """Raise an error if numbers measured on a micro-batch are not finite.
+    """Raise an error if numbers measured on samples are not finite.
 
-    The model then runs again, block by block, to find the first block whose output is not finite.
+    The blocks of a `Replay` then run again, to find the first whose output is not finite.
 
     Args:
+        model: a `Replay` or a model of transformers.
         found: numbers (R, ...) of the original model, or (K, S, R) of S states; R samples.
         states: (S, N) states, if ``found`` is of states.
+        what: name of the numbers in the message.
 
     Raises:
         ModelError: a number is NaN or infinite; the message names model, block and text.
@@ -81,11 +88,13 @@ def check_finite(
     if states is not None:
         state = int(bad.any((0, 2)).argmax())
         bad, removed = bad[:, state].T, blocks_of(states[state])
-    with torch.no_grad():
-        for _ in boundaries(replay, [batch], removed):
-            pass
-    ids = batch.input_ids[np.argwhere(bad)[0, 0]].tolist()
-    raise explain_nan(replay.model, "a loss or gradient", ids, removed)
+    one = batch.select([int(np.argwhere(bad)[0, 0])])
+    if isinstance(model, Replay):
+        with torch.no_grad():
+            for _ in boundaries(model, [one], removed):
+                pass
+        model = model.model
+    raise explain_nan(model, what, one.input_ids[0].tolist(), removed)
 
 
 Score = Callable[[Tensor, Tensor], Tensor]

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import ModelError
-from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     import torch
@@ -59,30 +57,6 @@ def get_checkpointing() -> dict[str, bool]:
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     names = ("activation_checkpointing", "gradient_checkpointing")
     return {next(name for name in names if name in known): True}
-
-
-def load_mtp(model: Any, decoder: Any, numbers: Iterable[int]) -> Any | None:
-    """Load a model's layers for multi-token prediction (MTP), as `generate(use_mtp=True)` does.
-
-    Args:
-        model: a model loaded from its folder; ``numbers`` are also set in it, for `generate`.
-        decoder: its causal language model.
-        numbers: numbers of MTP layers, if they follow those of the blocks; model classes have only
-            those of released models.
-
-    Returns:
-        the layers, or None if transformers cannot load them.
-    """
-    for known in {model, decoder} if numbers else ():
-        known._keys_to_ignore_on_load_unexpected = {rf"layers\.{i}\." for i in numbers}
-    try:
-        from transformers.modeling_layers import MtpModel
-
-        found: Any = MtpModel.from_pretrained(decoder, device_map={"": model.device})
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
-        raise_if_exhausted(error)
-        return None
-    return found.eval()
 
 
 class Names:

@@ -212,6 +212,11 @@ class RunConfig(Options):
     patch_tokens: PatchTokens = option(
         65536, "Tokens to fit the patch on: the samples of --energy first, then further text."
     )
+    patch_share: Annotated[float, Bounds(ge=0, le=1)] = option(
+        0.5,
+        "Share of --patch-tokens from the default text, if --calibration is of other text only: "
+        "it keeps the patch from harming other text (0: your text alone).",
+    )
     heal: spellings.Training = option(
         spellings.Training(),
         "Then distil the original into the cut model: for a time (10min), a number of tokens "
@@ -351,10 +356,10 @@ class HealConfig(Options):
         "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
         "16) or lora:RANK, none (patch only).",
     )
-    effort: spellings.Training = option(
-        spellings.Training("10min"),
+    effort: spellings.Training | None = option(
+        None,
         "How long to train: a time (30m, 2h), tokens (10M tokens), or all: one epoch, which may "
-        "take hours.",
+        "take hours (default: 10min, unless --trainer sets steps or epochs).",
     )
     trainer: Section = option(
         Section(),
@@ -373,6 +378,11 @@ class HealConfig(Options):
     )
     trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
     overwrite: bool = option(False, "Replace an existing output.")
+
+    @property
+    def training(self) -> spellings.Training:
+        """The effort; before `validate`, one epoch if none is given."""
+        return self.effort or spellings.Training()
 
     @property
     def last(self) -> int | None:
@@ -397,9 +407,9 @@ class HealConfig(Options):
         """
         if self.method == "none" and self.patch == "none":
             raise InputError("--method none and --patch none leave nothing to do; change one")
-        default = self.effort is self.__dataclass_fields__["effort"].default
-        if default and {"max_steps", "num_train_epochs"} & self.trainer.values.keys():
-            return self.replace(effort="all")
+        if self.effort is None:
+            counted = {"max_steps", "num_train_epochs"} & self.trainer.values.keys()
+            return self.replace(effort="all" if counted else "10min")
         if "max_steps" in self.trainer.values and (self.effort.tokens or self.effort.seconds):
             raise InputError(
                 "--effort and max_steps in --trainer both set how long to train; remove one"
@@ -429,7 +439,7 @@ def heal_config(config: RunConfig) -> HealConfig:
         patch="none" if config.patch == "none" else None,
         patch_tokens=config.patch_tokens,
         method=found.method if config.heal else "none",
-        effort=config.heal or "all",
+        effort="" if config.heal == "all" else config.heal,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )

@@ -5,6 +5,7 @@ files of a run -> parts, stored in the checkpoint's record -> README.md, rewritt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from markupsafe import Markup
 
 from isingcut.data.mixture import describe_source
 from isingcut.files.cuts import CardParts
+from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.healings import HealingFile
 from isingcut.models.sources import hub_id
 from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
-from isingcut.report.words import render, sentence
+from isingcut.report.words import markdown, render, sentence
 
 PAPER_ENERGY = "empirical-fisher"
+_HARM = "**Warning.** "
 
 
 def card_parts(
@@ -109,7 +112,19 @@ def gguf_card(files: RunFiles) -> str:
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
     packed = files.run.blocks.packed if files.packing else None
     parts = files.removal.card
-    return model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
+    card = model_card(parts, healing, evaluation=found, scores=scores, packed=packed)
+    return mark_harm(card, found)
+
+
+def mark_harm(card: str, evaluation: EvaluationFile) -> str:
+    """Return a card whose first paragraph says what a repair harms, if `evaluation` found a harm.
+
+    The paragraph of an earlier evaluation is replaced; all other text stays.
+    """
+    words = sentence("harm_words", evaluation)
+    marked = f"{_HARM}{markdown(words)}\n\n" if words else ""
+    begin = re.compile(rf"^(# .*\n\n)({re.escape(_HARM)}.*\n\n)?", re.MULTILINE)
+    return begin.sub(lambda found: found[1] + marked, card, count=1)
 
 
 def hub_results(files: RunFiles) -> list[EvalResult]:

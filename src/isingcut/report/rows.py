@@ -177,7 +177,6 @@ _QUALITY = (
     ("perplexity", "perplexity", "", ".2f", 1.0),
     ("nll", "NLL", "nats/token", ".4f", 1.0),
     ("kl", "KL to the original", "nats/token", ".4f", 1.0),
-    ("draft_acceptance", "MTP drafts accepted", "%", ".1f", 0.01),
 )
 _SIZE_AND_SPEED = (
     ("blocks", "blocks", "", ".0f", 1.0),
@@ -264,9 +263,7 @@ def healing_start(healing: healings.HealingFile) -> str:
 
 
 def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> list[Row]:
-    rows = [_row(*quantity, models, first=first) for quantity in _QUALITY]
-    # Most models draft no tokens.
-    return [row for row in rows if row.key != "draft_acceptance" or any(row.values.values())]
+    return [_row(*quantity, models, first=first) for quantity in _QUALITY]
 
 
 def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:

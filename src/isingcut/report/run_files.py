@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from isingcut.files import cuts, documents, evaluations, healings, runs, schema, states
+from isingcut.files import cuts, documents, evaluations, healings, runs, schema, stages, states
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -66,9 +66,9 @@ class RunFiles:
         origin, self.blocks = self.run.provenance, self.run.blocks.blocks
         self.energy, self.model = self.run.config.energy, origin.model.name
         self.calibration = origin.calibration
-        made, cut = (self.record(self.target / name) for name in ("healed", "model"))
+        found = stages.find_product(self.run, self.folder, self.target)
         # If it is of this cut, the evaluation is of the healed checkpoint.
-        self.healed = bool(made and cut and made.is_of(cut)) and (self.target / "healed").is_dir()
+        self.healed = found.name == "healed" and found.is_dir()
         packed = self.target / "model.gguf"
         self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
 
@@ -79,15 +79,7 @@ class RunFiles:
 
     def is_outdated(self, path: Path) -> bool:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
-        made = self.record(path)
-        if made is None:
-            return False
-        sources = {"calibration": self.folder / "calibration.safetensors", "model": self.product}
-        if made.stage in ("solve", "rank"):
-            sources["energy"] = self.folder / "hamiltonian.safetensors"
-        read = made.options.content()
-        now = {key: self.record(source) for key, source in sources.items() if source != path}
-        return any(new and read.get(key) not in (None, new.fingerprint) for key, new in now.items())
+        return stages.find_outdated(self.run, self.folder, path) not in ("", "spectrum")
 
     def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
         """Read a file; return None if it is missing, unfinished or outdated.
@@ -262,6 +254,7 @@ class RunFiles:
             found += words.paragraphs("part_warnings", self.evaluation)
         if self.calibration is not None:
             found += words.overlap_warnings(self.calibration.overlap)
+            found += words.repeat_warnings(self.calibration)
         if self.healing is not None:
             found += words.healing_warnings(self.healing)
         return list(dict.fromkeys(found))

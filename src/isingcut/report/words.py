@@ -66,6 +66,7 @@ def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
 search_warnings = partial(paragraphs, "search_warnings")
 ranking_warnings = partial(paragraphs, "ranking_warnings")
 overlap_warnings = partial(paragraphs, "overlap_warnings")
+repeat_warnings = partial(paragraphs, "repeat_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 

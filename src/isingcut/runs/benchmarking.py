@@ -17,12 +17,11 @@ from isingcut.evaluation.questions import (
     prepare_task,
     split_names,
 )
-from isingcut.evaluation.scores import Scores, score_states
+from isingcut.evaluation.scores import score_states
 from isingcut.files import evaluations, states
 from isingcut.files.results import fingerprint, read_document, write_document
 from isingcut.measure.work import Work
 from isingcut.options.config import RunConfig
-from isingcut.report.words import join_blocks
 from isingcut.runs import solving
 from isingcut.runs.checks import check_run_tasks, data_of
 from isingcut.runs.cutting import product
@@ -85,28 +84,23 @@ def choose_by_tasks(
         the index of the chosen row, and the record of the choice.
     """
     config = session.config
-    tasks = {task.name: task for task in prepare_tasks(config)}
-    pool = {name: task.pool() for name, task in tasks.items()}
-    best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
-    drawn = benchmark.draw_half(pool, config.seed)
     model = session.loaded
-    # Fewer if one candidate is clearly ahead early.
-    most = len(best) * sum(map(len, drawn.values()))
-    with session.progress(f"scoring {len(best)} candidates on up to {most} questions", most) as bar:
-
-        def ask(left: Sequence[Sequence[int]], name: str, keys: Sequence[str]) -> list[Scores]:
-            journal = benchmark.journal_of(kept, tasks[name], model, [*left, *keys])
-            part = Part(bar, len(keys) * len(left))
+    tasks = prepare_tasks(config)
+    best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
+    removed = [rows[i].removed for i in best]
+    drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
+    count = sum(map(len, drawn.values()))
+    scores = []
+    with session.progress(f"scoring {len(best)} candidates on {count} questions", count) as bar:
+        for task in tasks:
+            keys = drawn[task.name]
+            journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
+            part = Part(bar, len(keys))
             work = Work(session.batch_tokens, part, journal)
-            only = frozenset(keys).__contains__
-            found = score_states(model, tasks[name], left, work, wanted=only)
-            right, blocks = max(
-                (float(s.values.mean()), join_blocks(r)) for s, r in zip(found, left, strict=True)
-            )
-            part.finish(f"without {blocks} {right:.0%} of {name}")
-            return found
-
-        position, found = benchmark.choose_by_questions([rows[i].removed for i in best], drawn, ask)
+            wanted = frozenset(keys).__contains__
+            scores.append(score_states(model, task, removed, work, wanted=wanted))
+            part.finish(task.name)
+    position, found = benchmark.choose_by_questions(removed, drawn, scores)
     return best[position], found
 
 
@@ -184,7 +178,8 @@ def _score_both(
     from importlib.metadata import version
 
     check_whole(session)
-    config, work = session.config, session.work()
+    config = session.config
+    work = session.work()
     cut = session.open_cut(checkpoint)
     models = {"original": session.loaded, "cut": cut}
     if not cut.streamed:

@@ -21,7 +21,7 @@ from torch import Tensor
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress
 from isingcut.data.calibration import Calibration
-from isingcut.data.healing_text import to_fit
+from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
 from isingcut.healing import CUT
@@ -98,9 +98,9 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     """
     target = folder.target(config.removal)
     place = target if removed is None else _place_without(folder, config, removed)
-    made, cut = folder.find_finished(target / HEALED), folder.find_record(target / "model")
+    made = folder.find_finished(target / HEALED)
     # An earlier command may have left the healed checkpoint of another cut.
-    own = made and cut and made.is_of(cut)
+    own = made is not None and not folder.find_outdated(target / HEALED)
     healed = own or (config.heal and made is None)
     return place / (HEALED if healed and place == target else "model")
 
@@ -191,7 +191,7 @@ def make_gguf(
     options: dict[str, Any] = {"removed": removed, "model": read.fingerprint}
     out = checkpoint.with_name("model.gguf")
     made = folder.find_finished(out)
-    if source is None and made and made.is_of(read):
+    if source is None and made and not folder.find_outdated(out):
         return out  # also if it was made from another GGUF file
     options["source"] = ownership.file_sha256(found, session.progress)
     packed = folder.run.blocks.packed if session.config.budget.packed else None
@@ -229,6 +229,7 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     if config.patch != "none":
         healing = patch_config(config)
         how = {"tokens": healing.patch_tokens, "maps": "reads", "tuned": healing.tunes}
+        how |= share_options(config)
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
@@ -280,13 +281,19 @@ def _patch_job(
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    most, later = session.config.patch_tokens, None
-    if session.config.heal:
-        later = distil_config(session.config)
+    config, later = session.config, None
+    if config.heal:
+        later = distil_config(config)
         later = later.replace(length=sample_length(later, loaded.model))
-    tokens, text = to_fit(own, loaded.tokenizer, most, loaded.model, later)
-    how = patch_config(session.config).replace(batch_tokens=session.batch_tokens)
+    share = config.patch_share
+    tokens, text = to_fit(own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share)
+    how = patch_config(config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
+
+
+def share_options(config: RunConfig) -> dict[str, Any]:
+    """Return the option `patch_share` for a text that it affects; else nothing."""
+    return {"patch_share": config.patch_share} if is_mixed(config.calibration) else {}
 
 
 def fit_patch(

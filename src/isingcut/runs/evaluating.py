@@ -16,28 +16,22 @@ from isingcut.data.calibration import build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, ModelError
-from isingcut.evaluation.quality import (
-    before_and_after,
-    draft_acceptance,
-    open_mtp,
-    perplexity,
-    quality,
-)
+from isingcut.evaluation.quality import before_and_after, perplexity, quality
 from isingcut.evaluation.speed import with_memory
 from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
-from isingcut.files.writing import lock_place, temporary_prefix
+from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
 from isingcut.healing.checks import start_of
-from isingcut.ising.states import states_of
-from isingcut.measure.losses import measure
-from isingcut.models.architectures.blocks import language_model, skip_blocks, text_config
+from isingcut.ising.states import Floats, states_of
+from isingcut.measure.losses import Measurement, measure
+from isingcut.models.architectures.blocks import language_model, text_config
 from isingcut.models.cutting.sharing import fits
-from isingcut.models.fit import count_mtp_layers
 from isingcut.models.gguf_files import unpack_gguf
 from isingcut.models.load import LoadedModel
 from isingcut.models.sources import resolve
 from isingcut.options.config import RunConfig
+from isingcut.report.card import mark_harm
 from isingcut.runs import measuring, solving
 from isingcut.runs.checks import resolve_energy
 from isingcut.runs.cutting import product
@@ -61,10 +55,8 @@ def evaluate(
     file = checkpoint.with_name("evaluation.json")
     plain = {"model": excised.fingerprint, **measuring.calibration_options(folder)}
     gguf = checkpoint.with_name("model.gguf")
-    packed = folder.find_record(gguf)
     # The GGUF file may be of a model that was replaced.
-    if packed and not packed.is_of(excised):
-        packed = None
+    packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     whole = {**plain, "gguf": packed.fingerprint} if packed else plain
     # A result without speed or GGUF may be replaced; one with speed has everything requested.
     skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))
@@ -76,7 +68,7 @@ def evaluate(
         tokens = measuring.splits_of(folder)["report"]
         session.choose_tuning(folder)
         elsewhere = _unlike(session, measuring.splits_of(folder))
-        further = _further_scores(session, checkpoint, tokens, elsewhere)
+        further, exact = _further_scores(session, checkpoint, tokens, elsewhere)
         if packed:
             folder.check(gguf)
             try:
@@ -91,11 +83,10 @@ def evaluate(
             tokens,
             work=session.work(),
             elsewhere=elsewhere,
+            exact=exact,
             skip_speed=skip,
         ).model_copy(update=further)
         found.before.bytes = session.identity.weight_bytes
-        if not session.streaming and not cut.streamed:
-            _add_drafts(session, found, cut, tokens)
         if not cut.streamed and not skip:
             del cut
             if session.loaded.device.type != "cpu":
@@ -107,35 +98,16 @@ def evaluate(
                 trust_remote_code=config.trust_remote_code,
                 progress=session.progress,
             )
+        card = checkpoint / "README.md"
+        if card.is_file():
+            written = mark_harm(card.read_text(encoding="utf-8"), found)
+            with atomic_file(card) as temporary:
+                temporary.write_text(written, encoding="utf-8")
         write_document(path, found)
 
     wanted = without_speed if skip else whole
     read = partial(read_document, model=evaluations.EvaluationFile)
     return folder.stage("evaluate", file, wanted, make, read, completes=completes)
-
-
-def _add_drafts(
-    session: Session, found: evaluations.EvaluationFile, cut: LoadedModel, text: TokenSet
-) -> None:
-    """Measure the accepted MTP drafts of the original, the exact cut and the last model."""
-    original, size = session.loaded.model, session.batch_tokens
-    of_original, of_last = open_mtp(original, session.source), open_mtp(cut.model, cut.folder)
-    if of_original is None or of_last is None:
-        if count_mtp_layers(cut.folder):
-            found.no_drafts = f"transformers cannot run those of {original.config.model_type}"
-        return
-    with session.progress("drafts of multi-token prediction", 1) as bar:
-        scores: list[tuple[evaluations.Perplexity, tuple[float, float]]] = [
-            (found.before, draft_acceptance(original, of_original, text, size)),
-            (found.after, draft_acceptance(cut.model, of_last, text, size)),
-        ]
-        if found.cut is not None:
-            removed = read_document(cut.folder / "isingcut.json", cuts.CutRecord).removed
-            with skip_blocks(original, removed):
-                scores.append((found.cut, draft_acceptance(original, of_original, text, size)))
-        bar.advance(1)
-    for model, (share, error) in scores:
-        model.draft_acceptance, model.draft_acceptance_se = share, error
 
 
 @contextlib.contextmanager
@@ -223,8 +195,13 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
 
 def _further_scores(
     session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
-) -> dict[str, Any]:
-    """Return the name of the last model, and the scores of the models between original and last."""
+) -> tuple[dict[str, Any], dict[str, Floats]]:
+    """Score the models between the original and the last.
+
+    Returns:
+        the name of the last model, and the scores; and the exact cut's KL by sample on each text
+        of ``elsewhere``, if it is not the last.
+    """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
     patch, healed = record.patch, checkpoint != model
@@ -234,11 +211,15 @@ def _further_scores(
     if patch is not None and patch.unpatched:
         found["unpatched"] = patch.unpatched
     judges: dict[str, Callable[[TokenSet], dict[str, evaluations.FurtherPart]]] = {}
+    exact: dict[TokenSet, Measurement] = {}
     if last != "cut":
-        judges["cut"] = partial(_score_exact_cut, session, record.removed)
+        texts = (tokens, *elsewhere.values())
+        exact = {text: _measure_exact_cut(session, record.removed, text) for text in texts}
+        judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
     if healed and changed:
         judges["patched"] = partial(_score_cut, session, session.open_cut(model))
-    return found | {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+    found |= {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
+    return found, {name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact}
 
 
 def score_gguf(
@@ -286,17 +267,19 @@ def _score_cut(
     }
 
 
-def _score_exact_cut(
-    session: Session, removed: Sequence[int], tokens: TokenSet
-) -> dict[str, evaluations.FurtherPart]:
-    """Score the original with its blocks skipped, as `_score_cut`."""
-    measured = measure(
+def _measure_exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> Measurement:
+    """Measure the original with its blocks skipped."""
+    return measure(
         session.replay,
         tokens,
         states_of(len(session.replay), [removed]),
         session.work(),
         "perplexity and KL of the exact cut",
     )
+
+
+def _score_exact_cut(measured: Measurement, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
+    """Return the scores of an exact cut, as `_score_cut`."""
     losses = {"": measured.losses(0)}
     losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
     return {

@@ -28,6 +28,7 @@ from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsE
 from isingcut.files import documents, ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
+from isingcut.files.stages import STAGES, find_outdated
 from isingcut.memory import exhausted_error, is_memory_exhausted
 from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
@@ -40,14 +41,6 @@ MANIFEST = "run.json"
 # Options of one command only. Trust is given on each command line, because another person may open
 # the folder.
 _NOT_KEPT = ("out", "overwrite", "trust_remote_code", "skip_speed")
-
-TYPED = {
-    "calibration": ("calibration", "length", "rank_samples", "report_samples", "seed"),
-    "search": ("remove", "budget", "keep", "drop", "effort"),
-    "solve": ("remove", "budget", "seed", "keep", "drop", "solver", "states", "solve_seconds"),
-    "rank": ("random_states", "choose"),
-}
-"""The options of each stage whose records have them as they were typed."""
 
 
 class RunFolder:
@@ -147,17 +140,17 @@ class RunFolder:
         """
         if self.overwrite:
             return
-        stages = [
-            (self.path / "calibration.safetensors", config, TYPED["calibration"]),
-            (self.path / "hamiltonian.safetensors", config, ("energy", *TYPED["search"])),
+        checked = [
+            (self.path / "calibration.safetensors", config, STAGES["calibration"].options),
+            (self.path / "hamiltonian.safetensors", config, ("energy", *STAGES["energy"].options)),
         ]
         # A model has no more removals than blocks, which is checked later.
         possible = max(config.remove.counts, default=0) < len(self.run.blocks.blocks)
         for one in each_removal(config) if ranks and possible else ():
             target = self.target(one.removal)
-            stages.append((target / "spectrum.json", one, TYPED["solve"]))
-            stages.append((target / "candidates.json", one, TYPED["rank"]))
-        for file, now, names in stages:
+            own = (STAGES[name] for name in ("solve", "rank"))
+            checked += [(target / stage.file, one, stage.options) for stage in own]
+        for file, now, names in checked:
             if (record := self.find_finished(file)) is not None:
                 made = record.options.content()
                 made |= made.pop("typed", {})
@@ -266,6 +259,10 @@ class RunFolder:
         if found is None:
             raise StageFileError(f"{file} is not finished; type the command that began it again")
         return found
+
+    def find_outdated(self, file: Path) -> str:
+        """Return which result a stage's file was made from that has been made again since."""
+        return find_outdated(self.run, self.path, file)
 
     def is_made(self, file: Path, options: dict[str, Any]) -> bool:
         """Whether a stage's file exists, is finished, and was made with these options."""

@@ -20,11 +20,12 @@ from isingcut.energies import registry
 from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.files.runs import CalibrationText, SplitSize, WeightsRead
+from isingcut.files.stages import STAGES
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import forget
 from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
-from isingcut.runs.folder import TYPED, RunFolder, each_removal
+from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.session import Session
 from isingcut.runs.solving import removal_rows
 
@@ -94,7 +95,8 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
     def make(path: Path) -> None:
         (built or build_calibration(session)).save(path)
 
-    options = {k: getattr(config, k) for k in TYPED["calibration"]} | {"samples": _samples(config)}
+    options = {k: getattr(config, k) for k in STAGES["calibration"].options}
+    options["samples"] = _samples(config)
     file = folder.path / "calibration.safetensors"
     if not folder.processes.rank:
         options |= _texts(folder, file, config, built)
@@ -104,6 +106,7 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         sha256=found.sha256,
         splits={k: _size(split) for k, split in found.splits.items()},
         overlap=found.meta.get("overlap", {}),
+        repeats=found.meta.get("repeats", {}),
     )
     folder.save()
 
@@ -158,7 +161,7 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
     options: dict[str, Any] = {}
     if hasattr(part, "targets"):
         part = dataclasses.replace(part, targets=targets_of(folder, config))
-        options["typed"] = {key: str(getattr(config, key)) for key in TYPED["search"]}
+        options["typed"] = {key: str(getattr(config, key)) for key in STAGES["energy"].options}
     options |= calibration_options(folder) | {
         "energy": name,
         "options": repr(part),

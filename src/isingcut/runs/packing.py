@@ -20,6 +20,7 @@ from isingcut.energies.search.proposals import one_pass_states
 from isingcut.errors import ArchitectureError, InfeasibleError
 from isingcut.files.results import read_document, without_infinities, write_document
 from isingcut.files.runs import BlockList, PackedLosses, PackingFile
+from isingcut.files.stages import STAGES
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
@@ -75,8 +76,8 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     """
     config, file = session.config, folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
-    keys = ("budget", "keep", "drop", "patch", "patch_tokens", "seed")
-    options = measuring.calibration_options(folder) | {k: getattr(config, k) for k in keys}
+    typed = {name: getattr(config, name) for name in STAGES["pack"].options}
+    options = measuring.calibration_options(folder) | typed | cutting.share_options(config)
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)

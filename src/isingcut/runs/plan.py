@@ -13,64 +13,49 @@ import math
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from rich.filesize import decimal
 
 from isingcut.console.printing import say
 from isingcut.console.progress import duration, silent
 from isingcut.data.tokens import TokenSet
-from isingcut.energies.pairwise import list_removals
-from isingcut.energies.search import Target, default_passes
-from isingcut.errors import InputError
-from isingcut.measure.curvature import KINDS
+from isingcut.energies import registry
+from isingcut.energies.base import Price, price_states
+from isingcut.energies.search import Target
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
+from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.device import Allowance, pick_device, pick_dtype, weight_bytes
 from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.load import load_config
 from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD
-from isingcut.models.sources import resolve
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.options.config import LENGTH, RunConfig
 from isingcut.options.declaration import flag
 from isingcut.runs.folder import RunFolder, each_removal
-from isingcut.runs.measuring import energy_part, samples_of, splits_of
+from isingcut.runs.measuring import energy_part, splits_of
 from isingcut.runs.session import Session, check_by_config
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, removal_rows
 from isingcut.runs.trials import MORE, TOKENS, is_deep, is_searched
 
-CARDS = {
-    "a10": (24e9, 125e12, 0.6e12),
-    "a100": (80e9, 312e12, 2.0e12),
-    "b200": (180e9, 2250e12, 8.0e12),
-    "h100": (80e9, 989e12, 3.35e12),
-    "h200": (141e9, 989e12, 4.8e12),
-    "l4": (24e9, 121e12, 0.3e12),
-    "l40s": (48e9, 362e12, 0.86e12),
-    "rtx4090": (24e9, 165e12, 1.0e12),
-    "rtx5090": (32e9, 210e12, 1.79e12),
-}
-"""The data sheets of GPUs: memory in bytes, dense bfloat16 operations per second, and bytes of that
-memory per second."""
-REACHED, READING, CARD_BATCH = 0.4, 2e9, 8192
-"""Assumptions for every card: the share of its peak FLOP/s that a pass reaches, bytes per second
-from disk, and tokens per micro-batch."""
-
-ENERGIES = ("empirical-fisher", "fisher", "gauss-newton", "hessian", "pairwise", "refined")
 MOST_HOURS = 8
 """Longest run to recommend, in hours."""
-PASSES = {"empirical-fisher": 2.5, "fisher": 2.5, "gauss-newton": 1.0, "hessian": 2.0}
-"""Forward passes of a derivative energy; for energies with a curvature matrix, per row of it."""
+# Bytes per second of a disk, for a run whose weights are in memory.
+_DISK = 2e9
 # Forward passes of a patch.
 _PATCH = {"linear": 2, "tuned": 4}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
+RESIDENT = 1.54
+"""Memory of a run on a card in multiples of the weights, without a quarter of the blocks that lie
+apart; measured by `benchmarks/card.py`."""
+# Float32 copies of a chunk of logits: two models, their difference, a gradient.
+_LOGIT_COPIES = 4
 # Bytes per trained number (weight, gradient, two moments).
 _TRAINED = 16
 
@@ -89,34 +74,31 @@ class Prices:
         reading: seconds per byte of weights, read from disk and converted.
     """
 
-    def __init__(self, config: RunConfig, card: str = "", run: Run | None = None) -> None:
-        if card and card not in CARDS:
-            raise InputError(f"--card must be one of {', '.join(CARDS)}; got {card!r}")
-        self.config, trust = config, config.trust_remote_code
+    def __init__(self, config: RunConfig, run: Run | None = None) -> None:
+        self.config = config
         session = Session(config) if run is None else run[0]
-        # For a card, the configuration alone is read.
-        if card:
-            source = resolve(config.model, trust_remote_code=trust, weights=False)
-        else:
-            source = session.source
+        source = session.source
         if run is None:
             check_by_config(source, config, needed=False)
-        names = ("dtype", "device", "memory_limit", "cards_per_process")
-        given = {} if card else {name: getattr(config, name) for name in names}
-        found = inspect_model(source, trust_remote_code=trust, **given)
+        names = ("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code")
+        found = inspect_model(source, **{name: getattr(config, name) for name in names})
+        trust = config.trust_remote_code
         text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)
-        self.n, self.placement = len(found.stack), found.placement
-        if card:
-            self._read_card(card, found, text)
-        elif run is not None:
-            self._time_removals(*run, found)
-        else:
+        self.n = len(found.stack)
+        self.placement = found.placement
+        if run is None:
             self._time(session, found, text)
-        self.logits = int(text.vocab_size) * self.store.dtype.itemsize
+        else:
+            self._time_removals(*run, found)
+        self.weights = weight_bytes(source, self.dtype)
+        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
+        self.whole = self.in_blocks + found.other_bytes
+        self.logits = int(text.vocab_size) * self.dtype.itemsize
         # By default, a fifth of the blocks is removed.
         self.remove = max(1, self.n // 5)
         if config.removal:
-            last, parameters = each_removal(config)[-1], found.parameters
+            last = each_removal(config)[-1]
+            parameters = found.parameters
             seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
             if run is None:
                 blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
@@ -127,34 +109,6 @@ class Prices:
         # Bytes per token for a backward pass: half of the working memory of a block.
         self.graph = self.n * BLOCK_STREAMS // 2 * self.stream
 
-    def _read_card(self, name: str, found: Inspection, text: Any) -> None:
-        """Estimate a pass from a card's data sheet and the model's configuration."""
-        config, (memory, flops, bandwidth) = self.config, CARDS[name]
-        size, flops = torch.bfloat16.itemsize, REACHED * flops
-        self.batch = config.batch_tokens or CARD_BATCH
-        head = int(text.vocab_size) * int(text.hidden_size)
-        self.latency = [
-            max(2 * b.active_parameters / flops, size * b.parameters / bandwidth / self.batch)
-            for b in found.stack.blocks
-        ]
-        self.once, self.reading = 2 * head / flops, 1 / READING
-        self.stream = size * int(text.hidden_size)
-        self.in_blocks = size * sum(b.parameters for b in found.stack.blocks)
-        self.whole = self.weights = size * found.parameters
-        allowed, largest = int(0.8 * memory), max(b.parameters for b in found.stack.blocks)
-        too_large = config.stream == "auto" and self.weights > allowed
-        self.streamed = config.stream == "on" or too_large
-        self.memory = Allowance(allowed, 0)
-        self.store: Any = SimpleNamespace(
-            device=name, dtype=torch.bfloat16, largest=size * max(largest, head)
-        )
-        self.room = allowed - 2 * self.store.largest
-        if self.streamed and self.room <= 0:
-            raise InputError(
-                f"--card {name} allows {decimal(allowed)}, but two parts of this model, which are "
-                f"streamed at a time, have {decimal(2 * self.store.largest)}; name a larger card"
-            )
-
     def _time(self, session: Session, found: Inspection, text: Any) -> None:
         """Time one block of each kind, the output head and the disk of this machine.
 
@@ -162,44 +116,49 @@ class Prices:
             ArchitectureError: the blocks cannot be run one at a time.
         """
         config = self.config
-        self.streamed, device = session.streaming, pick_device(config.device)
-        model, self.store, self.memory = open_model(
+        self.streamed = session.streaming
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(session.dtype, self.device)
+        model, store, self.memory = open_model(
             session.source,
-            dtype=pick_dtype(session.dtype, device),
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
             memory_limit=config.memory_limit,
             trust_remote_code=config.trust_remote_code,
         )
-        replay = StreamedReplay(model, self.store, self.memory)
+        self.largest = store.largest
+        replay = StreamedReplay(model, store, self.memory)
         self.batch = min(session.batch_tokens, found.positions or self.memory.total)
         # Random tokens, so that routers spread them over the experts as in real text.
         ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
         batch = TokenSet.from_rows(ids.tolist())
         # Keep the parts in memory, so that the timing below includes no reading.
         parts: list[int | str] = [EMBED, HEAD, 0]
-        sizes = sum(map(self.store.size, parts))
-        self.reading = sum(map(self.store.keep, parts)) / sizes
+        self.reading = sum(map(store.keep, parts)) / sum(map(store.size, parts))
         self.latency = [s / batch.positions for s in replay.latency(batch.positions)]
         with torch.inference_mode():
-            recording, seconds = replay.record(batch.input_ids), []
-            original = Comparison(OutputHead(replay), recording, recording.entered, batch)
+            recording = replay.record(batch.input_ids)
+            seconds = []
+            logits = partial(OutputHead(replay).logits, recording, recording.entered, batch)
+            original = Comparison(logits(), batch)
             for _ in range(3):
                 began = time.perf_counter()
-                original.sum_samples([original.compare(recording.entered)])
+                original.sum_samples([original.compare(logits())])
                 seconds.append(time.perf_counter() - began)
         self.once = min(seconds) / batch.positions
         self.stream = replay.bytes_per_token
-        self.weights = weight_bytes(session.source, self.store.dtype)
-        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
-        self.whole = self.in_blocks + found.other_bytes
         self.room = replay.room(batch) if self.streamed else 0
 
     def _time_removals(self, session: Session, folder: RunFolder, found: Inspection) -> None:
         """Time the original and a few single removals of a run, on one micro-batch of its text."""
         session.choose_tuning(folder)
-        replay, self.batch, self.streamed = session.replay, session.batch_tokens, session.streaming
-        split, work = splits_of(folder)["energy"], Work(session.batch_tokens)
-        batch, last = split.batches(self.batch)[0], np.eye(self.n, dtype=bool)[-_SINGLES:]
+        replay = session.replay
+        self.batch = session.batch_tokens
+        self.streamed = session.streaming
+        split = splits_of(folder)["energy"]
+        work = Work(session.batch_tokens)
+        batch = split.batches(self.batch)[0]
+        last = np.eye(self.n, dtype=bool)[-_SINGLES:]
 
         def seconds(tokens: TokenSet, states: Any) -> float:
             began = time.perf_counter()
@@ -208,7 +167,8 @@ class Prices:
 
         # The first measurement takes longer.
         seconds(split.select([0]), last)
-        more, whole = seconds(batch, last), seconds(batch, [])
+        more = seconds(batch, last)
+        whole = seconds(batch, [])
         # The removals run the shared blocks once, and the output head for each.
         extra = tree_nodes(last) / self.n
         head = (more - whole * (1 + extra)) / (len(last) - extra)
@@ -216,13 +176,14 @@ class Prices:
         known = [b.latency_seconds or 1e-9 for b in folder.run.blocks.blocks]
         each = (whole / batch.positions - self.once) / sum(known)
         self.latency = [each * latency for latency in known]
-        self.weights = weight_bytes(session.source, session.loaded.dtype)
-        self.reading = whole / self.weights if self.streamed else 1 / READING
-        self.stream, self.memory = replay.bytes_per_token, Allowance(0, 0)
-        self.in_blocks = sum(b.bytes for b in found.stack.blocks)
-        self.whole = self.in_blocks + found.other_bytes
+        self.dtype = session.loaded.dtype
+        streamed = whole / weight_bytes(session.source, self.dtype)
+        self.reading = streamed if self.streamed else 1 / _DISK
+        self.stream = replay.bytes_per_token
         self.room = replay.room(batch)
-        self.store = SimpleNamespace(dtype=session.loaded.dtype, largest=0)
+        # Only the times of a run that has begun matter.
+        self.memory = Allowance(0, 0)
+        self.largest = 0
 
     @property
     def forward(self) -> float:
@@ -231,38 +192,26 @@ class Prices:
 
     def energy(self, name: str) -> dict[str, Any]:
         """Estimate one energy, with its default number of samples unless the options set it."""
-        config = self.config.replace(energy=name, effort="")
-        samples, n = samples_of(config, name), self.n
-        if self.streamed and not getattr(energy_part(config, name), "streams", True):
+        part = energy_part(self.config, name)
+        samples = self.config.samples or part.default_samples
+        if self.streamed and not getattr(part, "streams", True):
             return _estimate(name, samples, impossible="needs the whole model in memory")
-        if name not in PASSES:
-            states = list_removals(n)
-            pairs, effort = self._states(name, states, samples), self.config.effort
-            if name == "pairwise":
-                return pairs
-            # Passes over states that cost about as much as the pairs. On average, a search ends
-            # after half of its default budget.
-            targets = [Target.count(n, m) for m in self.config.remove.counts or [self.remove]]
-            passes = effort.passes or default_passes(n, targets) / 2
-            spent = effort.seconds or pairs["seconds"] * passes * n / (n + tree_nodes(states))
-            return _estimate(name, samples, spent, pairs["memory"])
-        rows = n if name in KINDS else 1
-        # With streaming, blocks run forward once more.
-        passes = rows * (PASSES[name] + self.streamed)
-        seconds = samples * config.length * passes * self.forward
-        work = self.batch * (self.graph * (1 if rows == 1 else 5) + self.logits)
-        # Every block is read in the forward and in the backward pass.
-        return self._estimate_measurement(name, samples, seconds, work, 2 * (n + 1))
+        if not hasattr(part, "price"):
+            return _estimate(name, samples, impossible="not estimated")
+        sizes = self.config.remove.counts or [self.remove]
+        return self._measurement(name, samples, part.price(self.n, sizes))
 
     def times(self) -> list[dict[str, Any]]:
-        """Estimate what is left of a run whose model is loaded, of the energies that are known."""
-        energies = [self.energy(name) for name in self.config.energies if name in ENERGIES]
-        return [*energies, *self.stages()[1:]]
+        """Estimate what is left of a run whose model is loaded."""
+        return [*map(self.energy, self.config.energies), *self.stages()[1:]]
 
     def stages(self) -> list[dict[str, Any]]:
         """Estimate the stages before and after the energy."""
-        c, weights, forward = self.config, self._weights_in_memory(), self.forward
-        reading, work = self.reading * self.weights, self.batch * self.logits
+        c = self.config
+        weights = self._weights_in_memory()
+        forward = self.forward
+        reading = self.reading * self.weights
+        work = self.batch * self.logits
         ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
         seconds = sum(one["seconds"] for one in ranked)
         found = [_estimate("load", 0, reading, weights), ranked[-1] | {"seconds": seconds}]
@@ -289,7 +238,7 @@ class Prices:
         # Random states are measured on a quarter of the text.
         states = (c.states + c.random_states // 4, self.n)
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
-        found = self._states("rank", order < removed, c.rank_samples)
+        found = self._measurement("rank", c.rank_samples, price_states(order < removed))
         if c.patch != "none":
             # Trial patches in deep cuts are tuned, which takes about twice as long.
             deep = c.patch == "tuned" and is_deep(removed, self.n)
@@ -302,7 +251,8 @@ class Prices:
 
     def _healing(self) -> dict[str, Any]:
         """Estimate healing with a budget of time or tokens."""
-        tokens, seconds = self.config.heal.tokens, self.config.heal.seconds
+        tokens = self.config.heal.tokens
+        seconds = self.config.heal.seconds
         # A pass of the original, then forward and backward through the remaining blocks.
         each = self.forward * (1 + 3 * self.left)
         if self.streamed:
@@ -311,46 +261,42 @@ class Prices:
             why = "depends on the text; set a limit with --heal 10min"
             return _estimate("heal", 0, impossible=why)
         tokens = tokens if seconds is None else seconds / each
-        trained = _TRAINED * self.left * self.weights / self.store.dtype.itemsize
+        trained = _TRAINED * self.left * self.weights / self.dtype.itemsize
         memory = self._weights_in_memory() + trained + self.batch * self.graph
         return _estimate("heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory)
 
-    def _states(self, name: str, states: Any, samples: int) -> dict[str, Any]:
-        """Estimate measuring states, which runs every block of their prefix tree once."""
-        count, tokens = len(states), samples * self.config.length
-        blocks = (1 + tree_nodes(states) / self.n) * sum(self.latency)
-        seconds = tokens * (blocks + (1 + count) * self.once)
-        work = self.batch * (self.logits + (BLOCK_STREAMS + self.n + 1) * self.stream)
-        return self._estimate_measurement(name, samples, seconds, work, count + 1)
-
     def _weights_in_memory(self) -> float:
         """Return the bytes of the process with its weights, or with two buffers if streamed."""
-        return self.memory.used + (2 * self.store.largest if self.streamed else self.weights)
+        return self.memory.used + (2 * self.largest if self.streamed else self.weights)
 
-    def _estimate_measurement(
-        self, name: str, samples: int, seconds: float, work: float, streams: int
-    ) -> dict[str, Any]:
-        """Estimate a measurement, in memory or streamed.
-
-        Args:
-            seconds: computing time.
-            work: bytes in addition to the weights.
-            streams: hidden states to keep per token if the model is streamed.
-        """
-        if not self.streamed:
-            return _estimate(name, samples, seconds, self._weights_in_memory() + work)
-        # Reading overlaps with computing if enough streams fit; otherwise the disk is the limit.
-        reading = self.reading * self.weights
-        sweeps = math.ceil(samples * self.config.length * streams * self.stream / self.room)
-        return _estimate(name, samples, max(seconds, sweeps * reading) + reading, self.memory.total)
+    def _measurement(self, name: str, samples: int, price: Price) -> dict[str, Any]:
+        """Estimate a measurement, in memory or streamed."""
+        tokens = samples * self.config.length
+        # With streaming, blocks run forward once more in the backward pass.
+        again = price.gradients and self.streamed
+        seconds = tokens * (price.passes * sum(self.latency) + price.heads * self.once)
+        seconds += again * tokens * self.forward
+        if self.streamed:
+            # Reading overlaps with computing if enough hidden states fit; otherwise the disk is the
+            # limit. Every block is read in the forward and in the backward pass.
+            reading = self.reading * self.weights
+            streams = 2 * (self.n + 1) if price.gradients else price.heads
+            sweeps = math.ceil(tokens * streams * self.stream / self.room)
+            seconds = max(seconds, sweeps * reading) + reading
+            return _estimate(name, samples, price.seconds or seconds, self.memory.total)
+        kept = (BLOCK_STREAMS + self.n + 1) * self.stream
+        work = self.logits + (self.graph if price.gradients else kept)
+        memory = self._weights_in_memory() + self.batch * work
+        return _estimate(name, samples, price.seconds or seconds, memory)
 
 
 def say_times(session: Session, folder: RunFolder) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
-    config, file = session.config, folder.path / "hamiltonian.safetensors"
+    config = session.config
+    file = folder.path / "hamiltonian.safetensors"
     if session.progress is silent or session.processes.size > 1 or folder.find_record(file):
         return
-    prices = Prices(config, run=(session, folder))
+    prices = Prices(config, (session, folder))
     quick = copy.copy(prices)
     quick.config = config.replace(quick=True)
     total, less = (sum(one["seconds"] for one in p.times()) for p in (prices, quick))
@@ -368,24 +314,33 @@ def _estimate(
     return found | {"seconds": seconds, "memory": int(memory)}
 
 
-def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
+def card_bytes(prices: Prices) -> int:
+    """Return the bytes of a card that a run needs in memory: `RESIDENT` times the weights, a sample
+    of the patch's tuning, and the logits of a micro-batch with a chunk of them in float32."""
+    sample = prices.config.length * prices.graph
+    logits = prices.batch * prices.logits + _LOGIT_COPIES * 4 * CHUNK_ELEMENTS
+    return int(RESIDENT * prices.weights + sample + logits)
+
+
+def make_plan(config: RunConfig) -> dict[str, Any]:
     """Time a pass of a model and estimate every energy at its default samples.
 
     Args:
         config: `model`; `remove` or `budget` for the stages after the energy.
-        card: one of `CARDS`, to plan for it from the model's configuration alone.
 
     Returns:
-        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` in bytes, ``forward``
-        in tokens per second, ``reading`` in bytes per second, ``energies`` and ``stages``, and
-        ``seconds`` of the whole run that ``command`` starts.
+        the content of `plan --json`: ``weights``, ``allowed``, ``checkpoint`` and ``card_bytes``
+        (see `card_bytes`) in bytes, ``forward`` in tokens per second, ``reading`` in bytes per
+        second, ``energies`` and ``stages``, and ``seconds`` of the whole run that ``command``
+        starts.
 
     Raises:
         IsingcutError: no such model, it cannot be measured, or an impossible removal.
     """
     began = time.perf_counter()
-    prices = Prices(config, card)
-    energies, stages = [prices.energy(name) for name in ENERGIES], prices.stages()
+    prices = Prices(config)
+    energies = [prices.energy(name) for name in registry.names() if name not in registry.choices]
+    stages = prices.stages()
     seconds = {e["name"]: e["seconds"] for e in energies}
     # Without a removal, the command only loads the model and measures its energy.
     rest = sum(s["seconds"] for s in (stages if config.removal else stages[:1]))
@@ -394,12 +349,14 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
         "model": config.model,
         "blocks": prices.n,
         "remove": prices.remove,
-        "device": str(prices.store.device),
+        "device": str(prices.device),
         "placement": {} if prices.streamed else prices.placement,
-        "dtype": str(prices.store.dtype).removeprefix("torch."),
+        "dtype": str(prices.dtype).removeprefix("torch."),
         "weights": prices.weights,
         "allowed": prices.memory.total,
         "checkpoint": int(prices.left * prices.whole),
+        "card_bytes": card_bytes(prices),
+        "card_weights": RESIDENT,
         "streamed": prices.streamed,
         "forward": 1 / prices.forward,
         "reading": 1 / max(1e-15, prices.reading),
@@ -409,7 +366,6 @@ def make_plan(config: RunConfig, card: str = "") -> dict[str, Any]:
         "seconds": seconds[recommended] + rest,
         "why": why,
         "command": command(config, recommended, effort),
-        "card": card or None,
         "probe_seconds": time.perf_counter() - began,
     }
 

@@ -19,6 +19,7 @@ from isingcut.evaluation import benchmark, candidates
 from isingcut.evaluation.questions import split_names
 from isingcut.files import states
 from isingcut.files.results import read_document, write_document
+from isingcut.files.stages import STAGES
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
@@ -28,7 +29,8 @@ from isingcut.measure.work import forget
 from isingcut.options.config import RunConfig
 from isingcut.runs import benchmarking, measuring, solving
 from isingcut.runs.checks import check_run_tasks
-from isingcut.runs.folder import TYPED, RunFolder
+from isingcut.runs.cutting import share_options
+from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 from isingcut.runs.trials import (
     Trials,
@@ -50,9 +52,9 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         for name in config.energies[1:]
     }
     options = solving.solve_options(folder, config) | {"also": sorted(others)}
-    options |= {key: getattr(config, key) for key in TYPED["rank"]}
+    options |= {key: getattr(config, key) for key in STAGES["rank"].options}
     if tokens := trial_tokens(config):
-        options |= {"patch_tokens": tokens, "patch": config.patch}
+        options |= {"patch_tokens": tokens, "patch": config.patch, **share_options(config)}
     check_run_tasks(config)
     benchmarking.check_whole(session)
     if config.choose == "tasks":

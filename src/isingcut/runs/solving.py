@@ -18,6 +18,7 @@ from isingcut.console.progress import Progress, show_time, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
+from isingcut.files.stages import SOLVING, STAGES
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -30,7 +31,7 @@ from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import Budget, Removal
 from isingcut.report.write import write_report
-from isingcut.runs.folder import TYPED, RunFolder
+from isingcut.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from isingcut.models.architectures.blocks import BlockStack
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
 TIMED_TOKENS = 128
 """Most tokens of the sequence that blocks are timed on."""
-
-_WRITES = {"solve": "spectrum.json", "rank": "candidates.json", "excise": "model"}
-# Options that are typed for `solve`, and not for the stages that use its spectrum.
-_OF_SOLVE = ("keep", "drop", "solver", "states", "solve_seconds")
 
 
 def removal_rows(
@@ -215,6 +212,8 @@ def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> 
         raise StageFileError(
             f"{file} does not exist; run: isingcut energy MODEL --out {folder.path}"
         )
+    # An unusable solver is named before the result of another one.
+    registry.get(config.solver)
     problem = problem_of(folder, config)
     options = solve_options(folder, config)
 
@@ -250,7 +249,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in TYPED["solve"]}
+    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in STAGES["solve"].options}
 
 
 def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
@@ -261,8 +260,9 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     """
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
-    solved = config.replace(**{key: made[key] for key in _OF_SOLVE if key in made})
-    if any(made.get(key, v) != v for key, v in solve_options(folder, solved).items()):
+    solved = config.replace(**{key: made[key] for key in SOLVING if key in made})
+    other = any(made.get(key) != getattr(config, key) for key in ("remove", "budget", "seed"))
+    if other or folder.find_outdated(file):
         raise StageFileError(
             f"{file} was solved for another energy or budget; solve again, with --overwrite: "
             f"isingcut solve {shlex.quote(str(folder.path))}"
@@ -280,8 +280,9 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     path = target / name
     if not path.exists():
         which = ["--remove", config.remove] if config.remove else ["--budget", config.budget]
-        stage = next(stage for stage, file in _WRITES.items() if not (target / file).exists())
-        command = shlex.join(["isingcut", stage, *map(str, (folder.path, *which))])
+        needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
+        verb = next(stage.verb for stage in needed if not (target / stage.file).exists())
+        command = shlex.join(["isingcut", verb, *map(str, (folder.path, *which))])
         raise StageFileError(f"{path} does not exist; first type: {command}")
     return path
 
@@ -298,12 +299,7 @@ def read_ranking(folder: RunFolder, config: RunConfig) -> CandidatesFile:
         StageFileError: no ranking, or the energy was measured or solved again since.
     """
     file = require(folder, config, "candidates.json")
-    ranked = folder.record(file).options.content()
-    energy = folder.find_finished(folder.path / "hamiltonian.safetensors")
-    solved = folder.find_finished(file.with_name("spectrum.json"))
-    now = {} if solved is None else solved.options.content()
-    now |= {} if energy is None else {"energy": energy.fingerprint}
-    if any(ranked.get(key) != value for key, value in now.items() if key in ranked):
+    if folder.find_outdated(file):
         raise StageFileError(
             f"{file} is of an earlier energy or spectrum; solve and rank again, with --overwrite"
         )

@@ -15,7 +15,8 @@ maps must not be fitted on them either, because a map of a wide layer nearly mem
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, FitError, MemoryExhaustedError
+from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
@@ -37,12 +38,14 @@ from isingcut.healing.patch.files import (
 )
 from isingcut.healing.patch.layers import list_linear_layers
 from isingcut.healing.patch.linear import Fitted, Kept, fit_patches
-from isingcut.measure.splitting import fewer_tokens_to_fit
+from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
-from isingcut.memory import convert_memory_errors, raise_if_exhausted
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
+from isingcut.models.compute.head import select_predictions, split_predictions, sum_losses
+from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.cutting.verify import verify
-from isingcut.models.device import allowance
+from isingcut.models.device import allowance, least_left
 from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
 
@@ -50,6 +53,8 @@ CANNOT = (ArchitectureError, FitError)
 """Errors after which the patch is left out, unless an option requires it."""
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
+SHARES = (1.0, 0.5, 0.25)
+"""Shares of the free memory that tuning uses, each after the one before was too large."""
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
@@ -69,7 +74,8 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
     trust, original = job.config.trust_remote_code, job.teacher.runnable
-    with apply_patches(job.teacher.replay.blocks, stored):
+    replay = job.teacher.replay
+    with apply_patches(replay.blocks, stored, resident=not replay.streamed):
         proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
     return PatchRecord(
         maps=fitted.maps,
@@ -111,21 +117,31 @@ def make_patches(
         work = Work(count, job.progress)
         return fit_patches(replay, tokens, job.removed, work, layers, kept)
 
-    def tune_with(count: int) -> tuple[list[Patch], PatchTuning]:
+    def tune_with(share: float, count: int) -> tuple[list[Patch], PatchTuning]:
         assert held_out is not None
-        return tune(job, tokens, held_out, fitted.patches, layers, at_a_time=count)
+        given = (job, tokens, held_out, fitted.patches, layers)
+        return tune(*given, at_a_time=count, share=share)
 
     longest = int(tokens.mask.sum(1).max())
-    fitted = fewer_tokens_to_fit(replay.limit, job.config.batch_tokens, longest, fit_with)
+    fewer = partial(fewer_tokens_to_fit, replay.limit)
+    made = attempt(partial(fewer, job.config.batch_tokens, longest, fit_with), True)
+    if made is None:
+        replay.limit.release()
+        raise FitError(f"{replay.device} is out of memory for fitting a patch")
+    fitted: Fitted = made
     patches, tuning = fitted.patches, None
-    if held_out is not None:
+    for share in SHARES if held_out is not None else ():
         try:
-            with convert_memory_errors():
-                patches, tuning = fewer_tokens_to_fit(replay.limit, STEP_TOKENS, longest, tune_with)
+            found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
         except FitError as e:
             why = str(e)
-        except MemoryExhaustedError:
-            why = f"{replay.device} is out of memory for tuning the patch"
+            break
+        if found is not None:
+            patches, tuning = found
+            why = ""
+            break
+        replay.limit.release()
+        why = f"{replay.device} is out of memory for tuning the patch"
     if why:
         tuning = PatchTuning(left_out=why)
     return fitted, patches, tuning
@@ -161,14 +177,15 @@ def tune(
     stored: StoredLayers | None = None,
     *,
     at_a_time: int = STEP_TOKENS,
+    share: float = 1.0,
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
 
     Cost: one pass of the original over the tokens, and one forward and backward pass of the patched
     model from the first cut on. Memory: `BYTES` of the host per tuned number; on the device
-    a copy of the layers, its gradient, the hidden states of all tokens twice, and the activations
-    of one micro-batch. If not all linear layers fit the host memory, only those whose output is as
-    wide as the stream are tuned.
+    a copy of the layers, a gradient, the hidden states of all tokens twice, and the activations of
+    one micro-batch. If memory does not suffice for all linear layers, those whose output is as
+    wide as the stream come first.
 
     Args:
         job: the cut; its original model must be in memory.
@@ -177,6 +194,7 @@ def tune(
         patches: the fitted patches of this state.
         stored: the checkpoint to write the layers to; None: any layer may be tuned.
         at_a_time: tokens per micro-batch; changes results by rounding only.
+        share: share of the free memory to use.
 
     Returns:
         the patches of all changed layers; and the record of the tuning.
@@ -186,9 +204,16 @@ def tune(
     """
     replay, removed = job.teacher.replay, job.removed
     together = min(job.config.batch_tokens, STEP_TOKENS)
-    train, validation = (_Text(part, together, at_a_time) for part in (tokens, held_out))
     adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     adjacent = sorted(set(adjacent) - set(removed))
+    # Rather fewer tokens at a time than fewer layers.
+    wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
+    wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
+    room = share * least_left(replay.places) - wanted
+    longest, each = int(tokens.mask.sum(1).max()), bytes_of_backward(replay)
+    while at_a_time > longest and at_a_time * each > room:
+        at_a_time = max(longest, at_a_time // 2)
+    train, validation = (_Text(part, together, at_a_time) for part in (tokens, held_out))
     # Not inference mode, because the recording takes part in the backward pass.
     batches = len(train.batches) + len(validation.batches)
     with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
@@ -201,7 +226,8 @@ def tune(
         for one in found
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
-    layers = _that_fit([one for one in found if not find_obstacle(replay, stored, *one[:3])])
+    found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
+    layers = choose_layers(found, max(at_a_time, longest) * each, share)
     tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
@@ -218,8 +244,6 @@ def tune(
                 group["lr"] = rate * group["size"] * share
             for batch in train.part(taken, steps):
                 train.backward(batch, suffix)
-                for layer in tuned.values():
-                    layer.collect()
             optimiser.step()
             for layer in tuned.values():
                 layer.place()
@@ -230,6 +254,7 @@ def tune(
         tuned = {}
     record = PatchTuning(
         layers=[TunedLayer(block=block, layer=path) for block, path in tuned],
+        of=len(found) if len(layers) < len(found) else 0,
         steps=steps,
         predictions=train.predictions,
         held_out_predictions=validation.predictions,
@@ -239,23 +264,44 @@ def tune(
     return [p for p in patches if (p.block, p.path) not in tuned] + new, record
 
 
-def _that_fit(layers: Sequence[tuple[int, str, Any, bool]]) -> list[tuple[int, str, Any]]:
-    """Return all layers, or only those as wide as the stream if host memory is short.
+def choose_layers(
+    layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
+) -> list[tuple[int, str, Any]]:
+    """Return the layers that memory suffices for; those as wide as the stream come first.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
+        beside: bytes of each device for a micro-batch.
+        share: share of the free memory to use.
+
+    Raises:
+        FitError: there is no layer, or too little memory for any.
     """
-    room = allowance("", torch.device("cpu")).left
-    for wanted in (layers, [one for one in layers if one[3]]):
-        needed = BYTES * sum(module.weight.numel() for _, _, module, _ in wanted)
-        if wanted and needed <= room:
-            return [(block, path, module) for block, path, module, _ in wanted]
     if not layers:
         raise FitError("the blocks next to the cuts have no linear layer that can be tuned")
-    raise FitError(
-        f"tuning a patch needs {needed / 1e9:.1f} GB of host memory, but {room / 1e9:.1f} GB are "
-        "free"
-    )
+    # One gradient is on the device at a time.
+    beside += max(module.weight.nbytes for _, _, module, _ in layers)
+    host = torch.device("cpu")
+    homes = {module.weight.device for _, _, module, _ in layers}
+    room = {home: share * allowance("", home).left - beside for home in homes}
+    room[host] = share * allowance("", host).left
+    chosen = set[int]()
+    for i, (_, _, module, _) in sorted(enumerate(layers), key=lambda one: not one[1][3]):
+        needed = {module.weight.device: module.weight.nbytes, host: BYTES * module.weight.numel()}
+        short = [place for place, size in needed.items() if size > room[place]]
+        if not short:
+            chosen.add(i)
+            for place, size in needed.items():
+                room[place] -= size
+    if not chosen:
+        (*_, place) = short
+        raise FitError(
+            f"tuning a layer needs {needed[place] / 1e9:.1f} GB of "
+            f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
+        )
+    return [
+        (block, path, module) for i, (block, path, module, _) in enumerate(layers) if i in chosen
+    ]
 
 
 class _Layer:
@@ -270,19 +316,14 @@ class _Layer:
         self.fitted = fitted
         own: Tensor = module.weight
         start = own if fitted is None else fitted.weight
-        self.weight = nn.Parameter(start.detach().float().cpu().clone())
+        self.weight = nn.Parameter(start.detach().cpu().float().clone())
         self.used = nn.Parameter(self.weight.detach().to(own))
+        # At once, so that the device never has the gradients of all layers.
+        hook = partial(_collect, self.weight)
+        self.used.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         bias = module.bias if fitted is None or fitted.bias is None else fitted.bias
         self.bias = None if bias is None else bias.detach().cpu()
         self.size = float(self.weight.detach().square().mean().sqrt())
-
-    def collect(self) -> None:
-        """Add the gradient of one micro-batch to that of ``weight``."""
-        if self.used.grad is None:
-            return
-        gradient = self.used.grad.cpu().float()
-        self.used.grad = None
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     @torch.no_grad()
     def place(self) -> None:
@@ -292,6 +333,14 @@ class _Layer:
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
         return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
+
+
+def _collect(weight: Tensor, used: Tensor) -> None:
+    """Move the gradient of one micro-batch from a copy to its weight, and add it there."""
+    assert used.grad is not None
+    gradient = used.grad.cpu().float()
+    used.grad = None
+    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 class _Text:
@@ -323,7 +372,7 @@ class _Text:
         """Run the original, and record the data that is constant during tuning.
 
         Returns:
-            the linear layers of the blocks ``adjacent`` to cuts, in the form of `_that_fit`.
+            the linear layers of the blocks ``adjacent`` to cuts, in the form of `choose_layers`.
         """
         found: list[tuple[int, str, Any, bool]] = []
         for batch in self.batches:
@@ -353,25 +402,31 @@ class _Text:
     def backward(self, batch: int, suffix: Sequence[int]) -> None:
         """Add the gradient of one micro-batch to the layers' gradients."""
         try:
-            loss = self._sum_divergence(batch, suffix) / STEP_TOKENS
+            left, end = self._logits(batch, suffix)
+            found = []
+            for student, rows in zip(end, self.batches[batch].predicted, strict=True):
+                with torch.no_grad():
+                    target = select_predictions(next(left), rows)
+                found.append(divergence(select_predictions(student, rows), target))
+            loss = sum(found[1:], found[0]) / STEP_TOKENS
             loss.backward()  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as e:
             raise_if_exhausted(e)
             raise FitError(f"the model cannot be differentiated: {one_line(e)}") from e
 
+    @torch.no_grad()
     def divergence(self, suffix: Sequence[int]) -> float:
         """Return KL(original || patched), nats per prediction."""
-        with torch.no_grad():
-            total = sum(float(self._sum_divergence(b, suffix)) for b in range(len(self.batches)))
+        total = 0.0
+        for b, batch in enumerate(self.batches):
+            before, after = (split_predictions(one, batch) for one in self._logits(b, suffix))
+            total += float(sum_losses(before, after, batch)[2].sum())
         return total / self.predictions
 
-    def _sum_divergence(self, batch: int, suffix: Sequence[int]) -> Tensor:
-        tokens, call, stream = self.batches[batch], self.calls[batch], self.entered[batch]
+    def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
+        """Return iterators over the samples' logits (T, V), of the original and of the patched."""
+        call, stream = self.calls[batch], self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)
-        found = []
-        for s, rows in enumerate(tokens.predicted):
-            with torch.no_grad():
-                target = call.logits(self.left[batch][s], s)[:-1][rows]
-            found.append(divergence(call.logits(stream[s], s)[:-1][rows], target))
-        return sum(found[1:], found[0])
+        numbers = range(len(stream))
+        return [map(call.logits, streams, numbers) for streams in (self.left[batch], stream)]

@@ -185,24 +185,34 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def apply_patches(blocks: Sequence[nn.Module], patches: Sequence[Patch]) -> Iterator[None]:
+def apply_patches(
+    blocks: Sequence[nn.Module], patches: Sequence[Patch], *, resident: bool = False
+) -> Iterator[None]:
     """Patch the layers of the original's blocks within the context.
 
     A layer has its new weights only during its calls, which also works for a streamed block, whose
     weights are loaded and unloaded.
+
+    Args:
+        resident: whether the blocks are in memory and have the new weights all the time, so that a
+            cut that is opened meanwhile shares them.
     """
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
             new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
             enter, leave = _swaps(new)
-            undo.callback(layer.register_forward_pre_hook(enter).remove)
-            undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+            if resident:
+                enter(layer, ())
+                undo.callback(leave, layer, (), None)
+            else:
+                undo.callback(layer.register_forward_pre_hook(enter).remove)
+                undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
 def _swaps(new: dict[str, Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return hooks that give a layer new parameters during a call."""
+    """Return hooks that give a layer new parameters, and its own ones again."""
     before: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any) -> None:

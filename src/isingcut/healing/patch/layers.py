@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from isingcut.models.replay import Recording
@@ -67,10 +68,14 @@ class Write:
         width, size = self.weight.shape
         return int(size) + (self.bias is not None) if self.reads else int(width)
 
-    def features(self, read: Tensor, written: Tensor) -> Tensor:
-        """Return the input features (B, T, F') of a map: the layer's input (and 1) or output."""
+    def features(self, read: Tensor) -> Tensor:
+        """Return the input features (B, T, F') of a map: the layer's input (and 1) or output.
+
+        Args:
+            read: the layer's input (B, T, F).
+        """
         if not self.reads:
-            return written
+            return functional.linear(read, self.weight, self.bias)
         if self.bias is None:
             return read
         return torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)

@@ -9,7 +9,8 @@ minimises
 
 over the real tokens, w_t = 1 / |y_t|^2 (all later layers normalise the stream first; without the
 weight, a few tokens of huge norm would dominate). W' = W + T with T (D, F) maps the layer's input;
-if memory does not suffice for its moments, W' = (1 + T) W with T (D, D) maps its output. The ridge
+if memory does not suffice for its moments, W' = (1 + T) W with T (D, D) maps its output; if it
+does not suffice for these either, the cut stays unpatched. The ridge
 term penalises the change of the layer. W' has the shape of W, so no parameter is added. The block's
 output is linear in W', so the block need not run again.
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,11 +49,13 @@ from isingcut.healing.patch.layers import (
     token_gains,
 )
 from isingcut.healing.patch.ridge import Moments, RidgeFit, Rows, bytes_of, fit_ridge
+from isingcut.measure.splitting import attempt
 from isingcut.measure.work import Work
 from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 
+_CPU = torch.device("cpu")
 _HELD_OUT_EVERY = 4
 Kept = dict[tuple[int, int], list[Tensor]]
 """Hidden states (B, T, D) of each micro-batch, in host memory, by their number and the block."""
@@ -67,7 +71,7 @@ class Fitted:
         patches: one for each patched cut, in order.
         unpatched: the other cuts, with reasons.
         maps: ``"reads"`` for maps of the layers' inputs, ``"writes"`` for maps of their outputs (if
-            memory did not suffice for the inputs).
+            memory did not suffice for the inputs of one).
     """
 
     patches: list[Patch]
@@ -119,7 +123,8 @@ def fit_patches(
                 unpatched.append(UnpatchedCut(removed=[first, last], reason=patch))
     if not patches:
         raise ArchitectureError("; ".join(cut.reason for cut in unpatched))
-    return Fitted(patches, unpatched, fitting.maps)
+    maps = "reads" if all(patch.record.reads for patch in patches) else "writes"
+    return Fitted(patches, unpatched, maps)
 
 
 # The cuts of a state ------------------------------------------------------------------
@@ -142,7 +147,8 @@ class _Fitting:
     stored: StoredLayers | None
     done: Callable[[int], None]
     kept: Kept | None
-    maps: str = "reads"
+    ways: ClassVar[tuple[bool, ...]] = (True, False)
+    """Whether to map inputs of layers: first if true, and outputs if memory does not suffice."""
 
     def __post_init__(self) -> None:
         self._kinds = find_stack(self.replay.model).kinds
@@ -166,12 +172,11 @@ class _Fitting:
                 if write is not None and self._obstacle(p, write):
                     write = None
                 if write is not None:
-                    self._choose_maps([write])
-                    # The output of block p in the patched model, and the features of the map.
-                    seen = []
+                    # The output of block p in the patched model, and the input of its layer.
+                    home, seen = self._home_of_inputs(write), []
                     for recording, stream in zip(self._recordings, self._patched, strict=True):
-                        output, read, written = observe(recording, p, stream, write)
-                        seen.append((output, write.features(read, written)))
+                        output, read, _ = observe(recording, p, stream, write)
+                        seen.append((output, read.to(home)))
             if i < p or (i == p and write is None):
                 self._patched = self._after(i, self._patched)
             self._original = self._original_after(i)
@@ -195,18 +200,23 @@ class _Fitting:
         self, p: int, last: int, write: Write, seen: Sequence[tuple[Tensor, Tensor]]
     ) -> Patch | str:
         """Patch a layer that writes directly to the stream: one least-squares fit."""
-        device = self._original[0].device
-        moments = self._moments_for(write)
-        for b, (output, x) in enumerate(seen):
-            self._add(moments, b, x, self._original[b].double() - output.double())
-        found = fit_ridge(*moments)
         self._patched = [output for output, _ in seen]
+
+        def add(moments: Sequence[Moments]) -> None:
+            for b, (output, read) in enumerate(seen):
+                target = self._original[b].double() - output.double()
+                self._add(moments, b, write.features(read.to(output.device)), target)
+
+        try:
+            found = self._fit(write, add)
+        except FitError as e:
+            return str(e)
         if found is None:
             return _no_better(p, [write.path])
-        change = found.map.to(device)
-        self._patched = [
-            (output.double() + x.double() @ change.T).to(output.dtype) for output, x in seen
-        ]
+        change = found.map.to(self._original[0].device)
+        for b, (output, read) in enumerate(seen):
+            x = write.features(read.to(output.device))
+            self._patched[b] = (output.double() + x.double() @ change.T).to(output.dtype)
         return self._patch(p, last, write, found, exact=True)
 
     def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
@@ -226,9 +236,13 @@ class _Fitting:
                 else:
                     usable.append(gained)
             tried = usable[:_CANDIDATES]
-            self._choose_maps([gained.write for gained in tried])
             for gained in tried:
-                found = self._solve(p, entered, gained)
+                try:
+                    self._home_of_inputs(gained.write)
+                    found = self._solve(p, entered, gained)
+                except FitError as e:
+                    reasons.append(str(e))
+                    continue
                 if found is not None and (best is None or found.held_out < best[0].held_out):
                     best = found, gained.write
             if best is not None:
@@ -238,7 +252,7 @@ class _Fitting:
                     self._patched = self._after(p, entered)
         if patch is not None:
             return patch
-        if usable:
+        if usable and not reasons:
             return _no_better(p, [gained.write.path for gained in tried])
         why = reasons or ["none of its linear layers writes to the residual stream"]
         return (
@@ -260,16 +274,18 @@ class _Fitting:
                 self._error(p, entered, Patch(p, path, *gained.write.fold(change), record)) / before
             )
 
-        moments = self._moments_for(gained.write)
         alive = gained.channels != 0
         gains = torch.where(alive, gained.channels, 1.0)
-        for b, recording in enumerate(self._recordings):
-            output, read, written = observe(recording, p, entered[b], gained.write)
-            tokens = token_gains(recording, p, entered[b], gained, written)
-            x = gained.write.features(read, written).double()
-            target = (self._original[b].double() - output.double()) / gains
-            self._add(moments, b, x * tokens[..., None], torch.where(alive, target, 0.0))
-        return fit_ridge(*moments, left)
+
+        def add(moments: Sequence[Moments]) -> None:
+            for b, recording in enumerate(self._recordings):
+                output, read, written = observe(recording, p, entered[b], gained.write)
+                tokens = token_gains(recording, p, entered[b], gained, written)
+                x = gained.write.features(read).double()
+                target = (self._original[b].double() - output.double()) / gains
+                self._add(moments, b, x * tokens[..., None], torch.where(alive, target, 0.0))
+
+        return self._fit(gained.write, add, left)
 
     def _error(self, p: int, entered: Sequence[Tensor], patch: Patch | None) -> float:
         """Return the weighted squared error on the validation rows, with block p patched."""
@@ -292,19 +308,47 @@ class _Fitting:
             ridge=found.strength,
             held_out_error_left=found.held_out,
             exact=exact,
+            reads=write.reads,
             tokens=self._tokens,
         )
         return Patch(p, write.path, *write.fold(found.map), record)
 
-    def _moments_for(self, write: Write) -> tuple[Moments, Moments]:
-        """Make empty moments of the fit and validation rows, on the CPU if the device is full."""
-        device = self._original[0].device
-        if bytes_of(write.mapped) > allowance("", device).left:
-            device = torch.device("cpu")
-        # With as few rows as this, the rows do not take more memory than the moments.
-        kind = Rows if 2 * self._tokens <= write.mapped else Moments
+    def _fit(
+        self,
+        write: Write,
+        add: Callable[[Sequence[Moments]], None],
+        left: Callable[[Tensor], float] | None = None,
+    ) -> RidgeFit | None:
+        """Fit a map of the layer's input on the device, or on the CPU if the device is full; if
+        neither has the memory, a map of its output.
+
+        Args:
+            add: function that adds all rows to the moments of the fit and validation rows.
+            left: as in `fit_ridge`.
+
+        Raises:
+            FitError: there is too little memory for both maps.
+        """
         width = write.weight.shape[0]
-        return kind(write.mapped, width, device), kind(write.mapped, width, device)
+        for write.reads in self.ways:
+            # With as few rows as this, the rows do not take more memory than the moments.
+            kind = Rows if 2 * self._tokens <= write.mapped else Moments
+            needed = bytes_of(write.mapped, width)
+            for place in dict.fromkeys((self._original[0].device, _CPU)):
+
+                def fit(kind: type[Moments] = kind, place: torch.device = place) -> Any:
+                    both = kind(write.mapped, width, place), kind(write.mapped, width, place)
+                    add(both)
+                    return [fit_ridge(*both, left)]
+
+                if needed <= allowance("", place).left:
+                    if found := attempt(fit, True):
+                        return found[0]  # type: ignore[no-any-return]
+                    self.replay.limit.release()
+        raise FitError(
+            f"fitting a map of {write.path} needs {needed / 1e9:.1f} GB of host memory, and "
+            f"{allowance('', _CPU).left / 1e9:.1f} GB are free"
+        )
 
     def _add(self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor) -> None:
         """Add the features and targets of batch ``b``."""
@@ -327,7 +371,8 @@ class _Fitting:
             return self._after(i, self._original)
         key = len(self.batches), i
         if key not in self.kept:
-            self.kept[key] = [after.cpu() for after in self._after(i, self._original)]
+            original = self._bring(i, self._original)
+            self.kept[key] = [after.cpu() for after in self._after(i, original)]
         return self.kept[key]
 
     def _after(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
@@ -336,34 +381,26 @@ class _Fitting:
     def _bring(self, i: int, streams: Sequence[Tensor]) -> list[Tensor]:
         return [r.bring(i, s) for r, s in zip(self._recordings, streams, strict=True)]
 
-    def _choose_maps(self, writes: Sequence[Write]) -> None:
-        """Map the inputs of layers, or their outputs if the moments of the inputs do not fit.
+    def _home_of_inputs(self, write: Write) -> torch.device:
+        """Return the device to keep a layer's inputs on: that of the streams, or the CPU.
 
         Raises:
-            FitError: neither fits, or the streams do not fit next to a streamed model.
+            FitError: the streams do not fit next to a streamed model.
         """
-        host = allowance("", torch.device("cpu")).left
-        if any(bytes_of(write.mapped) > host for write in writes):
-            self.maps = "writes"
-            for write in writes:
-                write.reads = False
-        for write in writes:
-            width, size = write.weight.shape
-            if bytes_of(write.mapped) > host:
-                raise FitError(
-                    f"fitting a patch needs {bytes_of(width) / 1e9:.1f} GB of host memory, and "
-                    f"{host / 1e9:.1f} GB are free"
-                )
-            stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
-            # Hidden states of both models, a block's output and the input of its layer.
-            needed = stream * (3 + size / width)
-            room = self.replay.room(self.batches[0])
-            if needed > room:
-                raise FitError(
-                    f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB in "
-                    f"addition to the streamed model, but {room / 1e9:.2f} GB are free; lower "
-                    "--patch-tokens"
-                )
+        width, size = write.weight.shape
+        stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
+        # Hidden states of both models, a block's output and the input of its layer.
+        needed = stream * (3 + size / width)
+        room, device = self.replay.room(self.batches[0]), self._original[0].device
+        if needed <= room:
+            return device
+        if device == _CPU or needed > allowance("", _CPU).left:
+            raise FitError(
+                f"fitting a patch on {self._tokens} tokens needs {needed / 1e9:.2f} GB in "
+                f"addition to the streamed model, but {room / 1e9:.2f} GB are free; lower "
+                "--patch-tokens"
+            )
+        return _CPU
 
 
 def _weights(original: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 Only second moments are kept, in float64, so memory does not grow with the number of tokens.
 Cost: F (F + D) per row to accumulate, F^3 / 3 + 3 D F^2 for each of about five ridge strengths.
-Memory: three (F, F) matrices, 4.9 GB for a layer with F = 14,336 inputs; in host memory if they do
-not fit the device. With at most F / 2 rows, the rows themselves are kept: the solution is the same
-and costs n^2 F for each strength.
+Memory: four (F, F) and four (D, F) matrices, 8.5 GB for a layer with 14,336 inputs and 4,096
+outputs; in host memory if they do not fit the device. With at most F / 2 rows, the rows themselves
+are kept: the solution is the same, costs n^2 F for each strength, and takes less memory.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Moments:
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
-        place = self.xx.device
-        x, t, weights = x.to(place).double(), t.to(place).double(), weights.to(place).double()
-        weighted = t * weights[:, None]
-        self.xx.addmm_((x * weights[:, None]).T, x)
-        self.tx.addmm_(weighted.T, x)
-        self.tt += (weighted * t).sum()
+        # At most F at a time, so that they take no more memory than the solution.
+        for rows in zip(*(torch.split(p, len(self.xx)) for p in (x, t, weights)), strict=True):
+            some, target, weight = (p.to(self.xx.device).double() for p in rows)
+            weighted = target * weight[:, None]
+            self.xx.addmm_((some * weight[:, None]).T, some)
+            self.tx.addmm_(weighted.T, some)
+            self.tt += (weighted * target).sum()
 
     def join(self, other: Moments) -> None:
         """Add the rows of ``other``."""
@@ -100,9 +101,13 @@ class Rows(Moments):
         return torch.cholesky_solve(self.t, torch.linalg.cholesky(ridged, out=ridged))
 
 
-def bytes_of(features: int) -> int:
-    """Return the bytes of a fit: second moments of both sets of rows, and one factorisation."""
-    return 3 * 8 * features**2
+def bytes_of(features: int, targets: int) -> int:
+    """Return the bytes of a fit at its peak: four (F, F) and four (D, F) matrices of float64.
+
+    These are the second moments of both sets of rows, the matrix of one strength, and the copies
+    that torch makes of its factor and of the right side; or the rows that are being added.
+    """
+    return 4 * 8 * features * (features + targets)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
     Returns:
         the record for `healing.json`.
     """
-    budget = bool(job.config.effort.tokens or job.config.effort.seconds)
+    budget = bool(job.config.training.tokens or job.config.training.seconds)
     if budget:
         job = _spend(job)
     found, trained = train(job)
@@ -61,7 +61,7 @@ def distill(job: Job, out: Path) -> dict[str, Any]:
 def _spend(job: Job) -> Job:
     """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
-    seconds = job.config.effort.seconds
+    seconds = job.config.training.seconds
     file, pace = job.work / "recipe.json", (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = measure_pace(job)

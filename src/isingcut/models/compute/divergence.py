@@ -235,7 +235,7 @@ class RowSums:
     """
 
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
-        self._labels, rows, device = labels, len(labels), labels.device
+        self.labels, rows, device = labels, len(labels), labels.device
         # Finite, because the first piece may be masked completely, and inf - inf is NaN.
         self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
@@ -259,14 +259,16 @@ class RowSums:
             self._add(logits, offset, reference)
 
     def _add_compiled(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
-        q, same = bits(logits), bits(logits[:, :0] if reference is None else reference)
+        # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
+        same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
+        q = bits(logits)
         kept = (self._top, self._total, self._difference, self._picked)
-        arrays = [x.numpy() for x in (self._reference_log_z, self._labels, *kept)]
+        arrays = [x.numpy() for x in (self._reference_log_z, self.labels, *kept)]
         run_in_threads(partial(accumulate, q, same, offset, *arrays), len(q), q.size)
 
     def _add(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
         q = widen(logits)
-        label = self._labels - offset
+        label = self.labels - offset
         inside = (label >= 0) & (label < q.shape[1])
         found = q.gather(1, label.clamp(0, q.shape[1] - 1)[:, None])[:, 0].float()
         self._picked = torch.where(inside, found, self._picked)

@@ -15,7 +15,7 @@ cross-entropy would keep several float32 copies.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -43,6 +43,9 @@ def piece_elements(device: torch.device) -> int:
 
 # Maximum bytes of a second copy of the layer's weight, which is kept for gradients.
 _TRANSPOSED_BYTES = 1 << 28
+
+Pieces = Iterable[tuple[int, Tensor]]
+"""Logits (R, C) of pieces of the vocabulary, each with the index of its first token."""
 
 
 class _HeadReached(Exception):
@@ -116,7 +119,23 @@ class OutputHead:
             self._replay.tail(stream, input_ids)
         return caught[0]
 
-    def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+    def logits(self, recording: Recording, stream: Tensor, batch: TokenSet) -> Iterator[Pieces]:
+        """Yield the logits of a micro-batch's predictions: all together if the head is plain.
+
+        Otherwise the model computes them, one sample at a time.
+
+        Args:
+            stream: (B, T, D), the residual stream after the blocks.
+        """
+        if not self.plain:
+            yield from split_predictions(map(recording.logits, stream, range(len(stream))), batch)
+            return
+        inputs = self.inputs(stream, recording.input_ids).flatten(0, 1)
+        inputs = inputs.index_select(0, _predicting_rows(batch).to(inputs.device))
+        step = _piece_columns(inputs, self.width)
+        yield ((a, self.piece(inputs, a, a + step)) for a in range(0, self.width, step))
+
+    def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Compute logits (R, stop - start) of the tokens ``start`` to ``stop``, in ``out``."""
         weight, bias = self._linear.weight[start:stop].T, self._linear.bias
         if bias is None:
@@ -146,87 +165,84 @@ def _predicting_rows(batch: TokenSet) -> Tensor:
     return nn.functional.pad(batch.predicted, (0, 1)).flatten().nonzero()[:, 0]
 
 
-class Comparison:
-    """Logits of the original model on one micro-batch, to compare cut models with.
+def _piece_columns(rows: Tensor, width: int) -> int:
+    """Return the number of tokens of the vocabulary to compute logits of at a time."""
+    return min(width, max(1, piece_elements(rows.device) // max(1, len(rows))))
 
-    The logits are kept in the model's dtype. If the head is plain, those of all R predictions are
-    computed together, in pieces of the vocabulary. Otherwise the model computes them by sample.
+
+def select_predictions(logits: Tensor, predicted: Tensor) -> Tensor:
+    """Select from a sample's logits (T, V) those of its R predictions that count, (R, V)."""
+    count = int(predicted.sum())
+    # Without context tokens it is a slice, which needs no copy.
+    return logits[:count] if predicted[:count].all() else logits[predicted.nonzero()[:, 0]]
+
+
+def split_predictions(logits: Iterable[Tensor], batch: TokenSet) -> Iterator[Pieces]:
+    """Yield the logits of each sample's predictions, from its logits (T, V)."""
+    for rows in map(select_predictions, logits, batch.predicted):
+        width = rows.shape[1]
+        # The compiled loops make no wider copy of the logits.
+        step = width if can_compile(rows) else _piece_columns(rows, width)
+        yield zip(range(0, width, step), torch.split(rows, step, 1), strict=True)
+
+
+class Comparison:
+    """Logits of the original model on one micro-batch, to compare other models with.
+
+    The logits are kept in the model's dtype.
 
     Args:
-        stream: (B, T, D), the original's residual stream after the blocks.
+        logits: those of the R predictions of the batch, all together (`OutputHead.logits`) or by
+            sample (`split_predictions`).
 
     Attributes:
         own: (2, R), the result of `compare` for the original itself.
     """
 
-    def __init__(
-        self, head: OutputHead, recording: Recording, stream: Tensor, batch: TokenSet
-    ) -> None:
-        self._head, self._recording, self._batch = head, recording, batch
-        self._rows, predicted = _predicting_rows(batch), batch.predicted
+    def __init__(self, logits: Iterable[Pieces], batch: TokenSet) -> None:
+        self._counts = batch.predicted.sum(1)
         self._kept: list[tuple[Tensor, list[Tensor], Tensor]] = []
-        self._buffer: Tensor | None = None
-        own, every = [], batch.input_ids[:, 1:][predicted]
-        parts = [every] if head.plain else torch.split(every, predicted.sum(1).tolist())
-        for labels, pieces in zip(parts, self._logits(stream), strict=True):
-            logits = list(pieces)
-            labels = labels.to(logits[0][1].device)
-            sums = RowSums(labels)
-            for start, piece in logits:
+        own, labels = [], batch.input_ids[:, 1:][batch.predicted]
+        for pieces in logits:
+            kept = list(pieces)
+            first = kept[0][1]
+            sums = RowSums(labels[: len(first)].to(first.device))
+            labels = labels[len(first) :]
+            for start, piece in kept:
                 sums.add(piece, start)
-            self._kept.append((labels, [piece for _, piece in logits], sums.log_z))
+            self._kept.append((sums.labels, [piece for _, piece in kept], sums.log_z))
             own.append(torch.stack([torch.zeros_like(sums.nll), sums.nll]))
         self.own = torch.cat(own, 1)
 
-    def _logits(self, stream: Tensor) -> Iterator[Iterator[tuple[int, Tensor]]]:
-        """Yield iterators over (first token, logits) of pieces: one in all, or one per sample."""
-        if self._head.plain:
-            inputs = self._head.inputs(stream, self._recording.input_ids).flatten(0, 1)
-            self._rows = self._rows.to(inputs.device)
-            yield self._run_head(inputs.index_select(0, self._rows))
-            return
-        for s, predicted in enumerate(self._batch.predicted):
-            logits = self._recording.logits(stream[s], s)[:-1]
-            # A sample in which all positions count is a slice; only others need a gather.
-            if not bool(predicted.all()):
-                logits = logits[predicted.nonzero()[:, 0]]
-            rows, step = logits.shape
-            if logits.device.type != "cpu":
-                step = max(1, piece_elements(logits.device) // max(1, rows))
-            yield zip(range(0, logits.shape[1], step), torch.split(logits, step, 1), strict=True)
-
-    def _run_head(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield pieces of the logits; the first call allocates each, later calls share a buffer."""
-        rows, width, new = len(inputs), self._head.width, self._buffer is None
-        step = min(width, max(1, piece_elements(inputs.device) // max(1, rows)))
-        if self._buffer is None:
-            self._buffer = inputs.new_empty(rows * step)
-        for a in range(0, width, step):
-            size = min(step, width - a)
-            out = inputs.new_empty(rows * size) if new else self._buffer[: rows * size]
-            yield a, self._head.piece(inputs, a, a + size, out.view(rows, size))
-
-    def compare(self, stream: Tensor) -> Tensor:
+    def compare(self, logits: Iterable[Pieces]) -> Tensor:
         """Compute KL(original || other) and the other's NLL at each prediction, (2, R), in nats.
 
         The result stays on the device, so that nothing waits for it before `sum_samples`.
 
         Args:
-            stream: (B, T, D), the other model's residual stream after the blocks.
+            logits: those of the other model, in the form of the original's.
         """
         found = []
-        for pieces, (labels, kept, log_z) in zip(self._logits(stream), self._kept, strict=True):
+        for pieces, (labels, kept, log_z) in zip(logits, self._kept, strict=True):
             sums = RowSums(labels, log_z)
             for (start, piece), reference in zip(pieces, kept, strict=True):
-                sums.add(piece, start, reference)
+                sums.add(piece.to(labels.device), start, reference)
             found.append(torch.stack([sums.kl, sums.nll]))
         return torch.cat(found, 1)
 
     def sum_samples(self, found: Sequence[Tensor]) -> Floats:
         """Sum K results of `compare` over the tokens of each sample: (2, K, B)."""
-        values, counts = torch.stack([*found], 1).cpu().numpy(), self._batch.predicted.sum(1)
-        samples = np.split(values, counts.cumsum(0)[:-1].numpy(), 2)
+        values = torch.stack([*found], 1).cpu().numpy()
+        samples = np.split(values, self._counts.cumsum(0)[:-1].numpy(), 2)
         return np.stack([sample.sum(2) for sample in samples], 2)
+
+
+def sum_losses(before: Iterable[Pieces], after: Iterable[Pieces], batch: TokenSet) -> Floats:
+    """Compute (3, B): NLL of both models and KL(original || other), summed over the tokens of each
+    sample, in nats."""
+    original = Comparison(before, batch)
+    (_, kl), nll = original.sum_samples([original.own, original.compare(after)])
+    return np.stack([*nll, kl])
 
 
 def loss_gradient(

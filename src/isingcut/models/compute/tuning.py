@@ -26,13 +26,19 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
     """
     if replay.device.type == "cpu":
         return BATCH_TOKENS
-    # Gradients keep about half the memory of running blocks; losses keep the original's logits.
-    graph = len(replay) * BLOCK_STREAMS // 2 * replay.bytes_per_token // replay.devices
+    # Losses keep the original's logits.
+    graph = bytes_of_backward(replay)
     logits = int(text_config(replay.model).vocab_size) * next(replay.model.parameters()).itemsize
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(_MOST_TOKENS, memory // max(graph, logits)):
         tokens *= 2
     return tokens
+
+
+def bytes_of_backward(replay: Replay) -> int:
+    """Return the bytes of a token that a backward pass through all blocks keeps, on each device."""
+    # About half the memory of running blocks.
+    return len(replay) * BLOCK_STREAMS // 2 * replay.bytes_per_token // replay.devices
 
 
 def count_graph_bytes(model: nn.Module, run: Callable[[], object]) -> int:

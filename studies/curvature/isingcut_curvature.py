@@ -1,4 +1,12 @@
-"""Exact Hessian and Gauss-Newton matrix with respect to the gates, sample by sample.
+"""Energies `hessian` and `gauss-newton`, from exact second derivatives; an example of a plug-in.
+
+    pip install ./studies/curvature
+
+    hessian       E(x) = -g.x + x^T H x / 2      second-order expansion of the mean token NLL
+    gauss-newton  E(x) = x^T F x / 2             the same of KL(original || gated), whose g is 0
+
+with the derivatives at the original model, in gates shared by all tokens. Removing blocks is the
+step alpha - 1 = -x, so large that the expansion is only a rough approximation.
 
 The loss L is a function of the hidden states z after the last block, and z is a function of the
 gates. With lambda = dL/dz, and J = dz/dalpha the derivative with respect to the gates,
@@ -20,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
+from isingcut.energies.base import Price, describe_energy, quadratic
 from isingcut.errors import ArchitectureError
+from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.states import Floats
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import measure_batches
@@ -39,21 +50,45 @@ from isingcut.models.compute.head import OutputHead, loss_gradient
 from isingcut.models.replay import Recording, Replay
 
 _ADVICE = "use the energy 'fisher', which needs first derivatives, or 'pairwise', which needs none"
-KINDS = ("hessian", "gauss-newton")
 
 
-@dataclass(frozen=True, eq=False)
-class Curvature:
-    """The derivatives of m samples' losses with respect to N gates at the original model.
+@dataclass(frozen=True)
+class Hessian:
+    """The exact second-order energy of the NLL, in nats per token.
 
     Attributes:
-        gradient_sums: (m, N) gradient of the NLL summed over a sample's tokens, nats.
-        curvature_sums: (m, N, N) second derivatives, summed in the same way; symmetric up to
-            rounding.
+        gate: ``"sublayer"`` or ``"block"``.
     """
 
-    gradient_sums: Floats
-    curvature_sums: Floats
+    default_samples: ClassVar[int] = 16
+    streams: ClassVar[bool] = False
+    kind: ClassVar[str] = "hessian"
+    loss: ClassVar[str] = "mean token NLL"
+
+    gate: str = "sublayer"
+
+    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
+        """Compute the derivatives and form the energy.
+
+        Returns:
+            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
+        """
+        gradient, curvature = gate_curvature(replay, tokens, self.kind, work, gate=self.gate)
+        meta = describe_energy(self.kind, self.loss, tokens, gate=self.gate)
+        return quadratic(gradient * (self.kind == "hessian"), curvature, tokens.counts, meta)
+
+    def price(self, n: int, sizes: Sequence[int]) -> Price:
+        """Return what the energy of ``n`` blocks computes, for `isingcut plan`."""
+        passes = 2.0 * n if self.kind == "hessian" else 1.0 * n
+        return Price(passes, passes, gradients=True)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Hessian):
+    """The exact second-order energy of the KL, which `fisher` estimates from sampled labels."""
+
+    kind: ClassVar[str] = "gauss-newton"
+    loss: ClassVar[str] = "KL(original || gated)"
 
 
 def gate_curvature(
@@ -63,7 +98,7 @@ def gate_curvature(
     work: Work = PLAIN,
     *,
     gate: str = "sublayer",
-) -> Curvature:
+) -> tuple[Floats, Floats]:
     """Compute exact curvatures with respect to the gates, by double backward in the model's dtype.
 
     During the call, attention uses PyTorch's "math" backend, which can be differentiated twice.
@@ -73,6 +108,10 @@ def gate_curvature(
         tokens: m samples.
         kind: ``"hessian"`` (of the NLL) or ``"gauss-newton"`` (of the KL to the original).
         gate: ``"sublayer"`` or ``"block"``.
+
+    Returns:
+        (m, N) gradient of the NLL summed over each sample's tokens, nats, and (m, N, N) second
+        derivatives, summed in the same way; symmetric up to rounding.
 
     Raises:
         ArchitectureError: the model is streamed, or part of it cannot be differentiated twice.
@@ -84,12 +123,6 @@ def gate_curvature(
     Source: Pearlmutter, Fast exact multiplication by the Hessian (1994), in reverse mode only;
     Schraudolph, Fast curvature matrix-vector products (2002), for Gauss-Newton.
     """
-    if replay.streamed:
-        raise ArchitectureError(
-            f"the energy {kind!r} needs all blocks in memory, but the model is streamed one block "
-            "at a time; use 'fisher' or 'pairwise', or pass --stream off on a machine with enough "
-            "memory"
-        )
     n = len(replay)
 
     def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
@@ -109,7 +142,7 @@ def gate_curvature(
         replay, tokens, work, words, (n + 1, n), found, curvature=kind, gate=gate
     )
     rows *= tokens.counts[:, None, None]
-    return Curvature(rows[:, 0], rows[:, 1:])
+    return rows[:, 0], rows[:, 1:]
 
 
 def _batch_curvature(
@@ -166,14 +199,16 @@ def _through_blocks(
     toward = loss_gradient(recording, stream, batch, None, head).requires_grad_(True)
     first = torch.autograd.grad(hidden, alphas, toward, create_graph=True)
     wanted = [toward, *alphas] if kind == "hessian" else [toward]
-    own, tangents = [], []
+    own = []
+    tangents = []
     for row in first:
         tangent, *second = torch.autograd.grad(
             row.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         tangents.append(tangent)
         own.append(_stack(second or map(torch.zeros_like, first), stream))
-    gradient, along = _stack(first, stream).detach(), torch.stack(tangents)
+    gradient = _stack(first, stream).detach()
+    along = torch.stack(tangents)
     _check_linear(gradient, along, toward.detach())
     return gradient, torch.stack(own, 1).detach(), along, stream
 
@@ -189,7 +224,8 @@ def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
     """
     again = (widen(tangents) * widen(toward)).flatten(2).sum(2).T
     tolerance = 0.2 if toward.element_size() < 4 else 0.01
-    off, size = (again - gradient).norm(), gradient.norm()
+    off = (again - gradient).norm()
+    size = gradient.norm()
     if off > tolerance * size:
         raise ArchitectureError(
             "part of this model cannot be differentiated twice "

@@ -1,20 +1,39 @@
-"""Convert sums of each sample, or gate derivatives, to a Hamiltonian with standard errors."""
+"""What energies share: forms of a Hamiltonian with standard errors, its provenance, its price."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from isingcut.data.tokens import TokenSet
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.ising.states import Floats
-from isingcut.measure.curvature import gate_curvature
-from isingcut.measure.losses import standard_error
-from isingcut.measure.work import Work
-from isingcut.models.replay import Replay
+from isingcut.ising.states import Floats, States
+from isingcut.measure.losses import standard_error, tree_nodes
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an energy computes on each of its samples, for estimates of its time and memory.
+
+    Attributes:
+        passes: forward passes of the blocks, or as many backward passes take.
+        heads: passes of the output head.
+        gradients: whether it runs backward through the blocks.
+        seconds: the time that it takes whatever the model is, if it has such a limit.
+    """
+
+    passes: float
+    heads: float
+    gradients: bool = False
+    seconds: float | None = None
+
+
+def price_states(states: States) -> Price:
+    """Return the price of measuring states (S, N) and the original, with shared prefixes."""
+    return Price(1 + tree_nodes(states) / states.shape[1], 1 + len(states))
 
 
 def join_samples(
@@ -66,34 +85,3 @@ def describe_energy(energy: str, loss: str, tokens: TokenSet, **options: Any) ->
     """Return the provenance of an energy that was measured on ``tokens``."""
     measured = {"samples": tokens.samples, "tokens": tokens.tokens}
     return {"energy": energy, "loss": loss, **options, **measured}
-
-
-@dataclass(frozen=True)
-class CurvatureEnergy:
-    """The Taylor expansion of a loss from its exact derivatives, see `quadratic`.
-
-    Attributes:
-        kind: ``"hessian"`` or ``"gauss-newton"``. The loss of the latter, the KL, has a zero
-            gradient at the original model.
-        loss: description of the loss, for the provenance.
-        gate: ``"sublayer"`` or ``"block"``.
-    """
-
-    default_samples: ClassVar[int] = 16
-    streams: ClassVar[bool] = False
-    kind: ClassVar[str]
-    loss: ClassVar[str]
-
-    gate: str = "sublayer"
-
-    def measure(self, replay: Replay, tokens: TokenSet, work: Work) -> Hamiltonian:
-        """Compute the derivatives and form the energy.
-
-        Returns:
-            Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
-        """
-        found = gate_curvature(replay, tokens, self.kind, work, gate=self.gate)
-        meta = describe_energy(self.kind, self.loss, tokens, gate=self.gate)
-        first = self.kind == "hessian"
-        gradient = found.gradient_sums if first else np.zeros_like(found.gradient_sums)
-        return quadratic(gradient, found.curvature_sums, tokens.counts, meta)

@@ -1,0 +1,49 @@
+"""Tests of the projection; counts of a search are given, because a search takes half a minute."""
+
+from __future__ import annotations
+
+import pytest
+
+import projection
+from isingcut.runs.trials import DEEP, TRIED
+
+COUNTS = projection.Counts(27.0, 68.0, 31.0, 505.0, 15.0, (14, 15, 16, 18, 22, 23, 27, 31))
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> projection.Model:
+    """An 8B without 8 of 32 blocks."""
+    monkeypatch.setattr(projection, "count", lambda n, removed: COUNTS)
+    return projection.Model(projection.MODELS["8B"], 0.25)
+
+
+def counts_of(parts: list[projection.Part] | None) -> dict[str, float]:
+    """Return the counts of a stage by name."""
+    terms = [term for part in parts or [] for term in part if term.count]
+    return {name: sum(t.count for t in terms if t.name == name) for name in {t.name for t in terms}}
+
+
+def test_every_path_has_its_parts_and_ranges(model: projection.Model) -> None:
+    host, card = (projection.Setting(model, "1 x 80 GB", place) for place in ("host", "card"))
+    for parts in host.stages().values():
+        for fast, slow in map(projection.seconds, parts or []):
+            assert 0 <= fast <= slow
+    # Gradients leave the card only if the host tunes.
+    on_host, on_card = (counts_of(setting.stages()["patch"]) for setting in (host, card))
+    assert on_host.keys() - on_card.keys() == {"AdamW, host", "gradients and weights"}
+    assert on_card["AdamW, card"] == on_host["AdamW, host"]
+    # A deep cut also fits a patch for every state of its search.
+    shallow = counts_of(host.rank())
+    model.removed = round(DEEP * model.n) + 1
+    assert shallow["text"] == TRIED
+    assert counts_of(host.rank())["maps"] > 10 * shallow["maps"]
+
+
+def test_every_table_says_that_nothing_was_measured(
+    model: projection.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["projection.py", "8B"])
+    projection.main()
+    before, *tables = capsys.readouterr().out.split("\n\n| ")
+    assert len(tables) == 2
+    assert all(projection.NOTE in text for text in (before, tables[0]))

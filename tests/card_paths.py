@@ -1,0 +1,280 @@
+"""Every verb and every option that computes with tensors, on one and on two fake cards.
+
+    make cards
+
+Each path is a program of isingcut on tiny models. The command prints the number of paths that
+failed, the share of the call sites of torch operations (`benchmarks/sites.py`) that computed on a
+card, and those that did not.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import isingcut
+from card import short
+from cards import fake_cards
+from gguf_files import WIDE, WIDE_NUMBERS, named, write
+from healings import TRAINING, Killed, killing
+from isingcut import baselines
+from isingcut.energies import registry as energy_parts
+from isingcut.healing.heal import heal
+from isingcut.models.cutting.checkpoint import excise
+from isingcut.options.config import HealConfig
+from isingcut.options.declaration import options_from
+from isingcut.testing.tiny import tiny_model
+from shared import OPTIONS, call, write_jsonl
+from sweep.mtp import add_mtp_layers
+from test_tasks import arc, gsm8k
+
+pytestmark = pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
+
+FEW = {
+    **OPTIONS,
+    "remove": 2,
+    "energy": "fisher",
+    "random_states": 0,
+    "states": 2,
+    "patch": "linear",
+    "patch_tokens": 100,
+    "skip_speed": True,
+}
+"""Options of a run of a second."""
+SEARCHED = {"energy": "auto", "effort": "3"}
+
+
+class Place:
+    """The devices and files of one path."""
+
+    def __init__(self, device: str, out: Path, shared: Any, text: Path) -> None:
+        self.device, self.out, self.shared, self.text = device, out, shared, text
+
+    def run(self, name: str = "run", family: str = "llama", **more: Any) -> Path:
+        """Run and return the folder."""
+        given = {"calibration": str(self.text), "device": self.device, "out": str(self.out / name)}
+        if "model" not in more:
+            given["model"] = str(self.shared.checkpoint(family))
+        isingcut.run(**{**FEW, **given, **more})
+        return self.out / name
+
+    def type(self, *words: Any) -> None:
+        """Type a command, which must succeed."""
+        assert call(*words) == 0, words
+
+    def heal(self, progress: Any = None, **changes: Any) -> Path:
+        """Heal a cut llama."""
+        student = self.out / "student"
+        teacher = self.shared.checkpoint()
+        if not student.exists():
+            excise(teacher, (2, 3), student)
+            (student / "isingcut.json").write_text(json.dumps({"removed": [2, 3], "of": 6}))
+        given = {
+            "student": str(student),
+            "teacher": str(teacher),
+            "text": str(self.text),
+            "out": str(self.out / "healed"),
+            "samples": 8,
+            "length": 16,
+            "report_samples": 4,
+            "patch": "none",
+            "dtype": "float32",
+            "device": self.device,
+            "trainer": TRAINING,
+            **changes,
+        }
+        more = {} if progress is None else {"progress": progress}
+        return heal(options_from(HealConfig, given, "test"), **more)
+
+
+def default(place: Place) -> None:
+    """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
+    more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
+    place.run(**more, skip_speed=False, also="fisher")
+
+
+def verbs(place: Place) -> None:
+    """The verbs that open a run again, and those that look at a model."""
+    run, model = place.run(patch="none"), place.shared.checkpoint()
+    for name in baselines.registry.names():
+        place.type("baseline", name, run)
+    place.type("solve", run, "--remove", 1)
+    place.type("rank", run, "--remove", 1)
+    place.type("excise", run, "--blocks", "1,4", "--patch", "linear")
+    place.type("evaluate", run, "--blocks", "1,4", "--skip-speed")
+    plain = ("--device", place.device)
+    scores = ("--out", place.out / "scores.json", "--skip-speed")
+    place.type("evaluate", run / "model", "--original", model, *plain, *scores)
+    place.type("inspect", model, *plain)
+    place.type("plan", model, *plain, "--remove", 2, "--length", 16)
+
+
+def deep(place: Place, blocks: int, remove: int) -> None:
+    """A deep cut, with the search among patched states, chooses the blocks of the CPU."""
+
+    def chosen(device: str, out: Path) -> Any:
+        model = place.shared.checkpoint(num_hidden_layers=blocks)
+        more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512}
+        given = {"calibration": str(place.text), "device": device, "out": str(out)}
+        isingcut.prune(**{**FEW, **more, **given, "model": str(model), "remove": remove})
+        return json.loads((out / "candidates.json").read_text())["chosen"]["removed"]
+
+    expected = place.shared.folder(f"deep-{blocks}", lambda out: chosen("cpu", out))
+    expected = json.loads((expected / "candidates.json").read_text())["chosen"]["removed"]
+    assert chosen(place.device, place.out / "deep") == expected
+
+
+def streamed(place: Place) -> None:
+    run = place.run(stream="on", **SEARCHED, also="empirical-fisher")
+    for name in ("block-influence", "norm-ratio", "angular-window"):
+        place.type("baseline", name, run)
+
+
+def tasks(place: Place) -> None:
+    """Likelihoods, answers that are generated, and a text."""
+    data = place.out / "data"
+    for name, make in (("arc_easy/test", arc), ("gsm8k/test", gsm8k), ("gsm8k/train", gsm8k)):
+        write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
+    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
+    write_jsonl(data / "wikitext2/test_raw.jsonl", articles)
+    model = str(place.shared.checkpoint(max_position_embeddings=2048))
+    given = {"data": str(data), "tasks": "arc_easy", "questions": 12}
+    run = place.run(model=model, choose="tasks", patch="none", **given)
+    names = ("--tasks", "arc_easy,gsm8k,wikitext2", "--questions", 2)
+    place.type("evaluate", run, *names, "--data", data, "--skip-speed", "--overwrite")
+
+
+def energies(place: Place, **more: Any) -> None:
+    model = place.shared.checkpoint()
+    for name in energy_parts.names():
+        given = {"calibration": str(place.text), "device": place.device}
+        out = str(place.out / name)
+        found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
+        found |= {"effort": "20"} if name == "refined" else {}
+        for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
+            del found[left_out]
+        isingcut.energy(**found)
+
+
+def range_of(place: Place) -> None:
+    place.run(remove="1..2")
+
+
+def budget(place: Place) -> None:
+    place.run(remove="", budget="params=20%")
+
+
+def gguf_file(place: Place) -> Path:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.Q4_1
+    held = named({n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()})
+    for name, values in held.items():
+        if name.startswith("blk.") and values.ndim == 2:
+            held[name] = (gguf.quantize(values, kind), kind)
+    write(place.out / "tiny.gguf", held, **WIDE_NUMBERS)
+    return place.out / "tiny.gguf"
+
+
+def from_gguf(place: Place) -> None:
+    file = gguf_file(place)
+    run = place.run(model=str(file))
+    place.type("evaluate", run / "model.gguf", "--skip-speed")
+
+
+def packed(place: Place) -> None:
+    file = gguf_file(place)
+    size = file.stat().st_size / 1e3
+    place.run(model=str(file), remove="", budget=f"file={0.8 * size:.3f}kB")
+    place.run("memory", model=str(file), remove="", budget=f"memory={0.8 * size:.3f}kB@16")
+    place.run("decode", remove="", budget="decode=40%@16")
+
+
+def mtp(place: Place) -> None:
+    folder = place.out / "mtp"
+    shutil.copytree(place.shared.checkpoint("deepseek_v3"), folder)
+    add_mtp_layers(tiny_model("deepseek_v3"), folder)
+    place.run(model=str(folder), patch="linear")
+
+
+def healing(place: Place, method: str) -> None:
+    for patch in ("none", "linear"):
+        place.heal(method=method, patch=patch, overwrite=True)
+
+
+def healing_in_half(place: Place) -> None:
+    place.heal(dtype="bfloat16", trainer={**TRAINING, "gradient_checkpointing": True})
+    place.run(heal="60tokens", dtype="bfloat16")
+
+
+def patch_alone(place: Place) -> None:
+    place.heal(method="none", patch="tuned", samples=40)
+
+
+def resumed(place: Place) -> None:
+    with pytest.raises(Killed):
+        place.heal(killing(3))
+    place.heal()
+
+
+def chat(place: Place) -> None:
+    def talk(i: int) -> list[dict[str, str]]:
+        said = {"user": f"say {i}.", "assistant": f"yes {i}."}
+        return [{"role": role, "content": words} for role, words in said.items()]
+
+    file = write_jsonl(place.out / "chat.jsonl", [{"messages": talk(i)} for i in range(80)])
+    place.run(calibration=f"answers:{file}", length=32)
+
+
+def own_text(place: Place) -> None:
+    place.run(calibration="self", patch="linear", patch_tokens=64)
+
+
+def eager(place: Place) -> None:
+    more = {"attention": "eager", "dtype": "bfloat16", "batch_tokens": None}
+    place.run(**more, patch="tuned", patch_tokens=200)
+
+
+PATHS: dict[str, Callable[[Place], Any]] = {
+    "range": range_of,
+    "budget": budget,
+    "gguf": from_gguf,
+    "heal lora": functools.partial(healing, method="lora:2"),
+    "heal full": functools.partial(healing, method="full"),
+    "heal last": functools.partial(healing, method="last:1"),
+    "heal, bfloat16": healing_in_half,
+    "heal, resumed": resumed,
+    "patch alone": patch_alone,
+    "run": default,
+    "verbs": verbs,
+    "tasks": tasks,
+    "streamed": streamed,
+    "mtp": mtp,
+    "chat": chat,
+    "own text": own_text,
+    "eager, bfloat16": eager,
+    "budget, packed": packed,
+    "energies": energies,
+    "energies, streamed": functools.partial(energies, stream="on"),
+    **{
+        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
+        for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
+    },
+    "search, gemma2": functools.partial(Place.run, family="gemma2", energy="auto", effort="20"),
+    "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
+    "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", PATHS)
+def test_card_path(name, count, shared, text, tmp_path):
+    with short(), fake_cards(count) as cards:
+        device = ",".join(str(card.device) for card in cards)
+        PATHS[name](Place(device, tmp_path, shared, text))
