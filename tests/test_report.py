@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from jinja2 import Environment
 from markdown_it import MarkdownIt
 
 from isingcut.cli import show
@@ -528,3 +529,9 @@ def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
     with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
         _ = RunFiles(folder).removal
+
+
+def test_templates_call_named_functions_alone():
+    names = {*words._pages(True).globals} - {*Environment().globals}
+    assert {"sentence", "table", "meter"} < names
+    assert not names & {"render", "render_page", "resources", "re", "Any", "_pages", "files"}

@@ -90,7 +90,6 @@ def _environment(**more: Any) -> jinja2.Environment:
     environment.filters["kl"] = lambda row: rows.kl_of(row).text()
     functions = (
         correlation_text,
-        find_spec,
         known_rows,
         paragraphs,
         plots.meter,
@@ -107,6 +106,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         was_tuned,
     )
     environment.globals |= {function.__name__: function for function in functions}
+    environment.globals["find_spec"] = find_spec
     environment.globals |= {
         name: getattr(rows, name) for name in ("CUT_RANKING", "RANKING", "UNSEEN")
     }
