@@ -166,6 +166,13 @@ def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, meth
 
 
 @pytest.mark.parametrize("method", ["_add_compiled", "_add"])
+def test_logits_of_unequal_vocabularies_are_refused(method):
+    reference, q = logits(torch.float32)
+    with pytest.raises(RuntimeError, match="must match"):
+        in_pieces(q, reference[:, :-1], WORDS, method)
+
+
+@pytest.mark.parametrize("method", ["_add_compiled", "_add"])
 def test_equal_logits_have_no_divergence_however_large(method):
     reference, _ = logits(torch.float32, size=300.0)
     sums = in_pieces(reference + 7.0, reference, 1000, method)
