@@ -36,15 +36,15 @@ import isingcut
 from cards import Card, fake_cards
 from isingcut.errors import InputError, IsingcutError
 from isingcut.evaluation import quality, speed
+from isingcut.formats.architectures.blocks import stack_modules
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch import checkpoint as tuning
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import stack_modules
 from isingcut.models.compute.tuning import bytes_of_backward
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
+from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.runs.folder import RunFolder

@@ -49,13 +49,13 @@ from transformers import TrainerCallback
 
 from isingcut.data import healing_text
 from isingcut.data.tokens import TokenSet
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.sources import resolve
 from isingcut.healing.job import Job
 from isingcut.healing.training.train import train
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import reload
 from isingcut.models.device import BatchLimit
 from isingcut.models.load import load
-from isingcut.models.sources import resolve
+from isingcut.models.verify import reload
 from isingcut.options.config import HealConfig
 from isingcut.options.spellings import BlockList
 from isingcut.testing.tiny import tiny_checkpoint

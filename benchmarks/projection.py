@@ -43,10 +43,10 @@ from isingcut.healing.patch.files import runs
 from isingcut.healing.patch.ridge import bytes_of
 from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.cutting.verify import verify
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import BLOCK_STREAMS, Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.verify import verify
 from isingcut.options.config import LENGTH, HealConfig, RunConfig
 from isingcut.runs.trials import MORE, TOKENS, TRIED, is_deep, is_searched, trial_tokens
 from isingcut.testing.tiny import tiny_checkpoint

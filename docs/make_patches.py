@@ -20,10 +20,10 @@ import torch
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.patch.files import StoredLayers
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.testing.tiny import FAMILIES, VOCABULARY, tiny_checkpoint

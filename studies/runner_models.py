@@ -17,12 +17,12 @@ from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint
+from isingcut.formats.sources import model_identity, resolve
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.replay import Replay
-from isingcut.models.sources import model_identity, resolve
 from studies.runner import STUDIES, Content, Part, Study
 from studies.runner_coder import coder_file
 from studies.runner_texts import Texts

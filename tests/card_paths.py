@@ -25,8 +25,8 @@ from gguf_files import WIDE, WIDE_NUMBERS, named, write
 from healings import TRAINING, Killed, killing
 from isingcut import baselines
 from isingcut.energies import registry as energy_parts
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model

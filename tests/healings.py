@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from isingcut.files.results import read_json
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_checkpoint

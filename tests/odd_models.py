@@ -7,9 +7,9 @@ import json
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.load import find_auto_class
+from isingcut.models.verify import verify
 from isingcut.testing.tiny import BASE, random_model, tiny_tokenizer
 from shared import load_json
 from sweep.shrink import tiny_configuration

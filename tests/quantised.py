@@ -6,7 +6,7 @@ import re
 import torch
 from safetensors.torch import load_file, save_file
 
-from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.formats.safetensors_files import read_checkpoint
 from tiny import edit_config, edit_tensors
 
 _FP8_MAX = 448.0

@@ -10,16 +10,16 @@ from transformers.models.auto import modeling_auto
 
 from isingcut.errors import ArchitectureError, ModelError
 from isingcut.files.results import read_json
-from isingcut.models.architectures.blocks import find_stack, skip_blocks, text_config
-from isingcut.models.architectures.cuts import (
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks, text_config
+from isingcut.formats.architectures.cuts import (
     cut_config,
     rename_pattern,
     renumber_blocks,
 )
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
+from isingcut.models.verify import verify
 from shared import call, refuses
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries

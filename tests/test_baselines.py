@@ -26,10 +26,10 @@ from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
 from isingcut.files.results import read_json
+from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import stack_modules
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session

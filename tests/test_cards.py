@@ -18,6 +18,7 @@ import isingcut
 from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.evaluation import candidates
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.patch import checkpoint, linear
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.gradients import gate_gradients
@@ -25,12 +26,11 @@ from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
 from isingcut.measure.work import Work
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.sharing import open_cut, share
 from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
 from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import Replay, reuse_freed_memory
+from isingcut.models.sharing import open_cut, share
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session

@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
-from isingcut.models.safetensors_files import (
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import (
     NewTensor,
     copy_bytes,
     read_checkpoint,
     read_header,
     write_checkpoint,
 )
+from isingcut.models.verify import verify
 from quantised import assert_bytes_follow
 from shared import load_json, refuses
 from tiny import edit_config, edit_tensors, tiny_checkpoint, tiny_model
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isingcut.models.safetensors_files.copy_bytes", fill)
+    monkeypatch.setattr("isingcut.formats.safetensors_files.copy_bytes", fill)
     with refuses("no space left on the disk"):
         excise(source, [1, 3], home / "out", max_shard_bytes=30_000)
     assert list(home.iterdir()) == []
@@ -150,7 +150,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
 
 @pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
 def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("isingcut.models.safetensors_files._CHUNK", chunk)
+    monkeypatch.setattr("isingcut.formats.safetensors_files._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
     save_file({"x": value, "y": value.T.contiguous()}, tmp_path / "in.safetensors")
     x, y = sorted(read_header(tmp_path / "in.safetensors"), key=lambda t: t.name)

@@ -369,7 +369,7 @@ lacks("torch", "transformers", "numpy", "scipy", "numba", "jinja2", "yaml")
 from isingcut.ising import constraints, hamiltonian, problem, solvers, spectrum
 lacks("torch", "numba", "dimod", "scipy")
 from isingcut.errors import ModelError
-from isingcut.models.sources import resolve
+from isingcut.formats.sources import resolve
 with contextlib.suppress(ModelError):
     resolve("./nothing")
 from isingcut.report import card

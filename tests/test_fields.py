@@ -5,14 +5,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.models.architectures import cuts, families, fields
-from isingcut.models.architectures.blocks import find_stack, skip_blocks
-from isingcut.models.architectures.cuts import cut_config, legality
-from isingcut.models.architectures.fields import config_object
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import relative_difference, verify
+from isingcut.formats.architectures import cuts, families, fields
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks
+from isingcut.formats.architectures.cuts import cut_config, legality
+from isingcut.formats.architectures.fields import config_object
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import check_same_blocks, inspect_model
 from isingcut.models.replay import Replay
+from isingcut.models.verify import relative_difference, verify
 from isingcut.testing.tiny import random_model
 from odd_models import HUB, odd_checkpoint, odd_config, odd_model, prove_cut
 from shared import load_json, refuses

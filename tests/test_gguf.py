@@ -16,11 +16,11 @@ import isingcut
 from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
 from isingcut.files.results import read_json
-from isingcut.models.cutting import gguf as gguf_cuts
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
-from isingcut.models.gguf_files import read_gguf, unpack_gguf
-from isingcut.models.sources import resolve
+from isingcut.formats.cutting import gguf as gguf_cuts
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
+from isingcut.formats.gguf_files import read_gguf, unpack_gguf
+from isingcut.formats.sources import resolve
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS, Bars, call, load_json, refuses
 from tiny import edit_tensors

@@ -35,6 +35,10 @@ from isingcut.errors import (
     StageFileError,
 )
 from isingcut.files.healings import HealingFile
+from isingcut.formats.architectures.blocks import find_stack
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import read_checkpoint
+from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing import heal as home
 from isingcut.healing import job as recipe
 from isingcut.healing.heal import heal
@@ -42,11 +46,7 @@ from isingcut.healing.training import batches as memory
 from isingcut.healing.training import distill, train
 from isingcut.healing.training import student as parts
 from isingcut.healing.training.student import last_parameters, load_student
-from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
-from isingcut.models.safetensors_files import read_checkpoint
-from isingcut.models.transformers_private import get_checkpointing
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer

@@ -14,6 +14,7 @@ from cards import fake_cards
 from healings import REMOVED, models, options
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.heal import heal
 from isingcut.healing.job import Job
 from isingcut.healing.removed import removal_by_weights
@@ -22,11 +23,10 @@ from isingcut.healing.training import student as loss
 from isingcut.healing.training import train
 from isingcut.healing.training.batches import Steps, divisions
 from isingcut.healing.training.student import prepare_training, set_dtypes
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.compute import divergence as kl
 from isingcut.models.load import load
-from isingcut.models.processes import Processes
 from isingcut.options.config import HealConfig
+from isingcut.processes import Processes
 from isingcut.testing.tiny import tiny_model
 
 

@@ -10,21 +10,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError, VerificationError
 from isingcut.evaluation.quality import quality
-from isingcut.healing.training.student import install
-from isingcut.models.architectures.blocks import (
+from isingcut.formats.architectures.blocks import (
     find_stack,
     language_model,
     skip_blocks,
 )
-from isingcut.models.architectures.cuts import cut_config
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import random_tokens, reload, verify
-from isingcut.models.fit import Checkpoint
+from isingcut.formats.architectures.cuts import cut_config
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import StoredTensor
+from isingcut.healing.training.student import install
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_auto_class
 from isingcut.models.replay import Replay
-from isingcut.models.safetensors_files import StoredTensor
 from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.verify import random_tokens, reload, verify
 from isingcut.testing.tiny import random_model
 from odd_models import composite_checkpoint, prove_cut
 from shared import load_json, refuses
@@ -170,7 +170,7 @@ def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path, monkeypatch):
     cut = reload(tmp_path / "out", dtype=torch.float32)
     attention = cut.text_decoder.bert.encoder.layer[1].crossattention
     torch.nn.init.zeros_(attention.output.dense.weight)
-    monkeypatch.setattr("isingcut.models.cutting.verify._open_cut", lambda *given: (cut, False))
+    monkeypatch.setattr("isingcut.models.verify._open_cut", lambda *given: (cut, False))
     with refuses(r"\[0, 3\] on text and an image:", VerificationError):
         verify(model, [0, 3], tmp_path / "out", images=invent_images)
 

@@ -15,11 +15,11 @@ from isingcut.evaluation.answers import MICRO_BATCHES, answer_scores, generate_t
 from isingcut.evaluation.harness import Harness
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import certainties, score_states, temper_margins
+from isingcut.formats.architectures.blocks import skip_blocks
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.architectures.blocks import skip_blocks
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.load import load
 from shared import write_jsonl
 from test_tasks import gsm8k

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isingcut.errors import CheckpointError, ModelError
+from isingcut.formats import sources as model_sources
+from isingcut.formats.sources import hub_id, model_identity, resolve
 from isingcut.models import device
 from isingcut.models import load as models
-from isingcut.models import sources as model_sources
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
-from isingcut.models.sources import hub_id, model_identity, resolve
 from isingcut.models.streaming.replay import load_streamed
 from shared import load_json, refuses
 from tiny import edit_config, tiny_checkpoint

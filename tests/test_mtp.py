@@ -4,10 +4,10 @@ import pytest
 
 import isingcut
 from healings import options, write_text
+from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.fit import count_mtp_layers, is_mtp
-from isingcut.models.safetensors_files import read_checkpoint
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS
 from sweep.mtp import add_mtp_layers

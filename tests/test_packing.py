@@ -13,14 +13,14 @@ from isingcut.console.progress import silent
 from isingcut.errors import ArchitectureError
 from isingcut.files.results import read_document
 from isingcut.files.runs import PackingFile
+from isingcut.formats.cutting import gguf as gguf_cuts
+from isingcut.formats.cutting.gguf import cut_gguf
+from isingcut.formats.gguf_files import PACKED
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import PLAIN
-from isingcut.models.cutting import gguf as gguf_cuts
-from isingcut.models.cutting.gguf import cut_gguf
-from isingcut.models.cutting.packing import Packer
-from isingcut.models.gguf_files import PACKED
-from isingcut.models.processes import ALONE
+from isingcut.models.packing import Packer
 from isingcut.options.config import RunConfig
+from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, InputError
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
 from isingcut.healing.patch import linear
 from isingcut.healing.patch.checkpoint import patch_checkpoint
@@ -19,8 +21,6 @@ from isingcut.healing.patch.layers import find_gained, find_write, observe, toke
 from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack, skip_blocks, stack_modules
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.replay import Recording
@@ -323,7 +323,7 @@ def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, 
     ["llama", "gpt2", "gpt_neox", "nemotron_h", "gemma3", "olmo2", "qwen3_moe", "gpt_oss", "rwkv"],
 )
 def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path):
-    from isingcut.models.safetensors_files import read_checkpoint
+    from isingcut.formats.safetensors_files import read_checkpoint
 
     removed = (3,) if family == "nemotron_h" else (2, 3)
     job = job_of(tmp_path, family, removed)

@@ -20,7 +20,7 @@ from isingcut.evaluation.quality import quality
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.results import read_document, read_json
 from isingcut.files.runs import StageOptions
-from isingcut.models.architectures.blocks import skip_blocks
+from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import patch_warnings

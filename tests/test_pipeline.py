@@ -10,8 +10,8 @@ import isingcut.runs.folder
 import isingcut.runs.solving
 from isingcut.errors import StageFileError
 from isingcut.files.results import read_json
+from isingcut.formats.architectures.blocks import find_stack, skip_blocks
 from isingcut.ising.hamiltonian import Hamiltonian
-from isingcut.models.architectures.blocks import find_stack, skip_blocks
 from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change

@@ -9,16 +9,16 @@ import torch
 
 from isingcut.errors import ArchitectureError, VerificationError
 from isingcut.files.results import read_json
-from isingcut.models.architectures.cuts import cut_config
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import (
+from isingcut.formats.architectures.cuts import cut_config
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.models.streaming.replay import StreamedReplay, open_model
+from isingcut.models.verify import (
     check_generation,
     process_images,
     random_tokens,
     relative_difference,
     verify,
 )
-from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
 from shared import refuses
@@ -84,7 +84,7 @@ def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeyp
     model = tiny_model("llama")
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
-    monkeypatch.setattr("isingcut.models.cutting.verify._open_cut", lambda *given: (cut, False))
+    monkeypatch.setattr("isingcut.models.verify._open_cut", lambda *given: (cut, False))
     with refuses("fails on text, but the original without", VerificationError):
         verify(model, [1], tmp_path)
 
@@ -161,7 +161,7 @@ def test_deepstack_is_found_where_only_its_class_names_it():
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
-    home = "isingcut.models.architectures.families"
+    home = "isingcut.formats.architectures.families"
     monkeypatch.setattr(f"{home}.find_fixed_blocks", lambda *a: {})
     monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
     monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))

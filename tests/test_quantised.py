@@ -9,16 +9,16 @@ from torch.testing import assert_close
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, CheckpointError
+from isingcut.formats.architectures.blocks import find_stack
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.fp8 import dequantise, dequantise_checkpoint, fp8_layout
+from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import _list_plain
-from isingcut.models.architectures.blocks import find_stack
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
-from isingcut.models.fp8 import dequantise, dequantise_checkpoint, fp8_layout
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import load, load_plain
-from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise

@@ -13,16 +13,16 @@ import cards
 import isingcut
 from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.evaluation import quality as evaluate
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import verify
 from isingcut.models.device import Allowance, allowance, container_room, weight_bytes
 from isingcut.models.load import build_skeleton, load
 from isingcut.models.streaming import reader
 from isingcut.models.streaming.reader import Reader
 from isingcut.models.streaming.replay import load_streamed, open_model
 from isingcut.models.streaming.store import Buffers
+from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
@@ -245,7 +245,7 @@ def test_a_cut_with_wrong_layer_numbers_is_noticed(llama, cut, monkeypatch):
         model.model.layers[2].self_attn.layer_idx = 1
         return model, store, memory
 
-    monkeypatch.setattr("isingcut.models.cutting.verify.open_model", wrong)
+    monkeypatch.setattr("isingcut.models.verify.open_model", wrong)
     with refuses(r"does not generate|differs from generation", VerificationError):
         verify(replay, [1, 4], cut, new_tokens=6)
 
@@ -285,8 +285,8 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     # Import all modules with these names first, or they would keep the replacement.
     run = isingcut.run
     monkeypatch.setattr("isingcut.models.load.load", never)
-    monkeypatch.setattr("isingcut.models.cutting.sharing.load", never)
-    monkeypatch.setattr("isingcut.models.cutting.verify.reload", never)
+    monkeypatch.setattr("isingcut.models.sharing.load", never)
+    monkeypatch.setattr("isingcut.models.verify.reload", never)
     options = {
         **OPTIONS,
         "model": str(llama),

@@ -11,7 +11,7 @@ import torch
 
 import isingcut
 from isingcut.errors import ModelError
-from isingcut.models import transformers_private as private
+from isingcut.formats import transformers_private as private
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"
@@ -78,4 +78,4 @@ def test_no_other_file_uses_what_is_not_public():
         for path in home.rglob("*.py")
         if used.search(path.read_text())
     }
-    assert found == {"models/transformers_private.py"}
+    assert found == {"formats/transformers_private.py"}

@@ -8,13 +8,13 @@ import torch
 
 from cards import fake_cards
 from isingcut.errors import ArchitectureError, FitError
+from isingcut.formats.architectures.blocks import skip_blocks, stack_modules
 from isingcut.healing.job import Job
 from isingcut.healing.patch import checkpoint as tuning
 from isingcut.healing.patch.checkpoint import split_samples, tune
 from isingcut.healing.patch.files import apply_patches
 from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import skip_blocks, stack_modules
 from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from isingcut.data.tokens import TokenSet
-from isingcut.models.architectures.blocks import find_stack, stack_modules
-from isingcut.models.architectures.cuts import legality
+from isingcut.formats.architectures.blocks import find_stack, stack_modules
+from isingcut.formats.architectures.cuts import legality
 from isingcut.models.load import load
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model

@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 
 import torch
+from isingcut.formats.sources import resolve
 
 from isingcut.data.calibration import build
 from isingcut.measure.gates import run_gated
 from isingcut.models import load as models
 from isingcut.models.replay import Replay
-from isingcut.models.sources import resolve
 
 STEPS = 21
 

@@ -38,8 +38,8 @@ from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import Work
-from isingcut.models.processes import ALONE
 from isingcut.options.config import TEXT, RunConfig
+from isingcut.processes import ALONE
 from isingcut.runs import checks, cutting, measuring, pipeline, trials
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from isingcut.models.sources import PACKAGED, PACKAGED_DISTRIBUTION, resolve
+from isingcut.formats.sources import PACKAGED, PACKAGED_DISTRIBUTION, resolve
 from isingcut.testing.tiny import tiny_model
 from studies.runner import STUDIES, Content, read, write
 

@@ -42,9 +42,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isingcut.models.architectures.blocks import skip_blocks, stop_rescaling
-from isingcut.models.loading import quiet_transformers
-from isingcut.models.sources import PACKAGED, resolve
+from isingcut.formats.architectures.blocks import skip_blocks, stop_rescaling
+from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.sources import PACKAGED, resolve
 from studies.clients.models import SUBJECTS, Subject, make_files
 from studies.clients.rows import CONTROL, FAILURES, Answer, Row, compare, figures, table
 from studies.runner import Content, Part, Study, read, write

@@ -50,12 +50,12 @@ import numpy as np
 from isingcut.data.healing_text import HealingText
 from isingcut.evaluation.quality import sample_sums
 from isingcut.evaluation.scores import score_states
+from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal_checkpoint
 from isingcut.healing.job import Job
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import Work
 from isingcut.models import load as models
-from isingcut.models.cutting.checkpoint import excise
 from isingcut.options.config import TEXT, HealConfig
 from studies.healing.summary import OURS, PEERS, STAGES, show
 from studies.runner import Content, Part, numbers, read

@@ -24,12 +24,12 @@ from isingcut.data.calibration import Calibration, build
 from isingcut.data.corpora import UNLIKE
 from isingcut.data.healing_text import to_fit
 from isingcut.data.tokens import TokenSet
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.job import Job
 from isingcut.healing.patch.checkpoint import make_patches
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import difference, measure
 from isingcut.measure.packed import changed_losses
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.options.config import HealConfig, RunConfig
 from studies.narrow.texts import NAMES, write_text
 from studies.runner import Content, Part, numbers

@@ -9,8 +9,8 @@ from damage import pipe, written
 
 from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
 from isingcut.files.writing import lock_place
-from isingcut.models import gguf_files
-from isingcut.models.sources import model_identity
+from isingcut.formats import gguf_files
+from isingcut.formats.sources import model_identity
 from shared import snapshot
 
 FILE = "m.gguf"

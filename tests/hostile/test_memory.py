@@ -10,11 +10,11 @@ import torch
 
 import isingcut
 from isingcut.errors import MemoryExhaustedError
+from isingcut.formats.architectures.blocks import catch_text_errors
+from isingcut.formats.libraries import catch_errors
 from isingcut.healing.heal import heal
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import catch_text_errors
-from isingcut.models.cutting import verify
-from isingcut.models.loading import catch_errors
+from isingcut.models import verify
 from shared import load_json, refuses
 
 TOO_MANY = 10**15

@@ -13,7 +13,7 @@ import isingcut
 from isingcut.energies import registry
 from isingcut.files.journal import Journal
 from isingcut.files.results import read_json
-from isingcut.models.sources import model_identity
+from isingcut.formats.sources import model_identity
 from shared import load_json, refuses
 
 OPTIONS = (

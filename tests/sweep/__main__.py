@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from cards import fake_cards
-from isingcut.models.cutting.verify import reload
-from isingcut.models.loading import quiet_transformers
+from isingcut.formats.libraries import quiet_transformers
+from isingcut.models.verify import reload
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint
 from sweep.conformance import Report, check_entry, check_family, entries
 

@@ -15,19 +15,19 @@ from transformers.models.auto import modeling_auto
 
 from cards import fake_cards
 from isingcut.errors import ArchitectureError, IsingcutError, VerificationError
-from isingcut.ising.states import blocks_of
-from isingcut.models.architectures.blocks import (
+from isingcut.formats.architectures.blocks import (
     find_stack,
     skip_blocks,
     stop_rescaling,
 )
-from isingcut.models.architectures.cuts import legality
-from isingcut.models.cutting.checkpoint import excise
-from isingcut.models.cutting.verify import random_tokens, relative_difference, reload, verify
+from isingcut.formats.architectures.cuts import legality
+from isingcut.formats.cutting.checkpoint import excise
+from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.ising.states import blocks_of
 from isingcut.models.inspect import inspect_model
-from isingcut.models.loading import one_line, quiet_transformers
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Replay
+from isingcut.models.verify import random_tokens, relative_difference, reload, verify
 from isingcut.testing.tiny import random_model, tiny_checkpoint, tiny_model
 from sweep.gates import check_gates
 from sweep.images import invent_images
@@ -219,7 +219,7 @@ def _check(model, mtp, folder, states):
             raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
         other = next(i for i in range(len(stack)) if i not in removed)
         # Both proofs load the same checkpoint.
-        with mock.patch("isingcut.models.cutting.verify.reload", functools.cache(reload)):
+        with mock.patch("isingcut.models.verify.reload", functools.cache(reload)):
             proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
             with suppress(VerificationError):
                 verify(model, [other, *removed[1:]], out, new_tokens=1)

@@ -15,8 +15,8 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
 from isingcut.measure.gates import run_gated
 from isingcut.measure.gradients import gate_gradients
-from isingcut.models.cutting.verify import relative_difference
 from isingcut.models.replay import Replay
+from isingcut.models.verify import relative_difference
 
 _ROUNDING = 1e-9
 # With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.cutting.verify import move_inputs, parameters, try_images
+from isingcut.models.verify import move_inputs, parameters, try_images
 
 _TOKENS = (
     "image_token_id",
@@ -32,7 +32,7 @@ WORDS = 6
 
 
 def invent_images(model, folder, words, **ignored):
-    """Return two prompts that a model accepts, for `models.cutting.verify.verify`.
+    """Return two prompts that a model accepts, for `models.verify.verify`.
 
     Args:
         model: a model that takes images.

@@ -26,7 +26,7 @@ from isingcut.errors import InputError, IsingcutError, RankError
 from isingcut.files.provenance import __version__
 from isingcut.files.writing import os_error_words
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import (
+from isingcut.processes import (
     convert_contact_errors,
     is_launched,
     last_word,

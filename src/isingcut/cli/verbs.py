@@ -32,8 +32,8 @@ from isingcut.cli.verb import (
 from isingcut.errors import InputError
 from isingcut.files.results import read_document
 from isingcut.healing import RECORD
-from isingcut.models.processes import Processes, launched_rank
 from isingcut.options.config import HealConfig, RunConfig
+from isingcut.processes import Processes, launched_rank
 
 if TYPE_CHECKING:
     from isingcut import baselines
@@ -317,7 +317,7 @@ def evaluate(
     Examples: isingcut evaluate my-run --tasks arc_easy,piqa --data questions --questions 500;
     isingcut evaluate another-cut --original my-model
     """
-    from isingcut.models.sources import check_name
+    from isingcut.formats.sources import check_name
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
     from isingcut.runs.folder import MANIFEST, find_run
@@ -484,7 +484,7 @@ def inspect_blocks(**options: Any) -> Output:
 
     Example: isingcut inspect smollm2
     """
-    from isingcut.models.sources import resolve
+    from isingcut.formats.sources import resolve
 
     config = RunConfig(**options).validate()
     source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
@@ -510,7 +510,7 @@ def plan(**options: Any) -> Output:
 
     Example: isingcut plan smollm2 --remove 6
     """
-    from isingcut.models.sources import locate
+    from isingcut.formats.sources import locate
 
     config = RunConfig(**options).validate()
     locate(config.model, trust_remote_code=config.trust_remote_code, weights=False)

@@ -33,11 +33,11 @@ from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint, without_infinities
 from isingcut.files.states import ByTasks, MeasuredState, ScoredCandidate
+from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.sources import model_identity
 from isingcut.ising.states import Floats, swaps
 from isingcut.measure.losses import standard_error
 from isingcut.measure.work import PLAIN, Work
-from isingcut.models.architectures.blocks import text_config
-from isingcut.models.sources import model_identity
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

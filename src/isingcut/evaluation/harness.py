@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 from isingcut.data.generation import finite_logits
 from isingcut.evaluation.answers import Likelihood, Prompt, Row, Writer
-from isingcut.models.architectures.blocks import language_model
+from isingcut.formats.architectures.blocks import language_model
 
 if TYPE_CHECKING:
     from isingcut.models.load import LoadedModel

@@ -23,17 +23,17 @@ from isingcut.files.evaluations import (
     Perplexity,
 )
 from isingcut.files.results import without_infinities
+from isingcut.formats.architectures.blocks import find_stack, language_model
+from isingcut.formats.safetensors_files import weight_files
 from isingcut.ising.states import Floats
 from isingcut.measure.losses import difference, standard_error
 from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, Work
-from isingcut.models.architectures.blocks import find_stack, language_model
 from isingcut.models.compute.head import split_predictions, sum_losses
 from isingcut.models.device import BatchLimit
 from isingcut.models.placement import name_devices
 from isingcut.models.replay import HEAD
-from isingcut.models.safetensors_files import weight_files
 from isingcut.models.streaming.replay import StreamedReplay
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from isingcut.evaluation.answers import (
     generate_texts,
 )
 from isingcut.evaluation.questions import Prepared, quiet
+from isingcut.formats.architectures.blocks import skip_blocks
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.work import PLAIN, Work
-from isingcut.models.architectures.blocks import skip_blocks
 
 if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness

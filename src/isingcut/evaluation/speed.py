@@ -22,8 +22,8 @@ from isingcut.data.generation import decode_tokens
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.evaluations import EvaluationFile
+from isingcut.formats.architectures.blocks import language_model
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import language_model
 from isingcut.models.device import device_module, synchronise
 from isingcut.models.load import load
 from isingcut.models.placement import devices_of

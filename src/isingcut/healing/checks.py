@@ -22,9 +22,9 @@ from isingcut.files.healings import HealingFile
 from isingcut.files.inputs import load_json, user_path
 from isingcut.files.ownership import find_change, folder_hash
 from isingcut.files.results import fingerprint, read_document
+from isingcut.formats.sources import check_name, model_identity, resolve
 from isingcut.healing import CUT, RECORD
 from isingcut.healing.work_folder import check_places, describe_options
-from isingcut.models.sources import check_name, model_identity, resolve
 from isingcut.options.config import HealConfig
 
 Removal = CutRecord | HealingFile

@@ -33,6 +33,8 @@ from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint, without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
+from isingcut.formats.architectures.blocks import find_stack, text_config
+from isingcut.formats.sources import check_unchanged, model_identity, resolve, weights_stamp
 from isingcut.healing import RECORD
 from isingcut.healing.checks import (
     card_parts_of,
@@ -63,14 +65,12 @@ from isingcut.healing.work_folder import (
 from isingcut.measure.losses import difference
 from isingcut.measure.work import Work
 from isingcut.memory import convert_memory_errors
-from isingcut.models.architectures.blocks import find_stack, text_config
-from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import dtype_name
 from isingcut.models.load import LoadedModel, load
-from isingcut.models.processes import ANY_TIME, Processes, is_launched
-from isingcut.models.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.models.sharing import open_cut
 from isingcut.options.config import LENGTH, HealConfig
 from isingcut.options.declaration import options_from
+from isingcut.processes import ANY_TIME, Processes, is_launched
 from isingcut.report.card import healed_card
 
 

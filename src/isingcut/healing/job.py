@@ -26,14 +26,14 @@ from isingcut.console.progress import Progress, silent
 from isingcut.data.tokens import TokenSet, pieces
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingCheck, HealingRecipe, HealingStop
+from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.libraries import one_line
+from isingcut.formats.safetensors_files import PLAIN, read_checkpoint
 from isingcut.measure.losses import difference
-from isingcut.models.architectures.blocks import text_config
 from isingcut.models.device import pick_device
 from isingcut.models.load import LoadedModel
-from isingcut.models.loading import one_line
-from isingcut.models.processes import ALONE, Processes, is_launched
-from isingcut.models.safetensors_files import PLAIN, read_checkpoint
 from isingcut.options.config import LENGTH, HealConfig
+from isingcut.processes import ALONE, Processes, is_launched
 
 # Tokens of each sample that a check uses.
 _LENGTH = 256

@@ -16,13 +16,13 @@ from torch import nn
 
 from isingcut.data.tokens import Encoder
 from isingcut.errors import InputError
+from isingcut.formats.architectures.blocks import stack_modules
+from isingcut.formats.checkpoints import Checkpoint, check_fit
+from isingcut.formats.sources import model_identity
 from isingcut.healing import CUT
 from isingcut.healing.checks import Removal, original_of
 from isingcut.healing.job import check_last
-from isingcut.models.architectures.blocks import stack_modules
-from isingcut.models.fit import Checkpoint, check_fit
 from isingcut.models.load import LoadedModel, load, load_tokenizer
-from isingcut.models.sources import model_identity
 from isingcut.options.config import HealConfig
 
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"

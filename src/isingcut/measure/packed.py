@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.ising.states import Floats
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import text_config
 from isingcut.models.compute.head import Comparison, OutputHead
 from isingcut.models.replay import EMBED, HEAD, Replay, use_attention
 

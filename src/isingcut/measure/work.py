@@ -20,9 +20,9 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.files.journal import Journal, Row
 from isingcut.files.results import fingerprint
-from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
 from isingcut.options.config import BATCH_TOKENS
+from isingcut.processes import ALONE, Processes
 
 T = TypeVar("T")
 

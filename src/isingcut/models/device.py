@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from isingcut.console.printing import say
 from isingcut.errors import InputError
 from isingcut.files.provenance import cpu_name
-from isingcut.models.processes import is_launched, local_rank
-from isingcut.models.safetensors_files import read_checkpoint
+from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.options.spellings import Device, Memory
+from isingcut.processes import is_launched, local_rank
 
 if TYPE_CHECKING:
     import torch

@@ -24,15 +24,15 @@ from torch import nn
 
 from isingcut.errors import ArchitectureError
 from isingcut.files.runs import BlockCosts
+from isingcut.formats.architectures import fields
+from isingcut.formats.architectures.blocks import BlockStack, find_stack, text_config
+from isingcut.formats.architectures.cuts import cut_config, legality
+from isingcut.formats.architectures.fields import config_object
+from isingcut.formats.checkpoints import Checkpoint, check_fit, check_sizes
+from isingcut.formats.libraries import quiet_transformers
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import fields
-from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
-from isingcut.models.architectures.cuts import cut_config, legality
-from isingcut.models.architectures.fields import config_object
 from isingcut.models.device import pick_device, pick_devices, pick_dtype
-from isingcut.models.fit import Checkpoint, check_fit, check_sizes
 from isingcut.models.load import build_on_meta, find_auto_class, find_unused
-from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import place
 
 # Attributes with a block's own number, which a cut changes.

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
-from isingcut.models.architectures.blocks import language_model, stop_rescaling, text_config
-from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
-from isingcut.models.fit import Checkpoint, check_fit, is_mtp, limit_structure
-from isingcut.models.fp8 import dequantise_checkpoint, fp8_layout, weights_of
-from isingcut.models.loading import (
+from isingcut.formats.architectures.blocks import language_model, stop_rescaling, text_config
+from isingcut.formats.checkpoints import Checkpoint, check_fit, is_mtp, limit_structure
+from isingcut.formats.fp8 import dequantise_checkpoint, fp8_layout, weights_of
+from isingcut.formats.libraries import (
     catch_errors,
     refuse_incomplete,
     refuse_infinite,
     report_missing_kernels,
 )
+from isingcut.formats.safetensors_files import read_config
+from isingcut.formats.transformers_private import Names, model_classes
+from isingcut.models.device import pick_device, pick_devices, pick_dtype, weight_bytes
 from isingcut.models.placement import connect, place, place_of
 from isingcut.models.replay import Replay, reuse_freed_memory
-from isingcut.models.safetensors_files import read_config
-from isingcut.models.transformers_private import Names, model_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

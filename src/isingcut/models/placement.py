@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures.blocks import find_stack, language_model
+from isingcut.formats.architectures.blocks import find_stack, language_model
 from isingcut.models.device import allowance
 
 

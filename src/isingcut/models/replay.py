@@ -28,18 +28,18 @@ from torch import Tensor, nn
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError
-from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import (
+from isingcut.formats.architectures.blocks import (
     catch_text_errors,
     language_model,
     stack_modules,
     stop_rescaling,
 )
+from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.transformers_private import attention_of
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.device import BatchLimit, least_left, synchronise
-from isingcut.models.loading import quiet_transformers
 from isingcut.models.placement import move
-from isingcut.models.processes import ALONE, Processes
-from isingcut.models.transformers_private import attention_of
+from isingcut.processes import ALONE, Processes
 
 Part = int | str
 EMBED, HEAD = "embed", "head"

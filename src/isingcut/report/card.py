@@ -17,7 +17,7 @@ from isingcut.data.mixture import describe_source
 from isingcut.files.cuts import CardParts
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.files.healings import HealingFile
-from isingcut.models.sources import hub_id
+from isingcut.formats.sources import hub_id
 from isingcut.report.rows import benchmark_rows, healing_rows, healing_start
 from isingcut.report.run_files import PLAIN_CLASS, RunFiles
 from isingcut.report.words import markdown, render, sentence

@@ -27,13 +27,13 @@ from isingcut.errors import InputError
 from isingcut.files import ownership, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.states import CandidatesFile, MeasuredState
+from isingcut.formats.sources import save_loaded_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import read_whole
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import Processes
-from isingcut.models.sources import save_loaded_model
 from isingcut.options.config import RunConfig
+from isingcut.processes import Processes
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import ranking_warnings
 from isingcut.runs import cutting, evaluating, solving

@@ -15,11 +15,11 @@ from isingcut.data.text_files import is_read_once
 from isingcut.errors import InputError
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
 from isingcut.files.inputs import user_path
+from isingcut.formats.sources import check_name
 from isingcut.ising.solvers import registry as solvers
-from isingcut.models.processes import is_launched
-from isingcut.models.sources import check_name
 from isingcut.options.config import RunConfig, distil_config, heal_config
 from isingcut.options.declaration import options_from
+from isingcut.processes import is_launched
 from isingcut.runs.folder import MANIFEST, RunFolder
 
 

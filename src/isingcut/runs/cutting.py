@@ -24,6 +24,11 @@ from isingcut.data.calibration import Calibration
 from isingcut.data.healing_text import is_mixed, to_fit
 from isingcut.errors import ArchitectureError, InputError
 from isingcut.files import cuts, healings, ownership, results, writing
+from isingcut.formats.checkpoints import Checkpoint, count_mtp_layers
+from isingcut.formats.cutting import gguf
+from isingcut.formats.cutting.checkpoint import excise as write_cut
+from isingcut.formats.gguf_files import read_gguf
+from isingcut.formats.sources import find_gguf
 from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
@@ -36,13 +41,8 @@ from isingcut.healing.patch.checkpoint import (
 )
 from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
-from isingcut.models.cutting import gguf
-from isingcut.models.cutting.checkpoint import excise as write_cut
-from isingcut.models.cutting.verify import verify
-from isingcut.models.fit import Checkpoint, count_mtp_layers
-from isingcut.models.gguf_files import read_gguf
 from isingcut.models.load import explain_unused, find_loading_class, find_unused
-from isingcut.models.sources import find_gguf
+from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
 from isingcut.runs.folder import RunFolder, slug

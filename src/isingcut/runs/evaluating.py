@@ -22,14 +22,14 @@ from isingcut.files import cuts, evaluations
 from isingcut.files.ownership import check_output
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import atomic_file, lock_place, temporary_prefix
+from isingcut.formats.architectures.blocks import language_model, text_config
+from isingcut.formats.gguf_files import unpack_gguf
+from isingcut.formats.sources import resolve
 from isingcut.healing.checks import start_of
 from isingcut.ising.states import Floats, states_of
 from isingcut.measure.losses import Measurement, measure
-from isingcut.models.architectures.blocks import language_model, text_config
-from isingcut.models.cutting.sharing import fits
-from isingcut.models.gguf_files import unpack_gguf
 from isingcut.models.load import LoadedModel
-from isingcut.models.sources import resolve
+from isingcut.models.sharing import fits
 from isingcut.options.config import RunConfig
 from isingcut.report.card import mark_harm
 from isingcut.runs import measuring, solving

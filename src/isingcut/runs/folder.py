@@ -30,9 +30,9 @@ from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
 from isingcut.files.stages import STAGES, find_outdated
 from isingcut.memory import exhausted_error, is_memory_exhausted
-from isingcut.models.processes import ALONE
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import options_from
+from isingcut.processes import ALONE
 
 T = TypeVar("T")
 

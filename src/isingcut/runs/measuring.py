@@ -21,9 +21,9 @@ from isingcut.energies.search import Target
 from isingcut.errors import InputError, StageFileError
 from isingcut.files.runs import CalibrationText, SplitSize, WeightsRead
 from isingcut.files.stages import STAGES
+from isingcut.formats.architectures.blocks import language_model
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.work import forget
-from isingcut.models.architectures.blocks import language_model
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.session import Session

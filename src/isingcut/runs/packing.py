@@ -21,14 +21,14 @@ from isingcut.errors import ArchitectureError, InfeasibleError
 from isingcut.files.results import read_document, without_infinities, write_document
 from isingcut.files.runs import BlockList, PackedLosses, PackingFile
 from isingcut.files.stages import STAGES
+from isingcut.formats.cutting.gguf import refuse_uncuttable
+from isingcut.formats.gguf_files import PACKED
+from isingcut.formats.sources import find_gguf
 from isingcut.ising.states import Floats, blocks_of
 from isingcut.measure.losses import standard_error
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.work import forget
-from isingcut.models.cutting.gguf import refuse_uncuttable
-from isingcut.models.cutting.packing import Packer
-from isingcut.models.gguf_files import PACKED
-from isingcut.models.sources import find_gguf
+from isingcut.models.packing import Packer
 from isingcut.runs import cutting, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session

@@ -19,10 +19,10 @@ from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
+from isingcut.formats.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.memory import convert_memory_errors
-from isingcut.models.processes import ALONE, Processes
-from isingcut.models.sources import PACKAGED, PACKAGED_PACKAGE, resolve
 from isingcut.options.config import RunConfig
+from isingcut.processes import ALONE, Processes
 from isingcut.report.write import check_report
 from isingcut.runs import benchmarking, cutting, evaluating, measuring, packing, ranking, solving
 from isingcut.runs.checks import check_inputs, check_options

@@ -18,13 +18,19 @@ from isingcut.errors import ArchitectureError, InputError, ModelError
 from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, Computed, ModelIdentity
+from isingcut.formats.architectures.blocks import BlockStack, find_stack, text_config
+from isingcut.formats.architectures.cuts import legality
+from isingcut.formats.sources import (
+    check_unchanged,
+    find_gguf,
+    model_identity,
+    resolve,
+    weights_stamp,
+)
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.architectures.blocks import BlockStack, find_stack, text_config
-from isingcut.models.architectures.cuts import legality
 from isingcut.models.compute.tuning import choose_batch_tokens
-from isingcut.models.cutting.sharing import open_cut
 from isingcut.models.device import (
     allowance,
     first_card,
@@ -34,18 +40,12 @@ from isingcut.models.device import (
 )
 from isingcut.models.inspect import inspect_model
 from isingcut.models.placement import devices_of, name_devices
-from isingcut.models.processes import ALONE, Processes
 from isingcut.models.replay import Replay
-from isingcut.models.sources import (
-    check_unchanged,
-    find_gguf,
-    model_identity,
-    resolve,
-    weights_stamp,
-)
+from isingcut.models.sharing import open_cut
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
+from isingcut.processes import ALONE, Processes
 from isingcut.runs.folder import RunFolder, each_removal
 from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, kept_and_dropped, removal_rows
 

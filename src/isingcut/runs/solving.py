@@ -34,7 +34,7 @@ from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from isingcut.models.architectures.blocks import BlockStack
+    from isingcut.formats.architectures.blocks import BlockStack
 
 
 TIMED_TOKENS = 128

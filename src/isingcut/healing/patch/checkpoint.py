@@ -27,6 +27,7 @@ from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
+from isingcut.formats.libraries import one_line
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
     Patch,
@@ -44,10 +45,9 @@ from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import select_predictions, split_predictions, sum_losses
 from isingcut.models.compute.tuning import bytes_of_backward
-from isingcut.models.cutting.verify import verify
 from isingcut.models.device import allowance, least_left
-from isingcut.models.loading import one_line
 from isingcut.models.replay import Recording, Replay
+from isingcut.models.verify import verify
 
 CANNOT = (ArchitectureError, FitError)
 """Errors after which the patch is left out, unless an option requires it."""

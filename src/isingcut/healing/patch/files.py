@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from isingcut.errors import ArchitectureError
 from isingcut.files.cuts import PatchedCut
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures.cuts import renumber_blocks
-from isingcut.models.fit import Checkpoint
-from isingcut.models.fp8 import DTYPES, fp8_layout
-from isingcut.models.replay import Replay
-from isingcut.models.safetensors_files import (
+from isingcut.formats.architectures.cuts import renumber_blocks
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.fp8 import DTYPES, fp8_layout
+from isingcut.formats.safetensors_files import (
     INDEX,
     PLAIN,
     NewTensor,
@@ -33,6 +32,7 @@ from isingcut.models.safetensors_files import (
     read_header,
     write_file,
 )
+from isingcut.models.replay import Replay
 
 _LISTS = {
     "fp8": "modules_to_not_convert",

@@ -39,6 +39,7 @@ from torch import Tensor
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchedCut, UnpatchedCut
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.healing.patch.files import Patch, StoredLayers, apply_patches, find_obstacle, runs
 from isingcut.healing.patch.layers import (
     Gained,
@@ -51,7 +52,6 @@ from isingcut.healing.patch.layers import (
 from isingcut.healing.patch.ridge import Moments, RidgeFit, Rows, bytes_of, fit_ridge
 from isingcut.measure.splitting import attempt
 from isingcut.measure.work import Work
-from isingcut.models.architectures.blocks import find_stack
 from isingcut.models.device import allowance
 from isingcut.models.replay import Replay
 

@@ -25,10 +25,10 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
 from isingcut.files.healings import HealingMemory
 from isingcut.files.results import read_document
+from isingcut.formats.architectures.blocks import find_stack, text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.architectures.blocks import find_stack, text_config
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import count_graph_bytes
 from isingcut.models.device import BatchLimit, allowance, least_left, weight_bytes

@@ -19,15 +19,15 @@ from isingcut.data.tokens import pieces
 from isingcut.errors import ModelError
 from isingcut.files.healings import HealingRecipe
 from isingcut.files.writing import atomic_folder
+from isingcut.formats.architectures.blocks import language_model
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.fp8 import DTYPES, read_tensor
+from isingcut.formats.libraries import quiet_transformers
 from isingcut.healing.job import Job, choose_recipe, stored_dtype
 from isingcut.healing.training.student import load_trained
 from isingcut.healing.training.train import lower_rate, measure_pace, train
 from isingcut.healing.work_folder import keep_result
-from isingcut.models.architectures.blocks import language_model
-from isingcut.models.cutting.verify import check_generation, random_tokens, reload
-from isingcut.models.fit import Checkpoint
-from isingcut.models.fp8 import DTYPES, read_tensor
-from isingcut.models.loading import quiet_transformers
+from isingcut.models.verify import check_generation, random_tokens, reload
 
 # Files that `save_pretrained` or the training writes, so they are not copied from the start.
 _REWRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from isingcut.errors import InputError
-from isingcut.healing.job import check_last
-from isingcut.models.architectures.blocks import (
+from isingcut.formats.architectures.blocks import (
     find_stack,
     language_model,
     stack_modules,
     text_config,
 )
+from isingcut.healing.job import check_last
 from isingcut.models.compute.divergence import divergence, divergence_from_stream
 from isingcut.models.compute.head import find_head_input
-from isingcut.models.cutting.verify import reload
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import build_skeleton
+from isingcut.models.verify import reload
 from isingcut.options.config import HealConfig
 
 # Silences peft's warning, for every layer, about an older name for gradient checkpointing.

@@ -42,6 +42,9 @@ from isingcut.files.healings import (
 from isingcut.files.ownership import mark
 from isingcut.files.results import read_document, write_document
 from isingcut.files.writing import clear_os_errors
+from isingcut.formats.fp8 import DTYPES
+from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.transformers_private import get_checkpointing
 from isingcut.healing.job import (
     SHORT,
     Job,
@@ -58,11 +61,8 @@ from isingcut.healing.training.student import (
     set_dtypes,
 )
 from isingcut.healing.work_folder import CURVE, complete_states, keep_result
-from isingcut.models.cutting.sharing import share
 from isingcut.models.device import BatchLimit
-from isingcut.models.fp8 import DTYPES
-from isingcut.models.loading import one_line, quiet_transformers
-from isingcut.models.transformers_private import get_checkpointing
+from isingcut.models.sharing import share
 
 Order = Steps | list[list[int]]
 """The micro-batches of a training, as sample indices."""

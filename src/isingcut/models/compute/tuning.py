@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures.blocks import text_config
+from isingcut.formats.architectures.blocks import text_config
 from isingcut.models.replay import BLOCK_STREAMS, Replay
 from isingcut.options.config import BATCH_TOKENS
 

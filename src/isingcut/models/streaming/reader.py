@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import ModelError
-from isingcut.models.architectures.blocks import find_stack, language_model
-from isingcut.models.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
-from isingcut.models.loading import explain_shape, refuse_incomplete, refuse_infinite
+from isingcut.formats.architectures.blocks import find_stack, language_model
+from isingcut.formats.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
+from isingcut.formats.libraries import explain_shape, refuse_incomplete, refuse_infinite
+from isingcut.formats.safetensors_files import StoredTensor, read_checkpoint, read_config
+from isingcut.formats.transformers_private import Names
 from isingcut.models.replay import EMBED, HEAD, Part
-from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
-from isingcut.models.transformers_private import Names
 
 REST = "rest"
 """Part outside the blocks, the embedding and the head: norm, position embeddings, buffers."""

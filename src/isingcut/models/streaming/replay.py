@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import InputError
-from isingcut.models.architectures.blocks import text_config
+from isingcut.formats.architectures.blocks import text_config
+from isingcut.formats.libraries import report_missing_kernels
+from isingcut.formats.sources import model_identity
 from isingcut.models.device import Allowance, allowance, pick_device, pick_dtype
 from isingcut.models.load import LoadedModel, build_skeleton, load_tokenizer
-from isingcut.models.loading import report_missing_kernels
 from isingcut.models.replay import BLOCK_STREAMS, Replay, replace_forwards
-from isingcut.models.sources import model_identity
 from isingcut.models.streaming.store import Buffers, Store
 
 if TYPE_CHECKING:

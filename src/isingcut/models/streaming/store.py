@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.architectures.blocks import language_model, stack_modules
+from isingcut.formats.architectures.blocks import language_model, stack_modules
 from isingcut.models.device import device_module
 from isingcut.models.placement import as_parameter
 from isingcut.models.replay import EMBED, HEAD, Part, Weights

@@ -16,7 +16,7 @@ import torch
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
-from isingcut.models.safetensors_files import StoredTensor, read_checkpoint
+from isingcut.formats.safetensors_files import StoredTensor, read_checkpoint
 
 DTYPES = {
     "F64": torch.float64,

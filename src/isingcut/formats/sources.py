@@ -18,16 +18,16 @@ from isingcut.data.mixture import find_object, find_packaged, is_object_name, re
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
-from isingcut.memory import raise_if_exhausted
-from isingcut.models.gguf_files import convert_file, gguf_cache
-from isingcut.models.loading import quiet_transformers
-from isingcut.models.safetensors_files import (
+from isingcut.formats.gguf_files import convert_file, gguf_cache
+from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.safetensors_files import (
     HEADER_LIMIT,
     explain_no_weights,
     read_config,
     weight_files,
 )
-from isingcut.models.transformers_private import has_adapters
+from isingcut.formats.transformers_private import has_adapters
+from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isingcut.errors import CheckpointError, ModelError
-from isingcut.models.architectures.cuts import (
+from isingcut.formats.architectures.cuts import (
     OTHER_STACKS,
     depth,
     explain_uncuttable,
@@ -24,8 +24,8 @@ from isingcut.models.architectures.cuts import (
     read_decoder,
     refuse_packing,
 )
-from isingcut.models.loading import explain_shape
-from isingcut.models.safetensors_files import StoredTensor, read_checkpoint, read_config
+from isingcut.formats.libraries import explain_shape
+from isingcut.formats.safetensors_files import StoredTensor, read_checkpoint, read_config
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from isingcut.files.runs import BlockCosts, PackedModel
-from isingcut.models.architectures.blocks import find_stack, language_model, text_config
-from isingcut.models.cutting.gguf import names_in_gguf
-from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
+from isingcut.formats.architectures.blocks import find_stack, language_model, text_config
+from isingcut.formats.cutting.gguf import names_in_gguf
+from isingcut.formats.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
+from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.models.load import LoadedModel
-from isingcut.models.safetensors_files import read_checkpoint
 
 
 class Packer:

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from isingcut.console.progress import Progress, silent
 from isingcut.errors import ArchitectureError, CheckpointError, InputError
 from isingcut.files.writing import atomic_file
-from isingcut.models.architectures.cuts import renumber_blocks
-from isingcut.models.fit import Checkpoint
-from isingcut.models.fp8 import read_plain, read_tensor, tile_of
-from isingcut.models.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
-from isingcut.models.safetensors_files import PLAIN, StoredTensor
+from isingcut.formats.architectures.cuts import renumber_blocks
+from isingcut.formats.checkpoints import Checkpoint
+from isingcut.formats.fp8 import read_plain, read_tensor, tile_of
+from isingcut.formats.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
+from isingcut.formats.safetensors_files import PLAIN, StoredTensor
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 # Tables that llama.cpp computes itself: a checkpoint may have them, a GGUF file need not.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from isingcut.errors import ArchitectureError
-from isingcut.models.loading import one_line, quiet_transformers
+from isingcut.formats.libraries import one_line, quiet_transformers
 
 Entry = TypeVar("Entry")
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from isingcut.errors import ArchitectureError, IsingcutError
 from isingcut.files.runs import BlockCosts
+from isingcut.formats.architectures.fields import count_of
+from isingcut.formats.libraries import one_line
 from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.fields import count_of
-from isingcut.models.loading import one_line
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isingcut.models.architectures.blocks import find_stack
+from isingcut.formats.architectures.blocks import find_stack
 from isingcut.models.device import allowance, weight_bytes
 from isingcut.models.load import LoadedModel, load
 from isingcut.models.placement import as_parameter, connect, place_of, places_of

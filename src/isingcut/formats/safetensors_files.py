@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json, parse_json, regular_file
-from isingcut.models.loading import one_line
+from isingcut.formats.libraries import one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,19 +19,19 @@ from torch import Tensor
 from isingcut.console.progress import Progress, silent
 from isingcut.errors import CheckpointError, ModelError, VerificationError
 from isingcut.files.cuts import CutProof
-from isingcut.memory import raise_if_exhausted
-from isingcut.models.architectures.blocks import (
+from isingcut.formats.architectures.blocks import (
     catch_text_errors,
     language_model,
     skip_blocks,
     text_config,
 )
-from isingcut.models.architectures.cuts import read_decoder
-from isingcut.models.cutting.sharing import fits, share
-from isingcut.models.fit import is_mtp
+from isingcut.formats.architectures.cuts import read_decoder
+from isingcut.formats.checkpoints import is_mtp
+from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.safetensors_files import read_config
+from isingcut.memory import raise_if_exhausted
 from isingcut.models.load import freeze, load_plain
-from isingcut.models.loading import one_line, quiet_transformers
-from isingcut.models.safetensors_files import read_config
+from isingcut.models.sharing import fits, share
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.models.streaming.store import Buffers
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from isingcut.errors import CheckpointError
 from isingcut.files.inputs import load_json
 from isingcut.files.writing import atomic_folder
-from isingcut.models.architectures import cuts
-from isingcut.models.architectures.fields import DEPTH_SHAPED
-from isingcut.models.fit import Checkpoint, is_mtp
-from isingcut.models.safetensors_files import NewTensor, find_contained, write_checkpoint
+from isingcut.formats.architectures import cuts
+from isingcut.formats.architectures.fields import DEPTH_SHAPED
+from isingcut.formats.checkpoints import Checkpoint, is_mtp
+from isingcut.formats.safetensors_files import NewTensor, find_contained, write_checkpoint
 
 _QUANTISATION_FILES = (
     "hf_quant_config.json",

@@ -22,15 +22,15 @@ from isingcut.errors import ArchitectureError, CheckpointError, InputError, Mode
 from isingcut.files.inputs import regular_file, user_path
 from isingcut.files.ownership import file_sha256, foreign_in
 from isingcut.files.writing import atomic_folder, lock_place
-from isingcut.models.fit import limit_structure
-from isingcut.models.loading import (
+from isingcut.formats.checkpoints import limit_structure
+from isingcut.formats.libraries import (
     catch_errors,
     one_line,
     quiet_transformers,
     refuse_incomplete,
     refuse_infinite,
 )
-from isingcut.models.transformers_private import get_unpacking
+from isingcut.formats.transformers_private import get_unpacking
 
 _BLOCK = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isingcut.errors import ArchitectureError
+from isingcut.formats.architectures import fields
+from isingcut.formats.architectures.fields import STAY, TWO_STAY, config_object, of_type
 from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import fields
-from isingcut.models.architectures.fields import STAY, TWO_STAY, config_object, of_type
 
 # Model types whose config class turns the last block into full attention.
 _LAST_IS_FULL = {"gemma4_text", "gemma4_unified_text"}

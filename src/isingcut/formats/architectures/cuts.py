@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isingcut.errors import ArchitectureError
-from isingcut.ising.constraints import LinearConstraint
-from isingcut.models.architectures import families, fields
-from isingcut.models.architectures.fields import (
+from isingcut.formats.architectures import families, fields
+from isingcut.formats.architectures.fields import (
     COUNTED_BY,
     PER_MODALITY,
     UNCUTTABLE,
@@ -23,9 +22,10 @@ from isingcut.models.architectures.fields import (
     of_type,
     text_part,
 )
+from isingcut.ising.constraints import LinearConstraint
 
 if TYPE_CHECKING:
-    from isingcut.models.architectures.blocks import BlockStack
+    from isingcut.formats.architectures.blocks import BlockStack
 
 _KNOWN = {
     *fields.WRITTEN_OUT,

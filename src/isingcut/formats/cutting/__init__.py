@@ -1,0 +1,1 @@
+"""Write cut models: `checkpoint` a smaller safetensors checkpoint, `gguf` a smaller GGUF file."""
