@@ -51,7 +51,8 @@ from isingcut.runs.folder import RunFolder
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
-NEIGHBOURS, APART = (14, 15, 16, 17), (6, 13, 20, 27)
+NEIGHBOURS = (14, 15, 16, 17)
+APART = (6, 13, 20, 27)
 QUARTER = tuple(range(2, 32, 4))
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -141,8 +142,11 @@ def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) ->
     Raises:
         Exception: the run did not complete.
     """
-    weight, found, stage = weights(model), dict[str, float](), RunFolder.stage
-    layers, choose = list[int](), tuning.choose_layers
+    weight = weights(model)
+    found = dict[str, float]()
+    stage = RunFolder.stage
+    layers = list[int]()
+    choose = tuning.choose_layers
 
     def chosen(*given: Any) -> Any:
         fitting = choose(*given)
@@ -217,7 +221,8 @@ def run_budget(
     """Return the smallest budget of a resident run, in W per card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
     job = partial(run, place, model, count=count, stream="off")
-    low, high = 1 / count, 1.8 / count**0.5
+    low = 1 / count
+    high = 1.8 / count**0.5
     return smallest(job, "resident", "patched", "tuned", "timed", low=low, high=high)
 
 
@@ -306,7 +311,8 @@ def lora_budget(place: Path) -> float:
 
 def full_budget(place: Path) -> float:
     """Return the smallest card to train all weights, relative to the bytes a refusal names."""
-    folder, said = write_models(place / "heal"), ""
+    folder = write_models(place / "heal")
+    said = ""
     try:
         heal_on_card(folder, 4 * weights(folder / "original"), method="full")
     except InputError as refusal:

@@ -90,7 +90,8 @@ class _Storage:
     """Bytes on a card, freed with the last tensor that uses them."""
 
     def __init__(self, card: Card, size: int) -> None:
-        self.card, self.size = card, 0
+        self.card = card
+        self.size = 0
         if card.budget is not None and card.live + size > card.budget:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size} bytes. GPU {card.device.index} has "
@@ -117,7 +118,9 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
         MixedDevicesError: devices were mixed; raised again at the end if the code caught it.
     """
     cards = [Card(index, budget) for index in range(count)]
-    mode, cast, module_of = _Mode(cards), _Autocast(), torch.get_device_module
+    mode = _Mode(cards)
+    cast = _Autocast()
+    module_of = torch.get_device_module
     module = _DeviceModule(cards)
 
     def device_module(device: Any = None) -> Any:
@@ -186,7 +189,8 @@ class _Autocast(TorchFunctionMode):
     def context(
         self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **rest: Any
     ) -> Iterator[None]:
-        before, self.dtype = self.dtype, (dtype or torch.bfloat16) if enabled else None
+        before = self.dtype
+        self.dtype = (dtype or torch.bfloat16) if enabled else None
         self._depth += 1
         try:
             with self if self._depth == 1 else contextlib.nullcontext():
@@ -296,7 +300,8 @@ class _Tensor(Tensor):
                 dtype=values.dtype,
                 device=card.device,
             )
-        self.values, self.storage_entry = values, entry
+        self.values = values
+        self.storage_entry = entry
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -331,7 +336,8 @@ class _Tensor(Tensor):
             raise MixedDevicesError(f"Expected data on {self.device}, found it on {value.device}")
         assert value.shape == self.shape
         assert value.dtype == self.dtype
-        self.values, self.storage_entry = value.values, value.storage_entry
+        self.values = value.values
+        self.storage_entry = value.storage_entry
 
     def __format__(self, spec: str) -> str:
         # torch's own method formats plain tensors only.

@@ -96,14 +96,19 @@ def rates(fast: float, slow: float) -> Range:
     return np.array([fast, slow], dtype=float)
 
 
-FEW, MANY, BACK, HEAD = rates(0.55, 0.3), rates(0.6, 0.35), rates(0.5, 0.3), rates(0.75, 0.5)
+FEW = rates(0.55, 0.3)
+MANY = rates(0.6, 0.35)
+BACK = rates(0.5, 0.3)
+HEAD = rates(0.75, 0.5)
 """Share of the data sheet's bfloat16 arithmetic: blocks in calls of some 500 tokens, of thousands,
 with gradients, and the output head. The best product reaches 0.80 on an H100 (MAMF table of
 stas00/ml-engineering), layers 0.30 to 0.63 on an RTX 4090 (qhduan/transformers-benchmarks)."""
-FLOAT64, DOUBLE = {"rtx4090": 1.3e12, "h100": 67e12}, rates(0.8, 0.3)
+FLOAT64 = {"rtx4090": 1.3e12, "h100": 67e12}
+DOUBLE = rates(0.8, 0.3)
 """Float64 operations per second, from the data sheets, and the share that products and a Cholesky
 factorisation reach."""
-BANDWIDTH, LOGIT = rates(0.9, 0.6), 96
+BANDWIDTH = rates(0.9, 0.6)
+LOGIT = 96
 """Share of the data sheet's memory bandwidth, of which a copy reaches 0.9; bytes moved per logit by
 the elementwise operations of `RowSums`, one after another."""
 CALLS = rates(5000, 1700)
@@ -115,24 +120,33 @@ RAM = {"rtx4090": rates(60e9, 30e9), "h100": rates(250e9, 80e9)}
 twelve. Assumed."""
 HOST = {1: 64e9, 8: 1e12}
 """Bytes of host memory by cards per node."""
-PINNED, UNPINNED, LINKS = rates(50e9, 20e9), rates(10e9, 2.5e9), {1: 2e11, 4: 3e10}
+PINNED = rates(50e9, 20e9)
+UNPINNED = rates(10e9, 2.5e9)
+LINKS = {1: 2e11, 4: 3e10}
 """Bytes per second between host and card from pinned memory (PCIe 5 and 4) and from unpinned memory
 (5e9 on PCIe 3, pytorch#16901; 1.4e9 into new memory, pytorch#138018); between cards, by nodes."""
 DISK = rates(6e9, 2e9)
 """Bytes per second from NVMe or the page cache; the slow end is that of `isingcut run`."""
-IMPORTS, TEXT = rates(1 / 5, 1 / 15), rates(1.0, 0.3)
+IMPORTS = rates(1 / 5, 1 / 15)
+TEXT = rates(1.0, 0.3)
 """Starts of Python with torch and transformers, and readings of a patch's text, per second; one
 core of this project's machine takes 7 and 0.8 seconds."""
-USABLE, MOST = 0.8, 0.95
+USABLE = 0.8
+MOST = 0.95
 """Shares of a card: default of --memory-limit, and maximum if two large blocks need more."""
-SHORT, SAMPLES, BATCH, MILLION, STEPS = 8, 16, 4096, 10**6, 61
+SHORT = 8
+SAMPLES = 16
+BATCH = 4096
+MILLION = 10**6
+STEPS = 61
 """STEPS of 16 samples of 1,024 tokens are a million tokens."""
 SOLVES = 6
 """Solutions per fit: three ridge strengths, two steps to the best, and that one on all rows."""
 ADAM = 88
 """Bytes of memory traffic per parameter and step of AdamW, one tensor at a time (72), and of casts
 and copies to and from the layers in use."""
-TRAINED, LORA = 16, 0.005
+TRAINED = 16
+LORA = 0.005
 """Bytes per trained parameter (float32 weight, gradient, two moments); share that LoRA trains."""
 SWEEPS = {"rank": 2.0, "proof": 8.1, "evaluate": 4.4}
 """Sweeps over the weights of a streamed model; a proof generates eight tokens."""
@@ -182,7 +196,9 @@ class Counts:
 
 def count(n: int, removed: int) -> Counts:
     """Run the default search on a tiny Llama of n blocks and return its counts."""
-    calls, inside, run = list[int](), list[float](), Recording.block
+    calls = list[int]()
+    inside = list[float]()
+    run = Recording.block
 
     def block(recording: Recording, i: int, hidden: torch.Tensor) -> torch.Tensor:
         calls.append(hidden.shape[:-1].numel())
@@ -196,7 +212,8 @@ def count(n: int, removed: int) -> Counts:
         opened = open_model(Path(folder), dtype=torch.float32, device=torch.device("cpu"))
         replay = StreamedReplay(*opened)
         ids = np.random.default_rng(0).integers(8, 256, (SAMPLES, SHORT))
-        began, before = time.process_time(), replay.store.count_sweeps()
+        began = time.process_time()
+        before = replay.store.count_sweeps()
         text = TokenSet.from_rows(ids.tolist())
         found = Search(replay, text, Work(), [Target.count(n, removed)]).run()
     return Counts(
@@ -217,15 +234,15 @@ class Model:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             found = inspect_model(Path(folder))
         sizes = [b.parameters for b in found.stack.blocks]
-        self.n, self.width, self.inner = (
-            len(sizes),
-            config["hidden_size"],
-            config["intermediate_size"],
-        )
-        self.vocabulary, self.stream = config["vocab_size"], 2 * self.width
+        self.n = len(sizes)
+        self.width = config["hidden_size"]
+        self.inner = config["intermediate_size"]
+        self.vocabulary = config["vocab_size"]
+        self.stream = 2 * self.width
         self.head = self.vocabulary * self.width
         # Active parameters: Llama 4 in transformers computes every expert for every token.
-        self.active, self.whole = sum(sizes), 2 * found.parameters
+        self.active = sum(sizes)
+        self.whole = 2 * found.parameters
         self.largest, self.removed = 2 * max(self.head, *sizes), round(share * self.n)
         self.left, self.counts = 1 - self.removed / self.n, count(self.n, self.removed)
         self.cuts = runs(self.counts.removed)
@@ -242,16 +259,21 @@ class Setting:
     """
 
     def __init__(self, model: Model, machine: str, tuning: str) -> None:
-        self.model, self.tuning = model, tuning
+        self.model = model
+        self.tuning = tuning
         self.card, cards, self.nodes = MACHINES[machine]
         self.memory, self.peak, bandwidth = CARDS[self.card]
-        self.bandwidth, self.ram, self.host = BANDWIDTH * bandwidth, RAM[self.card], HOST[cards]
+        self.bandwidth = BANDWIDTH * bandwidth
+        self.ram = RAM[self.card]
+        self.host = HOST[cards]
         fit = [g for g in (1, 2, 4, 8) if g <= cards and model.whole <= g * USABLE * self.memory]
-        self.streamed, self.each = not fit, fit[0] if fit else 1
+        self.streamed = not fit
+        self.each = fit[0] if fit else 1
         self.kind = "streamed" if not fit else "resident" if fit[0] == 1 else f"on {fit[0]} cards"
         if wide := self.streamed and 2 * model.largest > USABLE * self.memory:
             self.kind += f", --memory-limit {MOST:.0%}"
-        self.processes, most = cards * self.nodes // self.each, MOST if wide else USABLE
+        self.processes = cards * self.nodes // self.each
+        most = MOST if wide else USABLE
         self.weights = 2 * model.largest if self.streamed else model.whole / self.each
         self.room = most * self.memory - self.weights
         if self.room < 0:
@@ -270,7 +292,9 @@ class Setting:
         self, tokens: float, passes: float, share: Range, at_a_time: float = BATCH, workers: int = 1
     ) -> Part:
         """Make the part that runs the blocks."""
-        m, calls, rate = self.model, max(1.0, tokens / at_a_time) * passes, share * self.peak / 1e15
+        m = self.model
+        calls = max(1.0, tokens / at_a_time) * passes
+        rate = share * self.peak / 1e15
         return (
             Term("arithmetic", 2e-15 * tokens * passes * m.active, "PFLOP", rate * workers),
             Term("launches", calls * m.n, "calls", CALLS * workers),
@@ -279,7 +303,8 @@ class Setting:
 
     def heads(self, tokens: float, heads: float, workers: int = 1) -> list[Part]:
         """Make the parts of the output head and the loss."""
-        m, rate = self.model, HEAD * self.peak / 1e15 * workers
+        m = self.model
+        rate = HEAD * self.peak / 1e15 * workers
         logits = LOGIT * tokens * heads * m.vocabulary
         product = Term("head", 2e-15 * tokens * heads * m.head, "PFLOP", rate)
         return [(product,), self.move("logits", logits, self.bandwidth * workers)]
@@ -291,8 +316,12 @@ class Setting:
 
     def fit(self, tokens: float, times: float = 1, known: bool = False) -> list[Part]:
         """Make the parts of least-squares fits; ``known``: without passes of the original."""
-        m, t, d, f = self.model, tokens, self.model.width, self.model.inner
-        last, fits = (m.cuts[-1][1] + 1) / m.n, times * len(m.cuts)
+        m = self.model
+        t = tokens
+        d = self.model.width
+        f = self.model.inner
+        last = (m.cuts[-1][1] + 1) / m.n
+        fits = times * len(m.cuts)
         # With few rows their products are factorised, else the moments of the inputs.
         if 2 * t <= f:
             solve = 2 * t * t * f + 2 * t * f * d + SOLVES * (t**3 / 3 + 4 * d * t**2)
@@ -310,7 +339,9 @@ class Setting:
 
     def tune(self, tokens: float) -> list[Part]:
         """Make the parts of `tune`, of the layers that fit; none for a streamed model."""
-        m, train, host = self.model, tokens * (1 - 1 / HELD_OUT_EVERY), self.tuning == "host"
+        m = self.model
+        train = tokens * (1 - 1 / HELD_OUT_EVERY)
+        host = self.tuning == "host"
         # Blocks from the first tuned one on; hidden states twice, and the graph of a micro-batch.
         after = m.n - m.cuts[0][0] + 1 - m.removed
         kept = (2 * tokens + STEP_TOKENS * after * BLOCK_STREAMS // 2) * m.stream
@@ -346,11 +377,15 @@ class Setting:
 
     def rank(self) -> list[Part]:
         """Make the parts of the ranking, with trial patches and a search in a deep cut."""
-        m, tokens, trial = self.model, RUN.rank_samples * RUN.length, trial_tokens(RUN)
+        m = self.model
+        tokens = RUN.rank_samples * RUN.length
+        trial = trial_tokens(RUN)
         # Of the spectrum, of the search, of two one-pass methods, and random ones.
         states = RUN.states + KEPT + 2 + RUN.random_states // 4
         order = np.random.default_rng(0).random((states, m.n)).argsort(1).argsort(1)
-        nodes, deep, tried = tree_nodes(order < m.removed), is_deep(m.removed, m.n), TRIED
+        nodes = tree_nodes(order < m.removed)
+        deep = is_deep(m.removed, m.n)
+        tried = TRIED
         ranked = self.blocks(tokens, 1 + nodes / m.n, MANY, workers=self.processes)
         parts = [(*ranked, *self.read(SWEEPS["rank"]))]
         parts += self.heads(tokens, 1 + states, self.processes)
@@ -370,7 +405,8 @@ class Setting:
 
     def evaluate(self) -> list[Part]:
         """Make the parts of the evaluation, on the report text and a quarter of it of another."""
-        m, tokens = self.model, 1.25 * RUN.report_samples * RUN.length
+        m = self.model
+        tokens = 1.25 * RUN.report_samples * RUN.length
         parts = [*self.load(m.left * m.whole, "read back"), *self.heads(tokens, 4)]
         parts.append(self.blocks(tokens, 2 + 2 * m.left, MANY))
         if self.streamed:
@@ -386,7 +422,8 @@ class Setting:
 
         LoRA needs all weights on the cards of each process; full training shards the student's.
         """
-        m, workers = self.model, self.processes
+        m = self.model
+        workers = self.processes
         trained = (m.left if full else LORA) * m.whole / 2
         held = m.whole if full else self.weights
         held += TRAINED * trained / (self.each * (workers if full else 1))
@@ -394,7 +431,8 @@ class Setting:
         if held > self.memory or (self.streamed and not full):
             return None
         # Before, after, and every 100,000 tokens.
-        checks, cut = 12 * HealConfig().report_samples * LENGTH, m.left * m.whole
+        checks = 12 * HealConfig().report_samples * LENGTH
+        cut = m.left * m.whole
         exchanged = 4 * trained * STEPS * (3 if full else 2) * (workers > 1)
         return [
             start(1),
@@ -410,7 +448,9 @@ class Setting:
 
     def stages(self) -> dict[str, list[Part] | None]:
         """Return the parts of each stage of a run, and of two healings."""
-        m, c, tokens = self.model, self.model.counts, SAMPLES * RUN.length
+        m = self.model
+        c = self.model.counts
+        tokens = SAMPLES * RUN.length
         searched = self.blocks(tokens, c.passes, FEW, c.together, self.processes)
         # Proven at once up to some 40 blocks (docs/solvers.md).
         solve = Term("solve", RUN.solve_seconds * (m.n > 40), "s", rates(100, 1))
@@ -444,7 +484,8 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
     """Return the cells of a machine in the table of stages; add those of the parts to ``rows``."""
     if setting.room < 0:
         return []
-    total, cells = rates(0, 0), dict[str, str]()
+    total = rates(0, 0)
+    cells = dict[str, str]()
     for stage, found in setting.stages().items():
         taken = sum(map(seconds, found or []), rates(0, 0))
         total += taken * (stage not in ("LoRA", "full"))
@@ -480,7 +521,8 @@ def main() -> None:
         parser.error(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
     table = [["model", "machine", "weights", "processes x cards", *COLUMNS]]
     for name in given.models or MODELS:
-        model, rows = Model(MODELS[name], given.removed), dict[tuple[str, ...], Cells]()
+        model = Model(MODELS[name], given.removed)
+        rows = dict[tuple[str, ...], Cells]()
         print(f"\n{name} without {model.removed} of {model.n} blocks; {NOTE}\n")
         for machine in MACHINES:
             setting = Setting(model, machine, given.tuning)

@@ -136,7 +136,8 @@ class Failures:
 
 def main() -> int:
     """Run all paths, print the sites that no path reached, and return the exit code."""
-    known, failures = load(PLACE / "tests"), Failures()
+    known = load(PLACE / "tests")
+    failures = Failures()
     if not known:
         print(f"{PLACE} has no records of the tests; type: make test")
         return 2

@@ -125,7 +125,8 @@ def _lowest(s: Setting, energy: Hamiltonian, paid: Any, remove: int, top: int) -
     ledger = open_ledger(s.replay, s.tokens, s.working("losses"), "kl")
     best = int(np.argmin(ledger.losses(spectrum.states)))
     # The cost of the energy already includes the original's pass and head.
-    passes, heads = passes + ledger.passes - 1, heads + ledger.heads - 1
+    passes = passes + ledger.passes - 1
+    heads = heads + ledger.heads - 1
     return Outcome(tuple(spectrum.removed(best)), passes, heads)
 
 

@@ -29,7 +29,8 @@ def test_marked_tables_are_of_the_results(capsys: pytest.CaptureFixture[str]) ->
     tables = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for names, table in TABLE.findall(page.read_text(encoding="utf-8")):
-            known, tables = [y for name in names.split() for y in shown[name]], tables + 1
+            known = [y for name in names.split() for y in shown[name]]
+            tables = tables + 1
             for figure in decimals(table):
                 half = 0.5 * 10.0 ** -len(figure.partition(".")[2]) + 1e-9
                 if not any(abs(float(figure) - y) <= half for y in known):

@@ -54,7 +54,10 @@ class Place:
     """The devices and files of one path."""
 
     def __init__(self, device: str, out: Path, shared: Any, text: Path) -> None:
-        self.device, self.out, self.shared, self.text = device, out, shared, text
+        self.device = device
+        self.out = out
+        self.shared = shared
+        self.text = text
 
     def run(self, name: str = "run", family: str = "llama", **more: Any) -> Path:
         """Run and return the folder."""
@@ -101,7 +104,8 @@ def default(place: Place) -> None:
 
 def verbs(place: Place) -> None:
     """The verbs that open a run again, and those that look at a model."""
-    run, model = place.run(patch="none"), place.shared.checkpoint()
+    run = place.run(patch="none")
+    model = place.shared.checkpoint()
     for name in baselines.registry.names():
         place.type("baseline", name, run)
     place.type("solve", run, "--remove", 1)

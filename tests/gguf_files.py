@@ -10,7 +10,9 @@ from safetensors.numpy import load_file
 from isingcut.testing.tiny import tiny_model
 
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
-TEXT, LIST, WORD = 8, 9, 4
+TEXT = 8
+LIST = 9
+WORD = 4
 
 
 def named(held):

@@ -21,7 +21,9 @@ GATED = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-FULL, SLIDING, LINEAR_TYPE = "full_attention", "sliding_attention", "linear_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+LINEAR_TYPE = "linear_attention"
 MOE_ODD = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 ODD = {
     "kimi_linear": {

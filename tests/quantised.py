@@ -27,7 +27,8 @@ def quantise(folder, layout, skip=()):
             continue
         stem = name.removesuffix(".weight")
         if layout == "fp8":
-            rows, columns = -(-value.shape[0] // _TILE), -(-value.shape[1] // _TILE)
+            rows = -(-value.shape[0] // _TILE)
+            columns = -(-value.shape[1] // _TILE)
             scale = torch.rand(rows, columns) * 0.01 + 0.005
             spread = scale.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
             spread = spread[: value.shape[0], : value.shape[1]]
@@ -167,7 +168,8 @@ _BLOCK = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 def assert_bytes_follow(source, out, kept):
     """Check that every kept tensor has its old bytes; return the dtypes of the new checkpoint."""
-    before, after = read_checkpoint(source), read_checkpoint(out)
+    before = read_checkpoint(source)
+    after = read_checkpoint(out)
     elsewhere = re.compile("visual|mtp")
     old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
     for name, tensor in after.items():

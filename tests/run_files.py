@@ -107,7 +107,8 @@ def hamiltonian(n, seed, unit="nats/token"):
 
 def write_removal(place, energy, m, *, ranked=True):
     """Write `spectrum.json`, and all later files if ranked, for m blocks; return the choice."""
-    n, rng = energy.n, np.random.default_rng(m)
+    n = energy.n
+    rng = np.random.default_rng(m)
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
     picks = {tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)}

@@ -36,7 +36,8 @@ def call(*arguments):
     """Run the command line in this process and return its exit code."""
     from isingcut.cli import main as cli
 
-    before, sys.argv = sys.argv, ["isingcut", *map(str, arguments)]
+    before = sys.argv
+    sys.argv = ["isingcut", *map(str, arguments)]
     try:
         cli.main()
     except SystemExit as e:
@@ -55,7 +56,8 @@ class Bars:
 
     @contextlib.contextmanager
     def __call__(self, description, total):
-        self.totals[description], self.done[description] = total, 0.0
+        self.totals[description] = total
+        self.done[description] = 0.0
 
         def advance(steps=1, note=""):
             self.done[description] += steps
@@ -75,7 +77,8 @@ class Shared:
 
     def folder(self, name, make):
         """Return the folder of that name; if missing, ``make`` creates it at the given path."""
-        place, record = self._root / name, self._root / f"{name}.made"
+        place = self._root / name
+        record = self._root / f"{name}.made"
         with (self._root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not record.exists():

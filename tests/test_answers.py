@@ -183,7 +183,8 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
 
 
 def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokenizer):
-    file, size = chat_file(tmp_path / "chat.jsonl"), {**SIZES, "length": 40}
+    file = chat_file(tmp_path / "chat.jsonl")
+    size = {**SIZES, "length": 40}
     plain, found = (build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:"))
     for name, tokens in found.splits.items():
         assert torch.equal(tokens.input_ids, plain.splits[name].input_ids)
@@ -223,7 +224,8 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(tmp_path
 def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)])
-    source, size = f"{text}=1,answers:{file}=1", {**SIZES, "samples": 60, "length": 40}
+    source = f"{text}=1,answers:{file}=1"
+    size = {**SIZES, "samples": 60, "length": 40}
     used = build(source, tokenizer, **size)
     split = used.splits["energy"]
     by_part = {name: split.select(rows).tokens for name, rows in split.rows_by_part.items()}
@@ -267,8 +269,10 @@ def directly(original, cut, tokens):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     """Gemma 2 caps its logits, so they are computed sample by sample."""
-    folder, tokens = tiny_checkpoint(family, tmp_path / "model"), some_answers()
-    replay, removed = in_memory(folder), [1, 3]
+    folder = tiny_checkpoint(family, tmp_path / "model")
+    tokens = some_answers()
+    replay = in_memory(folder)
+    removed = [1, 3]
     cut = without(replay.model, removed)
     kl, nll = directly(replay.model, cut, tokens)
     states = states_of(len(replay), [tuple(removed)])
@@ -284,7 +288,8 @@ def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
 
 def test_gradients_are_of_the_answers(tmp_path):
     """The paper's energy is x A^T A x / m, with A the gradients of each sample's mean loss."""
-    tokens, rows = some_answers(), []
+    tokens = some_answers()
+    rows = []
     replay = in_memory(tiny_checkpoint("llama", tmp_path / "model"))
     found = EmpiricalFisher(gate="block").measure(replay, tokens, Work())
     assert tokens.counted is not None
@@ -309,7 +314,8 @@ def test_activations_are_compared_where_answers_are_predicted():
     model = tiny_model("llama").requires_grad_(False)
     replay = replay_of(model)
     rows = [~1, ~2, 9, ~0, ~4]
-    alone, whole = TokenSet.from_rows([rows]), TokenSet.from_rows([[1, 2]])
+    alone = TokenSet.from_rows([rows])
+    whole = TokenSet.from_rows([[1, 2]])
     # Position 1 predicts the only counted token, and does not depend on the tokens after it.
     influence, angles = one_pass(replay, alone, Work())
     assert_allclose(angles, one_pass(replay, whole, Work())[1], rtol=1e-3, atol=1e-6)
@@ -319,7 +325,8 @@ def test_activations_are_compared_where_answers_are_predicted():
 
 @pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
 def test_healing_learns_the_answers_in_their_context(family, parts):
-    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    teacher = tiny_model(family)
+    student = tiny_model(family, seed=1)
     assert (split_head(student) is not None) == parts
     tokens = some_answers()
     kl, _ = directly(teacher, student, tokens)

@@ -44,7 +44,8 @@ def test_kinds_and_costs_of_a_hybrid():
     mamba, moe, attention, mlp = stack.blocks[:4]
     assert attention.kv_bytes_per_token == 2 * 2 * 8 * 4  # key and value, 2 heads of 8, float32
     assert mamba.kv_bytes_per_token == moe.kv_bytes_per_token == mlp.kv_bytes_per_token == 0
-    convolution, recurrence = (64 + 2 * 8) * 4, 8 * 8 * 8
+    convolution = (64 + 2 * 8) * 4
+    recurrence = 8 * 8 * 8
     assert mamba.state_bytes == 4 * (convolution + recurrence)
     experts = 4 * 2 * 32 * 16
     assert moe.parameters - moe.active_parameters == experts // 2  # 2 of 4 experts
@@ -80,7 +81,8 @@ def test_skipping_leaves_the_model_as_it_was():
 
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 32}
-SIX, EIGHT = {"num_hidden_layers": 6}, {"num_hidden_layers": 8}
+SIX = {"num_hidden_layers": 6}
+EIGHT = {"num_hidden_layers": 8}
 SPARSE = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
 BLOCK_TYPES = ["recurrent", "attention", "recurrent", "attention"]
 PERIOD = {"attn_layer_period": 4, "attn_layer_offset": 2}

@@ -36,7 +36,9 @@ from isingcut.runs.session import Session
 from shared import refuses
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
-N, SAMPLES, LENGTH = 6, 3, 12
+N = 6
+SAMPLES = 3
+LENGTH = 12
 
 
 class Calls:
@@ -158,7 +160,8 @@ def test_impossible_removals_are_refused(name, remove):
 
 def test_block_influence_and_norm_ratio_are_means_over_real_tokens(replay, tokens):
     boundary = torch.cat(streams(replay, tokens), dim=1)  # (N + 1, tokens, D)
-    before, after = boundary[:-1], boundary[1:]
+    before = boundary[:-1]
+    after = boundary[1:]
     turned = (1 - F.cosine_similarity(before, after, dim=-1)).mean(1).numpy()
     found = BlockInfluence().choose(replay, tokens, 2, WORK, seed=0)
     assert_allclose(found.info["influence"], turned, rtol=1e-4, atol=1e-6)
@@ -171,7 +174,8 @@ def test_block_influence_and_norm_ratio_are_means_over_real_tokens(replay, token
 
 
 def test_iterative_block_influence_scores_the_cut_model(replay, tokens):
-    order, left = [], list(range(6))
+    order = []
+    left = list(range(6))
     for _ in range(3):
         boundary = torch.cat(streams(replay, tokens, sorted(order)), dim=1)
         turned = (1 - F.cosine_similarity(boundary[:-1], boundary[1:], dim=-1)).mean(1)
@@ -306,7 +310,8 @@ EVOLUTION = {"generations": 3, "offspring": 4, "step_tokens": (LENGTH, 99), "ini
 @pytest.fixture
 def made():
     """A tiny model, a text, and a counter of the calls from now on."""
-    replay, tokens = tiny_replay(), random_tokens([LENGTH] * SAMPLES)
+    replay = tiny_replay()
+    tokens = random_tokens([LENGTH] * SAMPLES)
     return replay, tokens, Calls(replay, tokens)
 
 
@@ -369,7 +374,8 @@ def folder(tmp_path_factory, llama, text):
 
 def call(capsys, *arguments):
     """Return the exit code and everything printed."""
-    code, shown = shared.call(*arguments), capsys.readouterr()
+    code = shared.call(*arguments)
+    shown = capsys.readouterr()
     return code, shown.out + shown.err
 
 

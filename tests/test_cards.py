@@ -216,14 +216,16 @@ def test_what_differs_in_one_bit_is_the_cuts_own():
 
 
 def test_a_trained_tensor_is_never_shared():
-    original, cut = tiny_model("llama").requires_grad_(False), tiny_model("llama")
+    original = tiny_model("llama").requires_grad_(False)
+    cut = tiny_model("llama")
     assert share(cut, original, [])
     theirs = {p.data_ptr() for p in original.parameters()}
     assert all(p.data_ptr() not in theirs for p in cut.parameters())
 
 
 def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
-    source, other = shared.checkpoint(), shared.checkpoint(seed=1)
+    source = shared.checkpoint()
+    other = shared.checkpoint(seed=1)
     with fake_cards() as (card,):
         original = load(source, dtype="float32", device=str(card.device))
         card.budget = int(1.6 * card.live)
@@ -246,7 +248,8 @@ def test_freed_buffers_go_back_to_the_system():
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
 def test_work_is_split_until_it_fits_and_joined_in_order(most):
-    limit, calls = BatchLimit(torch.device("cpu")), []
+    limit = BatchLimit(torch.device("cpu"))
+    calls = []
 
     def compute(batches):
         calls.append(sum(b.samples for b in batches))
@@ -272,7 +275,8 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
     [(torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]), (RuntimeError("CUDA error"), [4])],
 )
 def test_what_fails_with_one_sample_or_for_another_reason_is_raised(error, tried):
-    limit, calls = BatchLimit(torch.device("cpu")), []
+    limit = BatchLimit(torch.device("cpu"))
+    calls = []
 
     def compute(found):
         calls.append(found // 12 if isinstance(found, int) else found[0].samples)
@@ -315,7 +319,8 @@ WIDE = {"intermediate_size": 512}
 
 
 def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
-    model, tokens = tiny_model("llama", **WIDE), random_tokens([14] * 24)
+    model = tiny_model("llama", **WIDE)
+    tokens = random_tokens([14] * 24)
     expected = fit_patches(replay_of(model), tokens, [3], Work(128)).patches[0].weight
     with fake_cards() as (card,):
         replay = replay_of(model.to(card.device))
@@ -336,8 +341,10 @@ FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch"
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
-    model, out = shared.checkpoint(), tmp_path / "run"
-    evaluate, failed = evaluating.evaluate.__globals__["before_and_after"], []
+    model = shared.checkpoint()
+    out = tmp_path / "run"
+    evaluate = evaluating.evaluate.__globals__["before_and_after"]
+    failed = []
 
     def exhausted(*args, **kwargs):
         failed.append(1)
@@ -389,7 +396,8 @@ def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(shared, text,
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 def test_ranking_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
-    rank, replays = candidates.rank, []
+    rank = candidates.rank
+    replays = []
 
     def exhausted(replay, *args, **kwargs):
         replays.append(type(replay))

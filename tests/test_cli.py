@@ -183,7 +183,8 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     def removed(place):
         return read_json(place / "model" / "isingcut.json", "removal")["removed"]
 
-    own, chosen = isingcut.files.ownership.folder_hash(run / "model"), removed(run)
+    own = isingcut.files.ownership.folder_hash(run / "model")
+    chosen = removed(run)
     named = [[0, 1], [2, 3]] if chosen not in ([0, 1], [2, 3]) else [[0, 4], [1, 5]]
     for blocks in named:
         typed = ",".join(map(str, blocks))
@@ -536,7 +537,8 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
     (run / "evaluation.json").unlink()
     assert call("evaluate", run, "--skip-speed") == 0
     found = read_document(run / "evaluation.json", EvaluationFile)
-    part, cut = found.elsewhere["manual"], found.cut.elsewhere["manual"]
+    part = found.elsewhere["manual"]
+    cut = found.cut.elsewhere["manual"]
     assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
     assert (run / "model" / "README.md").read_text() == plain
 

@@ -53,7 +53,9 @@ class Place:
     """Models on some devices, for the steps."""
 
     def __init__(self, folder, *devices):
-        self.device, self.devices, self.folder = devices[0], devices, folder
+        self.device = devices[0]
+        self.devices = devices
+        self.folder = folder
 
     def model(self, family="llama", seed=0):
         model = tiny_model(family, seed=seed, num_hidden_layers=4).requires_grad_(False)
@@ -115,7 +117,8 @@ def figures(place, streamed=False):
 
 
 def written(place):
-    model, tokenizer = place.model(), tiny_tokenizer()
+    model = place.model()
+    tokenizer = tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
     text = generation.generate_text(model, tokenizer, prompt, 8)
     sampled = list(itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3))
@@ -144,7 +147,8 @@ def patched(place, reads):
 
 def patched_again(place):
     """Fit the patches of two states with the original's streams of the first kept on the host."""
-    given, kept = (place.replay(), random_tokens()), {}
+    given = (place.replay(), random_tokens())
+    kept = {}
     found = [fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])]
     assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
     return np.concatenate([p.weight.cpu().numpy().ravel() for f in found for p in f.patches])
@@ -152,7 +156,8 @@ def patched_again(place):
 
 def distilled(place, family="llama"):
     """Train two steps; return their losses and the norm of the head's last gradient."""
-    teacher, student = place.model(family), place.model(family, seed=1).requires_grad_(True).train()
+    teacher = place.model(family)
+    student = place.model(family, seed=1).requires_grad_(True).train()
     tokens = random_tokens()
     batch = batch_of(tokens, range(tokens.samples))
     batch = {name: value.to(place.device) for name, value in batch.items()}

@@ -83,7 +83,8 @@ def _all(place, out, notes):
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
-    out, notes = tmp_path / "run", tmp_path / "notes"
+    out = tmp_path / "run"
+    notes = tmp_path / "notes"
     ranks.run([0, 0, 0], notes.with_suffix(".err"), _all, place, out, notes)
     for name in (
         *(f"pairwise/{name}" for name in FILES),
@@ -111,7 +112,8 @@ def _launcher(*words):
 
 def test_a_launcher_starts_all_processes(place, alone, tmp_path):
     """The launcher is accelerate's, whose last step is torchrun's."""
-    out, said = tmp_path / "run", tmp_path / "said"
+    out = tmp_path / "run"
+    said = tmp_path / "said"
     command = [
         "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "-m", "isingcut", *_typed(place, out, also=False),
@@ -166,7 +168,8 @@ def _picks(place, out, found):
     """Note the dtype each of two processes loads if only rank 0's CPU is fast in bfloat16."""
     from isingcut.models import load as models
 
-    rank, load = os.environ["RANK"], models.load
+    rank = os.environ["RANK"]
+    load = models.load
     torch.cpu.get_capabilities = lambda: {"amx_bf16": rank == "0"}
 
     def noted(*arguments, **options):
@@ -206,7 +209,8 @@ def _fails(place, out, meeting):
 
 
 def test_an_error_anywhere_ends_all_with_one_line(place, tmp_path):
-    said, meeting = tmp_path / "said", tmp_path / "meeting"
+    said = tmp_path / "said"
+    meeting = tmp_path / "meeting"
     os.mkfifo(meeting)
     ranks.run([2, 2], said, _fails, place, tmp_path / "run", meeting)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
@@ -237,7 +241,8 @@ def _killed(place, out, which):
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     which, place, alone, tmp_path
 ):
-    said, out = tmp_path / "said", tmp_path / "run"
+    said = tmp_path / "said"
+    out = tmp_path / "run"
     codes = [-signal.SIGKILL, 1]
     ranks.run(codes[:: -1 if which else 1], said, _killed, place, out, which)
     lines = [x for x in said.read_text().splitlines() if x.startswith("isingcut: ")]
@@ -305,7 +310,8 @@ def _dies(meeting, arguments):
 def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     place, alone, tmp_path, monkeypatch
 ):
-    out, meeting = tmp_path / "run", tmp_path / "meeting"
+    out = tmp_path / "run"
+    meeting = tmp_path / "meeting"
     os.mkfifo(meeting)
     arguments = _typed(place, out, also=False)
     (line,) = _torchrun(tmp_path / "said", _dies, meeting, arguments)

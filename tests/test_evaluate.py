@@ -57,7 +57,8 @@ def test_few_float32_logits_exist_at_once(tokens, monkeypatch):
     pair = [tiny_model("llama", seed=seed).half() for seed in range(2)]
     whole = evaluation.quality(*pair, tokens)
     monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
-    sizes, plain = [], divergence.widen
+    sizes = []
+    plain = divergence.widen
     monkeypatch.setattr(divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x))
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
     assert max(sizes) <= 4 * 262
@@ -99,7 +100,8 @@ def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
 
 
 def test_a_loss_without_a_finite_perplexity_is_refused(tokens):
-    model, loud = tiny_model("llama"), tiny_model("llama")
+    model = tiny_model("llama")
+    loud = tiny_model("llama")
     with torch.no_grad():
         loud.lm_head.weight *= 1e4
     for both in ((model, loud), (loud, model)):
@@ -108,7 +110,8 @@ def test_a_loss_without_a_finite_perplexity_is_refused(tokens):
 
 
 def test_decoding_never_stops_early_and_matches_uncached(pair):
-    model, own = pair[0], pair[0].generation_config
+    model = pair[0]
+    own = pair[0].generation_config
     prompt = ids = torch.tensor([[7, 8, 9]])
     out = decode_tokens(model, prompt, 12)
     assert out.shape == (1, 12)
@@ -120,7 +123,9 @@ def test_decoding_never_stops_early_and_matches_uncached(pair):
 
 
 def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, monkeypatch):
-    tokenizer, seen, plain = tiny_tokenizer(), [], pair[0].generate
+    tokenizer = tiny_tokenizer()
+    seen = []
+    plain = pair[0].generate
 
     def generate(ids, **options):
         seen.append(tokenizer.decode(ids[0]))

@@ -41,7 +41,8 @@ def test_the_form_that_hubs_hold_is_cut_exactly(family, tmp_path):
 def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
     config = HUB["step3p7"]
     cut = cut_config(config, [0, 3], drop_mtp=drop)
-    text, whole = cut["text_config"], config["text_config"]
+    text = cut["text_config"]
+    whole = config["text_config"]
     for name in ("rope_theta", "swiglu_limits", "swiglu_limits_shared", "layer_types"):
         assert text[name] == [whole[name][i] for i in (1, 2, 4, 5, 6, 7)[: 4 if drop else 6]], name
     assert text["moe_layers_enum"] == ("1,2,3" if drop else "1,2,3,4,5")
@@ -150,7 +151,8 @@ def test_a_type_that_cannot_be_cut_says_so_before_its_numbers_are_compared(tmp_p
 @pytest.mark.parametrize("family", ["beam", "minicpm3", "modernbert-decoder"])
 def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, monkeypatch):
     model = odd_model(family)
-    config, stack = model.config.to_dict(), find_stack(model)
+    config = model.config.to_dict()
+    stack = find_stack(model)
     monkeypatch.setattr(fields, "DEPTH_POWERS", {})
     monkeypatch.setattr(families, "STAY", {})
     monkeypatch.setattr(cuts, "UNCUTTABLE", {})

@@ -28,7 +28,8 @@ from tiny import edit_tensors
 
 def make(path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE, **extra):
     """Write a tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
-    generator, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    generator = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.Q8_0
     numbers = generator.standard_normal((blocks + 1, 8, 64)).astype(np.float32)
     held = {"token_embd.weight": numbers[-1]}
     for i in range(blocks):
@@ -44,7 +45,8 @@ def make(path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE,
 def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
     source = make(tmp_path / "in.gguf", leading_dense_block_count=2)
     cut_gguf(source, [0, 2], tmp_path / "out.gguf")
-    before, after = gguf.GGUFReader(source), gguf.GGUFReader(tmp_path / "out.gguf")
+    before = gguf.GGUFReader(source)
+    after = gguf.GGUFReader(tmp_path / "out.gguf")
     old = {t.name: t for t in before.tensors}
     assert {t.name for t in after.tensors} == {
         "token_embd.weight",
@@ -326,7 +328,8 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
 
 
 def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
-    file, out = gguf_run / "model.gguf", tmp_path / "scores.json"
+    file = gguf_run / "model.gguf"
+    out = tmp_path / "scores.json"
     (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
     assert call("evaluate", tmp_path / "elsewhere.gguf") == 2
     assert "give its original with --original" in capsys.readouterr().err

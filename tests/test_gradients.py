@@ -30,7 +30,8 @@ ADDED = {
 
 @pytest.mark.parametrize("family", sorted(ADDED))
 def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
-    replay, tokens = tiny_replay(family), random_tokens()
+    replay = tiny_replay(family)
+    tokens = random_tokens()
     expected = [
         torch.autograd.functional.jacobian(
             functools.partial(gated_loss, replay, tokens.select([s]), ADDED[family]),
@@ -46,7 +47,9 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
 def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypatch):
     # In bfloat16 a norm keeps its own float32 copy; in float32 it would keep the stream itself.
     replay = tiny_replay("llama", torch.bfloat16)
-    streams, alive, run = [], [], Recording.block
+    streams = []
+    alive = []
+    run = Recording.block
 
     def block(self, i, hidden):
         out = run(self, i, hidden)
@@ -91,7 +94,8 @@ def test_errors_are_those_of_the_jackknife(m):
 
 
 def test_the_energy_carries_its_errors():
-    replay, tokens = tiny_replay(), random_tokens()
+    replay = tiny_replay()
+    tokens = random_tokens()
     found = EmpiricalFisher().measure(replay, tokens, Work())
     assert (found.h_error > 0).all()
     assert found.unit == "arbitrary"
@@ -121,7 +125,8 @@ def test_fisher_is_the_curvature_of_the_kl_on_average_over_the_drawn_labels():
 
 
 def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches():
-    replay, tokens = tiny_replay("llama"), random_tokens()
+    replay = tiny_replay("llama")
+    tokens = random_tokens()
     whole = gate_gradients(replay, tokens, label_seed=3)
     apart = gate_gradients(replay, tokens, label_seed=3, work=Work(1))
     np.testing.assert_allclose(whole, apart, rtol=1e-4, atol=1e-5)
@@ -130,7 +135,8 @@ def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches()
 
 
 def test_fisher_is_symmetric_in_nats_and_deterministic():
-    replay, tokens = tiny_replay("llama"), random_tokens()
+    replay = tiny_replay("llama")
+    tokens = random_tokens()
     part = registry.get("fisher")()
     first = part.measure(replay, tokens, Work(batch_tokens=30))
     again = part.measure(replay, tokens, Work(batch_tokens=30))

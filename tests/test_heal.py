@@ -142,7 +142,8 @@ def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
     assert shapes(out) == shapes(models / "student")
-    before, after = stored(models / "student"), stored(out)
+    before = stored(models / "student")
+    after = stored(out)
     changed = {name for name, content in before.items() if after[name] != content}
     last = {name for name in before if name.startswith("model.layers.3.")}
     assert changed == {*last, "model.norm.weight", "lm_head.weight"}
@@ -243,7 +244,8 @@ ONCE = {"max_steps": 1}
 
 @pytest.mark.parametrize("method", ["lora", "last:1", "full"])
 def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, monkeypatch, method):
-    student, loaded = saved_student(models, tmp_path / "half", "bfloat16"), []
+    student = saved_student(models, tmp_path / "half", "bfloat16")
+    loaded = []
     reload = parts.reload
 
     def noted(folder, *, dtype, **rest):
@@ -316,13 +318,15 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
 ):
     (other := tmp_path / "b.txt").write_text("\n\n".join(f"{i}. words" for i in range(900, 990)))
     student = shutil.copytree(models / "student", tmp_path / place / "model")
-    text, sizes = str(models / "text.jsonl"), {"samples": 3, "rank_samples": 2, "length": 16}
+    text = str(models / "text.jsonl")
+    sizes = {"samples": 3, "rank_samples": 2, "length": 16}
     used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
     used.save(tmp_path / "run" / "calibration.safetensors")
     found = []
     monkeypatch.setattr(home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text))
     heal(options(models, tmp_path / "out", student=str(student), text=mixed.format(text, other)))
-    (mine,), own = found, used.splits["report"]
+    (mine,) = found
+    own = used.splits["report"]
     assert torch.equal(mine.report.input_ids, own.input_ids)
     reported, trained = (
         set(re.findall(r"(\d+)\.", tokenizer.decode(t.input_ids[t.mask])))
@@ -452,7 +456,8 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
     monkeypatch.setattr(home, "quality", lambda *given: None)
     text = TokenSet.from_rows([[7] * 64] * 10)
-    config, teacher = HealConfig(effort="3min"), SimpleNamespace(model=None)
+    config = HealConfig(effort="3min")
+    teacher = SimpleNamespace(model=None)
     job = home.Job(teacher, (2, 3), tmp_path, text, tmp_path, config)
     home._check_effort(job, text.select([0, 1]), patches=False)
     with refuses(r"takes about 8 s here, the patch 24 s, .*give .* 4min"):
@@ -460,7 +465,8 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
-    spent, spend = [], distill._spend
+    spent = []
+    spend = distill._spend
     monkeypatch.setattr(distill, "_spend", lambda job: spent.append(job.spent) or spend(job))
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
@@ -493,7 +499,8 @@ def test_a_runs_budget_is_that_of_its_healing():
     ],
 )
 def test_a_switch_may_have_a_budget_behind_it(words, line, tmp_path):
-    model, rest = str(tmp_path / "gone"), ["--remove", "2", "--out", str(tmp_path / "o")]
+    model = str(tmp_path / "gone")
+    rest = ["--remove", "2", "--out", str(tmp_path / "o")]
     for command in (["run", model, *rest, *words], ["run", *rest, *words, model]):
         done = CliRunner().invoke(app, command)
         assert isinstance(done.exception, IsingcutError), done.output

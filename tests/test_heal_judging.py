@@ -55,7 +55,8 @@ def test_a_difference_is_paired():
 
 def test_a_part_that_gets_worse_ends_a_healing():
     judge = Domains(TEXT)
-    start, better = check(0, 1, 1), check(5, 0.5, 0.9)
+    start = check(0, 1, 1)
+    better = check(5, 0.5, 0.9)
     found = judge.verdict([start, better, check(10, 0.2, 1.2)])
     assert found.kept == 5
     assert "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000" in found.why

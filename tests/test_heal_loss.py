@@ -59,8 +59,10 @@ def loops(request, monkeypatch):
 )
 def test_divergence_and_its_gradient(dtype, words, rtol):
     student, teacher = (normal(7, words, seed=seed).to(dtype) for seed in (0, 1))
-    ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
-    found, expected = kl.divergence(ours, teacher), reference(exact, teacher.double())
+    ours = student.clone().requires_grad_()
+    exact = student.double().requires_grad_()
+    found = kl.divergence(ours, teacher)
+    expected = reference(exact, teacher.double())
     (3 * found).backward()
     (3 * expected).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -70,10 +72,12 @@ def test_divergence_and_its_gradient(dtype, words, rtol):
 def test_chunks_of_the_vocabulary_change_nothing():
     weight = normal(17, 8).float()
     other = normal(17, 8, seed=1).float()
-    stream, teacher = normal(7, 8, seed=2).float(), normal(7, 8, seed=3).float()
+    stream = normal(7, 8, seed=2).float()
+    teacher = normal(7, 8, seed=3).float()
     results = []
     for elements in (1 << 20, 2 * 17):
-        head, read = weight.clone().requires_grad_(), stream.clone().requires_grad_()
+        head = weight.clone().requires_grad_()
+        read = stream.clone().requires_grad_()
         sizes = []
 
         def student_head(h, head=head, sizes=sizes):
@@ -184,7 +188,8 @@ def test_every_sample_is_read_once_an_epoch_with_little_padding():
 
 def test_processes_share_each_step_of_one():
     def steps(found):
-        rows, n = list(found), found.micro_batches
+        rows = list(found)
+        n = found.micro_batches
         return [list(itertools.chain(*rows[a : a + n])) for a in range(0, len(rows), n)]
 
     alone = steps(order())
@@ -233,7 +238,9 @@ def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch
     method = "lora:4" if method == "lora" else method
     config = options(folder, tmp_path / "out", {"max_steps": 2}, method=method)
     job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
-    run, apart, in_parts = train._run, [], loss.divergence_from_stream
+    run = train._run
+    apart = []
+    in_parts = loss.divergence_from_stream
 
     def inspected(watch, student, *rest):
         frozen = [p for p in student.parameters() if not p.requires_grad]
@@ -266,7 +273,8 @@ def test_lora_on_several_cards_learns_the_weights_of_one(models, tmp_path):
     with fake_cards(4) as cards:
         names = [str(card.device) for card in cards]
         for count in (1, 2, 4):
-            devices, out = ",".join(names[:count]), tmp_path / str(count)
+            devices = ",".join(names[:count])
+            out = tmp_path / str(count)
             given = options(models, out, {"max_steps": 2}, method="lora:4", device=devices)
             healed = heal(given) / "model.safetensors"
             assert all(card.peak > 0 for card in cards[:count])

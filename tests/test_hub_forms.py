@@ -72,7 +72,8 @@ def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
     def checkpoint(count, *tensors):
         return Checkpoint(tmp_path, {"num_hidden_layers": count}, {t.name: t for t in tensors})
 
-    blocks, images = stored("model.layers", 6, 100), stored("vq.up", 3, 300)
+    blocks = stored("model.layers", 6, 100)
+    images = stored("vq.up", 3, 300)
     assert checkpoint(6, *images, *blocks).prefix == "model.layers."
     # A configuration with too few blocks must not match a smaller stack of that many parts.
     few = checkpoint(3, *stored("projector", 3, 10), *blocks)
@@ -92,7 +93,8 @@ class Handing(nn.Module):
 
     def __init__(self, reads):
         super().__init__()
-        self.map, self.reads = nn.Linear(8, 8), reads
+        self.map = nn.Linear(8, 8)
+        self.reads = reads
 
     def forward(self, hidden_states, beside=None):
         stream = hidden_states + self.map(hidden_states)
@@ -107,7 +109,8 @@ class Handed(nn.Module):
         self.layers = nn.ModuleList(Handing(reads) for _ in range(3))
 
     def forward(self, input_ids, use_cache):
-        stream, beside = torch.ones(*input_ids.shape, 8), None
+        stream = torch.ones(*input_ids.shape, 8)
+        beside = None
         for layer in self.layers:
             stream, beside = layer(stream, beside=beside)
         return stream

@@ -21,9 +21,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-        status, answer = 200, {}
+        status = 200
+        answer = {}
         if self.headers.get("Authorization") != "Bearer hf_right":
-            status, answer = 401, {"error": "Invalid credentials in Authorization header"}
+            status = 401
+            answer = {"error": "Invalid credentials in Authorization header"}
         elif self.path == "/api/repos/create":
             name = json.loads(body)
             full = f"{name['organization']}/{name['name']}"

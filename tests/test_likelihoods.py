@@ -122,9 +122,11 @@ def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch
 
 
 def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):
-    rows, states = some_rows(), states_of(len(model.replay), REMOVED)
+    rows = some_rows()
+    states = states_of(len(model.replay), REMOVED)
     whole = answer_scores(model.replay, rows, states, Work(64))
-    work, record = Work(64, journal=tmp_path / "answers.journal"), replays.Replay.record
+    work = Work(64, journal=tmp_path / "answers.journal")
+    record = replays.Replay.record
     batches = []
 
     def killed(self, ids):
@@ -175,7 +177,8 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
         return
     tables = []
     for record in records:
-        choices, asked = record["choices"], record["context"]
+        choices = record["choices"]
+        asked = record["context"]
         if name == "winogrande":
             values = [likely(asked.split(" _")[0] + f" {c}", " mat") for c in choices]
         else:
@@ -258,7 +261,8 @@ def written(model, work, state=0):
 
 def kill_after(goes, monkeypatch):
     """Raise KeyboardInterrupt once, after ``goes`` calls; return the number of texts per call."""
-    counts, generate = [], HFLM._model_generate
+    counts = []
+    generate = HFLM._model_generate
 
     def killed(self, context, **rest):
         if len(counts) == goes:
@@ -281,7 +285,8 @@ def test_texts_are_the_harness_s(model, state):
 
 
 def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
-    went, generate = [], HFLM._model_generate
+    went = []
+    generate = HFLM._model_generate
 
     def seen(self, context, **rest):
         went.append(context.shape)

@@ -32,7 +32,8 @@ def really_removed(replay, tokens, removed):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_measured_losses_are_those_of_really_removed_blocks(family):
-    replay, tokens = tiny_replay(family), random_tokens()
+    replay = tiny_replay(family)
+    tokens = random_tokens()
     removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
     found = measure(replay, tokens, states_of(len(replay), [tuple(r) for r in removals]))
     for s, removed in enumerate(removals):
@@ -42,7 +43,8 @@ def test_measured_losses_are_those_of_really_removed_blocks(family):
 
 
 def test_pairwise_is_exact_up_to_two_blocks():
-    replay, tokens = tiny_replay("llama"), random_tokens()
+    replay = tiny_replay("llama")
+    tokens = random_tokens()
     n = len(replay)
     energy = Pairwise().measure(replay, tokens, Work(batch_tokens=30))
     for removed in [*[(i,) for i in range(n)], *combinations(range(n), 2)]:
@@ -56,7 +58,8 @@ def test_pairwise_is_exact_up_to_two_blocks():
 
 def test_router_logits_in_the_outputs_change_nothing():
     # Many fine-tunes of Mixtral have this field in their config.json.
-    tokens, found = random_tokens(), []
+    tokens = random_tokens()
+    found = []
     for wanted in (False, True):
         replay = tiny_replay("mixtral", output_router_logits=wanted)
         losses = measure(replay, tokens, states_of(len(replay), [(1,), (0, 3)]))
@@ -86,7 +89,8 @@ def test_a_loss_that_is_not_finite_names_state_block_and_text():
 
 
 def test_the_text_of_a_number_that_is_not_finite_is_named():
-    replay, tokens = tiny_replay("llama"), random_tokens()
+    replay = tiny_replay("llama")
+    tokens = random_tokens()
     states = states_of(len(replay), [(1,), (2,)])
     of_states = np.zeros((2, 2, 4))
     of_states[0, 1, 2] = np.nan
@@ -99,8 +103,11 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
 @pytest.mark.parametrize("changed", ["states", "weights", "attention"])
 @pytest.mark.parametrize("job", ["losses", "gradients"])
 def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, monkeypatch):
-    replay, tokens, states = tiny_replay("llama"), random_tokens(), [(1,)]
-    computed, put = [], Journal.put
+    replay = tiny_replay("llama")
+    tokens = random_tokens()
+    states = [(1,)]
+    computed = []
+    put = Journal.put
     monkeypatch.setattr(Journal, "put", lambda self, *row: (computed.append(row), put(self, *row)))
 
     def work(journal=tmp_path / "journal"):
@@ -127,7 +134,8 @@ def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, mo
     assert np.allclose(after, before, rtol=1e-4, atol=1e-6) == (changed == "attention")
 
 
-ROWS, WORDS = 7, 5003
+ROWS = 7
+WORDS = 5003
 
 
 def logits(dtype, size=8.0):
@@ -158,7 +166,8 @@ def in_pieces(q, reference, columns, method):
 def test_pieces_of_any_width_give_the_softmax_of_whole_rows(dtype, columns, method):
     reference, q = logits(dtype)
     sums = in_pieces(q, reference, columns, method)
-    p, other = reference.double().log_softmax(-1), q.double().log_softmax(-1)
+    p = reference.double().log_softmax(-1)
+    other = q.double().log_softmax(-1)
     kl = (p.exp() * (p - other)).sum(-1)
     nll = -other.gather(1, labels()[:, None])[:, 0]
     assert_allclose(sums.kl, kl.numpy(), atol=2e-6)
@@ -236,7 +245,8 @@ def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, p
 
 
 def test_a_mask_written_into_the_logits_counts_as_more_than_the_layer():
-    layer, hidden = torch.nn.Linear(4, 6), torch.ones(1, 3, 4)
+    layer = torch.nn.Linear(4, 6)
+    hidden = torch.ones(1, 3, 4)
 
     def masked():
         logits = layer(hidden)

@@ -91,7 +91,8 @@ def test_what_is_no_mixture_either_names_the_part(source, words):
 
 def test_every_beginning_has_the_shares_and_the_order_no_period():
     parts = [Part("a", "a", 0.75), Part("b", "b", 0.25)]
-    turns, found = Turns(parts, 16, "0"), []
+    turns = Turns(parts, 16, "0")
+    found = []
     for _ in range(400):
         found.append(turns.next())
         turns.took(found[-1], 16)
@@ -164,7 +165,8 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
 
 
 def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
-    documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
+    documents = numbered(tmp_path / "a.jsonl", "river")
+    others = numbered(tmp_path / "b.jsonl", "s")
     built = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
     path = tmp_path / "calibration.safetensors"
     built.save(path)
@@ -186,7 +188,8 @@ def test_parts_are_kept_in_the_file_and_checked(tmp_path, tokenizer):
 
 
 def test_the_quality_of_the_parts_adds_up(tmp_path, tokenizer):
-    documents, others = numbered(tmp_path / "a.jsonl", "river"), numbered(tmp_path / "b.jsonl", "s")
+    documents = numbered(tmp_path / "a.jsonl", "river")
+    others = numbered(tmp_path / "b.jsonl", "s")
     tokens = build(f"{documents}=3,{others}=1", tokenizer, **MANY).splits["report"]
     first, second = (tiny_model("llama", seed=seed) for seed in (0, 1))
     found = quality(first, second, tokens)
@@ -273,7 +276,8 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
 def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path, typed, seed):
     (tmp_path / "other").mkdir()
     tokenizer = tiny_tokenizer()
-    documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
+    documents = numbered(tmp_path / "a.jsonl", "<")
+    others = numbered(tmp_path / "b.jsonl", "[")
     used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
     measured = set().union(
         *(re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t))) for t in used.splits.values())
@@ -294,7 +298,8 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path, t
 
 def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
     tokenizer = tiny_tokenizer()
-    documents, few = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[", 60)
+    documents = numbered(tmp_path / "a.jsonl", "<")
+    few = numbered(tmp_path / "b.jsonl", "[", 60)
     used = build(f"{documents}=1,{few}=1", tokenizer, **SIZES)
     own = used.splits["energy"].samples
     found, record = to_fit(used, tokenizer, 100_000)
@@ -353,7 +358,8 @@ def card_with(text):
 
 def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
     tokenizer = tiny_tokenizer()
-    documents, others = numbered(tmp_path / "a.jsonl", "<"), numbered(tmp_path / "b.jsonl", "[")
+    documents = numbered(tmp_path / "a.jsonl", "<")
+    others = numbered(tmp_path / "b.jsonl", "[")
     source = f"{documents}=1,{others}=1"
     used = build(source, tokenizer, **SIZES)
     options = {"report_samples": 6, "length": 40, "seed": 3}

@@ -137,7 +137,8 @@ def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
 
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
-    model, products = models.load(folder, device="cpu").model, []
+    model = models.load(folder, device="cpu").model
+    products = []
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):

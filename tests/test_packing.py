@@ -35,7 +35,8 @@ IDLE = 3
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """A GGUF file of a tiny llama in float16, its down-projections in Q5_1."""
-    model, kind = tiny_model("llama", **WIDE), gguf.GGMLQuantizationType.Q5_1
+    model = tiny_model("llama", **WIDE)
+    kind = gguf.GGMLQuantizationType.Q5_1
     with torch.no_grad():
         for i, block in enumerate(model.model.layers):
             for last in (block.self_attn.o_proj, block.mlp.down_proj):
@@ -57,7 +58,8 @@ def whole(file, kind, folder):
 
 def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
     session = Session(RunConfig(model=str(file), dtype="float32", device="cpu"))
-    packer, costs = Packer(session.loaded, file), session.describe_blocks().blocks
+    packer = Packer(session.loaded, file)
+    costs = session.describe_blocks().blocks
     for kind in ("", *PACKED):
         predicted = packer.costs(kind, costs)
         assert predicted.size([]) == whole(file, kind, tmp_path)
@@ -82,8 +84,10 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
 @pytest.mark.parametrize("read", [in_memory, streamed])
 def test_changed_weights_are_measured_and_restored(read, tmp_path):
     folder = tiny_checkpoint("gemma3", tmp_path / "model")
-    replay, tokens = read(folder), random_tokens((12, 9, 12))
-    original, other = in_memory(folder).model, in_memory(folder).model
+    replay = read(folder)
+    tokens = random_tokens((12, 9, 12))
+    original = in_memory(folder).model
+    other = in_memory(folder).model
     before = {name: p.clone() for name, p in original.named_parameters()}
 
     def change(name, own):
@@ -111,7 +115,8 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path, mon
         return [f.packed.type for f in found if f.fits]
 
     # Two heads of keys and of values, of 16 numbers in float16, in 6 blocks.
-    size, cache = whole(file, "Q5_0", tmp_path) / 1e3, 8192 * 2 * 2 * 16 * 2 * 6 / 1e3
+    size = whole(file, "Q5_0", tmp_path) / 1e3
+    cache = 8192 * 2 * 2 * 16 * 2 * 6 / 1e3
     assert fitting(f"memory={size + cache:.3f}kB@8k") == ["Q5_0", "Q4_1", "Q4_0"]
     assert fitting(f"memory={size + cache - 0.1:.3f}kB@8192") == ["Q4_1", "Q4_0"]
     # Q8_0 has 8.5 bits instead of 16, and the cache is the same.
@@ -144,7 +149,8 @@ def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_
 
 
 def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, capsys):
-    run, size = tmp_path / "run", whole(file, "Q4_0", tmp_path) / 1e3 - 1
+    run = tmp_path / "run"
+    size = whole(file, "Q4_0", tmp_path) / 1e3 - 1
     line = ["run", file, "--budget", f"file={size:.3f}kB", "--calibration", text, "--out", run]
     options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]

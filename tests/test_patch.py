@@ -50,7 +50,8 @@ def watched(model, block, path):
     module = model.model.layers[block]
 
     def inner(m, args, output):
-        found["read"], found["written"] = args[0].double(), output.double()
+        found["read"] = args[0].double()
+        found["written"] = output.double()
 
     def outer(m, args, output):
         found["stream"] = (output[0] if isinstance(output, tuple) else output).double()
@@ -84,7 +85,8 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem(kind):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    x, weights = normal(60, 5), torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
+    x = normal(60, 5)
+    weights = torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
     t = x @ normal(5, 3) + 2.0 * normal(60, 3)
     sides = [kind(5, 3, torch.device("cpu")) for _ in range(2)]
     for side, rows in zip(sides, (slice(0, 40), slice(40, 60)), strict=True):
@@ -111,13 +113,16 @@ def test_useless_features_give_no_map():
         side.add(x, torch.randn(8, 2, generator=generator), torch.ones(8))
         sides.append(side)
     # Opposite targets on the two halves: a fit to one is wrong for the other.
-    sides[1].xx, sides[1].tx = sides[0].xx, -sides[0].tx
+    sides[1].xx = sides[0].xx
+    sides[1].tx = -sides[0].tx
     assert fit_ridge(sides[0], sides[1]) is None
 
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_one_cut_solves_its_least_squares_problem(reads):
-    model, text, removed = tiny_model("llama"), tokens(), [2, 3]
+    model = tiny_model("llama")
+    text = tokens()
+    removed = [2, 3]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     (patch,) = fitted(model, removed, text, reads=reads)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -151,7 +156,8 @@ def assert_stationary(model, text, patch, removed, patches=()):
         torch.no_grad(),
     ):
         model(text.input_ids, use_cache=False)
-    x, out = seen["read"][text.mask], seen["stream"][text.mask]
+    x = seen["read"][text.mask]
+    out = seen["stream"][text.mask]
     weights = 1 / target.square().mean(-1)
     layer = model.model.layers[patch.block].get_submodule(patch.path)
     change = patch.weight - layer.weight.double()
@@ -161,13 +167,15 @@ def assert_stationary(model, text, patch, removed, patches=()):
 
 
 def test_later_cuts_are_fitted_on_the_model_patched_so_far():
-    model, text = tiny_model("llama"), tokens()
+    model = tiny_model("llama")
+    text = tokens()
     first, second = fitted(model, [1, 4], text)
     assert_stationary(model, text, second, [1], [first])
 
 
 def test_padding_does_not_count():
-    model, text = tiny_model("llama"), tokens()
+    model = tiny_model("llama")
+    text = tokens()
     other = TokenSet(text.input_ids.masked_fill(~text.mask, 99), text.mask, text.index)
     (one,), (two,) = (fitted(model, [3], t) for t in (text, other))
     torch.testing.assert_close(one.weight, two.weight)
@@ -217,7 +225,8 @@ def test_the_cuts_that_can_be_patched_are_and_the_others_listed(tmp_path):
 
 
 def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
-    model, calls = tiny_model("llama"), []
+    model = tiny_model("llama")
+    calls = []
 
     def first_fails(fit, held_out, left):
         calls.append(fit)
@@ -237,7 +246,9 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_original_runs_once_for_the_patches_of_several_states(family, monkeypatch):
-    replay, kept, ran = replay_of(tiny_model(family)), {}, []
+    replay = replay_of(tiny_model(family))
+    kept = {}
+    ran = []
     block = Recording.block
     monkeypatch.setattr(Recording, "block", lambda r, i, s: (ran.append(i), block(r, i, s))[1])
     for removed in ([2], [1, 4], [2, 4]):  # The first needs fewer blocks than the others.
@@ -360,7 +371,8 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path
     ],
 )
 def test_families_that_absorb(family, path):
-    model, text = tiny_model(family), tokens(16)
+    model = tiny_model(family)
+    text = tokens(16)
     (patch,) = fitted(model, [3], text)
     assert patch.path == path
     assert block_error(model, [patch], 2, 3, text) < block_error(model, [], 2, 3, text)
@@ -369,7 +381,8 @@ def test_families_that_absorb(family, path):
 def test_the_scale_of_a_family_is_found(monkeypatch):
     monkeypatch.setitem(FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5})
     model = tiny_model("granite")
-    stack, replay = find_stack(model), replay_of(model)
+    stack = find_stack(model)
+    replay = replay_of(model)
     with torch.no_grad():
         recording = replay.record(tokens().input_ids[:2, :8])
         write = find_write(recording, 0, recording.entered, stack.kinds[0])
@@ -388,7 +401,8 @@ def test_half_precision_does_not_hide_who_absorbs():
     for family in ("gemma2", "mixtral"):
         model = tiny_model(family).to(torch.bfloat16)
         model.get_input_embeddings().weight.data[:, 5] = 300.0
-        stack, replay = find_stack(model), replay_of(model)
+        stack = find_stack(model)
+        replay = replay_of(model)
         with torch.no_grad():
             recording = replay.record(tokens().input_ids[:2, :8])
             entered = recording.entered
@@ -440,11 +454,13 @@ ROUTED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute(
     family, reads, monkeypatch
 ):
-    model, text = tiny_model(family), tokens(64)
+    model = tiny_model(family)
+    text = tokens(64)
 
     # The map of the fitting rows only; the record has its error on the other rows.
     def fit_alone(fit, *given):
-        rows, found = copy.deepcopy(fit), fit_ridge(fit, *given)
+        rows = copy.deepcopy(fit)
+        found = fit_ridge(fit, *given)
         return found and dataclasses.replace(found, map=rows.map(found.strength))
 
     with monkeypatch.context() as only:

@@ -85,10 +85,12 @@ def exact(run, tmp_path_factory):
 
 def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     found = patch_of(run / "model")
-    (cut,), tuning = found["cuts"], found["tuning"]
+    (cut,) = found["cuts"]
+    tuning = found["tuning"]
     assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
     assert cut["held_out_error_left"] < 1
-    plain, patched = weights_of(exact), weights_of(run / "model")
+    plain = weights_of(exact)
+    patched = weights_of(run / "model")
     assert plain.keys() == patched.keys()
     changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
     assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
@@ -153,7 +155,8 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
 
 
 def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypatch):
-    out, sizes = Path(shutil.copytree(run, tmp_path / "run")), []
+    out = Path(shutil.copytree(run, tmp_path / "run"))
+    sizes = []
     made = read_json(out / "run.json", "run")
     # As a run records it that chose the micro-batch for its device.
     config = {**made["config"], "batch_tokens": None}

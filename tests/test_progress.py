@@ -80,7 +80,8 @@ class Bar:
     """A bar that keeps its position and its notes."""
 
     def __init__(self):
-        self.done, self.notes = 0.0, []
+        self.done = 0.0
+        self.notes = []
 
     def advance(self, steps=1, note=""):
         self.done += steps
@@ -110,7 +111,8 @@ def test_measuring_reports_the_best_so_far(finished, tmp_path):
 
 
 def test_work_without_steps_moves_the_bar_by_its_time():
-    bars, moved = Bars(), threading.Event()
+    bars = Bars()
+    moved = threading.Event()
 
     @contextlib.contextmanager
     def watched(description, total):
@@ -128,7 +130,8 @@ def test_work_without_steps_moves_the_bar_by_its_time():
 
 def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):
     (file := tmp_path / "model.gguf").write_bytes(bytes(40))
-    bars, digest = Bars(), hashlib.sha256(bytes(40)).hexdigest()
+    bars = Bars()
+    digest = hashlib.sha256(bytes(40)).hexdigest()
     assert ownership.file_sha256(file, bars) == digest
     assert not bars.done
     monkeypatch.setattr(ownership, "_LARGE", 30)

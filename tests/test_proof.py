@@ -116,7 +116,8 @@ def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
         def __call__(self, input_ids, use_cache):
             logits = torch.full((1, input_ids.shape[1], 40), -4.0)
             logits[..., 10:] += torch.arange(input_ids.shape[1])[:, None] / 100
-            logits[..., 1], logits[..., 2] = 16.0, 16.0 + above
+            logits[..., 1] = 16.0
+            logits[..., 2] = 16.0 + above
             return SimpleNamespace(logits=logits.bfloat16())
 
     # One step of bfloat16 at 16 is 0.125: 0.8 % of 16, and 3 % of the usual size.
@@ -204,7 +205,8 @@ def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     # The image token of the tiny model is the tokenizer's fourth.
-    tokenizer, model = tiny_tokenizer(), composite("llava")
+    tokenizer = tiny_tokenizer()
+    model = composite("llava")
     vision = model.config.vision_config
     side = {"height": vision.image_size, "width": vision.image_size}
     pixels = CLIPImageProcessor(size=side, crop_size=side)

@@ -190,7 +190,8 @@ def quantisation(folder):
 
 
 def test_fp8_in_tiles_with_experts_apart(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
+    out = tmp_path / "out"
     plain = composite_checkpoint("qwen3_5_moe", source)
     fp8_in_tiles(source)
     with edit_tensors(source) as tensors:
@@ -216,7 +217,8 @@ def test_fp8_in_tiles_with_experts_apart(tmp_path):
 
 
 def test_fp8_with_experts_in_one_tensor(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
+    out = tmp_path / "out"
     plain = composite_checkpoint("qwen3_vl_moe", source)
     experts = [n for n, p in plain.named_parameters() if ".experts." in n and p.ndim == 3]
     with edit_tensors(source) as tensors:
@@ -237,7 +239,8 @@ def test_fp8_with_experts_in_one_tensor(tmp_path):
 
 
 def test_int4_packs_are_cut_as_bytes(tmp_path):
-    source, out = tiny_checkpoint("llama", tmp_path / "source"), tmp_path / "out"
+    source = tiny_checkpoint("llama", tmp_path / "source")
+    out = tmp_path / "out"
     int4(source)
     assert inspect_model(source).quantisation == "compressed-tensors"
     excise(source, [1, 4], out)
@@ -250,7 +253,8 @@ def test_int4_packs_are_cut_as_bytes(tmp_path):
 
 
 def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
+    out = tmp_path / "out"
     # MXFP4 packs 32 numbers at a time.
     tiny_checkpoint("gpt_oss", source, intermediate_size=64)
     values = mxfp4(source)

@@ -85,7 +85,8 @@ def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
     ties = []
     for i in range(0, n, 2):
         row = np.zeros(n)
-        row[i], row[i + 1] = 1, -1
+        row[i] = 1
+        row[i + 1] = -1
         ties.append(LinearConstraint(f"tie {i}", row, "==", 0, "pairs go together"))
     problem = flat(n, count(n, 20), *ties)
     states, words = random_feasible(problem, 30, 0, np.zeros((0, n), dtype=bool))
@@ -97,7 +98,8 @@ def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
 @pytest.fixture
 def ranked():
     """A replay, twenty samples to rank on, a problem, its spectrum and the options of a run."""
-    replay, tokens = tiny_replay(), random_tokens([16] * 24)
+    replay = tiny_replay()
+    tokens = random_tokens([16] * 24)
     energy = Pairwise().measure(replay, tokens.select(range(4)), Work())
     problem = Problem(energy, [count(len(replay), 2)])
     spectrum = solve(problem, k=6)
@@ -137,7 +139,8 @@ def test_random_states_take_a_quarter_of_the_text_and_are_compared_on_it(ranked)
 
 
 def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monkeypatch):
-    tried, measure_patched = [], trials.changed_losses
+    tried = []
+    measure_patched = trials.changed_losses
 
     def interrupted(*given):
         tried.append(given)
@@ -187,7 +190,8 @@ def test_a_clear_leader_is_not_patched_for_the_choice():
 @pytest.mark.parametrize(("patched", "chosen"), [(0.97, 0), (0.9, 1)])
 def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(patched, chosen):
     rows = [SimpleNamespace(kl=k, above_lowest_se=0.0, removed=[k]) for k in (1, 2)]
-    found, losses = SimpleNamespace(candidates=rows, one_pass=None), {1: 1.0, 2: patched}
+    found = SimpleNamespace(candidates=rows, one_pass=None)
+    losses = {1: 1.0, 2: patched}
     measured = SimpleNamespace(kl=lambda removed, *_: losses[removed[0]])
     order = trials.choose_by_patch(found, True, RunConfig(), measured, [[2]])
     assert order == [chosen, 1 - chosen]
@@ -201,8 +205,11 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(p
 
 
 def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp_path, monkeypatch):
-    tried, kinds = [], []
-    fit, measure_patched, hidden = trials.fit_patch, trials.changed_losses, [1, 3, 4]
+    tried = []
+    kinds = []
+    fit = trials.fit_patch
+    measure_patched = trials.changed_losses
+    hidden = [1, 3, 4]
 
     def noted(session, *given):
         kinds.append((session.config.patch, session.config.patch_tokens, session.config.heal))
@@ -220,7 +227,8 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
         monkeypatch.setattr(trials, name, value)
     given = {"model": str(llama), "calibration": str(text), "remove": 3, "keep": "0"}
     given |= {"states": 2, "seed": 1}
-    options, out = {**OPTIONS, **given, "out": str(tmp_path / "run")}, tmp_path / "run"
+    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
+    out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options, heal="4tokens")
     isingcut.prune(**options, heal="4tokens")
@@ -230,7 +238,8 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
     # No state is measured twice, before or after the interruption.
     few = OPTIONS["patch_tokens"] // trials.LESS
     count = kinds.index(("tuned", few, ""))
-    searched, last = [*tried[:8], *tried[9:count]], tried[count:]
+    searched = [*tried[:8], *tried[9:count]]
+    last = tried[count:]
     assert len({tuple(removed) for removed in searched}) == len(searched)
     # After the first three, blocks that may go are removed or restored, one at a time.
     assert hidden not in searched[:3]

@@ -49,7 +49,8 @@ def section(page, title):
 
 
 def test_a_finished_run_is_recognised_by_its_files(folder):
-    page, chosen = page_of(folder), read_json(folder / "candidates.json", "candidates")["chosen"]
+    page = page_of(folder)
+    chosen = read_json(folder / "candidates.json", "candidates")["chosen"]
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
     a, b, c = chosen["removed"]
     assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
@@ -465,7 +466,8 @@ def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     healed = HealingFile.model_validate(healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N))
-    cut, parts = model_card(folder, [10, 11]), card_parts(folder, [10, 11])
+    cut = model_card(folder, [10, 11])
+    parts = card_parts(folder, [10, 11])
     found = card.healed_card(parts, cut, healed)
     assert front_matter(found) == front_matter(cut)
     assert "no weight was trained" in cut

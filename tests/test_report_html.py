@@ -90,7 +90,9 @@ def test_the_page_needs_nothing_else(run, page):
 
 
 def test_every_figure_holds_its_data(page):
-    n, states, random = 12, 20, 30
+    n = 12
+    states = 20
+    random = 30
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
     assert len(rows) == states + 3  # 20 on the map, two baselines and the choice
     assert len(page.classed("k")) + len(page.classed("r")) == n * (1 + states + 3)
@@ -406,7 +408,8 @@ def test_models_and_sizes_are_rows_of_one_table(run, tmp_path):
 
 
 def test_a_comparison_is_replaced_with_leave_only(run, tmp_path):
-    out, places = tmp_path / "c.html", [(run, run), (run, run / "remove-2")]
+    out = tmp_path / "c.html"
+    places = [(run, run), (run, run / "remove-2")]
     write_comparison(places, out)
     with pytest.raises(OutputExistsError, match="already exists"):
         write_comparison(places, out)

@@ -14,7 +14,8 @@ from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
 
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESK = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
 # By default Chromium contacts update and name servers; a test machine has no network.
 QUIET = [
     "--no-sandbox",
@@ -166,7 +167,8 @@ def pairs(removed):
 def test_a_click_on_a_state_marks_it_in_every_figure(show, run):
     page = show("run")
     ranked = read_json(run / "candidates.json", "candidates")
-    state, chosen = ranked["candidates"][2]["removed"], ranked["chosen"]["removed"]
+    state = ranked["candidates"][2]["removed"]
+    chosen = ranked["chosen"]["removed"]
     assert outlined(page) == pairs(chosen)
     page.locator("#map tbody tr").nth(2).click()
     assert page.locator("#map button[aria-pressed=true]").count() == 1
@@ -180,7 +182,8 @@ def test_a_click_on_a_state_marks_it_in_every_figure(show, run):
 
 
 def test_the_keyboard_reaches_every_state(show, run):
-    page, live = show("run"), "document.querySelector('#live').textContent"
+    page = show("run")
+    live = "document.querySelector('#live').textContent"
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.locator("#map tbody button").first.focus()
@@ -222,7 +225,8 @@ def test_axe_finds_enough_contrast_in_the_dark(show, name):
 
 def test_light_and_dark_follow_the_system(show):
     colour = "getComputedStyle(document.body).backgroundColor"
-    light, dark = show("run", color_scheme="light"), show("run", color_scheme="dark")
+    light = show("run", color_scheme="light")
+    dark = show("run", color_scheme="dark")
     assert light.evaluate(colour) != dark.evaluate(colour)
     dark.emulate_media(media="print")
     assert dark.evaluate(colour) == light.evaluate(colour)

@@ -87,7 +87,8 @@ def _lasting(run):
 
 
 def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
-    out, said = tmp_path / "run", tmp_path / "said"
+    out = tmp_path / "run"
+    said = tmp_path / "said"
     rng = np.random.default_rng(11)
     killed = 0
     while True:

@@ -82,7 +82,8 @@ def test_evaluator_pays_for_each_sample_once(replay, tokens):
     states = all_states(N, 2)[:5]
     evaluator.measure(states, 3, "few")
     evaluator.measure(states, 3, "again")
-    part, paid = evaluator.ledger.share(range(3)), evaluator.ledger
+    part = evaluator.ledger.share(range(3))
+    paid = evaluator.ledger
     assert Evaluator(replay, tokens, WORK, seed=0).price(states, 3) == paid.passes
     assert paid.passes == pytest.approx((N + tree_nodes(states)) * part / N)
     assert paid.heads == pytest.approx((1 + len(states)) * part)
@@ -158,7 +159,8 @@ def test_slopes_equal_a_small_step_of_the_gate(replay, tokens):
 
 def test_surrogate_mean_is_the_gaussian_posterior():
     # The same posterior from explicit features and precision matrices.
-    n, prior = 6, random_energy(6, 1)
+    n = 6
+    prior = random_energy(6, 1)
     states = all_states(n, 3)[::2]
     rng = np.random.default_rng(2)
     losses = prior.energies(states) + 0.3 * rng.random(len(states)) + 0.5
@@ -171,7 +173,8 @@ def test_surrogate_mean_is_the_gaussian_posterior():
         energy = (prior.energies(x) - prior.energies(states).mean())[:, None]
         return np.hstack([np.ones((len(x), 1)), energy, x, pair]).astype(float)
 
-    spread, scale = found.spread, found._scale
+    spread = found.spread
+    scale = found._scale
     sd = [scale, SLOPE * found._b]
     sd += [scale * spread.own] * n + [scale * spread.pair] * len(pairs)
     phi = features(states)
@@ -187,7 +190,8 @@ def test_surrogate_mean_is_the_gaussian_posterior():
 
 
 def test_surrogate_samples_have_the_posterior_moments():
-    n, prior = 5, random_energy(5, 3)
+    n = 5
+    prior = random_energy(5, 3)
     states = all_states(n, 2)[:7]
     losses = 1 + prior.energies(states) + 0.1 * np.arange(7)
     found = Surrogate(prior, states, losses, np.full(7, 0.02))
@@ -267,7 +271,8 @@ def test_search_finds_the_best_state_of_all(replay, tokens):
 
 
 def test_search_stops_when_a_better_state_is_unlikely(tokens, monkeypatch):
-    replay, spent = tiny_replay(num_hidden_layers=12), []
+    replay = tiny_replay(num_hidden_layers=12)
+    spent = []
     for chance in (1.01, 0.05, 0.01):
         monkeypatch.setattr(search_module, "CHANCE", chance)
         found = Search(replay, tokens, WORK, [Target.count(12, 6)], 30.0, seed=2).run()

@@ -64,7 +64,8 @@ WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
     [("time limit", {"seconds": 0.2}), ("node limit", {"nodes": 2}), ("interrupted", {})],
 )
 def test_a_stopped_search_has_the_best_so_far_and_a_bound(stopped, options, monkeypatch):
-    calls, wait = iter([KeyboardInterrupt]), exact.wait
+    calls = iter([KeyboardInterrupt])
+    wait = exact.wait
 
     def interrupt(*arguments):
         for error in calls:
@@ -87,7 +88,9 @@ def test_auto_stops_at_its_limit():
 
 
 def test_a_limit_does_not_count_the_compilation(monkeypatch):
-    now, compilation, plain = [0.0], iter([100.0]), tabu.tabu_walk
+    now = [0.0]
+    compilation = iter([100.0])
+    plain = tabu.tabu_walk
 
     def walk(*arguments):
         now[0] += next(compilation, 0.0)
@@ -382,7 +385,8 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind
 
 
 def test_bounds_are_bounds():
-    n, m = 12, 5
+    n = 12
+    m = 5
     ham = hamiltonian("indefinite", n, 4)
     C = spin_matrix(ham.h, ham.J, ham.c)
     x = (np.arange(2**n)[:, None] >> np.arange(n)) & 1

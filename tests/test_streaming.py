@@ -43,7 +43,9 @@ FAST = ["deepseek_v3", "gemma2", "gpt2", "llama", "mixtral", "nemotron_h", "opt"
 @pytest.mark.parametrize("family", FAST)
 def test_equals_the_model_in_memory_with_two_parts_alive(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
-    whole, parts, tokens = in_memory(folder), streamed(folder), samples()
+    whole = in_memory(folder)
+    parts = streamed(folder)
+    tokens = samples()
     states = some_states(len(whole))
     expected = measure(whole, tokens, states, work=Work(24))
     seen = watch(parts)
@@ -78,7 +80,9 @@ def test_gradients_through_several_blocks_are_refused(llama):
 @pytest.mark.parametrize("removed", [(1, 2), (0, 3)])
 def test_slopes_at_a_cut_model_are_those_in_memory(family, removed, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
-    whole, parts, tokens = in_memory(folder), streamed(folder), samples()
+    whole = in_memory(folder)
+    parts = streamed(folder)
+    tokens = samples()
     state = np.zeros(len(whole), dtype=bool)
     state[list(removed)] = True
     expected = gate_slopes(whole, tokens, state, 16)
@@ -90,7 +94,8 @@ def test_a_forward_pass_reads_what_it_needs(tmp_path):
     """Llama 4 reads the device of the embedding's weight before it calls the embedding."""
     folder = tiny_checkpoint("llama4", tmp_path)
     ids = samples().input_ids[:1]
-    whole, parts = in_memory(folder), streamed(folder)
+    whole = in_memory(folder)
+    parts = streamed(folder)
     with torch.no_grad():
         expected = whole.model(input_ids=ids, use_cache=False).logits
         assert torch.equal(parts.model(input_ids=ids, use_cache=False).logits, expected)
@@ -201,7 +206,8 @@ def sweeps(replay, job, *arguments, **options):
 
 
 def test_one_sweep_is_enough_for_all_that_fits(llama):
-    replay, tokens = streamed(llama), samples()
+    replay = streamed(llama)
+    tokens = samples()
     OutputHead(replay)  # inspecting the head reads it
     states = [some_states(len(replay), 5), some_states(len(replay), 9)[5:]]
     wanted = [(tokens, states[0]), (tokens.select([2, 0]), states[1])]
@@ -221,7 +227,8 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
 
 
 def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeypatch):
-    alive, most = weakref.WeakSet(), []
+    alive = weakref.WeakSet()
+    most = []
 
     class Watched(head.Comparison):
         def __init__(self, *args):
@@ -238,8 +245,10 @@ def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
     replay = streamed(tiny_checkpoint("llama", tmp_path, num_hidden_layers=8))
     tokens = random_tokens([12] * 8)
     search = Search(replay, tokens, Work(24), [Target.count(8, 4)], 12.0)
-    sets, rounds = [], []
-    turn, together = Search._turn, measure_together
+    sets = []
+    rounds = []
+    turn = Search._turn
+    together = measure_together
     monkeypatch.setattr(
         ledger, "measure_together", lambda *a: (sets.append(len(a[1])), together(*a))[1]
     )

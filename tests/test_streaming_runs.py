@@ -34,10 +34,13 @@ from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed,
 class Numbers:
     """A part of eight bytes whose file may be missing."""
 
-    size, sweeps = 8, 0
+    size = 8
+    sweeps = 0
 
     def __init__(self, value, gone=False):
-        self.value, self.gone, self.memory = value, gone, None
+        self.value = value
+        self.gone = gone
+        self.memory = None
 
     def fill(self, buffer):
         if self.gone:
@@ -54,7 +57,9 @@ class Numbers:
 def test_a_part_read_ahead_and_not_wanted_may_fail():
     """A proof may end while a part of the cut is still read, and then its folder is renamed."""
     buffers = Buffers(8, CPU)
-    first, gone, next_one = Numbers(1), Numbers(2, gone=True), Numbers(3)
+    first = Numbers(1)
+    gone = Numbers(2, gone=True)
+    next_one = Numbers(3)
     buffers.take(first)
     buffers.expect(gone)
     concurrent.futures.wait([buffers._pending[2]])

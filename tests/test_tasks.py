@@ -28,7 +28,8 @@ def choice(i, count):
 
 
 def arc(i):
-    text, answer = f"Which of these is number {i}?", i % 4
+    text = f"Which of these is number {i}?"
+    answer = i % 4
     theirs = {
         "question": text,
         "choices": {"text": choice(i, 4), "label": ["A", "B", "C", "D"]},
@@ -245,7 +246,8 @@ def test_a_few_graded_scores_are_no_proof(n):
 def test_rows_resume(models, tmp_path, monkeypatch):
     records = [arc(i)[1] for i in range(8)]
     write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
-    tasks, kept = [prepare_task("arc_easy", tmp_path, 5)], tmp_path / "kept"
+    tasks = [prepare_task("arc_easy", tmp_path, 5)]
+    kept = tmp_path / "kept"
     (first,) = benchmark(models, tasks, kept=kept)
     assert (first.n, first.shots, first.metric) == (5, 0, "acc")
     assert len(list(kept.glob("*.journal"))) == 2

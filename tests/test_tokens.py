@@ -31,7 +31,8 @@ def test_large_batches_are_padded_by_an_eighth_at_most():
     lengths = np.random.default_rng(1).integers(2, 300, 400).tolist()
     batches = of_lengths(lengths).batches(2048)
     for batch in batches:
-        shortest, longest = int(batch.mask.sum(1).min()), batch.input_ids.shape[1]
+        shortest = int(batch.mask.sum(1).min())
+        longest = batch.input_ids.shape[1]
         assert 8 * shortest >= 7 * longest or (batch.samples - 1) * longest < 256
     computed = sum(b.input_ids.numel() for b in batches)
     assert computed < 1.1 * sum(lengths)
@@ -106,7 +107,8 @@ def test_the_share_is_that_of_a_plain_count(length, size):
         found[0] = [~i for i in found[0][: length // 2]] + found[0][length // 2 :]
         return TokenSet.from_rows(found)
 
-    first, *others = split(30), split(9), split(20)
+    first = split(30)
+    others = [split(9), split(20)]
     share = overlap(first, others)
     assert share == counted(first, others, size)
     assert 0.05 < share < 0.9

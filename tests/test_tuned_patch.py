@@ -25,11 +25,13 @@ REMOVED = (2, 3)
 
 
 def tuned(model, text, removed=REMOVED):
-    replay, patches = replay_of(model), []
+    replay = replay_of(model)
+    patches = []
     rest, held_out = split_samples(text)
     with contextlib.suppress(ArchitectureError):  # No map helps some random models.
         patches = fit_patches(replay, rest, removed, Work(96)).patches
-    teacher, config = SimpleNamespace(replay=replay), HealConfig(batch_tokens=96)
+    teacher = SimpleNamespace(replay=replay)
+    config = HealConfig(batch_tokens=96)
     job = Job(teacher, removed, None, text, None, config)
     found, record = tune(job, rest, held_out, patches)
     return SimpleNamespace(patches=found, record=record)
@@ -37,7 +39,8 @@ def tuned(model, text, removed=REMOVED):
 
 def divergence(model, text, found, removed=REMOVED):
     """Return KL(original || patched) from plain forward passes over the held-out samples."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for s in range(7, text.samples, 8):
         ids = text.input_ids[s : s + 1, : int(text.mask[s].sum())]
         with torch.no_grad():
@@ -53,7 +56,8 @@ def divergence(model, text, found, removed=REMOVED):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
 def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(monkeypatch, family):
     # Every sample eight times, so that what is learnt also applies to the validation samples.
-    model, text = tiny_model(family), tokens(16).select(torch.arange(16).repeat_interleave(8))
+    model = tiny_model(family)
+    text = tokens(16).select(torch.arange(16).repeat_interleave(8))
     monkeypatch.setattr(tuning, "STEP_TOKENS", 64)
     monkeypatch.setattr(tuning, "RATE", 0.002)
     found = tuned(model, text)
@@ -65,7 +69,8 @@ def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(mon
 
 def test_what_wins_nothing_on_samples_held_out_is_not_kept(monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 30.0)
-    model, text = tiny_model("llama"), tokens(16)
+    model = tiny_model("llama")
+    text = tokens(16)
     found = tuned(model, text)
     kl = found.record.held_out_kl
     assert min(kl[1:]) > kl[0]
@@ -82,7 +87,8 @@ def test_the_original_stays_as_it_was():
 
 
 def test_cuts_at_the_first_and_the_last_block_have_one_neighbour():
-    model, text = tiny_model("llama"), tokens(16)
+    model = tiny_model("llama")
+    text = tokens(16)
     removed = (0, 3, 5)
     found = tuned(model, text, removed)
     assert {layer.block for layer in found.record.layers} == {1, 2, 4}
@@ -134,7 +140,8 @@ def test_three_samples_are_too_few():
 
 
 def test_weights_of_wider_models_move_less(monkeypatch):
-    rates, adam = list[float](), torch.optim.AdamW
+    rates = list[float]()
+    adam = torch.optim.AdamW
 
     def seen(groups, lr, **rest):
         rates.append(lr)

@@ -44,7 +44,8 @@ def test_a_model_whose_graph_was_measured_is_let_go():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_measurements_use_the_chosen_attention_and_agree(family):
-    replay, attention = tiny_replay(family), "eager"
+    replay = tiny_replay(family)
+    attention = "eager"
     tokens = random_tokens()
     states = np.eye(len(replay), dtype=bool)
     used = {None: set(), attention: set()}

@@ -127,7 +127,8 @@ def streamed(folder):
 def watch(replay):
     """Record which parts have weights at each call of a block; check that two buffers hold them."""
     seen = []
-    text, head = replay.text, replay.model.get_output_embeddings()
+    text = replay.text
+    head = replay.model.get_output_embeddings()
     outer = {"embed": text.get_input_embeddings(), "head": head}
     modules = {**{str(i): block for i, block in enumerate(replay.blocks)}, **outer}
 

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from isingcut.formats.sources import resolve
 
 from isingcut.data.calibration import build
+from isingcut.formats.sources import resolve
 from isingcut.measure.gates import run_gated
 from isingcut.models import load as models
 from isingcut.models.replay import Replay

@@ -55,7 +55,9 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size, self._group = rank, size, group
+        self.rank = rank
+        self.size = size
+        self._group = group
         self.local_rank = local_rank()
 
     @classmethod

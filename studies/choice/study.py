@@ -114,7 +114,8 @@ class Choice(ModelStudy):
             random_states=0,
             **options,
         )
-        config, fits = checks.resolve_energy(config.validate()), dict[tuple[int, ...], Any]()
+        config = checks.resolve_energy(config.validate())
+        fits = dict[tuple[int, ...], Any]()
 
         def fit_once(run: Session, folder: RunFolder, removed: State, *given: Any) -> Any:
             found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, *given)

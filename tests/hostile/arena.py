@@ -136,7 +136,9 @@ def glob_to_regex(pattern):
 
 def call(arguments, seconds=20, megabytes=1500, stdin=""):
     """Run the command line in this process, within limits; return exit code, stdout, stderr."""
-    out, err, typed = io.StringIO(), io.StringIO(), sys.stdin
+    out = io.StringIO()
+    err = io.StringIO()
+    typed = sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:
         with (

@@ -7,7 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 ENERGY = "energy {model} --calibration {text} --samples 2 --length 16 --out {here}/new"
-CONFIG, WEIGHTS = "model/config.json", "model/model.safetensors"
+CONFIG = "model/config.json"
+WEIGHTS = "model/model.safetensors"
 
 
 def written(place, content="mine"):

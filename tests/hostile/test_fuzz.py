@@ -78,7 +78,8 @@ def _homes(value):
 @st.composite
 def damage(draw, most):
     """Draw a function that truncates data or flips bytes, within the first ``most`` bytes."""
-    cut, at = draw(st.booleans()), draw(st.integers(0, most))
+    cut = draw(st.booleans())
+    at = draw(st.integers(0, most))
     bits = draw(st.lists(st.tuples(st.integers(0, most), st.integers(1, 255)), min_size=1))
 
     def spoil(data):

@@ -119,8 +119,11 @@ def test_a_conversion_clears_what_killed_ones_left(arena):
 
 def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     file()(arena)
-    arrived, found, converted = threading.Event(), [], []
-    numbers, convert = gguf_files._count_numbers, gguf_files.unpack_gguf
+    arrived = threading.Event()
+    found = []
+    converted = []
+    numbers = gguf_files._count_numbers
+    convert = gguf_files.unpack_gguf
 
     def noted(path):
         if threading.current_thread() is other:

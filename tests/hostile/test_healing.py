@@ -164,8 +164,10 @@ def one_bit(content):
 unmarked = removed(f"run/model/{MARKER}")
 UNREADABLE = "isingcut.json is not a readable record of a cut"
 ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
-HEAL, OTHER = heal(), heal("--other-teacher", teacher="{here}/other")
-DOWN, STUDENT = "model.layers.0.mlp.down_proj.weight", "run/model"
+HEAL = heal()
+OTHER = heal("--other-teacher", teacher="{here}/other")
+DOWN = "model.layers.0.mlp.down_proj.weight"
+STUDENT = "run/model"
 SAYS = [
     ("fewer blocks", "has 4 blocks, but its record says that 1 of 6", removed_are(1)),
     ("a smaller model", "cut from a model of 5 blocks", removed_are(1, 2, of=5)),

@@ -19,7 +19,8 @@ def put(key, shape, data):
     return b"%08x " % zlib.crc32(text) + text
 
 
-NAN, ONES = np.full((2, 3), np.nan).tobytes(), np.ones(6).tobytes()
+NAN = np.full((2, 3), np.nan).tobytes()
+ONES = np.ones(6).tobytes()
 DEEP = b"[" * 100_000
 LINES = {
     "rubbish": bytes(range(11, 256)) * 64,

@@ -83,7 +83,8 @@ WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* of a gene
 TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
 SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
 LONG = config(max_position_embeddings=4096)
-THE_CUT, THE_MODEL = tensors(overflow, "run/model"), tensors(overflow)
+THE_CUT = tensors(overflow, "run/model")
+THE_MODEL = tensors(overflow)
 OVERFLOWS = [
     ("the original", "arc_easy", f"{BLOCK} {NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_MODEL),
     ("the cut", "arc_easy", f"{BLOCK} .*run/{NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_CUT),

@@ -79,7 +79,8 @@ def replaced_model(arena):
 
 WORKS = {"code": 0, "makes": ("run/*", "moved/run/*")}
 EXCISE = "excise {run} --blocks 0,1 --overwrite"
-RANK, MOVED = "rank {run} --random-states 31 --overwrite", "excise {here}/moved/run --blocks 0,1"
+RANK = "rank {run} --random-states 31 --overwrite"
+MOVED = "excise {here}/moved/run --blocks 0,1"
 WENT = "is no longer at .*--model"
 FOUND = [
     Row("rank from another folder", RANK, "", chdir_home, **WORKS),

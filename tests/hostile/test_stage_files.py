@@ -154,7 +154,8 @@ ROWS += [
 # Other commands that read the same files as the report.
 NO_BLOCKS = edited("run.json", "blocks", drop=True)
 NO_REMOVAL = edited("model/isingcut.json", "removed", value=None)
-NO_RUN, LOOP = "not an isingcut run folder", "not an isingcut run folder|cannot resolve"
+NO_RUN = "not an isingcut run folder"
+LOOP = "not an isingcut run folder|cannot resolve"
 DANGLING = replaced("run.json", lambda f: os.symlink("nowhere", f))
 
 
@@ -227,7 +228,8 @@ def nothing(arrays):
     pass
 
 
-HAMILTONIAN, BOMB = "hamiltonian.safetensors", (1 << 62).to_bytes(8, "little")
+HAMILTONIAN = "hamiltonian.safetensors"
+BOMB = (1 << 62).to_bytes(8, "little")
 SHAPE = r"expected F64 of shape \(6,"
 ARRAYS = [
     ("J missing", without("J"), "the tensor J is missing"),

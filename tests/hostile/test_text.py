@@ -47,8 +47,10 @@ def broken(content, at):
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
 
-NO_OBJECT, NO_STRING = "line 1 must be a JSON object, found ", "'text' must be a string, found "
-NO_MESSAGES, HALF = "'messages' must be a list of objects", b'{"text": "a \\ud83d b"}\n'
+NO_OBJECT = "line 1 must be a JSON object, found "
+NO_STRING = "'text' must be a string, found "
+NO_MESSAGES = "'messages' must be a list of objects"
+HALF = b'{"text": "a \\ud83d b"}\n'
 NO_ROLE = b'{"messages": [{"content": "a"}]}\n'
 HALF_CHAT = b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n'
 TWO_LINES = b'{"text": "a"}\n{"text": \n'
@@ -358,7 +360,8 @@ FAILS = r"the model's tokenizer fails on the text '.*' \({}"
 
 
 PADDING = both(added_as("pad_token", "<filling>"), written("a.jsonl", CHATS))
-TOO_MANY, BEGIN = tokenizer_file(added(" ")), added_as("bos_token", "<begin>")
+TOO_MANY = tokenizer_file(added(" "))
+BEGIN = added_as("bos_token", "<begin>")
 FINE = {"code": 0, "makes": ("new*", "home*")}
 HELD += [
     Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),

@@ -37,7 +37,8 @@ def _works(words, where, here):
     patch = pytest.MonkeyPatch()
     leave_speed_out(patch.setattr)
     module, name = where.rsplit(".", 1)
-    owner, here_it_was = pkgutil.resolve_name(module), []
+    owner = pkgutil.resolve_name(module)
+    here_it_was = []
 
     def waiting(*arguments, **options):
         if not here_it_was:
@@ -54,7 +55,8 @@ def _works(words, where, here):
 @contextlib.contextmanager
 def working(arena, tmp_path, command, where, size=1):
     """Yield the processes of a command, stopped at ``where``; then check how they end."""
-    meeting, said = tmp_path / "meeting", tmp_path / "said"
+    meeting = tmp_path / "meeting"
+    said = tmp_path / "said"
     meeting.mkdir()
     os.mkfifo(meeting / "go")
     arguments = (said, _works, typed(arena, command), where, meeting)

@@ -45,7 +45,8 @@ def numbers(kind):
         schema = schemas[f.name]
         schema = schema.get("anyOf", [schema])[0]
         if schema["type"] in ("integer", "number"):
-            low, above = schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf)
+            low = schema.get("minimum", -math.inf)
+            above = schema.get("exclusiveMinimum", -math.inf)
             yield f, low, above, schema["maximum"], schema["type"] == "integer"
 
 

@@ -21,7 +21,8 @@ from isingcut.testing.tiny import FAMILIES, tiny_checkpoint
 from sweep.conformance import Report, check_entry, check_family, entries
 
 # Limits for one architecture.
-_SECONDS, _BYTES = 600, 4 * 10**9
+_SECONDS = 600
+_BYTES = 4 * 10**9
 OUTCOMES = ("passed", "refused", "failed", "not built")
 # Results of all architectures, for docs/make_architectures.py.
 RESULTS = Path(__file__).with_name("results.jsonl")

@@ -187,7 +187,8 @@ def _report(name, build, folder, states):
         reason = str(error)
     except Exception as error:
         # A library's error that isingcut does not catch is a failure of isingcut.
-        outcome, reason = "failed", one_line(error)
+        outcome = "failed"
+        reason = one_line(error)
     return Report(name, outcome, reason=reason.replace(f"{folder}/", ""), mtp=mtp)
 
 
@@ -203,7 +204,11 @@ def _check(model, mtp, folder, states):
     rows = legality(model.config, stack)
     tokens = random_tokens(model, 2, 20)
     chosen = legal_states(stack, rows, states)
-    worst, sublayer, reason, unseen, drafts = 0.0, True, "", "", False
+    worst = 0.0
+    sublayer = True
+    reason = ""
+    unseen = ""
+    drafts = False
     try:
         replay = Replay(model.requires_grad_(False))
         worst = _replay_is_forward(replay, tokens, chosen)
@@ -281,7 +286,8 @@ def legal_states(stack, rows, wanted):
     if len(bits) == 0:
         raise ArchitectureError("no state is legal: every block has to stay")
     bits = bits[np.random.default_rng(0).permutation(len(bits))]
-    first, last = bits[:, 0], bits[:, -1]
+    first = bits[:, 0]
+    last = bits[:, -1]
     picks = list(range(len(bits)))
     for mask in (first & last, last & ~first, first & ~last):
         picks = [*(int(i) for i in np.flatnonzero(mask)[:1]), *picks]

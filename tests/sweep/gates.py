@@ -20,7 +20,8 @@ from isingcut.models.verify import relative_difference
 
 _ROUNDING = 1e-9
 # With float64, so small that steps rarely cross a jump of the loss (routers, sparse attention).
-_STEP, _CURVED = 1e-6, 1e-5
+_STEP = 1e-6
+_CURVED = 1e-5
 
 
 def check_gates(model, stack, tokens):

@@ -155,7 +155,8 @@ def image_forms(model):
 
 
 def _pixels(model):
-    names, vision = parameters(model.forward), _vision(model.config)
+    names = parameters(model.forward)
+    vision = _vision(model.config)
     patch = first_number(vision, ("patch_size",)) or 14
     channels = first_number(vision, _CHANNELS) or 3
     merge = _merge(model)

@@ -58,7 +58,8 @@ def add_mtp_layers(model, folder):
     _write_fields(config, text, count)
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = Checkpoint.read(folder)
-    n, blocks = checkpoint.depth, checkpoint.prefix
+    n = checkpoint.depth
+    blocks = checkpoint.prefix
     own = next((m[0] for p in patterns if (m := re.search(r"(model\\\.)?mtp\w*", p))), None)
     prefix = blocks if own is None else own.replace("\\", "") + ".layers."
     tensors = load_file(folder / "model.safetensors")
@@ -116,7 +117,8 @@ def check_mtp_layers(found, model, removed, source, cut):
     Returns:
         whether transformers generates with them, in which case the tokens were compared as well.
     """
-    before, after = _tensors(source), _tensors(cut)
+    before = _tensors(source)
+    after = _tensors(cut)
     old, new = (depth(read_decoder(_config(folder))) for folder in (source, cut))
     assert mtp_layers(read_decoder(_config(cut))) == found.count, "the configuration lost them"
     for number in range(found.count):

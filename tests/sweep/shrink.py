@@ -14,10 +14,14 @@ from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-WIDTH, HEADS, HEAD_DIM, INNER = 64, 4, 16, 96
+WIDTH = 64
+HEADS = 4
+HEAD_DIM = 16
+INNER = 96
 # Special ids, such as of an image, come first; random tokens are drawn from the others.
 VOCABULARY = 256 + 6
-DEPTH, TOWER_DEPTH = 6, 4
+DEPTH = 6
+TOWER_DEPTH = 4
 
 _DEPTH = re.compile(
     r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth|layers"

@@ -120,7 +120,8 @@ def _rows(rng: np.random.Generator, tokens: TokenSet, wanted: int) -> list[int]:
 
 def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
     """Make up to ``count`` distinct children, each one to three exchanges from the parent."""
-    gone, here = np.flatnonzero(parent), np.flatnonzero(~parent)
+    gone = np.flatnonzero(parent)
+    here = np.flatnonzero(~parent)
     found: dict[str, Bools] = {}
     # Small stacks have fewer children than ``count``: stop drawing then.
     for _ in range(10 * count):

@@ -85,7 +85,8 @@ def _outcome() -> tuple[int, str]:
     """Run the command; return its exit code and the error message."""
     # Options before the verb; the rest is not checked here.
     before = list(itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:]))
-    verb, debug = "".join(sys.argv[len(before) + 1 :][:1]), "--debug" in before
+    verb = "".join(sys.argv[len(before) + 1 :][:1])
+    debug = "--debug" in before
     if launched_rank() and verb not in TOGETHER:
         return 0, ""
     try:
@@ -149,7 +150,8 @@ def main() -> None:
     code, words = _outcome()
     lost = unwritable(printed)
     if lost is not None and not isinstance(lost, BrokenPipeError):
-        code, words = 2, f"cannot write to standard output: {lost.strerror}"
+        code = 2
+        words = f"cannot write to standard output: {lost.strerror}"
     if is_launched():
         # The message is printed below; the signal handler would print it again.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -101,7 +101,8 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
 
 def show_ranking(found: states.CandidatesFile) -> None:
     """Print how well the energy ranks, and the chosen state."""
-    chosen, lines = found.chosen, []
+    chosen = found.chosen
+    lines = []
     why = words.sentence("why_words", found)
     for name, judged in {"energy": found.fidelity, **found.fidelity_of_others}.items():
         figures = judged.kl
@@ -184,7 +185,9 @@ def open_finished(target: Path) -> RunFiles:
 
 def run_data(files: RunFiles) -> dict[str, Any]:
     """Return the `--json` content of `run`: the figures of a finished run, and its files."""
-    target, ranking, evaluation = files.target, files.candidates, files.evaluation
+    target = files.target
+    ranking = files.candidates
+    evaluation = files.evaluation
     found: dict[str, Any] = {
         "folder": str(target),
         "checkpoint": files.checkpoint,
@@ -261,7 +264,8 @@ def show_plan(plan: dict[str, Any]) -> None:
 def show_curve(folder: Path) -> None:
     """Print the quality for each number of blocks, and the command that cuts one of the states."""
     names = [f"{name} ({CUT_RANKING})" for name in ("KL, nats/token", "perplexity")]
-    found, rows = curve_data(folder), []
+    found = curve_data(folder)
+    rows = []
     for row in found:
         # Infinite on overflow.
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf

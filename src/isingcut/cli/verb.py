@@ -65,7 +65,10 @@ Blocks = Annotated[
 ]
 OneBased = Annotated[bool, typer.Option("--one-based", help="Count --blocks from 1.")]
 
-WHOLE, STAGES, RESULT, LOOK = "Whole runs", "Single stages", "Use the result", "Look things up"
+WHOLE = "Whole runs"
+STAGES = "Single stages"
+RESULT = "Use the result"
+LOOK = "Look things up"
 """The groups of verbs in `isingcut --help`."""
 
 TOGETHER: set[str] = set()
@@ -363,7 +366,8 @@ def removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[R
     from isingcut.runs.folder import MANIFEST, RunFolder
 
     # The parent of "." is ".".
-    whole, of_run = Path(os.path.abspath(directory)), (directory / MANIFEST).exists()
+    whole = Path(os.path.abspath(directory))
+    of_run = (directory / MANIFEST).exists()
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
         if alone and (options.get("remove") or options.get("budget")):
             raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")

@@ -128,7 +128,8 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     _check_early(wanted, "isingcut.energy")
     folder = pipeline.energy(wanted, progress=progress)
     data = show.energy_data(folder)
-    text, file = RunFiles(folder).calibration, data["hamiltonian"]
+    text = RunFiles(folder).calibration
+    file = data["hamiltonian"]
     assert text is not None
     warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
@@ -274,7 +275,8 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     """
     from isingcut.healing.checks import check_inputs
 
-    wanted, inputs = collect(HealConfig, config, options), [config] if config else []
+    wanted = collect(HealConfig, config, options)
+    inputs = [config] if config else []
     check_inputs(wanted, inputs)
     # Imported last, because it imports torch.
     from isingcut.healing.heal import heal as run_heal
@@ -377,7 +379,8 @@ def evaluate(
             brief=f"{found.kl:.4f}",
             warnings=[*words.paragraphs("harm_words", found), *words.patch_warnings(found)],
         )
-    rows, file = benchmarking.benchmarks(session, folder, removed), target / "benchmarks.json"
+    rows = benchmarking.benchmarks(session, folder, removed)
+    file = target / "benchmarks.json"
     files = RunFiles(folder.path, target)
     before = {} if files.evaluation is None else output | files.evaluation.content()
     return Output(
@@ -443,7 +446,8 @@ def push(
 
     from isingcut.runs import interop_hub
 
-    checkpoint, folder = directory, None
+    checkpoint = directory
+    folder = None
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
         solving.require(folder, config, "model")
@@ -492,7 +496,8 @@ def inspect_blocks(**options: Any) -> Output:
     from isingcut.models.inspect import inspect_model
 
     found = inspect_model(source, **{name: getattr(config, name) for name in _PLACING})
-    data, blocks = show.inspection_data(found), str(len(found.stack))
+    data = show.inspection_data(found)
+    blocks = str(len(found.stack))
     return Output(data, lambda: show.show_inspection(found), brief=blocks)
 
 

@@ -89,12 +89,16 @@ class Part:
     """
 
     def __init__(self, bar: Bar, worth: float) -> None:
-        self._bar, self._left, self._scale, self._words = bar, worth, 0.0, ""
+        self._bar = bar
+        self._left = worth
+        self._scale = 0.0
+        self._words = ""
 
     @contextlib.contextmanager
     def __call__(self, description: str, total: float) -> Iterator[Bar]:
         """Divide the remaining part among ``total`` steps."""
-        self._scale, self._words = self._left / max(total, 1e-9), description
+        self._scale = self._left / max(total, 1e-9)
+        self._words = description
         yield self
 
     def advance(self, steps: float = 1, note: str = "") -> None:
@@ -128,8 +132,13 @@ class PlainBar:
     def __init__(
         self, description: str, total: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.description, self.total, self.done, self.printed = description, total, 0.0, 0
-        self.note, self.clock, self.began = "", clock, clock()
+        self.description = description
+        self.total = total
+        self.done = 0.0
+        self.printed = 0
+        self.note = ""
+        self.clock = clock
+        self.began = clock()
         self.last = self.began
         self.first: tuple[float, float] | None = None
 
@@ -144,7 +153,8 @@ class PlainBar:
         since, before = self.first or (self.began, 0.0)
         self.first = self.first or (now, self.done)
         if tenth > self.printed and now - self.last >= QUIET_SECONDS:
-            self.printed, self.last = tenth, now
+            self.printed = tenth
+            self.last = now
             left = (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from isingcut.console.printing import ASCII, printable
 
-_NARROWEST, _PIPE = 40, 160
+_NARROWEST = 40
+_PIPE = 160
 
 
 class _Literal(Console):

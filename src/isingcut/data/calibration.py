@@ -101,7 +101,8 @@ class Calibration:
         header, arrays = read_tensors(path, "calibration", _list_arrays)
         splits = {}
         for name in SPLITS:
-            ids, mask = arrays[f"{name}.input_ids"], arrays[f"{name}.mask"]
+            ids = arrays[f"{name}.input_ids"]
+            mask = arrays[f"{name}.mask"]
             counted = arrays.get(f"{name}.counted")
             splits[name] = TokenSet(
                 torch.from_numpy(ids),
@@ -133,7 +134,8 @@ def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, 
     wanted = {}
     for name in SPLITS:
         shape = (*shapes.get(f"{name}.input_ids", ()), 1, 1)[:2]
-        wanted[f"{name}.input_ids"], wanted[f"{name}.mask"] = ("I64", shape), ("BOOL", shape)
+        wanted[f"{name}.input_ids"] = ("I64", shape)
+        wanted[f"{name}.mask"] = ("BOOL", shape)
         if f"{name}.counted" in shapes:
             wanted[f"{name}.counted"] = ("BOOL", shape)
     return wanted
@@ -201,7 +203,8 @@ def build(
         drawn[name], ended = draw_split(parts, texts, number, length, f"{seed} {name}", count)
         if ended is not None:
             found = sum(i == ended for each in drawn.values() for i, _ in each)
-            part, wanted = parts[ended], " + ".join(f"{counts[name]} {name}" for name in SPLITS)
+            part = parts[ended]
+            wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
             share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
             documents = texts[ended].facts["kind"] == "documents"
             apart = ", and no document may be in two splits" if documents else ""
@@ -295,7 +298,8 @@ def open_parts(
                 corpora.append(corpus := read(part.source, encode.tokenizer, seed))
                 # Skip the documents of the calibration, in its order and in all sources before any
                 # source is read further, so that none repeats them.
-                left, measured = int(_facts(used, part.source).get("documents", 0)), corpus
+                left = int(_facts(used, part.source).get("documents", 0))
+                measured = corpus
                 if used is not None and left and used.meta["seed"] != seed:
                     measured = read(part.source, encode.tokenizer, used.meta["seed"])
                 while left and (document := next(measured.documents, None)) is not None:
@@ -349,7 +353,8 @@ def draw_split(
     Returns:
         the samples, and the index of the source that ended before there were enough, or None.
     """
-    turns, tokens = Turns(parts, length, seed), 0
+    turns = Turns(parts, length, seed)
+    tokens = 0
     drawn: Drawn = []
     while (count is None or len(drawn) < count) and tokens < most:
         i = turns.next(None if count is None else count - len(drawn))

@@ -41,7 +41,8 @@ def render_chat(
 
 Render = Callable[[list[dict[str, Any]]], str]
 
-_FROM, _AT = "isingcut-answer-{}-begins.", "isingcut-answer-{}-is-here."
+_FROM = "isingcut-answer-{}-begins."
+_AT = "isingcut-answer-{}-is-here."
 _END_OF_REASONING = "</think>"
 # Maximum number of tokens before a truncation that may depend on the text after it.
 _CHANGED = 8
@@ -68,7 +69,8 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
         ModelError: the template refuses the messages, or changes an assistant message.
     """
     whole = MarkedText(render(messages))
-    marked, answers = list(messages), dict[int, str]()
+    marked = list(messages)
+    answers = dict[int, str]()
     for i, message in enumerate(messages):
         blank = isinstance(message["content"], str) and not message["content"].strip()
         if message["role"] == "assistant" and not blank:
@@ -79,13 +81,15 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     end = max(answers)
     until = [*marked[:end], {**marked[end], "content": marked[end]["content"].rstrip()}]
     end_of_turn = render(until).partition(_AT.format(end))[2]
-    text, rest = "", render(marked)
+    text = ""
+    rest = render(marked)
     places = []
     for i, answer in answers.items():
         before, _, rest = rest.partition(_AT.format(i))
         # Reasoning counts if the template does not change it.
         outside, _, reasoning = before.partition(_FROM.format(i))
-        first, text = len(text + outside), text + outside + reasoning + answer
+        first = len(text + outside)
+        text = text + outside + reasoning + answer
         places.append((i, first, len(text)))
     if text + rest != whole:
         raise ModelError(

@@ -79,7 +79,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """
     place = place_of(source)
     _check_one(place)
-    name, path = words_for(place), user_path(place)
+    name = words_for(place)
+    path = user_path(place)
     texts = PACKAGED[place]() if place in PACKAGED else find_object(place)
     if texts is not None:
         records: Iterator[Any] = (
@@ -93,7 +94,8 @@ def read(source: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
             return Corpus("text", records)
     else:
         # Rows are shuffled within a buffer, because a hub data set may be huge.
-        records, seed = _dataset(place, seed), -1
+        records = _dataset(place, seed)
+        seed = -1
     corpus = _records_corpus(name, records, tokenizer, seed, answers=place != source)
     if place != source and corpus.kind != "chat":
         raise _no_answers(place)
@@ -119,7 +121,8 @@ def check(source: str) -> None:
         with name_part(part, parts):
             place = place_of(part.source)
             _check_one(place)
-            answers, named = place != part.source, place in (*PACKAGED, *HUB, "self", "-")
+            answers = place != part.source
+            named = place in (*PACKAGED, *HUB, "self", "-")
             if answers and (place in (*PACKAGED, "self") or is_object_name(place)):
                 raise _no_answers(place)
             if not named and user_path(place).is_file():
@@ -318,13 +321,17 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
             f"{source!r} needs this data set: connect to the hub, or give a local text (a file, "
             "'wiki' or 'python')"
         )
-    name, split = HUB.get(source, source), None
+    name = HUB.get(source, source)
+    split = None
     if not Path(name).expanduser().is_dir() and ":" in name:
         name, split = name.rsplit(":", 1)
-    folder, parts = Path(name).expanduser(), name.split("/")
-    path, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    folder = Path(name).expanduser()
+    parts = name.split("/")
+    path = "/".join(parts[:2])
+    config = "/".join(parts[2:]) or None
     if folder.is_dir():
-        path, config = str(folder), None
+        path = str(folder)
+        config = None
     try:
         # Both libraries log a warning for each retry.
         with quiet_logs("datasets", "huggingface_hub"):

@@ -35,7 +35,8 @@ def finite_logits(model: PreTrainedModel) -> list[Callable[..., torch.Tensor]]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     """Tokenize ``prompt`` to (1, P), as a chat turn if there is a chat template."""
-    chat, text = bool(tokenizer.chat_template), prompt
+    chat = bool(tokenizer.chat_template)
+    text = prompt
     if chat:
         turn = [{"role": "user", "content": prompt}]
         text = render_chat(tokenizer, turn, add_generation_prompt=True)

@@ -104,24 +104,32 @@ def to_fit(
         share: share of the tokens to take from the default text, unless the source has a part of
             it; documents of the calibration are left out.
     """
-    source, length, seed = used.source, used.meta["length"], used.meta["seed"]
+    source = used.source
+    length = used.meta["length"]
+    seed = used.meta["seed"]
     if healing is not None:
-        source, length, seed = healing.text, healing.length, healing.seed
-    split, encode = used.splits["energy"], Encoder(tokenizer, model)
+        source = healing.text
+        length = healing.length
+        seed = healing.seed
+    split = used.splits["energy"]
+    encode = Encoder(tokenizer, model)
     mixed = round(share * most) if is_mixed(used.source, source) else 0
     unmixed = NO_WIKI if mixed and not has_wiki() else ""
     mixed = 0 if unmixed else mixed
     own = split.first(most - mixed)
-    rows, general = own.rows, list[Row]()
+    rows = own.rows
+    general = list[Row]()
     missing = max(0, most - mixed - int(own.mask.sum()))
-    places, unread = places_in(source), ""
+    places = places_in(source)
+    unread = ""
     if "self" in places:
         unread = "the model wrote no more"
     elif any(map(is_read_once, places)):
         unread = "a pipe is read once"
     short = unread if missing else ""
     try:
-        parts, others = () if unread else parts_of(source), parts_of(TEXT) if mixed else ()
+        parts = () if unread else parts_of(source)
+        others = parts_of(TEXT) if mixed else ()
         splits, turns = (1, "further") if healing is None else (2, "train")
         # Opened together, so that the default text repeats no document of the calibration.
         both = (*parts, *others) if missing or mixed else ()

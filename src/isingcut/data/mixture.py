@@ -213,7 +213,8 @@ def _is_source(key: str, value: Any) -> bool:
 
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
-    found, word = [], ""
+    found = []
+    word = ""
     for piece in source.split(","):
         word = f"{word},{piece}" if word else piece
         name, _, number = word.rpartition("=")

@@ -148,7 +148,8 @@ class TokenSet:
         """
         lengths = self.mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
-        found, start = [], 0
+        found = []
+        start = 0
         while start < len(order):
             longest = max(1, int(lengths[order[start]]))
             rows = order[start : start + max(1, max_tokens // longest)]
@@ -178,12 +179,14 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     Each piece begins with the sample's start token, or without one with the token before. A first
     token that all samples share is the tokenizer's start token.
     """
-    whole, ids = tokens.rows, tokens.input_ids
+    whole = tokens.rows
+    ids = tokens.input_ids
     if max(map(len, whole)) <= length:
         return tokens
     shared = len(whole) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
     size = length - 1
-    rows, names = [], []
+    rows = []
+    names = []
     for i, row in enumerate(whole):
         starts = range(1, len(row), size)
         found = [row[0 if shared else at - 1 :][:1] + row[at : at + size] for at in starts]
@@ -336,6 +339,7 @@ def _ngrams(tokens: TokenSet, size: int) -> Iterator[bytes]:
     """Yield the bytes of all n-grams of a size."""
     counted = tokens.mask if tokens.counted is None else tokens.counted
     for ids, counts in zip(tokens.input_ids.numpy(), counted.numpy(), strict=True):
-        data, width = ids.tobytes(), ids.itemsize
+        data = ids.tobytes()
+        width = ids.itemsize
         for start in np.flatnonzero(counts[size - 1 :]).tolist():
             yield data[width * start : width * (start + size)]

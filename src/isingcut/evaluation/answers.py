@@ -65,7 +65,8 @@ def answer_scores(
     alike: dict[tuple[int, ...], list[int]] = {}
     for r, (ids, _) in enumerate(rows):
         alike.setdefault(tuple(ids[:-1]), []).append(r)
-    tokens, groups = TokenSet.from_rows([list(ids) for ids in alike]), list(alike.values())
+    tokens = TokenSet.from_rows([list(ids) for ids in alike])
+    groups = list(alike.values())
     batches = tokens.batches(work.batch_tokens)
 
     def place_rows(batch: TokenSet) -> list[tuple[int, int]]:
@@ -127,14 +128,17 @@ class _Places:
         ]
         columns = [torch.tensor(column) for column in zip(*where, strict=True)]
         self.sample, self.position, self.label, owner = columns
-        self.owner, self.samples = owner.numpy(), [sample for sample, _ in rows]
+        self.owner = owner.numpy()
+        self.samples = [sample for sample, _ in rows]
 
     def read(self, replay: Replay, stream: Tensor) -> Floats:
         """Return (2, R) log-likelihoods and greedy flags, from the hidden states (B, T, D).
 
         Only these positions pass through the final norm and the head.
         """
-        read, likely, best = stream[self.sample, self.position], list[Tensor](), list[Tensor]()
+        read = stream[self.sample, self.position]
+        likely = list[Tensor]()
+        best = list[Tensor]()
         pieces = (torch.split(rows, _HEAD_ROWS) for rows in (read, self.label))
         for part, label in zip(*pieces, strict=True):
             logits = replay.tail(part[None], label[None].to(replay.device))[0].float()

@@ -65,16 +65,19 @@ def rank(
     )
     # Candidates and random states are compared on the same tokens. If all states are candidates,
     # their full measurement is used.
-    few, random = list(range(tokens.samples)), []
+    few = list(range(tokens.samples))
+    random = []
     if len(drawn):
         few = few_samples(tokens.samples)
         journal = None if work.journal is None else random_journal(work.journal)
         random = [losses(tokens.select(few), drawn, "random states", journal)]
     judged_on = [measured.of_samples(few), *random] if config.random_states else []
     if config.choose == "ground":
-        chosen, why = 0, "ground"
+        chosen = 0
+        why = "ground"
     else:
-        chosen, why = int(np.argmin(measured.kl)), "lowest measured KL"
+        chosen = int(np.argmin(measured.kl))
+        why = "lowest measured KL"
     energy = problem.hamiltonian
     rows = _rows(measured, energy, tokens.rows_by_part)
     above = measured.kl_sums - measured.kl_sums[np.argmin(measured.kl)]
@@ -119,7 +122,8 @@ def _correlate(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
     def of(loss: str, some: Sequence[Measurement]) -> Correlations:
         if not some:
             return fidelity(np.zeros(0), np.zeros(0))
-        states, losses = [m.states for m in some], [getattr(m, loss) for m in some]
+        states = [m.states for m in some]
+        losses = [getattr(m, loss) for m in some]
         return fidelity(energy.energies(np.concatenate(states)), np.concatenate(losses))
 
     return Judged(kl=of("kl", found), nll=of("nll", found), kl_random_only=of("kl", found[1:]))
@@ -193,7 +197,10 @@ def fidelity(energies: Floats, losses: Floats) -> Correlations:
     Returns:
         the correlation and its interval; None if undefined (fewer than three states, or all tied).
     """
-    n, value, low, high = len(energies), None, None, None
+    n = len(energies)
+    value = None
+    low = None
+    high = None
     if n >= 3:
         picks = np.random.default_rng([0, 0xF1DE]).integers(0, n, (1000, n))
         whole, *drawn = _spearman(energies, losses, np.vstack([np.arange(n), picks]))

@@ -41,7 +41,8 @@ class Harness(HFLM):  # type: ignore[misc]
             tokenizer=loaded.tokenizer,
             softmax_dtype="float32",
         )
-        self.answers, self.texts = answers, texts
+        self.answers = answers
+        self.texts = texts
         self.asked = self.shortened = 0
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **rest: Any) -> Any:

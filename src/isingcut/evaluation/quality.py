@@ -76,7 +76,8 @@ def before_and_after(
         skip_speed: whether to skip speed and list its keys in ``not_measured``.
     """
     both = {"before": original, "after": cut}
-    first, second = original.runnable, cut.runnable
+    first = original.runnable
+    second = cut.runnable
     found = quality(first, second, tokens, work)
     speeds: Mapping[str, Mapping[str, Any]] = {}
     rest: dict[str, Any] = {"generation": None, "streamed": True}
@@ -87,7 +88,8 @@ def before_and_after(
                 speeds = speed(plain, tokens.select([0]))
                 bar.advance(1)
         # Once for both models, because rendering a chat template starts a process.
-        ids, texts = prompt_ids(original.tokenizer, _PROMPT), {}
+        ids = prompt_ids(original.tokenizer, _PROMPT)
+        texts = {}
         with work.progress("one generation", len(both)) as bar:
             for name, m in both.items():
                 texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
@@ -156,7 +158,8 @@ def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work 
     """
     sums = np.zeros((3, tokens.samples))
     compute = partial(_sums_by_sample, original, cut)
-    batches, limit = tokens.batches(work.batch_tokens), BatchLimit(original.device)
+    batches = tokens.batches(work.batch_tokens)
+    limit = BatchLimit(original.device)
     description = "perplexity and KL on unseen text"
     with work.progress(description, len(batches)) as bar, torch.inference_mode():
         for chunk in _chunks((original, cut), batches):
@@ -240,7 +243,8 @@ def _part(tokens: TokenSet, found: MixedScores) -> PartScores:
 
 def perplexity(nll: float, error: float | None) -> Perplexity:
     """Return a loss in nats per token and its perplexity, each with its standard error if known."""
-    value, error = float(np.exp(nll)), np.nan if error is None else error
+    value = float(np.exp(nll))
+    error = np.nan if error is None else error
     return Perplexity(
         perplexity=value,
         perplexity_se=without_infinities(value * error),

@@ -211,7 +211,8 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
         raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
     config = _configuration(name)
     own = config.pop("isingcut")
-    kind, by = str(config["output_type"]), own.get("by")
+    kind = str(config["output_type"])
+    by = own.get("by")
     file = _find_subset(data, own["test"], questions) or _find(data, own["test"])
     records = _spread(_read_records(file, kind, own), questions)
     examples = _read_records(_find(data, own["fewshot"]), kind, own) if "fewshot" in own else []
@@ -326,15 +327,18 @@ def _find_fault(
             return f"a text {name!r}, got {value!r:.60}"
         if half := find_surrogate(value):
             return f"a text {name!r}, got {half}"
-    marker, text = own.get("holds"), record[texts[0]]
+    marker = own.get("holds")
+    text = record[texts[0]]
     if marker and not text.strip().partition(marker)[2].strip():
         return f"{marker!r} and then text in {texts[0]!r}, got {text[:60]!r}"
     if not choices:
         return ""
-    given, answer = record.get("choices"), record.get("answer")
+    given = record.get("choices")
+    answer = record.get("answer")
     if not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
         return f"'choices', a list of texts, none empty, got {given!r:.60}"
-    least, most = own.get("choices", 2), own.get("choices", _MOST_CHOICES)
+    least = own.get("choices", 2)
+    most = own.get("choices", _MOST_CHOICES)
     if not least <= len(given) <= most:
         return f"{least}{f' to {most}' * (most > least)} 'choices', got {len(given)}"
     if half := find_surrogate("".join(given)):

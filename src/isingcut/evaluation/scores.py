@@ -193,7 +193,8 @@ def certainties(
         scores: (n,) scores of the questions.
         by_length: use log-likelihoods per character, as in ``acc_norm``.
     """
-    found, margins = np.array(scores, dtype=np.float64), dict[int, Floats]()
+    found = np.array(scores, dtype=np.float64)
+    margins = dict[int, Floats]()
     for i, (task, sample) in enumerate(answered):
         if task.OUTPUT_TYPE == "loglikelihood":
             found[i] = sample["filtered_resps"][0][0]

@@ -64,7 +64,8 @@ class PairScores(Strict):
     @property
     def harmed(self) -> bool:
         """Whether the model is worse than the exact cut, by more than two standard errors."""
-        above, error = self.kl_above_cut, self.kl_above_cut_se
+        above = self.kl_above_cut
+        error = self.kl_above_cut_se
         return above is not None and error is not None and above > 2 * error
 
 

@@ -47,7 +47,8 @@ class Journal:
         fits: Callable[[str, Row], bool] = lambda key, row: True,
     ) -> None:
         self.fingerprint = fingerprint
-        self._path, self._rows = path, dict[str, Row]()
+        self._path = path
+        self._rows = dict[str, Row]()
         if path is None:
             return
         header = _BEGIN + f'{fingerprint}"}}'.encode()

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 MARKER = ".isingcut-output.json"
 _EDGE = 1 << 20
-_PART, _LARGE = 1 << 24, 2 << 30
+_PART = 1 << 24
+_LARGE = 2 << 30
 _SEAL = re.compile(r"\bisingcut-seal:([0-9a-f]{64})\b")
 
 
@@ -253,7 +254,8 @@ def find_change_since(file: Path, record: StageRecord, progress: Progress = sile
 
 def file_sha256(path: Path, progress: Progress = silent) -> str:
     """Return the SHA-256 of a file's bytes; show progress for a file that takes seconds."""
-    digest, size = hashlib.sha256(), path.stat().st_size
+    digest = hashlib.sha256()
+    size = path.stat().st_size
     shown = progress if size > _LARGE else silent
     with path.open("rb") as f, shown(f"hashing {path.name}", size) as bar:
         while part := f.read(_PART):
@@ -274,7 +276,8 @@ def _foreign_file(path: Path) -> str | None:
         text = read_text(path, "the output")
         if path.suffix == ".json":
             document = parse_json(text)
-            seal, found = document.pop("seal"), hash_of(document)
+            seal = document.pop("seal")
+            found = hash_of(document)
         else:
             body, _, last = text.removesuffix("\n").rpartition("\n")
             found = hashlib.sha256(f"{body}\n".encode()).hexdigest()

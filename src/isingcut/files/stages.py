@@ -105,7 +105,8 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
     Returns:
         ``"calibration"``, ``"energy"``, ``"spectrum"`` or ``"model"``; empty if it is up to date.
     """
-    stage, made = find_stage(file), run.find_record(folder, file)
+    stage = find_stage(file)
+    made = run.find_record(folder, file)
     if stage is None or made is None:
         return ""
     read = made.options.content()
@@ -121,7 +122,8 @@ def find_outdated(run: RunFile, folder: Path, file: Path) -> str:
                 return name
             continue
         if name == "product":
-            key, source = "model", find_product(run, folder, file.parent)
+            key = "model"
+            source = find_product(run, folder, file.parent)
         else:
             key, source = places[name]
         now = run.find_record(folder, source)

@@ -160,7 +160,8 @@ def delete(path: Path) -> None:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield a folder that is deleted by the process that made it, and not by a fork of it."""
-    made_by, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="isingcut-"))
+    made_by = os.getpid()
+    folder = Path(tempfile.mkdtemp(prefix="isingcut-"))
     try:
         yield folder
     finally:

@@ -44,7 +44,8 @@ _FORMS = {
 _NUMBERED = re.compile(r"^(.*?\.)?([A-Za-z_]+)\.([0-9]{1,9})\.")
 # A model may have more parameters than its file has elements: tied weights, and missing tensors,
 # which a later message names.
-_MORE, _SPARE = 4, 2**20
+_MORE = 4
+_SPARE = 2**20
 # Factor by which the blocks may be smaller than the largest stack (of an image tokeniser).
 _SMALLER = 10
 _MOST_IN_BUFFERS = 2**28
@@ -151,7 +152,8 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
     if weights:
         refuse_packing(config)
     checkpoint = Checkpoint(folder, config, stored)
-    count, heads = checkpoint.depth, checkpoint.mtp_layers
+    count = checkpoint.depth
+    heads = checkpoint.mtp_layers
     numbers = _stack(stored.values(), count, heads)[1]
     if numbers and not config.get("is_encoder_decoder"):
         found = max(numbers) + 1

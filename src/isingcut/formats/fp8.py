@@ -81,7 +81,8 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     Raises:
         CheckpointError: the dtype is not supported, or the file became shorter.
     """
-    data, dtype = stored.data(), torch_dtype(stored)
+    data = stored.data()
+    dtype = torch_dtype(stored)
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(stored.shape)
@@ -101,7 +102,8 @@ def dequantise(
     Raises:
         CheckpointError: the scale has none of these shapes.
     """
-    values, factor = weight.float(), scale.float()
+    values = weight.float()
+    factor = scale.float()
     if factor.numel() == 1:
         return values * factor.reshape(())
     if factor.ndim == 1 and factor.shape[0] == values.shape[0]:
@@ -111,7 +113,8 @@ def dequantise(
             f"a scale of shape {list(scale.shape)} does not fit a weight of {list(weight.shape)}"
         )
     for axis in (-2, -1):
-        size, tiles = values.shape[axis], factor.shape[axis]
+        size = values.shape[axis]
+        tiles = factor.shape[axis]
         if tiles in (1, size):
             continue
         width = block[axis] if block else -(-size // tiles)

@@ -72,7 +72,8 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     hf_logging: Any = logging
-    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    level = hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:

@@ -223,7 +223,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         header.pop("__metadata__", None)
         tensors = []
         for name, entry in header.items():
-            dtype, (start, end) = entry["dtype"], entry["data_offsets"]
+            dtype = entry["dtype"]
+            start, end = entry["data_offsets"]
             place = 8 + length + start, end - start
             tensors.append(StoredTensor(name, path, dtype, tuple(entry["shape"]), *place))
     except (SafetensorError, OSError, ValueError) as error:
@@ -337,7 +338,8 @@ def copy_bytes(target: BinaryIO, file: Path, start: int, size: int) -> None:
 
 def _write_sliced(target: BinaryIO, tensor: NewTensor) -> None:
     """Write the kept slices, with the bytes viewed as an array (outer, count, width)."""
-    source, count = tensor.source, tensor.count
+    source = tensor.source
+    count = tensor.count
     outer = math.prod(source.shape[: tensor.axis])
     width = source.size // max(outer, 1) // count
     rows = max(1, _CHUNK // (width * count))

@@ -22,7 +22,8 @@ from isingcut.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-OLDEST, NEWEST = (5, 10), (5, 24)
+OLDEST = (5, 10)
+NEWEST = (5, 24)
 
 
 def model_classes(factory: Any) -> Any:
@@ -81,8 +82,10 @@ class Names:
             from transformers import conversion_mapping, core_model_loading
 
             loader: Any = core_model_loading
-            self._rename, self.order = loader.rename_source_key, loader.dot_natural_key
-            renaming, converter = loader.WeightRenaming, loader.WeightConverter
+            self._rename = loader.rename_source_key
+            self.order = loader.dot_natural_key
+            renaming = loader.WeightRenaming
+            converter = loader.WeightConverter
             mapping = conversion_mapping.get_model_conversion_mapping(model, None, None)
         except (ImportError, AttributeError) as e:
             oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))

@@ -113,7 +113,8 @@ def read_removal(folder: Path) -> Removal | None:
     record = load_json(folder / name, "the record of the cut")
     kind: type[Removal] = CutRecord if name == CUT else HealingFile
     try:
-        found, why = kind.model_validate(record), ""
+        found = kind.model_validate(record)
+        why = ""
         original = original_of(found)
         if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
             why = f"blocks {found.removed} of {found.of}"

@@ -102,7 +102,8 @@ def heal(
     shown = as_progress(progress)
     config = config or options_from(HealConfig, options, "isingcut.healing.heal")
     config = check_inputs(config, sources)
-    student, out = user_path(config.student), user_path(config.out)
+    student = user_path(config.student)
+    out = user_path(config.out)
     if is_finished(config):
         return out
     known = read_removal(student)
@@ -186,7 +187,8 @@ def sample_length(config: HealConfig, model: Any) -> int:
 
 def identity_of(job: Job, text: HealingText) -> str:
     """Return the identity of a healing: a fingerprint of everything that its work depends on."""
-    config, teacher = job.config, job.teacher
+    config = job.config
+    teacher = job.teacher
     options = {k: v for k, v in describe_options(config).items() if k != "device"}
     settings = trainer_settings(config)
     settings.pop("save_steps", None)
@@ -226,7 +228,10 @@ def heal_checkpoint(
         OutputExistsError: ``out`` exists.
         StageFileError: the work in progress belongs to other options.
     """
-    config, processes, student, work = job.config, job.processes, job.start, work_of(out)
+    config = job.config
+    processes = job.processes
+    student = job.start
+    work = work_of(out)
     sources = [student, job.teacher.folder, *sources]
     check_places(config, out, sources)
     parts = card_parts_of(student)
@@ -259,7 +264,10 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     Returns:
         the healed checkpoint, and its `healing.json` in the process of rank 0.
     """
-    config, work, student, main = job.config, job.work, job.start, job.leads
+    config = job.config
+    work = job.work
+    student = job.start
+    main = job.leads
     start = start_of(student)
     patches = config.patch in ("linear", "tuned") or (config.patch is None and start == "cut")
     began = time.monotonic()
@@ -346,7 +354,8 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
         times.append(time.monotonic() - began)
     token = min(times) / (2 * int(sample.mask.sum()))
     # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
-    judging, training = 4 * token * int(report.mask.sum()), 4 * token * LEAST_STEPS * SHORT
+    judging = 4 * token * int(report.mask.sum())
+    training = 4 * token * LEAST_STEPS * SHORT
     # Forward passes: 2 for a fit (original and cut model), 3 for tuning (forward and backward).
     read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
     patching = patches * (read * (2 + 3 * job.config.tunes) + judging / 2)
@@ -365,7 +374,8 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     cut = open_cut(job.teacher, job.removed, folder)
     work = Work(job.config.batch_tokens, job.progress)
     sums = sample_sums(job.teacher.model, cut.runnable, report, work)
-    found, (_, nll, kl) = quality_of(sums, report), sums.tolist()
+    found = quality_of(sums, report)
+    _, nll, kl = sums.tolist()
     scores = HealedScores(**_figures(found), nll_sums=nll, kl_sums=kl)
     if found.parts:
         scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}

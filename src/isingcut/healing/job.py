@@ -66,7 +66,9 @@ class Domains:
     def verdict(self, checks: Sequence[HealingCheck]) -> HealingStop | None:
         if len(checks) < 3:
             return None
-        begin, before, now = checks[0], checks[-2], checks[-1]
+        begin = checks[0]
+        before = checks[-2]
+        now = checks[-1]
         counts = self.tokens.counts
         for name, rows in self._parts.items():
             start, last, here = (np.asarray(c.kl_sums)[rows] for c in (begin, before, now))
@@ -152,7 +154,8 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from transformers import TrainingArguments
 
-    types, values = get_type_hints(TrainingArguments), dict(config.trainer.values)
+    types = get_type_hints(TrainingArguments)
+    values = dict(config.trainer.values)
     names = [f.name for f in fields(TrainingArguments) if not _FIXED.fullmatch(f.name)]
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for name, value in values.items():
@@ -246,14 +249,16 @@ LEAST_STEPS = 10
 # Default sequences per step.
 _BATCH = 16
 # Tokens of the largest step, and the approximate number of steps for few tokens.
-_MOST, _STEPS = 16384, 40
+_MOST = 16384
+_STEPS = 40
 # Tokens per step below which the learning rate is reduced.
 _CALM = 2048
 
 
 def usual_recipe(job: Job) -> HealingRecipe:
     """Return the recipe without a budget: one epoch at 2e-5, as in the paper (LoRA: 2e-4)."""
-    text, processes = job.tokens, job.processes.size
+    text = job.tokens
+    processes = job.processes.size
     settings = trainer_settings(job.config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
     steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
@@ -287,7 +292,8 @@ def sizes(
         longest: tokens of the longest sequence.
         processes: number of processes that share a batch.
     """
-    settings, tokens = trainer_settings(config), max(1.0, tokens)
+    settings = trainer_settings(config)
+    tokens = max(1.0, tokens)
     step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
     step = min(_MOST, max(SHORT, step))
     length = longest if config.length else min(longest, max(SHORT, step // 8))
@@ -307,8 +313,11 @@ def choose_recipe(job: Job, seconds: float | None, pace: tuple[float, float]) ->
         seconds: the time for the training; None for a budget of tokens.
         pace: seconds per step, and additional seconds per token.
     """
-    config, text, tokens = job.config, job.tokens, job.config.training.tokens
-    width, processes = int(text_config(job.teacher.model).hidden_size), job.processes.size
+    config = job.config
+    text = job.tokens
+    tokens = job.config.training.tokens
+    width = int(text_config(job.teacher.model).hidden_size)
+    processes = job.processes.size
     mask = text.mask
     longest = int(mask.sum(1).max())
     each, token = pace

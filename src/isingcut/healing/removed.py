@@ -42,7 +42,8 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
     ours, theirs = map(check_fit, (student, teacher))
     if removal is not None:
         if (wanted := original_of(removal)) and not config.other_teacher:
-            found, names = model_identity(teacher), ("sha256", "gguf_sha256")
+            found = model_identity(teacher)
+            names = ("sha256", "gguf_sha256")
             if not any(wanted.get(k) == found.get(k) is not None for k in names):
                 raise InputError(
                     f"{student} was cut from {wanted['name']} (sha256 {wanted['sha256'][:12]}), "
@@ -52,7 +53,8 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
                 )
         _check_cut(ours, removal, config.teacher, theirs)
     for name, words in {"vocab_size": "vocabulary", "hidden_size": "width"}.items():
-        mine, other = ours.text.get(name), theirs.text.get(name)
+        mine = ours.text.get(name)
+        other = theirs.text.get(name)
         if mine != other:
             raise InputError(
                 f"{student} has a {words} of {mine}, but the teacher {config.teacher} has {other}; "
@@ -79,7 +81,9 @@ def _check_cut(student: Checkpoint, removal: Removal, name: str, teacher: Checkp
     Raises:
         InputError: the checkpoint does not fit its record, or the teacher has another depth.
     """
-    folder, ours, theirs = student.folder, student.by_block(), teacher.by_block()
+    folder = student.folder
+    ours = student.by_block()
+    theirs = teacher.by_block()
     if removal.of != len(theirs):
         raise InputError(
             f"{folder} was cut from a model of {removal.of} blocks, but the teacher {name} has "
@@ -112,7 +116,8 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
         InputError: the blocks are not a subsequence of the original's, or no block is missing.
     """
     # On the CPU, so that the device needs memory for one model only.
-    dtype, trust = teacher.dtype_name, teacher.trusted
+    dtype = teacher.dtype_name
+    trust = teacher.trusted
     student = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust)
     ours, theirs = (stack_modules(m.model) for m in (student, teacher))
     kept: list[int] = []
@@ -134,5 +139,6 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
     """Whether two blocks have bitwise equal parameters."""
-    a, b = dict(one.named_parameters()), dict(other.named_parameters())
+    a = dict(one.named_parameters())
+    b = dict(other.named_parameters())
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n].cpu()) for n in a)

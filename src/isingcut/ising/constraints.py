@@ -170,7 +170,8 @@ def together(
     for group in groups:
         for a, b in itertools.pairwise(group):
             row = np.zeros(n)
-            row[a], row[b] = 1.0, -1.0
+            row[a] = 1.0
+            row[b] = -1.0
             name = f"{what} {group[0]}-{group[-1]}: {a} with {b}"
             reason = f"blocks {a} and {b} belong to one {what}"
             rows.append(LinearConstraint(name, row, "==", 0, reason))

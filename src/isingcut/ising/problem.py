@@ -91,7 +91,8 @@ class Problem:
             if (m := read_count(row)) is not None:
                 self.check()
                 return m, m
-        least, most = self._find_lowest(np.ones(self.n)), self._find_lowest(-np.ones(self.n))
+        least = self._find_lowest(np.ones(self.n))
+        most = self._find_lowest(-np.ones(self.n))
         return int(least.sum()), int(most.sum())
 
     def a_state(self) -> Bools:
@@ -176,7 +177,8 @@ class Problem:
             # A row with >= is one with <= after a change of sign.
             sign = -1.0 if row.sense == ">=" else 1.0
             unit = sign * float(np.abs(row.coefficients[support]).min())
-            values, rhs = row.coefficients[support] / unit, row.rhs / unit
+            values = row.coefficients[support] / unit
+            rhs = row.rhs / unit
             terms: list[tuple[Any, float]] = list(
                 zip(support.tolist(), values.tolist(), strict=True)
             )

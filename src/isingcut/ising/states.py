@@ -51,7 +51,8 @@ def blocks_of(state: Bools) -> list[int]:
 
 def swaps(one: Iterable[int], other: Iterable[int]) -> int:
     """Count the removed blocks of one state that the other keeps; the larger of both directions."""
-    a, b = set(one), set(other)
+    a = set(one)
+    b = set(other)
     return max(len(a - b), len(b - a))
 
 

@@ -68,7 +68,8 @@ class _Scale(torch.autograd.Function):
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Compute (B,) float32 scalar products of the samples of ``a`` and ``b`` (B, ...)."""
-    a, b = a.flatten(1), b.flatten(1)
+    a = a.flatten(1)
+    b = b.flatten(1)
     # A backward pass that is itself differentiated needs differentiable operations.
     if can_compile(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
         out = torch.empty(len(a))
@@ -103,7 +104,8 @@ class _ResidualGate(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ADDITIONS and len(args) >= 2 and not kwargs:
-            first, second = args[0], args[1]
+            first = args[0]
+            second = args[1]
             if self.is_stream(first) != self.is_stream(second):
                 stream, added = (first, second) if self.is_stream(first) else (second, first)
                 if isinstance(added, Tensor) and added.shape == stream.shape:

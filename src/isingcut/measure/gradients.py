@@ -137,8 +137,11 @@ class _Way:
         removed: Bools | None,
         graphs: int,
     ) -> None:
-        self._replay, self._batch = replay, batch
-        self._gate, self._removed, self._graphs = gate, removed, graphs
+        self._replay = replay
+        self._batch = batch
+        self._gate = gate
+        self._removed = removed
+        self._graphs = graphs
         self._kept: dict[int, Backward] = {}
         self._streams: dict[int, Tensor] = {}
         self.rows = torch.zeros(batch.samples, len(replay), device=replay.device)
@@ -268,7 +271,8 @@ def gate_gradients(
         for row in gate_rows(replay, mine, gate, toward, advance=bar.advance):
             yield row.double().cpu().numpy()
 
-    words, shape = f"gradients of {tokens.samples} samples", (len(replay),)
+    words = f"gradients of {tokens.samples} samples"
+    shape = (len(replay),)
     return measure_batches(
         replay, tokens, work, words, shape, found, gate=gate, label_seed=label_seed
     )

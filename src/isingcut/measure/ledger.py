@@ -44,7 +44,9 @@ class Ledger:
     def __init__(self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl") -> None:
         if loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
-        self._replay, self._tokens, self._loss = replay, tokens, loss
+        self._replay = replay
+        self._tokens = tokens
+        self._loss = loss
         # The ledger has its own journal.
         self._work = replace(work, journal=None)
         self.counts = tokens.counts

@@ -362,7 +362,8 @@ class _Task:
             InputError: one state does not fit.
         """
         batch = self.batches[piece.batch]
-        each, room = self._replay.stream_bytes(batch), self._replay.room(batch)
+        each = self._replay.stream_bytes(batch)
+        room = self._replay.room(batch)
         fit = room // each - _OTHERS
         if fit < 1:
             raise InputError(
@@ -428,9 +429,11 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
     """
     batches = [part.batch for part in todo]
     recordings = [replay.record(batch.input_ids) for batch in batches]
-    trees, steps = [], []
+    trees = []
+    steps = []
     for part, recording in zip(todo, recordings, strict=True):
-        task, piece = part.task, part.piece
+        task = part.task
+        piece = part.piece
         # The states of every part are compared with the original.
         tree = task.ordered[[0, *filter(None, piece.places)]]
         trees.append((tree, recording.entered))
@@ -446,12 +449,14 @@ def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterato
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
         original: Comparison | None = None
-        found, lengths = list[Tensor](), list[int]()
+        found = list[Tensor]()
+        lengths = list[int]()
         for _, first, last, end in group:
             logits = partial(head.logits, recordings[tree], end, batches[tree])
             if original is None:
                 original = Comparison(logits(), batches[tree])
-                found, lengths = [original.own], [1]
+                found = [original.own]
+                lengths = [1]
                 first += 1
             if first < last:
                 found.append(original.compare(logits()))

@@ -45,7 +45,8 @@ def changed_losses(
     Complexity: two forward passes over the tokens; one if the original's last states are known.
     """
     paths = {module: name for name, module in replay.model.named_modules()}
-    embedding, output = replay.text.get_input_embeddings(), replay.text.get_output_embeddings()
+    embedding = replay.text.get_input_embeddings()
+    output = replay.text.get_output_embeddings()
     if text_config(replay.model).tie_word_embeddings:
         paths[output] = paths[embedding]
 
@@ -55,7 +56,8 @@ def changed_losses(
 
     @torch.no_grad()
     def measure_with(batch_tokens: int) -> Floats:
-        batches, found = tokens.batches(batch_tokens), np.zeros(tokens.samples)
+        batches = tokens.batches(batch_tokens)
+        found = np.zeros(tokens.samples)
         with work.progress(description, len(replay) + 1) as bar, use_attention(replay):
             head = OutputHead(replay)
             recordings = [replay.record(batch.input_ids) for batch in batches]
@@ -87,7 +89,8 @@ def changed_losses(
             bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")
         return found
 
-    most, longest = min(work.batch_tokens, replay.limit.tokens), int(tokens.mask.sum(1).max())
+    most = min(work.batch_tokens, replay.limit.tokens)
+    longest = int(tokens.mask.sum(1).max())
     return fewer_tokens_to_fit(replay.limit, most, longest, measure_with)
 
 

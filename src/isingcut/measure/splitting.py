@@ -40,12 +40,16 @@ def chunks(
     sizes = [k * replay.stream_bytes(batch) for k, batch in zip(each, batches, strict=True)]
     first = 0
     while first < len(batches):
-        last, used, room = first + 1, sizes[first], replay.room(batches[first])
+        last = first + 1
+        used = sizes[first]
+        room = replay.room(batches[first])
         while replay.streamed and last < len(batches):
-            used, least = used + sizes[last], min(room, replay.room(batches[last]))
+            used = used + sizes[last]
+            least = min(room, replay.room(batches[last]))
             if used > least:
                 break
-            last, room = last + 1, least
+            last = last + 1
+            room = least
         yield slice(first, last), room
         first = last
 

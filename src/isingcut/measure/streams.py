@@ -54,7 +54,8 @@ def _check_stream(
     bad = (batch.mask.to(stream.device) & ~stream.isfinite().flatten(2).all(2)).any(1)
     if not bad.any():
         return
-    block, row = replay.blocks[i], batch.input_ids[int(bad.int().argmax())]
+    block = replay.blocks[i]
+    row = batch.input_ids[int(bad.int().argmax())]
     # Do not use `i`: a plan replays only some of a model's blocks, so the model's index differs.
     path = next(name for name, m in replay.model.named_modules() if m is block)
     what = f"the output of block {path.rpartition('.')[2]} ({type(block).__name__})"
@@ -87,7 +88,8 @@ def check_finite(
     removed = list[int]()
     if states is not None:
         state = int(bad.any((0, 2)).argmax())
-        bad, removed = bad[:, state].T, blocks_of(states[state])
+        bad = bad[:, state].T
+        removed = blocks_of(states[state])
     one = batch.select([int(np.argwhere(bad)[0, 0])])
     if isinstance(model, Replay):
         with torch.no_grad():
@@ -141,14 +143,16 @@ def _sum_scores(
 
     For a model in memory, micro-batches are processed one after the other.
     """
-    n, batches = len(replay), tokens.batches(work.batch_tokens)
+    n = len(replay)
+    batches = tokens.batches(work.batch_tokens)
     with work.progress("comparing block outputs", len(batches) * (n - len(removed))) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             found = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
             for b, i, before, after in boundaries(replay, some, removed):
-                real, own = some[b].compared.to(after.device), streams[b]
+                real = some[b].compared.to(after.device)
+                own = streams[b]
                 values = score(before[real].float(), after[real].float())
                 found[b, -1, i] = float(values.sum(dtype=torch.float64))
                 if angles:

@@ -80,7 +80,8 @@ class SharedJournal(Journal):
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
-        rank, size = processes.rank, processes.size
+        rank = processes.rank
+        size = processes.size
         own = path.with_name(f"{path.name}.{rank}") if path and rank else path
         super().__init__(own, fingerprint, fits)
         self._new = dict(self._rows)
@@ -126,7 +127,8 @@ class _ForAll:
     """A progress bar on which a step of this process counts for all processes."""
 
     def __init__(self, bar: Bar, processes: float) -> None:
-        self._bar, self._processes = bar, processes
+        self._bar = bar
+        self._processes = processes
 
     def advance(self, steps: float = 1, note: str = "") -> None:
         self._bar.advance(steps * self._processes, note)

@@ -76,7 +76,8 @@ def pick_devices(
     found = [pick_device(name) for name in device.split(",")]
     if len(set(found)) < len(found):
         raise InputError(f"--device {device} names a device twice")
-    first, launched = found[0], is_launched()
+    first = found[0]
+    launched = is_launched()
     if cards and (first.type == "cpu" or ":" in device):
         raise InputError(f"--cards-per-process needs --device cuda or auto on GPUs; got {device}")
     if first.type == "cpu" or ":" in device or (launched and not cards):

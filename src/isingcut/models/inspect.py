@@ -72,7 +72,8 @@ def check_same_blocks(
     whole = config_object(config)
     if removed is None or whole is None:
         return  # no block can be removed, or custom code, which the cut's verification checks
-    before, after = _build(whole), _build(config_object(cut_config(config, removed)))
+    before = _build(whole)
+    after = _build(config_object(cut_config(config, removed)))
     place = find_stack(before).path
     old, new = (list(model.get_submodule(place).children()) for model in (before, after))
     kept = [i for i in range(len(old)) if i not in removed]
@@ -104,7 +105,8 @@ def _build(config: Any) -> nn.Module:
 
 def _difference(old: nn.Module, new: nn.Module) -> str:
     """Explain how two blocks differ; return an empty string if they do not."""
-    left, right = dict(old.named_modules()), dict(new.named_modules())
+    left = dict(old.named_modules())
+    right = dict(new.named_modules())
     for name in left.keys() ^ right.keys():
         return f"{name} is in only one of them"
     for name, module in left.items():
@@ -185,7 +187,8 @@ class Inspection:
         rows: list[tuple[str, ...]] = [("blocks", "kind", *costs)]
         for (kind, each), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
             indices = [block.index for block in run]
-            first, last = indices[0], indices[-1]
+            first = indices[0]
+            last = indices[-1]
             numbers = f"{first}" if first == last else f"{first}-{last}"
             rows.append((numbers, kind, *(f"{n:,}" for n in each)))
         total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
@@ -225,7 +228,8 @@ def inspect_model(
     model, _ = build_on_meta(seen, trust_remote_code=trust_remote_code)
     check_sizes(seen, model)
     stack = find_stack(model)
-    refusal, rows = "", []
+    refusal = ""
+    rows = []
     try:
         rows = legality(seen.config, stack)
         check_same_blocks(seen.config, stack, rows)

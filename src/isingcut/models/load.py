@@ -146,10 +146,12 @@ def load(
         InputError: the dtype is unknown or the device does not exist.
     """
     number = pick_dtype(dtype, pick_device(device))
-    seen, trust = check_fit(folder), trust_remote_code
+    seen = check_fit(folder)
+    trust = trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     devices = pick_devices(device, weight_bytes(folder, number))
-    places, tensors = dict[str, torch.device](), {"": devices[0]}
+    places = dict[str, torch.device]()
+    tensors = {"": devices[0]}
     if len(devices) > 1:
         empty = build_on_meta(seen, trust_remote_code=trust)[0]
         places = place(empty, devices)
@@ -212,8 +214,10 @@ def load_plain(
     from accelerate.hooks import remove_hook_from_module
     from transformers import GenerationConfig
 
-    raw, config = read_config(folder), load_config(folder, trust_remote_code=trust_remote_code)
-    loader, source = find_auto_class(config), folder if fp8_layout(folder, raw) is None else None
+    raw = read_config(folder)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    loader = find_auto_class(config)
+    source = folder if fp8_layout(folder, raw) is None else None
     options: dict[str, Any] = {}
     if source is None:
         config.__dict__.pop("quantization_config", None)

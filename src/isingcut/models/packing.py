@@ -34,8 +34,10 @@ class Packer:
     def __init__(self, loaded: LoadedModel, file: Path | None) -> None:
         import gguf
 
-        self._kinds, self._sizes = gguf.GGMLQuantizationType, gguf.GGML_QUANT_SIZES
-        model, self._align = loaded.model, 32
+        self._kinds = gguf.GGMLQuantizationType
+        self._sizes = gguf.GGML_QUANT_SIZES
+        model = loaded.model
+        self._align = 32
         self._places = [f"{block.path}." for block in find_stack(model).blocks]
         self._types: dict[str, Any] = {}
         # Shape (row length last), current type and block (-1 outside all) of each tensor.
@@ -53,7 +55,8 @@ class Packer:
             self._rest = sum(21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab())
             return
         self.header = header = read_gguf(file)
-        count, known = header.check_blocks(), header.tensors
+        count = header.check_blocks()
+        known = header.tensors
         for name, stored in names_in_gguf(header, count, read_checkpoint(loaded.folder)).items():
             if name in known:
                 self._types[stored.name] = known[name].tensor_type
@@ -113,7 +116,8 @@ class Packer:
         """
         from gguf.quants import dequantize, quantize
 
-        value, kind = own if new is None else new, self._types.get(name, self._kinds.BF16)
+        value = own if new is None else new
+        kind = self._types.get(name, self._kinds.BF16)
         given = {"inside": self._block(name) >= 0, "new": new is not None}
         found = packed_type(name, value.shape, kind, wanted, **given)
         if found.name in PLAIN_TYPES or (found == kind and new is None):

@@ -58,7 +58,8 @@ def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[
         devices: devices to use.
         limit: memory limit of each device, as in `allowance`.
     """
-    stack, text = find_stack(model), language_model(model)
+    stack = find_stack(model)
+    text = language_model(model)
     head = text.get_output_embeddings()
     tied = head is None or head.weight is text.get_input_embeddings().weight
     names = {id(module): name for name, module in model.named_modules()}
@@ -102,7 +103,8 @@ def connect(model: Any, places: Mapping[str, torch.device]) -> None:
     """
     known = dict[Any, Any]()
     for path, module in model.named_modules() if places else ():
-        part, homes = _part_of(path, places), (module._parameters, module._buffers)
+        part = _part_of(path, places)
+        homes = (module._parameters, module._buffers)
         for home in homes:
             home.update(move({**home}, places[part], known))
         # Outside the blocks, each module that has tensors may be called after the blocks.
@@ -131,7 +133,8 @@ def move(value: Any, device: torch.device, known: dict[Any, Any] | None = None) 
     if isinstance(value, Tensor):
         if value.device == device:
             return value
-        key, seen = (id(value), device), {} if known is None else known
+        key = (id(value), device)
+        seen = {} if known is None else known
         if key not in seen:
             # The original is kept, so that its id is not used again.
             seen[key] = value, as_parameter(value.to(device), value)

@@ -42,7 +42,8 @@ from isingcut.models.placement import move
 from isingcut.processes import ALONE, Processes
 
 Part = int | str
-EMBED, HEAD = "embed", "head"
+EMBED = "embed"
+HEAD = "head"
 
 # Memory of a running block besides its input, in multiples of the residual stream: queries, keys,
 # values, three MLP tensors of four times the width, float32 norms, and all of it for backward.
@@ -406,8 +407,11 @@ class Recording:
     def __init__(
         self, replay: Replay, input_ids: Tensor, entered: Tensor, calls: list[BlockCall]
     ) -> None:
-        self._replay, self._calls, self.blocks = replay, calls, replay.blocks
-        self.input_ids, self.entered = input_ids, entered
+        self._replay = replay
+        self._calls = calls
+        self.blocks = replay.blocks
+        self.input_ids = input_ids
+        self.entered = entered
 
     def bring(self, i: int, hidden: Tensor) -> Tensor:
         """Return hidden states on the device of block ``i``, to combine them with its output."""
@@ -438,7 +442,9 @@ def reuse_freed_memory() -> None:
     `BatchLimit.release` hands them back. With other C libraries, this function does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
-        libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold = -1
+        m_mmap_max = -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -450,7 +456,8 @@ def use_attention(replay: Replay) -> Iterator[None]:
     Raises:
         ArchitectureError: the model has no such implementation.
     """
-    model, wanted = replay.model, replay.attention
+    model = replay.model
+    wanted = replay.attention
     before = attention_of(model)
     if wanted is None or wanted == before:
         yield

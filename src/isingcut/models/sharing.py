@@ -32,7 +32,8 @@ def open_cut(original: LoadedModel, removed: Sequence[int], folder: Path) -> Loa
     Raises:
         ModelError: the checkpoint cannot be loaded.
     """
-    dtype, trust = original.dtype_name, original.trusted
+    dtype = original.dtype_name
+    trust = original.trusted
     if fits(folder, original.dtype):
         cut = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust)
         if share(cut.model, original.model, removed):
@@ -60,7 +61,8 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
 
     Complexity: each tensor of the cut is read once, and copied to the device in chunks.
     """
-    named, known = _original_names(cut, original, removed), places_of(original)
+    named = _original_names(cut, original, removed)
+    known = places_of(original)
     # The devices of the cut's parts are those of the same parts of the original.
     names = (name for name, _ in cut.named_modules())
     places = {name: known[named(name)] for name in names if named(name) in known}
@@ -77,7 +79,8 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
         if other is not None and not mine.requires_grad and _equal(mine, other):
             equal[id(mine)] = as_parameter(other.detach(), mine)
         else:
-            own[id(mine)], homes[id(mine)] = mine, place_of(name, places or {"": device})
+            own[id(mine)] = mine
+            homes[id(mine)] = place_of(name, places or {"": device})
     if device.type != "cpu":
         for home in set(homes.values()):
             needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
@@ -114,9 +117,11 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
-    stack, gone = find_stack(original), set(removed)
+    stack = find_stack(original)
+    gone = set(removed)
     kept = [i for i in range(len(stack)) if i not in gone]
-    ours, theirs = f"{find_stack(cut).path}.", f"{stack.path}."
+    ours = f"{find_stack(cut).path}."
+    theirs = f"{stack.path}."
 
     def name_source(name: str) -> str:
         name = name.replace("base_layer.", "")

@@ -328,7 +328,9 @@ def verify(
             logits: torch.Tensor = language_model(whole)(input_ids=tokens, use_cache=False).logits
         return logits
 
-    inner, remarks, inputs = language_model(model), [], "text"
+    inner = language_model(model)
+    remarks = []
+    inputs = "text"
     if inner is not model:
         remarks.append(
             f"the text was given to the {type(inner).__name__} inside the {type(model).__name__}"
@@ -336,7 +338,8 @@ def verify(
     with progress("verifying the checkpoint", 3) as bar:
         cut, streamed = _open_cut(model, removed, out, trust_remote_code, buffers)
         if streamed:
-            prompts, new_tokens = tokens[:1], min(new_tokens, _STREAMED_TOKENS)
+            prompts = tokens[:1]
+            new_tokens = min(new_tokens, _STREAMED_TOKENS)
         bar.advance(1)
         difference = compare("text", on_text)
         bar.advance(1)

@@ -87,7 +87,8 @@ class OptionError(InputError):
     """
 
     def __init__(self, f: dataclasses.Field[Any], wrong: str) -> None:
-        self.name, self.wrong = f.name, wrong
+        self.name = f.name
+        self.wrong = wrong
         super().__init__(flag(f) + self.wrong)
 
 

@@ -111,12 +111,14 @@ class Removal(Spelling):
     """
 
     def __init__(self, text: str = "") -> None:
-        self.counts, self.kinds = range(0), dict[str, int]()
+        self.counts = range(0)
+        self.kinds = dict[str, int]()
         if not text:
             return
         span = re.fullmatch(rf"\s*{_WHOLE}\s*(?:\.\.\s*{_WHOLE}\s*)?", text)
         if span is not None:
-            first, last = _read_bounded(span[1]), _read_bounded(span[2] or span[1])
+            first = _read_bounded(span[1])
+            last = _read_bounded(span[2] or span[1])
             if span[2] and first >= last:
                 raise InputError(
                     f"{_cut(text)} is not a range; put the smaller number first, as in 4..15"
@@ -170,7 +172,9 @@ def _read_budget(text: str) -> Budget:
         raise InputError(
             f"budget {_cut(text)}: unknown quantity {_cut(name)}; known: {', '.join(QUANTITIES)}"
         )
-    found, what, tokens = QUANTITIES[name], f"budget {_cut(text)}", 0
+    found = QUANTITIES[name]
+    what = f"budget {_cut(text)}"
+    tokens = 0
     if found.context:
         value, at, context = (part.strip() for part in value.partition("@"))
         match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
@@ -294,7 +298,8 @@ def _measure(
     match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
         raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
-    value, unit = float(match[1]), match[2].lower()
+    value = float(match[1])
+    unit = match[2].lower()
     if value == 0:
         raise InputError(f"{what}: expected more than 0, got {_cut(text)}")
     if unit == "%" and "%" in ways:
@@ -306,7 +311,8 @@ def _measure(
         if units.get("b") == 1 and value >= _SINGLE:
             ways = ["B"]
         elif units is _PLAIN and value >= _SINGLE:
-            text, ways = f"{value / 1e6:.15g}", ["M"]
+            text = f"{value / 1e6:.15g}"
+            ways = ["M"]
         found = [f"{name}{text}{way}" for way in ways if way != "%" or value <= 100]
         raise InputError(f"{what}: no unit; write {' or '.join(found) or f'{name}25%'}")
     if unit not in units:

@@ -41,8 +41,11 @@ def card_parts(
         StageFileError: `run.json` is missing, or an existing file is damaged.
     """
     files = RunFiles(folder, target)
-    provenance, base, ranking = files.run.provenance, hub_id(files.model), files.candidates
-    name, place = Path(files.model).name, provenance.model_path
+    provenance = files.run.provenance
+    base = hub_id(files.model)
+    ranking = files.candidates
+    name = Path(files.model).name
+    place = provenance.model_path
     if name in ("", "..") and place is not None:
         name = Path(place.absolute).name
     rows = [

@@ -27,7 +27,8 @@ from isingcut.report.words import join_blocks, sentence
 MAP_ROWS = 20
 # A few couplings are much larger than the rest. Colour is full from this quantile of |J| on and
 # grows with this power of |J| below it, so that the smaller couplings are visible.
-SATURATION, ROOT = 0.95, 0.6
+SATURATION = 0.95
+ROOT = 0.6
 
 
 def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]], Scale]:
@@ -109,7 +110,9 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         values along the colour bar with their opacity; ``strongest``, the measured pairs of largest
         |J|, at most 200, as (i, j, text); ``words``, a description.
     """
-    coupling, errors, unknown = energy.J, energy.J_error, unmeasured(energy)
+    coupling = energy.J
+    errors = energy.J_error
+    unknown = unmeasured(energy)
     rows, columns = np.nonzero(np.triu(~unknown, 1))
     values = coupling[rows, columns]
     full = float(np.quantile(np.abs(values), SATURATION)) if len(values) else 0.0
@@ -124,7 +127,8 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
     shades = opacity(coupling).tolist()
     strongest = []
     for k in np.argsort(-np.abs(values), kind="stable")[:200]:
-        i, j = int(rows[k]), int(columns[k])
+        i = int(rows[k])
+        j = int(columns[k])
         error = None if errors is None else float(errors[i, j])
         strongest.append((i, j, plus_minus(float(values[k]), error, ".3g")))
     words = (
@@ -157,7 +161,8 @@ def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
     Args:
         name: name of the energy, which is in `RunFiles.energies` and `RunFiles.judged`.
     """
-    energy, found = files.energies[name], files.judged[name].kl
+    energy = files.energies[name]
+    found = files.judged[name].kl
     both = [*states.of("random"), *states.of("candidate")]
     measured = [(s, s.kl) for s in both if s.kl is not None]
     energies = energy.energies(states_of(energy.n, (s.removed for s, _ in measured))).tolist()
@@ -201,7 +206,8 @@ def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
 
 def healing_figure(healing: HealingFile) -> Figure:
     """Plot the training loss of a healing over its tokens."""
-    steps, title = healing.steps, "Loss while healing"
+    steps = healing.steps
+    title = "Loss while healing"
     if not steps:
         return Figure("healing", title, "No training: the record holds no losses.")
     losses = [s.loss for s in steps]
@@ -245,7 +251,8 @@ class Axis:
 
     def place(self, files: RunFiles) -> float | None:
         """Return the position of a removal on the axis, or None if it was not measured."""
-        best, found = files.best, files.evaluation
+        best = files.best
+        found = files.evaluation
         if best is None:
             return None
         if self.cost:
@@ -299,7 +306,8 @@ def points_of(files: RunFiles, axis: Axis) -> list[Point]:
     """
     points = []
     for removal in files.removals:
-        at, best = axis.place(removal), removal.best
+        at = axis.place(removal)
+        best = removal.best
         if at is not None and isinstance(best, MeasuredState):
             points.append(Point(at, kl_of(best), True, removal, best.removed))
         elif at is not None and best is not None and files.comparable:
@@ -333,7 +341,8 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     rows = [("none", f"{axis.whole:.4g}{axis.sign}", "0", "the original", "")]
     legend = {"original": "original", "chosen": "this removal"}
     for point in points:
-        name, at = point.removal.name, f"{point.at:.4g}{axis.sign}"
+        name = point.removal.name
+        at = f"{point.at:.4g}{axis.sign}"
         what = "measured KL" if point.measured else "not measured; energy of the ground state"
         own = point.removal.target == files.target
         kind = "chosen" if own else "measured" if point.measured else "random"

@@ -18,8 +18,12 @@ import numpy as np
 
 from isingcut.report.rows import Row
 
-WIDTH, HEIGHT = 460.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 34.0, 50.0
+WIDTH = 460.0
+HEIGHT = 300.0
+LEFT = 62.0
+RIGHT = 14.0
+TOP = 34.0
+BOTTOM = 50.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the coordinate of ``value``; values outside the scale are clipped to its ends."""
-        low, high = self.low, self.high
+        low = self.low
+        high = self.high
         if self.log:
             low, high, value = map(math.log, (low, high, max(value, low)))
         return round(float(np.interp(value, (low, high), (self.start, self.end))), 2)
@@ -65,7 +70,8 @@ class Scale:
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
         return [k * step for k in range(first, last + 1)]
 
 
@@ -83,14 +89,17 @@ def span(
             factor of 12.
     """
     shown = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
-    low, high = min(shown), max(shown)
+    low = min(shown)
+    high = max(shown)
     if log and low > 0 and high / low > 12:
         return Scale(low / 1.25, high * 1.25, start, end, log=True)
     if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
+        low = min(low, 0.0)
+        high = max(high, 0.0)
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
         around = abs(high) / 2 or 1.0
-        low, high = low - around, high + around
+        low = low - around
+        high = high + around
     air = 0.06 * (high - low)
     return Scale(
         low if zero and low == 0 else low - air,
@@ -200,7 +209,8 @@ class Figure:
 
 def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k") -> str:
     """Return the positions of a value and its interval in percent, as CSS properties."""
-    a, b = scale(low), scale(high)
+    a = scale(low)
+    b = scale(high)
     return f"--{key}:{scale(value)}%;--a:{a}%;--w:{round(b - a, 2)}%"
 
 

@@ -16,7 +16,8 @@ Figures = Mapping[str, Any]
 """Figures of one model by their keys; the error of ``KEY`` is under ``KEY_se``."""
 
 
-RANKING, UNSEEN = "ranking text", "unseen text"
+RANKING = "ranking text"
+UNSEEN = "unseen text"
 """Names of the texts that figures are measured on: text for the choice, and text not used by it."""
 
 
@@ -194,7 +195,8 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
 
     Models with the same blocks have the same size and speed, which only the last one lists.
     """
-    last, packed = evaluation.last or "GGUF", evaluation.gguf
+    last = evaluation.last or "GGUF"
+    packed = evaluation.gguf
     between = {
         name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
     }
@@ -292,10 +294,12 @@ def _row(
         for name, found in models.items()
         if name != "gguf" or key in found
     }
-    a, b = values[first], values[final]
+    a = values[first]
+    b = values[final]
     if a is None or b is None:
         return Row(key, label, unit, form, dict.fromkeys(values))
-    difference, notes = None, list[str]()
+    difference = None
+    notes = list[str]()
     error = models[final].get("kl_change_se" if key == "kl" else "nll_change_se")
     if first != "original":
         if error is None:
@@ -316,7 +320,8 @@ def _row(
 
 
 def _value(found: Figures, key: str, scale: float) -> Value | None:
-    figure, error = found.get(key), found.get(f"{key}_se")
+    figure = found.get(key)
+    error = found.get(f"{key}_se")
     if figure is None:
         return None
     return Value(figure / scale, None if error is None else error / scale)

@@ -60,11 +60,14 @@ class RunFiles:
     def __init__(
         self, folder: Path, target: Path | None = None, run: runs.RunFile | None = None
     ) -> None:
-        self.folder, self.target = folder, target or folder
+        self.folder = folder
+        self.target = target or folder
         self.called = folder.resolve().name
         self.run = run or read_document(folder / "run.json", runs.RunFile)
-        origin, self.blocks = self.run.provenance, self.run.blocks.blocks
-        self.energy, self.model = self.run.config.energy, origin.model.name
+        origin = self.run.provenance
+        self.blocks = self.run.blocks.blocks
+        self.energy = self.run.config.energy
+        self.model = origin.model.name
         self.calibration = origin.calibration
         found = stages.find_product(self.run, self.folder, self.target)
         # If it is of this cut, the evaluation is of the healed checkpoint.
@@ -272,7 +275,8 @@ class RunFiles:
     @property
     def title(self) -> str:
         """Name of the model, with its number of blocks and of removed blocks."""
-        total, removed = len(self.blocks), self.removed
+        total = len(self.blocks)
+        removed = self.removed
         if removed is None:
             return f"{self.model}: {total} blocks"
         return f"{self.model} without {len(removed)} of its {total} blocks"

@@ -64,7 +64,8 @@ class Book(list[KnownState]):
 def number_states(files: RunFiles) -> Book:
     """Collect and number the states in the files of a removal."""
     chosen = None if files.removed is None else tuple(files.removed)
-    main, result = files.hamiltonian, Book()
+    main = files.hamiltonian
+    result = Book()
 
     def add(
         name: str, kind: str, removed: Sequence[int], measured: MeasuredState | BaselineFile | None
@@ -103,7 +104,8 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
     ranked = (*states.of("candidate"), *states.of("random"))
     chosen = next((s for s in ranked if s.chosen and s.measured is not None), None)
     if found and chosen is not None:
-        meta, passes = files.meta, files.meta.passes
+        meta = files.meta
+        passes = files.meta.passes
         if passes is None and meta.blocks_run is not None:
             passes = meta.blocks_run / len(files.blocks)
         costs = {"passes": passes, "tokens": meta.tokens}

@@ -130,7 +130,9 @@ def known_rows(
 
 def correlation_text(found: states.Correlations) -> str:
     """Format a rank correlation with its 95 % interval."""
-    value, low, high = found.spearman, found.spearman_low, found.spearman_high
+    value = found.spearman
+    low = found.spearman_low
+    high = found.spearman_high
     if value is None:
         return "undefined" if found.n else "not measured"
     return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")

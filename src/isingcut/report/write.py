@@ -41,7 +41,8 @@ def write_report(folder: Path, target: Path | None = None) -> None:
         StageFileError: `run.json` is missing, or an existing file is damaged.
     """
     files = RunFiles(folder, target)
-    view, data = report_view(files), _facts(files)
+    view = report_view(files)
+    data = _facts(files)
     markdown = render("report.md.j2", **view)
     page = render_page("report.html.j2", **view, **_drawings(view))
     texts = check_report(files.target)
@@ -80,7 +81,8 @@ def report_view(files: RunFiles) -> dict[str, Any]:
 
 def _facts(files: RunFiles) -> dict[str, Any]:
     """Return the content of `report.json`."""
-    run, energy = files.run.content(), files.hamiltonian
+    run = files.run.content()
+    energy = files.hamiltonian
     made = (energy, files.spectrum, files.candidates, files.removal, files.evaluation)
     stages = zip(("energy", "solve", "rank", "excise", "evaluate"), made, strict=True)
     names = ("spectrum", "candidates", "evaluation", "patch", "healing")
@@ -105,7 +107,9 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
     """Return the figures and the script's data for the HTML page of a view."""
     files: RunFiles = view["files"]
     states: Book = view["states"]
-    energy, n, kinds = files.hamiltonian, len(files.blocks), [b.kind for b in files.blocks]
+    energy = files.hamiltonian
+    n = len(files.blocks)
+    kinds = [b.kind for b in files.blocks]
     rows, scale = figures.map_rows(files, states)
     return {
         "n": n,
@@ -260,13 +264,16 @@ def _trade_off(runs: Sequence[Side], axis: figures.Axis) -> plots.Figure:
     flat = [point for _, points in found for point in points]
     if not flat:
         return plots.Figure(axis.key, axis.title, "No run has measured this.")
-    plot, rows = axis.plot(flat), []
+    plot = axis.plot(flat)
+    rows = []
     plot.mark(axis.whole, 0.0, "the original\nKL 0", "original", shape="diamond")
     for run, points in found:
         ends = [(axis.whole, 0.0), *((p.at, p.loss.figure) for p in points)]
         plot.line(sorted(ends), f"tone-{run.tone}")
         for point in points:
-            removal, at, loss = point.removal.name, f"{point.at:.4g}", point.loss
+            removal = point.removal.name
+            at = f"{point.at:.4g}"
+            loss = point.loss
             tip = f"{run.name}\nremove {removal}\n{axis.label}: {at}\nKL {loss.text()}"
             plot.mark(point.at, loss.figure, tip, f"tone-{run.tone}", error=loss.error)
             rows.append((run.name, removal, at, loss.text()))

@@ -92,7 +92,9 @@ class Run:
     def __init__(
         self, folder: RunFolder, config: RunConfig, session: Callable[[], Session]
     ) -> None:
-        self._folder, self._open, self.config = folder, session, config
+        self._folder = folder
+        self._open = session
+        self.config = config
         # The program may change its working folder before the next use.
         folder.path = folder.path.absolute()
 

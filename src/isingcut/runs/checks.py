@@ -86,7 +86,8 @@ def check_healing_options(config: RunConfig) -> None:
         if config.patch != "none":
             heal_config(config)
         return
-    sources, measured = places_in(distil_config(config).text), places_in(config.calibration)
+    sources = places_in(distil_config(config).text)
+    measured = places_in(config.calibration)
     if "self" in sources:
         raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
     if pipes := [source for source in sources if source in measured and is_read_once(source)]:

@@ -128,7 +128,8 @@ def _write_exact(
     Raises:
         VerificationError: its logits differ from those of the original with these blocks skipped.
     """
-    config, blocks = session.config, list(removed)
+    config = session.config
+    blocks = list(removed)
     trust = config.trust_remote_code
     loads_with = find_loading_class(session.source, trust_remote_code=trust)
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
@@ -201,7 +202,8 @@ def make_gguf(
     def make(path: Path) -> None:
         header = read_gguf(found)
         changed = gguf.changed_tensors(header, session.source, checkpoint, removed)
-        drop, kind = session.config.drop_mtp, packed.type if packed else None
+        drop = session.config.drop_mtp
+        kind = packed.type if packed else None
         how: Any = {"changed": changed, "packed": kind, "progress": session.progress}
         gguf.cut_gguf(found, removed, path, drop_mtp=drop, **how)
 
@@ -223,7 +225,8 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
-    stage, options = "excise", dict[str, Any](removed=blocks)
+    stage = "excise"
+    options = dict[str, Any](removed=blocks)
     if config.drop_mtp:
         options["drop_mtp"] = True
     if config.patch != "none":
@@ -233,7 +236,8 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
         if config.heal:
             keys = ("text", "seed", "length", "report_samples")
             how["healing"] = {key: getattr(healing, key) for key in keys}
-        stage, options["patch"] = "patch", {**how, **calibration_options(folder)}
+        stage = "patch"
+        options["patch"] = {**how, **calibration_options(folder)}
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
@@ -281,7 +285,8 @@ def _patch_job(
 ) -> tuple[Job, cuts.FittedText]:
     loaded = session.loaded
     own = folder.load(folder.path / "calibration.safetensors", Calibration.load)
-    config, later = session.config, None
+    config = session.config
+    later = None
     if config.heal:
         later = distil_config(config)
         later = later.replace(length=sample_length(later, loaded.model))

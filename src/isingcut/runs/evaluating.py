@@ -177,7 +177,8 @@ def evaluate_checkpoint(
 
 def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, TokenSet]:
     """Return a text outside the calibration, by name, with a quarter of the samples; or nothing."""
-    loaded, tokens = session.loaded, splits["report"]
+    loaded = session.loaded
+    tokens = splits["report"]
     built = build(
         UNLIKE,
         loaded.tokenizer,
@@ -204,7 +205,8 @@ def _further_scores(
     """
     model = checkpoint.with_name("model")
     record = read_document(model / "isingcut.json", cuts.CutRecord)
-    patch, healed = record.patch, checkpoint != model
+    patch = record.patch
+    healed = checkpoint != model
     changed = patch is not None and patch.changed
     last = "healed" if healed else "patched" if changed else "cut"
     found: dict[str, Any] = {"last": last}

@@ -62,7 +62,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, run: runs.RunFile, *, overwrite: bool = False) -> None:
-        self.path, self.run, self.overwrite = path, run, overwrite
+        self.path = path
+        self.run = run
+        self.overwrite = overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
         self.make_room: Callable[[], bool] = lambda: False
@@ -94,14 +96,16 @@ class RunFolder:
                     )
                 # Keep the records, so that only recorded files may be replaced.
                 for record in folder.run.stages.values():
-                    record.fingerprint, record.done = "", False
+                    record.fingerprint = ""
+                    record.done = False
                 folder.run.blocks = blocks
             if not folder.config.removal or config.overwrite:
                 folder.run.config = runs.Config(**options)
             made = folder.run.provenance.content()
             folder.run.provenance = runs.Provenance(**{**made, **now})
         else:
-            kept, origin = runs.Config(**options), runs.Provenance(**versions(), **now)
+            kept = runs.Config(**options)
+            origin = runs.Provenance(**versions(), **now)
             run = runs.RunFile(
                 config=kept, stages={}, blocks=blocks, provenance=origin, complete=False
             )
@@ -444,7 +448,8 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """Describe the options that differ, each as ``remove: was 4, now 5``."""
     changes = []
     for key in dict.fromkeys([*now, *before]):
-        old, new = before.get(key), now.get(key)
+        old = before.get(key)
+        new = now.get(key)
         # `refuse_changes` compares what is typed for an energy.
         if old == new or key in ("options", "typed"):
             continue

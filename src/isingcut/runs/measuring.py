@@ -174,7 +174,8 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         split = splits_of(folder)["energy"]
         own = range(samples_of(config, name))
         session.choose_tuning(folder)
-        work, store = session.work(journal), session.replay.store
+        work = session.work(journal)
+        store = session.replay.store
         before = store.count_sweeps()
         measured = part.measure(session.replay, split.select(own), work)
         if sweeps := store.count_sweeps() - before:

@@ -33,7 +33,8 @@ from isingcut.runs import cutting, measuring, solving
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
-FINALISTS, LEFT = 3, 0.25
+FINALISTS = 3
+LEFT = 0.25
 """Maximum number of states to patch and pack; and the assumed lowest share of a cut's KL that
 remains after a patch (half remains after the best patches measured)."""
 
@@ -47,7 +48,9 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
             llama.cpp would not run.
     """
     packer = Packer(session.loaded, find_gguf(session.config.model))
-    found, why, n = list[PackedLosses](), None, len(blocks.blocks)
+    found = list[PackedLosses]()
+    why = None
+    n = len(blocks.blocks)
     for name in ("", *PACKED):
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
@@ -74,7 +77,8 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
 
     The costs of the chosen type are stored in `run.json` for the later stages.
     """
-    config, file = session.config, folder.target(session.config.removal) / "packing.json"
+    config = session.config
+    file = folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
     typed = {name: getattr(config, name) for name in STAGES["pack"].options}
     options = measuring.calibration_options(folder) | typed | cutting.share_options(config)
@@ -102,7 +106,8 @@ def _measure(
     journal: Path,
 ) -> None:
     """Measure the types and cuts that may be the best, and store their KL in ``types``."""
-    config, tokens = session.config, measuring.splits_of(folder)["rank"]
+    config = session.config
+    tokens = measuring.splits_of(folder)["rank"]
     work = session.work()
     evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
@@ -146,8 +151,10 @@ def _find_cut(
     session: Session, blocks: BlockList, evaluator: Evaluator, found: PackedLosses
 ) -> None:
     """Find the best one-pass state that meets the budget in a type; store it and its KL."""
-    config, own = session.config, blocks.model_copy(update={"packed": found.packed})
+    config = session.config
+    own = blocks.model_copy(update={"packed": found.packed})
     target = Target(config.removal, solving.removal_rows(own, config))
     states = np.array([*one_pass_states(evaluator, target, evaluator.m).values()])
     kl = evaluator.ledger.losses(states)
-    found.removed, found.cut_kl = blocks_of(states[kl.argmin()]), float(kl.min())
+    found.removed = blocks_of(states[kl.argmin()])
+    found.cut_kl = float(kl.min())

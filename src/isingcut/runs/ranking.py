@@ -60,14 +60,17 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     if config.choose == "tasks":
         options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
         options |= benchmarking.hashes_of(config)
-    journal, scores = target / "candidates.journal", target / ".questions"
-    patched, searched = target / "patched.journal", target / "searched.journal"
+    journal = target / "candidates.journal"
+    scores = target / ".questions"
+    patched = target / "patched.journal"
+    searched = target / "searched.journal"
 
     def make(path: Path) -> None:
         split = measuring.splits_of(folder)["rank"]
         problem = solving.problem_of(folder, config)
         session.choose_tuning(folder)
-        more, best = found_states(spectrum, problem, config), list[list[int]]()
+        more = found_states(spectrum, problem, config)
+        best = list[list[int]]()
         count = len(spectrum.removed(0))
         if is_searched(config, count, problem.n, streamed=session.streaming):
             start = np.concatenate([more, spectrum.states])
@@ -79,7 +82,8 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         found = candidates.rank(session.replay, split, problem, considered, others, config, work)
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
-        rows, position = found.candidates, found.chosen.position
+        rows = found.candidates
+        position = found.chosen.position
         reason: dict[str, Any] = {"why": found.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
             position, found.by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
@@ -218,5 +222,6 @@ def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFi
 
     file = target / f"baseline-{name}.json"
     journal = file.with_name(file.name + ".journal")
-    read, drop = partial(read_document, model=states.BaselineFile), partial(forget, journal)
+    read = partial(read_document, model=states.BaselineFile)
+    drop = partial(forget, journal)
     return folder.stage("baseline", file, options, make, read, together=True, forget=drop)

@@ -65,14 +65,17 @@ class Session:
     def __init__(
         self, config: RunConfig, progress: Progress = silent, dtype: str | None = None
     ) -> None:
-        self.config, self.progress, self._recorded = config, as_progress(progress), dtype
+        self.config = config
+        self.progress = as_progress(progress)
+        self._recorded = dtype
         self.processes = ALONE
 
     @contextlib.contextmanager
     def at(self, config: RunConfig) -> Iterator[None]:
         """Use other options for the stages within the context."""
         # Not a copy: it would keep the weights in memory after `leave_device`.
-        before, self.config = self.config, config
+        before = self.config
+        self.config = config
         try:
             yield
         finally:
@@ -92,7 +95,8 @@ class Session:
         self.replay.attention = None if given == "auto" else given
         if self.streaming:
             return
-        device, made = name_devices(self.replay), folder.run.provenance
+        device = name_devices(self.replay)
+        made = folder.run.provenance
         requested = self.config.batch_tokens
 
         def read_record() -> int:
@@ -151,7 +155,8 @@ class Session:
         Raises:
             InputError: the memory limit cannot be parsed, or a device is not available.
         """
-        places, limit = map(torch.device, self.device.split(",")), self.config.memory_limit
+        places = map(torch.device, self.device.split(","))
+        limit = self.config.memory_limit
         too_large = self._bytes > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
@@ -162,7 +167,8 @@ class Session:
 
     def _open(self, folder: Path, buffers: Buffers | None = None) -> models.LoadedModel:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
-        trust, limit = self.config.trust_remote_code, self.config.memory_limit
+        trust = self.config.trust_remote_code
+        limit = self.config.memory_limit
         how: Any = {"dtype": self.dtype, "device": self.device, "trust_remote_code": trust}
         if self.streaming:
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
@@ -174,7 +180,8 @@ class Session:
 
     def serve(self, folder: RunFolder) -> None:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
-        folder.make_room, folder.memory_record = self._stream_from_now, self._memory_record
+        folder.make_room = self._stream_from_now
+        folder.memory_record = self._memory_record
         folder.check_model = lambda: check_unchanged(self.source, self._stamp)
         folder.progress = self.progress
 

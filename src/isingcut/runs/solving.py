@@ -126,7 +126,9 @@ def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
 
 def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
     """Return the costs of the packed blocks, of the whole model before packing, and after it."""
-    packed, quantity, cache = blocks.packed, wanted.quantity, np.zeros(len(blocks.blocks))
+    packed = blocks.packed
+    quantity = wanted.quantity
+    cache = np.zeros(len(blocks.blocks))
     if packed is None:
         raise InputError(
             f"--budget {wanted.name} chooses a type by measurement, which only `isingcut run` "
@@ -147,7 +149,8 @@ def _furthest(blocks: BlockList, problem: Problem, row: LinearConstraint, budget
     # The energy decreases with the removed amount, so its lowest state removes the most.
     falling = Hamiltonian(-costs, np.zeros((problem.n, problem.n)))
     most = float(costs @ Problem(falling, problem.constraints).a_state())
-    unit, at = budget.quantity.unit, f"@{budget.context}" if budget.context else ""
+    unit = budget.quantity.unit
+    at = f"@{budget.context}" if budget.context else ""
     # Rounded so that the printed value is feasible.
     if budget.quantity.packed:
         _, before, now = _packed_costs(blocks, budget)

@@ -34,12 +34,19 @@ from isingcut.runs.cutting import fit_patch
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
 
-NEAR, ERRORS, TRIED, LESS = 0.05, 2, 3, 8
+NEAR = 0.05
+ERRORS = 2
+TRIED = 3
+LESS = 8
 """Candidates to patch for the choice: maximum distance from the lowest KL, as a share of that or in
 paired standard errors; maximum number; factor by which their patches take fewer tokens."""
 DEEP = 0.4
 """Share of removed blocks from which on a cut is deep."""
-ROUND, MOVES, STALLED, MORE, TOKENS = 4, 16, 2, 40, 2048
+ROUND = 4
+MOVES = 16
+STALLED = 2
+MORE = 40
+TOKENS = 2048
 """The search in a deep cut: number of states that start it, and per round; exchanges whose blocks
 are measured again; rounds without a better state after which it ends; states beyond the number of
 blocks after which it ends; and tokens to fit the patch of each state, and to measure it."""
@@ -81,14 +88,18 @@ class Trials:
         progress: Progress,
         kept: Kept | None = None,
     ) -> None:
-        self._session, self._folder, self._text = session, folder, text
-        self._fitted, self._measured = kept, dict[int, list[Tensor]]()
+        self._session = session
+        self._folder = folder
+        self._text = text
+        self._fitted = kept
+        self._measured = dict[int, list[Tensor]]()
         self._work = dataclasses.replace(session.work(journal), progress=progress)
         self._ledger = Ledger(session.replay, text, self._work)
 
     def kl(self, removed: Sequence[int], kind: str, tokens: int) -> float:
         """Return the KL of a state after a patch of a kind, fitted on so many tokens."""
-        session, work = self._session, self._work
+        session = self._session
+        work = self._work
         # With `--heal` a patch would be least-squares only, but a tuned one predicts the healing.
         trial = session.config.replace(patch=kind, patch_tokens=tokens, heal="")
 
@@ -96,7 +107,9 @@ class Trials:
             with session.at(trial):
                 new = fit_patch(session, self._folder, removed, work.progress, self._fitted)
             named = f"without {join_blocks(removed)}, patched"
-            replay, text, own = session.replay, self._text, self._measured
+            replay = session.replay
+            text = self._text
+            own = self._measured
             return changed_losses(
                 replay, text, lambda name, _: new.get(name), work, named, removed, own
             )
@@ -129,14 +142,17 @@ def search_patched(
     Complexity: about N + `MORE` states.
     """
     trials = Trials(session, folder, text.first(TOKENS), journal, silent, {})
-    target, states = Target(session.config.removal, problem.constraints), dict[str, Bools]()
-    kl, effects = dict[str, float](), np.zeros(problem.n)
+    target = Target(session.config.removal, problem.constraints)
+    states = dict[str, Bools]()
+    kl = dict[str, float]()
+    effects = np.zeros(problem.n)
     with session.progress("searching patched states", problem.n + MORE) as bar:
 
         def measure(state: Bools) -> float:
             key = key_of(state)
             if key not in kl:
-                states[key], kl[key] = state, trials.kl(blocks_of(state), "linear", TOKENS)
+                states[key] = state
+                kl[key] = trials.kl(blocks_of(state), "linear", TOKENS)
                 bar.advance(1, f"KL {kl[key]:.4f}")
             return kl[key]
 
@@ -153,7 +169,9 @@ def search_patched(
 
         for state in list({key_of(state): state for state in start}.values())[:ROUND]:
             measure(state)
-        centre, stalled, moves = best()[0], 0, None
+        centre = best()[0]
+        stalled = 0
+        moves = None
         while stalled < STALLED and len(kl) < problem.n + MORE:
             lowest = measure(centre)
             for i in np.flatnonzero((guess()[:moves] ^ centre).any(0)):
@@ -162,7 +180,8 @@ def search_patched(
                 measure(state)
             # Removing a block undoes restoring it.
             effects[best()[0] ^ centre] *= -1
-            centre, moves = best()[0], MOVES
+            centre = best()[0]
+            moves = MOVES
             stalled = 0 if measure(centre) < lowest else stalled + 1
     return [blocks_of(state) for state in best()[:2]]
 
@@ -205,10 +224,12 @@ def choose_by_patch(
         near += [i for i, row in enumerate(rows) if row.removed in more and i not in near]
     if len(near) == 1:
         return near
-    kind, count = config.patch if deep else "linear", trial_tokens(config)
+    kind = config.patch if deep else "linear"
+    count = trial_tokens(config)
     for row in (rows[i] for i in near):
         row.patched_kl = trials.kl(row.removed, kind, count)
-    kl, first = {i: rows[i].patched_kl or 0.0 for i in near}, near[0]
+    kl = {i: rows[i].patched_kl or 0.0 for i in near}
+    first = near[0]
     near = sorted(near, key=kl.__getitem__)
     if rows[near[0]].removed in searched and kl[first] <= (1 + NEAR) * kl[near[0]]:
         near = [first, *(i for i in near if i != first)]

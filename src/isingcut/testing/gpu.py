@@ -55,7 +55,8 @@ class Place:
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
-        self.device, self.folder = device, folder
+        self.device = device
+        self.folder = folder
         self.model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=8)
         letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (9000, 6))
         self.text = folder / "text.txt"
@@ -108,7 +109,8 @@ def close(found: Any, expected: Any, most: float = CLOSE) -> str:
     Raises:
         AssertionError: the numbers are not close.
     """
-    found, expected = np.asarray(found), np.asarray(expected)
+    found = np.asarray(found)
+    expected = np.asarray(expected)
     off = float(np.abs(found - expected).max() / np.abs(expected).max())
     assert off <= most, f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
     return f"differs by {off:.1e}" if off else "equal bits"
@@ -184,7 +186,8 @@ def placed(place: Place) -> str:
 
 def placed_run(place: Place) -> str:
     """Check that a run over two GPUs, healed with LoRA, agrees with one on a single GPU."""
-    names, found = list(map(str, two_cards(place))), []
+    names = list(map(str, two_cards(place)))
+    found = []
     given: dict[str, Any] = {"dtype": "float32", "skip_speed": True, "batch_tokens": 256}
     given |= {"heal": "all", "healing": {"method": "lora", "trainer": {"max_steps": 4}}}
     for device in (",".join(names), names[0]):
@@ -271,15 +274,19 @@ def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="isingcut-gpu-") as folder:
         place = Place(device, Path(folder))
         for name in names:
-            began, trace = time.monotonic(), ""
+            began = time.monotonic()
+            trace = ""
             try:
-                outcome, words = "passed", CHECKS[name](place)
+                outcome = "passed"
+                words = CHECKS[name](place)
             except SkipTest as e:
-                outcome, words = "skipped", str(e)
+                outcome = "skipped"
+                words = str(e)
             except Exception as e:
                 trace = traceback.format_exc()
                 message = str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
-                outcome, words = "failed", " ".join(message.split())
+                outcome = "failed"
+                words = " ".join(message.split())
             seconds = time.monotonic() - began
             print(f"{outcome:8} {seconds:6.1f} s  {name:10} {words[:150]}", flush=True)
             row = {"check": name, "outcome": outcome, "seconds": seconds, "words": words}

@@ -65,7 +65,8 @@ class Evaluator:
         work: Work,
         seed: int,
     ) -> None:
-        self._replay, self._batch_tokens = replay, work.batch_tokens
+        self._replay = replay
+        self._batch_tokens = work.batch_tokens
         self.budget: float | None = None
         self.order = np.random.default_rng([seed, 0x0DE2]).permutation(tokens.samples)
         self._tokens = tokens.select(self.order.tolist())
@@ -116,12 +117,14 @@ class Evaluator:
         """
         self._together = self._replay.streamed
         yield
-        self._together, self._owed = False, 0.0
+        self._together = False
+        self._owed = 0.0
         self._extend(description)
 
     def _extend(self, description: str) -> None:
         """Measure the deferred states, each on the samples that are still missing."""
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting
+        self._waiting = []
         calls = [waiting] if self._replay.streamed else [[one] for one in waiting]
         for call in filter(None, calls):
             title = description
@@ -141,7 +144,8 @@ class Evaluator:
             self._referenced = n
         for (key, state), row in zip(group.items(), sums, strict=True):
             entry = self.known.setdefault(key, Known(state.copy(), np.full(self.m, np.nan)))
-            entry.sums[have:n], entry.n = row, n
+            entry.sums[have:n] = row
+            entry.n = n
 
     def slopes(self, state: Bools, n: int) -> Floats:
         """Return (N,) slopes of the KL, see `gate_slopes`, at ``state`` on the first n samples."""
@@ -163,7 +167,8 @@ class Evaluator:
             found = one_pass(self._replay, few, Work(self._batch_tokens))
             return np.concatenate([part.ravel() for part in found])
 
-        runs, length = self.blocks * self.ledger.share(range(n)), self.blocks + boundaries**2
+        runs = self.blocks * self.ledger.share(range(n))
+        length = self.blocks + boundaries**2
         row = self.ledger.once(f"one-pass:{n}", length, runs, 0.0, make)
         return row[: self.blocks], row[self.blocks :].reshape(boundaries, boundaries)
 
@@ -205,7 +210,8 @@ class Estimates:
         self.rung = np.searchsorted(rungs, [k.n for k in known], side="right") - 1
         means = np.stack([sums[:, r - 1] / cumulative[r - 1] for r in rungs], axis=1)
         means = np.maximum(means, LEAST)
-        log_shift, variance = np.zeros(len(rungs)), np.zeros(len(rungs))
+        log_shift = np.zeros(len(rungs))
+        variance = np.zeros(len(rungs))
         for level in range(len(rungs) - 2, -1, -1):
             both = self.rung > level
             change = np.log(means[both, level + 1] / means[both, level])

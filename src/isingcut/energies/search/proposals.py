@@ -38,7 +38,8 @@ class Target:
     """
 
     def __init__(self, label: str, rows: Sequence[LinearConstraint]) -> None:
-        self.label, self.rows = label, tuple(rows)
+        self.label = label
+        self.rows = tuple(rows)
         self.low, self.high = _blank(rows).cardinality
         enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
@@ -85,7 +86,8 @@ def _blank(rows: Sequence[LinearConstraint]) -> Problem:
     return Problem(Hamiltonian(np.zeros(n), np.zeros((n, n))), rows)
 
 
-BEAM, CHILDREN = 3, 8
+BEAM = 3
+CHILDREN = 8
 """Numbers of states that the beam keeps and measures per size."""
 
 EXACT_UP_TO = 40
@@ -113,7 +115,8 @@ def list_states(target: Target, n: int) -> States | None:
 
 def find_windows(hamiltonian: Hamiltonian, target: Target, count: int) -> States:
     """Return the ``count`` feasible runs of consecutive blocks with the lowest energy."""
-    n, size = hamiltonian.n, target.low
+    n = hamiltonian.n
+    size = target.low
     states = states_of(n, (range(start, start + size) for start in range(n - size + 1)))
     states = states[target.feasible(states)]
     return states[np.argsort(hamiltonian.energies(states), kind="stable")[:count]]
@@ -143,7 +146,8 @@ def draw_minima(
     Returns:
         states (count, N), and gains (count,): energy of ``best`` minus that of the drawn state.
     """
-    states, gains = [], []
+    states = []
+    gains = []
     for seed in rng.integers(2**31, size=count):
         drawn = surrogate.sample(rng)
         states.append(find_lowest(drawn, target, 1, int(seed))[0])
@@ -151,7 +155,8 @@ def draw_minima(
     return np.array(states), np.array(gains)
 
 
-LOW, REFITS = 10, 8
+LOW = 10
+REFITS = 8
 """Number of lowest states of the mean to compare with their bound, and most repetitions of this."""
 BOUND_SPREAD = 0.02
 """Standard deviation of a bound that is used as a measurement, relative to the bound."""
@@ -165,7 +170,9 @@ def fit_bounded(prior: Hamiltonian, found: Estimates, targets: Sequence[Target])
     with its bound, see `bound_below`. If its energy is lower, the state is added as a measurement
     with this bound as its loss, and the posterior is fitted again.
     """
-    states, losses, noise = found.states, found.loss, found.sd
+    states = found.states
+    losses = found.loss
+    noise = found.sd
     measured = {key_of(state) for state in states}
     for _ in range(REFITS):
         fitted = Surrogate(prior, states, losses, noise)
@@ -191,7 +198,8 @@ def bound_below(states: States, found: Estimates) -> Floats:
 def list_exchanges(state: Bools, target: Target) -> States:
     """Return every feasible state that is one exchange, one removal or one restored block away."""
     single = np.eye(len(state), dtype=bool)
-    gone, here = np.flatnonzero(state), np.flatnonzero(~state)
+    gone = np.flatnonzero(state)
+    here = np.flatnonzero(~state)
     pairs = (single[gone][:, None] | single[here][None]).reshape(-1, len(state))
     found = np.concatenate([state ^ pairs, flip_each(state)])
     return found[target.feasible(found)]
@@ -242,7 +250,8 @@ def pair_energy(
     the own terms are ``influence`` (N,).
     """
     n = evaluator.blocks
-    every, pairs = list_removals(n), list(combinations(range(n), 2))
+    every = list_removals(n)
+    pairs = list(combinations(range(n), 2))
     singles = every[:n]
     affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
     samples = max(affordable, default=1)
@@ -255,7 +264,8 @@ def pair_energy(
         return np.array([k.sums[:samples].sum() / tokens for k in known])
 
     evaluator.measure(singles, samples, f"{n} single removals")
-    h, J = losses(singles), np.zeros((n, n))
+    h = losses(singles)
+    J = np.zeros((n, n))
     pairs.sort(key=lambda p: h[p[0]] + h[p[1]])
     count = len(pairs)
     while count and evaluator.price(states_of(n, pairs[:count]), samples) > passes:

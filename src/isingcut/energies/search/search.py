@@ -37,7 +37,8 @@ from isingcut.measure.losses import tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 
-FIRST_SHARE, FIRST_TOKENS = 0.125, 512
+FIRST_SHARE = 0.125
+FIRST_TOKENS = 512
 """First rung of a state: the smaller of this share of the samples and this number of tokens.
 Little text is enough to sort states."""
 GROWTH = 3.0
@@ -53,13 +54,17 @@ ONE_PASS_SHARE = 0.05
 """Largest share of the budget for one pass of the original; if needed, it takes fewer samples."""
 FIRST = 30
 """States proposed in the first round, most of them the lowest of the pair energy."""
-DRAWN, MINIMA, MOVES, SLOPES = 6, 4, 6, 2
+DRAWN = 6
+MINIMA = 4
+MOVES = 6
+SLOPES = 2
 """States proposed per later round: ground states of sampled Hamiltonians, lowest states of the
 mean, moves around the best states in the order of the surrogate's bound, and moves around the best
 state in the order of its gate slopes."""
 DRAWS = 20
 """Hamiltonians sampled per round."""
-GAIN, CHANCE = 0.01, 0.05
+GAIN = 0.01
+CHANCE = 0.05
 """A target is done when the chance that a state is better than the best one by more than `GAIN`
 times its loss is at most `CHANCE`. The chance is the share of sampled Hamiltonians with such a
 state."""
@@ -297,7 +302,8 @@ class Search:
             states = proposals.find_lowest(self._prior, target, 2 * FIRST, seed)
             take(states, FIRST - len(picked), "pair energy")
             return list(picked.values())
-        own, surrogate = self.estimates(target), self._surrogate([target])
+        own = self.estimates(target)
+        surrogate = self._surrogate([target])
         if own is None or surrogate is None or goal.best is None:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]

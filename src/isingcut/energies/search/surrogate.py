@@ -95,13 +95,17 @@ class Surrogate:
     ) -> Hamiltonian:
         """Return the Hamiltonian of the posterior mean given residuals ``y``, plus ``extra``."""
         alpha = cho_solve(self._factor, y)
-        s, scale = self.spread, self._scale
+        s = self.spread
+        scale = self._scale
         slope = (SLOPE * self._b) ** 2 * float(self._centred @ alpha)
         u = (scale * s.own) ** 2 * (self._x.T @ alpha)
         v = (scale * s.pair) ** 2 * (self._x.T * alpha) @ self._x
         a = scale**2 * float(alpha.sum())
         if extra is not None:
-            a, u, v, slope = a + extra[0], u + extra[1], v + extra[2], slope + extra[3]
+            a = a + extra[0]
+            u = u + extra[1]
+            v = v + extra[2]
+            slope = slope + extra[3]
         np.fill_diagonal(v, 0.0)
         v = (v + v.T) / 2
         b = self._b + slope
@@ -115,7 +119,8 @@ class Surrogate:
     def sample(self, rng: np.random.Generator) -> Hamiltonian:
         """Draw one Hamiltonian from the posterior (Matheron's rule)."""
         n = self._x.shape[1]
-        s, scale = self.spread, self._scale
+        s = self.spread
+        scale = self._scale
         a = scale * float(rng.standard_normal())
         u: Floats = scale * s.own * rng.standard_normal((n,))
         upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
@@ -139,7 +144,8 @@ class Surrogate:
 def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
     """Fit a weighted least-squares line y = a + b x, with b kept positive."""
     w = weight / weight.sum()
-    mx, my = float(w @ x), float(w @ y)
+    mx = float(w @ x)
+    my = float(w @ y)
     var = float(w @ (x - mx) ** 2)
     b = float(w @ ((x - mx) * (y - my))) / var if var > 0 else 1.0
     b = b if b > 0 else 1e-3

@@ -370,16 +370,20 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
     match = _NUMBERED.search(entry)
     if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
         return [entry]
-    number, head = match.group(2), entry[: match.start(2)]
+    number = match.group(2)
+    head = entry[: match.start(2)]
     others = _NUMBERED.finditer(entry, match.end()) if entry.startswith("re:") else ()
-    numbers, rest = [number, *(other.group(2) for other in others)], entry[match.end(2) :]
+    numbers = [number, *(other.group(2) for other in others)]
+    rest = entry[match.end(2) :]
     if number.isdigit() and len(numbers) == 1 and ")" not in match.group(1):
         regular = entry.startswith("re:")
         # After the digits, "*" in a glob and ".*" or the end in an expression match 10 to 19 too.
         if regular and re.match(r"$|\.[*+?{]", rest):
-            number, rest = f"{number}*", rf"(?!\d){rest}"
+            number = f"{number}*"
+            rest = rf"(?!\d){rest}"
         elif rest.startswith("*") and not regular:
-            number, rest = f"{number}*", rest[1:] or ".*"
+            number = f"{number}*"
+            rest = rest[1:] or ".*"
     elif _ANY_NUMBER.issuperset(numbers):
         return [entry]
     elif entry.startswith("re:") or not re.fullmatch(r"[0-9*?\[\]\-]+", number):
@@ -498,7 +502,8 @@ def explain_uncuttable(text: Mapping[str, Any]) -> str:
     what = str(text.get("model_type", ""))
     reason = of_type(UNCUTTABLE, what)
     if text.get("scale_attn_by_inverse_layer_idx"):
-        what, reason = "this model", "its attention is scaled by 1 / (block number + 1)"
+        what = "this model"
+        reason = "its attention is scaled by 1 / (block number + 1)"
     return f"{what} cannot be cut exactly: {reason}" if reason else ""
 
 

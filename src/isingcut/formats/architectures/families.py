@@ -85,7 +85,8 @@ def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
 def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]]:
     """Yield the pairs of blocks of one field where the first may stay only if the second stays, and
     why. Errors of an unknown form are not converted."""
-    blocks, full = range(count), None
+    blocks = range(count)
+    full = None
     if name in fields.RANKED:
         for before, after in pairwise(sorted(blocks.index(i - 1) for i in value)):
             reason = f"what block {after} computes depends on how many of {name} come before it"
@@ -113,11 +114,13 @@ def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
 
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
     """Return constraints to keep a full-attention block after each kept block of another type."""
-    n, rows = len(types), []
+    n = len(types)
+    rows = []
     for i, kind in enumerate(types):
         if kind != "full_attention":
             later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
-            row, most = _row(n, later, [i]), len(later) - 1.0
+            row = _row(n, later, [i])
+            most = len(later) - 1.0
             rows.append(LinearConstraint(f"full after {i}", row, "<=", most, _LAST_REASON))
     return rows
 
@@ -173,7 +176,8 @@ def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
     rows = []
     for i in range(n - 1):
         if (i + 1) % period:
-            row, name = _row(n, [i], [i + 1]), f"period {i},{i + 1}"
+            row = _row(n, [i], [i + 1])
+            name = f"period {i},{i + 1}"
             whole = (i // period + 1) * period <= n
             rows.append(LinearConstraint(name, row, "==" if whole else "<=", 0.0, reason))
     return rows
@@ -181,7 +185,8 @@ def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
 
 def _row(n: int, plus: Sequence[int], minus: Sequence[int] = ()) -> NDArray[np.float64]:
     row = np.zeros(n)
-    row[[*plus]], row[[*minus]] = 1.0, -1.0
+    row[[*plus]] = 1.0
+    row[[*minus]] = -1.0
     return row
 
 

@@ -87,7 +87,8 @@ def _list_tensors(
     Raises:
         CheckpointError: the tensors have another number of blocks than the configuration.
     """
-    count, prefix = whole.depth, whole.prefix
+    count = whole.depth
+    prefix = whole.prefix
     axes = DEPTH_SHAPED.get(str(whole.text.get("model_type")), {})
     kept = tuple(i for i in mapping if i < count)
     tensors = []

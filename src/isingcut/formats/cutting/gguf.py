@@ -49,7 +49,8 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         InputError: the number of blocks, the width or the values of a norm differ.
         CheckpointError: the GGUF file or the checkpoint is damaged.
     """
-    theirs, count = Checkpoint.read(model), header.check_blocks()
+    theirs = Checkpoint.read(model)
+    count = header.check_blocks()
     _same(header, "blocks", count, theirs.depth)
     text = theirs.text
     width = next((text[k] for k in _WIDTHS if isinstance(text.get(k), int)), None)
@@ -95,7 +96,8 @@ def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
     """Whether unpacked values are equal up to bfloat16 rounding, or after adding 1, as to norms."""
     if stored.dtype not in PLAIN or not np.issubdtype(tensor.data.dtype, np.floating):
         return True
-    ours, theirs = tensor.data.flatten(), read_tensor(stored).double().flatten().numpy()
+    ours = tensor.data.flatten()
+    theirs = read_tensor(stored).double().flatten().numpy()
     same = ours.size == theirs.size
     return same and any(np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0.0, 1.0))
 
@@ -250,7 +252,8 @@ def cut_gguf(
         InputError: ``out`` cannot be written.
     """
     header = read_gguf(source)
-    count, mtp = header.number("block_count"), header.mtp_layers
+    count = header.number("block_count")
+    mtp = header.mtp_layers
     mapping = renumber_blocks(count - mtp, removed, 0 if drop_mtp else mtp)
     refuse_uncuttable(header, count, len(mapping))
     header.check_blocks()
@@ -290,8 +293,10 @@ def cut_gguf(
             if rest and old not in mapping:
                 continue
             name = f"blk.{mapping[old]}.{rest}" if rest else tensor.name
-            new, kind = (changed or {}).get(tensor.name), tensor.tensor_type
-            shape, dtype = tensor.data.shape, tensor.data.dtype
+            new = (changed or {}).get(tensor.name)
+            kind = tensor.tensor_type
+            shape = tensor.data.shape
+            dtype = tensor.data.dtype
             numbers = tensor.shape[::-1].tolist()
             if packed is not None:
                 given = {"inside": 0 <= old < count - mtp, "new": new is not None}

@@ -59,7 +59,8 @@ STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
 """Host memory per tuned parameter, in bytes: weight, gradient, two moments."""
-RATE, WIDTH = 0.003, 576
+RATE = 0.003
+WIDTH = 576
 """Largest change of a weight per step, relative to the root mean square of its layer's weights, for
 a stream of this width; smaller for wider models, where more weights change at once."""
 
@@ -73,7 +74,8 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     layers = StoredLayers(job.start, job.removed)
     fitted, patches, tuning = make_patches(job, layers)
     stored = write_patched(layers, patches, out)
-    trust, original = job.config.trust_remote_code, job.teacher.runnable
+    trust = job.config.trust_remote_code
+    original = job.teacher.runnable
     replay = job.teacher.replay
     with apply_patches(replay.blocks, stored, resident=not replay.streamed):
         proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
@@ -104,7 +106,8 @@ def make_patches(
     """
     replay = job.teacher.replay
     tokens = job.tokens.first(job.config.patch_tokens, 2)
-    held_out, why = None, ""
+    held_out = None
+    why = ""
     if job.config.tunes:
         try:
             if job.teacher.streamed:
@@ -129,7 +132,8 @@ def make_patches(
         replay.limit.release()
         raise FitError(f"{replay.device} is out of memory for fitting a patch")
     fitted: Fitted = made
-    patches, tuning = fitted.patches, None
+    patches = fitted.patches
+    tuning = None
     for share in SHARES if held_out is not None else ():
         try:
             found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
@@ -202,7 +206,8 @@ def tune(
     Raises:
         FitError: too little memory, no layer to tune, or the model cannot be differentiated.
     """
-    replay, removed = job.teacher.replay, job.removed
+    replay = job.teacher.replay
+    removed = job.removed
     together = min(job.config.batch_tokens, STEP_TOKENS)
     adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
     adjacent = sorted(set(adjacent) - set(removed))
@@ -210,7 +215,8 @@ def tune(
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
     wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
     room = share * least_left(replay.places) - wanted
-    longest, each = int(tokens.mask.sum(1).max()), bytes_of_backward(replay)
+    longest = int(tokens.mask.sum(1).max())
+    each = bytes_of_backward(replay)
     while at_a_time > longest and at_a_time * each > room:
         at_a_time = max(longest, at_a_time // 2)
     train, validation = (_Text(part, together, at_a_time) for part in (tokens, held_out))
@@ -355,8 +361,11 @@ class _Text:
     """
 
     def __init__(self, tokens: TokenSet, batch_tokens: int, at_a_time: int) -> None:
-        self.batches, self.groups = list[TokenSet](), list[range]()
-        self.calls, self.entered, self.left = list[Recording](), list[Tensor](), list[Tensor]()
+        self.batches = list[TokenSet]()
+        self.groups = list[range]()
+        self.calls = list[Recording]()
+        self.entered = list[Tensor]()
+        self.left = list[Tensor]()
         for together in tokens.batches(batch_tokens):
             few = together.batches(at_a_time)
             self.groups.append(range(len(self.batches), len(self.batches) + len(few)))
@@ -425,7 +434,8 @@ class _Text:
 
     def _logits(self, batch: int, suffix: Sequence[int]) -> list[Iterator[Tensor]]:
         """Return iterators over the samples' logits (T, V), of the original and of the patched."""
-        call, stream = self.calls[batch], self.entered[batch]
+        call = self.calls[batch]
+        stream = self.entered[batch]
         for i in suffix:
             stream = call.block(i, stream)
         numbers = range(len(stream))

@@ -56,7 +56,9 @@ class StoredLayers:
 
     def __init__(self, folder: Path, removed: Sequence[int]) -> None:
         cut = Checkpoint.read(folder)
-        self.folder, self.tensors, self._prefix = folder, cut.stored, cut.prefix
+        self.folder = folder
+        self.tensors = cut.stored
+        self._prefix = cut.prefix
         self.layout = fp8_layout(folder, cut.config)
         self._places = renumber_blocks(cut.depth + len(removed), removed)
 
@@ -75,7 +77,8 @@ class StoredLayers:
                 neither a plain one nor float8.
         """
         name = f"{self._prefix}{self._places[block]}.{path}"
-        own, offset = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.bias")
+        own = self.tensors.get(f"{name}.weight")
+        offset = self.tensors.get(f"{name}.bias")
         if own is None or own.shape != tuple(weight.shape) or (offset is None) != (bias is None):
             raise ArchitectureError(
                 f"the checkpoint {self.folder} has no {name}.weight of shape {list(weight.shape)}, "
@@ -109,7 +112,8 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         OutputExistsError: ``out`` exists.
     """
     new: dict[str, Tensor] = {}
-    modules, written = [], []
+    modules = []
+    written = []
     for patch in patches:
         pair = stored.layer(patch.block, patch.path, patch.weight, patch.bias)
         own = {

@@ -56,9 +56,13 @@ class Write:
     """
 
     def __init__(self, path: str, module: Any, scale: float) -> None:
-        self.path, self.module, self.scale, self.reads = path, module, scale, True
+        self.path = path
+        self.module = module
+        self.scale = scale
+        self.reads = True
         self.transposed = not isinstance(module, nn.Linear)
-        weight, bias = module.weight.detach().clone(), module.bias
+        weight = module.weight.detach().clone()
+        bias = module.bias
         self.weight: Tensor = weight.T if self.transposed else weight
         self.bias: Tensor | None = None if bias is None else bias.detach().clone()
 
@@ -85,7 +89,8 @@ class Write:
 
         The map times the features is the change of the residual stream.
         """
-        change, weight = change.cpu(), self.weight.cpu().double()
+        change = change.cpu()
+        weight = self.weight.cpu().double()
         bias = None if self.bias is None else self.bias.cpu().double()
         if not self.reads:
             # The layer's output v becomes v + map v / s.

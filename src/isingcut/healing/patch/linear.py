@@ -108,7 +108,8 @@ def fit_patches(
         raise FitError("a patch needs at least two samples, one of them for validation")
     cuts = runs(removed)
     batches = tokens.batches(work.batch_tokens)
-    patches, unpatched = list[Patch](), list[UnpatchedCut]()
+    patches = list[Patch]()
+    unpatched = list[UnpatchedCut]()
     total = len(batches) * (2 * cuts[-1][1] + 2 - len(removed))
     with (
         torch.inference_mode(),
@@ -173,7 +174,8 @@ class _Fitting:
                     write = None
                 if write is not None:
                     # The output of block p in the patched model, and the input of its layer.
-                    home, seen = self._home_of_inputs(write), []
+                    home = self._home_of_inputs(write)
+                    seen = []
                     for recording, stream in zip(self._recordings, self._patched, strict=True):
                         output, read, _ = observe(recording, p, stream, write)
                         seen.append((output, read.to(home)))
@@ -226,7 +228,8 @@ class _Fitting:
         Args:
             entered: for each batch the patched model's hidden states before block p.
         """
-        reasons, usable = list[str](), list[Gained]()
+        reasons = list[str]()
+        usable = list[Gained]()
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self.replay.store.sweep([p]):
@@ -358,7 +361,8 @@ class _Fitting:
 
     def _sides(self, b: int) -> tuple[Tensor, Tensor]:
         """Return the masks (B, T) of the real tokens of batch ``b`` to fit and to validate on."""
-        batch, device = self.batches[b], self._original[b].device
+        batch = self.batches[b]
+        device = self._original[b].device
         mask = batch.mask.to(device)
         validation = (batch.index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1).to(device)
         # With too few samples to take one in four, validate on the first.
@@ -391,7 +395,8 @@ class _Fitting:
         stream = sum(self.replay.stream_bytes(batch) for batch in self.batches)
         # Hidden states of both models, a block's output and the input of its layer.
         needed = stream * (3 + size / width)
-        room, device = self.replay.room(self.batches[0]), self._original[0].device
+        room = self.replay.room(self.batches[0])
+        device = self._original[0].device
         if needed <= room:
             return device
         if device == _CPU or needed > allowance("", _CPU).left:

@@ -75,7 +75,8 @@ class Rows(Moments):
         self.products: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
-        place, root = self.x.device, weights.double().sqrt()[:, None]
+        place = self.x.device
+        root = weights.double().sqrt()[:, None]
         self.x = torch.cat([self.x, (x.double() * root).to(place)])
         self.t = torch.cat([self.t, (t.double() * root).to(place)])
 

@@ -38,7 +38,8 @@ from isingcut.options.config import BATCH_TOKENS
 # The overhead of a micro-batch (casting weights, adding gradients), as a number of tokens.
 _EACH = 64
 # Number of steps to estimate padding on, and of additional micro-batches per step to consider.
-_LOOKED_AT, _MORE = 8, 16
+_LOOKED_AT = 8
+_MORE = 16
 
 
 @dataclass
@@ -95,7 +96,8 @@ class Steps(Sampler[list[int]]):
     def _of(self, step: int) -> list[int]:
         """Return the sample indices of a step, longest sample first."""
         found: list[int] = []
-        first, samples = step * self.batch, len(self.lengths)
+        first = step * self.batch
+        samples = len(self.lengths)
         for place in range(first, first + self.batch):
             epoch, at = divmod(place, samples)
             if not found or at == 0:
@@ -107,9 +109,11 @@ class Steps(Sampler[list[int]]):
 
 def _count_parts(lengths: Sequence[int], most: int) -> int:
     """Return the minimum number of parts of at most ``most`` tokens."""
-    found, start = 0, 0
+    found = 0
+    start = 0
     while start < len(lengths):
-        found, start = found + 1, start + max(1, most // lengths[start])
+        found = found + 1
+        start = start + max(1, most // lengths[start])
     return found
 
 
@@ -128,12 +132,14 @@ def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[f
     Complexity: count x samples^2.
     """
     size = len(lengths)
-    first, last = np.arange(size)[:, None], np.arange(1, size + 1)[None]
+    first = np.arange(size)[:, None]
+    last = np.arange(1, size + 1)[None]
     area = np.asarray(lengths, dtype=float)[:, None] * (last - first)
     # Among divisions with equal padding, prefer parts of similar size.
     cost = np.where(last > first, area * (1 + 1e-6 * area), np.inf)
     cost[(area > most) & (last > first + 1)] = np.inf
-    best, cuts = cost[0], []
+    best = cost[0]
+    cuts = []
     for n in range(count):
         if n:
             # total[i, j]: samples 0 to i in the previous parts, samples i + 1 to j in this part.
@@ -163,9 +169,11 @@ def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
 # Maximum tokens of a micro-batch; larger ones save too little time for their memory.
 _MOST = {"cpu": 2048, "cuda": 16384}
 # Tokens of the sample to count activations on; fewer if the student is on the CPU, not the GPU.
-_COUNTED, _COUNTED_APART = 512, 32
+_COUNTED = 512
+_COUNTED_APART = 32
 # Bytes per trained parameter.
-_GRADIENT, _MOMENTS = 4, 8
+_GRADIENT = 4
+_MOMENTS = 8
 
 
 def shard_if_needed(job: Job) -> Job:
@@ -173,7 +181,9 @@ def shard_if_needed(job: Job) -> Job:
 
     A resumed training is sharded as it was at its start.
     """
-    config, settings, file = job.config, trainer_settings(job.config), job.work / "memory.json"
+    config = job.config
+    settings = trainer_settings(job.config)
+    file = job.work / "memory.json"
 
     def is_needed() -> bool:
         if file.exists():
@@ -203,15 +213,18 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
 
     Complexity: forward passes over 768 tokens.
     """
-    settings, device = trainer_settings(job.config), job.teacher.device
+    settings = trainer_settings(job.config)
+    device = job.teacher.device
     # With several devices, memory use is assumed to be spread evenly.
     devices = devices_of(job.teacher.model)
     lengths = job.tokens.mask.sum(1)
-    longest, row = int(lengths.max()), batch_of(job.tokens, [int(lengths.argmax())])
+    longest = int(lengths.max())
+    row = batch_of(job.tokens, [int(lengths.argmax())])
     wanted = min(_MOST.get(device.type, BATCH_TOKENS), longest * batch)
     each, again, fixed = _activations(job, student, row)
     terms = _terms(job, student, settings)
-    words, logit = int(text_config(job.teacher.model).vocab_size), job.teacher.dtype.itemsize
+    words = int(text_config(job.teacher.model).vocab_size)
+    logit = job.teacher.dtype.itemsize
 
     def around(tokens: int) -> float:
         """Return the activation bytes not proportional to the tokens, including the loss."""
@@ -297,7 +310,8 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     except Exception as e:
         if not is_memory_exhausted(e):
             raise
-        each, fixed = float(entering), 0.0
+        each = float(entering)
+        fixed = 0.0
     # The gradient of the logits is computed in the forward pass and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed

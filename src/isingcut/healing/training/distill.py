@@ -62,7 +62,8 @@ def _spend(job: Job) -> Job:
     """Return the job with a recipe for its budget, and its text in samples of that length."""
     began = time.monotonic()
     seconds = job.config.training.seconds
-    file, pace = job.work / "recipe.json", (0.0, 0.0)
+    file = job.work / "recipe.json"
+    pace = (0.0, 0.0)
     if seconds is not None and not job.processes.decide(file.exists):
         pace = measure_pace(job)
         seconds = _USED * (seconds - job.spent - (time.monotonic() - began))

@@ -44,7 +44,8 @@ def load_student(folder: Path, config: HealConfig, dtype: torch.dtype = torch.fl
         InputError: the processes of this machine need more memory for it than is free.
     """
     trust = config.trust_remote_code
-    needed, room = weight_bytes(folder, dtype), allowance("100%", torch.device("cpu")).left
+    needed = weight_bytes(folder, dtype)
+    room = allowance("100%", torch.device("cpu")).left
     if needed > room:
         count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         raise InputError(
@@ -168,7 +169,8 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
     Tested on a few tokens: for a model that scales or caps its logits (Granite, Gemma 2) it returns
     None, and the logits come from the model's own forward pass.
     """
-    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.get_decoder()
+    output = model.get_output_embeddings()
     if decoder is None or output is None or decoder is model:
         return None
     ids = torch.arange(5, device=model.device)[None] % int(text_config(model).vocab_size)
@@ -200,9 +202,11 @@ def install(student: Any, plain: Any, original: Any) -> None:
         plain: the transformers model inside it.
         original: the teacher, frozen, on the student's device.
     """
-    text, teacher = language_model(plain), language_model(original)
+    text = language_model(plain)
+    teacher = language_model(original)
     forward = text.forward
-    parts, other = split_head(text), split_head(teacher)
+    parts = split_head(text)
+    other = split_head(teacher)
     size = text.get_output_embeddings().weight.shape[0] if parts else 1
 
     def read(whole: Any, taken: Any, ids: Tensor, rows: Tensor) -> Tensor:
@@ -234,9 +238,11 @@ def install(student: Any, plain: Any, original: Any) -> None:
         With ``alone``, return the divergence from itself, to count the student's memory.
         """
         rows = (attention_mask if counted is None else counted)[:, 1:].bool()
-        given, head = read(forward, parts, input_ids, rows), teacher_head
+        given = read(forward, parts, input_ids, rows)
+        head = teacher_head
         if alone:
-            target, head = given.detach(), parts[1] if parts else teacher_head
+            target = given.detach()
+            head = parts[1] if parts else teacher_head
         else:
             with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
                 target = read(teacher, parts and other, input_ids, rows)

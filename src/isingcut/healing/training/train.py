@@ -90,7 +90,8 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     last = _last_state(job)
     if last is not None:
         known = read_document(last / CURVE, HealingCurve)
-        watch.curve, watch.checks = known.steps, known.checks
+        watch.curve = known.steps
+        watch.checks = known.checks
         watch.trained = known.trained_parameters
     # Skip the training if it was complete when the process was killed.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
@@ -162,10 +163,13 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
     float32 need new memory. For FSDP or DeepSpeed the model stays on the CPU in one dtype, to be
     sharded.
     """
-    config, device, teacher = job.config, job.teacher.device, job.teacher.model
+    config = job.config
+    device = job.teacher.device
+    teacher = job.teacher.model
     # An earlier timing run may still be in memory until it is released.
     BatchLimit(device).release()
-    sharded, placed = is_sharded(trainer_settings(config)), False
+    sharded = is_sharded(trainer_settings(config))
+    placed = False
     # FSDP shards weights of one dtype only. Else only what is trained needs float32.
     whole = sharded or config.method == "full"
     stored = torch.float32 if whole else DTYPES[stored_dtype(job.start)]
@@ -237,17 +241,23 @@ def _last_state(job: Job) -> Path | None:
 
 def _arguments(watch: Watch, plan: HealingMemory, order: Order) -> TrainingArguments:
     parts = order.micro_batches if isinstance(order, Steps) else 1
-    job, batch = watch.job, watch.batch
-    config, size, steps = job.config, job.processes.size, len(order) // parts
-    device, rate = job.teacher.device, job.recipe.learning_rate if job.recipe else 2e-5
+    job = watch.job
+    batch = watch.batch
+    config = job.config
+    size = job.processes.size
+    steps = len(order) // parts
+    device = job.teacher.device
+    rate = job.recipe.learning_rate if job.recipe else 2e-5
     # Save two to ten states, each with a check, and at least one every 50 steps.
     tokens = steps * batch * (float(job.tokens.mask.sum()) / job.tokens.samples)
     states = min(10.0, max(2.0, tokens / _EACH_CHECK))
-    given, again = trainer_settings(config), get_checkpointing() if plan.recompute else {}
+    given = trainer_settings(config)
+    again = get_checkpointing() if plan.recompute else {}
     if given.get("fsdp") and not isinstance(more := given.get("fsdp_config"), str):
         # FSDP's own recomputation gathers a block's weights once for recomputation and gradients.
         own = {"version": 2, "activation_checkpointing": plan.recompute}
-        given["fsdp_config"], again = {**own, **(more or {})}, {}
+        given["fsdp_config"] = {**own, **(more or {})}
+        again = {}
     settings: dict[str, Any] = {
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
@@ -295,7 +305,8 @@ class OurTrainer(Trainer):
 
     def __init__(self, tokens: TokenSet, order: Order, **rest: Any) -> None:
         super().__init__(**rest)
-        self.tokens, self.order = tokens, order
+        self.tokens = tokens
+        self.order = order
         self._keep_float32()
 
     def _keep_float32(self) -> None:
@@ -349,7 +360,9 @@ class Watch(TrainerCallback):
     """
 
     def __init__(self, job: Job, batch: int, *, timing: bool = False) -> None:
-        self.job, self.batch, self.timing = job, batch, timing
+        self.job = job
+        self.batch = batch
+        self.timing = timing
         device = job.teacher.device
         self.bar: Bar
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -408,7 +421,8 @@ class Watch(TrainerCallback):
         judge = self.job.judge
         if judge is None or self.timing:
             return
-        device, sums = self.job.teacher.device, list[float]()
+        device = self.job.teacher.device
+        sums = list[float]()
         model.eval()
         with torch.no_grad():
             for i in range(judge.tokens.samples):

@@ -51,7 +51,8 @@ def _triangle(X, i, j, k, kind):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _slack_matrix(C, ineq, x, cuts, kinds):  # type: ignore[no-untyped-def]
     """Return Z = C - Diag(y) - B*(z) - G*(mu) for x = (y, z, mu)."""
-    size, count = C.shape[0], cuts.shape[0]
+    size = C.shape[0]
+    count = cuts.shape[0]
     Z = C - np.diag(x[:size])
     for t in range(count):
         i, j, k = cuts[t]
@@ -80,7 +81,8 @@ def _project(Z, Q):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[no-untyped-def]
     """Return minus the augmented dual function; fill its gradient g and the primal matrix X."""
-    size, count = C.shape[0], cuts.shape[0]
+    size = C.shape[0]
+    count = cuts.shape[0]
     Z = _slack_matrix(C, ineq, x, cuts, kinds) - sigma * centre
     lam, U = np.linalg.eigh(_project(Z, Q))
     negative = np.searchsorted(lam, 0.0)
@@ -99,7 +101,8 @@ def _evaluate(C, Q, ineq, x, cuts, kinds, sigma, centre, X, g):  # type: ignore[
 def _find_violated(X):  # type: ignore[no-untyped-def]
     """Return the triangles (T, 4) that X violates, as i < j < k and kind, and violations (T,)."""
     size = X.shape[0]
-    triangles, amount = np.zeros((0, 4), dtype=np.int64), np.zeros(0)
+    triangles = np.zeros((0, 4), dtype=np.int64)
+    amount = np.zeros(0)
     for fill in (False, True):
         count = 0
         for i in range(size):
@@ -113,7 +116,8 @@ def _find_violated(X):  # type: ignore[no-untyped-def]
                                 amount[count] = violation
                             count += 1
         if not fill:
-            triangles, amount = np.zeros((count, 4), dtype=np.int64), np.zeros(count)
+            triangles = np.zeros((count, 4), dtype=np.int64)
+            amount = np.zeros(count)
     return triangles, amount
 
 
@@ -145,14 +149,17 @@ class Dual:
         A fixed spin equals plus or minus the constant spin, so its row merges into row 0 and a
         triangle through it becomes one through 0; triangles that lose two spins are dropped.
         """
-        values, size = fixed[self.free], self.free.size + 1
+        values = fixed[self.free]
+        size = self.free.size + 1
         stays = values < 0
         y, z, mu = np.split(self.x, [size, size + len(self.cuts)])
         place = np.append(0, np.cumsum(stays) * stays)
         sign = np.append(1, np.where(stays, 1, 2 * values.astype(np.int64) - 1))
-        new, s = place[self.cuts], sign[self.cuts]
+        new = place[self.cuts]
+        s = sign[self.cuts]
         alive = (np.diff(np.sort(new, axis=1), axis=1) > 0).all(axis=1) & (z > 0)
-        new, s = new[alive], s[alive]
+        new = new[alive]
+        s = s[alive]
         # Pairs (ij, ik, jk) omit the spins k, j and i; flipping a spin flips its two pairs.
         pairs = SIGNS[self.kinds[alive]] * s[:, [0, 0, 1]] * s[:, [1, 2, 2]]
         order = np.argsort(new, axis=1)
@@ -177,8 +184,10 @@ class Subproblem:
     """
 
     def __init__(self, h: Floats, J: Floats, fixed: NDArray[np.int8], m: int) -> None:
-        free, ones = np.flatnonzero(fixed < 0), fixed == 1
-        self.fixed, self.free = fixed, free
+        free = np.flatnonzero(fixed < 0)
+        ones = fixed == 1
+        self.fixed = fixed
+        self.free = free
         self.h: Floats = h[free] + J[np.ix_(free, ones)].sum(axis=1)
         self.J: Floats = J[np.ix_(free, free)]
         self.base = float(h[ones].sum() + J[np.ix_(ones, ones)].sum() / 2)
@@ -218,7 +227,8 @@ class Relaxation:
         """Return the initial multipliers: the parent's, else the root's, else zeros."""
         dual = dual or self._roots.get(m)
         if dual is None:
-            size, none = part.free.size + 1, np.zeros(0, dtype=np.int64)
+            size = part.free.size + 1
+            none = np.zeros(0, dtype=np.int64)
             x = np.zeros(size + 2 * self.rows.A.shape[0])
             centre = np.zeros((size, size), dtype=np.float32)
             return Dual(part.free, x, none.reshape(0, 3), none, centre)
@@ -253,8 +263,11 @@ class Relaxation:
         size = part.free.size + 1
         C = spin_matrix(part.h, part.J, part.base)
         Q, ineq = self.spin_rows(part)
-        x, cuts, kinds = dual.x, dual.cuts, dual.kinds
-        centre, X = dual.centre.astype(np.float64), np.zeros((size, size))
+        x = dual.x
+        cuts = dual.cuts
+        kinds = dual.kinds
+        centre = dual.centre.astype(np.float64)
+        X = np.zeros((size, size))
 
         sigma = SIGMA / size
 
@@ -265,7 +278,8 @@ class Relaxation:
             f = _evaluate(C, Q, ineq, sigma * scaled, cuts, kinds, sigma, centre, X, g)
             return f / sigma, g
 
-        best, splits = -np.inf, np.full((2, size - 1), -np.inf)
+        best = -np.inf
+        splits = np.full((2, size - 1), -np.inf)
         for turn in range(ROUNDS):
             found = minimize(
                 value,
@@ -275,29 +289,36 @@ class Relaxation:
                 bounds=Bounds(np.where(np.arange(x.size) < size, -np.inf, 0.0), np.inf),
                 options={"maxiter": ITERATIONS, "maxcor": 12, "ftol": 0.0, "gtol": 0.0},
             )
-            x, centre = sigma * found.x, X.copy()
+            x = sigma * found.x
+            centre = X.copy()
             z = x[size : size + len(cuts)]
             Z = _project(_slack_matrix(C, ineq, x, cuts, kinds), Q)
             # The large multiple of Q Q^T sorts the directions of the equality rows last.
             lam, U = np.linalg.eigh(Z + np.abs(Z).sum() * Q @ Q.T)
-            lam, U = lam[: size - Q.shape[1]], U[:, : size - Q.shape[1]]
+            lam = lam[: size - Q.shape[1]]
+            U = U[:, : size - Q.shape[1]]
             dual_sum = float(x[:size].sum() - z.sum())
             lower = dual_sum + size * min(0.0, float(lam[0]))
-            gain, best = lower - best, max(lower, best)
+            gain = lower - best
+            best = max(lower, best)
             left = float(self.threshold[0]) - best
             if left <= 0 or self.stop[0]:
                 break
             if turn + 1 == ROUNDS or (turn >= 2 and gain < GIVE_UP * left):
                 splits = _split_bounds(dual_sum, lam, U)
                 break
-            kept, (triangles, amount) = z > 0, _find_violated(X)
-            cuts, kinds = cuts[kept], kinds[kept]
+            kept = z > 0
+            triangles, amount = _find_violated(X)
+            cuts = cuts[kept]
+            kinds = kinds[kept]
             known = _names(cuts, kinds, size)
             new = ~np.isin(_names(triangles[:, :3], triangles[:, 3], size), known)
-            triangles, amount = triangles[new], amount[new]
+            triangles = triangles[new]
+            amount = amount[new]
             picked = triangles[np.argsort(-amount, kind="stable")[:CUTS_PER_ROUND]]
             x = np.concatenate([x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]])
-            cuts, kinds = np.vstack([cuts, picked[:, :3]]), np.append(kinds, picked[:, 3])
+            cuts = np.vstack([cuts, picked[:, :3]])
+            kinds = np.append(kinds, picked[:, 3])
             if not len(picked):
                 splits = _split_bounds(dual_sum, lam, U)
                 break
@@ -318,7 +339,9 @@ def _split_bounds(base: float, lam: Floats, W: Floats) -> Floats:
     for power in range(5):
         delta = max(0.0, -lam[0]) + max(abs(lam[0]), 1e-9) * 4.0 ** (power - 2)
         scaled = W / (lam + delta)
-        a, b, c = W[0] @ scaled[0], scaled[1:] @ W[0], (W[1:] * scaled[1:]).sum(axis=1)
+        a = W[0] @ scaled[0]
+        b = scaled[1:] @ W[0]
+        c = (W[1:] * scaled[1:]).sum(axis=1)
         det = a * c - b * b
         for side, sign in enumerate((-1.0, 1.0)):
             with np.errstate(divide="ignore", invalid="ignore"):

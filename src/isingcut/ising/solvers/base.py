@@ -126,7 +126,8 @@ def reduce(problem: Problem) -> Reduced:
     base = ones @ lift
     lift = lift[free]
     shift = matrix @ ones
-    low, high = interval[:, 0] - shift, interval[:, 1] - shift
+    low = interval[:, 0] - shift
+    high = interval[:, 1] - shift
     matrix = matrix[:, free]
     useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (np.maximum(matrix, 0).sum(axis=1) > high)
 
@@ -139,7 +140,8 @@ def reduce(problem: Problem) -> Reduced:
     c = ham.energy(base)
 
     v = int(free.sum())
-    m_low, m_high = 0, v
+    m_low = 0
+    m_high = v
     rows: list[int] = []
     for r in np.flatnonzero(useful):
         values = matrix[r]
@@ -147,7 +149,8 @@ def reduce(problem: Problem) -> Reduced:
         if v and np.isfinite(centre):
             m = read_count(LinearConstraint("", values, "==", centre))
             if m is not None:
-                m_low, m_high = max(m_low, m), min(m_high, m)
+                m_low = max(m_low, m)
+                m_high = min(m_high, m)
                 continue
         rows.append(int(r))
     if rows and m_low < m_high:

@@ -54,7 +54,8 @@ class Dimod:
         reduced = reduce(problem)
         if not reduced.n:
             return Solution(reduced.expand(np.zeros((1, 0))))
-        sampler, name = self.sampler, self.sampler
+        sampler = self.sampler
+        name = self.sampler
         if isinstance(sampler, str):
             sampler = sampler_class(sampler)
         else:

@@ -117,7 +117,8 @@ class _Pool:
     """
 
     def __init__(self, k: int, tolerance: float) -> None:
-        self.k, self.tolerance = k, tolerance
+        self.k = k
+        self.tolerance = tolerance
         self.threshold = np.array([np.inf])
         self._heap: list[tuple[float, bytes]] = []
         self._known: set[bytes] = set()
@@ -167,7 +168,8 @@ class _BranchAndBound:
         n = reduced.n
         C = spin_matrix(reduced.h, reduced.J, 0.0)
         self.scale = float(np.abs(np.linalg.eigvalsh(C)).max()) or 1.0
-        self.h, self.J = reduced.h / self.scale, reduced.J / self.scale
+        self.h = reduced.h / self.scale
+        self.J = reduced.J / self.scale
         size = float(np.abs(self.h).sum() + np.abs(self.J).sum() / 2)
         self.pool = _Pool(k, 1e-12 * size)
         self.stop = np.zeros(1, dtype=np.int64)
@@ -236,7 +238,8 @@ class _BranchAndBound:
                         self._halt("interrupted")
                         continue
                     for future in done:
-                        node, children = running.pop(future), future.result()
+                        node = running.pop(future)
+                        children = future.result()
                         for child in [node] if children is None else children:
                             self._push(child)
             finally:
@@ -250,10 +253,13 @@ class _BranchAndBound:
 
     def _process(self, node: _Node) -> list[_Node] | None:
         """Return the children of a node, [] if it is closed, or None if stopped before the end."""
-        fixed, dual, bound = node.fixed.copy(), node.dual, node.bound
+        fixed = node.fixed.copy()
+        dual = node.dual
+        bound = node.bound
         r = self.reduced
         matrix = np.vstack([np.ones(r.n), r.A])
-        low, high = np.append(node.m - 0.5, r.low), np.append(node.m + 0.5, r.high)
+        low = np.append(node.m - 0.5, r.low)
+        high = np.append(node.m + 0.5, r.high)
         while True:
             if not propagate(matrix, low, high, fixed):
                 return []
@@ -276,7 +282,8 @@ class _BranchAndBound:
             if bound >= threshold:
                 return []
             down, up = splits
-            forced_down, forced_up = up >= threshold, down >= threshold
+            forced_down = up >= threshold
+            forced_up = down >= threshold
             if (forced_down & forced_up).any():
                 return []
             if forced_down.any() or forced_up.any():
@@ -299,27 +306,38 @@ class _BranchAndBound:
 
     def _enumerate(self, part: Subproblem, root: bool) -> bool:
         """Enumerate a subproblem unless this often fails at its size; return whether it is done."""
-        n, left = part.free.size, part.left
+        n = part.free.size
+        left = part.left
         difficulty = round(4 * math.log2(math.comb(n, left)))
         luck = self._luck.get(difficulty, 1.0)
         if not root and luck < 0.15:
             self._luck[difficulty] = luck + 0.002
             return False
-        r, h, J, base = self.reduced, part.h, part.J, part.base
+        r = self.reduced
+        h = part.h
+        J = part.J
+        base = part.base
         # Costly blocks come first: states with them are ruled out early, and few others remain.
         order = np.argsort(-(h + J.sum(axis=1) * (left / n) / 2))
         A = r.A[:, part.free[order]]
         shift = r.A @ (part.fixed == 1)
-        low, high = r.low - shift, r.high - shift
-        h, J = h[order], J[np.ix_(order, order)]
+        low = r.low - shift
+        high = r.high - shift
+        h = h[order]
+        J = J[np.ix_(order, order)]
         flip = 2 * left > n
         if flip:
             # Substitute 1 - x for x, so that there are fewer ones to place.
             base += float(h.sum() + J.sum() / 2)
             h = -(h + J.sum(axis=1))
             total = A.sum(axis=1)
-            A, low, high = -A, low - total, high - total
-            order, h, J, A = order[::-1], h[::-1], J[::-1, ::-1], A[:, ::-1]
+            A = -A
+            low = low - total
+            high = high - total
+            order = order[::-1]
+            h = h[::-1]
+            J = J[::-1, ::-1]
+            A = A[:, ::-1]
             left = n - left
         energies = np.full(self.k, np.inf)
         best = np.zeros((self.k, n), dtype=np.uint8)

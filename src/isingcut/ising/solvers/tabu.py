@@ -247,7 +247,8 @@ class Tabu:
         start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
         size = np.abs(reduced.A).max(axis=1, initial=0.0)
         A = reduced.A / size[:, None]
-        low, high = reduced.low / size, reduced.high / size
+        low = reduced.low / size
+        high = reduced.high / size
         steps = self.steps or 20 * n + 500
         restarts = self.restarts or 8 + 1600 // max(n, 1)
         began = time.perf_counter()
@@ -284,7 +285,8 @@ class Tabu:
 
 
 def _perturb(x: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    ones, zeros = np.flatnonzero(x == 1), np.flatnonzero(x == 0)
+    ones = np.flatnonzero(x == 1)
+    zeros = np.flatnonzero(x == 0)
     most = min(ones.size, zeros.size)
     if most:
         swaps = int(rng.integers(1, max(most // 2, 1) + 1))

@@ -40,11 +40,19 @@ _BLOCK = 2048
 _WORTH_A_THREAD = 1 << 17
 
 _f = np.float32
-_LOG2_E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
-_LOWEST, _HALF, _ONE = _f(-87.0), _f(0.5), _f(1.0)
+_LOG2_E = _f(1.44269504)
+_LN2_HIGH = _f(0.693359375)
+_LN2_LOW = _f(-2.12194440e-4)
+_LOWEST = _f(-87.0)
+_HALF = _f(0.5)
+_ONE = _f(1.0)
 # exp(r) = 1 + r + r^2 (1/2 + r/6 + ...) on |r| <= ln(2) / 2: the coefficients of Cephes' expf.
-_C0, _C1, _C2 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
-_C3, _C4, _C5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
+_C0 = _f(1.9875691500e-4)
+_C1 = _f(1.3981999507e-3)
+_C2 = _f(8.3334519073e-3)
+_C3 = _f(4.1665795894e-2)
+_C4 = _f(1.6666665459e-1)
+_C5 = _f(5.0000001201e-1)
 _FINITE = _f(-3.0e38)
 
 
@@ -70,7 +78,9 @@ def in_order(bits: Any) -> Any:
 @overload(in_order)
 def _in_order(bits):  # type: ignore[no-untyped-def]
     # numba widens the results of integer operations, so each is converted back.
-    kind, sign, others = getattr(np, bits.name), bits.bitwidth - 1, bits.maxval
+    kind = getattr(np, bits.name)
+    sign = bits.bitwidth - 1
+    others = bits.maxval
     return lambda bits: kind(bits ^ ((bits >> sign) & others))
 
 
@@ -112,7 +122,8 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
             total += exp_of(value_of(q[v]) - top)
     else:
         for v in range(q.shape[0]):
-            x, y = value_of(q[v]), value_of(reference[v])
+            x = value_of(q[v])
+            y = value_of(reference[v])
             total += exp_of(x - top)
             # A masked token has l = -inf and weight 0.
             apart = y - x if y > _FINITE else np.float32(0)
@@ -148,7 +159,9 @@ def accumulate(  # type: ignore[no-untyped-def]
 def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
     """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
     for t in range(first, last):
-        row, z, s = logits[t], np.float32(log_z[t]), scale[t]
+        row = logits[t]
+        z = np.float32(log_z[t])
+        s = scale[t]
         at_label = (exp_of(value_of(row[labels[t]]) - z) - _ONE) * s
         for v in range(row.shape[0]):
             row[v] = stored_as(exp_of(value_of(row[v]) - z) * s, row[v])
@@ -159,8 +172,11 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
 def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
     """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
     for t in range(first, last):
-        q, p, row = logits[t], reference[t], out[t]
-        z, y = np.float32(log_z[t]), np.float32(reference_log_z[t])
+        q = logits[t]
+        p = reference[t]
+        row = out[t]
+        z = np.float32(log_z[t])
+        y = np.float32(reference_log_z[t])
         for v in range(row.shape[0]):
             row[v] = stored_as(exp_of(value_of(q[v]) - z) - exp_of(value_of(p[v]) - y), row[v])
 
@@ -235,7 +251,9 @@ class RowSums:
     """
 
     def __init__(self, labels: Tensor, reference_log_z: Tensor | None = None) -> None:
-        self.labels, rows, device = labels, len(labels), labels.device
+        self.labels = labels
+        rows = len(labels)
+        device = labels.device
         # Finite, because the first piece may be masked completely, and inf - inf is NaN.
         self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
@@ -337,11 +355,14 @@ class _Divergence(torch.autograd.Function):
 def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the KL summed over the rows, and its gradient, on a CPU."""
     gradient = torch.empty(student.shape, dtype=student.dtype)
-    total, labels = 0.0, torch.zeros(len(student), dtype=torch.int64)
+    total = 0.0
+    labels = torch.zeros(len(student), dtype=torch.int64)
     step = max(1, _CACHED_ELEMENTS // student.shape[-1])
     for a in range(0, len(student), step):
         rows = slice(a, a + step)
-        q, p, none = student[rows].detach(), teacher[rows], labels[rows]
+        q = student[rows].detach()
+        p = teacher[rows]
+        none = labels[rows]
         theirs = RowSums(none)
         theirs.add(p)
         mine = RowSums(none, theirs.log_z)

@@ -137,7 +137,8 @@ class OutputHead:
 
     def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Compute logits (R, stop - start) of the tokens ``start`` to ``stop``, in ``out``."""
-        weight, bias = self._linear.weight[start:stop].T, self._linear.bias
+        weight = self._linear.weight[start:stop].T
+        bias = self._linear.bias
         if bias is None:
             return torch.mm(inputs, weight, out=out)
         return torch.addmm(bias[start:stop], inputs, weight, out=out)
@@ -202,7 +203,8 @@ class Comparison:
     def __init__(self, logits: Iterable[Pieces], batch: TokenSet) -> None:
         self._counts = batch.predicted.sum(1)
         self._kept: list[tuple[Tensor, list[Tensor], Tensor]] = []
-        own, labels = [], batch.input_ids[:, 1:][batch.predicted]
+        own = []
+        labels = batch.input_ids[:, 1:][batch.predicted]
         for pieces in logits:
             kept = list(pieces)
             first = kept[0][1]
@@ -273,7 +275,8 @@ def loss_gradient(
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         inputs = head.inputs(leaf, recording.input_ids)  # (B, T, D)
-    device, predicted = inputs.device, batch.predicted
+    device = inputs.device
+    predicted = batch.predicted
     rows = _predicting_rows(batch).to(device)
     labels = batch.input_ids[:, 1:][predicted].to(device)
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]].to(device)

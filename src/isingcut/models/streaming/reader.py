@@ -214,7 +214,8 @@ def _slices(
     kinds = [type(op).__name__ for op in converter.operations]
     if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
         return None
-    stacked, joined = kinds[0] == "MergeModulelist", kinds[-1] == "Concatenate"
+    stacked = kinds[0] == "MergeModulelist"
+    joined = kinds[-1] == "Concatenate"
     if stacked and converter.operations[0].dim != 0:
         return None
     # Axis within one item, without the axis along which items are stacked.
@@ -312,7 +313,8 @@ class Reader:
         if not view.is_contiguous():
             view.copy_(self._value(source, view.dtype))
             return
-        dtype, flat = torch_dtype(source), view.view(-1)
+        dtype = torch_dtype(source)
+        flat = view.view(-1)
         if dtype is view.dtype:
             plain: Any = flat.view(torch.uint8).numpy()
             source.read_into(memoryview(plain))

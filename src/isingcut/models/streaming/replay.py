@@ -64,7 +64,8 @@ def load_streamed(
 _LOGITS_COPIES = 4
 # Bytes for later imports, compilation and the overhead of allocators; on a GPU, at most the limit
 # divided by `_SLACK_SHARE`.
-_SLACK, _SLACK_SHARE = 256 * 2**20, 32
+_SLACK = 256 * 2**20
+_SLACK_SHARE = 32
 
 
 class StreamedReplay(Replay):
@@ -102,7 +103,8 @@ class StreamedReplay(Replay):
         Raises:
             InputError: two parts and the work on one batch leave no memory.
         """
-        longest, count = int(batch.input_ids.shape[1]), int(batch.input_ids.numel())
+        longest = int(batch.input_ids.shape[1])
+        count = int(batch.input_ids.numel())
         vocabulary = int(text_config(self.model).vocab_size)
         # A comparison keeps the original's logits of the batch, in the model's dtype.
         logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.store.dtype.itemsize * count)

@@ -28,7 +28,8 @@ class _Buffer:
     """Memory for one part: host memory and, for a GPU, device memory that it is copied to."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._device, self._module = device, device_module(device)
+        self._device = device
+        self._module = device_module(device)
         self._host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         if self._module is not None:
             self._stream, self._copied = self._module.Stream(device), self._module.Event()
@@ -74,7 +75,8 @@ class Buffers:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.device = size, device
+        self.size = size
+        self.device = device
         self._buffers: list[_Buffer] = []
         self._installed: list[StoredPart | None] = [None, None]
         self._recent = 1
@@ -105,7 +107,8 @@ class Buffers:
         # A gradient may use the part after a measurement has read it in inference mode.
         with torch.inference_mode(False):
             part.install(memory)
-        self._installed[index], self._recent = part, index
+        self._installed[index] = part
+        self._recent = index
 
     def expect(self, part: StoredPart) -> None:
         """Start to read a part into the buffer that is not in use, after emptying this buffer."""
@@ -163,8 +166,11 @@ class Store(Weights):
         device: torch.device,
         buffers: Buffers | None = None,
     ) -> None:
-        self.folder, self.device, self.dtype = folder, device, dtype
-        self.reader, blocks = Reader(folder, model, dtype), stack_modules(model)
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        self.reader = Reader(folder, model, dtype)
+        blocks = stack_modules(model)
         self.order: list[Part] = [EMBED, *range(len(blocks)), HEAD]
         self._kept: set[Part] = set()
         self._parts = {
@@ -184,7 +190,8 @@ class Store(Weights):
         modules[EMBED] = decoder.get_input_embeddings()
         for part, module in modules.items():
             module.__dict__["forward"] = self._on_demand(part, module.forward)
-        embedding, opening = modules[EMBED], modules[EMBED].__dict__["forward"]
+        embedding = modules[EMBED]
+        opening = modules[EMBED].__dict__["forward"]
 
         def enter(module: Any, args: Any) -> None:
             # Llama 4 reads the device of the embedding's weight before it calls the embedding.
@@ -275,7 +282,9 @@ class StoredPart:
     sweeps = 0
 
     def __init__(self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module) -> None:
-        self.part, self.plan, self._reader = part, plan, reader
+        self.part = part
+        self.plan = plan
+        self._reader = reader
         self.size = plan.size
         self._homes: list[tuple[dict[str, Any], str, str, Any]] = []
         for name, target in plan.names.items():
