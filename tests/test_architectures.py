@@ -310,7 +310,7 @@ def test_a_run_down_to_one_block_is_patched_and_evaluated(text, tmp_path, no_spe
     assert call("inspect", out / "model") == 0
     assert "its one block stays: none can be removed" in capsys.readouterr().out
     again = ["run", out / "model", "--out", tmp_path / "further", *further]
-    for removal in (["--remove", 1], ["--budget", "params=10%"], []):
+    for removal in (["--remove", 1], ["--budget", "params=10%"]):
         assert call(*again, *removal) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith("has a single block, which must stay; use a deeper model")

@@ -532,7 +532,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
     assert call("report", run) == 0
     assert RunFiles(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
-    assert f'id="verdict">{words}' in (run / "report.html").read_text()
+    assert f'id="verdict"><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
     assert call("evaluate", run, "--skip-speed") == 0

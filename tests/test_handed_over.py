@@ -93,7 +93,7 @@ def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, m
         patch.setattr("isingcut.runs.measuring.build", None)
         assert energies(prune(tuple(TEXTS))) == first
         assert energies(isingcut.open_run(tmp_path / "run")) == first
-    with refuses(r"made with other options .calibration: was '40", OutputExistsError):
+    with refuses(r"made with other options .calibration: was 40", OutputExistsError):
         prune(TEXTS[:-1])
 
 

@@ -234,7 +234,7 @@ def test_long_texts_are_cut_at_white_space_and_lose_nothing(tokenizer, monkeypat
     text = "".join(sentences(40)) + "x" * 500
     whole = Encoder(tokenizer)(text)
     monkeypatch.setattr(encoder, "LONGEST", 100)
-    monkeypatch.setattr(encoder, "_NEAR", 30)
+    monkeypatch.setattr("isingcut.data.text_files._NEAR", 30)
     pieces = list(encoder.split_text(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 100

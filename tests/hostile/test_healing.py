@@ -376,7 +376,7 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     arena.works("excise {run} --patch none --overwrite", "run/*")
     from isingcut.healing.patch import linear
 
-    def none_is_better(fit, held_out):
+    def none_is_better(fit, held_out, left=None):
         return None
 
     monkeypatch.setattr(linear, "fit_ridge", none_is_better)

@@ -70,7 +70,11 @@ FOREIGN_FILE = "was not written by this run and is not replaced"
 OVER = "report {run} {run} --out %s --overwrite"
 SCORES = "evaluate {run}/model --original {model} --tasks piqa --out %s --overwrite"
 EDITED = "config.json in it was changed after the run wrote it"
-BEGUN = "run {model} --remove 2 --calibration {text} --length 16 --out {here}/begun"
+BEGUN = (
+    "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+    "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0 "
+    "--out {here}/begun"
+)
 
 
 def begun(arena):

@@ -28,7 +28,11 @@ USAGE = [
         ("no such option", "solve {run} --zorp", "No such option.*--zorp.*see isingcut solve --h"),
         ("a value for a flag", "--debug=1 ls", "'--debug' does not take a value; see isingcut --h"),
         ("nothing to work on", "solve", "Missing argument 'DIR'; see isingcut solve --help"),
-        ("a text for a number", "solve {run} --states x", "'--states'.*; see isingcut solve --hel"),
+        (
+            "a text for a number",
+            "solve {run} --states x",
+            "--states must be a whole number, got 'x'",
+        ),
         ("too many", "ls a b", "unexpected extra argument.*; see isingcut ls --help"),
     )
 ]

@@ -30,6 +30,12 @@ MEASURE = (
 )
 RUN = f"run --random-states 30 --patch none {MEASURE}"
 EXCISE = "excise {run} --patch none --blocks"
+# The command that made the run.
+AGAIN = (
+    "run model --remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+    "--report-samples 3 --dtype float32 --random-states 30 --patch-tokens 1000 --patch-share 0 "
+    "--out {run}"
+)
 
 
 def _works(words, where, here):
@@ -97,7 +103,7 @@ def busy(place):
 ORDERS = {
     "two runs of different sizes": (f"{RUN} 2", PUT, f"{RUN} 3", "new", 0),
     "two excises": (f"{EXCISE} 0,1", VERIFY, f"{EXCISE} 1,2", "run", 0),
-    "a run beside an excise": (f"{EXCISE} 0,1", VERIFY, f"{RUN} 3 --out {{run}}", "run", 2),
+    "a run beside an excise": (f"{EXCISE} 0,1", VERIFY, AGAIN, "run", 0),
     "the same heal twice": (heal(), STEP, heal(), "healed", 0),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +32,7 @@ from isingcut.errors import InputError
 from isingcut.files.results import read_document
 from isingcut.healing import RECORD
 from isingcut.options.config import HealConfig, RunConfig
-from isingcut.processes import Processes, launched_rank
+from isingcut.processes import Processes, is_launched, launched_rank
 
 if TYPE_CHECKING:
     from isingcut import baselines
@@ -90,7 +89,8 @@ def _check_early(config: RunConfig, source: str) -> None:
     """Check a whole job before torch is imported; the job checks it again."""
     from isingcut.runs import checks
 
-    if not launched_rank():
+    # Under a launcher, an error of rank 0 must reach the others, which have to be joined first.
+    if not is_launched():
         ranks = source == "isingcut.run"
         checks.check_inputs(checks.check_options(config, {}, source), ranks=ranks)
 
@@ -343,8 +343,7 @@ def evaluate(
                 f"--{of_run[-1]} is for a run folder, --original for a checkpoint; use one"
             )
         config = RunConfig(**typed, **options, model=original).validate()
-        for model in (original, os.path.abspath(directory)):
-            check_name(model, trust_remote_code=config.trust_remote_code)
+        check_name(original, trust_remote_code=config.trust_remote_code)
         if not config.tasks:
             found, file = evaluating.evaluate_checkpoint(config, directory, out)
             return Output(

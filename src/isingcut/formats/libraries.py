@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from isingcut.console.printing import say
 from isingcut.errors import CheckpointError, IsingcutError, ModelError
+from isingcut.formats.transformers_private import KERNEL_LOGGER
 from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     import torch
 
-_KERNEL_LOGGER = "transformers.integrations.hub_kernels"
 _LACKS_KERNEL = re.compile("because `([^`]+)` is not installed")
 _PIECE = 1 << 20
 _LONGEST = 300
@@ -107,7 +107,7 @@ _kernel_report = _KernelReport()
 
 def report_missing_kernels() -> None:
     """Print packages whose kernels transformers misses, from now on; its own words are silent."""
-    logger = logging.getLogger(_KERNEL_LOGGER)
+    logger = logging.getLogger(KERNEL_LOGGER)
     logger.setLevel(logging.WARNING)
     logger.addHandler(_kernel_report)
     logger.propagate = False

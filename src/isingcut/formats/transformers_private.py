@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 OLDEST = (5, 10)
 NEWEST = (5, 24)
+KERNEL_LOGGER = "transformers.integrations.hub_kernels"
+"""The logger that says which kernels a model lacks."""
 
 
 def model_classes(factory: Any) -> Any:

@@ -234,7 +234,9 @@ def read_options(
     names = {str(k).replace("-", "_") for k in values}
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
-        if f.name in names and f.metadata["filled"] and not value.strip(" ,"):
+        # A file may repeat the default, as run.json does.
+        stated = f.name in names and not (source and value == f.default)
+        if stated and f.metadata["filled"] and not value.strip(" ,"):
             called = f"{source}: {f.name}" if source else flag(f)
             raise InputError(f"{called} is empty; give a value, or remove the option")
         if f.name in names and f.metadata["room"] and value != f.default:
