@@ -145,7 +145,7 @@ def tasks(place: Place) -> None:
     data = place.out / "data"
     for name, make in (("arc_easy/test", arc), ("gsm8k/test", gsm8k), ("gsm8k/train", gsm8k)):
         write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
-    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
+    articles = [{"text": f"The mill of {i}. " * 99} for i in range(5)]
     write_jsonl(data / "wikitext2/test_raw.jsonl", articles)
     model = str(place.shared.checkpoint(max_position_embeddings=2048))
     given = {"data": str(data), "tasks": "arc_easy", "questions": 12}
