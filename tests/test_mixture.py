@@ -341,6 +341,12 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(tmp_p
     for source, share in ((documents, 0.0), (f"{documents}=0.5,wiki=0.5", 0.25)):
         own = build(source, tokenizer, **SIZES)
         assert to_fit(own, tokenizer, 4000, share=share)[1].mixed == 0
+    moved = tmp_path / "a.jsonl"
+    text = moved.read_bytes()
+    moved.unlink()
+    _, record = to_fit(used, tokenizer, 4000, share=0.25)
+    assert (record.mixed, record.unmixed[:22]) == (0, "the source was changed")
+    moved.write_bytes(text)
     monkeypatch.setattr(healing_text, "has_wiki", lambda: False)
     _, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert record.mixed == 0

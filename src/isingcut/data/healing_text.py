@@ -146,6 +146,8 @@ def to_fit(
     except IsingcutError:
         # A moved file, or texts passed in Python. The error may name a private folder.
         short = "the source was changed or cannot be read; restore the old text to fit on more"
+        # Without the source, its documents cannot be left out of the default text.
+        unmixed = short if mixed else unmixed
     found = TokenSet.from_rows(rows + general, encode.pad)
     named = [used.source, source, *([TEXT] if general else [])]
     return found, FittedText(
