@@ -5,9 +5,10 @@
 The paths are in `tests/card_paths.py`. A site is a line of isingcut that issues a torch operation:
 the innermost frame in the package, so that what transformers computes counts for the line that
 called it. `make test` records the sites of all tests. The coverage is the share of these sites that
-ran in a path on cards, or in a test with a tensor on a card. Some of those compute on the host there
-(masks of texts, an optimiser's state), which is counted; files that never meet a card are left out
-(`HOST`). Reads of attributes (shape, device) are no operations. Subprocesses that a test starts by a command are not recorded.
+ran in a path on cards, or in a test with a tensor on a card. Some of those compute on the host
+there (masks of texts, an optimiser's state), which is counted; files that never meet a card are
+left out (`HOST`). Reads of attributes (shape, device) are no operations. Subprocesses that a test
+starts by a command are not recorded.
 Ends with one line `name: value` per figure, and fails if a path failed or the coverage is too low.
 """
 
