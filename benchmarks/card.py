@@ -54,7 +54,12 @@ BLOCKS = 32
 NEIGHBOURS = (14, 15, 16, 17)
 APART = (6, 13, 20, 27)
 QUARTER = tuple(range(2, 32, 4))
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("llama", {**WIDE, "tie_word_embeddings": False}),
     "tied": ("llama", {**WIDE, "tie_word_embeddings": True}),
@@ -71,7 +76,10 @@ def short() -> contextlib.ExitStack:
     """Reduce repeats that change no peak, because operations on a fake card are slow."""
     stack = contextlib.ExitStack()
     for defaults, values in (
-        (vars(speed.speed)["__wrapped__"].__kwdefaults__, {"new_tokens": 2, "repeats": 1}),
+        (
+            vars(speed.speed)["__wrapped__"].__kwdefaults__,
+            {"new_tokens": 2, "repeats": 1},
+        ),
         (quality.before_and_after.__kwdefaults__, {"new_tokens": 3}),
         (verify.__kwdefaults__, {"new_tokens": 3}),
     ):
@@ -112,7 +120,9 @@ def text(folder: Path) -> Path:
     """Return the path of a text of short, distinct lines; write it if it is missing."""
     path = folder / "text.txt"
     if not path.exists():
-        lines = (f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}" for i in range(400))
+        lines = (
+            f"{i * 7919 % 1000} of {i * 104729 % 9973} are {i % 13}" for i in range(400)
+        )
         path.write_text("\n\n".join(lines), encoding="utf-8")
     return path
 
@@ -136,7 +146,9 @@ def options(place: Path, model: Path, cards: list[Card]) -> dict[str, Any]:
     }
 
 
-def run(place: Path, model: Path, budget: float, count: int = 1, **more: Any) -> dict[str, Any]:
+def run(
+    place: Path, model: Path, budget: float, count: int = 1, **more: Any
+) -> dict[str, Any]:
     """Run on cards of ``budget`` W each; return choice, results, and largest peak of each stage.
 
     Raises:
@@ -216,7 +228,10 @@ def smallest(
 
 
 def run_budget(
-    place: Path, family: str = "untied", quiet: tuple[int, ...] = NEIGHBOURS, count: int = 1
+    place: Path,
+    family: str = "untied",
+    quiet: tuple[int, ...] = NEIGHBOURS,
+    count: int = 1,
 ) -> float:
     """Return the smallest budget of a resident run, in W per card."""
     model = checkpoint(place / f"{family}-{quiet[1]}", family, quiet)
@@ -263,10 +278,16 @@ def streamed_budget(place: Path, family: str) -> tuple[float, float]:
     return smallest(job, "patched", low=part), part
 
 
-def write_models(folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = ()) -> Path:
+def write_models(
+    folder: Path, blocks: int = BLOCKS, removed: tuple[int, ...] = ()
+) -> Path:
     """Write `original` in bfloat16 and `cut` without some blocks (default: a quarter), once."""
     if not (folder / "cut").exists():
-        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": blocks}
+        sizes = {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": blocks,
+        }
         save(tiny_model("llama", **sizes), folder / "original")
         removed = removed or tuple(range(12, 20))
         excise(folder / "original", removed, folder / "cut")
@@ -319,14 +340,19 @@ def full_budget(place: Path) -> float:
         said = str(refusal)
     takes = 1e9 * float(re.findall(r"takes (\S+) GB", said)[0])
     return smallest(
-        lambda b: heal_on_card(folder, int(b * takes), method="full"), low=0.8, high=1.25
+        lambda b: heal_on_card(folder, int(b * takes), method="full"),
+        low=0.8,
+        high=1.25,
     )
 
 
 JOBS: dict[str, Callable[[Path], Any]] = {
     **{f"card_run_{f}": partial(run_budget, family=f) for f in FAMILIES},
     **{f"cards_{n}_run": partial(run_budget, count=n) for n in (2, 4)},
-    **{f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART) for f in FAMILIES},
+    **{
+        f"card_run_scattered_{f}": partial(run_budget, family=f, quiet=APART)
+        for f in FAMILIES
+    },
     **{f"card_run_streamed_{f}": partial(streamed_budget, family=f) for f in FAMILIES},
     "card_run_quarter": quarter_budget,
     "card_heal_lora": lora_budget,

@@ -67,7 +67,9 @@ class Card:
         self.device = torch.device(_TYPE, index)
         self.budget = budget
         self.live = self.peak = 0
-        self._storages: weakref.WeakValueDictionary[int, _Storage] = weakref.WeakValueDictionary()
+        self._storages: weakref.WeakValueDictionary[int, _Storage] = (
+            weakref.WeakValueDictionary()
+        )
 
     def reset_peak(self) -> None:
         """Restart the peak from the current value."""
@@ -136,7 +138,10 @@ def fake_cards(count: int = 1, budget: int | None = None) -> Iterator[list[Card]
             mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
             # For transformers' Trainer, the first card is a GPU with bfloat16 and a fused AdamW.
             mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": f"{_TYPE}:0"}),
-            mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True),
+            mock.patch(
+                "transformers.training_args.is_torch_bf16_gpu_available",
+                return_value=True,
+            ),
             mock.patch(
                 "torch.optim.optimizer._get_fused_kernels_supported_devices",
                 return_value=[_TYPE, "cpu"],
@@ -187,7 +192,11 @@ class _Autocast(TorchFunctionMode):
 
     @contextlib.contextmanager
     def context(
-        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **rest: Any
+        self,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        **rest: Any,
     ) -> Iterator[None]:
         before = self.dtype
         self.dtype = (dtype or torch.bfloat16) if enabled else None
@@ -322,7 +331,9 @@ class _Tensor(Tensor):
         return ["values"], self.card
 
     @staticmethod
-    def __tensor_unflatten__(inner: Any, context: Card, size: Any, stride: Any) -> _Tensor:
+    def __tensor_unflatten__(
+        inner: Any, context: Card, size: Any, stride: Any
+    ) -> _Tensor:
         return _Tensor(inner["values"], context)
 
     @property
@@ -333,7 +344,9 @@ class _Tensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, _Tensor) or value.card is not self.card:
-            raise MixedDevicesError(f"Expected data on {self.device}, found it on {value.device}")
+            raise MixedDevicesError(
+                f"Expected data on {self.device}, found it on {value.device}"
+            )
         assert value.shape == self.shape
         assert value.dtype == self.dtype
         self.values = value.values
@@ -401,10 +414,16 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check the devices of the operands, compute on the CPU, and put the result on its device."""
-    card = next((x.card for x in _leaves((args, kwargs)) if isinstance(x, _Tensor)), None)
+    card = next(
+        (x.card for x in _leaves((args, kwargs)) if isinstance(x, _Tensor)), None
+    )
     device = kwargs.get("device")
-    if card and (func.overloadpacket in _RESIZING or torch.Tag.inplace_view in func.tags):
-        raise NotImplementedError(f"{func} changes the shape of a tensor on a fake card")
+    if card and (
+        func.overloadpacket in _RESIZING or torch.Tag.inplace_view in func.tags
+    ):
+        raise NotImplementedError(
+            f"{func} changes the shape of a tensor on a fake card"
+        )
     if card and func.overloadpacket not in _COPIES:
         _check(func, args, kwargs, card)
     if device is not None:
@@ -419,9 +438,15 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
     plain_args, plain_kwargs = _replace((args, kwargs), _Tensor, lambda x: x.values)
-    if card and func.overloadpacket is _aten.histc and not plain_args[0].is_floating_point():
+    if (
+        card
+        and func.overloadpacket is _aten.histc
+        and not plain_args[0].is_floating_point()
+    ):
         # CUDA's histc supports integers, the CPU's does not.
-        out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(plain_args[0].dtype)
+        out = func(plain_args[0].double(), *plain_args[1:], **plain_kwargs).to(
+            plain_args[0].dtype
+        )
     else:
         out = func(*plain_args, **plain_kwargs)
     if card is None:
@@ -453,9 +478,15 @@ def _replace(value: Any, kind: type, new: Callable[[Any], Any]) -> Any:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the operands that the operation writes to and returns."""
-    if not any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
+    if not any(
+        r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns
+    ):
         return []
-    return [v for a, v in _operands(func, args, kwargs) if a.alias_info and a.alias_info.is_write]
+    return [
+        v
+        for a, v in _operands(func, args, kwargs)
+        if a.alias_info and a.alias_info.is_write
+    ]
 
 
 def _operands(
@@ -469,7 +500,9 @@ def _operands(
             yield argument, kwargs[argument.name]
 
 
-def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card) -> None:
+def _check(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card
+) -> None:
     packet = func.overloadpacket
     numbers = torch.Tag.pointwise in func.tags or packet in _VALUED
     for argument, value in _operands(func, args, kwargs):

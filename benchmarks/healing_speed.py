@@ -88,9 +88,13 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
         self.folder = folder
-        source = tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
+        source = (
+            tiny_checkpoint("llama", folder / "tiny") if options.tiny else options.model
+        )
         self.original = load(resolve(str(source)), dtype=options.dtype)
-        self.removed = (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
+        self.removed = (
+            (2, 3) if options.tiny else tuple(BlockList(options.remove).numbers)
+        )
         self.cut = folder / "cut"
         excise(self.original.folder, self.removed, self.cut)
         self.tokens = healing_text.build(
@@ -124,7 +128,9 @@ class Bench:
 
     def student(self) -> list[float]:
         """Time the student's forward pass, and the backward pass of a gradient of its logits."""
-        model = reload(self.cut, dtype=self.original.dtype).to(self.original.device).train()
+        model = (
+            reload(self.cut, dtype=self.original.dtype).to(self.original.device).train()
+        )
         found = []
         for ids in self.full():
             toward = torch.full(
@@ -149,12 +155,22 @@ class Bench:
         settings = {"max_steps": o.steps, "save_steps": 10**6}
         settings["per_device_train_batch_size"] = o.batch
         config = HealConfig(length=o.length).replace(trainer=settings)
-        job = Job(self.original, self.removed, self.cut, self.tokens, work, config, clock.progress)
+        job = Job(
+            self.original,
+            self.removed,
+            self.cut,
+            self.tokens,
+            work,
+            config,
+            clock.progress,
+        )
         found = train(job)[0]["steps"]
         shutil.rmtree(work)
         counts = [b.tokens - a.tokens for a, b in itertools.pairwise(found)]
         predicted = counts[WARM_UP - 1 :]
-        return [s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)]
+        return [
+            s / (n + o.batch) for s, n in zip(clock.steps(), predicted, strict=True)
+        ]
 
     def plain(self) -> list[float]:
         """Time a hand-written distillation loop."""
@@ -167,9 +183,17 @@ class Bench:
         for start in range(0, self.tokens.samples, self.options.batch):
             batch = self.tokens.select(range(start, start + self.options.batch))
             mask = batch.mask.to(device)
-            given = {"input_ids": batch.input_ids.to(device), "attention_mask": mask.long()}
+            given = {
+                "input_ids": batch.input_ids.to(device),
+                "attention_mask": mask.long(),
+            }
             with torch.no_grad():
-                target = teacher(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                target = (
+                    teacher(**given, use_cache=False)
+                    .logits[:, :-1]
+                    .float()
+                    .log_softmax(-1)
+                )
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 logits = student(**given, use_cache=False).logits
             logq = logits[:, :-1].float().log_softmax(-1)
@@ -196,7 +220,8 @@ class Bench:
         o = self.options
         clock = Clock()
         rows = [
-            ids[m].tolist() for ids, m in zip(self.tokens.input_ids, self.tokens.mask, strict=True)
+            ids[m].tolist()
+            for ids, m in zip(self.tokens.input_ids, self.tokens.mask, strict=True)
         ]
         common: dict[str, Any] = {
             "output_dir": str(self.folder / "trl"),
@@ -223,7 +248,9 @@ class Bench:
         }
         if distilling:
             arguments: Any = GKDConfig(**common, lmbda=0.0, beta=0.0, temperature=1.0)
-            trainer: Any = GKDTrainer(teacher_model=self.original.model, args=arguments, **given)
+            trainer: Any = GKDTrainer(
+                teacher_model=self.original.model, args=arguments, **given
+            )
         else:
             trainer = SFTTrainer(args=SFTConfig(**common), **given)
         trainer.train()
@@ -239,7 +266,11 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Return a batch in the form that trl's losses take."""
     tokens = TokenSet.from_rows([r["input_ids"] for r in rows])
     labels = tokens.input_ids.masked_fill(~tokens.mask, -100)
-    return {"input_ids": tokens.input_ids, "attention_mask": tokens.mask.long(), "labels": labels}
+    return {
+        "input_ids": tokens.input_ids,
+        "attention_mask": tokens.mask.long(),
+        "labels": labels,
+    }
 
 
 class Clock(TrainerCallback):
@@ -275,7 +306,12 @@ def parser() -> argparse.ArgumentParser:
     add("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     add("--length", type=int, default=256)
     add("--batch", type=int, default=8)
-    add("--steps", type=int, default=4, help=f"of a turn; the first {WARM_UP} are a warm-up")
+    add(
+        "--steps",
+        type=int,
+        default=4,
+        help=f"of a turn; the first {WARM_UP} are a warm-up",
+    )
     add("--repeats", type=int, default=3)
     add("--dtype", default="auto")
     return found
@@ -319,7 +355,9 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.steps <= WARM_UP:
-        parser().error(f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up")
+        parser().error(
+            f"--steps must be {WARM_UP + 1} or more, the first {WARM_UP} are a warm-up"
+        )
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         print(

@@ -31,7 +31,13 @@ FOLDERS = {
     "tests": ("tests",),
 }
 LAYOUT = {
-    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+    ),
     *(tokenize.ENCODING, tokenize.ENDMARKER),
 }
 SHIPPED = {".j2", ".html", ".css", ".js", ".yaml", ".svg", ".md", ".txt"}
@@ -60,9 +66,17 @@ def find_packed(source: str) -> Iterator[int]:
         match node:
             case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)):
                 given = {
-                    n.id for part in targets for n in ast.walk(part) if isinstance(n, ast.Name)
+                    n.id
+                    for part in targets
+                    for n in ast.walk(part)
+                    if isinstance(n, ast.Name)
                 }
-                read = {n.id for part in values for n in ast.walk(part) if isinstance(n, ast.Name)}
+                read = {
+                    n.id
+                    for part in values
+                    for n in ast.walk(part)
+                    if isinstance(n, ast.Name)
+                }
                 if not given & read:
                     yield node.lineno
 
@@ -70,7 +84,9 @@ def find_packed(source: str) -> Iterator[int]:
 def count_words() -> int:
     """Return the number of words of the documentation, without the README."""
     pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
-    texts = (page.read_text(encoding="utf-8") for page in pages if page.name != "README.md")
+    texts = (
+        page.read_text(encoding="utf-8") for page in pages if page.name != "README.md"
+    )
     return sum(len(re.findall(r"\S+", text)) for text in texts)
 
 
@@ -90,7 +106,10 @@ def main() -> None:
                 parts = file.relative_to(ROOT / folder).parts[:-1][:1]
                 rooms["/".join((folder, *parts))] += tokens
                 lines += of_file
-                wrong += [f"{file.relative_to(ROOT)}:{at} is packed" for at in find_packed(source)]
+                wrong += [
+                    f"{file.relative_to(ROOT)}:{at} is packed"
+                    for at in find_packed(source)
+                ]
         for room, tokens in rooms.most_common():
             print(f"{tokens:7} tokens  {room}")
         print(f"code_lines_{name}: {lines}")
@@ -104,7 +123,9 @@ def main() -> None:
         if count > ceiling[name]:
             wrong.append(f"{name} is {count}, the ceiling is {ceiling[name]}")
     if wrong:
-        sys.exit(f"{'; '.join(wrong)}: delete as many, or raise it in pyproject.toml and say why")
+        sys.exit(
+            f"{'; '.join(wrong)}: delete as many, or raise it in pyproject.toml and say why"
+        )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def generated(size: str) -> list[Instance]:
     """Return the instances of a size ``NxM``, one per family; N = 52 is the three-kind hybrid."""
     n, m = (int(v) for v in size.split("x"))
     if n == 52:
-        kinds = ["attention" if i % 13 == 6 else ("mamba", "mlp")[i % 2] for i in range(n)]
+        kinds = [
+            "attention" if i % 13 == 6 else ("mamba", "mlp")[i % 2] for i in range(n)
+        ]
         mlp = (m - 1) // 2
         rows = kind_counts(kinds, {"attention": 1, "mlp": mlp, "mamba": m - 1 - mlp})
         return [Instance(size, "kinds", Problem(generate(n, "indefinite"), rows))]

@@ -56,9 +56,15 @@ A_RUN = "a run, not measured"
 COLUMNS = ["load", "search", "rank", "cut", "patch", "evaluate", A_RUN, "LoRA", "full"]
 
 
-def shape(hidden: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
+def shape(
+    hidden: int, inner: int, blocks: int, heads: int, **more: Any
+) -> dict[str, Any]:
     """Return the configuration of a Llama."""
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+    }
     rest = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
     return {**rest, **sizes, "num_attention_heads": heads, **more}
 
@@ -207,9 +213,14 @@ def count(n: int, removed: int) -> Counts:
         inside.append(time.process_time() - began)
         return after
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Recording, "block", block):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(Recording, "block", block),
+    ):
         tiny_checkpoint("llama", Path(folder), num_hidden_layers=n)
-        opened = open_model(Path(folder), dtype=torch.float32, device=torch.device("cpu"))
+        opened = open_model(
+            Path(folder), dtype=torch.float32, device=torch.device("cpu")
+        )
         replay = StreamedReplay(*opened)
         ids = np.random.default_rng(0).integers(8, 256, (SAMPLES, SHORT))
         began = time.process_time()
@@ -266,10 +277,20 @@ class Setting:
         self.bandwidth = BANDWIDTH * bandwidth
         self.ram = RAM[self.card]
         self.host = HOST[cards]
-        fit = [g for g in (1, 2, 4, 8) if g <= cards and model.whole <= g * USABLE * self.memory]
+        fit = [
+            g
+            for g in (1, 2, 4, 8)
+            if g <= cards and model.whole <= g * USABLE * self.memory
+        ]
         self.streamed = not fit
         self.each = fit[0] if fit else 1
-        self.kind = "streamed" if not fit else "resident" if fit[0] == 1 else f"on {fit[0]} cards"
+        self.kind = (
+            "streamed"
+            if not fit
+            else "resident"
+            if fit[0] == 1
+            else f"on {fit[0]} cards"
+        )
         if wide := self.streamed and 2 * model.largest > USABLE * self.memory:
             self.kind += f", --memory-limit {MOST:.0%}"
         self.processes = cards * self.nodes // self.each
@@ -289,14 +310,24 @@ class Setting:
         return self.move("weights", sweeps * self.model.whole * self.streamed, rate)
 
     def blocks(
-        self, tokens: float, passes: float, share: Range, at_a_time: float = BATCH, workers: int = 1
+        self,
+        tokens: float,
+        passes: float,
+        share: Range,
+        at_a_time: float = BATCH,
+        workers: int = 1,
     ) -> Part:
         """Make the part that runs the blocks."""
         m = self.model
         calls = max(1.0, tokens / at_a_time) * passes
         rate = share * self.peak / 1e15
         return (
-            Term("arithmetic", 2e-15 * tokens * passes * m.active, "PFLOP", rate * workers),
+            Term(
+                "arithmetic",
+                2e-15 * tokens * passes * m.active,
+                "PFLOP",
+                rate * workers,
+            ),
             Term("launches", calls * m.n, "calls", CALLS * workers),
             *self.move("memory", 2 * calls * m.active, self.bandwidth * workers),
         )
@@ -330,7 +361,9 @@ class Setting:
         passes = (1 if known else 2) * last - m.removed / m.n
         return [
             (*self.blocks(t, times * passes, MANY), *self.read(times)),
-            self.double(fits * solve, "card" if bytes_of(f, d) <= self.room else "host"),
+            self.double(
+                fits * solve, "card" if bytes_of(f, d) <= self.room else "host"
+            ),
             self.double(fits * 2 * t * f * d, "card"),
             # The map in float64 is folded into the weight on the host.
             self.move("maps", fits * 8 * d * f, UNPINNED),
@@ -358,7 +391,11 @@ class Setting:
             *self.heads(tokens, 3 + 1 / HELD_OUT_EVERY),
             # Each gradient of a micro-batch, and each weight of a step.
             self.move("gradients and weights", 4 * moved * host, UNPINNED),
-            self.move(f"AdamW, {self.tuning}", ADAM * moved, self.ram if host else self.bandwidth),
+            self.move(
+                f"AdamW, {self.tuning}",
+                ADAM * moved,
+                self.ram if host else self.bandwidth,
+            ),
         ]
 
     def load(self, size: float, name: str) -> list[Part]:
@@ -373,7 +410,12 @@ class Setting:
         passes = (2 + 2 * 2 * default(verify, "new_tokens")) * self.model.left
         proof = self.blocks(1, passes * (not self.streamed), FEW, 1)
         copied = self.move("copy", 2 * size, DISK)
-        return [copied, *self.load(size, "read back"), proof, self.read(SWEEPS["proof"])]
+        return [
+            copied,
+            *self.load(size, "read back"),
+            proof,
+            self.read(SWEEPS["proof"]),
+        ]
 
     def rank(self) -> list[Part]:
         """Make the parts of the ranking, with trial patches and a search in a deep cut."""
@@ -439,7 +481,9 @@ class Setting:
             self.move("files", m.whole + (7 if full else 5) * cut, DISK),
             # The student is float32, and the last proof is of 18 passes on the host.
             self.move("student, host", (6 + 18) * cut, self.ram),
-            self.blocks(MILLION, 1 + (4 if full else 3) * m.left, BACK, workers=workers),
+            self.blocks(
+                MILLION, 1 + (4 if full else 3) * m.left, BACK, workers=workers
+            ),
             *self.heads(MILLION, 5 if full else 4, workers),
             self.blocks(checks, 1 + m.left, MANY, workers=workers),
             self.move("AdamW, card", ADAM * trained * STEPS, self.bandwidth * workers),
@@ -455,14 +499,26 @@ class Setting:
         # Proven at once up to some 40 blocks (docs/solvers.md).
         solve = Term("solve", RUN.solve_seconds * (m.n > 40), "s", rates(100, 1))
         fit = RUN.patch_tokens * (1 if self.streamed else 1 - 1 / HELD_OUT_EVERY)
-        search = [(*searched, *self.read(c.sweeps)), *self.heads(tokens, c.heads, self.processes)]
+        search = [
+            (*searched, *self.read(c.sweeps)),
+            *self.heads(tokens, c.heads, self.processes),
+        ]
         text = Term("text", 1, "readings", TEXT)
         return {
             "load": [start(1), *self.load(m.whole, "read")],
-            "search": [*search, (Term("search, host", c.host, "s", rates(2, 1)),), (solve,)],
+            "search": [
+                *search,
+                (Term("search, host", c.host, "s", rates(2, 1)),),
+                (solve,),
+            ],
             "rank": self.rank(),
             "cut": self.write(),
-            "patch": [(text,), *self.fit(fit), *self.tune(RUN.patch_tokens), *self.write()],
+            "patch": [
+                (text,),
+                *self.fit(fit),
+                *self.tune(RUN.patch_tokens),
+                *self.write(),
+            ],
             "evaluate": self.evaluate(),
             "LoRA": self.heal(full=False),
             "full": self.heal(full=True),
@@ -477,10 +533,16 @@ def start(processes: int) -> Part:
 def spell(span: Range) -> str:
     """Return a range of seconds in words."""
     low, high = map(duration, span)
-    return high if low == high else f"{low.removesuffix(high[high.index(' ') :])} to {high}"
+    return (
+        high
+        if low == high
+        else f"{low.removesuffix(high[high.index(' ') :])} to {high}"
+    )
 
 
-def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]) -> list[str]:
+def summarise(
+    setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
+) -> list[str]:
     """Return the cells of a machine in the table of stages; add those of the parts to ``rows``."""
     if setting.room < 0:
         return []
@@ -489,7 +551,9 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
     for stage, found in setting.stages().items():
         taken = sum(map(seconds, found or []), rates(0, 0))
         total += taken * (stage not in ("LoRA", "full"))
-        terms = sorted((term for part in found or [] for term in part), key=attrgetter("name"))
+        terms = sorted(
+            (term for part in found or [] for term in part), key=attrgetter("name")
+        )
         longest = dict[str, float]()
         for name, own in groupby(terms, attrgetter("name")):
             same = list(own)
@@ -501,7 +565,9 @@ def summarise(setting: Setting, machine: str, rows: dict[tuple[str, ...], Cells]
         bound = max(longest, key=longest.__getitem__, default="")
         cells[stage] = "no" if found is None else f"{spell(taken)}, {bound}"
     cells[A_RUN] = spell(total)
-    return [f"{setting.processes} x {setting.each}"] + [cells[stage] for stage in COLUMNS]
+    return [f"{setting.processes} x {setting.each}"] + [
+        cells[stage] for stage in COLUMNS
+    ]
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -514,7 +580,9 @@ def main() -> None:
     """Print the parts of each stage of each model, and the table of stages."""
     parser = argparse.ArgumentParser(description="Estimate the time of a run on GPUs.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--removed", type=float, default=0.25, help="share of removed blocks")
+    parser.add_argument(
+        "--removed", type=float, default=0.25, help="share of removed blocks"
+    )
     parser.add_argument("--tuning", choices=("host", "card"), default=TUNING)
     given = parser.parse_args()
     if unknown := [name for name in given.models if name not in MODELS]:
@@ -526,10 +594,20 @@ def main() -> None:
         print(f"\n{name} without {model.removed} of {model.n} blocks; {NOTE}\n")
         for machine in MACHINES:
             setting = Setting(model, machine, given.tuning)
-            table.append([name, machine, setting.kind, *summarise(setting, machine, rows)])
+            table.append(
+                [name, machine, setting.kind, *summarise(setting, machine, rows)]
+            )
         keys = sorted(rows, key=lambda key: COLUMNS.index(key[0]))
-        lines = [[*key, *(rows[key].get(machine, "") for machine in MACHINES)] for key in keys]
-        print_table([["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)], *lines])
+        lines = [
+            [*key, *(rows[key].get(machine, "") for machine in MACHINES)]
+            for key in keys
+        ]
+        print_table(
+            [
+                ["stage", "part", "count", *(f"{m}, not measured" for m in MACHINES)],
+                *lines,
+            ]
+        )
     print(f"\nTuned on the {given.tuning}; {NOTE}\n")
     print_table(table)
 

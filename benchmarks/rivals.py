@@ -91,7 +91,9 @@ def cp_sat(problem: Problem, seconds: float, target: float) -> Times:
 
     status = solver.solve(model, Watch())
     took = time.perf_counter() - began
-    return (reached[0] if reached else None), (took if status == cp_model.OPTIMAL else None)
+    return (reached[0] if reached else None), (
+        took if status == cp_model.OPTIMAL else None
+    )
 
 
 RIVALS: dict[str, Rival] = {

@@ -76,7 +76,10 @@ class Recorder(TorchFunctionMode):
         frame: Any = sys._getframe(1)
         while frame is not None and not frame.f_code.co_filename.startswith(ROOT):
             frame = frame.f_back
-        if frame is not None and getattr(func, "__name__", "") not in ("__get__", "__set__"):
+        if frame is not None and getattr(func, "__name__", "") not in (
+            "__get__",
+            "__set__",
+        ):
             code = frame.f_code
             site = (code.co_filename, frame.f_lineno, code.co_qualname)
             if not self.seen.get(site):
@@ -115,7 +118,12 @@ def record() -> Iterator[None]:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         found = [
-            [name.removeprefix(ROOT), function, linecache.getline(name, line).strip(), card]
+            [
+                name.removeprefix(ROOT),
+                function,
+                linecache.getline(name, line).strip(),
+                card,
+            ]
             for (name, line, function), card in sorted(_RECORDER.seen.items())
         ]
         (place / f"{os.getpid()}.json").write_text(json.dumps(found))
@@ -135,7 +143,10 @@ class Failures:
     """A plugin of pytest that counts the paths and those that failed."""
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        ended = {k: len(terminalreporter.stats.get(k, ())) for k in ("passed", "failed", "error")}
+        ended = {
+            k: len(terminalreporter.stats.get(k, ()))
+            for k in ("passed", "failed", "error")
+        }
         self.failed = ended["failed"] + ended["error"]
         self.total = ended["passed"] + self.failed
 
@@ -151,7 +162,10 @@ def main() -> int:
     shutil.rmtree(PLACE / "cards", ignore_errors=True)
     pytest.main([*sys.argv[1:], "tests/card_paths.py"], plugins=[failures])
     reached = load(PLACE / "cards")
-    named = {f"{file}:{function}: {text}": (file, function, text) for file, function, text in known}
+    named = {
+        f"{file}:{function}: {text}": (file, function, text)
+        for file, function, text in known
+    }
     wanted = [named[name] for name in sorted(named) if not name.startswith(tuple(HOST))]
     # Some tests use fake cards too.
     reached |= {site: True for site, card in known.items() if card}

@@ -33,7 +33,9 @@ from rivals import RIVALS, until
 def warm_up() -> None:
     """Compile (or load from the cache) every kernel."""
     rng = np.random.default_rng(0)
-    problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(24, 24))), [count(24, 10)])
+    problem = Problem(
+        Hamiltonian.from_quadratic(rng.normal(size=(24, 24))), [count(24, 10)]
+    )
     budgets = exact.ROOT_BUDGET, exact.NODE_BUDGET
     exact.ROOT_BUDGET = exact.NODE_BUDGET = 100
     solve(problem, "exact", k=5)
@@ -72,9 +74,15 @@ def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
     figures["tabu_hits"] = hits * 100 / args.tabu_seeds
     figures["tabu_seconds"] = float(np.mean(seconds))
     found = spectrum.energies[0] <= best + tolerance
-    nodes = f"{spectrum.info['nodes']} nodes, {spectrum.info['enumerated']:,} enumerated"
-    note = f"{status}; {nodes}; E0 = {best:.6g}" + ("" if found else " (tabu found better)")
-    print(f"{label} exact         {'':9} {text(figures.get('proof_seconds')):>9}  {note}")
+    nodes = (
+        f"{spectrum.info['nodes']} nodes, {spectrum.info['enumerated']:,} enumerated"
+    )
+    note = f"{status}; {nodes}; E0 = {best:.6g}" + (
+        "" if found else " (tabu found better)"
+    )
+    print(
+        f"{label} exact         {'':9} {text(figures.get('proof_seconds')):>9}  {note}"
+    )
     reached = until("tabu", problem, args.seconds, best + tolerance, restarts=3)
     figures["tabu_found"] = math.inf if reached is None else reached
     full = f"{hits} of {args.tabu_seeds} seeds, {text(figures['tabu_seconds'])} s each"
@@ -87,8 +95,12 @@ def run(instance: Instance, args: argparse.Namespace) -> dict[str, float]:
             print(f"{label} {name:13} not installed: {error.name}")
             continue
         print(f"{label} {name:13} {text(reached):>9} {text(proof):>9}", flush=True)
-        figures["best_rival_seconds"] = min(figures["best_rival_seconds"], proof or math.inf)
-        figures["best_rival_found"] = min(figures["best_rival_found"], reached or math.inf)
+        figures["best_rival_seconds"] = min(
+            figures["best_rival_seconds"], proof or math.inf
+        )
+        figures["best_rival_found"] = min(
+            figures["best_rival_found"], reached or math.inf
+        )
     return figures
 
 
@@ -97,8 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=SIZES, choices=SIZES, help="sizes")
     parser.add_argument("--k", type=int, default=100, help="states to prove")
-    parser.add_argument("--seconds", type=float, default=600.0, help="limit of one exact search")
-    parser.add_argument("--rival-seconds", type=float, default=20.0, help="limit of one rival")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="limit of one exact search"
+    )
+    parser.add_argument(
+        "--rival-seconds", type=float, default=20.0, help="limit of one rival"
+    )
     parser.add_argument("--tabu-seeds", type=int, default=100)
     args = parser.parse_args()
     warm_up()

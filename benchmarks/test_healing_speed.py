@@ -7,7 +7,9 @@ import pytest
 import healing_speed
 
 
-def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_side_of_ours_runs_to_its_figure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sides = ["teacher", "student", "ours", "plain"]
     given = ["--length", "16", "--batch", "2", "--steps", "3", "--repeats", "1"]
     healing_speed.main(["--tiny", *given, "--sides", *sides])
@@ -20,7 +22,9 @@ def test_every_side_of_ours_runs_to_its_figure(capsys: pytest.CaptureFixture[str
     assert all(float(value) > 0 for value in figures.values())
 
 
-def test_steps_that_are_all_warm_up_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_are_all_warm_up_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         healing_speed.main(["--tiny", "--steps", "2"])
     assert "--steps must be 3 or more" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 import house
 
 SOURCE = (
-    '"""Title."""\n\n# Why.\nx = [\n    1,\n]  # end\n"""What x is."""\n\n\ndef f():\n    "..."\n'
+    '"""Title."""\n\n# Why.\nx = [\n    1,\n]  # end\n'
+    '"""What x is."""\n\n\ndef f():\n    "..."\n'
 )
 
 
@@ -39,7 +40,9 @@ def test_counts_stay_below_their_ceilings(
     assert "     11 tokens  studies/quality\n" in capsys.readouterr().out
     for name, most in ceiling.items():
         if most:
-            with pytest.raises(SystemExit, match=f"{name} is {most}, the ceiling is {most - 1}"):
+            with pytest.raises(
+                SystemExit, match=f"{name} is {most}, the ceiling is {most - 1}"
+            ):
                 check(**{name: most - 1})
 
 
@@ -53,5 +56,7 @@ def test_counts_stay_below_their_ceilings(
         ("total, at = total + 1, 0", False),
     ],
 )
-def test_a_line_that_assigns_independent_values_is_packed(line: str, packed: bool) -> None:
+def test_a_line_that_assigns_independent_values_is_packed(
+    line: str, packed: bool
+) -> None:
     assert list(house.find_packed(line)) == [1] * packed

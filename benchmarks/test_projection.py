@@ -7,7 +7,9 @@ import pytest
 import projection
 from isingcut.runs.trials import DEEP, TRIED
 
-COUNTS = projection.Counts(27.0, 68.0, 31.0, 505.0, 15.0, (14, 15, 16, 18, 22, 23, 27, 31))
+COUNTS = projection.Counts(
+    27.0, 68.0, 31.0, 505.0, 15.0, (14, 15, 16, 18, 22, 23, 27, 31)
+)
 
 
 @pytest.fixture
@@ -20,16 +22,23 @@ def model(monkeypatch: pytest.MonkeyPatch) -> projection.Model:
 def counts_of(parts: list[projection.Part] | None) -> dict[str, float]:
     """Return the counts of a stage by name."""
     terms = [term for part in parts or [] for term in part if term.count]
-    return {name: sum(t.count for t in terms if t.name == name) for name in {t.name for t in terms}}
+    return {
+        name: sum(t.count for t in terms if t.name == name)
+        for name in {t.name for t in terms}
+    }
 
 
 def test_every_path_has_its_parts_and_ranges(model: projection.Model) -> None:
-    host, card = (projection.Setting(model, "1 x 80 GB", place) for place in ("host", "card"))
+    host, card = (
+        projection.Setting(model, "1 x 80 GB", place) for place in ("host", "card")
+    )
     for parts in host.stages().values():
         for fast, slow in map(projection.seconds, parts or []):
             assert 0 <= fast <= slow
     # Gradients leave the card only if the host tunes.
-    on_host, on_card = (counts_of(setting.stages()["patch"]) for setting in (host, card))
+    on_host, on_card = (
+        counts_of(setting.stages()["patch"]) for setting in (host, card)
+    )
     assert on_host.keys() - on_card.keys() == {"AdamW, host", "gradients and weights"}
     assert on_card["AdamW, card"] == on_host["AdamW, host"]
     # A deep cut also fits a patch for every state of its search.
@@ -40,7 +49,9 @@ def test_every_path_has_its_parts_and_ranges(model: projection.Model) -> None:
 
 
 def test_every_table_says_that_nothing_was_measured(
-    model: projection.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: projection.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.argv", ["projection.py", "8B"])
     projection.main()

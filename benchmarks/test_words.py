@@ -42,5 +42,8 @@ def test_only_prose_is_counted(
     with pytest.raises(SystemExit, match="longest_sentence_docs; shorten"):
         words.main()
     shown = capsys.readouterr().out
-    assert "words_readme: 9\nmean_sentence_readme: 1.8\nlongest_sentence_docs: 5\n" in shown
+    assert (
+        "words_readme: 9\nmean_sentence_readme: 1.8\nlongest_sentence_docs: 5\n"
+        in shown
+    )
     assert "docs/page.md: 36 words: word" in shown

@@ -47,8 +47,12 @@ def paragraphs(text: str) -> Iterator[str]:
 def sentences(text: str) -> Iterator[list[str]]:
     """Yield the sentences of a Markdown page as lists of words."""
     for paragraph in paragraphs(text):
-        plain = re.sub(r"`[^`]*`", lambda code: re.sub(r"[.!?]", "", code[0]), paragraph)
-        plain = re.sub(r"(!?)\[([^]]*)\]\([^)]*\)", lambda x: "" if x[1] else x[2], plain)
+        plain = re.sub(
+            r"`[^`]*`", lambda code: re.sub(r"[.!?]", "", code[0]), paragraph
+        )
+        plain = re.sub(
+            r"(!?)\[([^]]*)\]\([^)]*\)", lambda x: "" if x[1] else x[2], plain
+        )
         for sentence in re.split(r"""(?<=[.!?])["')*_]*\s""", plain):
             if words := [word for word in sentence.split() if re.search(r"\w", word)]:
                 yield words
@@ -57,12 +61,18 @@ def sentences(text: str) -> Iterator[list[str]]:
 def main() -> None:
     """Print the three figures; exit 1 if one is above its limit."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    pages = [page for page in pages if "experiments" not in page.relative_to(ROOT).as_posix()]
-    found = [(page, s) for page in pages for s in sentences(page.read_text(encoding="utf-8"))]
+    pages = [
+        page for page in pages if "experiments" not in page.relative_to(ROOT).as_posix()
+    ]
+    found = [
+        (page, s) for page in pages for s in sentences(page.read_text(encoding="utf-8"))
+    ]
     readme = [len(sentence) for page, sentence in found if page.name == "README.md"]
     for page, sentence in found:
         if len(sentence) > LIMITS["longest_sentence_docs"]:
-            print(f"{page.relative_to(ROOT)}: {len(sentence)} words: {' '.join(sentence)}")
+            print(
+                f"{page.relative_to(ROOT)}: {len(sentence)} words: {' '.join(sentence)}"
+            )
     figures = {
         "words_readme": sum(readme),
         "mean_sentence_readme": round(sum(readme) / len(readme), 1),
@@ -71,7 +81,9 @@ def main() -> None:
     for name, figure in figures.items():
         print(f"{name}: {figure}")
     if above := [name for name, figure in figures.items() if figure > LIMITS[name]]:
-        sys.exit(f"above the limits {LIMITS}: {', '.join(above)}; shorten the sentences named")
+        sys.exit(
+            f"above the limits {LIMITS}: {', '.join(above)}; shorten the sentences named"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ _SHORTER = (
         r"^block 0 \(\w+\) passes on a stream of shape .*",
         "its stream is not (batch, tokens, width)",
     ),
-    (r"^transformers has no text-generating decoder.*", "transformers has no decoder of it"),
+    (
+        r"^transformers has no text-generating decoder.*",
+        "transformers has no decoder of it",
+    ),
 )
 
 
@@ -39,7 +42,9 @@ def _line(report: dict[str, Any]) -> tuple[str, str]:
         return "cut exactly", re.sub(r", because [^;]*", "", report.get("rows", ""))
     if report["outcome"] == "not built":
         return "not known", "transformers cannot build a small one here"
-    outcome = "only blocks that you name" if reason.startswith(_NAMED) else report["outcome"]
+    outcome = (
+        "only blocks that you name" if reason.startswith(_NAMED) else report["outcome"]
+    )
     reason = reason.removeprefix(_NAMED)
     for pattern, shorter in _SHORTER:
         reason = re.sub(pattern, shorter, reason)
@@ -58,7 +63,9 @@ def made(version: str, reports: list[dict[str, Any]]) -> str:
     lines = defaultdict(list)
     for family, of_one in sorted(of_family.items()):
         for report in of_one if len({_line(r) for r in of_one}) > 1 else of_one[:1]:
-            lines[_line(report)].append(family if report is of_one[0] else report["name"])
+            lines[_line(report)].append(
+                family if report is of_one[0] else report["name"]
+            )
     plain = lines.pop(("cut exactly", ""), [])
     rows = [f"| {', '.join(lines[key])} | {' | '.join(key)} |" for key in sorted(lines)]
     text_only = _names(r for r in reports if "text_only" in r)

@@ -34,7 +34,9 @@ def _values(schema: dict[str, Any]) -> str:
         return ", ".join(schema["enum"])
     words = _TYPES[schema["type"]]
     if "exclusiveMinimum" in schema:
-        words += f" above {schema['exclusiveMinimum']:,.0f}, to {schema['maximum']:,.0f}"
+        words += (
+            f" above {schema['exclusiveMinimum']:,.0f}, to {schema['maximum']:,.0f}"
+        )
     elif "minimum" in schema:
         words += f", {schema['minimum']:,.0f} to {schema['maximum']:,.0f}"
     return words

@@ -78,7 +78,9 @@ def absorbers(family: str, folder: Path) -> list[Absorbs]:
             continue
         record = fitted.patches[0].record
         assert record.held_out_error_left is not None
-        found.append(Absorbs(kind, record.layer, record.exact, record.held_out_error_left))
+        found.append(
+            Absorbs(kind, record.layer, record.exact, record.held_out_error_left)
+        )
     return found
 
 
@@ -95,15 +97,24 @@ def table(found: dict[str, list[Absorbs] | str]) -> str:
         none = "; ".join(f"{row.kind}: {row.reason}" for row in kinds if not row.layer)
         left = [row.left for row in kinds if row.layer]
         ends = sorted({f"{min(left):.2f}", f"{max(left):.2f}"}) if left else []
-        cells = [_layers(kinds, exact=True), _layers(kinds, exact=False), none, " to ".join(ends)]
+        cells = [
+            _layers(kinds, exact=True),
+            _layers(kinds, exact=False),
+            none,
+            " to ".join(ends),
+        ]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _layers(kinds: Sequence[Absorbs], *, exact: bool) -> str:
     rows = [row for row in kinds if row.layer and row.exact == exact]
-    by_layer = {row.layer: [r.kind for r in rows if r.layer == row.layer] for row in rows}
-    return "; ".join(f"`{layer}` ({', '.join(kinds)})" for layer, kinds in by_layer.items())
+    by_layer = {
+        row.layer: [r.kind for r in rows if r.layer == row.layer] for row in rows
+    }
+    return "; ".join(
+        f"`{layer}` ({', '.join(kinds)})" for layer, kinds in by_layer.items()
+    )
 
 
 def main() -> int:
@@ -123,10 +134,14 @@ def main() -> int:
             except ArchitectureError as refusal:
                 found[family] = str(refusal)
     print(table(found))
-    kinds = [row for rows in found.values() if not isinstance(rows, str) for row in rows]
+    kinds = [
+        row for rows in found.values() if not isinstance(rows, str) for row in rows
+    ]
     print(f"patches_absorbed: {sum(bool(row.layer) for row in kinds)}")
     print(f"patches_none: {sum(not row.layer for row in kinds)}")
-    print(f"patches_not_measured: {sum(isinstance(rows, str) for rows in found.values())}")
+    print(
+        f"patches_not_measured: {sum(isinstance(rows, str) for rows in found.values())}"
+    )
     return 0
 
 

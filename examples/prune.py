@@ -14,7 +14,11 @@ def main(model: str, out: str) -> None:
     cut = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The most useful thing about physics is", return_tensors="pt")
-    print(tokenizer.decode(cut.generate(**ids, max_new_tokens=30)[0], skip_special_tokens=True))
+    print(
+        tokenizer.decode(
+            cut.generate(**ids, max_new_tokens=30)[0], skip_special_tokens=True
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ print("the five cheapest blocks alone:")
 for i in cheap:
     print(f"  block {i:2d}  {energy.h[i]:.4f} {energy.unit}")
 i, j = np.unravel_index(np.argmax(energy.J), energy.J.shape)
-print(f"the worst pair: {i} and {j}, {energy.J[i, j]:+.3f} beyond {energy.h[i] + energy.h[j]:.3f}")
+print(
+    f"the worst pair: {i} and {j}, {energy.J[i, j]:+.3f} beyond {energy.h[i] + energy.h[j]:.3f}"
+)
 
 # %% [markdown]
 # ## The spectrum
@@ -75,7 +77,9 @@ for place_, value in enumerate(spectrum.energies[:8]):
 # you can trust the energy.
 
 # %%
-print(f"chosen: {list(run.chosen.removed)}, place {run.chosen.position} in the spectrum")
+print(
+    f"chosen: {list(run.chosen.removed)}, place {run.chosen.position} in the spectrum"
+)
 print(f"measured KL {run.chosen.kl:.4f} nats/token, energy {run.chosen.energy:.4f}")
 f = run.fidelity
 interval = f"{f['spearman_low']:.2f} to {f['spearman_high']:.2f}"
@@ -95,7 +99,8 @@ for m in (1, 2, 4, 5):
     print(f"{m} blocks: {other.removed()}, energy {other.energies[0]:.4f}")
 
 problem = isingcut.Problem(
-    energy, [constraints.count(energy.n, 3), *constraints.drop(energy.n, [int(cheap[-1])])]
+    energy,
+    [constraints.count(energy.n, 3), *constraints.drop(energy.n, [int(cheap[-1])])],
 )
 print(f"3 blocks, {cheap[-1]} among them:", isingcut.solve(problem, k=1).removed())
 

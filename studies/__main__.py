@@ -10,4 +10,7 @@ if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in known.split(", "):
         sys.exit(f"usage: python -m studies NAME [--help], NAME one of {known}")
-    run(getattr(importlib.import_module(f"studies.{name}.study"), name.capitalize()), sys.argv[2:])
+    run(
+        getattr(importlib.import_module(f"studies.{name}.study"), name.capitalize()),
+        sys.argv[2:],
+    )

@@ -9,7 +9,20 @@ import pytest
 
 from isingcut.testing.tiny import tiny_checkpoint
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "rain", "fell", "over", "old", "stone", "town"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "rain",
+    "fell",
+    "over",
+    "old",
+    "stone",
+    "town",
+]
 
 
 def words(seed: int, count: int) -> str:
@@ -25,7 +38,9 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny Llama of six blocks with a vocabulary of 262 tokens."""
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+    return tiny_checkpoint(
+        "llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512
+    )
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +52,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         answer = {"role": "assistant", "content": words(2 * k + 1, 9)}
         return [{"role": "user", "content": words(2 * k, 5)}, answer]
 
-    write(folder / "calib_instruct/mix1000.jsonl", [{"messages": chat(k)} for k in range(400)])
+    write(
+        folder / "calib_instruct/mix1000.jsonl",
+        [{"messages": chat(k)} for k in range(400)],
+    )
     for i, name in enumerate(("wikitext2/test_raw", "calib_text/c4_300")):
-        write(folder / f"{name}.jsonl", [{"text": words(99 * i + k, 60)} for k in range(12)])
+        write(
+            folder / f"{name}.jsonl",
+            [{"text": words(99 * i + k, 60)} for k in range(12)],
+        )
     solved = [{"context": words(k, 9), "solution": words(k + 50, 9)} for k in range(20)]
     write(folder / "gsm8k/train1000.jsonl", solved)
     records = [

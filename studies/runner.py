@@ -79,7 +79,9 @@ class Study(ABC):
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.work = Path(options.work)
-        given = json.loads(json.dumps({k: getattr(options, k) for k in self.settings}, default=str))
+        given = json.loads(
+            json.dumps({k: getattr(options, k) for k in self.settings}, default=str)
+        )
         path = self.work / "settings.json"
         if not path.exists():
             write(path, given)
@@ -120,7 +122,10 @@ class Study(ABC):
 
     def under(self, folder: str) -> list[Content]:
         """Return the contents of the finished parts below a folder, sorted by path."""
-        return [read(path) for path in sorted((self.work / "parts" / folder).rglob("*.json"))]
+        return [
+            read(path)
+            for path in sorted((self.work / "parts" / folder).rglob("*.json"))
+        ]
 
     def left(self) -> list[Part]:
         """Return the unfinished parts that `--only` selects, without duplicates."""
@@ -150,7 +155,9 @@ def show_plan(study: Study) -> None:
     waiting = study.left()
     for part in waiting:
         print(f"{part.name:<60}{study.minutes([part]):>9.1f} min")
-    print(f"{len(waiting)} parts that can be named now, {study.minutes(waiting):.0f} min")
+    print(
+        f"{len(waiting)} parts that can be named now, {study.minutes(waiting):.0f} min"
+    )
 
 
 def make_parts(study: Study) -> None:
@@ -168,10 +175,16 @@ def make_parts(study: Study) -> None:
         tried.add(part.name)
         expected = study.minutes([part])
         if spent + expected > study.options.minutes:
-            print(f"{part.name} does not fit into the time; run again to go on", flush=True)
+            print(
+                f"{part.name} does not fit into the time; run again to go on",
+                flush=True,
+            )
             continue
         rest = study.minutes(waiting)
-        print(f"[{spent:6.1f} min] {part.name}: {expected:.1f} of {rest:.0f} min", flush=True)
+        print(
+            f"[{spent:6.1f} min] {part.name}: {expected:.1f} of {rest:.0f} min",
+            flush=True,
+        )
         try:
             print(f"{'':13}took {study.make(part):.1f} min", flush=True)
         except IsingcutError as error:
@@ -192,7 +205,9 @@ def collect(study: Study) -> Content:
     except (FileNotFoundError, KeyError) as error:
         if not study.left():
             raise
-        raise InputError("the results need parts that are not finished; see --plan") from error
+        raise InputError(
+            "the results need parts that are not finished; see --plan"
+        ) from error
 
 
 def numbers(text: str) -> list[int]:
@@ -212,8 +227,18 @@ def parse(study: type[Study], words: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(**study.defaults)
     add("--work", default=f"{study.name}-work", help="folder of the parts")
     add("--results", type=Path, help="results file to write or to show")
-    add("--only", action="append", metavar="PREFIX", help="parts to make; may be repeated")
-    add("--minutes", type=float, default=600.0, help="start no part expected to end later")
+    add(
+        "--only",
+        action="append",
+        metavar="PREFIX",
+        help="parts to make; may be repeated",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=600.0,
+        help="start no part expected to end later",
+    )
     for name in ("plan", "collect", "summary"):
         add(f"--{name}", action="store_true")
     return parser.parse_args(words)
@@ -235,4 +260,8 @@ def run(study: type[Study], words: Sequence[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     for path in shown:
         for name, value in study.show(read(path)).items():
-            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            print(
+                f"{name}: {value:.4g}"
+                if isinstance(value, float)
+                else f"{name}: {value}"
+            )

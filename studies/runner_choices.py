@@ -40,7 +40,15 @@ TOP = 20
 FIRST_STEP = 2048
 LAST_STEP = 32768
 """Tokens of EvoPress's first and last selection step; at most a quarter of the text, and all."""
-DEAR = ("sleb", "sleb-kl", "evopress", "refined", "refined-joint", "isingcut", "pairwise")
+DEAR = (
+    "sleb",
+    "sleb-kl",
+    "evopress",
+    "refined",
+    "refined-joint",
+    "isingcut",
+    "pairwise",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class Setting:
     def working(self, what: str) -> Work:
         """Return the work settings with a separate journal for one measurement of a method."""
         journal = self.work.journal
-        return replace(self.work, journal=journal and journal.with_name(f"{journal.name}-{what}"))
+        return replace(
+            self.work, journal=journal and journal.with_name(f"{journal.name}-{what}")
+        )
 
     def priced(self, removed: Sequence[int], passes: float, heads: float) -> Outcome:
         """Return a choice; its cost is converted from passes over ``wide`` to ``tokens``."""
@@ -71,7 +81,9 @@ class Setting:
         return Outcome(tuple(sorted(map(int, removed))), passes * scale, heads * scale)
 
 
-def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, list[Content]]:
+def choose(
+    method: str, setting: Setting, removals: Sequence[int]
+) -> dict[str, list[Content]]:
     """Return the choices of a method for some numbers of blocks, by entry name.
 
     `cbo` and `pairwise` have two entries: the ground state, and the best of the `TOP` lowest.
@@ -83,7 +95,9 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
         name, options = BASELINES[method]
         part = registry.get(name)(**options)
         work = s.working("losses")
-        found[method] = {m: part.choose(s.replay, s.tokens, m, work, s.seed) for m in removals}
+        found[method] = {
+            m: part.choose(s.replay, s.tokens, m, work, s.seed) for m in removals
+        }
     elif method == "last":
         found[method] = {m: Outcome(tuple(range(n - m, n)), 0.0, 0.0) for m in removals}
     elif method == "evopress":
@@ -116,7 +130,9 @@ def choose(method: str, setting: Setting, removals: Sequence[int]) -> dict[str, 
     }
 
 
-def _lowest(s: Setting, energy: Hamiltonian, paid: Any, remove: int, top: int) -> Outcome:
+def _lowest(
+    s: Setting, energy: Hamiltonian, paid: Any, remove: int, top: int
+) -> Outcome:
     """Return an energy's ground state, or the state of lowest KL among its ``top`` lowest."""
     spectrum = solve(Problem(energy, [count(energy.n, remove)]), k=top)
     passes, heads = paid

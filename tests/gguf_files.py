@@ -20,7 +20,9 @@ def named(held):
     return {NAMES.get_name(n, try_suffixes=(".weight",)): t for n, t in held.items()}
 
 
-def write_gguf(path, metadata, held, *, architecture="llama", more=lambda writer: None, **writing):
+def write_gguf(
+    path, metadata, held, *, architecture="llama", more=lambda writer: None, **writing
+):
     """Write a GGUF file of these tensors, and of the architecture's own metadata.
 
     Args:
@@ -59,7 +61,11 @@ NUMBERS = {
 }
 # A tiny llama whose rows can be packed, and its metadata.
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-WIDE_NUMBERS = {"embedding_length": 64, "feed_forward_length": 64, "rope.dimension_count": 16}
+WIDE_NUMBERS = {
+    "embedding_length": 64,
+    "feed_forward_length": 64,
+    "rope.dimension_count": 16,
+}
 
 
 def write(path, held, *, architecture="llama", blocks=6, **changes):
@@ -71,7 +77,15 @@ def write(path, held, *, architecture="llama", blocks=6, **changes):
         writer.add_name("tiny")
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_freq_base(10000.0)
-        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "c"]
+        tokens = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            *(f"<0x{i:02X}>" for i in range(256)),
+            "a",
+            "b",
+            "c",
+        ]
         writer.add_tokenizer_model("llama")
         writer.add_token_list(tokens)
         writer.add_token_scores([0.0] * len(tokens))
@@ -148,7 +162,9 @@ def pair(key, kind, value):
 
 def info(name="a", shape=(32,), kind=0, offset=0):
     """Return one entry of the tensor list."""
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return text(name) + struct.pack(
+        f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset
+    )
 
 
 def raw(pairs=(), infos=(), *, version=3, tail=4096):

@@ -16,13 +16,28 @@ from isingcut.testing.tiny import tiny_checkpoint
 from shared import write_jsonl
 
 REMOVED = (2, 3)
-WORDS = ["cold", "river", "ran", "below", "stone", "bridge", "while", "old", "farmers", "spoke"]
+WORDS = [
+    "cold",
+    "river",
+    "ran",
+    "below",
+    "stone",
+    "bridge",
+    "while",
+    "old",
+    "farmers",
+    "spoke",
+]
 
 
 def write_text(path, documents=60, seed=0):
     rng = np.random.default_rng(seed)
     write_jsonl(
-        path, [{"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."} for i in range(documents)]
+        path,
+        [
+            {"text": " ".join(rng.choice(WORDS, 12)) + f" {i}."}
+            for i in range(documents)
+        ],
     )
     return path
 
@@ -72,7 +87,11 @@ def options(models, out, training=None, **changes):
 
 def flags_of(config):
     """Return the options as command-line flags, without the student."""
-    typed = {k: v for k, v in vars(config).items() if v not in (None, False, "") and k != "student"}
+    typed = {
+        k: v
+        for k, v in vars(config).items()
+        if v not in (None, False, "") and k != "student"
+    }
     return [f"--{k.replace('_', '-')}={v}" for k, v in typed.items()]
 
 

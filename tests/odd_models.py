@@ -24,7 +24,12 @@ GATED = {
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 LINEAR_TYPE = "linear_attention"
-MOE_ODD = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+MOE_ODD = {
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+}
 ODD = {
     "kimi_linear": {
         **LINEAR,
@@ -42,7 +47,11 @@ ODD = {
         "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2,
         "mlp_layer_types": ["dense"] + ["sparse"] * 5,
     },
-    "olmo_hybrid": {**GATED, "head_dim": None, "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2},
+    "olmo_hybrid": {
+        **GATED,
+        "head_dim": None,
+        "layer_types": [LINEAR_TYPE, LINEAR_TYPE, FULL] * 2,
+    },
     "exaone_moe": {
         **MOE_ODD,
         "first_k_dense_replace": 1,
@@ -58,14 +67,29 @@ ODD = {
             "num_experts_per_tok": 2,
             "share_expert_dim": 16,
             "sliding_window": 8,
-            "layer_types": [FULL, SLIDING, SLIDING, FULL, FULL, SLIDING, SLIDING, SLIDING],
+            "layer_types": [
+                FULL,
+                SLIDING,
+                SLIDING,
+                FULL,
+                FULL,
+                SLIDING,
+                SLIDING,
+                SLIDING,
+            ],
             "moe_layers_enum": "2,3,4,5,6,7",
             "rope_theta": [1e6, 1e4, 1e4, 1e6, 1e6, 1e4, 1e4, 1e4],
             "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0],
             "swiglu_limits": [0.0, 0.0, 0.0, 0.5, 0.0, 0.7, 0.0, 0.0],
             "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0],
         },
-        "vision_config": {"width": 32, "layers": 2, "heads": 2, "image_size": 28, "patch_size": 14},
+        "vision_config": {
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
     },
 }
 
@@ -120,7 +144,9 @@ def odd_config(model_type, **changes):
         for name, value in changes.items():
             setattr(text, name, value)
         return config
-    return AutoConfig.for_model(model_type, **_given({**BASE, **ODD[model_type], **changes}))
+    return AutoConfig.for_model(
+        model_type, **_given({**BASE, **ODD[model_type], **changes})
+    )
 
 
 def odd_model(model_type, **changes):

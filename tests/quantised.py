@@ -45,19 +45,31 @@ def quantise(folder, layout, skip=()):
     if layout == "modelopt":
         quantisation = {
             "quant_algo": "FP8",
-            "exclude_modules": ["lm_head", "backbone.layers.5.mixer*", "backbone.layers.12*"],
+            "exclude_modules": [
+                "lm_head",
+                "backbone.layers.5.mixer*",
+                "backbone.layers.12*",
+            ],
         }
-        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantisation}))
+        (folder / "hf_quant_config.json").write_text(
+            json.dumps({"quantization": quantisation})
+        )
         return
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
     with edit_config(folder) as config:
         config["quantization_config"] = {
             "fp8": {
                 "weight_block_size": [_TILE, _TILE],
-                "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.4.mlp"],
+                "modules_to_not_convert": [
+                    "lm_head",
+                    "model.layers.0.mlp",
+                    "model.layers.4.mlp",
+                ],
             },
             "compressed-tensors": {
-                "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+                "config_groups": {
+                    "group_0": {"weights": weights, "targets": ["Linear"]}
+                },
                 "ignore": ["lm_head", "re:.*layers\\.5\\.mlp.*"],
             },
         }[layout] | {"quant_method": layout}
@@ -77,7 +89,9 @@ def fp8_in_tiles(folder):
         kept = [
             name.removesuffix(".weight")
             for name, value in tensors.items()
-            if value.ndim == 2 and "layers." in name and not name.endswith("proj.weight")
+            if value.ndim == 2
+            and "layers." in name
+            and not name.endswith("proj.weight")
         ]
     quantise(folder, "fp8", skip=("visual",))
     with edit_config(folder) as config:
@@ -118,7 +132,10 @@ def int4(folder):
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": targets},
-        "ignore": ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(6))],
+        "ignore": [
+            "lm_head",
+            *(f"model.layers.{i}.self_attn.q_proj" for i in range(6)),
+        ],
     }
     _rewrite(folder, pack, quantisation)
 
@@ -157,7 +174,11 @@ def mxfp4(folder):
 
 def _rewrite(folder, pack, quantisation):
     tensors = load_file(folder / "model.safetensors")
-    packed = {new: v for name, value in tensors.items() for new, v in pack(name, value).items()}
+    packed = {
+        new: v
+        for name, value in tensors.items()
+        for new, v in pack(name, value).items()
+    }
     save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
     with edit_config(folder) as config:
         config["quantization_config"] = quantisation
@@ -171,14 +192,22 @@ def assert_bytes_follow(source, out, kept):
     before = read_checkpoint(source)
     after = read_checkpoint(out)
     elsewhere = re.compile("visual|mtp")
-    old = {name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after}
+    old = {
+        name: _BLOCK.sub(lambda m: str(kept[int(m.group())]), name) for name in after
+    }
     for name, tensor in after.items():
         was = before[name if elsewhere.search(name) else old[name]]
-        assert (tensor.dtype, tensor.shape, tensor.data()) == (was.dtype, was.shape, was.data())
+        assert (tensor.dtype, tensor.shape, tensor.data()) == (
+            was.dtype,
+            was.shape,
+            was.data(),
+        )
     stays = {
         name
         for name in before
-        if elsewhere.search(name) or not (m := _BLOCK.search(name)) or int(m.group()) in kept
+        if elsewhere.search(name)
+        or not (m := _BLOCK.search(name))
+        or int(m.group()) in kept
     }
     assert len(after) == len(stays)
     return {tensor.dtype for tensor in after.values()}

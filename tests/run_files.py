@@ -29,10 +29,18 @@ def record(folder):
     """Record all files of the run in `run.json` as finished, with their present hashes."""
     stages = read_json(folder / "run.json", "run")["stages"]
     for path in folder.rglob("*"):
-        stage = "energy" if path.name.startswith("hamiltonian.") else _STAGES.get(path.name, "")
+        stage = (
+            "energy"
+            if path.name.startswith("hamiltonian.")
+            else _STAGES.get(path.name, "")
+        )
         stage = "baseline" if path.name.startswith("baseline-") else stage
         cut = path / "isingcut.json"
-        if not stage or "model" in path.parts[:-1] or (path.is_dir() and not cut.exists()):
+        if (
+            not stage
+            or "model" in path.parts[:-1]
+            or (path.is_dir() and not cut.exists())
+        ):
             continue
         key = path.relative_to(folder).as_posix()
         stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
@@ -99,7 +107,12 @@ def hamiltonian(n, seed, unit="nats/token"):
     coupling = np.triu(0.05 * rng.standard_normal((n, n)), 1)
     h = 0.2 + rng.random(n) + np.where(np.arange(n) == 0, 5.0, 0.0)
     error = np.triu(np.full((n, n), 0.01), 1)
-    meta = {"energy": "pairwise", "loss": "KL(original || cut)", "samples": 4, "tokens": 40}
+    meta = {
+        "energy": "pairwise",
+        "loss": "KL(original || cut)",
+        "samples": 4,
+        "tokens": 40,
+    }
     return Hamiltonian(
         h, coupling + coupling.T, 0.0, unit, meta, np.full(n, 0.02), error + error.T
     )  # fmt: skip
@@ -111,7 +124,9 @@ def write_removal(place, energy, m, *, ranked=True):
     rng = np.random.default_rng(m)
     # Random picks among the blocks of lowest h, a few more than m: low states without a solver.
     cheap = np.argsort(energy.h)[: m + 6]
-    picks = {tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)}
+    picks = {
+        tuple(sorted(rng.choice(cheap, m, replace=False).tolist())) for _ in range(200)
+    }
     states = np.zeros((len(picks), n), dtype=bool)
     for row, pick in zip(states, sorted(picks), strict=True):
         row[list(pick)] = True
@@ -119,13 +134,25 @@ def write_removal(place, energy, m, *, ranked=True):
     order = np.argsort(energies)[:20]
     low = [np.flatnonzero(states[k]).tolist() for k in order]
     place.mkdir(exist_ok=True)
-    solved = {"solver": "exact", "seconds": 0.5, "proven": True, "info": {}, "relative_gap": 0.0}
+    solved = {
+        "solver": "exact",
+        "seconds": 0.5,
+        "proven": True,
+        "info": {},
+        "relative_gap": 0.0,
+    }
     levels = [
         {"rank": r, "energy": float(energies[k]), "removed": s}
         for r, (k, s) in enumerate(zip(order, low, strict=True))
     ]
     lowest = levels[0]["energy"]
-    found = {"n": n, "unit": energy.unit, **solved, "lower_bound": lowest, "states": levels}
+    found = {
+        "n": n,
+        "unit": energy.unit,
+        **solved,
+        "lower_bound": lowest,
+        "states": levels,
+    }
     write_json(place / "spectrum.json", "spectrum", found)
     random = [sorted(rng.choice(n, m, replace=False).tolist()) for _ in range(30)]
 
@@ -184,9 +211,20 @@ def baseline(name, removed, kl, **more):
 def patch(**more):
     text = {"source": "-", "samples": 7, "searched": 4, "tokens": 700}
     text |= {"requested": 900, "short": ""}
-    cut = {"removed": [3, 4], "block": 2, "layer": "mlp.down_proj", "held_out_error_left": 0.4}
+    cut = {
+        "removed": [3, 4],
+        "block": 2,
+        "layer": "mlp.down_proj",
+        "held_out_error_left": 0.4,
+    }
     proof = {"inputs": "text", "difference": 1e-7, "remarks": []}
-    found = {"cuts": [cut], "changed": True, "unpatched": [], "text": text, "proof": proof}
+    found = {
+        "cuts": [cut],
+        "changed": True,
+        "unpatched": [],
+        "text": text,
+        "proof": proof,
+    }
     return {**found, **more}
 
 
@@ -218,19 +256,34 @@ def run_content(model, energy, n, m, seed):
     """Return the content of `run.json` before its files are recorded."""
     options = {f: getattr(RunConfig(), f) for f in ("calibration", "keep", "budget")}
     solved = {
-        f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k)) for k in (m - 1, m + 2)
+        f"remove-{k}/spectrum.json": _done("solve", 77.0, remove=str(k))
+        for k in (m - 1, m + 2)
     }
     text = _done("calibration", 1.25)
-    solved |= {"calibration.safetensors": text, "spectrum.json": _done("solve", remove=str(m))}
+    solved |= {
+        "calibration.safetensors": text,
+        "spectrum.json": _done("solve", remove=str(m)),
+    }
     cost = {"parameters": 10**6, "bytes": 2 * 10**6}
     blocks = [
-        {"index": i, "kind": k, "kv_bytes_per_token": 512 if "attention" in k else 0, **cost}
+        {
+            "index": i,
+            "kind": k,
+            "kv_bytes_per_token": 512 if "attention" in k else 0,
+            **cost,
+        }
         for i in range(n)
         for k in [KINDS[i % len(KINDS)]]
     ]
     size = {f"total_{name}": (n + 2) * value for name, value in cost.items()}
     return {
-        "config": {"model": model, "remove": str(m), "energy": energy, "seed": seed, **options},
+        "config": {
+            "model": model,
+            "remove": str(m),
+            "energy": energy,
+            "seed": seed,
+            **options,
+        },
         "stages": solved,
         "blocks": {"path": "model.layers", "blocks": blocks, **size, "legality": []},
         "provenance": {
@@ -278,7 +331,9 @@ def write_run(
 
 def _write_extras(path, main, m, chosen):
     n = main.n
-    hamiltonian(n, 2, "arbitrary").save(path / "hamiltonian.empirical-fisher.safetensors")
+    hamiltonian(n, 2, "arbitrary").save(
+        path / "hamiltonian.empirical-fisher.safetensors"
+    )
     write_removal(path / f"remove-{m - 1}", main, m - 1)
     write_removal(path / f"remove-{m + 2}", main, m + 2, ranked=False)
     other = [b for b in range(n) if b not in chosen][:m]
@@ -286,10 +341,23 @@ def _write_extras(path, main, m, chosen):
         ("sleb", 2.5, {}),
         ("random", 9.0, {"violated": ["keep 0"]}),
     ):
-        write_json(path / f"baseline-{name}.json", "baseline", baseline(name, other, kl, **more))
+        write_json(
+            path / f"baseline-{name}.json",
+            "baseline",
+            baseline(name, other, kl, **more),
+        )
     steps = [{"step": k, "tokens": 512 * k, "loss": 1.0 / k} for k in range(1, 31)]
     write_json(path / "healing.json", "healing", healing(steps, chosen, n))
-    rows = [task("arc_easy", 0.62, 0.55), task("piqa", 0.7, 0.66), task("boolq", 0.6, 0.61)]
-    text = {"tokens": 777, "original": text_scores(15.0), "cut": text_scores(18.0), "kl": 0.2}
+    rows = [
+        task("arc_easy", 0.62, 0.55),
+        task("piqa", 0.7, 0.66),
+        task("boolq", 0.6, 0.61),
+    ]
+    text = {
+        "tokens": 777,
+        "original": text_scores(15.0),
+        "cut": text_scores(18.0),
+        "kl": 0.2,
+    }
     found = {"rows": rows, "engine": "lm_eval 0.4", "wikitext2": text}
     write_json(path / "benchmarks.json", "benchmarks", found)

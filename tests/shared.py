@@ -92,13 +92,17 @@ class Shared:
         from isingcut.testing.tiny import tiny_checkpoint
 
         named = "-".join([family, *(f"{k}={v}" for k, v in changes.items())])
-        return self.folder(named, lambda place: tiny_checkpoint(family, place, **changes))
+        return self.folder(
+            named, lambda place: tiny_checkpoint(family, place, **changes)
+        )
 
     def check(self):
         """Fail if a test has changed a shared folder."""
         for name in sorted(self._used):
             made = load_json(self._root / f"{name}.made")
-            assert snapshot(self._root / name) == made, f"a test changed the shared {name}"
+            assert snapshot(self._root / name) == made, (
+                f"a test changed the shared {name}"
+            )
 
 
 def snapshot(folder):
@@ -122,7 +126,9 @@ def snapshot(folder):
 def write_words(path, words=900):
     """Write a text of random six-letter words, enough for the splits of a tiny run."""
     path.parent.mkdir(exist_ok=True)
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (words, 6))
+    letters = np.random.default_rng(0).choice(
+        list("abcdefghijklmnopqrstuvwxyz"), (words, 6)
+    )
     path.write_text(" ".join("".join(word) for word in letters))
     return path
 

@@ -45,7 +45,11 @@ def talk(*contents):
 
 def chat_file(path, count=60):
     return write_jsonl(
-        path, [{"messages": talk(f"({i})?", f"yes{i}", "why?", f"no{i} ")} for i in range(count)]
+        path,
+        [
+            {"messages": talk(f"({i})?", f"yes{i}", "why?", f"no{i} ")}
+            for i in range(count)
+        ],
     )
 
 
@@ -79,7 +83,11 @@ ENDS_ITSELF = (
         (None, talk("hi", "yes", "why", "no "), "yes</s>no </s>"),
         (None, talk("hi", "yes", "yes"), "yes</s>"),
         (None, talk("yes</s>", "yes", "q", " "), "yes</s>"),
-        (None, [{"role": "assistant", "content": "hello"}, *talk("hi", "a")], "hello</s>a</s>"),
+        (
+            None,
+            [{"role": "assistant", "content": "hello"}, *talk("hi", "a")],
+            "hello</s>a</s>",
+        ),
         (None, talk("hi", "<think>so</think> yes"), "<think>so</think> yes</s>"),
         (DROPS_REASONING, talk("hi", "yes\n", "why", "no"), "yes</s>no</s>"),
         (
@@ -91,7 +99,9 @@ ENDS_ITSELF = (
         (ENDS_ITSELF, talk("hi", "yes", "why"), "yes</s>"),
     ],
 )
-def test_the_assistants_words_and_the_end_of_its_turns_count(template, messages, expected):
+def test_the_assistants_words_and_the_end_of_its_turns_count(
+    template, messages, expected
+):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
     found = mark_answers(messages, partial(render_chat, tokenizer))
@@ -123,7 +133,9 @@ def test_a_token_over_the_edge_counts_where_an_answer_begins():
 
 def test_a_conversation_is_searched_up_to_its_last_kept_token_only():
     tokenizer = tiny_tokenizer()
-    found = mark_answers(talk(*["a question", "yes"] * 20), partial(render_chat, tokenizer))
+    found = mark_answers(
+        talk(*["a question", "yes"] * 20), partial(render_chat, tokenizer)
+    )
     encode = mock.Mock(side_effect=Encoder(tokenizer))
     whole = row_of(encode, found, 1000)
     assert encode.call_count == 1 + 2 * 20
@@ -138,7 +150,11 @@ def test_answers_that_cannot_be_located_are_refused(tmp_path):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content | replace('yes', 'y') }}{% endfor %}"
     )
-    refused(source, tokenizer, r"chat\.jsonl line \d+: .* changes an assistant message, .*answers")
+    refused(
+        source,
+        tokenizer,
+        r"chat\.jsonl line \d+: .* changes an assistant message, .*answers",
+    )
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     with refuses("a tool call or an image", ModelError):
         mark_answers([*talk("hi"), call], lambda messages: "")
@@ -169,8 +185,12 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
     )
     assert describe_source(f"answers:{file}") == "answers:chat.jsonl"
     gone = f"{tmp_path}/gone/a.txt"
-    assert describe_source(gone) == describe_source(f"{tmp_path}/a=b,c/a.txt") == "a.txt"
-    assert describe_source(f"{gone}=1,{tmp_path}/other/a.txt=1") == "50% a.txt, 50% a.txt"
+    assert (
+        describe_source(gone) == describe_source(f"{tmp_path}/a=b,c/a.txt") == "a.txt"
+    )
+    assert (
+        describe_source(f"{gone}=1,{tmp_path}/other/a.txt=1") == "50% a.txt, 50% a.txt"
+    )
     assert describe_source("owner/name/configuration") == "owner/name/configuration"
     assert places_in(f"wiki=1,answers:{file}=1") == ["wiki", file]
     assert places_in("answers:-") == ["-"]
@@ -185,7 +205,9 @@ def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch
 def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl")
     size = {**SIZES, "length": 40}
-    plain, found = (build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:"))
+    plain, found = (
+        build(f"{word}{file}", tokenizer, **size) for word in ("", "answers:")
+    )
     for name, tokens in found.splits.items():
         assert torch.equal(tokens.input_ids, plain.splits[name].input_ids)
         for text in counted_text(tokenizer, tokens):
@@ -198,11 +220,17 @@ def test_splits_keep_what_counts_on_disk_and_in_their_identity(tmp_path, tokeniz
     found.save(tmp_path / "a.safetensors")
     again = Calibration.load(tmp_path / "a.safetensors")
     assert again.sha256 == found.sha256
-    assert [t.tokens for t in again.splits.values()] == [t.tokens for t in found.splits.values()]
+    assert [t.tokens for t in again.splits.values()] == [
+        t.tokens for t in found.splits.values()
+    ]
 
 
-def test_conversations_without_an_answer_within_the_length_are_left_out(tmp_path, tokenizer, capfd):
-    long = [{"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)]
+def test_conversations_without_an_answer_within_the_length_are_left_out(
+    tmp_path, tokenizer, capfd
+):
+    long = [
+        {"messages": talk("a long question " * 3 + str(i), "yes")} for i in range(30)
+    ]
     file = write_jsonl(tmp_path / "chat.jsonl", long)
     words = "30 conversations have no answer in their first 16 tokens; raise --length"
     refused(f"answers:{file}", tokenizer, f"too short.*found 0; {words}$")
@@ -223,24 +251,34 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(tmp_path
 
 def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
-    text = write_jsonl(tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)])
+    text = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)]
+    )
     source = f"{text}=1,answers:{file}=1"
     size = {**SIZES, "samples": 60, "length": 40}
     used = build(source, tokenizer, **size)
     split = used.splits["energy"]
-    by_part = {name: split.select(rows).tokens for name, rows in split.rows_by_part.items()}
+    by_part = {
+        name: split.select(rows).tokens for name, rows in split.rows_by_part.items()
+    }
     assert by_part["answers:chat.jsonl"] / split.tokens == pytest.approx(0.5, abs=0.05)
     # A patch counts the same words.
     fitted, _ = to_fit(used, tokenizer, 4000)
-    assert set(counted_text(tokenizer, fitted)[:60]) == set(counted_text(tokenizer, split))
+    assert set(counted_text(tokenizer, fitted)[:60]) == set(
+        counted_text(tokenizer, split)
+    )
 
 
 def test_pieces_and_beginnings_hold_something_that_counts(tokenizer):
     encode = Encoder(tokenizer)
     asked = [~i for i in encode("q" * 300)]
-    tokens = TokenSet.from_rows([asked + encode("a" * 50), encode("b" * 300)], parts=["x", "y"])
+    tokens = TokenSet.from_rows(
+        [asked + encode("a" * 50), encode("b" * 300)], parts=["x", "y"]
+    )
     cut = pieces(tokens, 100)
-    assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == ["qqq" + "a" * 50 + "<pad>" * 47]
+    assert [tokenizer.decode(ids) for ids in cut.input_ids[:1]] == [
+        "qqq" + "a" * 50 + "<pad>" * 47
+    ]
     assert cut.parts == ("x", "y", "y", "y")
     few = keep_beginnings(tokens)
     assert few.predicted.sum(1).tolist() == [50, 255]
@@ -373,12 +411,17 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     ranked = read_json(run / "candidates.json", "candidates")
     rank = used.splits["rank"]
     for row in (*ranked["candidates"], ranked["chosen"]):
-        shares = {k: rank.select(own).tokens / rank.tokens for k, own in rank.rows_by_part.items()}
-        assert sum(shares[k] * part["kl"] for k, part in row["parts"].items()) == pytest.approx(
-            row["kl"]
-        )
+        shares = {
+            k: rank.select(own).tokens / rank.tokens
+            for k, own in rank.rows_by_part.items()
+        }
+        assert sum(
+            shares[k] * part["kl"] for k, part in row["parts"].items()
+        ) == pytest.approx(row["kl"])
     card, healed = ((run / n / "README.md").read_text() for n in ("model", "healed"))
-    assert re.search(r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card)
+    assert re.search(
+        r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card
+    )
     after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
     assert re.search(
         rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed

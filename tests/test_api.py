@@ -27,7 +27,13 @@ from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
-MEMBERS = (types.FunctionType, property, functools.cached_property, classmethod, staticmethod)
+MEMBERS = (
+    types.FunctionType,
+    property,
+    functools.cached_property,
+    classmethod,
+    staticmethod,
+)
 OPTIONS = {
     "samples": 4, "length": 16, "rank_samples": 4, "report_samples": 4, "dtype": "float32",
     "patch_tokens": 1000,
@@ -43,7 +49,9 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         leave_speed_out(patch.setattr)
-        isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+        isingcut.prune(
+            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
+        )
     return folder
 
 
@@ -53,7 +61,9 @@ def examples(name):
     holders = {name: part}
     if inspect.isclass(part):
         # doctest's own finder does not see cached properties.
-        holders |= {f"{name}.{k}": v for k, v in vars(part).items() if isinstance(v, MEMBERS)}
+        holders |= {
+            f"{name}.{k}": v for k, v in vars(part).items() if isinstance(v, MEMBERS)
+        }
     parser = doctest.DocTestParser()
     found = []
     for label, holder in holders.items():
@@ -68,7 +78,9 @@ def _drop_in_a_fork(place):
     model = AutoModelForCausalLM.from_pretrained(place / "my-model")
     tokenizer = load_tokenizer(place / "my-model")
     text = str(place / "my-text.txt")
-    run = isingcut.prune(model, remove=3, tokenizer=tokenizer, calibration=text, **OPTIONS)
+    run = isingcut.prune(
+        model, remove=3, tokenizer=tokenizer, calibration=text, **OPTIONS
+    )
     child = os.fork()
     if not child:
         del run
@@ -99,12 +111,16 @@ def test_every_public_member_of_a_run_has_an_example():
     assert members <= shown
 
 
-@pytest.mark.parametrize("name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"])
+@pytest.mark.parametrize(
+    "name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"]
+)
 def test_examples_run(name, place, tmp_path, monkeypatch):
     for file in ("my-model", "my-text.txt", "my-run"):
         (tmp_path / file).symlink_to(place / file)
     monkeypatch.chdir(tmp_path)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     said = []
     for test in examples(name):
         runner.run(test, out=said.append)
@@ -131,7 +147,9 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
     # Healing trains all weights next, so the patch is fitted and not tuned.
-    fitted = read_document(tmp_path / "run" / "model" / "isingcut.json", CutRecord).patch
+    fitted = read_document(
+        tmp_path / "run" / "model" / "isingcut.json", CutRecord
+    ).patch
     assert record.patch.tuning.steps
     assert fitted.changed
     assert fitted.tuning is None
@@ -151,7 +169,9 @@ def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_p
         assert (tmp_path / saved / "config.json").is_file()
 
 
-def test_tensors_that_no_module_uses_are_left_out_with_a_warning(place, tmp_path, capsys):
+def test_tensors_that_no_module_uses_are_left_out_with_a_warning(
+    place, tmp_path, capsys
+):
     model = Path(shutil.copytree(place / "my-model", tmp_path / "rewarded"))
     with edit_tensors(model) as tensors:
         tensors |= {"v_head.weight": torch.ones(1, 8), "v_head.bias": torch.ones(1)}
@@ -163,7 +183,8 @@ def test_tensors_that_no_module_uses_are_left_out_with_a_warning(place, tmp_path
     }
     run = isingcut.prune(str(model), remove=1, **few)
     words = (
-        "the cut has no v_head.bias, v_head.weight: the model's class does not use these tensors"
+        "the cut has no v_head.bias, v_head.weight: "
+        "the model's class does not use these tensors"
     )
     assert capsys.readouterr().err.startswith(f"isingcut: warning: {words}")
     saved = run.save(tmp_path / "saved", blocks=[1])
@@ -207,14 +228,18 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     text = {"calibration": "my-text.txt", "budget": "params=5%", "random_states": 0}
-    run = isingcut.prune("my-model", remove="2..3", out=tmp_path / "run", **text, **OPTIONS)
+    run = isingcut.prune(
+        "my-model", remove="2..3", out=tmp_path / "run", **text, **OPTIONS
+    )
     assert len(run.at(3).spectrum) > 1
     assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
 
 
 def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
     monkeypatch.chdir(place)
-    assert repr(isingcut.open_run("my-run", "")) == "<isingcut run of my-model: 10 blocks>"
+    assert (
+        repr(isingcut.open_run("my-run", "")) == "<isingcut run of my-model: 10 blocks>"
+    )
 
 
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
@@ -224,7 +249,9 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     found["fidelity"]["kl"] = poor
     monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
-        isingcut.prune("my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS)
+        isingcut.prune(
+            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
+        )
     assert len(caught) == 1
     assert caught[0].filename == __file__
 
@@ -251,7 +278,10 @@ def test_arguments_of_another_type_are_refused_in_words(place, monkeypatch):
     run = isingcut.open_run("my-run")
     whole = {"model": "my-model", "remove": 3, "calibration": "my-text.txt", **OPTIONS}
     calls = {
-        "expected a path, got None": (lambda: isingcut.open_run(None), lambda: run.save(None)),
+        "expected a path, got None": (
+            lambda: isingcut.open_run(None),
+            lambda: run.save(None),
+        ),
         "progress must be .* got 5": (
             lambda: isingcut.open_run("my-run", progress=5),
             lambda: isingcut.prune(progress=5, **whole),

@@ -33,7 +33,9 @@ FAST = ["llama", "gemma4", "nemotron_h"]
 @pytest.mark.parametrize("family", FAST)
 def test_conformance_of_a_family(family, tmp_path):
     report = check_family(family, tmp_path, states=2)
-    assert report.outcome == ("refused" if family == "gemma4" else "passed"), report.reason
+    assert report.outcome == ("refused" if family == "gemma4" else "passed"), (
+        report.reason
+    )
     assert report.states >= 1
 
 
@@ -42,8 +44,15 @@ def test_kinds_and_costs_of_a_hybrid():
     assert stack.path == "model.layers"
     assert stack.kinds[:4] == ("mamba2", "moe", "attention", "mlp")
     mamba, moe, attention, mlp = stack.blocks[:4]
-    assert attention.kv_bytes_per_token == 2 * 2 * 8 * 4  # key and value, 2 heads of 8, float32
-    assert mamba.kv_bytes_per_token == moe.kv_bytes_per_token == mlp.kv_bytes_per_token == 0
+    assert (
+        attention.kv_bytes_per_token == 2 * 2 * 8 * 4
+    )  # key and value, 2 heads of 8, float32
+    assert (
+        mamba.kv_bytes_per_token
+        == moe.kv_bytes_per_token
+        == mlp.kv_bytes_per_token
+        == 0
+    )
     convolution = (64 + 2 * 8) * 4
     recurrence = 8 * 8 * 8
     assert mamba.state_bytes == 4 * (convolution + recurrence)
@@ -104,7 +113,9 @@ FOLLOW = [
 
 
 @pytest.mark.parametrize(
-    ("model_type", "fields", "removed", "expected"), FOLLOW, ids=[row[0] for row in FOLLOW]
+    ("model_type", "fields", "removed", "expected"),
+    FOLLOW,
+    ids=[row[0] for row in FOLLOW],
 )
 def test_per_layer_fields_follow(model_type, fields, removed, expected):
     config = {"model_type": model_type, **fields}
@@ -127,10 +138,20 @@ def test_per_layer_fields_follow(model_type, fields, removed, expected):
             r"not a valid llama .* `layer_types` \(5\)",
         ),
         ({"num_attention_heads": "four"}, "not a valid llama configuration"),
-        ({"model_type": "gpt2", "n_layer": 6, "scale_attn_by_inverse_layer_idx": True}, "scaled"),
+        (
+            {
+                "model_type": "gpt2",
+                "n_layer": 6,
+                "scale_attn_by_inverse_layer_idx": True,
+            },
+            "scaled",
+        ),
         ({"model_type": "diffllama"}, "depends on the block number"),
         ({"model_type": "unheard-of", "num_hidden_layers": None}, "how many blocks"),
-        ({"model_type": "unheard-of", "global_attn_every_n_layers": 3}, "write layer_types out"),
+        (
+            {"model_type": "unheard-of", "global_attn_every_n_layers": 3},
+            "write layer_types out",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(changes, message):
@@ -150,7 +171,9 @@ def test_what_is_not_understood_is_named(changes, message):
         ("jamba", [1], "kinds repeat every 4 blocks"),
     ],
 )
-def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed, message):
+def test_illegal_states_are_refused_and_forbidden_to_the_solver(
+    family, removed, message
+):
     model = tiny_model(family)
     assert forbids(model, removed)
     with refuses(message, ArchitectureError):
@@ -164,7 +187,10 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
         ("model.layers.1", []),
         ("model.layers.11.mlp.gate", ["model.layers.10.mlp.gate"]),
         ("model.layers.3.self_attn*", ["model.layers.2.self_attn*"]),
-        ("model.layers.1*", ["model.layers.9.*", "model.layers.10.*", "model.layers.11.*"]),
+        (
+            "model.layers.1*",
+            ["model.layers.9.*", "model.layers.10.*", "model.layers.11.*"],
+        ),
         ("model.layers.*.mlp.gate", ["model.layers.*.mlp.gate"]),
         ("re:.*layers\\.4\\.mlp.*", ["re:.*layers\\.3\\.mlp.*"]),
         ("re:.*layers\\.1.*", [f"re:.*layers\\.{i}(?!\\d).*" for i in (9, 10, 11)]),
@@ -173,7 +199,10 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(family, removed,
         ("re:model\\.layers\\.\\d+\\.mlp", ["re:model\\.layers\\.\\d+\\.mlp"]),
         ("re:.*(layers|blocks)\\.4\\.mlp", ["re:.*(layers|blocks)\\.3\\.mlp"]),
         ("re:.*(layers|x)\\.\\d+\\.(a|b)", ["re:.*(layers|x)\\.\\d+\\.(a|b)"]),
-        ("re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b", ["re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b"]),
+        (
+            "re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b",
+            ["re:.*layers\\.\\d+\\.a|.*h\\.\\d+\\.b"],
+        ),
         ("vision_tower.encoder.layers.3.mlp", ["vision_tower.encoder.layers.3.mlp"]),
         ("mtp.layers.0.mlp", ["mtp.layers.0.mlp"]),
         ("model.layers.12.eh_proj", ["model.layers.11.eh_proj"]),
@@ -231,7 +260,9 @@ def test_inspection_reads_no_weights(tmp_path):
 
 
 def test_inspection_says_why_a_model_is_refused(tmp_path):
-    source = tiny_checkpoint("gpt2", tmp_path / "a", scale_attn_by_inverse_layer_idx=True)
+    source = tiny_checkpoint(
+        "gpt2", tmp_path / "a", scale_attn_by_inverse_layer_idx=True
+    )
     assert "block number" in inspect_model(source).refusal
     with edit_config(source) as config:
         config["model_type"] = "none-such"
@@ -284,7 +315,14 @@ def test_a_block_that_returns_no_stream_is_refused():
 
 @pytest.mark.parametrize(
     ("family", "stays"),
-    [("llama", 3), ("qwen2_moe", 1), ("gemma3", 5), ("mamba2", 0), ("nemotron_h", 2), ("gpt2", 0)],
+    [
+        ("llama", 3),
+        ("qwen2_moe", 1),
+        ("gemma3", 5),
+        ("mamba2", 0),
+        ("nemotron_h", 2),
+        ("gpt2", 0),
+    ],
 )
 def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     tiny_checkpoint(family, tmp_path / "source")
@@ -298,11 +336,27 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
     assert not shown.refusal
 
 
-def test_a_run_down_to_one_block_is_patched_and_evaluated(text, tmp_path, no_speed, capsys):
+def test_a_run_down_to_one_block_is_patched_and_evaluated(
+    text, tmp_path, no_speed, capsys
+):
     tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
     out = tmp_path / "run"
-    further = ["--calibration", text, "--samples", 4, "--length", 32, "--patch-tokens", 1000]
-    assert call("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further) == 0
+    further = [
+        "--calibration",
+        text,
+        "--samples",
+        4,
+        "--length",
+        32,
+        "--patch-tokens",
+        1000,
+    ]
+    assert (
+        call(
+            "run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further
+        )
+        == 0
+    )
     assert read_json(out / "model" / "isingcut.json", "removal")["patch"]["cuts"]
     evaluation = read_json(out / "evaluation.json", "evaluation")
     assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
@@ -323,7 +377,9 @@ def test_every_decoder_of_transformers_is_there():
     found = entries()
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    assert len({entry.name for entry in found}) == len(found) == len(causal) + len(images)
+    assert (
+        len({entry.name for entry in found}) == len(found) == len(causal) + len(images)
+    )
     assert {"gemma3", "gemma3 (image-text)"} <= {e.name for e in found}
 
 
@@ -333,7 +389,11 @@ def test_every_decoder_of_transformers_is_there():
         ("gemma3_text", "layer_types", {"sliding_attention", "full_attention"}),
         ("deepseek_v3", "mlp_layer_types", {"dense", "sparse"}),
         ("zamba2", "layers_block_type", {"linear_attention", "hybrid"}),
-        ("nemotron_h", "layers_block_type", {"linear_attention", "full_attention", "moe"}),
+        (
+            "nemotron_h",
+            "layers_block_type",
+            {"linear_attention", "full_attention", "moe"},
+        ),
     ],
 )
 def test_a_tiny_configuration_keeps_every_kind_of_block(model_type, field, kinds):
@@ -355,11 +415,16 @@ def test_a_wrong_cut_is_reported_as_failed(tmp_path, monkeypatch):
     assert "differs from the original" in report.reason
 
 
-def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(tmp_path, monkeypatch):
+def test_what_a_library_raises_is_a_failure_and_what_we_refuse_is_none(
+    tmp_path, monkeypatch
+):
     def broken(model):
         raise KeyError("expert_layer_period")
 
     with monkeypatch.context() as patch:
         patch.setattr(conformance, "find_stack", broken)
         report = check_entry(ENTRY, tmp_path / "a", states=1)
-    assert (report.outcome, report.reason) == ("failed", "KeyError: 'expert_layer_period'")
+    assert (report.outcome, report.reason) == (
+        "failed",
+        "KeyError: 'expert_layer_period'",
+    )

@@ -200,10 +200,14 @@ def test_the_angular_window_is_the_least_turned_one(replay, tokens):
 def test_sleb_is_greedy_on_really_removed_blocks(replay, tokens, loss, ends):
     order = []
     for _ in range(3):
-        candidates = [i for i in range(6) if i not in order and not (ends and i in (0, 5))]
+        candidates = [
+            i for i in range(6) if i not in order and not (ends and i in (0, 5))
+        ]
         states = states_of(6, [(*order, i) for i in candidates])
         found = measure(replay, tokens, states)
-        order.append(candidates[int(np.argmin(found.kl if loss == "kl" else found.nll))])
+        order.append(
+            candidates[int(np.argmin(found.kl if loss == "kl" else found.nll))]
+        )
     got = Sleb(loss=loss, keep_ends=ends).choose(replay, tokens, 3, WORK, seed=0)
     assert got.info["order"] == order
     assert got.info["evaluations"] == (4 + 3 + 2 if ends else 6 + 5 + 4)
@@ -226,7 +230,9 @@ def test_ledger_losses_are_the_measured_ones(replay, tokens):
         open_ledger(replay, tokens, WORK, "ppl")
 
 
-def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(replay, tokens):
+def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
+    replay, tokens
+):
     energy = EmpiricalFisher().measure(replay, tokens, WORK)
     states = states_of(6, list(combinations(range(6), 3)))
     lowest = states[np.argsort(energy.energies(states))]
@@ -249,7 +255,9 @@ def test_cbo_is_the_ground_state_of_the_papers_energy_or_the_best_of_its_lowest(
 def test_evopress_finds_the_best_state_of_a_small_stack(replay, tokens):
     pairs = [(i, j) for i in range(6) for j in range(i + 1, 6)]
     kl = measure(replay, tokens, states_of(6, pairs)).kl
-    everything = Evopress(generations=6, offspring=14, step_tokens=(1000, 1000), initial=2)
+    everything = Evopress(
+        generations=6, offspring=14, step_tokens=(1000, 1000), initial=2
+    )
     found = everything.choose(replay, tokens, 2, WORK, seed=0)
     # All 14 other states are children of any parent, so that one generation finds the best.
     assert found.removed == pairs[int(kl.argmin())]
@@ -287,7 +295,9 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
     first = part(name).choose(replay, tokens, 3, work, seed=0)
     keep_rows(work.journal, count_rows(work.journal) // 2)
     ran = []
-    handle = replay.blocks[0].self_attn.register_forward_hook(lambda m, a, o: ran.append(1))
+    handle = replay.blocks[0].self_attn.register_forward_hook(
+        lambda m, a, o: ran.append(1)
+    )
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
     half = len(ran)
     assert part(name).choose(replay, tokens, 3, work, seed=0) == first
@@ -297,14 +307,22 @@ def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
 
 
 def test_seeds_matter_to_random_only_where_they_should(replay, tokens):
-    drawn = {registry.get("random")().choose(replay, tokens, 3, WORK, s).removed for s in range(8)}
+    drawn = {
+        registry.get("random")().choose(replay, tokens, 3, WORK, s).removed
+        for s in range(8)
+    }
     assert len(drawn) > 3
 
 
 # prices, against the blocks and heads that are really called ----------------------------------
 
 PAIRS = Work(batch_tokens=2 * LENGTH)
-EVOLUTION = {"generations": 3, "offspring": 4, "step_tokens": (LENGTH, 99), "initial": 4}
+EVOLUTION = {
+    "generations": 3,
+    "offspring": 4,
+    "step_tokens": (LENGTH, 99),
+    "initial": 4,
+}
 
 
 @pytest.fixture
@@ -392,7 +410,9 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
     replay = session.replay
     split = Calibration.load(folder / "calibration.safetensors").splits["rank"]
     state = np.isin(np.arange(6), found["removed"])
-    assert found["kl"] == pytest.approx(measure(replay, split, state[None]).kl[0], rel=1e-5)
+    assert found["kl"] == pytest.approx(
+        measure(replay, split, state[None]).kl[0], rel=1e-5
+    )
     assert not list(folder.glob("baseline*.journal"))
 
 
@@ -403,10 +423,14 @@ def test_the_papers_method_leaves_only_its_result(capsys, folder):
     assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 
 
-def test_other_removals_and_options_have_files_of_their_own(capsys, folder, monkeypatch):
+def test_other_removals_and_options_have_files_of_their_own(
+    capsys, folder, monkeypatch
+):
     arguments = ("baseline", "block-influence", folder, "--remove", "3")
     with monkeypatch.context() as other:
-        other.setattr(registry, "get", lambda name: partial(BlockInfluence, iterative=True))
+        other.setattr(
+            registry, "get", lambda name: partial(BlockInfluence, iterative=True)
+        )
         assert call(capsys, *arguments)[0] == 0
     found = read_json(folder / "remove-3" / "baseline-block-influence.json", "baseline")
     assert found["options"] == {"iterative": True}
@@ -424,7 +448,9 @@ def test_a_broken_constraint_is_reported(capsys, folder):
     assert found["violated"] == expected
 
 
-def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(capsys, folder, tmp_path):
+def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(
+    capsys, folder, tmp_path
+):
     out = tmp_path / "run"
     shutil.copytree(folder, out)
     code, shown = call(capsys, "baseline", "random", out, "--budget", "params=30%")
@@ -435,4 +461,6 @@ def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(capsys, f
     assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0
     place = out / "remove-params-30_"
     chosen = read_json(place / "candidates.json", "candidates")["chosen"]["removed"]
-    assert len(read_json(place / "baseline-random.json", "baseline")["removed"]) == len(chosen)
+    assert len(read_json(place / "baseline-random.json", "baseline")["removed"]) == len(
+        chosen
+    )

@@ -45,7 +45,9 @@ def test_a_tokenizer_that_sets_bos_has_it_in_every_packed_sample(tmp_path):
 # documents ----------------------------------------------------------------------------
 
 
-def test_order_follows_the_seed_and_report_ignores_the_energys_samples(tmp_path, tokenizer):
+def test_order_follows_the_seed_and_report_ignores_the_energys_samples(
+    tmp_path, tokenizer
+):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(60)])
     first = build(source, tokenizer, **SIZES)
     assert build(source, tokenizer, **SIZES).sha256 == first.sha256
@@ -60,13 +62,18 @@ def test_one_long_document_is_split_by_ranges(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": text}])
     found = build(source, tokenizer, **SIZES)
     assert found.meta["documents"] == 1
-    streams = [text.index(tokenizer.decode(s.input_ids.flatten())) for s in found.splits.values()]
+    streams = [
+        text.index(tokenizer.decode(s.input_ids.flatten()))
+        for s in found.splits.values()
+    ]
     assert len(set(streams)) == 3
 
 
 def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer):
     records = [{"text": str(i) * 45} for i in range(4)]
-    message = refused(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short")
+    message = refused(
+        write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
+    )
     assert "no document may be in two splits, found 7;" in message
 
 
@@ -118,7 +125,9 @@ def test_wiki_without_its_package_names_the_command(tokenizer, monkeypatch):
         corpora.check("wiki=0.75,python=0.25")
 
 
-def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, monkeypatch):
+def test_wiki_reads_the_packaged_leads_without_importing(
+    tmp_path, tokenizer, monkeypatch
+):
     file = tmp_path / "summaries_en-us.json"
     leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
     file.write_text(json.dumps(leads))
@@ -135,7 +144,9 @@ def test_wiki_reads_the_packaged_leads_without_importing(tmp_path, tokenizer, mo
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
     found = build("wiki", tokenizer, **SIZES)
     assert found.meta["kind"] == "documents"
-    assert "things happened" in tokenizer.decode(found.splits["report"].input_ids[0:2].flatten())
+    assert "things happened" in tokenizer.decode(
+        found.splits["report"].input_ids[0:2].flatten()
+    )
 
 
 def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer):
@@ -148,7 +159,11 @@ def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer):
 
 def test_python_without_source_files_says_so(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    refused("python", tokenizer, "needs the standard library's source files, and .* has none")
+    refused(
+        "python",
+        tokenizer,
+        "needs the standard library's source files, and .* has none",
+    )
 
 
 def test_datasets_folders_splits_and_saved_sets(tmp_path, tokenizer, monkeypatch):
@@ -186,7 +201,9 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(tokenizer, monke
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     corpora.check("web=0.5,instruct=0.3,maths=0.2")
     found = build(
-        "web=0.5,instruct=0.3,maths=0.2", tokenizer, **{**SIZES, "samples": 60, "report_samples": 3}
+        "web=0.5,instruct=0.3,maths=0.2",
+        tokenizer,
+        **{**SIZES, "samples": 60, "report_samples": 3},
     )
     assert read == [
         ("HuggingFaceFW/fineweb-edu", "sample-10BT", True),
@@ -194,9 +211,13 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(tokenizer, monke
         ("HuggingFaceTB/finemath", "finemath-4plus", True),
     ]
     split = found.splits["energy"]
-    by_part = {name: split.select(rows).mask.sum() for name, rows in split.rows_by_part.items()}
+    by_part = {
+        name: split.select(rows).mask.sum() for name, rows in split.rows_by_part.items()
+    }
     shares = {name: float(count / split.mask.sum()) for name, count in by_part.items()}
-    assert shares == pytest.approx({"web": 0.5, "instruct": 0.3, "maths": 0.2}, abs=0.05)
+    assert shares == pytest.approx(
+        {"web": 0.5, "instruct": 0.3, "maths": 0.2}, abs=0.05
+    )
     answers = build("answers:instruct", tokenizer, **SIZES)
     assert all(tokens.counted is not None for tokens in answers.splits.values())
 
@@ -205,7 +226,11 @@ def test_a_set_out_of_reach_says_what_to_do(tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     advice = "'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs this data set: connect to the"
-    names = {"someone/no-such-set": "'someone/no-such-set'", "web": advice, "wiki=1,web=1": advice}
+    names = {
+        "someone/no-such-set": "'someone/no-such-set'",
+        "web": advice,
+        "wiki=1,web=1": advice,
+    }
     for source, words in names.items():
         refused(source, tokenizer, f"cannot read the data set {words}")
 
@@ -224,14 +249,18 @@ def test_self_samples_are_full_distinct_and_reproducible(tokenizer):
     assert len(set(rows)) == 10
     assert all(len(r) == 16 and r[0] == tokenizer.bos_token_id for r in rows)
     more = build("self", tokenizer, model=model, **{**SIZES, "samples": 40})
-    assert torch.equal(more.splits["report"].input_ids, first.splits["report"].input_ids)
+    assert torch.equal(
+        more.splits["report"].input_ids, first.splits["report"].input_ids
+    )
 
 
 def test_self_follows_the_models_own_distribution(tokenizer):
     """Compare 400 sampled second tokens with the model's probabilities after BOS."""
     model = tiny_model("llama")
     model.generation_config.top_k = 1
-    found = build("self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4})
+    found = build(
+        "self", tokenizer, model=model, **{**SIZES, "samples": 400, "length": 4}
+    )
     drawn = found.splits["energy"].input_ids[:, 1]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]

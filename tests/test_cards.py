@@ -26,7 +26,13 @@ from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
 from isingcut.measure.splitting import fewer_tokens_to_fit, split_to_fit
 from isingcut.measure.work import Work
-from isingcut.models.device import BatchLimit, allowance, device_module, pick_device, pick_devices
+from isingcut.models.device import (
+    BatchLimit,
+    allowance,
+    device_module,
+    pick_device,
+    pick_devices,
+)
 from isingcut.models.load import load
 from isingcut.models.placement import split_evenly
 from isingcut.models.replay import Replay, reuse_freed_memory
@@ -62,7 +68,9 @@ def test_the_ledger_counts_storages_once_and_gives_them_back():
 def test_beyond_the_budget_memory_is_exhausted_in_torchs_words():
     with fake_cards(budget=2500) as (card,):
         kept = [KILO.to(card.device), KILO.to(card.device)]
-        with pytest.raises(torch.OutOfMemoryError, match=r"allocate 1000 bytes.*of 2500 bytes"):
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"allocate 1000 bytes.*of 2500 bytes"
+        ):
             KILO.to(card.device)
         assert card.live == 2000
         del kept
@@ -102,7 +110,12 @@ def test_weights_are_placed_over_as_few_cards_as_hold_them(monkeypatch):
         assert pick_devices("lazy", 1, cards=2) == [three, four]
         # A launcher that shows each process its own GPUs only.
         assert pick_devices("lazy", 1, cards=4) == [one, two, three, four]
-        for device, cards in [("lazy:1,lazy:1", None), ("lazy", 3), ("cpu", 2), ("lazy:2", 2)]:
+        for device, cards in [
+            ("lazy:1,lazy:1", None),
+            ("lazy", 3),
+            ("cpu", 2),
+            ("lazy:2", 2),
+        ]:
             with pytest.raises(InputError, match=r"twice|needs"):
                 pick_devices(device, 1, cards=cards)
 
@@ -173,7 +186,9 @@ def test_inspect_and_plan_say_where_blocks_go(shared, capsys):
     with fake_cards(2):
         assert call("inspect", *given) == call("plan", *given, "--length", 16) == 0
     said = capsys.readouterr().out
-    assert said.count("blocks 0 to 3: lazy:0") == said.count("blocks 4 to 7: lazy:1") == 2
+    assert (
+        said.count("blocks 0 to 3: lazy:0") == said.count("blocks 4 to 7: lazy:1") == 2
+    )
 
 
 def test_parts_are_divided_in_order_by_bytes_and_by_room():
@@ -201,7 +216,9 @@ def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
         tokens = random_tokens([12]).input_ids.to(card.device)
         logits = loaded.model(input_ids=tokens).logits.cpu()
     alone = load(cut, dtype="float32", device="cpu").model
-    torch.testing.assert_close(logits, alone(input_ids=tokens.cpu()).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits, alone(input_ids=tokens.cpu()).logits, rtol=1e-4, atol=1e-5
+    )
     assert loaded.model.num_parameters() == alone.num_parameters()
 
 
@@ -236,7 +253,9 @@ def test_a_cut_that_is_all_its_own_is_streamed_where_it_does_not_fit(shared):
 # Out of memory is an event --------------------------------------------------------------------
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps freed buffers")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc keeps freed buffers"
+)
 def test_freed_buffers_go_back_to_the_system():
     reuse_freed_memory()
     many = [torch.ones(25_000) for _ in range(2_000)]
@@ -272,7 +291,10 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
 
 @pytest.mark.parametrize(
     ("error", "tried"),
-    [(torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]), (RuntimeError("CUDA error"), [4])],
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]),
+        (RuntimeError("CUDA error"), [4]),
+    ],
 )
 def test_what_fails_with_one_sample_or_for_another_reason_is_raised(error, tried):
     limit = BatchLimit(torch.device("cpu"))
@@ -302,7 +324,9 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
             return measure(replay, tokens, STATES, work=Work(96)).kl_sums
         if job == "gradients":
             return gate_gradients(replay, tokens, work=Work(96))
-        return changed_losses(replay, tokens, lambda _, own: 1.02 * own, Work(96), "", [1])
+        return changed_losses(
+            replay, tokens, lambda _, own: 1.02 * own, Work(96), "", [1]
+        )
 
     with fake_cards() as (card,):
         replay = replay_of(tiny_model("llama").to(card.device))
@@ -334,13 +358,23 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
         again = fit_patches(replay, tokens, [3], Work(128))
     assert (found.maps, found.unpatched) == ("reads", [])
     for fit in (found, again):
-        torch.testing.assert_close(fit.patches[0].weight, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            fit.patches[0].weight, expected, rtol=1e-6, atol=1e-6
+        )
 
 
-FEW = {"remove": 2, "energy": "fisher", "states": 3, "random_states": 0, "patch": "none"}
+FEW = {
+    "remove": 2,
+    "energy": "fisher",
+    "states": 3,
+    "random_states": 0,
+    "patch": "none",
+}
 
 
-def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
+def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
+    shared, text, tmp_path, monkeypatch
+):
     model = shared.checkpoint()
     out = tmp_path / "run"
     evaluate = evaluating.evaluate.__globals__["before_and_after"]
@@ -354,7 +388,13 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
-    options = {**OPTIONS, **FEW, "model": str(model), "calibration": str(text), "skip_speed": True}
+    options = {
+        **OPTIONS,
+        **FEW,
+        "model": str(model),
+        "calibration": str(text),
+        "skip_speed": True,
+    }
     isingcut.run(out=str(out), **options)
     assert failed == [1, 1]
     streamed = json.loads((out / "evaluation.json").read_text())
@@ -368,12 +408,21 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path,
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
-    with pytest.raises(MemoryExhaustedError, match="2,147,483,648 more bytes were needed"):
+    with pytest.raises(
+        MemoryExhaustedError, match="2,147,483,648 more bytes were needed"
+    ):
         isingcut.run(out=str(out), stream="off", **options)
 
 
-def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(shared, text, tmp_path):
-    given = {**OPTIONS, **FEW, "model": str(shared.checkpoint()), "calibration": str(text)}
+def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
+    shared, text, tmp_path
+):
+    given = {
+        **OPTIONS,
+        **FEW,
+        "model": str(shared.checkpoint()),
+        "calibration": str(text),
+    }
     given |= {"patch": "tuned", "skip_speed": True}
     with fake_cards() as (card,):
 
@@ -382,20 +431,29 @@ def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(shared, text,
 
         card.budget = 1 << 30
         with mock.patch.multiple(checkpoint, fit_patches=exhausted):
-            none = isingcut.run(out=str(tmp_path / "none"), device=str(card.device), **given)
+            none = isingcut.run(
+                out=str(tmp_path / "none"), device=str(card.device), **given
+            )
         with mock.patch.multiple(checkpoint, tune=exhausted):
-            linear = isingcut.run(out=str(tmp_path / "linear"), device=str(card.device), **given)
+            linear = isingcut.run(
+                out=str(tmp_path / "linear"), device=str(card.device), **given
+            )
     for target in (none, linear):
         stages = json.loads((target / "run.json").read_text())["stages"]
         assert not any(record.get("streamed") for record in stages.values())
-    patches = [json.loads((t / "model/isingcut.json").read_text())["patch"] for t in (none, linear)]
+    patches = [
+        json.loads((t / "model/isingcut.json").read_text())["patch"]
+        for t in (none, linear)
+    ]
     assert "out of memory for fitting a patch" in patches[0]["unpatched"][0]["reason"]
     assert "out of memory for tuning the patch" in patches[1]["tuning"]["left_out"]
     assert patches[1]["cuts"]
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-def test_ranking_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_path, monkeypatch):
+def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
+    shared, text, tmp_path, monkeypatch
+):
     rank = candidates.rank
     replays = []
 
@@ -406,7 +464,12 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(shared, text, tmp_pat
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    options = {**OPTIONS, **FEW, "model": str(shared.checkpoint()), "calibration": str(text)}
+    options = {
+        **OPTIONS,
+        **FEW,
+        "model": str(shared.checkpoint()),
+        "calibration": str(text),
+    }
     isingcut.prune(out=tmp_path / "run", **options)
     assert replays == [Replay, StreamedReplay]
 
@@ -418,7 +481,9 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "found.json").exists()
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_checks(capsys, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_refused_before_the_checks(
+    capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(gpu, "carry_out", None)
     (tmp_path / "file").touch()
     with fake_cards() as (card,):
@@ -446,7 +511,12 @@ def skip(place):
         (lambda place: f"on {place.device}", "passed", "on lazy:0", 0),
         (skip, "skipped", "needs two GPUs", 0),
         (refuse, "failed", "no room", 1),
-        (lambda place: gpu.close(1.0, 1.1), "failed", "differs by 9.1e-02 of its size", 1),
+        (
+            lambda place: gpu.close(1.0, 1.1),
+            "failed",
+            "differs by 9.1e-02 of its size",
+            1,
+        ),
         (lambda place: {}["x"], "failed", "KeyError('x')", 1),
     ],
 )
@@ -455,7 +525,12 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
 ):
     monkeypatch.setattr(gpu, "CHECKS", {"fine": lambda place: "yes", "one": check})
     with fake_cards() as (card,):
-        given = ["--device", str(card.device), "--out", str(tmp_path / "new" / "found.json")]
+        given = [
+            "--device",
+            str(card.device),
+            "--out",
+            str(tmp_path / "new" / "found.json"),
+        ]
         assert gpu.main([*given, "--only", "fine,one"]) == code
     shown = capsys.readouterr().out
     assert f"gpu_checks_failed: {code}" in shown

@@ -64,16 +64,26 @@ HOSTILE = [
     (lengthen, "is damaged, truncated"),
     (duplicate_tensor, "but it is in model-00002-of-00002"),
     (
-        lambda f: change_index(f, **{"model.norm.weight": "model-00001-of-00002.safetensors"}),
+        lambda f: change_index(
+            f, **{"model.norm.weight": "model-00001-of-00002.safetensors"}
+        ),
         "but it is in model-00002",
     ),
-    (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "maps tensor 'a' to 3"),
-    (set_config(num_hidden_layers=8), "says 8 blocks but the tensors .* have 6; block 6 is miss"),
+    (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'),
+        "maps tensor 'a' to 3",
+    ),
+    (
+        set_config(num_hidden_layers=8),
+        "says 8 blocks but the tensors .* have 6; block 6 is miss",
+    ),
     (set_config(num_hidden_layers=5), "says 5 blocks but the tensors .* have 6"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), HOSTILE, ids=[line for _, line in HOSTILE])
+@pytest.mark.parametrize(
+    ("spoil", "message"), HOSTILE, ids=[line for _, line in HOSTILE]
+)
 def test_hostile_checkpoints_are_refused(spoil, message, tmp_path):
     source = sharded(tmp_path / "source")
     spoil(source)
@@ -206,7 +216,12 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         "modeling_x.py",
         "LICENSE",
     }
-    assert not names & {"optimizer.pt", "isingcut.json", "pytorch_model.bin", "README.md"}
+    assert not names & {
+        "optimizer.pt",
+        "isingcut.json",
+        "pytorch_model.bin",
+        "README.md",
+    }
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True

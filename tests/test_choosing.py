@@ -30,8 +30,13 @@ pytestmark = [
 def choose(table):
     """Choose among candidates by a table: task -> certainties (K, n), which are the scores too."""
     table = {task: np.array(values, dtype=float) for task, values in table.items()}
-    keys = {task: [f"{task}{i}" for i in range(v.shape[1])] for task, v in table.items()}
-    scores = [[SimpleNamespace(values=v, certainties=v) for v in rows] for rows in table.values()]
+    keys = {
+        task: [f"{task}{i}" for i in range(v.shape[1])] for task, v in table.items()
+    }
+    scores = [
+        [SimpleNamespace(values=v, certainties=v) for v in rows]
+        for rows in table.values()
+    ]
     candidates = [[k] for k in range(len(scores[0]))]
     position, found = choose_by_questions(candidates, keys, scores)
     return {"chosen": position, **found.content()}
@@ -78,7 +83,9 @@ def test_a_choice_against_the_loss_is_explained():
 
 
 def test_the_best_of_all_candidates_is_chosen_and_compared():
-    rows = (np.random.default_rng(0).random((3, 90)) < [[0.3], [0.8], [0.35]]).astype(float)
+    rows = (np.random.default_rng(0).random((3, 90)) < [[0.3], [0.8], [0.35]]).astype(
+        float
+    )
     found = choose({"t": rows[:, :50], "u": rows[:, 50:]})
     assert (found["chosen"], found["by_task"]) == (1, {"t": 50, "u": 40})
     assert found["questions"][49:51] == ["t49", "u0"]
@@ -120,7 +127,12 @@ def questions(tmp_path_factory):
 
 def chosen_by(llama, text):
     """Return the options of a run that chooses by questions."""
-    inputs = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "none"}
+    inputs = {
+        "model": str(llama),
+        "calibration": str(text),
+        "remove": 2,
+        "patch": "none",
+    }
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 
@@ -134,7 +146,9 @@ def by_questions(llama, text, questions, tmp_path_factory):
         return options, isingcut.run(**options)
 
 
-def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, questions):
+def test_a_run_chooses_by_questions_and_reports_on_others(
+    by_questions, llama, questions
+):
     options, target = by_questions
     found = read_json(target / "candidates.json", "candidates")
     choice = found["by_tasks"]
@@ -164,7 +178,9 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     judged = read_json(target / "benchmarks.json", "benchmarks")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
-    (others,) = score_states(cut, task, [()], wanted=lambda key: key not in choice["questions"])
+    (others,) = score_states(
+        cut, task, [()], wanted=lambda key: key not in choice["questions"]
+    )
     assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
@@ -173,7 +189,10 @@ def test_a_run_chooses_by_questions_and_reports_on_others(by_questions, llama, q
     assert "30 of mine.jsonl" in page
     assert "30 questions of mine.jsonl" in page
     assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
-    files = [target / name for name in ("candidates.json", "benchmarks.json", "evaluation.json")]
+    files = [
+        target / name
+        for name in ("candidates.json", "benchmarks.json", "evaluation.json")
+    ]
     before = {p: p.stat().st_mtime_ns for p in files}
     isingcut.run(**options)
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -220,14 +239,27 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     assert computed.count("mine.jsonl") == before > 0
 
 
-def test_scores_on_questions_that_changed_are_not_kept(finished, questions, tmp_path, capsys):
+def test_scores_on_questions_that_changed_are_not_kept(
+    finished, questions, tmp_path, capsys
+):
     run = shutil.copytree(finished, tmp_path / "run")
     own = tmp_path / "own.jsonl"
     data = tmp_path / "data" / "arc_easy" / "test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text(encoding="utf-8")
-    again = ["evaluate", run, "--skip-speed", "--tasks", "arc_easy", "--data", tmp_path / "data"]
-    for file, line in ((own, ["rank", run, "--choose", "tasks", "--tasks", own]), (data, again)):
+    again = [
+        "evaluate",
+        run,
+        "--skip-speed",
+        "--tasks",
+        "arc_easy",
+        "--data",
+        tmp_path / "data",
+    ]
+    for file, line in (
+        (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
+        (data, again),
+    ):
         file.write_text(text, encoding="utf-8")
         assert call(*line, "--overwrite") == 0
         file.write_text(text.replace("river", "brook"), encoding="utf-8")
@@ -244,7 +276,15 @@ def test_questions_are_answered_without_a_measurement_of_text(
     monkeypatch.setattr("isingcut.runs.evaluating.evaluate", measured)
     run = shutil.copytree(finished, tmp_path / "run")
     for there in (True, False):
-        line = ["evaluate", run, "--tasks", questions, "--questions", 4 + there, "--overwrite"]
+        line = [
+            "evaluate",
+            run,
+            "--tasks",
+            questions,
+            "--questions",
+            4 + there,
+            "--overwrite",
+        ]
         assert call(*line, "--json") == 0
         found = json.loads(capsys.readouterr().out)
         assert found["benchmarks"]["rows"][0]["n"] == 4 + there
@@ -264,21 +304,37 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
     options, whole = by_questions
     streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
     for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
-        one, other = (read_json(target / f"{kind}.json", kind)[key] for target in (streamed, whole))
+        one, other = (
+            read_json(target / f"{kind}.json", kind)[key]
+            for target in (streamed, whole)
+        )
         assert one == other
 
 
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     data = tmp_path / "data"
     (data / "wikitext2").mkdir(parents=True)
-    (data / "wikitext2" / "test_raw.jsonl").write_text('{"text": "a b"}\n', encoding="utf-8")
+    (data / "wikitext2" / "test_raw.jsonl").write_text(
+        '{"text": "a b"}\n', encoding="utf-8"
+    )
     (data / "gsm8k").mkdir()
-    record = json.dumps({"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"})
+    record = json.dumps(
+        {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
+    )
     for name in ("test", "train"):
-        (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8, encoding="utf-8")
-    more = {"choose": "measured", "stream": "on", "data": str(data), "out": str(tmp_path / "run")}
+        (data / "gsm8k" / f"{name}.jsonl").write_text(
+            f"{record}\n" * 8, encoding="utf-8"
+        )
+    more = {
+        "choose": "measured",
+        "stream": "on",
+        "data": str(data),
+        "out": str(tmp_path / "run"),
+    }
     for name in ("gsm8k", "wikitext2"):
-        with pytest.raises(InputError, match=f"{name} needs the whole model, which does not fit"):
+        with pytest.raises(
+            InputError, match=f"{name} needs the whole model, which does not fit"
+        ):
             isingcut.run(**{**chosen_by(llama, text), **more, "tasks": name})
         assert not (tmp_path / "run").exists()
 

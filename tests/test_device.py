@@ -94,11 +94,15 @@ def searched(place):
     evaluator = Evaluator(place.replay(), random_tokens(), Work(32), seed=0)
     evaluator.measure(states(), 3, "measuring")
     known = [k.sums[:3] for k in evaluator.known.values()]
-    return np.concatenate([*known, evaluator.slopes(states()[0], 3), evaluator.one_pass(2)[0]])
+    return np.concatenate(
+        [*known, evaluator.slopes(states()[0], 3), evaluator.one_pass(2)[0]]
+    )
 
 
 def streamed_slopes(place):
-    return Evaluator(place.streamed(), random_tokens(), Work(32), seed=0).slopes(states()[0], 4)
+    return Evaluator(place.streamed(), random_tokens(), Work(32), seed=0).slopes(
+        states()[0], 4
+    )
 
 
 def asked(place, family="llama", streamed=False):
@@ -121,7 +125,9 @@ def written(place):
     tokenizer = tiny_tokenizer()
     prompt = generation.prompt_ids(tokenizer, "hello")
     text = generation.generate_text(model, tokenizer, prompt, 8)
-    sampled = list(itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3))
+    sampled = list(
+        itertools.islice(generation.sample_from_model(model, tokenizer, 3, 8, 0), 3)
+    )
     return [*text.encode(), *np.ravel(sampled)]
 
 
@@ -132,9 +138,13 @@ def timed(place):
         both, random_tokens(), new_tokens=2, repeats=1, clock=lambda: next(ticks) ** 2
     )
     # Times cannot be compared.
-    assert all(x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1))
+    assert all(
+        x > 0 for x in place.replay().latency(8, 1) + place.streamed().latency(8, 1)
+    )
     on_card = place.device.type != "cpu"
-    assert all(("batched_decode_tokens_per_second" in v) == on_card for v in speeds.values())
+    assert all(
+        ("batched_decode_tokens_per_second" in v) == on_card for v in speeds.values()
+    )
     return len(speeds)
 
 
@@ -149,9 +159,13 @@ def patched_again(place):
     """Fit the patches of two states with the original's streams of the first kept on the host."""
     given = (place.replay(), random_tokens())
     kept = {}
-    found = [fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])]
+    found = [
+        fit_patches(*given, removed, Work(32), kept=kept) for removed in ([1], [1, 3])
+    ]
     assert {stream.device for streams in kept.values() for stream in streams} == {CPU}
-    return np.concatenate([p.weight.cpu().numpy().ravel() for f in found for p in f.patches])
+    return np.concatenate(
+        [p.weight.cpu().numpy().ravel() for f in found for p in f.patches]
+    )
 
 
 def distilled(place, family="llama"):
@@ -176,7 +190,11 @@ def distilled(place, family="llama"):
 
 def chosen(place):
     def removed(name):
-        return part(name).choose(place.replay(), random_tokens(), 2, Work(32), seed=0).removed
+        return (
+            part(name)
+            .choose(place.replay(), random_tokens(), 2, Work(32), seed=0)
+            .removed
+        )
 
     # The other baselines use only measured losses.
     own = ("angular-window", "block-influence", "norm-ratio")
@@ -220,7 +238,9 @@ def test_a_step_keeps_to_its_devices(step, shared):
     expected = np.asarray(STEPS[step](Place(folder, CPU)))
     with fake_cards(4) as cards:
         devices = [card.device for card in cards]
-        one, *others = (np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4))
+        one, *others = (
+            np.asarray(STEPS[step](Place(folder, *devices[:n]))) for n in (1, 2, 4)
+        )
     np.testing.assert_allclose(one, expected, rtol=2e-4, atol=2e-5)
     # A norm of gradients may be summed in another order, depending on its place in memory.
     rounding = 1e-6 if step.startswith("distillation") else 0
@@ -238,7 +258,9 @@ def test_a_stream_that_stays_on_its_card_is_refused():
 
 
 @pytest.mark.slow
-def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_speed, tmp_path):
+def test_a_whole_run_on_several_cards_writes_the_files_of_one(
+    shared, text, no_speed, tmp_path
+):
     with fake_cards(4) as cards:
         names = [",".join(str(card.device) for card in cards[:n]) for n in (1, 4)]
         for device in names:
@@ -250,18 +272,27 @@ def test_a_whole_run_on_several_cards_writes_the_files_of_one(shared, text, no_s
                 remove=2,
                 **{**OPTIONS, "states": 3, "patch_tokens": 100},
             )
-    measured = ("hamiltonian.safetensors", "candidates.json", "evaluation.json", "model/*")
+    measured = (
+        "hamiltonian.safetensors",
+        "candidates.json",
+        "evaluation.json",
+        "model/*",
+    )
     one, other = (tmp_path / name for name in names)
     for file in [file for name in measured for file in one.glob(name)]:
         found = (other / file.relative_to(one)).read_bytes()
-        assert file.read_bytes() == found.replace(other.name.encode(), one.name.encode()), file
+        assert file.read_bytes() == found.replace(
+            other.name.encode(), one.name.encode()
+        ), file
 
 
 def mixed(operation):
     """Return whether an operation on tensors (device, CPU, number on CPU) is refused as mixed."""
     try:
         with fake_cards() as (card,):
-            operation(torch.ones(3, device=card.device), torch.ones(3), torch.tensor(2.0))
+            operation(
+                torch.ones(3, device=card.device), torch.ones(3), torch.tensor(2.0)
+            )
     except MixedDevicesError:
         return True
     return False
@@ -277,7 +308,10 @@ def mixed(operation):
         (True, lambda d, c, n: c[d > 0]),
         (True, lambda d, c, n: d.index_select(0, torch.tensor([1]))),
         (True, lambda d, c, n: torch.mm(d[:, None], d[None], out=torch.empty(3, 3))),
-        (True, lambda d, c, n: torch.rand(2, generator=torch.Generator(), device=d.device)),
+        (
+            True,
+            lambda d, c, n: torch.rand(2, generator=torch.Generator(), device=d.device),
+        ),
         (False, lambda d, c, n: d * n),
         (False, lambda d, c, n: d.masked_fill(d > 0, n)),
         (False, lambda d, c, n: d[c > 0]),
@@ -291,7 +325,11 @@ def test_tensors_meet_by_the_rules_of_a_gpu(refused, operation):
 
 
 def test_a_mix_that_the_code_catches_is_not_forgotten():
-    with pytest.raises(MixedDevicesError), fake_cards() as (card,), suppress(RuntimeError):
+    with (
+        pytest.raises(MixedDevicesError),
+        fake_cards() as (card,),
+        suppress(RuntimeError),
+    ):
         torch.ones(2, device=card.device) + torch.ones(2)
 
 

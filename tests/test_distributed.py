@@ -127,10 +127,19 @@ def _fisher_and_run(place, out, given):
     """Measure one energy, and do a whole run with another, with further options."""
     with fake_cards(4) if "--device" in given else nullcontext():
         assert call(*_typed(place, out / "fisher", "fisher"), *given) == 0
-        whole = ["--patch=linear", "--patch-tokens=256", "--states=3", "--random-states=0"]
+        whole = [
+            "--patch=linear",
+            "--patch-tokens=256",
+            "--states=3",
+            "--random-states=0",
+        ]
         assert (
             call(
-                "run", *_typed(place, out / "whole", "refined")[1:], *whole, "--skip-speed", *given
+                "run",
+                *_typed(place, out / "whole", "refined")[1:],
+                *whole,
+                "--skip-speed",
+                *given,
             )
             == 0
         )
@@ -182,7 +191,9 @@ def _picks(place, out, found):
 
 
 def test_all_processes_compute_in_the_dtype_that_rank_0_picks(place, tmp_path):
-    ranks.run([0, 0], tmp_path / "said", _picks, place, tmp_path / "run", tmp_path / "dtype")
+    ranks.run(
+        [0, 0], tmp_path / "said", _picks, place, tmp_path / "run", tmp_path / "dtype"
+    )
     picked = [(tmp_path / f"dtype.{r}").read_text() for r in (0, 1)]
     assert picked == ["torch.bfloat16", "torch.bfloat16"]
 
@@ -259,7 +270,14 @@ def _agent(function, arguments):
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    words = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    words = [
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     config, _command, _words = config_from_args(parse_args([*words, "none"]))
     config.start_method = "fork"
     elastic_launch(config, function)(*arguments)
@@ -285,7 +303,9 @@ def _raises(arguments):
     type_in(*arguments)
 
 
-def test_the_reason_of_another_process_is_printed_while_rank_0_computes(place, tmp_path):
+def test_the_reason_of_another_process_is_printed_while_rank_0_computes(
+    place, tmp_path
+):
     arguments = _typed(place, tmp_path / "run", also=False)
     lines = _torchrun(tmp_path / "said", _raises, arguments)
     assert lines == ["isingcut: rank 1 of 2: this block cannot be run"]
@@ -321,7 +341,9 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     assert list(map(count_rows, journals)) == [11, 11]
     measured = []
     put = Journal.put
-    monkeypatch.setattr(Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows))
+    monkeypatch.setattr(
+        Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows)
+    )
     assert call(*_typed(place, out, also=False)) == 0
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()

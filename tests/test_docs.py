@@ -76,7 +76,9 @@ def test_the_python_example_runs(place, capsys):
 
 
 def test_the_config_file_example_is_read():
-    config = RunConfig(**from_yaml(RunConfig, ROOT / "examples" / "run.yaml")).validate()
+    config = RunConfig(
+        **from_yaml(RunConfig, ROOT / "examples" / "run.yaml")
+    ).validate()
     assert config.removal == "6"
 
 
@@ -91,7 +93,9 @@ def commands(text):
             if re.match(r"\s*(\$ )?isingcut\s", part):
                 part = part.replace("$ ", "", 1).replace("...", "").strip()
                 # A command inside $( ) was cut out of a quoted string.
-                yield shlex.split(part if part.count('"') % 2 == 0 else part.strip('"'))[1:]
+                yield shlex.split(
+                    part if part.count('"') % 2 == 0 else part.strip('"')
+                )[1:]
 
 
 def wrong(found):
@@ -112,7 +116,11 @@ def wrong(found):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{p}" for p in PAGES), *(f"examples/{p.name}" for p in SCRIPTS)],
+    [
+        "README.md",
+        *(f"docs/{p}" for p in PAGES),
+        *(f"examples/{p.name}" for p in SCRIPTS),
+    ],
 )
 def test_commands_exist_with_their_options(page):
     text = (ROOT / page).read_text()
@@ -130,7 +138,10 @@ isingcut solve my-run --remove 4 && isingcut slove my-run
 ```
 `isingcut rank my-run --random-sates 9`, `isingcut VERB --debug`, `isingcut --help`
 """
-    assert list(wrong(commands(page))) == ["slove my-run", "rank my-run --random-sates 9"]
+    assert list(wrong(commands(page))) == [
+        "slove my-run",
+        "rank my-run --random-sates 9",
+    ]
 
 
 def test_every_page_is_in_the_navigation():
@@ -143,7 +154,9 @@ def test_every_page_is_in_the_navigation():
             return [p for value in entry.values() for p in pages(value)]
         return [p for value in entry for p in pages(value)]
 
-    assert {*pages(config["nav"])} == {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")}
+    assert {*pages(config["nav"])} == {
+        str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")
+    }
     assert config["strict"] is True
     assert config["theme"]["font"] is False
 
@@ -154,7 +167,9 @@ def test_the_site_ships_no_scripts():
     left_out = pathspec.GitIgnoreSpec.from_lines(config["exclude_docs"].splitlines())
     scripts = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.py")]
     assert "make_options.py" in scripts
-    assert [p for p in [*scripts, "__pycache__/a.pyc"] if not left_out.match_file(p)] == []
+    assert [
+        p for p in [*scripts, "__pycache__/a.pyc"] if not left_out.match_file(p)
+    ] == []
 
 
 def test_the_tables_of_options_are_those_declared():
@@ -167,8 +182,13 @@ def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
     found = {f: patches.absorbers(f, tmp_path / f) for f in ("nemotron_h", "qwen3_moe")}
     *_, hybrid, experts = patches.table(found).splitlines()
     assert "`mixer.out_proj` (mamba2); `mixer.shared_experts.down_proj` (moe)" in hybrid
-    assert "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)" in experts
-    with pytest.raises(ArchitectureError, match="blocks pass more than the residual stream"):
+    assert (
+        "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
+        in experts
+    )
+    with pytest.raises(
+        ArchitectureError, match="blocks pass more than the residual stream"
+    ):
         patches.absorbers("gemma4", tmp_path / "gemma4")
 
 
@@ -181,11 +201,23 @@ def test_architectures_of_one_outcome_share_a_line():
     named = "cuts exactly at given blocks, but is not measured: it shares: such blocks can be cut"
     reports = [
         Report("gemma_text", "passed"),
-        Report("gemma (image-text)", "passed", unseen="the cut is verified on text only"),
-        Report("llama", "passed", rows="block 0 stays, because it reads; block 1 stays"),
-        Report("emu", "refused", reason=named, states=2, mtp=MtpLayers("mtp.", False, 1, False)),
+        Report(
+            "gemma (image-text)", "passed", unseen="the cut is verified on text only"
+        ),
+        Report(
+            "llama", "passed", rows="block 0 stays, because it reads; block 1 stays"
+        ),
+        Report(
+            "emu",
+            "refused",
+            reason=named,
+            states=2,
+            mtp=MtpLayers("mtp.", False, 1, False),
+        ),
     ]
-    shown = script(DOCS / "make_architectures.py").made("5.0", [r.facts() for r in reports])
+    shown = script(DOCS / "make_architectures.py").made(
+        "5.0", [r.facts() for r in reports]
+    )
     assert "any blocks: gemma." in shown
     assert "on text only: gemma." in shown
     assert "| llama | cut exactly | block 0 stays; block 1 stays |" in shown
@@ -241,7 +273,9 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
     monkeypatch.setenv("TOUR_MODEL", "my-model")
     monkeypatch.setenv("TOUR_TEXT", "my-text.txt")
     make = script(ROOT / "examples" / "make_tour.py")
-    monkeypatch.setattr(make.NotebookClient, "execute", lambda client: execute(client.nb))
+    monkeypatch.setattr(
+        make.NotebookClient, "execute", lambda client: execute(client.nb)
+    )
     make.main(tmp_path)
     page = (tmp_path / "tour.md").read_text()
     assert "10 blocks before, 7 after" in page

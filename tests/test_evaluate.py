@@ -29,7 +29,8 @@ def pair():
 def tokens():
     generator = torch.Generator().manual_seed(0)
     rows = [
-        torch.randint(6, 262, (n,), generator=generator).tolist() for n in (12, 5, 20, 12, 3, 9)
+        torch.randint(6, 262, (n,), generator=generator).tolist()
+        for n in (12, 5, 20, 12, 3, 9)
     ]
     return TokenSet.from_rows(rows)
 
@@ -59,7 +60,9 @@ def test_few_float32_logits_exist_at_once(tokens, monkeypatch):
     monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
     sizes = []
     plain = divergence.widen
-    monkeypatch.setattr(divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x))
+    monkeypatch.setattr(
+        divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x)
+    )
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
     assert max(sizes) <= 4 * 262
     # The original's logits are read twice.
@@ -89,14 +92,18 @@ def test_speed_takes_turns_and_reports_medians(pair, tokens):
         assert found[name]["prefill_tokens_per_second"] == pytest.approx(20 / reading)
         # Speed and seconds have the same relative standard error, that of the median.
         error = 1.2533 * np.std(readings, ddof=1) / np.sqrt(3) / reading
-        assert found[name]["prefill_tokens_per_second_se"] == pytest.approx(20 / reading * error)
+        assert found[name]["prefill_tokens_per_second_se"] == pytest.approx(
+            20 / reading * error
+        )
         assert found[name]["decode_tokens_per_second"] == pytest.approx(4 / 0.04)
         assert found[name]["decode_tokens_per_second_se"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_speed_that_no_clock_can_tell_is_refused(pair, tokens):
     with refuses(r"prefill_tokens_per_second of .*20 tokens in 0 s", ModelError):
-        timing.speed({"a": pair[0]}, tokens.select([2]), new_tokens=2, clock=lambda: 1.0)
+        timing.speed(
+            {"a": pair[0]}, tokens.select([2]), new_tokens=2, clock=lambda: 1.0
+        )
 
 
 def test_a_loss_without_a_finite_perplexity_is_refused(tokens):
@@ -118,11 +125,15 @@ def test_decoding_never_stops_early_and_matches_uncached(pair):
     assert model.generation_config is own
     for _ in range(12):
         with torch.no_grad():
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+            ids = torch.cat(
+                [ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1
+            )
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, monkeypatch):
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(
+    pair, monkeypatch
+):
     tokenizer = tiny_tokenizer()
     seen = []
     plain = pair[0].generate
@@ -159,7 +170,9 @@ def test_peak_memory_is_that_of_a_fresh_process(small_peak, tmp_path):
 
 
 def test_where_a_memory_process_fails_the_figure_is_named_and_nothing_is_lost(tmp_path):
-    known = EvaluationFile.model_construct(dtype="float32", device="cpu", before=1, after=2)
+    known = EvaluationFile.model_construct(
+        dtype="float32", device="cpu", before=1, after=2
+    )
     both = {"before": tmp_path, "after": tmp_path}
     found = timing.with_memory(known, both, length=8)
     assert found.not_measured == ["peak_memory_bytes"]

@@ -44,7 +44,9 @@ def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
     text = cut["text_config"]
     whole = config["text_config"]
     for name in ("rope_theta", "swiglu_limits", "swiglu_limits_shared", "layer_types"):
-        assert text[name] == [whole[name][i] for i in (1, 2, 4, 5, 6, 7)[: 4 if drop else 6]], name
+        assert text[name] == [
+            whole[name][i] for i in (1, 2, 4, 5, 6, 7)[: 4 if drop else 6]
+        ], name
     assert text["moe_layers_enum"] == ("1,2,3" if drop else "1,2,3,4,5")
     assert text["num_nextn_predict_layers"] == (0 if drop else 2)
     before = config_object(config).get_text_config(decoder=True)
@@ -53,13 +55,22 @@ def test_lists_padded_by_mtp_layers_are_cut_to_the_kept_blocks(drop):
 
 
 def test_a_scale_that_holds_the_depth_stays_what_it_was():
-    whole = {**LLAMA, "model_type": "minicpm3", "num_hidden_layers": 9, "scale_depth": 1.5}
-    assert cut_config(whole, [1, 2, 3, 5, 7])["scale_depth"] == pytest.approx(1.5 * (4 / 9) ** 0.5)
+    whole = {
+        **LLAMA,
+        "model_type": "minicpm3",
+        "num_hidden_layers": 9,
+        "scale_depth": 1.5,
+    }
+    assert cut_config(whole, [1, 2, 3, 5, 7])["scale_depth"] == pytest.approx(
+        1.5 * (4 / 9) ** 0.5
+    )
 
 
 GLM5 = ["linear_attention", "indexed_attention", "indexed_attention"] * 2
 READERS = {
-    "glm_moe_dsa": {"indexer_types": ["full", "full", "shared", "shared", "full", "shared"]},
+    "glm_moe_dsa": {
+        "indexer_types": ["full", "full", "shared", "shared", "full", "shared"]
+    },
     "glm5_next": {"indexer_types": ["full", "full", "shared"] * 2, "layer_types": GLM5},
     "mistral_large4": {
         "kv_source_layers": [0, 1, 1, 3, 4, 4],
@@ -70,7 +81,12 @@ READERS = {
 
 @pytest.mark.parametrize(
     ("family", "source", "reader"),
-    [("hy_v4", 1, 4), ("glm_moe_dsa", 4, 5), ("glm5_next", 1, 2), ("mistral_large4", 1, 2)],
+    [
+        ("hy_v4", 1, 4),
+        ("glm_moe_dsa", 4, 5),
+        ("glm5_next", 1, 2),
+        ("mistral_large4", 1, 2),
+    ],
 )
 def test_a_block_that_reads_an_earlier_one_goes_before_it_does(family, source, reader):
     model = odd_model(family, **READERS.get(family, {}))
@@ -109,14 +125,18 @@ def test_what_a_block_hands_on_and_no_other_reads_does_not_hinder_measuring():
     assert relative_difference(expected, recording.logits(stream[0], 0)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"])
+@pytest.mark.parametrize(
+    "family", ["kimi_linear", "bailing_hybrid", "glm5_next", "olmo_hybrid"]
+)
 def test_linear_attention_is_told_by_what_it_does(family):
     model = odd_model(family)
     stack = find_stack(model)
     text = model.config.get_text_config(decoder=True)
     for block, kind in zip(stack.blocks, text.layer_types, strict=True):
         linear = kind == "linear_attention"
-        assert block.kind.split("+")[0] == ("linear-attention" if linear else "attention")
+        assert block.kind.split("+")[0] == (
+            "linear-attention" if linear else "attention"
+        )
         assert (block.kv_bytes_per_token == 0) == linear
         assert (block.state_bytes > 0) == linear
     rows = {row.name for row in legality(model.config, stack)}
@@ -129,9 +149,18 @@ def test_the_first_block_of_modernbert_stays():
 
 
 def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path):
-    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 4, "decoder_ffn_dim": 48}
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 4,
+        "decoder_ffn_dim": 48,
+    }
     config = AutoConfig.for_model(
-        "blenderbot", **sizes, vocab_size=262, encoder_attention_heads=4, decoder_attention_heads=4
+        "blenderbot",
+        **sizes,
+        vocab_size=262,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
     )
     model = random_model(AutoModelForCausalLM, config)
     assert len(find_stack(model)) == 4
@@ -149,7 +178,9 @@ def test_a_type_that_cannot_be_cut_says_so_before_its_numbers_are_compared(tmp_p
 
 
 @pytest.mark.parametrize("family", ["beam", "minicpm3", "modernbert-decoder"])
-def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, monkeypatch):
+def test_what_no_table_says_shows_in_a_smaller_model_without_weights(
+    family, monkeypatch
+):
     model = odd_model(family)
     config = model.config.to_dict()
     stack = find_stack(model)
@@ -163,23 +194,42 @@ def test_what_no_table_says_shows_in_a_smaller_model_without_weights(family, mon
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**LLAMA, "num_nextn_predict_layers": 2, "clamps": [0.0] * 8}, "'clamps' looks per-layer"),
+        (
+            {**LLAMA, "num_nextn_predict_layers": 2, "clamps": [0.0] * 8},
+            "'clamps' looks per-layer",
+        ),
         ({**LLAMA, "num_dense_blocks": 2}, "'num_dense_blocks' looks per-layer"),
         ({**LLAMA, "sparse": {"block_ids": [2, 5]}}, "'block_ids' looks per-layer"),
         ({**LLAMA, "moe_block_enum": "2,3,5"}, "'moe_block_enum' looks per-layer"),
-        ({**COMPOSITE, "injected_layers": [[0, 2], [1, 4]]}, "'injected_layers' looks per-layer"),
-        ({**COMPOSITE, "bridge": {"target_block_ids": [0, 2]}}, "'target_block_ids' looks per"),
+        (
+            {**COMPOSITE, "injected_layers": [[0, 2], [1, 4]]},
+            "'injected_layers' looks per-layer",
+        ),
+        (
+            {**COMPOSITE, "bridge": {"target_block_ids": [0, 2]}},
+            "'target_block_ids' looks per",
+        ),
         ({**LLAMA, "model_type": "beam"}, "beam cannot be cut exactly"),
     ],
 )
-def test_a_field_that_counts_or_indexes_blocks_is_named_wherever_it_stands(config, message):
+def test_a_field_that_counts_or_indexes_blocks_is_named_wherever_it_stands(
+    config, message
+):
     with refuses(message, ArchitectureError):
         cut_config(config, [1])
 
 
 def test_what_counts_blocks_of_another_stack_is_left_alone():
-    vision = {**COMPOSITE["vision_config"], "tower_layers": [0, 2], "injected_layers": [1, 3]}
-    more = {"vision_feature_layer": [-2, 3], "image_token_ids": [1, 2], "projector_layers": 2}
+    vision = {
+        **COMPOSITE["vision_config"],
+        "tower_layers": [0, 2],
+        "injected_layers": [1, 3],
+    }
+    more = {
+        "vision_feature_layer": [-2, 3],
+        "image_token_ids": [1, 2],
+        "projector_layers": 2,
+    }
     config = {**COMPOSITE, **more, "vision_config": vision}
     cut = cut_config(config, [1])
     assert cut["vision_config"] == vision

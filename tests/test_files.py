@@ -23,7 +23,9 @@ from shared import refuses
 
 
 def test_blocks_are_named_by_known_keys_alone(tmp_path):
-    found = BaselineFile.model_validate(baseline("mine", [1, 7], 0.5, info={"removed": 99}))
+    found = BaselineFile.model_validate(
+        baseline("mine", [1, 7], 0.5, info={"removed": 99})
+    )
     check_blocks(tmp_path, found, 8)
     with refuses("names block 7", StageFileError):
         check_blocks(tmp_path, found, 7)

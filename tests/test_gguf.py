@@ -26,7 +26,9 @@ from shared import OPTIONS, Bars, call, load_json, refuses
 from tiny import edit_tensors
 
 
-def make(path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE, **extra):
+def make(
+    path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE, **extra
+):
     """Write a tiny GGUF file with one packed (Q8_0) and one plain tensor per block."""
     generator = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -36,9 +38,18 @@ def make(path, architecture="llama", blocks=4, endianess=gguf.GGUFEndian.LITTLE,
         held[f"blk.{i}.ffn_up.weight"] = (gguf.quantize(numbers[i], kind), kind)
         held[f"blk.{i}.attn_norm.weight"] = numbers[i, 0]
     heads = {"attention.head_count_kv": [1 + i for i in range(blocks)]}
-    metadata = {"block_count": blocks, "context_length": 128, **heads, "flag": True, **extra}
+    metadata = {
+        "block_count": blocks,
+        "context_length": 128,
+        **heads,
+        "flag": True,
+        **extra,
+    }
     tokens = [b"a", b"b", b"c", b"d"]
-    more = {"architecture": architecture, "more": lambda writer: writer.add_token_list(tokens)}
+    more = {
+        "architecture": architecture,
+        "more": lambda writer: writer.add_token_list(tokens),
+    }
     return write_gguf(path, metadata, held, endianess=endianess, **more)
 
 
@@ -82,7 +93,12 @@ def test_mtp_layers_behind_the_blocks_stay(tmp_path):
     before = {t.name: t.data.tobytes() for t in gguf.GGUFReader(source).tensors}
     assert after.get_field("deepseek2.block_count").contents() == 4
     assert after.get_field("deepseek2.nextn_predict_layers").contents() == 2
-    assert after.get_field("deepseek2.attention.head_count_kv").contents() == [1, 3, 4, 5]
+    assert after.get_field("deepseek2.attention.head_count_kv").contents() == [
+        1,
+        3,
+        4,
+        5,
+    ]
     for new, old in enumerate((0, 2, 3, 4)):
         name = "ffn_up.weight"
         tensor = next(t for t in after.tensors if t.name == f"blk.{new}.{name}")
@@ -111,7 +127,11 @@ def test_what_is_unknown_or_numbered_is_refused(tmp_path):
     ("architecture", "extra", "expected"),
     [
         # Of 12 blocks, 5 and 11 have no window; without 1 and 7 they are blocks 4 and 9.
-        ("gemma3", {"attention.sliding_window": 8}, [True] * 4 + [False] + [True] * 4 + [False]),
+        (
+            "gemma3",
+            {"attention.sliding_window": 8},
+            [True] * 4 + [False] + [True] * 4 + [False],
+        ),
         ("gemma3", {}, None),
         (
             "gemma3",
@@ -119,7 +139,11 @@ def test_what_is_unknown_or_numbered_is_refused(tmp_path):
             [True, True, False] + [True] * 6 + [False],
         ),
         # Blocks 0, 2, ... have windows.
-        ("gemma2", {}, [True, True, False, True, False, True, True, False, True, False]),
+        (
+            "gemma2",
+            {},
+            [True, True, False, True, False, True, True, False, True, False],
+        ),
         (
             "gemma2",
             {"attention.sliding_window_pattern": [True] * 2 + [False] * 10},
@@ -142,8 +166,12 @@ def test_windows_that_are_neither_period_nor_list_are_refused(tmp_path):
         cut_gguf(source, [1], tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize(("architecture", "blocks"), [("deepseek2", 27), ("gemma3", 63)])
-def test_a_depth_that_llama_cpp_knows_a_model_by_is_refused(tmp_path, architecture, blocks):
+@pytest.mark.parametrize(
+    ("architecture", "blocks"), [("deepseek2", 27), ("gemma3", 63)]
+)
+def test_a_depth_that_llama_cpp_knows_a_model_by_is_refused(
+    tmp_path, architecture, blocks
+):
     source = make(tmp_path / "in.gguf", architecture, blocks)
     with refuses(r"computes a '\w+' of (26|62) blocks differently", ArchitectureError):
         cut_gguf(source, [0], tmp_path / "out.gguf")
@@ -164,7 +192,10 @@ def model_and_file(folder, kind, *, turned=False):
     for name in held:
         if "ffn_down" in name:
             packed = gguf.quantize(held[name], kind)
-            held[name] = (np.ascontiguousarray(packed[::-1]) if turned else packed, kind)
+            held[name] = (
+                np.ascontiguousarray(packed[::-1]) if turned else packed,
+                kind,
+            )
     metadata = {"block_count": 6, **NUMBERS, "feed_forward_length": 256}
     write_gguf(folder / "m.gguf", metadata, held)
     return source, folder / "m.gguf"
@@ -175,7 +206,9 @@ def patched(source, out):
     excise(source, [2, 3], out)
     generator = torch.Generator().manual_seed(1)
     with edit_tensors(out) as tensors:
-        noise = torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
+        noise = (
+            torch.randn(tensors[DOWN].shape, generator=generator) * tensors[DOWN].std()
+        )
         tensors[DOWN] = tensors[DOWN] + 0.3 * noise
     return tensors[DOWN]
 
@@ -222,23 +255,31 @@ def test_a_tensor_in_another_order_is_refused(tmp_path):
 def test_queries_of_llama_are_ordered_as_its_converter_does():
     values = np.random.default_rng(0).normal(size=(2, 32, 24)).astype(np.float32)
     heads = 4
-    there, wanted = (v.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in values)
+    there, wanted = (
+        v.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in values
+    )
     tensor = SimpleNamespace(data=there, tensor_type=Kind.F32)
-    found = lay_out(Path("m.gguf"), tensor, Changed("q", lambda: values[0], lambda: values[1]))
+    found = lay_out(
+        Path("m.gguf"), tensor, Changed("q", lambda: values[0], lambda: values[1])
+    )
     assert np.array_equal(found, wanted)
 
 
 def test_norms_that_a_converter_adds_one_to_get_it_too():
     values = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
     tensor = SimpleNamespace(data=values[0] + 1, tensor_type=Kind.F32)
-    found = lay_out(Path("m.gguf"), tensor, Changed("n", lambda: values[0], lambda: values[1]))
+    found = lay_out(
+        Path("m.gguf"), tensor, Changed("n", lambda: values[0], lambda: values[1])
+    )
     assert np.array_equal(found, values[1] + 1)
 
 
 @pytest.fixture(scope="module")
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
-    held = named({n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()})
+    held = named(
+        {n: t.numpy() for n, t in tiny_model("llama", **WIDE).state_dict().items()}
+    )
     for name, values in held.items():
         if name.startswith("blk.") and values.ndim == 2:
             held[name] = (gguf.quantize(values, Kind.Q4_1), Kind.Q4_1)
@@ -260,7 +301,9 @@ def gguf_run(packed_model, text, tmp_path_factory):
 def new_layers(card):
     """Return the layers that a card lists under "Patched", as tensor names of the original."""
     rows = re.findall(r"\| block (\d+), (`.*?) \|", card.read_text())
-    layers = [(block, layer) for block, cell in rows for layer in re.findall(r"`(.+?)`", cell)]
+    layers = [
+        (block, layer) for block, cell in rows for layer in re.findall(r"`(.+?)`", cell)
+    ]
     assert len(layers) >= 14
     return {f"model.layers.{block}.{layer}.weight" for block, layer in layers}
 
@@ -270,9 +313,16 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
     numbered = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(kept)}
     before = load_file(resolve(str(packed_model)) / "model.safetensors")
     after = load_file(gguf_run / "model" / "model.safetensors")
-    names = {re.sub(r"layers\.\d+\.", lambda m: numbered[m[0]], name): name for name in after}
-    differ = {old for old, new in names.items() if not torch.equal(before[old], after[new])}
-    assert "all other tensors are the original's" in (gguf_run / "model/README.md").read_text()
+    names = {
+        re.sub(r"layers\.\d+\.", lambda m: numbered[m[0]], name): name for name in after
+    }
+    differ = {
+        old for old, new in names.items() if not torch.equal(before[old], after[new])
+    }
+    assert (
+        "all other tensors are the original's"
+        in (gguf_run / "model/README.md").read_text()
+    )
     assert new_layers(gguf_run / "model" / "README.md") == differ
 
     theirs, ours = (
@@ -281,7 +331,9 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
     )
     blocks = {f"blk.{new}.": f"blk.{old}." for new, old in enumerate(kept)}
     old = {name: re.sub(r"blk\.\d+\.", lambda m: blocks[m[0]], name) for name in ours}
-    changed = {n for n in ours if ours[n].data.tobytes() != theirs[old[n]].data.tobytes()}
+    changed = {
+        n for n in ours if ours[n].data.tobytes() != theirs[old[n]].data.tobytes()
+    }
     wanted = named(dict.fromkeys(new_layers(gguf_run / "model.gguf.md")))
     assert {old[name] for name in changed} == wanted.keys()
     assert {ours[name].tensor_type for name in changed} == {Kind.Q8_0}
@@ -327,13 +379,22 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
     assert re.search(row, packed_card)
 
 
-def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
+def test_any_gguf_is_judged_against_its_original(
+    gguf_run, packed_model, tmp_path, capsys
+):
     file = gguf_run / "model.gguf"
     out = tmp_path / "scores.json"
     (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
     assert call("evaluate", tmp_path / "elsewhere.gguf") == 2
     assert "give its original with --original" in capsys.readouterr().err
-    line = ["evaluate", tmp_path / "elsewhere.gguf", "--original", packed_model, "--out", out]
+    line = [
+        "evaluate",
+        tmp_path / "elsewhere.gguf",
+        "--original",
+        packed_model,
+        "--out",
+        out,
+    ]
     assert call(*line) == 0
     found = load_json(out)
     assert found["kl"] > 0.001
@@ -342,9 +403,14 @@ def test_any_gguf_is_judged_against_its_original(gguf_run, packed_model, tmp_pat
     assert found["before"]["bytes"] == packed_model.stat().st_size
 
 
-def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, tmp_path, capsys):
+def test_any_checkpoint_is_judged_against_its_original(
+    gguf_run, packed_model, tmp_path, capsys
+):
     shutil.copytree(gguf_run / "model", tmp_path / "cut")
-    assert call("evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed") == 0
+    assert (
+        call("evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed")
+        == 0
+    )
     assert "KL to the original" in capsys.readouterr().out
     found = read_json(tmp_path / "cut-evaluation.json", "evaluation")
     assert found["kl"] > 0.001
@@ -355,7 +421,9 @@ def test_any_checkpoint_is_judged_against_its_original(gguf_run, packed_model, t
     assert "cut-evaluation.json already exists" in capsys.readouterr().err
 
 
-def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(gguf_run, monkeypatch, capsys):
+def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
+    gguf_run, monkeypatch, capsys
+):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
     assert call(*line) == 0

@@ -90,7 +90,9 @@ def test_errors_are_those_of_the_jackknife(m):
     for error, name in ((got.h_error, "h"), (got.J_error, "J")):
         values = np.array([getattr(energy, name) for energy in left_out])
         spread = ((values - values.mean(0)) ** 2).sum(0)
-        np.testing.assert_allclose(error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_the_energy_carries_its_errors():
@@ -112,7 +114,9 @@ def test_fisher_is_the_curvature_of_the_kl_on_average_over_the_drawn_labels():
     kl = functools.partial(gated_loss, replay, text, ADDED["llama"], kl=True)
     H = torch.autograd.functional.hessian(kl, torch.ones(len(replay))).numpy()
     exact = Hamiltonian.from_quadratic(H / 2)
-    drawn = Fisher().measure(replay, TokenSet.from_rows([rows] * 2000), Work(batch_tokens=4000))
+    drawn = Fisher().measure(
+        replay, TokenSet.from_rows([rows] * 2000), Work(batch_tokens=4000)
+    )
     for value, error, target in [
         (drawn.h, drawn.h_error, exact.h),
         (drawn.J, drawn.J_error, exact.J),

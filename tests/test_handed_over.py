@@ -53,7 +53,11 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert model.model.layers[0]._forward_hooks
     before = {k: v.clone() for k, v in model.state_dict().items()}
     named = isingcut.prune(
-        folder / "model", 2, calibration=folder / "texts.jsonl", out=tmp_path / "a", **OPTIONS
+        folder / "model",
+        2,
+        calibration=folder / "texts.jsonl",
+        out=tmp_path / "a",
+        **OPTIONS,
     )
     given = isingcut.prune(
         model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "b", **OPTIONS
@@ -64,7 +68,9 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
     provenance = [load_json(tmp_path / k / "run.json")["provenance"] for k in "ab"]
     assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
-    assert provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
+    assert (
+        provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
+    )
     assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")
     assert provenance[1]["calibration"]["source"].startswith("40 texts in memory (")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -73,7 +79,12 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
 def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):
     model, tokenizer = loaded
     run = isingcut.prune(
-        model, 2, tokenizer=tokenizer, calibration=TEXTS, out=tmp_path / "run", **OPTIONS
+        model,
+        2,
+        tokenizer=tokenizer,
+        calibration=TEXTS,
+        out=tmp_path / "run",
+        **OPTIONS,
     )
     assert list((tmp_path / "temporary").iterdir())
     assert (run.save(tmp_path / "smaller") / "config.json").is_file()
@@ -82,7 +93,9 @@ def test_the_copy_lives_as_long_as_the_run(loaded, tmp_path):
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_the_same_list_goes_on_and_another_is_another_source(folder, tmp_path, monkeypatch):
+def test_the_same_list_goes_on_and_another_is_another_source(
+    folder, tmp_path, monkeypatch
+):
     def prune(texts):
         return isingcut.prune(
             folder / "model", 2, calibration=texts, out=tmp_path / "run", **OPTIONS
@@ -119,7 +132,9 @@ def test_texts_no_longer_in_memory_are_named():
 )
 def test_bad_lists_of_texts(folder, tmp_path, texts, words):
     with refuses(words, CalibrationError):
-        isingcut.prune(folder / "model", 2, calibration=texts, out=tmp_path / "r", **OPTIONS)
+        isingcut.prune(
+            folder / "model", 2, calibration=texts, out=tmp_path / "r", **OPTIONS
+        )
     assert not (tmp_path / "r").exists()
 
 
@@ -153,7 +168,10 @@ SPOILT = {
         "is quantised in memory.*give the folder or hub id",
     ),
     "offloaded": (lambda m: m.lm_head.to("meta"), "has weights that are not in memory"),
-    "adapted": (lambda m: setattr(m, "_hf_peft_config_loaded", True), "has adapters, which"),
+    "adapted": (
+        lambda m: setattr(m, "_hf_peft_config_loaded", True),
+        "has adapters, which",
+    ),
     "packed": (packed, "is quantised in memory.*give the folder or hub id"),
     "unsavable": (
         lambda m: setattr(m, "save_pretrained", lambda folder: folder.absent),

@@ -64,7 +64,9 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     assert found["removed"] == list(REMOVED)
     sums = [np.array(found[model]["kl_sums"]) for model in ("before", "after")]
     counts = np.full(len(sums[0]), found["report_tokens"] // len(sums[0]))
-    assert found["after"]["kl_change_se"] == pytest.approx(recipe.difference(*sums, counts)[1])
+    assert found["after"]["kl_change_se"] == pytest.approx(
+        recipe.difference(*sums, counts)[1]
+    )
     apart = np.hypot(found["before"]["nll_se"], found["after"]["nll_se"])
     assert 0 < found["after"]["nll_change_se"] < apart
     assert shapes(healed) == shapes(models / "student")
@@ -76,8 +78,14 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "last:2"])
-def test_a_killed_healing_resumes_to_the_same_curve_and_weights(models, healed, tmp_path, method):
-    whole = healed if method == "full" else heal(options(models, tmp_path / "a", method=method))
+def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
+    models, healed, tmp_path, method
+):
+    whole = (
+        healed
+        if method == "full"
+        else heal(options(models, tmp_path / "a", method=method))
+    )
     config = options(models, tmp_path / "b", method=method)
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
@@ -95,7 +103,10 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     before = (out / "healing.json").stat().st_mtime_ns
     config = options(models, out)
     assert heal(config) == out
-    for other in (config.replace(seed=7), config.replace(teacher=str(models / "student"))):
+    for other in (
+        config.replace(seed=7),
+        config.replace(teacher=str(models / "student")),
+    ):
         with refuses("already exists", OutputExistsError):
             heal(other)
     with refuses("already exists", OutputExistsError):
@@ -160,13 +171,19 @@ def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
     count = len(find_stack(model))
     blocks = (f"model.layers.{count - 2}.", f"model.layers.{count - 1}.")
     everything = {n for n, _ in model.named_parameters()}
-    assert names == {n for n in everything if n.startswith(blocks)} | {"model.norm.weight"}
+    assert names == {n for n in everything if n.startswith(blocks)} | {
+        "model.norm.weight"
+    }
     assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     lines = [
-        {"messages": [{"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}]}
+        {
+            "messages": [
+                {"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}
+            ]
+        }
         for i in range(40)
     ]
     path = tmp_path / "chat.jsonl"
@@ -174,9 +191,14 @@ def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     given = {"text": str(path), "length": 48}
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     found = []
-    for name, batch in {"one": parts, "more": {"per_device_train_batch_size": 4}}.items():
+    for name, batch in {
+        "one": parts,
+        "more": {"per_device_train_batch_size": 4},
+    }.items():
         trainer = {"max_steps": 4, "learning_rate": 3e-3, **batch}
-        found.append(curve(heal(options(models, tmp_path / name, **given, trainer=trainer))))
+        found.append(
+            curve(heal(options(models, tmp_path / name, **given, trainer=trainer)))
+        )
     one, more = found
     for mine, theirs in zip(one, more, strict=True):
         assert mine["tokens"] == theirs["tokens"]
@@ -201,10 +223,16 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
 
     planned("a")
     # No memory to spare, but enough.
-    monkeypatch.setattr(memory, "least_left", lambda devices, limit="": 10**9 if limit else 0)
+    monkeypatch.setattr(
+        memory, "least_left", lambda devices, limit="": 10**9 if limit else 0
+    )
     out = planned("b")
     planned("c", max_steps=1, **dict.fromkeys(get_checkpointing(), False))
-    assert [(p.recompute, p.most) for p in plans] == [(False, 4 * 32), (True, 32), (False, 32)]
+    assert [(p.recompute, p.most) for p in plans] == [
+        (False, 4 * 32),
+        (True, 32),
+        (False, 32),
+    ]
     for mine, theirs in zip(curve(out), curve(healed), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
@@ -233,7 +261,9 @@ def saved_student(models, out, dtype="float32", scale=1.0):
 def test_training_in_half_precision(models, tmp_path):
     student = saved_student(models, tmp_path / "half", "bfloat16")
     training = {"max_steps": 2, "adam_beta2": 0.95}
-    out = heal(options(models, tmp_path / "out", training, student=student, dtype="bfloat16"))
+    out = heal(
+        options(models, tmp_path / "out", training, student=student, dtype="bfloat16")
+    )
     assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
     found = result(out)
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -243,7 +273,9 @@ ONCE = {"max_steps": 1}
 
 
 @pytest.mark.parametrize("method", ["lora", "last:1", "full"])
-def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, monkeypatch, method):
+def test_a_frozen_student_is_loaded_as_it_is_stored(
+    models, tmp_path, monkeypatch, method
+):
     student = saved_student(models, tmp_path / "half", "bfloat16")
     loaded = []
     reload = parts.reload
@@ -262,7 +294,9 @@ def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, monkeypatc
 def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
     folder = tiny_checkpoint("gemma3", tmp_path / "gemma")
     config = HealConfig(method="lora")
-    half, whole = (load_student(folder, config, d) for d in (torch.bfloat16, torch.float32))
+    half, whole = (
+        load_student(folder, config, d) for d in (torch.bfloat16, torch.float32)
+    )
     buffers = dict(whole.named_buffers())
     assert set() != buffers.keys() == dict(half.named_buffers()).keys()
     for name, found in half.named_buffers():
@@ -270,16 +304,22 @@ def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
         assert torch.equal(found, buffers[name]), name
 
 
-def test_processes_that_lack_host_memory_for_their_students_are_refused(models, monkeypatch):
+def test_processes_that_lack_host_memory_for_their_students_are_refused(
+    models, monkeypatch
+):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(parts, "allowance", lambda limit, device: SimpleNamespace(left=1000))
+    monkeypatch.setattr(
+        parts, "allowance", lambda limit, device: SimpleNamespace(left=1000)
+    )
     with refuses(r"in 8 processes, 8e-06 GB are free; start fewer"):
         load_student(models / "student", HealConfig())
 
 
 def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
     given = []
-    monkeypatch.setattr("accelerate.PartialState", lambda **options: given.append(options))
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda **options: given.append(options)
+    )
     monkeypatch.setattr(home, "is_launched", lambda: True)
     monkeypatch.setattr(home.Processes, "join", lambda: None)
     home._processes(HealConfig())
@@ -293,7 +333,9 @@ def test_patch_and_distillation_together(models, tmp_path):
     assert len(found["steps"]) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
     other = result(alone)
-    assert other["after"]["kl"] == pytest.approx(found["patch"]["scores"]["kl"], rel=1e-6)
+    assert other["after"]["kl"] == pytest.approx(
+        found["patch"]["scores"]["kl"], rel=1e-6
+    )
     assert other["steps"] == []
 
 
@@ -306,25 +348,40 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     # A healed model is not the exact cut that a patch is fitted for.
     with refuses("is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
-    again = heal(options(models, tmp_path / "again", ONCE, student=str(out), patch=None))
+    again = heal(
+        options(models, tmp_path / "again", ONCE, student=str(out), patch=None)
+    )
     further = result(again)
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
 
 
-@pytest.mark.parametrize(("place", "mixed"), [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")])
+@pytest.mark.parametrize(
+    ("place", "mixed"), [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")]
+)
 def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     models, tmp_path, monkeypatch, place, mixed
 ):
-    (other := tmp_path / "b.txt").write_text("\n\n".join(f"{i}. words" for i in range(900, 990)))
+    (other := tmp_path / "b.txt").write_text(
+        "\n\n".join(f"{i}. words" for i in range(900, 990))
+    )
     student = shutil.copytree(models / "student", tmp_path / place / "model")
     text = str(models / "text.jsonl")
     sizes = {"samples": 3, "rank_samples": 2, "length": 16}
     used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
     used.save(tmp_path / "run" / "calibration.safetensors")
     found = []
-    monkeypatch.setattr(home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text))
-    heal(options(models, tmp_path / "out", student=str(student), text=mixed.format(text, other)))
+    monkeypatch.setattr(
+        home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text)
+    )
+    heal(
+        options(
+            models,
+            tmp_path / "out",
+            student=str(student),
+            text=mixed.format(text, other),
+        )
+    )
     (mine,) = found
     own = used.splits["report"]
     assert torch.equal(mine.report.input_ids, own.input_ids)
@@ -362,7 +419,9 @@ def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_pa
 
 def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_path):
     foreign = tmp_path / "foreign"
-    shutil.copytree(models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json"))
+    shutil.copytree(
+        models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json")
+    )
     out = heal(options(models, tmp_path / "out", student=str(foreign)))
     assert curve(out) == curve(healed)
     found = result(out)
@@ -376,7 +435,9 @@ def bought(folder):
 
 
 def spending(models, out, effort, **changes):
-    return options(models, out, effort=effort, **{"length": 64, "trainer": "", **changes})
+    return options(
+        models, out, effort=effort, **{"length": 64, "trainer": "", **changes}
+    )
 
 
 FOUR = {"per_device_train_batch_size": 4, "save_steps": 2}
@@ -388,7 +449,12 @@ def test_small_budgets_make_many_small_steps():
         batch, length, rate = recipe.sizes(HealConfig(), tokens, width=576)
         steps.append((tokens // (batch * length), batch * length, length))
         assert 2e-5 <= rate <= 3e-4
-    assert steps == [(39, 512, 256), (39, 2048, 256), (158, 8192, 1024), (3051, 16384, 1024)]
+    assert steps == [
+        (39, 512, 256),
+        (39, 2048, 256),
+        (158, 8192, 1024),
+        (3051, 16384, 1024),
+    ]
     small, wide = (recipe.sizes(HealConfig(), 80_000, width=w)[2] for w in (576, 4096))
     assert small > wide > 2e-5
     settings = {"per_device_train_batch_size": 3, "learning_rate": 0.5}
@@ -399,10 +465,17 @@ def test_small_budgets_make_many_small_steps():
 
 
 def test_samples_are_cut_into_pieces_that_begin_as_they_do():
-    whole = TokenSet.from_rows([[7, *range(10, 19)], [7, 30, 31, 32, 33]], parts=["a", "b"])
+    whole = TokenSet.from_rows(
+        [[7, *range(10, 19)], [7, 30, 31, 32, 33]], parts=["a", "b"]
+    )
     found = pieces(whole, 5)
     rows = [ids[m].tolist() for ids, m in zip(found.input_ids, found.mask, strict=True)]
-    assert rows == [[7, 10, 11, 12, 13], [7, 14, 15, 16, 17], [7, 18], [7, 30, 31, 32, 33]]
+    assert rows == [
+        [7, 10, 11, 12, 13],
+        [7, 14, 15, 16, 17],
+        [7, 18],
+        [7, 30, 31, 32, 33],
+    ]
     assert found.parts == ("a", "a", "a", "b")
     assert pieces(whole, 10) is whole
     # Without a common first token, each predicts the next from the last one before.
@@ -432,7 +505,9 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
-    assert found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
+    assert (
+        found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
+    )
     assert found["seconds"] == pytest.approx(found["steps"] * (0.6 + 0.005 * 4 * 64))
     config = config.replace(out=str(tmp_path / "b"))
     with pytest.raises(Killed):
@@ -453,7 +528,9 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
 
 def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
     # The clock advances two seconds per reading: one second for a model and 64 tokens.
-    monkeypatch.setattr(home.time, "monotonic", map(float, itertools.count(step=2)).__next__)
+    monkeypatch.setattr(
+        home.time, "monotonic", map(float, itertools.count(step=2)).__next__
+    )
     monkeypatch.setattr(home, "quality", lambda *given: None)
     text = TokenSet.from_rows([[7] * 64] * 10)
     config = HealConfig(effort="3min")
@@ -467,7 +544,9 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
 def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
     spent = []
     spend = distill._spend
-    monkeypatch.setattr(distill, "_spend", lambda job: spent.append(job.spent) or spend(job))
+    monkeypatch.setattr(
+        distill, "_spend", lambda job: spent.append(job.spent) or spend(job)
+    )
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0
@@ -484,7 +563,9 @@ def test_a_runs_budget_is_that_of_its_healing():
     assert RunConfig(heal=False) == RunConfig()
     assert heal_config(config.replace(heal="10min")).effort == "10min"
     assert heal_config(config.replace(heal=True)).effort == ""
-    assert heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
+    assert (
+        heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
+    )
     with refuses(r"--heal: 'soon': expected a time \(10min, 2h\), tokens"):
         config.replace(heal="soon")
 

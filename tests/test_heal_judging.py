@@ -47,7 +47,9 @@ def check(step, a, b, noise=0.0):
 
 def test_a_difference_is_paired():
     counts = np.full(8, 10)
-    mean, error = difference(check(0, 1, 1, 9).kl_sums, check(0, 2, 2, 9).kl_sums, counts)
+    mean, error = difference(
+        check(0, 1, 1, 9).kl_sums, check(0, 2, 2, 9).kl_sums, counts
+    )
     assert (mean, error) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
     mean, error = difference(check(0, 1, 1).kl_sums, check(0, 1, 1, 2).kl_sums, counts)
     assert error == pytest.approx(2 / np.sqrt(7))
@@ -59,7 +61,10 @@ def test_a_part_that_gets_worse_ends_a_healing():
     better = check(5, 0.5, 0.9)
     found = judge.verdict([start, better, check(10, 0.2, 1.2)])
     assert found.kept == 5
-    assert "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000" in found.why
+    assert (
+        "on b the model got worse, KL 1.0000 before, 0.9000 and then 1.2000"
+        in found.why
+    )
     # An earlier check that was worse than the start is not kept either.
     none = judge.verdict([start, check(5, 0.5, 1.1), check(10, 0.2, 1.2)])
     assert none.kept == 0
@@ -70,7 +75,9 @@ def test_a_part_that_gets_worse_ends_a_healing():
     assert judge.verdict([start, check(5, 3, 3)]) is None
     # No stop if a part is worse than at the start but getting better.
     assert judge.verdict([start, check(5, 3, 3), check(10, 2, 2)]) is None
-    whole = Domains(TokenSet.from_rows([[1] * 11] * 8)).verdict([start, better, check(10, 2, 2)])
+    whole = Domains(TokenSet.from_rows([[1] * 11] * 8)).verdict(
+        [start, better, check(10, 2, 2)]
+    )
     assert "are kept: the model got worse" in whole.why
 
 
@@ -111,9 +118,13 @@ def test_the_weights_of_the_check_before_are_kept(models, tmp_path, monkeypatch)
         assert stored(Path(config.out)) == stored(out)
 
 
-def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(models, tmp_path, monkeypatch):
+def test_a_training_that_was_for_the_worse_leaves_what_it_began_with(
+    models, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
-        Stops, "verdict", lambda self, checks: HealingStop(why="no", kept=0) if checks[2:] else None
+        Stops,
+        "verdict",
+        lambda self, checks: HealingStop(why="no", kept=0) if checks[2:] else None,
     )
     monkeypatch.setattr(home, "Domains", Stops)
     out = heal(options(models, tmp_path / "out", EIGHT))
@@ -129,7 +140,9 @@ def _stopped(*arguments):
 
 
 def test_two_processes_stop_together(models, tmp_path):
-    config = options(models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1})
+    config = options(
+        models, tmp_path / "out", {**EIGHT, "per_device_train_batch_size": 1}
+    )
     words = ("--debug", "heal", config.student, *flags_of(config))
     run([0, 0], tmp_path / "said", _stopped, *words)
     found = result(tmp_path / "out")
@@ -149,7 +162,9 @@ def _trains(room, dies, *arguments):
 
     def step(watch, args, state, control, **rest):
         end(watch, args, state, control, **rest)
-        assert "--dtype=auto" not in arguments or watch.job.teacher.dtype == torch.bfloat16
+        assert (
+            "--dtype=auto" not in arguments or watch.job.teacher.dtype == torch.bfloat16
+        )
         if state.global_step == dies and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -167,17 +182,23 @@ def _trains(room, dies, *arguments):
         (10**9, {"fsdp": True}, {"method": "lora:4"}, 1e-6),
     ],
 )
-def test_two_processes_train_as_one_does(models, healed, tmp_path, room, trainer, more, exact):
+def test_two_processes_train_as_one_does(
+    models, healed, tmp_path, room, trainer, more, exact
+):
     """Each has half of a batch, and half of the model if one lacks the room; also after a kill."""
     half = {"dtype": "bfloat16"} if "dtype" in more else {}
-    one = heal(options(models, tmp_path / "one", **{**more, **half})) if more else healed
+    one = (
+        heal(options(models, tmp_path / "one", **{**more, **half})) if more else healed
+    )
     config = options(
         models, tmp_path / "out", {"per_device_train_batch_size": 1, **trainer}, **more
     )
     words = (config.student, *flags_of(config))
     run([1, -signal.SIGKILL], tmp_path / "said", _trains, room, 3, *words)
     assert "isingcut: the 2 processes lost contact (" in (tmp_path / "said").read_text()
-    sharded = list(tmp_path.glob(".out.healing/trainer/checkpoint-2/pytorch_model_fsdp.bin"))
+    sharded = list(
+        tmp_path.glob(".out.healing/trainer/checkpoint-2/pytorch_model_fsdp.bin")
+    )
     assert len(sharded) == (room < 10**9 or bool(trainer))
     # It resumes as it began, even with more room.
     run([0, 0], tmp_path / "said", _trains, 10**9, 0, *words)
@@ -189,7 +210,9 @@ def test_two_processes_train_as_one_does(models, healed, tmp_path, room, trainer
         rel = exact if mine["step"] > 1 else 1e-6
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=rel)
     assert shapes(tmp_path / "out") == shapes(one)
-    weights = (load(f, dtype="float32").model.state_dict() for f in (one, tmp_path / "out"))
+    weights = (
+        load(f, dtype="float32").model.state_dict() for f in (one, tmp_path / "out")
+    )
     for first, second in zip(*(w.values() for w in weights), strict=True):
         torch.testing.assert_close(second, first, rtol=1e-3, atol=min(10 * exact, 1e-2))
 

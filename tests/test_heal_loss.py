@@ -110,13 +110,17 @@ def test_chunks_of_the_vocabulary_change_nothing():
         ("last:1", "gpt2", {"tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
-def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family, changes, ends):
+def test_frozen_weights_are_narrowed_only_where_no_value_changes(
+    method, family, changes, ends
+):
     plain = tiny_model(family, **changes)
     for parameter in plain.parameters():
         parameter.data = parameter.bfloat16().float()
     # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
-    odd, even = (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
+    odd, even = (
+        (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
+    )
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
     model = prepare_training(plain, HealConfig(method=method))
@@ -136,7 +140,10 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(method, family,
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
     assert plain.get_output_embeddings().weight.dtype == ends
-    weights = {id(m.weight) for m in (plain.get_output_embeddings(), plain.get_input_embeddings())}
+    weights = {
+        id(m.weight)
+        for m in (plain.get_output_embeddings(), plain.get_input_embeddings())
+    }
     assert len(weights) == 2 - tied
     assert odd.weight.dtype == torch.float32
     assert even.weight.dtype == torch.bfloat16
@@ -158,7 +165,9 @@ def test_parts_have_the_least_padding():
     for count, (cost, found) in enumerate(divisions(lengths, 6, 99), 1):
         ways = itertools.combinations(range(1, 6), count - 1)
         edges = [[0, *way, 6] for way in ways]
-        least = min(sum(lengths[a] * (b - a) for a, b in itertools.pairwise(e)) for e in edges)
+        least = min(
+            sum(lengths[a] * (b - a) for a, b in itertools.pairwise(e)) for e in edges
+        )
         assert sum(lengths[p.start] * (p.stop - p.start) for p in found) == least
         assert cost == pytest.approx(least, rel=1e-3)
         assert [i for p in found for i in range(p.start, p.stop)] == list(range(6))
@@ -221,7 +230,9 @@ def half(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     for name in ("teacher", "student"):
         shutil.copytree(models / name, folder / name)
-        load(models / name, dtype="bfloat16", device="cpu").model.save_pretrained(folder / name)
+        load(models / name, dtype="bfloat16", device="cpu").model.save_pretrained(
+            folder / name
+        )
     return folder
 
 
@@ -231,7 +242,9 @@ def places(tensors):
 
 @pytest.mark.parametrize("method", ["lora", "last:2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_not_trained_is_the_teachers(half, models, tmp_path, monkeypatch, method, dtype):
+def test_what_is_not_trained_is_the_teachers(
+    half, models, tmp_path, monkeypatch, method, dtype
+):
     folder = half if dtype == "bfloat16" else models
     teacher = load(folder / "teacher", dtype=dtype, device="cpu")
     before = {name: t.clone() for name, t in teacher.model.state_dict().items()}
@@ -275,7 +288,9 @@ def test_lora_on_several_cards_learns_the_weights_of_one(models, tmp_path):
         for count in (1, 2, 4):
             devices = ",".join(names[:count])
             out = tmp_path / str(count)
-            given = options(models, out, {"max_steps": 2}, method="lora:4", device=devices)
+            given = options(
+                models, out, {"max_steps": 2}, method="lora:4", device=devices
+            )
             healed = heal(given) / "model.safetensors"
             assert all(card.peak > 0 for card in cards[:count])
             found.append(healed.read_bytes())
@@ -301,9 +316,15 @@ TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of
 
 @pytest.mark.parametrize(
     ("free", "method", "lora"),
-    [(1.1e6, "full", "--method lora, "), (0.9e6, "lora", ""), (0.3e6, "last:2", "--method lora, ")],
+    [
+        (1.1e6, "full", "--method lora, "),
+        (0.9e6, "lora", ""),
+        (0.3e6, "last:2", "--method lora, "),
+    ],
 )
-def test_a_training_that_cannot_fit_is_refused(models, tmp_path, card, free, method, lora):
+def test_a_training_that_cannot_fit_is_refused(
+    models, tmp_path, card, free, method, lora
+):
     job = job_on(card, models, tmp_path, method=method)
     card.budget = card.live + int(free)
     advice = f"; use {lora}a smaller --length or a device with more memory"
@@ -311,7 +332,9 @@ def test_a_training_that_cannot_fit_is_refused(models, tmp_path, card, free, met
         pass
 
 
-def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(models, tmp_path, card):
+def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(
+    models, tmp_path, card
+):
     four = Processes(0, 4)
     four.decide = lambda make: make()
     job = job_on(card, models, tmp_path, four, {"fsdp": "full_shard"}, method="full")
@@ -324,7 +347,9 @@ def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(models, tmp_p
     assert plan.recompute
 
 
-def test_blocks_are_found_by_their_weights_with_one_model_on_the_device(models, tmp_path, card):
+def test_blocks_are_found_by_their_weights_with_one_model_on_the_device(
+    models, tmp_path, card
+):
     student = tmp_path / "student"
     shutil.copytree(models / "student", student)
     (student / "isingcut.json").unlink()

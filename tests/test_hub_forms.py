@@ -33,11 +33,15 @@ from sweep.shrink import tiny_configuration
 from tiny import replay_of, tiny_checkpoint, tiny_model
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "hunyuan_vl"]
+)
 def test_a_flat_configuration_stays_flat(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source", flat=True)
     excise(tmp_path / "source", [0, 2], tmp_path / "out")
-    before, after = (load_json(tmp_path / name / "config.json") for name in ("source", "out"))
+    before, after = (
+        load_json(tmp_path / name / "config.json") for name in ("source", "out")
+    )
     assert "text_config" not in after
     assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (6, 4)
     assert after["vision_config"] == before["vision_config"]
@@ -47,7 +51,11 @@ def test_a_flat_configuration_stays_flat(family, tmp_path):
 
 def test_the_decoders_fields_are_cut_where_they_are_read():
     text = {"vocab_size": 300, "num_hidden_layers": 4}
-    named = {"model_type": "unlimited_ocr", "language_config": text, "vision_config": {}}
+    named = {
+        "model_type": "unlimited_ocr",
+        "language_config": text,
+        "vision_config": {},
+    }
     assert cut_config(named, [1])["language_config"]["num_hidden_layers"] == 3
     partly = {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 6}, **text}
     assert cut_config(partly, [1])["text_config"]["num_hidden_layers"] == 5
@@ -66,11 +74,14 @@ def test_the_class_that_was_saved_is_the_one_that_loads(family):
 def test_the_right_number_of_blocks_wins_unless_far_too_small(tmp_path):
     def stored(prefix, count, size):
         return [
-            StoredTensor(f"{prefix}.{i}.w", tmp_path, "F32", (1,), 0, size) for i in range(count)
+            StoredTensor(f"{prefix}.{i}.w", tmp_path, "F32", (1,), 0, size)
+            for i in range(count)
         ]
 
     def checkpoint(count, *tensors):
-        return Checkpoint(tmp_path, {"num_hidden_layers": count}, {t.name: t for t in tensors})
+        return Checkpoint(
+            tmp_path, {"num_hidden_layers": count}, {t.name: t for t in tensors}
+        )
 
     blocks = stored("model.layers", 6, 100)
     images = stored("vq.up", 3, 300)
@@ -130,7 +141,10 @@ def test_a_period_beside_the_list_it_stands_for_says_nothing(tmp_path):
     # Zamba 1: its configuration class has the period of Jamba's attention, but no other period.
     model = random_model(AutoModelForCausalLM, tiny_configuration("zamba"))
     model.save_pretrained(tmp_path / "source")
-    assert "take turns with shared weights" in inspect_model(tmp_path / "source").rules()[0]
+    assert (
+        "take turns with shared weights"
+        in inspect_model(tmp_path / "source").rules()[0]
+    )
     assert prove_cut(model, [0, 3], tmp_path).difference == 0.0
 
 
@@ -155,7 +169,9 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("family", INSIDE)
-def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(family, tmp_path):
+def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(
+    family, tmp_path
+):
     model = composite_checkpoint(family, tmp_path / "source")
     proof = prove_cut(model, [0, 3], tmp_path, images=invent_images)
     assert proof.inputs == "text and an image"
@@ -194,7 +210,9 @@ def test_an_encoder_decoder_inside_is_refused():
 def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     model = composite_checkpoint(family, tmp_path / "source")
     tokens = random_tokens(model, 2, 12)
-    store = open_model(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
+    store = open_model(
+        tmp_path / "source", dtype=torch.float32, device=torch.device("cpu")
+    )
     resident = Replay(model).record(tokens)
     streamed = StreamedReplay(*store)
     recording = streamed.record(tokens)
@@ -202,7 +220,10 @@ def test_streamed_blocks_compute_what_those_in_memory_do(family, tmp_path):
     with skip_blocks(model, [2]):
         expected = language_model(model)(input_ids=tokens, use_cache=False).logits
         for i in (0, 1, 3, 4, 5):
-            streams = [r.block(i, s) for r, s in zip((resident, recording), streams, strict=True)]
+            streams = [
+                r.block(i, s)
+                for r, s in zip((resident, recording), streams, strict=True)
+            ]
         for replayed, stream in zip((resident, recording), streams, strict=True):
             assert torch.equal(replayed.logits(stream[0], 0), expected[0])
     excise(tmp_path / "source", [0, 3], tmp_path / "out")

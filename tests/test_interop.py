@@ -39,7 +39,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 ]
             }
         elif "/commit/" in self.path:
-            answer = {"commitUrl": f"{self.server.address}/me/cut/commit/abc", "commitOid": "abc"}
+            answer = {
+                "commitUrl": f"{self.server.address}/me/cut/commit/abc",
+                "commitOid": "abc",
+            }
         self.reply(status, answer)
 
     def reply(self, status, answer):
@@ -100,13 +103,17 @@ def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypa
     lines = next(b for p, _, b in hub.seen if "/commit/" in p).splitlines()
     header, *files = [json.loads(line) for line in lines]
     assert header["value"]["summary"] == "Blocks removed by isingcut"
-    assert sent == {f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files}
+    assert sent == {
+        f["value"]["path"]: base64.b64decode(f["value"]["content"]) for f in files
+    }
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", ""])
 def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, token):
     monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none")
+    )
     with refuses("hf auth login") as caught:
         upload(cut, "me/cut", hub.address)
     assert "hf_wrong" not in str(caught.value)
@@ -146,7 +153,10 @@ def test_only_a_checkpoint_of_ours_is_pushed(tmp_path):
 def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
     text = f"wiki=0.5,{tmp_path}/my texts/a.txt=0.5"
     healing = {
-        "provenance": {"torch": "2", "command_line": f"isingcut heal {cut} --text {text}"},
+        "provenance": {
+            "torch": "2",
+            "command_line": f"isingcut heal {cut} --text {text}",
+        },
         "options": {"text": text, "trainer": f'{{"deepspeed": "{tmp_path}/ds.json"}}'},
         "before": {"parts": {f"{tmp_path}/my texts/a.txt": {"kl": 1.0}}},
     }
@@ -155,9 +165,15 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
     record["proof"] = {
         "inputs": "text only",
         "difference": 0.0,
-        "remarks": [f"no image could be made (cannot load {tmp_path}/my model/a.json); 1/3 left"],
+        "remarks": [
+            f"no image could be made (cannot load {tmp_path}/my model/a.json); 1/3 left"
+        ],
     }
-    config = {"_name_or_path": f"{tmp_path}/my-model", "pad_token": "/pad", "hidden_size": 8}
+    config = {
+        "_name_or_path": f"{tmp_path}/my-model",
+        "pad_token": "/pad",
+        "hidden_size": 8,
+    }
     written = {
         "isingcut.json": record,
         "healing.json": healing,
@@ -183,7 +199,10 @@ def test_nothing_uploaded_names_a_folder_of_this_machine(cut, tmp_path):
     ]
     assert found["healing.json"] == {
         "provenance": {"torch": "2"},
-        "options": {"text": "50% wiki, 50% a.txt", "trainer": '{"deepspeed": "ds.json"}'},
+        "options": {
+            "text": "50% wiki, 50% a.txt",
+            "trainer": '{"deepspeed": "ds.json"}',
+        },
         "before": {"parts": {"a.txt": {"kl": 1.0}}},
     }
     assert json.loads(sent["config.json"]) == config | {"_name_or_path": "my-model"}

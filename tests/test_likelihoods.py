@@ -40,7 +40,10 @@ def some_rows():
     for before, after in [(30, 2), (30, 1), (9, 4), (22, 6), (25, 1), (1, 3)]:
         context = rng.integers(0, 40, before).tolist()
         # Some end with token 0, which is also the padding.
-        answers = [rng.integers(0, 40, after).tolist(), [*rng.integers(0, 40, after).tolist(), 0]]
+        answers = [
+            rng.integers(0, 40, after).tolist(),
+            [*rng.integers(0, 40, after).tolist(), 0],
+        ]
         answers += [[7] * after, [0, 0, 0]]
         rows += [((*context, *answer), len(answer)) for answer in answers]
     return rows
@@ -49,22 +52,33 @@ def some_rows():
 def test_likelihoods_are_the_harness_s(model):
     rows = some_rows()
     # Longer than the model's context: both cut it on the left.
-    rows.append((tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3))
-    requests = [(("", str(i)), list(ids[:-k]), list(ids[-k:])) for i, (ids, k) in enumerate(rows)]
+    rows.append(
+        (tuple(int(i) for i in np.random.default_rng(1).integers(0, 40, 700)), 3)
+    )
+    requests = [
+        (("", str(i)), list(ids[:-k]), list(ids[-k:]))
+        for i, (ids, k) in enumerate(rows)
+    ]
     plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4)
 
     def answer(rows):
-        found = answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(128))
+        found = answer_scores(
+            model.replay, rows, states_of(len(model.replay), [()]), Work(128)
+        )
         return list(zip(*(of_state[0].tolist() for of_state in found), strict=True))
 
     ours = Harness(model, answer, lambda prompts, write: [])
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [best for _, best in found] == [best for _, best in expected]
-    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [v for v, _ in found], [v for v, _ in expected], rtol=1e-5
+    )
 
 
-def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_path, monkeypatch):
+def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
+    model, tmp_path, monkeypatch
+):
     path = tmp_path / "mine.jsonl"
     questions = [
         {
@@ -76,7 +90,8 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(model, tmp_p
     ]
     # Letters are one token each, so one pass is enough for all answers of a question.
     questions += [
-        {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3} for k in range(10)
+        {"context": f"{k} is", "choices": ["a", "b", "c"], "answer": k % 3}
+        for k in range(10)
     ]
     write_jsonl(path, questions)
     task = prepare_task(str(path), None)
@@ -158,8 +173,16 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     ]
     if name != "winogrande":
         for i, record in enumerate(records):
-            record |= {"choices": [*record["choices"], "old rain", "stone"], "answer": i}
-    file = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}[name]
+            record |= {
+                "choices": [*record["choices"], "old rain", "stone"],
+                "answer": i,
+            }
+    file = {
+        "arc_easy": "test",
+        "hellaswag": "val",
+        "winogrande": "dev",
+        "lambada": "test",
+    }[name]
     path = tmp_path / name / f"{file}.jsonl"
     write_jsonl(path, records)
     found = score_states(model, prepare_task(name, tmp_path), [()])[0].certainties
@@ -242,7 +265,14 @@ def test_where_a_task_does_not_say_what_is_right_the_score_counts():
 
 STATES = [(), (1,), (0, 4)]
 HOW = {"until": ["old"], "do_sample": False, "max_gen_toks": 12}
-PROMPTS = ["the cat sat", "a mat", "stone " * 9, "old town rain " * 5, "rain", "a mat and a stone"]
+PROMPTS = [
+    "the cat sat",
+    "a mat",
+    "stone " * 9,
+    "old town rain " * 5,
+    "rain",
+    "a mat and a stone",
+]
 
 
 def requests():
@@ -297,7 +327,9 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
     # A longer prompt is generated alone.
-    assert all(count == 1 or count * length <= MICRO_BATCHES * 10 for count, length in went)
+    assert all(
+        count == 1 or count * length <= MICRO_BATCHES * 10 for count, length in went
+    )
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 
 
@@ -314,12 +346,16 @@ def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkey
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("isingcut.console.progress.QUIET_SECONDS", 0.0)
     for name, size in (("test", 2), ("train", 8)):
-        write_jsonl(tmp_path / "gsm8k" / f"{name}.jsonl", [gsm8k(i)[1] for i in range(size)])
+        write_jsonl(
+            tmp_path / "gsm8k" / f"{name}.jsonl", [gsm8k(i)[1] for i in range(size)]
+        )
     task = prepare_task("gsm8k", tmp_path)
     found = score_states(model, task, STATES[:2], Work(64, terminal))
     assert [s.metric for s in found] == ["exact_match,flexible-extract"] * 2
     # The prompts are longer than a tiny model's positions.
-    warning, *said = sorted(capsys.readouterr().err.splitlines(), key=lambda line: line[:1] == "g")
+    warning, *said = sorted(
+        capsys.readouterr().err.splitlines(), key=lambda line: line[:1] == "g"
+    )
     assert "prompts of gsm8k are longer than" in warning
     assert all(line.startswith("gsm8k: ") for line in said)
     assert len(said) >= 4

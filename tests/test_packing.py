@@ -44,7 +44,11 @@ def file(tmp_path_factory):
     held = named({n: t.numpy() for n, t in model.state_dict().items()})
     for name, values in held.items():
         packed = (gguf.quantize(values, kind), kind) if "ffn_down" in name else values
-        held[name] = values.astype(np.float16) if values.ndim == 2 and packed is values else packed
+        held[name] = (
+            values.astype(np.float16)
+            if values.ndim == 2 and packed is values
+            else packed
+        )
     out = tmp_path_factory.mktemp("packing") / "tiny.gguf"
     write(out, held, **WIDE_NUMBERS)
     return out
@@ -105,10 +109,14 @@ def test_changed_weights_are_measured_and_restored(read, tmp_path):
         again = changed_losses(replay, tokens, change, PLAIN, "changed", [1, 4], kept)
         assert np.array_equal(again, found)
     if read is in_memory:
-        assert all(torch.equal(before[n], p) for n, p in replay.model.named_parameters())
+        assert all(
+            torch.equal(before[n], p) for n, p in replay.model.named_parameters()
+        )
 
 
-def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path, monkeypatch):
+def test_memory_counts_the_cache_and_decoding_the_bytes_read(
+    file, tmp_path, monkeypatch
+):
     def fitting(budget):
         session = Session(RunConfig(model=str(file), dtype="float32", budget=budget))
         _, found = packing.find_types(session, session.describe_blocks())
@@ -125,14 +133,24 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(file, tmp_path, mon
     assert fitting("decode=1%@100k") == []
     # If llama.cpp would not run a cut of this model, only whole types are left.
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
-    with pytest.raises(ArchitectureError, match="may derive the kind of a 'llama' block"):
+    with pytest.raises(
+        ArchitectureError, match="may derive the kind of a 'llama' block"
+    ):
         fitting("file=100kB")
 
 
 def chosen(file, text, out, budget):
-    given = {"model": str(file), "calibration": str(text), "out": str(out), "budget": budget}
+    given = {
+        "model": str(file),
+        "calibration": str(text),
+        "out": str(out),
+        "budget": budget,
+    }
     config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
-    with pipeline.open_session(config, silent, ALONE, need_removal=True) as (session, folder):
+    with pipeline.open_session(config, silent, ALONE, need_removal=True) as (
+        session,
+        folder,
+    ):
         return packing.choose_type(session, folder)
 
 
@@ -151,7 +169,16 @@ def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_
 def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, capsys):
     run = tmp_path / "run"
     size = whole(file, "Q4_0", tmp_path) / 1e3 - 1
-    line = ["run", file, "--budget", f"file={size:.3f}kB", "--calibration", text, "--out", run]
+    line = [
+        "run",
+        file,
+        "--budget",
+        f"file={size:.3f}kB",
+        "--calibration",
+        text,
+        "--out",
+        run,
+    ]
     options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
     assert call(*line, *words, "--json") == 0
@@ -165,18 +192,34 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(run / "model.gguf").tensors}
     assert kinds == {"F32", "Q8_0", best.packed.type}
     card = (run / "model.gguf.md").read_text()
-    assert f"ll matrices are packed as {best.packed.type}, those outside the blocks" in card
+    assert (
+        f"ll matrices are packed as {best.packed.type}, those outside the blocks"
+        in card
+    )
     assert "bit for bit" not in card
     assert said["verdict"][:40].replace("-", "−") in (run / "report.html").read_text()
     # Nothing is measured again, and another limit is for the same type.
     assert call(*line, *words, "--quiet") == 0
     assert call("solve", run, "--budget", f"file={size - 1:.3f}kB") == 0
     assert call("solve", run, "--budget", "file=1GB") == 2
-    assert "meets --budget file=1GB; no block has to be removed" in capsys.readouterr().err
+    assert (
+        "meets --budget file=1GB; no block has to be removed" in capsys.readouterr().err
+    )
 
 
-def test_what_no_type_meets_is_refused_with_what_can_be_met(llama, text, tmp_path, capsys):
-    line = ["run", llama, "--out", tmp_path / "run", "--calibration", text, "--length", 16]
+def test_what_no_type_meets_is_refused_with_what_can_be_met(
+    llama, text, tmp_path, capsys
+):
+    line = [
+        "run",
+        llama,
+        "--out",
+        tmp_path / "run",
+        "--calibration",
+        text,
+        "--length",
+        16,
+    ]
     for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
         assert call(*line, "--budget", budget) == 2
         said = capsys.readouterr().err

@@ -34,7 +34,9 @@ from tiny import replay_of
 def tokens(samples=12, length=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(8, 262, (samples, length), generator=generator).tolist()
-    return TokenSet.from_rows([row[: length - 3 * (i % 3)] for i, row in enumerate(rows)])
+    return TokenSet.from_rows(
+        [row[: length - 3 * (i % 3)] for i, row in enumerate(rows)]
+    )
 
 
 def fitted(model, removed, text, *, reads=True):
@@ -97,7 +99,9 @@ def test_ridge_solution_is_that_of_the_augmented_least_squares_problem(kind):
     squares = [(weights[40:, None] * each**2).sum() for each in (wrong, t[40:])]
     assert found.held_out == pytest.approx(float(squares[0] / squares[1]))
     ridge = found.strength * torch.diagonal((x * weights[:, None]).T @ x).mean()
-    rows = torch.cat([x * weights.sqrt()[:, None], ridge.sqrt() * torch.eye(5).double()])
+    rows = torch.cat(
+        [x * weights.sqrt()[:, None], ridge.sqrt() * torch.eye(5).double()]
+    )
     values = torch.cat([t * weights.sqrt()[:, None], torch.zeros(5, 3).double()])
     expected = torch.linalg.lstsq(rows, values).solution.T
     torch.testing.assert_close(found.map, expected)
@@ -185,7 +189,10 @@ def test_padding_does_not_count():
     ("removed", "reason"),
     [
         ([0, 1], "^block 0 is removed"),
-        ([0, 2], "^block 0 is removed, so .*; block 1 .* cannot absorb a patch: .* shared"),
+        (
+            [0, 2],
+            "^block 0 is removed, so .*; block 1 .* cannot absorb a patch: .* shared",
+        ),
     ],
 )
 def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, reason):
@@ -250,13 +257,21 @@ def test_the_original_runs_once_for_the_patches_of_several_states(family, monkey
     kept = {}
     ran = []
     block = Recording.block
-    monkeypatch.setattr(Recording, "block", lambda r, i, s: (ran.append(i), block(r, i, s))[1])
-    for removed in ([2], [1, 4], [2, 4]):  # The first needs fewer blocks than the others.
+    monkeypatch.setattr(
+        Recording, "block", lambda r, i, s: (ran.append(i), block(r, i, s))[1]
+    )
+    for removed in (
+        [2],
+        [1, 4],
+        [2, 4],
+    ):  # The first needs fewer blocks than the others.
         alone = fit_patches(replay, tokens(), removed, Work(96)).patches
         ran.clear()
         again = fit_patches(replay, tokens(), removed, Work(96), None, kept).patches
         assert [p.record for p in again] == [p.record for p in alone]
-        assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, again, strict=True))
+        assert all(
+            torch.equal(a.weight, b.weight) for a, b in zip(alone, again, strict=True)
+        )
     # Only the original runs a removed block.
     assert 2 not in ran
 
@@ -271,7 +286,9 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     teacher = load_streamed(tmp_path / "source", dtype="float32", device="cpu")
     read = []
     fill = StoredPart.fill
-    monkeypatch.setattr(StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b)))
+    monkeypatch.setattr(
+        StoredPart, "fill", lambda p, b: (read.append(p.part), fill(p, b))
+    )
     text = tokens(32)
     fit_patches(teacher.streamed, text, removed, Work(96))
     # Block 0 may be read ahead; blocks after the last cut are not needed. A block that is patched
@@ -311,27 +328,46 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
     # For the map of inputs, that of outputs, and the message.
     rooms = [0, 0, 0]
     monkeypatch.setattr(
-        linear, "allowance", lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)
+        linear,
+        "allowance",
+        lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0),
     )
     found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
     (cut,) = found.unpatched
     assert cut.removed == [2, 2]
-    assert "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB" in cut.reason
+    assert (
+        "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB"
+        in cut.reason
+    )
     assert [patch.record.removed for patch in found.patches] == [[4, 4]]
 
 
-def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, monkeypatch):
+def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(
+    tmp_path, monkeypatch
+):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher = load_streamed(source, dtype="float32", device="cpu")
     replay = teacher.streamed
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
-    with pytest.raises(InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"):
+    with pytest.raises(
+        InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"
+    ):
         fit_patches(replay, tokens(), [3], Work(96))
 
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gpt2", "gpt_neox", "nemotron_h", "gemma3", "olmo2", "qwen3_moe", "gpt_oss", "rwkv"],
+    [
+        "llama",
+        "gpt2",
+        "gpt_neox",
+        "nemotron_h",
+        "gemma3",
+        "olmo2",
+        "qwen3_moe",
+        "gpt_oss",
+        "rwkv",
+    ],
 )
 def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path):
     from isingcut.formats.safetensors_files import read_checkpoint
@@ -379,7 +415,9 @@ def test_families_that_absorb(family, path):
 
 
 def test_the_scale_of_a_family_is_found(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5})
+    monkeypatch.setitem(
+        FAMILIES, "granite", {"head_dim": None, "residual_multiplier": 0.5}
+    )
     model = tiny_model("granite")
     stack = find_stack(model)
     replay = replay_of(model)
@@ -474,7 +512,9 @@ def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute
     assert left < 1
     (patch,) = fitted(model, [2], text, reads=reads)
     unseen = tokens(32, seed=5)
-    assert block_error(model, [patch], 1, 2, unseen) < block_error(model, [], 1, 2, unseen)
+    assert block_error(model, [patch], 1, 2, unseen) < block_error(
+        model, [], 1, 2, unseen
+    )
 
 
 def test_gains_are_those_of_the_norm_behind_the_layer():
@@ -486,7 +526,10 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
         entered = recording.block(0, recording.entered)
         gained = find_gained(recording, 1, entered)[0]
         _, _, written = observe(recording, 1, entered, gained.write)
-        found = token_gains(recording, 1, entered, gained, written)[..., None] * gained.channels
+        found = (
+            token_gains(recording, 1, entered, gained, written)[..., None]
+            * gained.channels
+        )
         rms = written.square().mean(-1, keepdim=True).sqrt()
     expected = block.post_feedforward_layernorm.weight.detach().double() / rms.double()
     assert gained.write.path == "mlp.down_proj"
@@ -496,7 +539,9 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
 
 def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
     monkeypatch.setattr(linear._Fitting, "_error", lambda *_: 1.0)
-    reason = r"no map of block 1's mlp.down_proj or self_attn.o_proj is better than none"
+    reason = (
+        r"no map of block 1's mlp.down_proj or self_attn.o_proj is better than none"
+    )
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("gemma2"), [2], tokens())
 
@@ -507,7 +552,9 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(name).weight.zero_()
-    with pytest.raises(ArchitectureError, match=r"no map of block 1's .* is better than none"):
+    with pytest.raises(
+        ArchitectureError, match=r"no map of block 1's .* is better than none"
+    ):
         fitted(model, [2], tokens())
 
 

@@ -38,7 +38,12 @@ REMOVED = [2, 3]
 
 
 def job(model, text, out, **more):
-    given = {"model": str(model), "calibration": str(text), "out": str(out), "drop": "2,3"}
+    given = {
+        "model": str(model),
+        "calibration": str(text),
+        "out": str(out),
+        "drop": "2,3",
+    }
     # The patch is fitted on all of the text.
     given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
     return isingcut.run(**{**OPTIONS, **given, **more})
@@ -55,7 +60,10 @@ def patch_of(checkpoint):
 @pytest.fixture(scope="module")
 def text(shared):
     """Fewer words than elsewhere, because patches are fitted on all of them."""
-    return shared.folder("few", lambda place: write_words(place / "text.txt", 450)) / "text.txt"
+    return (
+        shared.folder("few", lambda place: write_words(place / "text.txt", 450))
+        / "text.txt"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,9 @@ def exact(run, tmp_path_factory):
     assert isinstance(done.exception, OutputExistsError)
     assert "patch: was None" not in str(done.exception)
     assert "patch: tokens: was 65536" in str(done.exception)
-    done = CliRunner().invoke(app, ["excise", str(out), "--patch", "none", "--overwrite"])
+    done = CliRunner().invoke(
+        app, ["excise", str(out), "--patch", "none", "--overwrite"]
+    )
     assert done.exit_code == 0, done.output
     assert "patch" not in read_json(out / "model" / "isingcut.json", "removal")
     done = CliRunner().invoke(app, ["evaluate", str(out)])
@@ -96,14 +106,18 @@ def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
     # The tuned layers are in blocks 1 and 4, which are now 1 and 2.
     new = {1: 1, 4: 2}
-    tuned = {f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]}
+    tuned = {
+        f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]
+    }
     assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
     assert len(tuned) == 2 * 7
     original = load(llama, dtype="float32", device="cpu").model
     kept = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
     ids = torch.arange(5, 21)[None]
     with torch.no_grad(), skip_blocks(original, REMOVED):
-        torch.testing.assert_close(kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            kept(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
@@ -115,8 +129,12 @@ def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     models = (load(m, dtype="float32", device="cpu").model for m in (llama, exact))
     scores = quality(*models, calibration.splits["report"])
     assert found["cut"]["kl"] == pytest.approx(scores.kl, rel=1e-4)
-    assert found["cut"]["perplexity"] == pytest.approx(scores.after.perplexity, rel=1e-4)
-    assert found["cut"]["perplexity_se"] == pytest.approx(scores.after.perplexity_se, rel=1e-3)
+    assert found["cut"]["perplexity"] == pytest.approx(
+        scores.after.perplexity, rel=1e-4
+    )
+    assert found["cut"]["perplexity_se"] == pytest.approx(
+        scores.after.perplexity_se, rel=1e-3
+    )
     fitted = patch_of(run / "model")["text"]
     assert fitted["searched"] == calibration.splits["energy"].samples
     assert fitted["samples"] > fitted["searched"]
@@ -185,7 +203,14 @@ def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
 
 
 def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
-    command = ["run", str(llama), "--out", str(tmp_path / "run"), "--calibration", str(text)]
+    command = [
+        "run",
+        str(llama),
+        "--out",
+        str(tmp_path / "run"),
+        "--calibration",
+        str(text),
+    ]
     for name, value in {**OPTIONS, "energy": "fisher", "remove": 1, "drop": 0}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     done = CliRunner().invoke(app, [*command, "--json"])
@@ -195,11 +220,15 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
     assert warning.startswith("not patched: block 0 is removed")
     out = tmp_path / "run"
     assert answer["evaluation"]["last"] == "cut"
-    assert patch_warnings(read_document(out / "evaluation.json", EvaluationFile)) == [warning]
+    assert patch_warnings(read_document(out / "evaluation.json", EvaluationFile)) == [
+        warning
+    ]
     assert warning[1:] in (out / "model" / "README.md").read_text(encoding="utf-8")
     assert warning in (out / "report.md").read_text(encoding="utf-8")
     assert isingcut.open_run(out).warnings[-1] == warning
-    assert "no weight was trained" in (out / "model" / "README.md").read_text(encoding="utf-8")
+    assert "no weight was trained" in (out / "model" / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
@@ -227,7 +256,9 @@ def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
     fitted = job(llama, text, tmp_path / "fitted", patch="linear")
     assert patch_of(fitted / "model")["tuning"] is None
-    streamed, whole = (read_json(p / "evaluation.json", "evaluation") for p in (out, fitted))
+    streamed, whole = (
+        read_json(p / "evaluation.json", "evaluation") for p in (out, fitted)
+    )
     assert streamed["last"] == "patched"
     for name in ("kl", "kl_se"):
         assert streamed[name] == pytest.approx(whole[name], rel=1e-2)
@@ -255,7 +286,9 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
     fitted = patch_of(saved)["text"]
     assert fitted["samples"] == fitted["searched"] == 6
-    assert fitted["short"].startswith("the source was changed or cannot be read; restore")
+    assert fitted["short"].startswith(
+        "the source was changed or cannot be read; restore"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +296,9 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
-    write_jsonl(place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)])
+    write_jsonl(
+        place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)]
+    )
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
     write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
     return place
@@ -301,7 +336,9 @@ def healed_run(folder):
 
 def test_a_run_heals_what_the_ranking_chose(healed_run):
     chosen = read_json(healed_run / "candidates.json", "candidates")["chosen"]
-    cut = json.loads((healed_run / "model" / "isingcut.json").read_text(encoding="utf-8"))
+    cut = json.loads(
+        (healed_run / "model" / "isingcut.json").read_text(encoding="utf-8")
+    )
     assert cut["removed"] == chosen["removed"]
     assert cut["patch"]["cuts"]
     found = read_json(healed_run / "healing.json", "healing")
@@ -340,7 +377,9 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
     pipeline.run(config(folder, "run", **again))
     found = read_json(out / "evaluation.json", "evaluation")
     assert (found["last"], found["after"]["blocks"]) == ("cut", 5)
-    assert "| | original | cut | change |" in (out / "report.md").read_text(encoding="utf-8")
+    assert "| | original | cut | change |" in (out / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
@@ -354,11 +393,24 @@ def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
     assert answer["benchmarks"]["wikitext2"]["tokens"] > 0
     stored = read_json(healed_run / "benchmarks.json", "benchmarks")
     assert stored["rows"] == [row]
-    assert set(row) >= {"task", "metric", "original", "original_se", "cut", "cut_se", "n"}
+    assert set(row) >= {
+        "task",
+        "metric",
+        "original",
+        "original_se",
+        "cut",
+        "cut_se",
+        "n",
+    }
 
 
 def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
-    command = ["evaluate", str(healed_run / "healed"), "--original", str(folder / "model")]
+    command = [
+        "evaluate",
+        str(healed_run / "healed"),
+        "--original",
+        str(folder / "model"),
+    ]
     command += ["--tasks", "arc_easy", "--data", str(folder / "data")]
     command += ["--out", str(tmp_path / "scores.json"), "--device", "cpu"]
     done = CliRunner().invoke(app, command)
@@ -368,14 +420,23 @@ def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
 
 
 def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(healed_run):
-    done = CliRunner().invoke(app, ["evaluate", str(healed_run / "healed"), "--tasks", "arc_easy"])
+    done = CliRunner().invoke(
+        app, ["evaluate", str(healed_run / "healed"), "--tasks", "arc_easy"]
+    )
     assert isinstance(done.exception, InputError)
     assert "add --original MODEL" in str(done.exception)
 
 
 def test_heal_from_the_command_line(folder, healed_run, tmp_path):
     command = ["heal", str(healed_run / "model"), "--teacher", str(folder / "model")]
-    command += ["--text", str(folder / "text.jsonl"), "--length", "32", "--report-samples", "2"]
+    command += [
+        "--text",
+        str(folder / "text.jsonl"),
+        "--length",
+        "32",
+        "--report-samples",
+        "2",
+    ]
     command += ["--samples", "4", "--effort", "100 tokens", "--device", "cpu"]
     command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
     done = CliRunner().invoke(app, command)

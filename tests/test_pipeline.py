@@ -30,12 +30,16 @@ def job(model, text, out, **more):
 @pytest.mark.parametrize(
     ("family", "remove"), [("gemma3", 2), ("gpt2", 2), ("nemotron_h", "mamba2=1,moe=1")]
 )
-def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, remove, tmp_path, text):
+def test_run_gives_a_checkpoint_that_is_the_skipped_original(
+    family, remove, tmp_path, text
+):
     source = tiny_checkpoint(family, tmp_path / "model")
     target = job(source, text, tmp_path / "run", remove=remove, patch="none")
     removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    cut = AutoModelForCausalLM.from_pretrained(target / "model", dtype=torch.float32).eval()
+    cut = AutoModelForCausalLM.from_pretrained(
+        target / "model", dtype=torch.float32
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(target / "model")
     ids = tokenizer("ground state of the energy", return_tensors="pt").input_ids
     with torch.no_grad(), skip_blocks(original, removed):
@@ -51,8 +55,18 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(family, remove, tmp
 
 
 def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path):
-    small = {"samples": 3, "length": 16, "rank_samples": 3, "report_samples": 3, "remove": "2"}
-    options = {"model": str(llama), "calibration": str(text), "out": str(tmp_path / "run")}
+    small = {
+        "samples": 3,
+        "length": 16,
+        "rank_samples": 3,
+        "report_samples": 3,
+        "remove": "2",
+    }
+    options = {
+        "model": str(llama),
+        "calibration": str(text),
+        "out": str(tmp_path / "run"),
+    }
     folder = isingcut.energy(DEMO.replace(**small, **options))
     (file,) = folder.glob("hamiltonian*.safetensors")
     search = Hamiltonian.load(file).meta["search"]
@@ -98,7 +112,9 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsy
     assert f"keep: was none, now {kept}" in capsys.readouterr().err
     assert call("rank", run, "--overwrite") == 0
     found = read_json(run / "candidates.json", "candidates")
-    assert not any(kept in row["removed"] for row in found["candidates"] + found["random"])
+    assert not any(
+        kept in row["removed"] for row in found["candidates"] + found["random"]
+    )
     assert call("baseline", "random", run) == 0
     violated = read_json(run / "baseline-random.json", "baseline")
     assert (kept in violated["removed"]) == bool(violated["violated"])
@@ -106,12 +122,17 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsy
     isingcut.energy(config.replace(also="", effort="3", overwrite=True))
     capsys.readouterr()
     assert call("rank", run, "--overwrite") == 2
-    assert "was solved for another energy or budget; solve again" in capsys.readouterr().err
+    assert (
+        "was solved for another energy or budget; solve again"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
     config = read_json(run / "run.json", "run")["config"]
-    change(run / "run.json", "run", config={**config, "quick": True, "random_states": 0})
+    change(
+        run / "run.json", "run", config={**config, "quick": True, "random_states": 0}
+    )
     opened = isingcut.runs.folder.RunFolder.open(run).config
     assert (opened.random_states, opened.skip_speed) == (0, False)
     assert opened.replace(random_states=40).random_states == 40
@@ -120,7 +141,9 @@ def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
 
 
-def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, monkeypatch):
+def test_a_checkpoint_that_fails_verification_is_not_kept(
+    llama, text, tmp_path, monkeypatch
+):
     from isingcut.errors import VerificationError
 
     def wrong(*arguments, **options):
@@ -144,7 +167,9 @@ def test_a_budget_decides_how_many_blocks_go(run):
     assert folder.target(config.removal) == run / "remove-params-30_"
 
 
-def test_solving_far_from_where_an_energy_was_corrected_warns(llama, text, tmp_path, capsys):
+def test_solving_far_from_where_an_energy_was_corrected_warns(
+    llama, text, tmp_path, capsys
+):
     options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
     out = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
     assert call("solve", out, "--remove", 2) == 0

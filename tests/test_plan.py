@@ -85,7 +85,9 @@ def test_energies_take_the_passes_that_are_counted(llama):
             run()
         return own.total
 
-    one = operations(lambda: measure(replay, text, np.zeros((0, n), bool), work=Work(64)))
+    one = operations(
+        lambda: measure(replay, text, np.zeros((0, n), bool), work=Work(64))
+    )
     took = operations(lambda: gate_gradients(replay, text, work=Work(64)))
     for name in ("fisher", "empirical-fisher"):
         passes = registry.get(name)().price(n, []).passes
@@ -97,7 +99,10 @@ def test_a_measurement_costs_its_blocks_heads_and_texts():
     # The original runs all four blocks; the states run what they do not share.
     states = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=bool)
     each = (2 + 4) + (3 + 2) + 2 * 2
-    assert counted._measurement("rank", 5, price_states(states))["seconds"] == 5 * LENGTH * each
+    assert (
+        counted._measurement("rank", 5, price_states(states))["seconds"]
+        == 5 * LENGTH * each
+    )
     assert counted.energy("fisher")["seconds"] == pytest.approx(5 * LENGTH * 2.5 * 6)
 
 
@@ -110,9 +115,13 @@ def test_a_patch_costs_passes_over_its_text():
     for patch, passes, trial in (("tuned", 4, 2), ("linear", 2, 1)):
         counted.config = counted.config.replace(patch_tokens=100, patch=patch)
         # The weights are read, written and read again.
-        assert stage(counted, "patch")["seconds"] == pytest.approx(100 * passes * 6 + 3 * 0.1 * 60)
+        assert stage(counted, "patch")["seconds"] == pytest.approx(
+            100 * passes * 6 + 3 * 0.1 * 60
+        )
         # The ranking patches candidates near the lowest.
-        assert stage(counted, "rank")["seconds"] == pytest.approx(ranked + 100 * trial * 6)
+        assert stage(counted, "rank")["seconds"] == pytest.approx(
+            ranked + 100 * trial * 6
+        )
     # With the default text, about 44 states are patched and measured on 2,048 tokens each. The
     # original runs once.
     counted.config = counted.config.replace(patch_tokens=65536)
@@ -125,7 +134,9 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
     counted = prices(config=config, n=20, latency=(1.0,) * 20)
     each = []
     for counted.remove in (8, 9, 10):
-        each.append((stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"]))
+        each.append(
+            (stage(counted, "rank")["seconds"], counted.energy("refined")["seconds"])
+        )
     counted.config = counted.config.replace(remove="8..10")
     ranked = stage(counted, "rank")["seconds"]
     searched = counted.energy("refined")["seconds"]
@@ -135,11 +146,19 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
 
 
 def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(llama):
-    options = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min", "quick": True}
+    options = {
+        "length": 16,
+        "samples": 3,
+        "patch": "linear",
+        "heal": "10min",
+        "quick": True,
+    }
     plan = make_plan(RunConfig(model=str(llama), stream="off", **options))
     energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
     assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
-    context = _program.commands["energy"].make_context("energy", plan["command"].split()[2:])
+    context = _program.commands["energy"].make_context(
+        "energy", plan["command"].split()[2:]
+    )
     assert (context.params["stream"], context.params["samples"]) == ("off", "3")
 
 
@@ -201,14 +220,28 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     known = ["empirical-fisher", "fisher", "pairwise", "refined", "whole"]
     assert [e["name"] for e in plan["energies"]] == known
     (own,) = (e for e in plan["energies"] if e["impossible"])
-    assert (own["name"], own["samples"], own["impossible"]) == ("whole", 7, "not estimated")
+    assert (own["name"], own["samples"], own["impossible"]) == (
+        "whole",
+        7,
+        "not estimated",
+    )
     streamed = prices(streamed=True, room=1).energy("whole")
     assert streamed["impossible"] == "needs the whole model in memory"
 
 
 def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--remove", 2, "--length", 16, "--samples", 8, "--dtype", "float32", "--json"]
+    words = [
+        "--remove",
+        2,
+        "--length",
+        16,
+        "--samples",
+        8,
+        "--dtype",
+        "float32",
+        "--json",
+    ]
     assert call("plan", llama, *words) == 0
     found = json.loads(capsys.readouterr().out)
     assert os.listdir(tmp_path) == []
@@ -216,23 +249,35 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
     assert names == ["empirical-fisher", "fisher", "pairwise", "refined"]
     for line in found["energies"] + found["stages"]:
         assert min(line["seconds"], line["memory"]) > 0, line["name"]
-    assert [s["name"] for s in found["stages"]] == ["load", "rank", "excise", "patch", "evaluate"]
+    assert [s["name"] for s in found["stages"]] == [
+        "load",
+        "rank",
+        "excise",
+        "patch",
+        "evaluate",
+    ]
     # An explicit --samples applies to all energies; otherwise each has a default of its own.
     assert {e["samples"] for e in found["energies"]} == {8}
-    assert found["command"].startswith(f"isingcut run {llama} --remove 2 --samples 8 --length 16")
+    assert found["command"].startswith(
+        f"isingcut run {llama} --remove 2 --samples 8 --length 16"
+    )
     assert found["remove"] == 2
     assert 0 < found["checkpoint"] < found["weights"]
 
 
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
     folder = tiny_checkpoint("qwen2_moe", tmp_path / "m")
-    plan = make_plan(RunConfig(model=str(folder), budget="latency=30%", length=16, stream="on"))
+    plan = make_plan(
+        RunConfig(model=str(folder), budget="latency=30%", length=16, stream="on")
+    )
     assert plan["streamed"]
     assert 0 < plan["remove"] < plan["blocks"]
     assert not any(e["impossible"] for e in plan["energies"])
 
 
-def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, monkeypatch):
+def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(
+    llama, monkeypatch
+):
     # All six blocks take the same time.
     monkeypatch.setattr(StreamedReplay, "latency", lambda replay, positions: [1e-3] * 6)
     config = RunConfig(model=str(llama), length=16, batch_tokens=64)
@@ -264,7 +309,9 @@ def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeyp
     ]  # fmt: skip
 
 
-def test_a_run_says_at_its_start_how_long_it_takes(llama, text, tmp_path, monkeypatch, capsys):
+def test_a_run_says_at_its_start_how_long_it_takes(
+    llama, text, tmp_path, monkeypatch, capsys
+):
     class Begun(Exception):
         pass
 
@@ -273,13 +320,23 @@ def test_a_run_says_at_its_start_how_long_it_takes(llama, text, tmp_path, monkey
 
     monkeypatch.setattr("isingcut.runs.pipeline.measure_and_rank", begin)
     for quick in (False, True):
-        options = {"remove": 2, "out": str(tmp_path / f"run{quick}"), "quick": quick} | OPTIONS
+        options = {
+            "remove": 2,
+            "out": str(tmp_path / f"run{quick}"),
+            "quick": quick,
+        } | OPTIONS
         with pytest.raises(Begun):
             isingcut.run(
-                model=str(llama), calibration=str(text), progress=terminal, **options, heal=True
+                model=str(llama),
+                calibration=str(text),
+                progress=terminal,
+                **options,
+                heal=True,
             )
         said = capsys.readouterr().err
-        assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
+        assert re.search(
+            r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said
+        )
         assert "heal depends on the text; set a limit with --heal 10min" in said
         assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
 
@@ -302,4 +359,6 @@ def test_advice_is_the_best_that_fits_in_the_hours(seconds, remove, energy, effo
     removal = ["--remove", remove] if remove else []
     typed = [*start, "'a model'", *removal, "--length", "128", "--stream", "on"]
     typed += ["--energy", energy, *(["--effort", effort] if effort else [])]
-    assert command(config, energy, effort) == " ".join([*typed, "--out", "'a model-run'"])
+    assert command(config, energy, effort) == " ".join(
+        [*typed, "--out", "'a model-run'"]
+    )

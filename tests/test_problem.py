@@ -31,7 +31,10 @@ def test_feasible_and_violations():
 
 
 def test_constraints_are_rows_of_the_hamiltonians_length():
-    for rows, words in (([con.count(5, 2)], "is for 5 blocks"), ([con.keep(4, [0])], "unpack a")):
+    for rows, words in (
+        ([con.count(5, 2)], "is for 5 blocks"),
+        ([con.keep(4, [0])], "unpack a"),
+    ):
         with refuses(words):
             Problem(hamiltonian(4), rows)
 
@@ -54,7 +57,10 @@ def test_conflicting_constraints_are_named_and_no_others():
 
 def test_conflicting_constraints_of_one_reason_are_named_together():
     each = [("a", "why"), ("b", "why"), ("c", "")]
-    rows = [con.LinearConstraint(x, np.eye(3)[i], "==", 1, y) for i, (x, y) in enumerate(each)]
+    rows = [
+        con.LinearConstraint(x, np.eye(3)[i], "==", 1, y)
+        for i, (x, y) in enumerate(each)
+    ]
     with refuses(r"removed\); a, b \(why\); c; relax", InfeasibleError):
         Problem(hamiltonian(3), [con.count(3, 2), *rows]).check()
 
@@ -67,30 +73,43 @@ def test_budgets_in_bytes_conflict_too():
     Problem(hamiltonian(6), rows).check()
     with refuses("half a block", InfeasibleError):
         Problem(
-            hamiltonian(6), [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)]
+            hamiltonian(6),
+            [con.LinearConstraint("half a block", np.full(6, 3e9), "==", 7.5e9)],
         ).check()
 
 
 def test_a_state_is_feasible():
-    rows = [con.count(8, 3), con.budget("b", np.arange(8.0), amount=17), *con.keep(8, [5])]
+    rows = [
+        con.count(8, 3),
+        con.budget("b", np.arange(8.0), amount=17),
+        *con.keep(8, [5]),
+    ]
     problem = Problem(hamiltonian(8), rows)
     assert problem.violations(problem.a_state()) == []
 
 
 def test_cardinality():
     costs = np.array([1.0, 2.0, 3.0, 4.0])
-    problem = Problem(hamiltonian(4), [con.budget("b", costs, amount=5), *con.keep(4, [0])])
+    problem = Problem(
+        hamiltonian(4), [con.budget("b", costs, amount=5), *con.keep(4, [0])]
+    )
     assert problem.cardinality == (2, 3)
     assert Problem(hamiltonian(4)).cardinality == (0, 4)
 
 
 def test_a_cqm_has_the_energies_and_the_rows():
-    rows = [con.count(5, 2), con.budget("b", np.arange(5.0), amount=3), *con.keep(5, [1])]
+    rows = [
+        con.count(5, 2),
+        con.budget("b", np.arange(5.0), amount=3),
+        *con.keep(5, [1]),
+    ]
     problem = Problem(random_hamiltonian(5), rows)
     cqm = problem.to_cqm()
     for x, feasible in zip(all_states(5), problem.feasible(all_states(5)), strict=True):
         sample = dict(enumerate(x))
-        assert cqm.objective.energy(sample) == pytest.approx(problem.hamiltonian.energy(x))
+        assert cqm.objective.energy(sample) == pytest.approx(
+            problem.hamiltonian.energy(x)
+        )
         assert cqm.check_feasible(sample) == feasible
 
 
@@ -108,7 +127,9 @@ def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sens
     assert problem.feasible(state)[0]
     x = all_states(5)
     x = x[problem.feasible(x)]
-    assert sample.energy == pytest.approx(problem.hamiltonian.energies(x).min(), abs=1e-9)
+    assert sample.energy == pytest.approx(
+        problem.hamiltonian.energies(x).min(), abs=1e-9
+    )
 
 
 def random_hamiltonian(n, seed=0, **rest):
@@ -159,10 +180,22 @@ def test_save_and_load(tmp_path):
         ([[0.0, 1.0]], np.zeros((1, 1)), r"h must be a vector .*, got shape \(1, 2\)"),
         ([], np.zeros((0, 0)), "at least one entry"),
         ([[1.0], [1.0, 2.0]], np.zeros((2, 2)), "h must be an array of real numbers"),
-        ([1e308, 1e308], np.zeros((2, 2)), r"at most 1e\+100 in size; entry \[0\] is 1e\+308"),
+        (
+            [1e308, 1e308],
+            np.zeros((2, 2)),
+            r"at most 1e\+100 in size; entry \[0\] is 1e\+308",
+        ),
         ([0.0, 1.0], [[0.0, 1e308], [1e308, 0.0]], "J must be finite and at most"),
-        (np.array([1.0 + 1.0j, 2.0]), np.zeros((2, 2)), "real numbers: it has complex numbers"),
-        ([0.0, 1.0], np.array([[0.0, 1.0j], [1.0j, 0.0]]), "J must be an array of real numbers"),
+        (
+            np.array([1.0 + 1.0j, 2.0]),
+            np.zeros((2, 2)),
+            "real numbers: it has complex numbers",
+        ),
+        (
+            [0.0, 1.0],
+            np.array([[0.0, 1.0j], [1.0j, 0.0]]),
+            "J must be an array of real numbers",
+        ),
     ],
 )
 def test_bad_coefficients_are_refused(h, J, message):
@@ -223,8 +256,12 @@ def test_blocks_and_their_numbers_are_whole_numbers(wrong):
     calls = {
         "a block to keep must be a whole number, got": lambda: con.keep(4, [wrong]),
         "a block to drop must be a whole number, got": lambda: con.drop(4, [0, wrong]),
-        "the number of removed blocks must be a whole number": lambda: con.count(4, wrong),
-        "the number of mlp blocks must be a whole": lambda: con.kind_counts(KINDS, {"mlp": wrong}),
+        "the number of removed blocks must be a whole number": lambda: con.count(
+            4, wrong
+        ),
+        "the number of mlp blocks must be a whole": lambda: con.kind_counts(
+            KINDS, {"mlp": wrong}
+        ),
     }
     for words, call in calls.items():
         with refuses(words):
@@ -262,7 +299,11 @@ def test_legality_rows():
 
 
 def test_a_row_needs_finite_coefficients_and_a_known_sense():
-    wrong = [([np.nan], "==", 0, "finite"), ([0], "==", np.inf, "finite"), ([0], "<", 0, "sense")]
+    wrong = [
+        ([np.nan], "==", 0, "finite"),
+        ([0], "==", np.inf, "finite"),
+        ([0], "<", 0, "sense"),
+    ]
     for row, sense, rhs, words in wrong:
         with refuses(words):
             con.LinearConstraint("bad", row, sense, rhs)

@@ -40,7 +40,11 @@ def log(capsys):
 
 def test_a_log_gets_tenths_with_the_time_left_and_the_best(log):
     lines = log(
-        20, 60, lambda k: "" if k % 2 == 0 and k < 20 else f"lowest KL so far {1 / (k + 1):.2f}"
+        20,
+        60,
+        lambda k: (
+            "" if k % 2 == 0 and k < 20 else f"lowest KL so far {1 / (k + 1):.2f}"
+        ),
     )
     assert len(lines) == 10
     assert lines[0] == "measuring: 10%, 18 min left, lowest KL so far 0.50"
@@ -60,7 +64,12 @@ def test_unknown_totals_and_durations(capsys):
     bar = progress.PlainBar("solving", 0)
     bar.advance(1, "lowest energy 1")
     assert capsys.readouterr().err == ""
-    assert [progress.duration(s) for s in (0.4, 8.4, 260, 9000)] == ["0 s", "8 s", "4 min", "2.5 h"]
+    assert [progress.duration(s) for s in (0.4, 8.4, 260, 9000)] == [
+        "0 s",
+        "8 s",
+        "4 min",
+        "2.5 h",
+    ]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
@@ -146,7 +155,11 @@ def test_solving_and_proving_show_progress(run, tmp_path):
     _ = opened.ranking
     assert bars.totals["solving for 1"] == opened.config.solve_seconds
     opened.save(tmp_path / "out", blocks=[1])
-    assert bars.done["verifying the checkpoint"] == bars.totals["verifying the checkpoint"] == 3
+    assert (
+        bars.done["verifying the checkpoint"]
+        == bars.totals["verifying the checkpoint"]
+        == 3
+    )
     read = bars.totals["reading the text of the patch"]
     assert bars.done["reading the text of the patch"] == read > 0
 

@@ -96,7 +96,9 @@ def test_generation_is_compared_despite_masked_logits():
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
-@pytest.mark.parametrize("setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}]
+)
 def test_settings_of_generation_do_not_stop_the_proof(setting, tmp_path):
     model = tiny_model("llama")
     model.generation_config.update(**setting)
@@ -148,7 +150,9 @@ def test_blocks_that_image_features_join_behind_stay(family):
     model = composite(family)
     for removed in ([0], [1, 3]):
         assert forbids(model, removed)
-        with refuses(r"image features \(DeepStack\) join the stream", ArchitectureError):
+        with refuses(
+            r"image features \(DeepStack\) join the stream", ArchitectureError
+        ):
             cut_config(model.config.to_dict(), removed)
     assert not forbids(model, [3, 4, 5])
 
@@ -173,7 +177,10 @@ def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeyp
 
 
 def test_places_of_images_are_renumbered_and_never_meet():
-    places = {"deepstack_layer_map": [(0, 0), (1, 1)], "spatial_target_layers": [2, 4, 4, 9]}
+    places = {
+        "deepstack_layer_map": [(0, 0), (1, 1)],
+        "spatial_target_layers": [2, 4, 4, 9],
+    }
     model = composite("granite4_vision", **places)
     config = model.config.to_dict()
     cut = cut_config(config, [2, 5])
@@ -224,7 +231,11 @@ def test_the_checkpoints_own_processor_makes_the_image(tmp_path):
 def test_random_text_holds_no_token_of_an_image():
     model = composite("qwen3_vl")
     config = model.config
-    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id}
+    special = {
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+    }
     assert not special & set(random_tokens(model, 40, 100).flatten().tolist())
 
 
@@ -233,7 +244,8 @@ def test_a_run_shows_how_its_cut_was_proven(finished):
     assert record["proof"] == {"inputs": "text", "difference": 0.0, "remarks": []}
     assert "blocks skipped, on text." in (finished / "model" / "README.md").read_text()
     assert (
-        "| proof of the cut | text: logits of the reloaded" in (finished / "report.md").read_text()
+        "| proof of the cut | text: logits of the reloaded"
+        in (finished / "report.md").read_text()
     )
 
 
@@ -249,7 +261,9 @@ def test_a_streamed_cut_is_proven_with_an_image(tmp_path):
     model = composite("qwen3_vl")
     cut = cut_of(model, [3, 5], tmp_path)
     source = StreamedReplay(
-        *open_model(tmp_path / "source", dtype=torch.float32, device=torch.device("cpu"))
+        *open_model(
+            tmp_path / "source", dtype=torch.float32, device=torch.device("cpu")
+        )
     )
     proof = verify(source, [3, 5], cut, new_tokens=1, images=invent_images)
     assert proof.inputs == "text and an image"

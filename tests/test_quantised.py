@@ -49,7 +49,10 @@ def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, "fp8")
     with edit_config(source) as config:
-        classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        classes = {
+            "AutoConfig": "own.OwnConfig",
+            "AutoModelForCausalLM": "own.OwnModel",
+        }
         config.update(model_type="own", architectures=["OwnModel"], auto_map=classes)
     (source / "own.py").write_text(
         "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
@@ -63,17 +66,25 @@ def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "shards", "patch"),
-    [("fp8", 0, "tuned"), ("compressed-tensors", 20_000, "linear"), ("modelopt", 1, "linear")],
+    [
+        ("fp8", 0, "tuned"),
+        ("compressed-tensors", 20_000, "linear"),
+        ("modelopt", 1, "linear"),
+    ],
 )
 def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     layout, shards, patch, tmp_path
 ):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
-    excise(source, [2], tmp_path / "cut", **({"max_shard_bytes": shards} if shards else {}))
+    excise(
+        source, [2], tmp_path / "cut", **({"max_shard_bytes": shards} if shards else {})
+    )
     teacher = load(source, dtype="float32", device="cpu")
     generator = torch.Generator().manual_seed(0)
-    text = TokenSet.from_rows(torch.randint(8, 262, (48, 24), generator=generator).tolist())
+    text = TokenSet.from_rows(
+        torch.randint(8, 262, (48, 24), generator=generator).tolist()
+    )
     config = HealConfig(patch=patch, patch_tokens=4096)
     job = Job(teacher, (2,), tmp_path / "cut", text, tmp_path / "work", config)
     record = patch_checkpoint(job, tmp_path / "patched")
@@ -114,9 +125,12 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])]
+    ("given", "told"),
+    [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])],
 )
-def test_the_head_is_listed_as_plain_only_where_there_was_no_list(given, told, tmp_path):
+def test_the_head_is_listed_as_plain_only_where_there_was_no_list(
+    given, told, tmp_path
+):
     content = {"quantization_config": {"modules_to_not_convert": given}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     _list_plain(tmp_path, "fp8", ["new"], set())
@@ -220,7 +234,9 @@ def test_fp8_with_experts_in_one_tensor(tmp_path):
     source = tmp_path / "source"
     out = tmp_path / "out"
     plain = composite_checkpoint("qwen3_vl_moe", source)
-    experts = [n for n, p in plain.named_parameters() if ".experts." in n and p.ndim == 3]
+    experts = [
+        n for n, p in plain.named_parameters() if ".experts." in n and p.ndim == 3
+    ]
     with edit_tensors(source) as tensors:
         for name in experts:
             scale = tensors[name].abs().amax((1, 2), keepdim=True) / 448
@@ -272,7 +288,10 @@ def test_mxfp4_is_measured_as_transformers_unpacks_it(tmp_path):
 def test_bitsandbytes_is_refused_with_the_way_out(tmp_path):
     source = tiny_checkpoint("llama", tmp_path / "source")
     with edit_config(source) as config:
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+        }
     wanted = "cut the checkpoint it was made from and quantise the result"
     assert wanted in inspect_model(source).refusal
     with refuses(wanted, ArchitectureError):

@@ -67,7 +67,9 @@ def test_with_several_sizes_the_states_of_a_size_are_equally_likely():
     problem = flat(6, LinearConstraint("most", np.ones(6), "<=", 5, "at most 5"))
     none = np.zeros((0, 6), dtype=bool)
     first = [random_feasible(problem, 1, seed, none) for seed in range(300)]
-    assert {words for _, words in first} == {"uniform over the feasible states of each size"}
+    assert {words for _, words in first} == {
+        "uniform over the feasible states of each size"
+    }
     sizes = np.bincount([int(states.sum()) for states, _ in first])
     # Of the 63 states one is empty and six have one block: 5 and 29 of 300 if all were as likely.
     assert sizes.min() > 30
@@ -149,7 +151,12 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
         return measure_patched(*given)
 
     monkeypatch.setattr(trials, "changed_losses", interrupted)
-    given = {"model": str(llama), "calibration": str(text), "remove": 2, "patch": "linear"}
+    given = {
+        "model": str(llama),
+        "calibration": str(text),
+        "remove": 2,
+        "patch": "linear",
+    }
     options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
     with pytest.raises(KeyboardInterrupt):
         isingcut.run(**options)
@@ -157,24 +164,37 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     found = read_json(target / "candidates.json", "candidates")
     rows = sorted(found["candidates"], key=lambda row: row["kl"])
     lowest = rows[0]["kl"]
-    near = [r for r in rows if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])][:3]
+    near = [
+        r
+        for r in rows
+        if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])
+    ][:3]
     assert near == [row for row in rows if "patched_kl" in row]
     assert len(tried) == 1 + len(near) > 2
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row["patched_kl"])
     assert found["chosen"]["removed"] == best["removed"]
     assert found["chosen"]["why"] == "patch"
-    why = sentence("why_words", read_document(target / "candidates.json", CandidatesFile))
+    why = sentence(
+        "why_words", read_document(target / "candidates.json", CandidatesFile)
+    )
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
-    with pytest.raises(OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"):
+    with pytest.raises(
+        OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"
+    ):
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
     again = run.config.replace(patch_tokens=trials.trial_tokens(run.config))
     session = pipeline.session_of(run, again)
-    cutting.write_model(session, run, best["removed"], tmp_path / "again", overwrite=False)
-    both = [load(m, dtype="float32", device="cpu").model for m in (llama, tmp_path / "again")]
+    cutting.write_model(
+        session, run, best["removed"], tmp_path / "again", overwrite=False
+    )
+    both = [
+        load(m, dtype="float32", device="cpu").model
+        for m in (llama, tmp_path / "again")
+    ]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
     assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
@@ -188,7 +208,9 @@ def test_a_clear_leader_is_not_patched_for_the_choice():
 
 
 @pytest.mark.parametrize(("patched", "chosen"), [(0.97, 0), (0.9, 1)])
-def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(patched, chosen):
+def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
+    patched, chosen
+):
     rows = [SimpleNamespace(kl=k, above_lowest_se=0.0, removed=[k]) for k in (1, 2)]
     found = SimpleNamespace(candidates=rows, one_pass=None)
     losses = {1: 1.0, 2: patched}
@@ -201,10 +223,14 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(p
     ranked = CandidatesFile.model_construct(chosen=picked, samples=16)
     why = sentence("why_words", ranked)
     assert why.startswith("compared in a deep cut with state")
-    assert f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
+    assert (
+        f"on 16 samples; {words} after a patch: {losses[chosen + 1]:.4g} against" in why
+    )
 
 
-def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp_path, monkeypatch):
+def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
+    llama, text, tmp_path, monkeypatch
+):
     tried = []
     kinds = []
     fit = trials.fit_patch
@@ -212,14 +238,18 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(llama, text, tmp
     hidden = [1, 3, 4]
 
     def noted(session, *given):
-        kinds.append((session.config.patch, session.config.patch_tokens, session.config.heal))
+        kinds.append(
+            (session.config.patch, session.config.patch_tokens, session.config.heal)
+        )
         return fit(session, *given)
 
     def nearer_to_hidden_is_better(*given):
         tried.append(given[5])
         if len(tried) == 9:
             raise KeyboardInterrupt
-        return np.full_like(measure_patched(*given), 1 + len(set(given[5]) ^ set(hidden)))
+        return np.full_like(
+            measure_patched(*given), 1 + len(set(given[5]) ^ set(hidden))
+        )
 
     monkeypatch.setattr(trials, "fit_patch", noted)
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)

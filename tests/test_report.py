@@ -13,7 +13,13 @@ from isingcut.files.cuts import CardParts, CutRecord, PatchRecord
 from isingcut.files.evaluations import EvaluationFile, FurtherScores, PackedScores
 from isingcut.files.healings import HealingFile
 from isingcut.files.results import read_json, write_json
-from isingcut.files.states import CandidatesFile, ChosenState, Correlations, Judged, SpectrumFile
+from isingcut.files.states import (
+    CandidatesFile,
+    ChosenState,
+    Correlations,
+    Judged,
+    SpectrumFile,
+)
 from isingcut.report import card, words
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import fence_text
@@ -54,7 +60,9 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
     a, b, c = chosen["removed"]
     assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
-    assert f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
+    assert (
+        f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
+    )
     table = section(page, "Before and after")
     assert "| perplexity | 20.00 ± 0.50 | 29.00 ± 0.50 | +45.0 % |" in table
     assert "| KL to the original, nats/token | 0 | 0.9000 ± 0.0100 |  |" in table
@@ -62,12 +70,21 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert "555 tokens in 5 samples" in table
     ranks = section(page, "How well the energy ranks")
     assert "| `pairwise` | KL | candidates and random | 0.90 (0.80 to 0.95)" in ranks
-    assert "| `empirical-fisher` | KL | candidates and random | -0.25 (-0.35 to -0.20)" in ranks
+    assert (
+        "| `empirical-fisher` | KL | candidates and random | -0.25 (-0.35 to -0.20)"
+        in ranks
+    )
     assert "Warning" not in ranks
     assert 'from_pretrained("r/model")' in section(page, "Load the model")
     assert "Not run" not in page
     part = section(page, "Provenance")
-    for fact in ("`sha-of-a-model`", "`text-0`", "seed=0", "isingcut run a-model", "2.9.0"):
+    for fact in (
+        "`sha-of-a-model`",
+        "`text-0`",
+        "seed=0",
+        "isingcut run a-model",
+        "2.9.0",
+    ):
         assert fact in part
     assert "a CPU \\| with a bar" in part
     assert "| calibration | `calibration.safetensors` | 1.2 |" in part
@@ -77,14 +94,19 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert data["not_run"] == []
     for name in ("evaluation", "candidates"):
         found = read_json(folder / f"{name}.json", name)
-        assert data[name] == {k: v for k, v in found.items() if k not in ("format", "version")}
+        assert data[name] == {
+            k: v for k, v in found.items() if k not in ("format", "version")
+        }
     assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
 
 
 @pytest.mark.parametrize(
     ("why", "said"),
     [
-        ("near states 1 and 2; lower after a patch", "near states 1 and 2; lower after a patch"),
+        (
+            "near states 1 and 2; lower after a patch",
+            "near states 1 and 2; lower after a patch",
+        ),
         ("ground", "the ground state, as --choose ground says"),
     ],
 )
@@ -112,8 +134,16 @@ NAMES = (
 def test_a_speed_up_has_the_error_of_both_timings(folder):
     found = read_json(folder / "evaluation.json", "evaluation")
     for name, rate, error in (("before", 20.0, 3.0), ("after", 25.0, 5.0)):
-        found[name] |= {"decode_tokens_per_second": rate, "decode_tokens_per_second_se": error}
-    change(folder / "evaluation.json", "evaluation", before=found["before"], after=found["after"])
+        found[name] |= {
+            "decode_tokens_per_second": rate,
+            "decode_tokens_per_second_se": error,
+        }
+    change(
+        folder / "evaluation.json",
+        "evaluation",
+        before=found["before"],
+        after=found["after"],
+    )
     page = page_of(folder)
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
@@ -125,8 +155,15 @@ def test_a_batch_is_a_row_where_it_was_timed(folder):
     found = read_json(folder / "evaluation.json", "evaluation")
     for name, rate in (("before", 2000.0), ("after", 2500.0)):
         found[name]["batched_decode_tokens_per_second"] = rate
-    change(folder / "evaluation.json", "evaluation", before=found["before"], after=found["after"])
-    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page_of(folder)
+    change(
+        folder / "evaluation.json",
+        "evaluation",
+        before=found["before"],
+        after=found["after"],
+    )
+    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page_of(
+        folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +172,10 @@ def test_a_batch_is_a_row_where_it_was_timed(folder):
         (0.09, "Expect nearly the same answers"),
         (0.1, "Expect answers of the same kind with more mistakes"),
         (0.3, "Expect fluent text with many mistakes"),
-        (0.6, "Expect text that repeats itself and is often wrong: heal it, or cut less"),
+        (
+            0.6,
+            "Expect text that repeats itself and is often wrong: heal it, or cut less",
+        ),
         (1.2, "Text breaks down: cut less, or heal"),
     ],
 )
@@ -143,13 +183,17 @@ def test_the_first_sentence_judges(folder, kl, said):
     change(folder / "evaluation.json", "evaluation", kl=kl)
     first = f"{said} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
     assert page_of(folder).split("\n")[2].startswith(f"{first} a-model without blocks")
-    assert f"<strong>{words.code(first)}</strong>" in (folder / "report.html").read_text()
+    assert (
+        f"<strong>{words.code(first)}</strong>" in (folder / "report.html").read_text()
+    )
     assert RunFiles(folder).judgement[0] == first
     ranked = read_json(folder / "candidates.json", "candidates")
     ranked["candidates"] = [{**row, "kl": kl} for row in ranked["candidates"]]
     change(folder / "candidates.json", "candidates", **ranked)
     expected = said[0].lower() + said[1:]
-    assert f"At such a KL, {expected}." in model_card(folder, ranked["chosen"]["removed"])
+    assert f"At such a KL, {expected}." in model_card(
+        folder, ranked["chosen"]["removed"]
+    )
 
 
 def test_a_gguf_that_grew_is_not_smaller(folder):
@@ -182,7 +226,9 @@ def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys):
     show.show_healing(noisy, folder)
     said = " ".join(capsys.readouterr().out.split())
     assert "-0.4000 ± 0.2100 │ within the noise │" in said
-    assert said.endswith("Healing changed the KL by -0.4000 ± 0.2100, within the noise.")
+    assert said.endswith(
+        "Healing changed the KL by -0.4000 ± 0.2100, within the noise."
+    )
     assert "within the noise" in card.healed_card(parts, "", noisy)
     (folder / "healed").mkdir()
     write_json(folder / "healing.json", "healing", document)
@@ -196,7 +242,14 @@ def test_a_name_stands_for_itself_in_markdown(folder, name):
     run["provenance"]["calibration"]["source"] = name
     write_json(folder / "run.json", "run", run)
     scores = {"perplexity": 2.0, "perplexity_se": 0.1, "nll": 3.0, "nll_se": 0.1}
-    part = {"samples": 1, "tokens": 5, "before": scores, "after": scores, "kl": 9.0, "kl_se": 0.1}
+    part = {
+        "samples": 1,
+        "tokens": 5,
+        "before": scores,
+        "after": scores,
+        "kl": 9.0,
+        "kl_se": 0.1,
+    }
     change(folder / "evaluation.json", "evaluation", parts={name: part})
     report = read(page_of(folder))
     card = read(model_card(folder, [10, 11]).split("---\n", 2)[2])
@@ -232,7 +285,9 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
         # Columns are below their numbers.
         assert len(line) == len(lines[1])
         assert f"{row['kl']:.4f} ± {row['kl_se']:.4f}" in line
-        assert line.lstrip().startswith("*") == (row["removed"] == found["chosen"]["removed"])
+        assert line.lstrip().startswith("*") == (
+            row["removed"] == found["chosen"]["removed"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +324,9 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     stages = read_json(folder / "run.json", "run")["stages"]
     stages["remove-5/spectrum.json"]["options"] = {"remove": "", "budget": "params=25%"}
     change(folder / "run.json", "run", stages=stages)
-    assert "`isingcut rank r --budget params=25%`" in page_of(folder, folder / "remove-5")
+    assert "`isingcut rank r --budget params=25%`" in page_of(
+        folder, folder / "remove-5"
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,7 +359,9 @@ def test_a_poor_or_unknown_fidelity_is_a_plain_warning(folder, found, said):
         ("pairwise", "nats/token", 1.1, -0.6, "1 of the 2 candidates below zero"),
     ],
 )
-def test_an_energy_that_prices_states_far_too_low_is_a_warning(energy, unit, kl, lowest, said):
+def test_an_energy_that_prices_states_far_too_low_is_a_warning(
+    energy, unit, kl, lowest, said
+):
     chosen = ChosenState.model_construct(energy=0.6, kl=kl)
     found = CandidatesFile.model_construct(
         fidelity=Judged(kl=Correlations(**fidelity(0.95, 33, 0.9))),
@@ -322,8 +381,16 @@ def test_generated_text_cannot_break_out_of_its_block(folder):
 
 def test_a_wide_map_numbers_its_tens():
     states = [{"rank": 0, "energy": 1.0, "removed": [22]}]
-    solved = {"solver": "exact", "seconds": 0.5, "proven": True, "info": {}, "lower_bound": None}
-    found = SpectrumFile.model_validate({"n": 23, "unit": "", "states": states, **solved})
+    solved = {
+        "solver": "exact",
+        "seconds": 0.5,
+        "proven": True,
+        "info": {},
+        "lower_bound": None,
+    }
+    found = SpectrumFile.model_validate(
+        {"n": 23, "unit": "", "states": states, **solved}
+    )
     lines = words.spectrum_map(found, None, None)
     assert lines[0].endswith("0         1         2")
     assert lines[0].index("0") == lines[1].index("0123")
@@ -332,7 +399,8 @@ def test_a_wide_map_numbers_its_tens():
 def test_a_patch_is_reported_with_its_text_and_its_proof():
     said = words.sentence("patch_story", PatchRecord.model_validate(patch()))
     assert (
-        "700 tokens of standard input (4 samples that the energy was measured on and 3 oth" in said
+        "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
+        in said
     )
     assert "on text they differ by 1.0e-07" in said
     assert "--patch-tokens is" not in said
@@ -351,7 +419,10 @@ def test_unpatched_cuts_are_reported_once_or_cut_by_cut():
     for found, expected in (
         (patch(unpatched=refused, cuts=[]), "not patched: a norm"),
         (patch(unpatched=refused[:1]), "not patched at blocks 3 to 4: a norm"),
-        (patch(unpatched=[{**refused[0], "removed": [3, 3]}]), "not patched at block 3: a norm"),
+        (
+            patch(unpatched=[{**refused[0], "removed": [3, 3]}]),
+            "not patched at block 3: a norm",
+        ),
     ):
         record = CutRecord.model_validate({**cut, "patch": found})
         assert words.patch_warnings(record) == [expected]
@@ -373,7 +444,10 @@ def test_other_methods_stand_with_the_chosen_state_lowest_first(folder):
     part = section(page_of(folder), "Baselines")
     rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
     figures = "3.5000 ± 0.1000 | 12.5 | 1000 |"
-    assert rows[0] == f"| `none` | 0, 3 and 5 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
+    assert (
+        rows[0]
+        == f"| `none` | 0, 3 and 5 | 0.0625 ± 0.0500 | {figures} keep 0, keep 2 |"
+    )
     assert rows[1] == f"| `cbo` | 0, 3 and 5 | 0.1250 ± 0.0500 | {figures} none |"
     assert rows[2].startswith("| chosen (`pairwise`) | ")
     # The energy did not count its passes.
@@ -422,7 +496,9 @@ def test_the_card_says_what_how_and_from_whom(folder):
 
 
 def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder):
-    write_json(folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0))
+    write_json(
+        folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0)
+    )
     assert "is that paper's empirical-Fisher estimate." in model_card(folder, [10, 11])
 
 
@@ -439,7 +515,10 @@ def test_the_card_of_a_local_model_tells_no_path(folder):
 
 def test_the_card_of_a_model_in_the_current_folder_has_its_name(folder):
     run = run_content(".", "pairwise", N, 3, 0)
-    run["provenance"]["model_path"] = {"absolute": "/home/someone/mine", "relative": "../mine"}
+    run["provenance"]["model_path"] = {
+        "absolute": "/home/someone/mine",
+        "relative": "../mine",
+    }
     write_json(folder / "run.json", "run", run)
     assert "\n# mine without 2 of its 12 blocks\n" in model_card(folder, [10, 11])
 
@@ -456,7 +535,12 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder):
 )
 def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
     layers = [{"block": 2, "layer": "mlp.up_proj"}]
-    tuning = {"layers": layers, "steps": 9, "held_out_predictions": 99, "held_out_kl": held_out}
+    tuning = {
+        "layers": layers,
+        "steps": 9,
+        "held_out_predictions": 99,
+        "held_out_kl": held_out,
+    }
     found = PatchRecord.model_validate(patch(tuning=tuning if held_out else None))
     said = model_card(folder, [10, 11], patch=found)
     assert ("tuned on the loss for a few steps" in said) == tuned
@@ -465,7 +549,9 @@ def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
-    healed = HealingFile.model_validate(healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N))
+    healed = HealingFile.model_validate(
+        healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
+    )
     cut = model_card(folder, [10, 11])
     parts = card_parts(folder, [10, 11])
     found = card.healed_card(parts, cut, healed)
@@ -473,8 +559,14 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     assert "no weight was trained" in cut
     assert "no weight was trained" not in found
     assert "Before the cut model was accepted" in found
-    assert "distilled from the original by low-rank adapters, merged. On 333 tokens" in found
-    assert "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00" in found
+    assert (
+        "distilled from the original by low-rank adapters, merged. On 333 tokens"
+        in found
+    )
+    assert (
+        "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00"
+        in found
+    )
     assert found.index("## How") < found.index("## Healed") < found.index("## Source")
     assert "## Healed" not in cut
     # A card of another tool keeps its text.
@@ -499,7 +591,10 @@ def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
 def test_what_was_made_from_an_earlier_text_or_energy_is_not_there(folder, source):
     record(folder)
     stages = read_json(folder / "run.json", "run")["stages"]
-    stages["calibration.safetensors"] = {**stages["evaluation.json"], "stage": "calibration"}
+    stages["calibration.safetensors"] = {
+        **stages["evaluation.json"],
+        "stage": "calibration",
+    }
     for fingerprint, there in (("0", True), ("1", False)):
         for key in ("spectrum.json", "candidates.json", "evaluation.json"):
             stages[key] = {**stages[key], "options": {source: fingerprint}}
@@ -507,12 +602,17 @@ def test_what_was_made_from_an_earlier_text_or_energy_is_not_there(folder, sourc
         found = RunFiles(folder)
         # A spectrum and a ranking read the energy, an evaluation reads the text.
         kept = there or source == "calibration"
-        assert [found.spectrum is not None, found.candidates is not None] == [kept, kept]
+        assert [found.spectrum is not None, found.candidates is not None] == [
+            kept,
+            kept,
+        ]
         assert (found.evaluation is not None) == (there or source == "energy")
 
 
 def test_choices_for_an_earlier_removal_are_not_compared(folder):
-    number = len(read_json(folder / "candidates.json", "candidates")["chosen"]["removed"])
+    number = len(
+        read_json(folder / "candidates.json", "candidates")["chosen"]["removed"]
+    )
     for name, removed in (("sleb", range(number)), ("cbo", range(number - 1))):
         content = baseline(name, list(removed), 0.001)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
@@ -521,7 +621,9 @@ def test_choices_for_an_earlier_removal_are_not_compared(folder):
 
 
 def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
-    parts = card_parts(folder, [10, 11]).model_copy(update={"loads_with": "AutoModelForX"})
+    parts = card_parts(folder, [10, 11]).model_copy(
+        update={"loads_with": "AutoModelForX"}
+    )
     file = folder / "model" / "isingcut.json"
     assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
     change(file, "removal", card=parts.content())
@@ -529,11 +631,21 @@ def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     assert "from transformers import AutoModelForX\n" in card.model_card(parts)
     assert RunFiles(folder).loads_with == "AutoModelForX"
     change(file, "removal", card={**CardParts.content(parts), "rows": [["one"]]})
-    with pytest.raises(StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"):
+    with pytest.raises(
+        StageFileError, match=r"isingcut\.json is damaged: card\.rows\.0"
+    ):
         _ = RunFiles(folder).removal
 
 
 def test_templates_call_named_functions_alone():
     names = {*words._pages(True).globals} - {*Environment().globals}
     assert {"sentence", "table", "meter"} < names
-    assert not names & {"render", "render_page", "resources", "re", "Any", "_pages", "files"}
+    assert not names & {
+        "render",
+        "render_page",
+        "resources",
+        "re",
+        "Any",
+        "_pages",
+        "files",
+    }

@@ -16,7 +16,14 @@ from isingcut.files.results import read_json, write_json
 from isingcut.report.figures import block_ticks, front
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
-from run_files import baseline, change, hamiltonian, write_comparison, write_report, write_run
+from run_files import (
+    baseline,
+    change,
+    hamiltonian,
+    write_comparison,
+    write_report,
+    write_run,
+)
 from shared import call
 
 VOID = {"meta", "link", "br", "col", "img"}
@@ -117,7 +124,10 @@ def test_every_coupling_has_the_colour_of_its_sign(page):
     cells = [a for tag, a in page.elements if tag == "rect" and "fill-opacity" in a]
     # Cells with a width belong to the legend.
     assert [(a["class"], int(a["x"])) for a in cells if "width" not in a] == [
-        ("p" if coupling[i, j] > 0 else "n", j) for i in range(12) for j in range(12) if i != j
+        ("p" if coupling[i, j] > 0 else "n", j)
+        for i in range(12)
+        for j in range(12)
+        if i != j
     ]
 
 
@@ -135,7 +145,11 @@ def test_pairs_that_were_never_removed_together_are_hatched(tmp_path):
     assert "1 not measured" not in page.text
     assert "45 other pairs were never removed together: not measured." in page.text
     assert len(page.classed("unmeasured")) == 1
-    assert [page.data["J"][i][j] for i, j in ((2, 3), (11, 10), (4, 4))] == [None, None, 0.0]
+    assert [page.data["J"][i][j] for i, j in ((2, 3), (11, 10), (4, 4))] == [
+        None,
+        None,
+        0.0,
+    ]
     assert "strongest couplings (21 rows)" in page.text
     # Other energies measure every pair, so a J of 0 is a figure.
     replace(energy, meta={}).save(run / "hamiltonian.safetensors")
@@ -155,7 +169,14 @@ def test_ids_are_unique_and_links_lead_somewhere(page):
     assert len(ids) == len(set(ids))
     targets = {a["href"][1:] for tag, a in page.elements if tag == "a"}
     assert targets <= set(ids)
-    assert {"states", "interactions", "fidelity", "provenance", "healed", "benchmarks"} <= targets
+    assert {
+        "states",
+        "interactions",
+        "fidelity",
+        "provenance",
+        "healed",
+        "benchmarks",
+    } <= targets
 
 
 def test_the_words_are_those_of_the_files(run, page):
@@ -166,7 +187,8 @@ def test_the_words_are_those_of_the_files(run, page):
     assert "Spearman 0.90 (0.80 to 0.95) over n = 50" in page.text
     assert "Spearman −0.25 (−0.35 to −0.20)" in page.text
     task = (
-        "arc_easy acc, n = 500, p = 0.04 0.6200 ± 0.0200 0.5500 ± 0.0200 −0.0700 (−0.100 to −0.040)"
+        "arc_easy acc, n = 500, p = 0.04 0.6200 ± 0.0200 0.5500 ± 0.0200 "
+        "−0.0700 (−0.100 to −0.040)"
     )
     assert task in page.text
     assert "boolq acc, n = 500, p = 0.04, within the noise" in page.text
@@ -236,13 +258,23 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     found = read_json(run / "evaluation.json", "evaluation")
     for part in ("before", "after"):
         found[part]["perplexity_se"] = None
-        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
+        for key in (
+            "prefill_tokens_per_second",
+            "decode_tokens_per_second",
+            "peak_memory_bytes",
+        ):
             del found[part][key]
-    write_json(run / "evaluation.json", "evaluation", {**found, "generation": None, "kl_se": None})
+    write_json(
+        run / "evaluation.json",
+        "evaluation",
+        {**found, "generation": None, "kl_se": None},
+    )
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
     source = (run / "report.html").read_text(encoding="utf-8")
-    first = source[source.index('<header class="top">') : source.index('<section id="compared"')]
+    first = source[
+        source.index('<header class="top">') : source.index('<section id="compared"')
+    ]
     assert first.count("<dt>") == 2
     assert "not measured" not in first
     assert "No speed was measured" in page.text
@@ -253,7 +285,9 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
 
 def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     run = write_run(tmp_path / "run", extras=False)
-    write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
+    write_json(
+        run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12}
+    )
     page = page_of(run)
     assert "by hand" in page.text
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
@@ -262,7 +296,9 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     # No ranking measured that state, so that it has no place among the measured removals.
     assert "Nothing measured yet" in page.text
     markdown = (run / "report.md").read_text(encoding="utf-8")
-    assert "Blocks 0 to 2 of 12 (numbered from 0) are removed. You named them" in markdown
+    assert (
+        "Blocks 0 to 2 of 12 (numbered from 0) are removed. You named them" in markdown
+    )
     assert "lowest measured KL" not in markdown
     assert "`*` marks" not in markdown
 
@@ -270,7 +306,9 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
 def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "healed").mkdir()
-    write_json(run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
+    write_json(
+        run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12}
+    )
     healing = read_json(run / "healing.json", "healing")
     healing |= {"tokens_seen": 15360, "report_tokens": 999}
     healing["patch"] = {"scores": {**healing["after"], "kl": 0.75}}
@@ -279,7 +317,10 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     page = page_of(run)
     assert 'from_pretrained("run/healed")' in page.text
     assert "quantity original healed change" in page.text
-    assert "A linear patch was fitted at each cut (alone it brings the KL to 0.7500" in page.text
+    assert (
+        "A linear patch was fitted at each cut (alone it brings the KL to 0.7500"
+        in page.text
+    )
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
     assert "no more text after step 7" in page.text
 
@@ -382,9 +423,15 @@ def test_runs_that_are_not_comparable_are_named(run, tmp_path):
 
 def sizes(out):
     """Return the cells of the table of models and sizes, row by row."""
-    table = out.read_text(encoding="utf-8").partition('aria-label="Models and sizes">\n<thead>')[2]
-    rows = re.findall(r"<tr><th scope=.row.*?</tr>", table.partition("</table>")[0], re.DOTALL)
-    return [[Page(c).text for c in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+    table = out.read_text(encoding="utf-8").partition(
+        'aria-label="Models and sizes">\n<thead>'
+    )[2]
+    rows = re.findall(
+        r"<tr><th scope=.row.*?</tr>", table.partition("</table>")[0], re.DOTALL
+    )
+    return [
+        [Page(c).text for c in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows
+    ]
 
 
 def test_models_and_sizes_are_rows_of_one_table(run, tmp_path):
@@ -397,14 +444,20 @@ def test_models_and_sizes_are_rows_of_one_table(run, tmp_path):
         ["run", "a-model", "2 of 12", "14.00 → 12.00 (−14.3 %)"],
         ["other", "b-model", "4 of 16", "18.00 → 14.00 (−22.2 %)"],
     ]
-    assert [row[7] for row in rows] == [f"{kl}000 ± 0.0100" for kl in ("0.9", "0.6", "1.2")]
+    assert [row[7] for row in rows] == [
+        f"{kl}000 ± 0.0100" for kl in ("0.9", "0.6", "1.2")
+    ]
     # A folder of one removal stands for that removal; a range has none of its own.
     write_comparison([(run, run / "remove-2"), (other, other)], tmp_path / "d.html")
     assert [row[2] for row in sizes(tmp_path / "d.html")] == ["2 of 12", "4 of 16"]
     (other / "candidates.json").unlink()
     shutil.rmtree(other / "model")
     write_comparison([(run, run), (other, other)], tmp_path / "e.html")
-    assert [row[2] for row in sizes(tmp_path / "e.html")] == ["3 of 12", "2 of 12", "not run"]
+    assert [row[2] for row in sizes(tmp_path / "e.html")] == [
+        "3 of 12",
+        "2 of 12",
+        "not run",
+    ]
 
 
 def test_a_comparison_is_replaced_with_leave_only(run, tmp_path):

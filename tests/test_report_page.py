@@ -37,7 +37,9 @@ def browser():
             install = [sys.executable, "-m", "playwright", "install", "chromium"]
             done = subprocess.run(install, capture_output=True, text=True, check=False)
             if done.returncode:
-                pytest.skip(f"no Chromium here, and none can be installed: {done.stderr[-200:]}")
+                pytest.skip(
+                    f"no Chromium here, and none can be installed: {done.stderr[-200:]}"
+                )
         running = p.chromium.launch(executable_path=found, args=QUIET)
         yield running
         running.close()
@@ -58,7 +60,11 @@ def files(run):
     other = write_run(run.parent / "other", energy="fisher", extras=False)
     several = run.parent / "compare.html"
     write_comparison([(run, run), (other, other), (large, large)], several)
-    return {"run": run / "report.html", "large": large / "report.html", "several": several}
+    return {
+        "run": run / "report.html",
+        "large": large / "report.html",
+        "several": several,
+    }
 
 
 @pytest.fixture
@@ -94,11 +100,14 @@ def overflow(page):
 def test_nothing_scrolls_sideways(show, name, size):
     page = show(name, size)
     assert overflow(page) <= 0
-    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    page.evaluate(
+        "document.querySelectorAll('details').forEach(d => { d.open = true })"
+    )
     assert overflow(page) <= 0
     # Content too wide for a phone scrolls in a box of its own, which the keyboard can reach.
     boxes = page.eval_on_selector_all(
-        ".scroll", "all => all.filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"
+        ".scroll",
+        "all => all.filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length",
     )
     assert boxes == 0
 
@@ -148,7 +157,10 @@ def test_pointing_gives_values(show, run):
     assert f"h = {energy.h[4]:.4g}" in tip.inner_text()
     cell = page.locator("#map tr.chosen td[data-axis]")
     cell.hover(
-        position={"x": cell.bounding_box()["width"] * (chosen["removed"][0] + 0.5) / 12, "y": 9}
+        position={
+            "x": cell.bounding_box()["width"] * (chosen["removed"][0] + 0.5) / 12,
+            "y": 9,
+        }
     )
     assert "removed in state" in tip.inner_text()
     page.locator("h1").hover()
@@ -189,7 +201,9 @@ def test_the_keyboard_reaches_every_state(show, run):
     page.locator("#map tbody button").first.focus()
     for key in ("Tab", "Enter"):
         page.keyboard.press(key)
-    removed = read_json(run / "candidates.json", "candidates")["candidates"][1]["removed"]
+    removed = read_json(run / "candidates.json", "candidates")["candidates"][1][
+        "removed"
+    ]
     assert page.evaluate(live) == f"state 1 removes {', '.join(map(str, removed))}"
     page.keyboard.press("Escape")
     assert page.evaluate(live) == ""
@@ -220,7 +234,9 @@ def test_axe_finds_no_serious_violation(show):
 @pytest.mark.parametrize("name", ["run", "several"])
 def test_axe_finds_enough_contrast_in_the_dark(show, name):
     page = show(name, color_scheme="dark")
-    assert violations(page, runOnly={"type": "rule", "values": ["color-contrast"]}) == []
+    assert (
+        violations(page, runOnly={"type": "rule", "values": ["color-contrast"]}) == []
+    )
 
 
 def test_light_and_dark_follow_the_system(show):
@@ -242,5 +258,7 @@ def test_without_scripts_all_figures_are_there(show):
 def test_wide_figures_scroll_together(show):
     page = show("large", PHONE)
     page.evaluate("document.querySelector('#couplings .synced').scrollLeft = 40")
-    page.wait_for_function("document.querySelector('#fields .synced').scrollLeft === 40")
+    page.wait_for_function(
+        "document.querySelector('#fields .synced').scrollLeft === 40"
+    )
     assert page.evaluate("document.querySelector('#map .synced').scrollLeft") == 40

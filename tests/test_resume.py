@@ -11,13 +11,25 @@ import pytest
 import isingcut
 from isingcut.files.journal import Journal
 from isingcut.files.ownership import MARKER
-from isingcut.files.writing import atomic_file, atomic_folder, is_leftover, lock_beside, lock_place
+from isingcut.files.writing import (
+    atomic_file,
+    atomic_folder,
+    is_leftover,
+    lock_beside,
+    lock_place,
+)
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
 from shared import OPTIONS as USUAL
 from shared import leave_speed_out, write_words
 
-OPTIONS = {**USUAL, "remove": 2, "also": "fisher", "attention": "sdpa", "batch_tokens": 32}
+OPTIONS = {
+    **USUAL,
+    "remove": 2,
+    "also": "fisher",
+    "attention": "sdpa",
+    "batch_tokens": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,10 @@ def _run(place, out, moment):
         leave_speed_out(patch.setattr)
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
         isingcut.run(
-            model=str(place / "model"), calibration=str(place / "text.txt"), out=str(out), **OPTIONS
+            model=str(place / "model"),
+            calibration=str(place / "text.txt"),
+            out=str(out),
+            **OPTIONS,
         )
 
 
@@ -102,7 +117,9 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bytes(place, tmp_path):
         killed += 1
     assert killed >= 5
     assert _lasting(out) == _lasting(place / "run")
-    assert set(os.listdir(out)) == set(os.listdir(place / "run")), "nothing is left behind"
+    assert set(os.listdir(out)) == set(os.listdir(place / "run")), (
+        "nothing is left behind"
+    )
 
 
 def _leave_temporaries(folder):
@@ -138,6 +155,8 @@ def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     kept = {"model", ".model.part", other.name}
     assert kept <= left <= kept | {p.name for p in tmp_path.glob(".run.json.*")}
     assert inside == (left == kept), "beside an output only its own"
-    assert set(os.listdir(tmp_path / "model")) == {"old", MARKER}, "the old folder came back"
+    assert set(os.listdir(tmp_path / "model")) == {"old", MARKER}, (
+        "the old folder came back"
+    )
     assert is_leftover(other)
     assert not is_leftover(tmp_path / ".model.part")

@@ -14,7 +14,13 @@ from isingcut.baselines.angular_window import AngularWindow
 from isingcut.baselines.block_influence import BlockInfluence
 from isingcut.data.tokens import TokenSet
 from isingcut.energies.refined import Refined
-from isingcut.energies.search import Search, Target, default_passes, greedy_price, proposals
+from isingcut.energies.search import (
+    Search,
+    Target,
+    default_passes,
+    greedy_price,
+    proposals,
+)
 from isingcut.energies.search import search as search_module
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
@@ -46,7 +52,9 @@ def replay():
 @pytest.fixture(scope="module")
 def tokens():
     rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(1, 90, 12 + s % 3).tolist() for s in range(8)])
+    return TokenSet.from_rows(
+        [rng.integers(1, 90, 12 + s % 3).tolist() for s in range(8)]
+    )
 
 
 def all_states(n, m):
@@ -184,7 +192,9 @@ def test_surrogate_mean_is_the_gaussian_posterior():
     expected = found._a + found._b * prior.energies(every) + features(every) @ weights
     assert_allclose(found.mean.energies(every), expected, rtol=1e-6)
     deviation = np.sqrt(
-        np.einsum("sf,fg,sg->s", features(every), np.linalg.inv(precision), features(every))
+        np.einsum(
+            "sf,fg,sg->s", features(every), np.linalg.inv(precision), features(every)
+        )
     )
     assert_allclose(found.deviation(every), deviation, rtol=1e-5)
 
@@ -208,7 +218,10 @@ def test_surrogate_of_many_states_that_cost_nothing():
     states = all_states(14, 3)
     costly = states[:, 8:].sum(1)
     found = Surrogate(
-        Hamiltonian(np.zeros(14), np.zeros((14, 14))), states, costly + 1e-12, 0.0 * costly
+        Hamiltonian(np.zeros(14), np.zeros((14, 14))),
+        states,
+        costly + 1e-12,
+        0.0 * costly,
     )
     assert np.corrcoef(found.mean.energies(states), costly)[0, 1] > 0.99
 
@@ -400,7 +413,9 @@ def test_effort_in_minutes_is_settled_once(replay, tokens, tmp_path, monkeypatch
     work = Work(64, journal=tmp_path / "journal")
     found = []
     for seconds in (4.0, 1.0):
-        monkeypatch.setattr("isingcut.energies.refined.seconds_per_pass", lambda *_, s=seconds: s)
+        monkeypatch.setattr(
+            "isingcut.energies.refined.seconds_per_pass", lambda *_, s=seconds: s
+        )
         energy = Refined((Target.count(N, 3),), "1min").measure(replay, tokens, work)
         found.append(energy.meta["search"]["budget_passes"])
     assert found == [15.0, 15.0]
@@ -426,7 +441,10 @@ def inputs(shared, text):
     ],
 )
 def test_auto_is_the_search_where_a_removal_is_given(asked, energy):
-    assert resolve_energy(RunConfig(model="m", calibration="c", out="o", **asked)).energy == energy
+    assert (
+        resolve_energy(RunConfig(model="m", calibration="c", out="o", **asked)).energy
+        == energy
+    )
 
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
@@ -436,9 +454,14 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     energy = Hamiltonian.load(out / "hamiltonian.safetensors")
     assert energy.unit == "nats/token"
     finalists = energy.meta["search"]["targets"]["3"]["finalists"]
-    ranked = [r["removed"] for r in read_json(out / "candidates.json", "candidates")["candidates"]]
+    ranked = [
+        r["removed"]
+        for r in read_json(out / "candidates.json", "candidates")["candidates"]
+    ]
     assert all(f["removed"] in ranked for f in finalists)
-    solved = [s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]]
+    solved = [
+        s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]
+    ]
     assert ranked[: len(solved)] == solved
     # The spectrum in the report has all measured states, each once.
     shown = RunFiles(out).spectrum
@@ -466,8 +489,16 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
 
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     out = tmp_path / "curve"
-    words = [x for k, v in inputs.items() for x in (f"--{k.replace('_', '-')}", v) if k != "model"]
-    assert call("run", inputs["model"], "--remove", "2..4", "--out", out, *words, "--json") == 0
+    words = [
+        x
+        for k, v in inputs.items()
+        for x in (f"--{k.replace('_', '-')}", v)
+        if k != "model"
+    ]
+    assert (
+        call("run", inputs["model"], "--remove", "2..4", "--out", out, *words, "--json")
+        == 0
+    )
     curve = json.loads(capsys.readouterr().out)["curve"]
     assert [len(row["removed"]) for row in curve] == [2, 3, 4]
     assert (out / "remove-4" / "report.html").is_file()
@@ -477,12 +508,16 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
     assert call("excise", out, "--remove", 3, "--patch", "none") == 0
-    assert load_json(out / "remove-3" / "model" / "config.json")["num_hidden_layers"] == 5
+    assert (
+        load_json(out / "remove-3" / "model" / "config.json")["num_hidden_layers"] == 5
+    )
 
 
 def test_effort_belongs_to_the_search(inputs, tmp_path):
     with refuses("--effort is an option of"):
-        isingcut.run(**{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no"))
+        isingcut.run(
+            **{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no")
+        )
 
 
 def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys):

@@ -9,12 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from isingcut.errors import InfeasibleError, InputError, UnknownNameError, VerificationError
+from isingcut.errors import (
+    InfeasibleError,
+    InputError,
+    UnknownNameError,
+    VerificationError,
+)
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.solvers import exact, make, registry, solve, tabu
-from isingcut.ising.solvers._relaxation import SIGNS, Relaxation, Subproblem, spin_matrix
+from isingcut.ising.solvers._relaxation import (
+    SIGNS,
+    Relaxation,
+    Subproblem,
+    spin_matrix,
+)
 from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
@@ -61,9 +71,15 @@ WIDE = Problem(hamiltonian("indefinite", 60, 0), [con.count(60, 30)])
 
 @pytest.mark.parametrize(
     ("stopped", "options"),
-    [("time limit", {"seconds": 0.2}), ("node limit", {"nodes": 2}), ("interrupted", {})],
+    [
+        ("time limit", {"seconds": 0.2}),
+        ("node limit", {"nodes": 2}),
+        ("interrupted", {}),
+    ],
 )
-def test_a_stopped_search_has_the_best_so_far_and_a_bound(stopped, options, monkeypatch):
+def test_a_stopped_search_has_the_best_so_far_and_a_bound(
+    stopped, options, monkeypatch
+):
     calls = iter([KeyboardInterrupt])
     wait = exact.wait
 
@@ -97,7 +113,9 @@ def test_a_limit_does_not_count_the_compilation(monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(tabu, "tabu_walk", walk)
-    monkeypatch.setattr("isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(
+        "isingcut.ising.solvers.exact.time.perf_counter", lambda: now[0]
+    )
     exact.compile_search.cache_clear()
     problem = Problem(hamiltonian("indefinite", 12, 0), [con.count(12, 5)])
     assert solve(problem, "auto", k=3, seconds=60.0).proven
@@ -136,7 +154,9 @@ def test_what_is_no_solution_is_refused(monkeypatch):
     monkeypatch.setitem(registry._registered, "odd", Odd)
     for result, message in {
         None: "returned NoneType; expected a Solution",
-        Solution(np.zeros((2, 3), dtype=bool)): r"shape \(2, 3\); expected .* \(S, 60\)",
+        Solution(
+            np.zeros((2, 3), dtype=bool)
+        ): r"shape \(2, 3\); expected .* \(S, 60\)",
         Solution(np.zeros((0, 60), dtype=bool)): "found no state that satisfies",
     }.items():
         monkeypatch.setattr(Odd, "result", result)
@@ -188,7 +208,9 @@ class AllOnes:
 @pytest.mark.parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
 def test_infeasible_samples_are_repaired_and_counted(sampler):
     rng = np.random.default_rng(0)
-    problem = Problem(Hamiltonian.from_quadratic(rng.normal(size=(8, 8))), [con.count(8, 3)])
+    problem = Problem(
+        Hamiltonian.from_quadratic(rng.normal(size=(8, 8))), [con.count(8, 3)]
+    )
     spectrum = solve(problem, "dimod", k=5, sampler=sampler)
     assert len(spectrum) == 1
     assert spectrum.info["repaired"] == 1
@@ -286,7 +308,10 @@ def test_the_kit_wants_infeasibility_reported():
 
 def test_the_kit_ends_with_one_line_about_a_fault(monkeypatch, capsys):
     monkeypatch.setitem(registry._registered, "fake", lambda: Fake("shape"))
-    for name, code, words in (("taboo", 2, "did you mean 'tabu'"), ("fake", 1, "must be bool")):
+    for name, code, words in (
+        ("taboo", 2, "did you mean 'tabu'"),
+        ("fake", 1, "must be bool"),
+    ):
         assert kit([name]) == code
         assert words in capsys.readouterr().out
 
@@ -319,7 +344,9 @@ def problems(draw, most):
     if draw(st.booleans()):
         rows.append(con.count(n, draw(st.integers(0, n))))
     extra = draw(
-        st.sampled_from(["none", "kinds", "budget", "at most", "keep", "together", "apart"])
+        st.sampled_from(
+            ["none", "kinds", "budget", "at most", "keep", "together", "apart"]
+        )
     )
     if extra == "kinds":
         kinds = [str(v) for v in rng.integers(0, 2, size=n)]
@@ -369,10 +396,14 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
 
 @pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
 @pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
-def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind, nodes):
+def test_nothing_is_pruned_that_the_heuristic_would_have_found(
+    monkeypatch, kind, nodes
+):
     # The pool starts empty: a state that a wrong bound drops is missing from the answer.
     monkeypatch.setattr(
-        tabu.Tabu, "search", lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0)
+        tabu.Tabu,
+        "search",
+        lambda self, r, *rest: (np.zeros((0, r.n), dtype=np.uint8), 0),
     )
     monkeypatch.setattr(exact, "ROOT_BUDGET", nodes)
     monkeypatch.setattr(exact, "NODE_BUDGET", nodes)
@@ -381,7 +412,9 @@ def test_nothing_is_pruned_that_the_heuristic_would_have_found(monkeypatch, kind
         ham = hamiltonian(kind, 13, seed)
         assert_the_k_best(Problem(ham, [con.count(13, m)]), 4, threads=1)
         assert_the_k_best(Problem(ham, [con.count(13, m), cap]), 4, threads=1)
-        assert_the_k_best(Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1)
+        assert_the_k_best(
+            Problem(ham, [con.count(13, 3), cap, *apart(13)]), 4, threads=1
+        )
 
 
 def test_bounds_are_bounds():
@@ -397,7 +430,9 @@ def test_bounds_are_bounds():
     energies -= ham.c
     lowest = energies.min()
     reduced = reduce(Problem(ham, [con.count(n, m)]))
-    relaxation = Relaxation(reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64))
+    relaxation = Relaxation(
+        reduced, np.array([lowest + 0.1]), np.zeros(1, dtype=np.int64)
+    )
     part = Subproblem(ham.h, ham.J, np.full(n, -1, dtype=np.int8), m)
     bound, splits, dual = relaxation.bound(part, m, relaxation.start(None, part, m))
     assert lowest - 0.05 * abs(lowest) < bound <= lowest + 1e-9
@@ -412,7 +447,9 @@ def test_bounds_are_bounds():
         child = dual.restrict(fixed)
         W = s[x[:, i] == value]
         a = W[:, np.delete(np.arange(n + 1), i + 1)][:, child.cuts]
-        pairs = np.stack([a[..., 0] * a[..., 1], a[..., 0] * a[..., 2], a[..., 1] * a[..., 2]], -1)
+        pairs = np.stack(
+            [a[..., 0] * a[..., 1], a[..., 0] * a[..., 2], a[..., 1] * a[..., 2]], -1
+        )
         assert (1 + (pairs * SIGNS[child.kinds]).sum(axis=-1) >= 0).all()
         # On binaries the diagonal terms are constants: nothing may be lost or gained.
         assert child.x[:n].sum() == pytest.approx(dual.x[: n + 1].sum())

@@ -4,7 +4,15 @@ import pytest
 
 from isingcut.errors import InputError
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import BlockList, Budget, Budgets, Effort, Memory, Removal, Training
+from isingcut.options.spellings import (
+    BlockList,
+    Budget,
+    Budgets,
+    Effort,
+    Memory,
+    Removal,
+    Training,
+)
 
 # Class, function of its value, and expected results by typed text.
 READ = [
@@ -65,7 +73,9 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "read", "texts"), READ, ids=[k.__name__ for k, _, _ in READ])
+@pytest.mark.parametrize(
+    ("kind", "read", "texts"), READ, ids=[k.__name__ for k, _, _ in READ]
+)
 def test_what_is_read(kind, read, texts):
     for text, wanted in texts.items():
         assert read(kind(text)) == wanted, text
@@ -113,7 +123,13 @@ def test_what_is_refused(kind, words, texts):
 
 
 def test_lists_of_blocks():
-    for typed in ("0,1,5-8, 7", "0 1 5 - 8", "[8, 7, 5, 6, 1, 0]", "0\n1\n5-8\n", "(0; 1; 5-8)"):
+    for typed in (
+        "0,1,5-8, 7",
+        "0 1 5 - 8",
+        "[8, 7, 5, 6, 1, 0]",
+        "0\n1\n5-8\n",
+        "(0; 1; 5-8)",
+    ):
         assert BlockList(typed).numbers == [0, 1, 5, 6, 7, 8]
     assert len(BlockList(",".join(["0-99999"] * 5000)).numbers) == 100_000
 

@@ -37,7 +37,17 @@ from tiny import (
 pytestmark = pytest.mark.usefixtures("one_layout")
 
 # One of each sort: tied and untied heads, experts, Mamba, shared blocks, windows, odd embeddings.
-FAST = ["deepseek_v3", "gemma2", "gpt2", "llama", "mixtral", "nemotron_h", "opt", "rwkv", "zamba2"]
+FAST = [
+    "deepseek_v3",
+    "gemma2",
+    "gpt2",
+    "llama",
+    "mixtral",
+    "nemotron_h",
+    "opt",
+    "rwkv",
+    "zamba2",
+]
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -103,8 +113,12 @@ def test_a_forward_pass_reads_what_it_needs(tmp_path):
 
 
 JOBS = {
-    "losses": lambda replay, tokens, state: measure(replay, tokens, state[None], work=Work(24)),
-    "gradients": lambda replay, tokens, state: gate_gradients(replay, tokens, work=Work(24)),
+    "losses": lambda replay, tokens, state: measure(
+        replay, tokens, state[None], work=Work(24)
+    ),
+    "gradients": lambda replay, tokens, state: gate_gradients(
+        replay, tokens, work=Work(24)
+    ),
     "slopes": lambda replay, tokens, state: gate_slopes(replay, tokens, state, 24),
 }
 
@@ -115,7 +129,9 @@ def test_a_device_holds_two_parts_and_the_hidden_states(job, tmp_path):
     folder = tiny_checkpoint("llama", tmp_path, **size, head_dim=32)
     weights = (tmp_path / "model.safetensors").stat().st_size
     with fake_cards(budget=weights // 2) as (card,):
-        replay = StreamedReplay(*open_model(folder, dtype=torch.float32, device=card.device))
+        replay = StreamedReplay(
+            *open_model(folder, dtype=torch.float32, device=card.device)
+        )
         card.reset_peak()
         JOBS[job](replay, samples(), np.arange(8) < 2)
         assert card.peak < 2.5 * replay.store.largest + 0.1 * weights
@@ -222,7 +238,9 @@ def test_one_sweep_is_enough_for_all_that_fits(llama):
     assert count < 1.55
     count, found = sweeps(replay, one_pass, tokens, Work(12))
     assert count < 1
-    for result, expected in zip(found, one_pass(in_memory(llama), tokens, Work(12)), strict=True):
+    for result, expected in zip(
+        found, one_pass(in_memory(llama), tokens, Work(12)), strict=True
+    ):
         assert_array_equal(result, expected)
 
 
@@ -270,7 +288,9 @@ def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("job", ["states", "gradients"])
-def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(llama, job, tmp_path):
+def test_an_interrupted_run_loses_one_chunk_and_gives_the_same_bits(
+    llama, job, tmp_path
+):
     tokens = samples()
     states = some_states(6, 5)
 

@@ -70,13 +70,19 @@ def test_a_part_read_ahead_and_not_wanted_may_fail():
         buffers.take(gone)
 
 
-def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(monkeypatch):
+def test_what_fills_a_new_buffer_waits_for_what_the_device_was_given_before(
+    monkeypatch,
+):
     log = []
     monkeypatch.setattr(
-        cards._Stream, "record", lambda self, stream: log.append(("record", self, stream))
+        cards._Stream,
+        "record",
+        lambda self, stream: log.append(("record", self, stream)),
     )
     monkeypatch.setattr(
-        cards._Stream, "wait_event", lambda self, event: log.append(("wait", self, event))
+        cards._Stream,
+        "wait_event",
+        lambda self, event: log.append(("wait", self, event)),
     )
     with cards.fake_cards() as (card,):
         Buffers(8, card.device).take(Numbers(1))
@@ -108,7 +114,9 @@ def reads_what_is_loaded(folder, dtype):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"]
+)
 def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
     reads_what_is_loaded(tiny_checkpoint(family, tmp_path), "bfloat16")
 
@@ -140,13 +148,19 @@ def test_reads_shards_and_old_names(tmp_path):
         assert torch.equal(value, whole[name]), name
 
 
-def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(tmp_path):
+def test_experts_are_read_into_their_place_and_other_conversions_are_transformers_own(
+    tmp_path,
+):
     from isingcut.models.streaming.reader import ConversionStep, CopyStep
 
     for family in ("mixtral", "nemotron_h", "ernie4_5_moe"):
         folder = tiny_checkpoint(family, tmp_path / family)
         model = build_skeleton(folder, torch.float32)
-        steps = [s for p in Reader(folder, model, torch.float32).plans.values() for s in p.steps]
+        steps = [
+            s
+            for p in Reader(folder, model, torch.float32).plans.values()
+            for s in p.steps
+        ]
         assert any(isinstance(s, CopyStep) and s.place for s in steps)
         assert not any(isinstance(s, ConversionStep) for s in steps)
 
@@ -175,7 +189,9 @@ def test_a_file_that_became_shorter_is_noticed_by_who_waits_for_it(tmp_path):
 def test_numbers_are_checked_once(llama, monkeypatch):
     seen = Counter()
     monkeypatch.setattr(
-        reader, "refuse_infinite", lambda tensors, folder: seen.update(n for n, _ in tensors)
+        reader,
+        "refuse_infinite",
+        lambda tensors, folder: seen.update(n for n, _ in tensors),
     )
     replay = streamed(llama)
     for _ in range(2):
@@ -188,7 +204,9 @@ pytestmark = pytest.mark.usefixtures("one_layout")
 
 
 def test_memory_allowed_and_needed(llama, monkeypatch):
-    monkeypatch.setattr("isingcut.models.device._used_and_free", lambda device: (1000, 5000))
+    monkeypatch.setattr(
+        "isingcut.models.device._used_and_free", lambda device: (1000, 5000)
+    )
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)
@@ -267,7 +285,9 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
 
 
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
-    pair = [load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)]
+    pair = [
+        load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)
+    ]
     expected = evaluate.quality(*pair, samples(), Work(24))
     place = {"dtype": "float32", "device": "cpu"}
     original = load_streamed(llama, **place)
@@ -306,11 +326,16 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     assert len(chosen["removed"]) == 2
     report = (folder / "report.md").read_text()
     assert "not measured" in report
-    assert re.search(r"\| weights \| streamed: read \d+\.\d times for the energy", report)
+    assert re.search(
+        r"\| weights \| streamed: read \d+\.\d times for the energy", report
+    )
     monkeypatch.setattr("isingcut.energies.fisher.Fisher.streams", False, raising=False)
     for wrong, message in (
         ({"energy": "fisher"}, "'fisher' needs all blocks"),
-        ({"calibration": "self"}, "would read a streamed model from disk for every token"),
+        (
+            {"calibration": "self"},
+            "would read a streamed model from disk for every token",
+        ),
     ):
         with refuses(message):
             isingcut.energy(out=str(tmp_path / "no"), **{**options, **wrong})

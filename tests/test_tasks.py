@@ -24,7 +24,10 @@ NOUNS = ["river", "bridge", "lantern", "orchard", "harbour", "mill", 'it\'s "odd
 
 
 def choice(i, count):
-    return [" ".join(NOUNS[(i + j + k) % 7] for k in range(1 + (i * j) % 3)) for j in range(count)]
+    return [
+        " ".join(NOUNS[(i + j + k) % 7] for k in range(1 + (i * j) % 3))
+        for j in range(count)
+    ]
 
 
 def arc(i):
@@ -63,37 +66,60 @@ def hellaswag(i):
     import datasets
 
     made = process.process_docs(datasets.Dataset.from_list([theirs]))[0]
-    return theirs, {"context": made["query"], "choices": made["choices"], "answer": made["gold"]}
+    return theirs, {
+        "context": made["query"],
+        "choices": made["choices"],
+        "answer": made["gold"],
+    }
 
 
 def winogrande(i):
     one, two = choice(i, 2)
     text = f"The {one} fell on the {two} because _ was old_er {i}."
-    theirs = {"sentence": text, "option1": one, "option2": two, "answer": str(1 + i % 2)}
+    theirs = {
+        "sentence": text,
+        "option1": one,
+        "option2": two,
+        "answer": str(1 + i % 2),
+    }
     return theirs, {"context": text, "choices": [one, two], "answer": i % 2}
 
 
 def boolq(i):
-    theirs = {"passage": f"The mill is {i}.", "question": f"is the mill {i}", "label": i % 2}
+    theirs = {
+        "passage": f"The mill is {i}.",
+        "question": f"is the mill {i}",
+        "label": i % 2,
+    }
     context = f"{theirs['passage']}\nQuestion: {theirs['question']}?\nAnswer:"
     return theirs, {"context": context, "choices": ["no", "yes"], "answer": i % 2}
 
 
 def lambada(i):
-    record = {"text": f"They came to the {NOUNS[i % 6]} and  crossed the {NOUNS[(i + 1) % 6]}"}
+    record = {
+        "text": f"They came to the {NOUNS[i % 6]} and  crossed the {NOUNS[(i + 1) % 6]}"
+    }
     return record, record
 
 
 def mmlu(i):
     theirs = {"question": f" What is {i}? ", "choices": choice(i, 4), "answer": i % 4}
-    ours = {"context": theirs["question"], "choices": theirs["choices"], "answer": i % 4}
+    ours = {
+        "context": theirs["question"],
+        "choices": theirs["choices"],
+        "answer": i % 4,
+    }
     return theirs, {**ours, "subject": "anatomy"}
 
 
 def gsm8k(i):
     solution = f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"
     theirs = {"question": f"What is {i} plus 1?", "answer": solution}
-    return theirs, {"context": theirs["question"], "solution": solution, "answer": str(i + 1)}
+    return theirs, {
+        "context": theirs["question"],
+        "solution": solution,
+        "answer": str(i + 1),
+    }
 
 
 # Our task -> the harness's file, a maker of records, the split it reads, the number of examples.
@@ -122,7 +148,9 @@ OURS = {
 def models(shared):
     return {
         name: load(
-            shared.checkpoint(seed=i, max_position_embeddings=2048), dtype="float32", device="cpu"
+            shared.checkpoint(seed=i, max_position_embeddings=2048),
+            dtype="float32",
+            device="cpu",
         )
         for i, name in enumerate(("original", "cut"))
     }
@@ -142,12 +170,17 @@ def test_our_task_is_the_harness_s_own(name, models, tmp_path):
     examples = [make(i) for i in range(20, 26)]
     subject = name.removesuffix("_0shot")
     test = write_jsonl(tmp_path / "theirs.jsonl", [theirs for theirs, _ in pairs])
-    write_jsonl(tmp_path / subject / f"{OURS.get(name, 'test')}.jsonl", [ours for _, ours in pairs])
+    write_jsonl(
+        tmp_path / subject / f"{OURS.get(name, 'test')}.jsonl",
+        [ours for _, ours in pairs],
+    )
     shown = {"mmlu": "dev", "gsm8k": "train"}.get(subject, "unused")
     write_jsonl(tmp_path / subject / f"{shown}.jsonl", [ours for _, ours in examples])
     files = {split: test}
     for other in ("train", "dev"):
-        files[other] = write_jsonl(tmp_path / f"{other}.jsonl", [theirs for theirs, _ in examples])
+        files[other] = write_jsonl(
+            tmp_path / f"{other}.jsonl", [theirs for theirs, _ in examples]
+        )
 
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / file, resolve_func=True)
     unused = ["validation_split"] if split == "test" else []
@@ -232,7 +265,9 @@ def test_paired_bootstrap_of_graded_scores():
     assert found.difference_low < 0.05 < found.difference_high
     # The bootstrap interval of a mean is close to the normal one.
     error = noise.std(ddof=1) / math.sqrt(200)
-    assert found.difference_high - found.difference_low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found.difference_high - found.difference_low == pytest.approx(
+        2 * 1.96 * error, rel=0.1
+    )
     assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
@@ -277,7 +312,9 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
 
 
 def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
-    write_jsonl(tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}])
+    write_jsonl(
+        tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}]
+    )
     (task,) = prepare_task("lambada", tmp_path).make().values()
     (question,) = task.eval_docs
     assert task.doc_to_text(question) == "They crossed the"
@@ -285,13 +322,17 @@ def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
 
 
 def test_a_context_of_digits_is_a_text(tmp_path):
-    records = [{"context": c, "choices": ["one", "two"], "answer": 0} for c in ("12", "0")]
+    records = [
+        {"context": c, "choices": ["one", "two"], "answer": 0} for c in ("12", "0")
+    ]
     file = write_jsonl(tmp_path / "numbers.jsonl", records)
     (made,) = prepare_task(str(file), None).make().values()
     for question in made.eval_docs:
         context = made.fewshot_context(question, 0)
         asked = made.construct_requests(question, context, metadata=("numbers", 0, 1))
-        assert [each.args for each in asked] == [(question["context"], c) for c in (" one", " two")]
+        assert [each.args for each in asked] == [
+            (question["context"], c) for c in (" one", " two")
+        ]
 
 
 def test_the_harness_lists_its_tasks_once(monkeypatch):
@@ -305,11 +346,16 @@ def test_the_harness_lists_its_tasks_once(monkeypatch):
 
         def load(self, names):
             return {
-                "tasks": {name: SimpleNamespace(OUTPUT_TYPE="multiple_choice") for name in names}
+                "tasks": {
+                    name: SimpleNamespace(OUTPUT_TYPE="multiple_choice")
+                    for name in names
+                }
             }
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
-    monkeypatch.setattr(questions, "_manager", functools.cache(questions._manager.__wrapped__))
+    monkeypatch.setattr(
+        questions, "_manager", functools.cache(questions._manager.__wrapped__)
+    )
     assert questions.split_names("theirs, theirs") == ["theirs"]
     questions.check_tasks(["theirs"], None, None)
     assert not prepare_task("theirs", None).generates
@@ -319,7 +365,9 @@ def test_the_harness_lists_its_tasks_once(monkeypatch):
 
 
 def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
-    both = [{**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))]
+    both = [
+        {**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))
+    ]
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
     write_jsonl(tmp_path / "mmlu" / "test.jsonl", both)
     write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown)
@@ -327,7 +375,9 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
     assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
     for c, subject in zip(task.configurations, "ab", strict=True):
         data = c["custom_dataset"]()
-        assert set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
+        assert (
+            set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
+        )
         assert c["description"].endswith(f"about {subject}.\n\n")
     write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
     with refuses("4 examples about a; mmlu needs 5"):
@@ -345,13 +395,22 @@ def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
 
 
 def test_prompts_longer_than_the_positions_are_counted(shared, tmp_path, capsys):
-    short = load(shared.checkpoint(max_position_embeddings=64), dtype="float32", device="cpu")
+    short = load(
+        shared.checkpoint(max_position_embeddings=64), dtype="float32", device="cpu"
+    )
     rest = {"choices": ["one", "two"], "answer": 0}
     records = [{"context": "river " * words, **rest} for words in (1, 2, 90)]
     task = prepare_task(write_jsonl(tmp_path / "own.jsonl", records), None)
     score_states(short, task, [(), (1,)])
     said = capsys.readouterr().err
     assert said.count("longer than") == 1
-    assert "isingcut: warning: 2 of 6 prompts of own.jsonl are longer than the 64 positions" in said
-    score_states(short, prepare_task(write_jsonl(tmp_path / "own.jsonl", records[:2]), None), [()])
+    assert (
+        "isingcut: warning: 2 of 6 prompts of own.jsonl are longer than the 64 positions"
+        in said
+    )
+    score_states(
+        short,
+        prepare_task(write_jsonl(tmp_path / "own.jsonl", records[:2]), None),
+        [()],
+    )
     assert "longer than" not in capsys.readouterr().err

@@ -46,9 +46,13 @@ def test_few_short_samples_stay_one_batch_and_equal_lengths_fill_them():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 40))
 def test_batches_hold_every_sample_once_and_no_useless_padding(lengths, limit):
-    tokens = TokenSet.from_rows([[10 * i + j for j in range(n)] for i, n in enumerate(lengths)])
+    tokens = TokenSet.from_rows(
+        [[10 * i + j for j in range(n)] for i, n in enumerate(lengths)]
+    )
     batches = tokens.batches(limit)
-    assert sorted(i for b in batches for i in b.index.tolist()) == list(range(len(lengths)))
+    assert sorted(i for b in batches for i in b.index.tolist()) == list(
+        range(len(lengths))
+    )
     for batch in batches:
         width = batch.input_ids.shape[1]
         assert bool(batch.mask.any(0).all())
@@ -58,7 +62,9 @@ def test_batches_hold_every_sample_once_and_no_useless_padding(lengths, limit):
                 10 * i + j for j in range(lengths[i])
             ]
             assert int(batch.mask[row].sum()) == lengths[i]
-    assert sum(b.tokens for b in batches) == tokens.tokens == sum(n - 1 for n in lengths)
+    assert (
+        sum(b.tokens for b in batches) == tokens.tokens == sum(n - 1 for n in lengths)
+    )
 
 
 def test_padding_is_on_the_right_and_never_predicted():
@@ -117,7 +123,9 @@ def test_the_share_is_that_of_a_plain_count(length, size):
 def test_samples_too_short_for_chance_share_nothing():
     same = TokenSet.from_rows([[1] * 15])
     assert overlap(same, [same]) == 0.0
-    assert overlap(TokenSet.from_rows([[1] * 16]), [TokenSet.from_rows([[1] * 3])]) == 0.0
+    assert (
+        overlap(TokenSet.from_rows([[1] * 16]), [TokenSet.from_rows([[1] * 3])]) == 0.0
+    )
 
 
 @pytest.fixture
@@ -130,34 +138,73 @@ def leaking(tmp_path):
     return path
 
 
-def test_a_run_warns_of_text_that_its_splits_share(leaking, llama, tmp_path, no_speed, capsys):
+def test_a_run_warns_of_text_that_its_splits_share(
+    leaking, llama, tmp_path, no_speed, capsys
+):
     out = tmp_path / "run"
-    options = [llama, "--calibration", leaking, "--out", out, "--energy", "pairwise", "--quiet"]
+    options = [
+        llama,
+        "--calibration",
+        leaking,
+        "--out",
+        out,
+        "--energy",
+        "pairwise",
+        "--quiet",
+    ]
     for name, value in NGRAMS.items():
         options += [f"--{name.replace('_', '-')}", value]
     further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
     for verb, words in {"energy": options, "run": options + further}.items():
         assert call(verb, *words) == 0
-        shares = read_json(out / "run.json", "run")["provenance"]["calibration"]["overlap"]
+        shares = read_json(out / "run.json", "run")["provenance"]["calibration"][
+            "overlap"
+        ]
         assert shares.keys() == {"rank", "report"}
         assert 0.05 < shares["report"] < 0.5
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if "another split" in x]
+        (line,) = [
+            x for x in capsys.readouterr().err.splitlines() if "another split" in x
+        ]
         assert line.startswith("isingcut: warning: ")
-        assert f"{shares['report']:.0%} of the report text is in another split too" in line
+        assert (
+            f"{shares['report']:.0%} of the report text is in another split too" in line
+        )
 
 
 def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, capsys):
-    rows = [f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)]
+    rows = [
+        f"{i * 7919 % 99991} stir the pot {i * 10473 % 99991}" for i in range(1, 300)
+    ]
     file = write_jsonl(tmp_path / "recipes.jsonl", [{"text": row} for row in rows])
     # The tiny models have 262 tokens.
     monkeypatch.setattr(calibration, "_BYTES", 100)
-    options = ["--calibration", file, "--energy", "fisher", "--length", 64, "--samples", 9]
-    options += ["--rank-samples", 4, "--report-samples", 4, "--quiet", "--out", tmp_path / "run"]
+    options = [
+        "--calibration",
+        file,
+        "--energy",
+        "fisher",
+        "--length",
+        64,
+        "--samples",
+        9,
+    ]
+    options += [
+        "--rank-samples",
+        4,
+        "--report-samples",
+        4,
+        "--quiet",
+        "--out",
+        tmp_path / "run",
+    ]
     assert call("energy", llama, *options) == 0
     found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
     assert found["repeats"]["report"] > 0.2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
-    assert f"{found['repeats']['report']:.0%} of the report text repeats another split" in line
+    assert (
+        f"{found['repeats']['report']:.0%} of the report text repeats another split"
+        in line
+    )
 
 
 def test_ordinary_text_is_not_warned_of(finished):
@@ -172,7 +219,9 @@ def test_ordinary_text_is_not_warned_of(finished):
     assert repeat_warnings(text) == []
     text.repeats = {"rank": 0.21, "report": 0.34}
     (line,) = repeat_warnings(text)
-    assert line.startswith("21% of the rank text and 34% of the report text repeats another split")
+    assert line.startswith(
+        "21% of the rank text and 34% of the report text repeats another split"
+    )
 
 
 def test_a_healing_records_what_its_report_shares(leaking, tokenizer):
@@ -205,8 +254,12 @@ def test_each_conversation_is_one_sample_through_the_template(tmp_path, tokenize
 
 def test_conversations_equal_within_the_kept_length_count_once(tmp_path, tokenizer):
     start = "the same long beginning "
-    records = [{"messages": [{"role": "user", "content": start + str(i)}]} for i in range(30)]
-    message = refused(write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short")
+    records = [
+        {"messages": [{"role": "user", "content": start + str(i)}]} for i in range(30)
+    ]
+    message = refused(
+        write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
+    )
     assert "are needed, found 1;" in message
 
 
@@ -218,12 +271,16 @@ def test_messages_need_a_chat_template(tmp_path):
 
 def test_what_a_template_refuses_is_one_line():
     own = tiny_tokenizer()
-    own.chat_template = "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
+    own.chat_template = (
+        "{{ messages[1].content }}{{ raise_exception('roles\nalternate') }}"
+    )
     with refuses(r"refuses these messages \(.*\)$", ModelError) as caught:
         render_chat(own, [{"role": "user", "content": "a"}])
     assert "\n" not in str(caught.value)
     own.chat_template = "{{ messages[0].content }}{{ add_generation_prompt }}"
-    found = render_chat(own, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    found = render_chat(
+        own, [{"role": "user", "content": "a"}], add_generation_prompt=True
+    )
     assert found == "aTrue"
 
 

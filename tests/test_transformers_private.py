@@ -55,15 +55,20 @@ def test_what_is_used_is_there_and_takes_what_it_is_given(name):
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as e:
         pytest.fail(
-            f"transformers {version('transformers')} moved or dropped {name}: {e}", pytrace=False
+            f"transformers {version('transformers')} moved or dropped {name}: {e}",
+            pytrace=False,
         )
     wanted = CALLED.get(name, "").split()
-    assert not wanted or list(inspect.signature(found).parameters)[: len(wanted)] == wanted
+    assert (
+        not wanted or list(inspect.signature(found).parameters)[: len(wanted)] == wanted
+    )
 
 
 def test_a_loader_that_is_gone_is_one_line_that_says_what_to_do(monkeypatch):
     monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
-    with pytest.raises(ModelError, match=r"install one of 5\.10 to 5\.24, or pass --stream off"):
+    with pytest.raises(
+        ModelError, match=r"install one of 5\.10 to 5\.24, or pass --stream off"
+    ):
         private.Names(tiny_model("llama"), torch.float32)
 
 

@@ -54,7 +54,9 @@ def divergence(model, text, found, removed=REMOVED):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
-def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(monkeypatch, family):
+def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
+    monkeypatch, family
+):
     # Every sample eight times, so that what is learnt also applies to the validation samples.
     model = tiny_model(family)
     text = tokens(16).select(torch.arange(16).repeat_interleave(8))
@@ -104,7 +106,9 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
     model = tiny_model("llama")
     blocks = stack_modules(model)
     both = [
-        blocks[i].get_submodule(p) for i in (1, 4) for p in ("self_attn.o_proj", "mlp.down_proj")
+        blocks[i].get_submodule(p)
+        for i in (1, 4)
+        for p in ("self_attn.o_proj", "mlp.down_proj")
     ]
     square = [blocks[i].get_submodule("self_attn.q_proj") for i in (1, 4)]
     room.left = tuning.BYTES * sum(m.weight.numel() for m in [*both, *square])

@@ -26,7 +26,9 @@ def test_the_micro_batch_of_a_gpu_is_what_fits():
     with fake_cards() as (card,):
         replay = replay_of(tiny_model("llama").to(card.device))
         each = len(replay) * 32 * 4 * replay.model.config.hidden_size
-        found = [choose_batch_tokens(replay, tokens * each) for tokens in (0, 2500, 1 << 30)]
+        found = [
+            choose_batch_tokens(replay, tokens * each) for tokens in (0, 2500, 1 << 30)
+        ]
     assert found == [1024, 2048, 16 * 1024]
 
 
@@ -50,7 +52,9 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     states = np.eye(len(replay), dtype=bool)
     used = {None: set(), attention: set()}
     replay.blocks[0].register_forward_pre_hook(
-        lambda module, args: used[replay.attention].add(replay.model.config._attn_implementation)
+        lambda module, args: used[replay.attention].add(
+            replay.model.config._attn_implementation
+        )
     )
     found = {}
     for name in used:
@@ -76,7 +80,9 @@ def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
     session.choose_tuning(Mock(**{"run.provenance.computed": {}}))
     used = []
     session.replay.blocks[0].register_forward_pre_hook(
-        lambda module, args: used.append(session.replay.model.config._attn_implementation)
+        lambda module, args: used.append(
+            session.replay.model.config._attn_implementation
+        )
     )
     measure(session.replay, random_tokens(), [])
     assert set(used) == {"eager"}
@@ -85,5 +91,7 @@ def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
 def test_an_attention_that_is_not_there_is_an_error_in_one_line():
     replay = tiny_replay()
     replay.attention = "no such"
-    with pytest.raises(ArchitectureError, match="cannot compute attention as 'no such'"):
+    with pytest.raises(
+        ArchitectureError, match="cannot compute attention as 'no such'"
+    ):
         measure(replay, random_tokens(), [])

@@ -48,7 +48,9 @@ def requirements(name, found):
     for text in importlib.metadata.requires(name) or ():
         wanted = Requirement(text)
         key = re.sub(r"[-_.]+", "-", wanted.name).lower()
-        if key in found or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+        if key in found or (
+            wanted.marker and not wanted.marker.evaluate({"extra": ""})
+        ):
             continue
         found[key] = importlib.metadata.distribution(wanted.name)
         requirements(wanted.name, found)
@@ -66,7 +68,9 @@ def clean(built, tmp_path_factory):
     requirements("isingcut", found)
     installed = Path(sysconfig.get_paths()["purelib"])
     for distribution in found.values():
-        for top in {file.parts[0] for file in distribution.files or () if ".." not in file.parts}:
+        for top in {
+            file.parts[0] for file in distribution.files or () if ".." not in file.parts
+        }:
             if top != "__pycache__" and not (site / top).exists():
                 (site / top).symlink_to(installed / top)
     (wheel,) = built.glob("*.whl")
@@ -96,7 +100,14 @@ def test_the_sdist_holds_what_a_checkout_holds(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    for part in (*PARTS, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"):
+    for part in (
+        *PARTS,
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+    ):
         assert any(n == part or n.startswith(f"{part}/") for n in names), part
     assert {"mkdocs.yml", "constraints.txt", "pyproject.toml"} <= names
     assert not any(n.startswith("studies") for n in names)
@@ -166,7 +177,9 @@ def answers(clean, tmp_path_factory):
 
 def test_energy_inspect_and_solve_need_no_extra(answers):
     assert all(answers[words][0] == 0 for words in (ENERGY, INSPECT, SOLVE)), answers
-    measured, found, solved = (json.loads(answers[w][1]) for w in (ENERGY, INSPECT, SOLVE))
+    measured, found, solved = (
+        json.loads(answers[w][1]) for w in (ENERGY, INSPECT, SOLVE)
+    )
     assert measured["blocks"] == len(found["blocks"]) == 6
     assert solved["removals"][0]["proven"] is True
 

@@ -97,7 +97,10 @@ def plain_sums(first, second, tokens):
         counts = tokens.predicted[s, : ids.shape[1] - 1]
         with torch.no_grad():
             p, q = (
-                m(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+                m(input_ids=ids, use_cache=False)
+                .logits[0, :-1]
+                .double()
+                .log_softmax(-1)
                 for m in (first, second)
             )
         nll = [-float(d.gather(1, ids[0, 1:, None])[counts].sum()) for d in (p, q)]

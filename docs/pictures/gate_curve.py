@@ -57,7 +57,9 @@ def main() -> None:
             for row, i in enumerate(arguments.blocks):
                 for k, alpha in enumerate(alphas):
                     gate = torch.tensor([alpha])
-                    hidden = run_gated(recording, i, stream[i], gate, "block", ones=False)
+                    hidden = run_gated(
+                        recording, i, stream[i], gate, "block", ones=False
+                    )
                     for j in range(i + 1, n):
                         hidden = recording.block(j, hidden)
                     logp = recording.logits(hidden[0], 0)[:-1].double().log_softmax(-1)

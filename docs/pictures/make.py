@@ -72,18 +72,36 @@ def removal() -> plt.Figure:
                 linestyle="--" if gone else "-",
             )
         )
-        axes.text(i + 0.5, 0.8, str(i), ha="center", va="center", color=GREY if gone else "white")
-        axes.text(i + 0.5, 1.25, "x = 1" if gone else "x = 0", ha="center", color=GREY, fontsize=8)
+        axes.text(
+            i + 0.5,
+            0.8,
+            str(i),
+            ha="center",
+            va="center",
+            color=GREY if gone else "white",
+        )
+        axes.text(
+            i + 0.5,
+            1.25,
+            "x = 1" if gone else "x = 0",
+            ha="center",
+            color=GREY,
+            fontsize=8,
+        )
         if not gone:
             for start, end in (
                 ((i + 0.3, 0.2), (i + 0.3, 0.52)),
                 ((i + 0.7, 0.52), (i + 0.7, 0.2)),
             ):
                 axes.add_patch(
-                    FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, color=BLUE)
+                    FancyArrowPatch(
+                        start, end, arrowstyle="-|>", mutation_scale=8, color=BLUE
+                    )
                 )
     axes.add_patch(
-        FancyArrowPatch((-0.2, 0.2), (9.3, 0.2), arrowstyle="-|>", mutation_scale=12, color="black")
+        FancyArrowPatch(
+            (-0.2, 0.2), (9.3, 0.2), arrowstyle="-|>", mutation_scale=12, color="black"
+        )
     )
     axes.text(-0.2, -0.05, "residual stream", fontsize=9)
     axes.text(9.3, -0.05, "logits", fontsize=9, ha="right")
@@ -99,12 +117,16 @@ def couplings() -> plt.Figure:
         1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6), sharey=True
     )
     left.barh(np.arange(energy.n), energy.h, color=BLUE)
-    left.set(xscale="log", xlabel="own term h, nats/token", ylabel="block", ylim=(29.5, -0.5))
+    left.set(
+        xscale="log", xlabel="own term h, nats/token", ylabel="block", ylim=(29.5, -0.5)
+    )
     size = np.quantile(np.abs(energy.J), 0.98)
     shown = np.where(np.eye(energy.n, dtype=bool), np.nan, energy.J)
     image = right.imshow(shown, cmap="PuOr", vmin=-size, vmax=size, aspect="auto")
     right.set(xlabel="block")
-    figure.colorbar(image, ax=right, label="coupling J, nats/token (clipped)", shrink=0.9)
+    figure.colorbar(
+        image, ax=right, label="coupling J, nats/token (clipped)", shrink=0.9
+    )
     return figure
 
 
@@ -120,7 +142,9 @@ def why_pairs() -> plt.Figure:
         alone.append(energy.energies(state)[0])
         best.append(lowest(energy, m, 1).energies[0])
     figure, axes = plt.subplots(figsize=(5.6, 3))
-    axes.plot(sizes, alone, "o--", color=ORANGE, label="the M blocks of smallest own term")
+    axes.plot(
+        sizes, alone, "o--", color=ORANGE, label="the M blocks of smallest own term"
+    )
     axes.plot(sizes, best, "o-", color=BLUE, label="ground state (proven)")
     axes.set(xlabel="blocks removed, M (of 30)", ylabel="energy, nats/token")
     axes.legend(frameon=False)
@@ -130,7 +154,9 @@ def why_pairs() -> plt.Figure:
 def spectrum() -> plt.Figure:
     """Draw the lowest states for M = 8: levels and removed blocks."""
     found = lowest(hamiltonian(), 8, 20)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.2, 3.6), width_ratios=(1, 2.6)
+    )
     left.hlines(found.energies, 0, 1, color=BLUE)
     left.set(xticks=[], ylabel="energy, nats/token", title="levels")
     right.imshow(found.states, cmap="Blues", aspect="auto", vmin=0, vmax=1.3)
@@ -153,7 +179,13 @@ def gate_curve() -> plt.Figure:
         near = step <= 0.101
         # KL and its slope are zero at gate 1, so that the leading term is a parabola.
         curvature = (row[near] * step[near] ** 2).sum() / (step[near] ** 4).sum()
-        axes.plot(step, curvature * step**2, "--", color=ORANGE, label="curvature at the start")
+        axes.plot(
+            step,
+            curvature * step**2,
+            "--",
+            color=ORANGE,
+            label="curvature at the start",
+        )
         axes.plot(step, row, color=BLUE, label="measured")
         axes.set(title=f"block {block}", xlabel="block faded out", ylim=(0, None))
         axes.set_xticks([0, 1], ["original", "removed"])
@@ -174,7 +206,9 @@ def fidelity() -> plt.Figure:
             (~candidate, GREY, "random states"),
             (candidate, BLUE, "lowest of pairwise"),
         ):
-            axes.plot(energies[chosen], kl[chosen], "o", color=colour, ms=4, label=words)
+            axes.plot(
+                energies[chosen], kl[chosen], "o", color=colour, ms=4, label=words
+            )
         spearman = data["spearman"][name]
         axes.set(title=f"{name}: Spearman {spearman:.2f}", xlabel=f"energy, {label}")
     all_axes[0].set_ylabel("measured KL, nats/token")
@@ -216,7 +250,9 @@ def healing_curve() -> plt.Figure:
     """
 
     def mean(state: dict[str, Any], what: str) -> float:
-        return float(np.mean([state["texts"][name][what] for name in ("wikitext2", "c4")]))
+        return float(
+            np.mean([state["texts"][name][what] for name in ("wikitext2", "c4")])
+        )
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     for m, colour in (("6", BLUE), ("9", GREEN), ("12", ORANGE), ("15", GREY)):
@@ -224,20 +260,30 @@ def healing_curve() -> plt.Figure:
         (_, cut), *rows = states_of["isingcut"]
         tokens, states = [t / 1e6 for t, _ in rows], [state for _, state in rows]
         before = mean(cut, "original_nll")
-        left_over = [(mean(s, "nll") - before) / (mean(cut, "nll") - before) for s in states]
+        left_over = [
+            (mean(s, "nll") - before) / (mean(cut, "nll") - before) for s in states
+        ]
         won = [100 * (1 - share) for share in left_over]
         label = f"{m} of 30 blocks removed"
         for axes, values in ((left, won), (right, [mean(s, "kl") for s in states])):
             axes.plot(tokens[1:], values[1:], "o-", ms=4, color=colour, label=label)
-            axes.plot(tokens[:2], values[:2], "o:", ms=4, mfc="white", color=colour, zorder=1)
+            axes.plot(
+                tokens[:2], values[:2], "o:", ms=4, mfc="white", color=colour, zorder=1
+            )
         _, *peer = states_of["block-influence"]
         values = [mean(state, "kl") for _, state in peer]
         right.plot([t / 1e6 for t, _ in peer], values, "s--", ms=3, color=colour, lw=1)
-    right.plot([], [], "s--", ms=3, color="black", lw=1, label="state of block influence")
+    right.plot(
+        [], [], "s--", ms=3, color="black", lw=1, label="state of block influence"
+    )
     right.legend(frameon=False, fontsize=8)
     names = ("lost log-perplexity won back, %", "KL, nats/token")
     for axes, name in zip((left, right), names, strict=True):
-        axes.set(xscale="log", xlabel="tokens, millions (white: the patch alone)", ylabel=name)
+        axes.set(
+            xscale="log",
+            xlabel="tokens, millions (white: the patch alone)",
+            ylabel=name,
+        )
         axes.minorticks_off()
         axes.set_xticks(ticks := [0.03, 0.1, 0.3, 1], [f"{t:g}" for t in ticks])
     left.legend(frameon=False, fontsize=8)
@@ -247,7 +293,12 @@ def healing_curve() -> plt.Figure:
 def deep_cuts() -> plt.Figure:
     """Draw the KL after the cut, the patch and the healing, for 12, 15 and 18 of 30 blocks."""
     figure, all_axes = plt.subplots(1, 3, figsize=(9.6, 3.4), sharey=True)
-    colours = {"isingcut": BLUE, "sleb": GREEN, "block-influence": ORANGE, "last": "black"}
+    colours = {
+        "isingcut": BLUE,
+        "sleb": GREEN,
+        "block-influence": ORANGE,
+        "last": "black",
+    }
     colours |= {"cbo": "purple", "random": "brown", "angular-window": GREY}
     colours |= {"effects-search": "crimson"}
     for axes, m in zip(all_axes, ("12", "15", "18"), strict=True):
@@ -260,7 +311,9 @@ def deep_cuts() -> plt.Figure:
                 label = "the choice of a run" if method == "effects-search" else method
                 axes.plot(range(len(kl)), kl, style, ms=4, color=colour, label=label)
         axes.set(title=f"{m} of 30 blocks removed", yscale="log")
-        healed = [f"healed,\n{t / 1e6:.1g} M" for t, _ in max(methods.values(), key=len)[2:]]
+        healed = [
+            f"healed,\n{t / 1e6:.1g} M" for t, _ in max(methods.values(), key=len)[2:]
+        ]
         axes.set_xticks(range(2 + len(healed)), ["cut", "patched", *healed])
         axes.set_yticks(ticks := [1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
@@ -271,18 +324,33 @@ def deep_cuts() -> plt.Figure:
 
 def price_of_search() -> plt.Figure:
     """Draw the cost of the methods' choices, and their KL above the lowest, by removed blocks."""
-    text = (STUDIES / "quality" / "results" / "quality.json").read_text(encoding="utf-8")
+    text = (STUDIES / "quality" / "results" / "quality.json").read_text(
+        encoding="utf-8"
+    )
     tables = [t for t in json.loads(text)["tables"] if t["chosen_on"] == "wiki"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
-    colours = {"refined": BLUE, "sleb": GREEN, "evopress": ORANGE, "pairwise-top20": GREY}
+    colours = {
+        "refined": BLUE,
+        "sleb": GREEN,
+        "evopress": ORANGE,
+        "pairwise-top20": GREY,
+    }
     removed = [table["remove"] for table in tables]
     for name, colour in (colours | {"block-influence": "black"}).items():
         rows = [next(m for m in t["methods"] if m["method"] == name) for t in tables]
         found = [t["losses"]["pooled"]["kl"]["methods"] for t in tables]
         above = [
-            100 * (kl[name]["value"] / min(r["value"] for r in kl.values()) - 1) for kl in found
+            100 * (kl[name]["value"] / min(r["value"] for r in kl.values()) - 1)
+            for kl in found
         ]
-        left.plot(removed, [row["passes"] for row in rows], "o-", ms=4, color=colour, label=name)
+        left.plot(
+            removed,
+            [row["passes"] for row in rows],
+            "o-",
+            ms=4,
+            color=colour,
+            label=name,
+        )
         right.plot(removed, above, "o-", ms=4, color=colour)
     left.set(yscale="log", ylabel="forward passes over the text")
     left.set_yticks(ticks := [1, 3, 10, 30, 100], list(map(str, ticks)))

@@ -118,4 +118,6 @@ class MissingExtraError(IsingcutError):
 
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, else its repr."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), repr(error)
+    )

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 from isingcut.errors import MemoryExhaustedError
 
-_WORDS = re.compile("(?i)out of memory|not enough memory|(?:can't|cannot) allocate|_ALLOC_FAILED")
+_WORDS = re.compile(
+    "(?i)out of memory|not enough memory|(?:can't|cannot) allocate|_ALLOC_FAILED"
+)
 _WANTED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)")
 _CAPACITY = re.compile(r"total capacity of ([\d.]+) ?(bytes|[KMGTPE]iB)")
 _ON_GPU = re.compile("OutOfMemoryError|CUDA|CUBLAS|CUDNN|HIP|MPS")
@@ -26,7 +28,9 @@ def is_memory_exhausted(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # Torch and safetensors also raise general errors, which can be identified by their text only.
-    return bool(names & {"RuntimeError", "SafetensorError"} and _WORDS.search(str(error)))
+    return bool(
+        names & {"RuntimeError", "SafetensorError"} and _WORDS.search(str(error))
+    )
 
 
 def raise_if_exhausted(error: BaseException) -> None:
@@ -58,7 +62,11 @@ def exhausted_error(error: BaseException) -> MemoryExhaustedError:
 
 def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:
     found = pattern.search(str(error))
-    return int(float(found[1]) * 1024 ** "BKMGTPE".index(found[2][0].upper())) if found else None
+    return (
+        int(float(found[1]) * 1024 ** "BKMGTPE".index(found[2][0].upper()))
+        if found
+        else None
+    )
 
 
 @contextlib.contextmanager

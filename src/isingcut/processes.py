@@ -85,7 +85,10 @@ class Processes:
         import torch
 
         # Not by `all_gather_object`, which pickles.
-        lengths = [int(n) for n in self._gather_tensors(torch.tensor([len(data)], device="cpu"))]
+        lengths = [
+            int(n)
+            for n in self._gather_tensors(torch.tensor([len(data)], device="cpu"))
+        ]
         own = torch.zeros(max(1, *lengths), dtype=torch.uint8, device="cpu")
         if data:
             own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -123,7 +126,12 @@ ALONE = Processes()
 
 def leave_word(code: int, text: str) -> None:
     """Store why this process ends, and its exit code, for the other processes."""
-    word = {"code": code, "rank": launched_rank(), "host": socket.gethostname(), "text": text}
+    word = {
+        "code": code,
+        "rank": launched_rank(),
+        "host": socket.gethostname(),
+        "text": text,
+    }
     with contextlib.suppress(RuntimeError):
         _board().compare_set(_key(), "", json.dumps(word))
 

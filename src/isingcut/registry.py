@@ -56,7 +56,9 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return all names, sorted, without importing a part."""
-        return sorted({*self._files(), *self._entry_points(), *self._registered, *self.choices})
+        return sorted(
+            {*self._files(), *self._entry_points(), *self._registered, *self.choices}
+        )
 
     def register(self, name: str, part: Any) -> None:
         """Add ``part`` for this process under a new name.
@@ -65,7 +67,9 @@ class Registry:
             InputError: the name is taken.
         """
         if name in self.names():
-            raise InputError(f"{self.noun} {name!r} is already registered; choose another name")
+            raise InputError(
+                f"{self.noun} {name!r} is already registered; choose another name"
+            )
         self._registered[name] = part
 
     def get(self, name: str) -> Any:
@@ -88,11 +92,15 @@ class Registry:
         if name in entry_points:
             return self._load(entry_points[name])
         if name in self.choices:
-            raise UnknownNameError(f"{name!r} lets a run choose; here, name one {self.noun}")
+            raise UnknownNameError(
+                f"{name!r} lets a run choose; here, name one {self.noun}"
+            )
         names = self.names()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise UnknownNameError(f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}")
+        raise UnknownNameError(
+            f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}"
+        )
 
     def _load(self, entry_point: EntryPoint) -> Any:
         try:

@@ -82,7 +82,9 @@ class Choice(ModelStudy):
             "maths": self.texts.problems(),
             "Python": code,
             "Wikipedia": "wiki",
-            "four kinds": ",".join(f"{place}=0.25" for place in ("wiki", chats, web, code)),
+            "four kinds": ",".join(
+                f"{place}=0.25" for place in ("wiki", chats, web, code)
+            ),
             "stories": str(books / "tinystories.jsonl"),
             "plays": str(books / "tinyshakespeare.jsonl"),
             "novel": str(books / "book_news_from_nowhere.jsonl"),
@@ -99,13 +101,20 @@ class Choice(ModelStudy):
         o = self.options
         price = 4 * greedy_price(len(self.replay), o.remove) * o.length * 16
         return [
-            Part(f"chosen/{o.remove}/{text}", lambda _, text=text: self._choose(text), price)
+            Part(
+                f"chosen/{o.remove}/{text}",
+                lambda _, text=text: self._choose(text),
+                price,
+            )
             for text in o.texts or self.sources
         ]
 
     def _choose(self, text: str) -> Content:
         o = self.options
-        options = {name: getattr(o, name) for name in ("length", "dtype", "patch_tokens", "seed")}
+        options = {
+            name: getattr(o, name)
+            for name in ("length", "dtype", "patch_tokens", "seed")
+        }
         config = RunConfig(
             model=str(self.original.folder),
             remove=str(o.remove),
@@ -117,19 +126,28 @@ class Choice(ModelStudy):
         config = checks.resolve_energy(config.validate())
         fits = dict[tuple[int, ...], Any]()
 
-        def fit_once(run: Session, folder: RunFolder, removed: State, *given: Any) -> Any:
-            found = fits.get(tuple(removed)) or cutting.fit_patch(run, folder, removed, *given)
+        def fit_once(
+            run: Session, folder: RunFolder, removed: State, *given: Any
+        ) -> Any:
+            found = fits.get(tuple(removed)) or cutting.fit_patch(
+                run, folder, removed, *given
+            )
             return fits.setdefault(tuple(removed), found)
 
         with (
-            pipeline.open_session(config, terminal, ALONE, need_removal=True) as (run, folder),
+            pipeline.open_session(config, terminal, ALONE, need_removal=True) as (
+                run,
+                folder,
+            ),
             # Patch all of the lowest three, so that the rules can choose among them.
             mock.patch.object(trials, "NEAR", math.inf),
             mock.patch.object(trials, "fit_patch", fit_once),
         ):
             longer = self._search_on(run, folder)
             (ranked,) = pipeline.measure_and_rank(run, folder)
-            made = measuring.measure_energy(run, folder).meta["search"]["targets"][str(o.remove)]
+            made = measuring.measure_energy(run, folder).meta["search"]["targets"][
+                str(o.remove)
+            ]
             rows = sorted(ranked.candidates, key=lambda row: row.kl)[: trials.TRIED]
             few = trials.trial_tokens(config)
             # A study that goes on after the ranking fits the patches again.
@@ -139,7 +157,12 @@ class Choice(ModelStudy):
                 row.content() | {"unseen": self._judge(run, row.removed, new)}
                 for row, new in zip(rows, patches, strict=True)
             ]
-        return {"text": text, "ended": made["trace"][-1], "longer": longer, "near": near}
+        return {
+            "text": text,
+            "ended": made["trace"][-1],
+            "longer": longer,
+            "near": near,
+        }
 
     def _search_on(self, run: Session, folder: RunFolder) -> Content:
         """Search without the stopping rule; the run's own search reuses the measurements."""
@@ -164,13 +187,21 @@ class Choice(ModelStudy):
             patched = changed_losses(
                 run.replay, text, lambda name, _: new.get(name), work, name, removed
             )
-            sums = {"counts": text.predicted.sum(1).numpy(), "cut": cut, "patched": patched}
-            found[name] = {stage: np.round(values, 5).tolist() for stage, values in sums.items()}
+            sums = {
+                "counts": text.predicted.sum(1).numpy(),
+                "cut": cut,
+                "patched": patched,
+            }
+            found[name] = {
+                stage: np.round(values, 5).tolist() for stage, values in sums.items()
+            }
         return found
 
     def collect(self) -> Content:
         o = self.options
-        settings = {name: getattr(o, name) for name in self.settings} | {"prefix": o.prefix}
+        settings = {name: getattr(o, name) for name in self.settings} | {
+            "prefix": o.prefix
+        }
         found = {"settings": settings, "provenance": self.provenance()}
         return {**found, "texts": self.under(f"chosen/{o.remove}")}
 
@@ -179,14 +210,18 @@ class Choice(ModelStudy):
         rows = content["texts"]
         o = content["settings"]
         print(f"\n{content['provenance']['model']} without {o['remove']} blocks")
-        print("text, passes of the search and of a longer one, KL above it; near candidates")
+        print(
+            "text, passes of the search and of a longer one, KL above it; near candidates"
+        )
         regrets = []
         gains = dict[str, list[Any]]()
         for row in rows:
             regrets.append(100 * (row["ended"]["kl"] / row["longer"]["kl"] - 1))
             passes = f"{row['ended']['passes']:.1f}, {row['longer']['passes']:.1f}"
             print(f"{row['text']:<15}{passes:>12}{regrets[-1]:>8.1f} %")
-            unseen = [[_unseen(state, stage) for stage in STAGES] for state in row["near"]]
+            unseen = [
+                [_unseen(state, stage) for stage in STAGES] for state in row["near"]
+            ]
             rules = _rules(row["near"])
             for i, (state, judged) in enumerate(zip(row["near"], unseen, strict=True)):
                 by = ", ".join(rule for rule, chosen in rules.items() if chosen == i)
@@ -197,7 +232,9 @@ class Choice(ModelStudy):
                 )
             rules["best_gain"] = int(np.argmin([patched for _, patched in unseen]))
             for rule, i in rules.items():
-                gains.setdefault(rule, []).append(100 * (1 - np.divide(unseen[i], unseen[0])))
+                gains.setdefault(rule, []).append(
+                    100 * (1 - np.divide(unseen[i], unseen[0]))
+                )
         figures = {"stop_rule_regret_percent": float(np.mean(regrets))}
         figures["stop_rule_regret_percent_worst"] = max(regrets)
         for rule, found in gains.items():
@@ -206,13 +243,17 @@ class Choice(ModelStudy):
                 name = f"{rule}_percent_{stage}"
                 figures[name] = float(column.mean())
                 if len(column) > 1:
-                    figures[f"{name}_se"] = float(column.std(ddof=1) / len(column) ** 0.5)
+                    figures[f"{name}_se"] = float(
+                        column.std(ddof=1) / len(column) ** 0.5
+                    )
         return {o["prefix"] + name: value for name, value in figures.items()}
 
 
 def _unseen(state: Content, stage: str) -> float:
     """Return the mean KL over the evaluation texts."""
-    return float(np.mean([mean_loss([text], stage) for text in state["unseen"].values()]))
+    return float(
+        np.mean([mean_loss([text], stage) for text in state["unseen"].values()])
+    )
 
 
 def _rules(near: list[Content]) -> dict[str, int]:
@@ -220,11 +261,16 @@ def _rules(near: list[Content]) -> dict[str, int]:
     above = [row["kl"] - near[0]["kl"] for row in near]
     errors = [trials.ERRORS * row["above_lowest_se"] for row in near]
     level = [i for i, gap in enumerate(above) if gap <= errors[i]]
-    close = [i for i, gap in enumerate(above) if gap <= max(errors[i], NEAR * near[0]["kl"])]
+    close = [
+        i for i, gap in enumerate(above) if gap <= max(errors[i], NEAR * near[0]["kl"])
+    ]
 
     def patched(i: int) -> float:
         return float(near[i]["patched_kl"])
 
-    found = {"tie_regret": min(level, key=patched), "near_gain": min(close, key=patched)}
+    found = {
+        "tie_regret": min(level, key=patched),
+        "near_gain": min(close, key=patched),
+    }
     found["patched_choice_gain"] = min(range(len(near)), key=patched)
     return found

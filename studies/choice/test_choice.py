@@ -33,11 +33,19 @@ def test_rules() -> None:
 
 
 def test_figures() -> None:
-    rows = [{"text": str(k), "ended": {"kl": kl, "passes": 1.0}} for k, kl in ((0, 1.0), (1, 1.03))]
+    rows = [
+        {"text": str(k), "ended": {"kl": kl, "passes": 1.0}}
+        for k, kl in ((0, 1.0), (1, 1.03))
+    ]
     longer: Content = {"kl": 1.0, "passes": 2.0}
-    settings: Content = {"settings": {"remove": 6, "prefix": ""}, "provenance": {"model": "tiny"}}
+    settings: Content = {
+        "settings": {"remove": 6, "prefix": ""},
+        "provenance": {"model": "tiny"},
+    }
     near = [NEAR, NEAR[:1]]
-    texts = [row | {"longer": longer, "near": n} for row, n in zip(rows, near, strict=True)]
+    texts = [
+        row | {"longer": longer, "near": n} for row, n in zip(rows, near, strict=True)
+    ]
     found: dict[str, Any] = Choice.show({**settings, "texts": texts})
     assert found["stop_rule_regret_percent"] == pytest.approx(1.5)
     assert found["stop_rule_regret_percent_worst"] == pytest.approx(3.0)
@@ -48,7 +56,15 @@ def test_figures() -> None:
 
 
 def test_a_run_is_judged(tiny: list[str], tmp_path: Path) -> None:
-    words = [*tiny, "--remove", "2", "--patch-tokens", "960", "--work", str(tmp_path / "work")]
+    words = [
+        *tiny,
+        "--remove",
+        "2",
+        "--patch-tokens",
+        "960",
+        "--work",
+        str(tmp_path / "work"),
+    ]
     words += ["--texts", "default", "four kinds"]
     runner.run(Choice, words)
     runner.run(Choice, [*words, "--collect", "--results", str(tmp_path / "found.json")])

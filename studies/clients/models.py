@@ -91,7 +91,11 @@ SUBJECTS = (
         "gemma3",
         (1, 2),
         "gemma3",
-        {"num_hidden_layers": 8, "sliding_window_pattern": 6, "query_pre_attn_scalar": 64},
+        {
+            "num_hidden_layers": 8,
+            "sliding_window_pattern": 6,
+            "query_pre_attn_scalar": 64,
+        },
     ),
     Subject("gemma2", (1, 4), "gemma2", {"query_pre_attn_scalar": 64}),
     Subject("nemotron-h", (0, 4, 5), "nemotron_h", MAMBA, "M-*M-*M-*M-"),
@@ -113,7 +117,12 @@ SUBJECTS = (
         "qwen3-moe",
         (2, 5),
         "qwen3_moe",
-        {**NO_WINDOWS, "mlp_only_layers": [], "moe_intermediate_size": 128, "norm_topk_prob": True},
+        {
+            **NO_WINDOWS,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 128,
+            "norm_topk_prob": True,
+        },
     ),
     Subject("smollm2", (9, 12, 14, 17, 20, 23)),
 )
@@ -149,10 +158,16 @@ def _as_on_hubs(path: Path, pattern: str) -> None:
     dropped = {"layers_block_type"}
     if "E" not in pattern:
         dropped |= {
-            k for k in config if k in ROUTER or "expert" in k or k.startswith(("moe_", "mtp_"))
+            k
+            for k in config
+            if k in ROUTER or "expert" in k or k.startswith(("moe_", "mtp_"))
         }
     config = {k: v for k, v in config.items() if k not in dropped}
-    write(path, config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)})
+    write(
+        path,
+        config
+        | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)},
+    )
 
 
 def packed_model() -> Path:
@@ -191,7 +206,9 @@ def make_files(subject: Subject, folder: Path, converter: Path) -> Content:
     (checkpoint,) = run.glob("remove-*/model")
     converted = _convert(subject, checkpoint, folder / "converted.gguf", converter)
     original = {"path": str(packed_model())} if subject.packed else None
-    original = original or _convert(subject, source, folder / "original.gguf", converter)
+    original = original or _convert(
+        subject, source, folder / "original.gguf", converter
+    )
     return {
         "source": {"path": str(source)},
         "original": original,

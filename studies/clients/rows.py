@@ -79,7 +79,9 @@ def compare(
         for at, (logits, token) in enumerate(zip(steps, got, strict=True)):
             best = next(iter(logits))
             if str(token) != best:
-                answer = Answer(at, logits[best] - logits.get(str(token), float("-inf")))
+                answer = Answer(
+                    at, logits[best] - logits.get(str(token), float("-inf"))
+                )
                 break
         answers.append(answer)
     return tuple(answers)
@@ -88,10 +90,14 @@ def compare(
 def table(rows: Sequence[Row]) -> list[str]:
     """Return a line for each row, followed by its error or its prompts' first differences."""
     form = "{:<16}{:<22}{:<9}{:>5}{:>6}{:>7}  {}"
-    lines = [form.format("model", "client", "version", "same", "ties", "others", "outcome")]
+    lines = [
+        form.format("model", "client", "version", "same", "ties", "others", "outcome")
+    ]
     for row in rows:
         cells = row.counts if row.answers else ("", "", "")
-        told = row.outcome + (f"; the uncut original {row.original}" if row.original else "")
+        told = row.outcome + (
+            f"; the uncut original {row.original}" if row.original else ""
+        )
         lines.append(form.format(row.model, row.client, row.version, *cells, told))
         if row.refused or row.error:
             lines.append(f"    {row.refused or row.error}")
@@ -115,5 +121,7 @@ def figures(rows: Sequence[Row]) -> dict[str, int]:
         "clients_refused": outcomes.count("refused"),
         "clients_failed": len(failed),
         "clients_failed_uncut": sum(r.original in FAILURES for r in failed),
-        "controls_noticed": sum(r.client == CONTROL and r.outcome == "differs" for r in rows),
+        "controls_noticed": sum(
+            r.client == CONTROL and r.outcome == "differs" for r in rows
+        ),
     }

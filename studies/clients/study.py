@@ -85,9 +85,17 @@ class Clients(Study):
     def add_options(cls, add: Callable[..., Any]) -> None:
         names = [s.name for s in SUBJECTS]
         add("--models", nargs="+", default=names, choices=names)
-        add("--envs", type=Path, default=Path("clients-envs"), help="of environments.sh")
+        add(
+            "--envs", type=Path, default=Path("clients-envs"), help="of environments.sh"
+        )
         add("--new-tokens", type=int, default=16)
-        add("--seconds", type=float, default=600, dest="limit", help="for one client's answer")
+        add(
+            "--seconds",
+            type=float,
+            default=600,
+            dest="limit",
+            help="for one client's answer",
+        )
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -97,7 +105,11 @@ class Clients(Study):
     def python(self, client: str) -> Path:
         """Return the path of a client's Python."""
         own = Path(sys.executable)
-        return own if client == "transformers" else self.options.envs / client / "bin" / "python"
+        return (
+            own
+            if client == "transformers"
+            else self.options.envs / client / "bin" / "python"
+        )
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -106,7 +118,9 @@ class Clients(Study):
     def parts(self) -> list[Part]:
         found = []
         for subject in (s for s in SUBJECTS if s.name in self.options.models):
-            found.append(Part(f"files/{subject.name}", lambda _, s=subject: self._files(s)))
+            found.append(
+                Part(f"files/{subject.name}", lambda _, s=subject: self._files(s))
+            )
             if not self.done(f"files/{subject.name}"):
                 continue
             references = (subject.removed, subject.others, ())
@@ -129,9 +143,13 @@ class Clients(Study):
     def _reference(self, subject: Subject, blocks: Sequence[int]) -> Part:
         def make(_: Path) -> Content:
             source = self.read(f"files/{subject.name}")["source"]["path"]
-            return {"liked": greedy(source, blocks, self.prompts, self.options.new_tokens)}
+            return {
+                "liked": greedy(source, blocks, self.prompts, self.options.new_tokens)
+            }
 
-        return Part(f"reference/{subject.name}/{'-'.join(map(str, blocks)) or 'uncut'}", make)
+        return Part(
+            f"reference/{subject.name}/{'-'.join(map(str, blocks)) or 'uncut'}", make
+        )
 
     def _answer(self, subject: Subject, client: str, file: str) -> Part:
         def make(_: Path) -> Content:
@@ -139,12 +157,18 @@ class Clients(Study):
             if "path" not in made:
                 return made
             o = self.options
-            job = {"model": made["path"], "prompts": self.prompts, "new_tokens": o.new_tokens}
+            job = {
+                "model": made["path"],
+                "prompts": self.prompts,
+                "new_tokens": o.new_tokens,
+            }
             return ask(client, self.python(client), job, o.limit)
 
         return Part(f"answers/{subject.name}/{client}-{file}", make)
 
-    def _row(self, subject: Subject, name: str, client: str, file: str, cut: Any) -> Row:
+    def _row(
+        self, subject: Subject, name: str, client: str, file: str, cut: Any
+    ) -> Row:
         """Compare a client's answer for one file with the reference without the blocks ``cut``."""
         answer = self.read(self._answer(subject, client, file).name)
         packed = subject.packed and file in ("gguf", "original")
@@ -153,7 +177,9 @@ class Clients(Study):
         if "tokens" in answer:
             liked = self.read(self._reference(subject, cut).name)["liked"]
             return replace(row, answers=compare(liked, answer["tokens"]))
-        return replace(row, refused=answer.get("refused", ""), error=answer.get("error", ""))
+        return replace(
+            row, refused=answer.get("refused", ""), error=answer.get("error", "")
+        )
 
     def _rows(self) -> Iterator[Row]:
         for subject in (s for s in SUBJECTS if self.done(f"files/{s.name}")):
@@ -171,14 +197,18 @@ class Clients(Study):
             yield Row(subject.name, CONTROL, tie=TIE, answers=compare(cut, tokens))
 
     def collect(self) -> Content:
-        return {"rows": [{**asdict(row), "outcome": row.outcome} for row in self._rows()]}
+        return {
+            "rows": [{**asdict(row), "outcome": row.outcome} for row in self._rows()]
+        }
 
     @staticmethod
     def show(content: Content) -> dict[str, Any]:
         rows = []
         for found in content["rows"]:
             given = {k: v for k, v in found.items() if k not in ("outcome", "answers")}
-            rows.append(Row(**given, answers=tuple(Answer(**a) for a in found["answers"])))
+            rows.append(
+                Row(**given, answers=tuple(Answer(**a) for a in found["answers"]))
+            )
         print("\n".join(table(rows)) + "\n")
         return figures(rows)
 
@@ -197,7 +227,9 @@ def greedy(
             grown = list(ids)
             steps = []
             for _ in range(new_tokens):
-                logits = model(torch.tensor([grown]), use_cache=False).logits[0, -1].float()
+                logits = (
+                    model(torch.tensor([grown]), use_cache=False).logits[0, -1].float()
+                )
                 top = logits.topk(KEPT)
                 tokens = top.indices.tolist()
                 values = top.values.tolist()
@@ -226,7 +258,11 @@ def ask(client: str, python: Path, job: Content, seconds: float) -> Content:
         command = [str(python), str(WORKER), client, str(question), str(answer)]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=seconds
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
             )
         except subprocess.TimeoutExpired:
             return {"error": f"no answer within {seconds:g} seconds"}
@@ -241,6 +277,10 @@ def ask(client: str, python: Path, job: Content, seconds: float) -> Content:
 def error_line(error: str, log: str) -> str:
     """Return an exception in one line, with the log's last error line if that tells more."""
     first = error.splitlines()[0] if error else ""
-    said = [line.strip() for line in log.splitlines() if re.search("error|assert", line, re.I)]
+    said = [
+        line.strip()
+        for line in log.splitlines()
+        if re.search("error|assert", line, re.I)
+    ]
     said = [line for line in said if first not in line and "Error: " not in line]
     return f"{first} ({said[-1]})" if said else first

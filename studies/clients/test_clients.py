@@ -47,7 +47,16 @@ def test_a_near_tie_is_no_agreement() -> None:
         row("b", CONTROL, [[7, 8, 9], [1, 2, 3]]),
     ]
     assert [r.outcome for r in rows] == [
-        *("agrees", "near-ties", "differs", "refused", "failed", "failed", "differs", "agrees")
+        *(
+            "agrees",
+            "near-ties",
+            "differs",
+            "refused",
+            "failed",
+            "failed",
+            "differs",
+            "agrees",
+        )
     ]
     assert rows[2].counts == (0, 1, 1)
     assert figures(rows) == {
@@ -70,7 +79,9 @@ def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path: Path) 
     words = ["--models", "llama", "--envs", str(tmp_path), "--new-tokens", "2"]
     words += ["--work", str(tmp_path / "work")]
     runner.run(Clients, words)
-    runner.run(Clients, [*words, "--collect", "--results", str(tmp_path / "clients.json")])
+    runner.run(
+        Clients, [*words, "--collect", "--results", str(tmp_path / "clients.json")]
+    )
     rows = runner.read(tmp_path / "clients.json")["rows"]
     assert [(r["client"], r["outcome"]) for r in rows] == [
         ("transformers", "agrees"),

@@ -22,7 +22,9 @@ Prompts = list[list[int]]
 def in_transformers(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
     """Run transformers' `generate` with a cache, in float32."""
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32
+    ).eval()
     answers = []
     for ids in prompts:
         row = torch.tensor([ids])
@@ -43,8 +45,12 @@ def in_transformers(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
 def in_vllm(model: str, prompts: Prompts, new_tokens: int) -> Prompts:
     """Run vLLM's own model class in float32, one prompt after the other."""
     vllm = importlib.import_module("vllm")
-    engine = vllm.LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, seed=0)
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    engine = vllm.LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=256, seed=0
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True
+    )
     answers = []
     for ids in prompts:
         (found,) = engine.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)

@@ -73,9 +73,13 @@ class Hessian:
         Returns:
             Hamiltonian; unit ``"nats/token"``, with standard errors over samples.
         """
-        gradient, curvature = gate_curvature(replay, tokens, self.kind, work, gate=self.gate)
+        gradient, curvature = gate_curvature(
+            replay, tokens, self.kind, work, gate=self.gate
+        )
         meta = describe_energy(self.kind, self.loss, tokens, gate=self.gate)
-        return quadratic(gradient * (self.kind == "hessian"), curvature, tokens.counts, meta)
+        return quadratic(
+            gradient * (self.kind == "hessian"), curvature, tokens.counts, meta
+        )
 
     def price(self, n: int, sizes: Sequence[int]) -> Price:
         """Return what the energy of ``n`` blocks computes, for `isingcut plan`."""
@@ -203,7 +207,11 @@ def _through_blocks(
     tangents = []
     for row in first:
         tangent, *second = torch.autograd.grad(
-            row.sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+            row.sum(),
+            wanted,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
         tangents.append(tangent)
         own.append(_stack(second or map(torch.zeros_like, first), stream))
@@ -234,7 +242,12 @@ def _check_linear(gradient: Tensor, tangents: Tensor, toward: Tensor) -> None:
 
 
 def _through_head(
-    recording: Recording, batch: TokenSet, sample: int, stream: Tensor, tangents: Tensor, kind: str
+    recording: Recording,
+    batch: TokenSet,
+    sample: int,
+    stream: Tensor,
+    tangents: Tensor,
+    kind: str,
 ) -> Tensor:
     """Compute J^T L''(z) J, or J^T C(z) J, of one sample: (N, N) from its tangents (N, T, D)."""
     leaf = stream.clone().requires_grad_(True)

@@ -26,7 +26,12 @@ ADDED = {
     "gpt2": ("attn", "mlp"),
 }
 KINDS = ("hessian", "gauss-newton")
-STATES = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
+STATES = [
+    [1, 0, 0, 0, 0, 0],
+    [0, 0, 0, 0, 0, 1],
+    [1, 1, 0, 0, 1, 0],
+    [0, 1, 1, 1, 1, 1],
+]
 
 
 @pytest.mark.parametrize("gate", ["sublayer", "block"])
@@ -40,14 +45,18 @@ def test_energies_equal_autograd_of_the_plain_model(
     replay.model.set_attn_implementation("eager")
     one = torch.ones(len(replay), dtype=torch.float64)
     added = ADDED[family] if gate == "sublayer" else ()
-    loss = functools.partial(gated_loss, replay, tokens, added, kl=energy is GaussNewton)
+    loss = functools.partial(
+        gated_loss, replay, tokens, added, kl=energy is GaussNewton
+    )
     g = torch.autograd.functional.jacobian(loss, one).numpy()
     H = torch.autograd.functional.hessian(loss, one).numpy()
     replay.model.set_attn_implementation("sdpa")
     assert np.abs(H).max() > 1e-2
     formed = energy(gate=gate).measure(replay, tokens, Work(batch_tokens=30))
     for x in np.array(STATES, dtype=float):
-        assert formed.energy(x) == pytest.approx(-g @ x + x @ H @ x / 2, rel=1e-4, abs=1e-6)
+        assert formed.energy(x) == pytest.approx(
+            -g @ x + x @ H @ x / 2, rel=1e-4, abs=1e-6
+        )
     assert formed.meta["energy"] == energy.kind
 
 
@@ -62,10 +71,17 @@ def test_micro_batches_do_not_change_the_curvature_and_a_journal_brings_it_back(
         return gate_curvature(replay, tokens, kind, work)[1]
 
     parts = curvature("hessian", Work(15, journal=journal))
-    np.testing.assert_allclose(curvature("hessian", Work(1000)), parts, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        curvature("hessian", Work(1000)), parts, rtol=1e-6, atol=1e-5
+    )
     keep_rows(journal, count_rows(journal) - 2, torn=1)
-    np.testing.assert_array_equal(curvature("hessian", Work(15, journal=journal)), parts)
-    assert np.abs(curvature("gauss-newton", Work(15, journal=journal)) - parts).max() > 1e-2
+    np.testing.assert_array_equal(
+        curvature("hessian", Work(15, journal=journal)), parts
+    )
+    assert (
+        np.abs(curvature("gauss-newton", Work(15, journal=journal)) - parts).max()
+        > 1e-2
+    )
 
 
 class Once(torch.autograd.Function):
@@ -104,7 +120,9 @@ def test_what_cannot_be_differentiated_twice_is_refused(kernel: Any, kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_and_a_card_come_near(kind: str) -> None:
     exact = gate_curvature(tiny_replay("llama"), random_tokens(), kind)[1]
-    half = gate_curvature(tiny_replay("llama", torch.bfloat16), random_tokens(), kind)[1]
+    half = gate_curvature(tiny_replay("llama", torch.bfloat16), random_tokens(), kind)[
+        1
+    ]
     assert np.linalg.norm(half - exact) < 0.1 * np.linalg.norm(exact)
     with fake_cards() as (card,):
         replay = replay_of(tiny_model("llama").to(card.device))
@@ -113,14 +131,22 @@ def test_half_precision_and_a_card_come_near(kind: str) -> None:
 
 
 def test_an_installed_plug_in_is_found_measured_and_judged(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    written = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
+    written = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     points = written["entry-points"]["isingcut.energies"]
     # What pip writes.
     place = tmp_path / "isingcut_curvature-0.1.dist-info"
     place.mkdir()
-    lines = ["[isingcut.energies]", *(f"{name} = {found}" for name, found in points.items())]
+    lines = [
+        "[isingcut.energies]",
+        *(f"{name} = {found}" for name, found in points.items()),
+    ]
     (place / "METADATA").write_text("Name: isingcut-curvature\nVersion: 0.1\n")
     (place / "entry_points.txt").write_text("\n".join(lines))
     assert not {*KINDS} & {*registry.names()}
@@ -128,7 +154,16 @@ def test_an_installed_plug_in_is_found_measured_and_judged(
     assert [registry.get(name) for name in KINDS] == [Hessian, GaussNewton]
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{i * i % 97}" for i in range(900)))
-    words = ["energy", model, "--calibration", text, "--out", tmp_path / "run", "--length", 16]
+    words = [
+        "energy",
+        model,
+        "--calibration",
+        text,
+        "--out",
+        tmp_path / "run",
+        "--length",
+        16,
+    ]
     words += ["--energy", "hessian", "--rank-samples", 4, "--report-samples", 4]
     assert call(*words, "--stream", "on") == 2
     assert "'hessian' needs all blocks in memory" in capsys.readouterr().err

@@ -19,7 +19,12 @@ from isingcut.errors import ModelError
 def open_model(model: Path, tokens: int, *, logits_all: bool) -> Any:
     """Load a model; keys and values are float16, llama.cpp's default."""
     options = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), tokens)
-    options |= {"n_threads": 1, "n_threads_batch": 1, "logits_all": logits_all, "verbose": False}
+    options |= {
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "logits_all": logits_all,
+        "verbose": False,
+    }
     return importlib.import_module("llama_cpp").Llama(str(model), **options)
 
 
@@ -44,7 +49,9 @@ def quantise(source: Path, kind: str, out: Path) -> None:
     part.rename(out)
 
 
-def measure(model: Path, samples: Sequence[Row], reference: Path) -> list[tuple[float, float]]:
+def measure(
+    model: Path, samples: Sequence[Row], reference: Path
+) -> list[tuple[float, float]]:
     """Return KL and NLL of every sample; the first model writes its logits as the reference."""
     llama = open_model(model, len(samples[0]), logits_all=True)
     found = []

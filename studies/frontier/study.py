@@ -35,7 +35,13 @@ from studies.runner import Content, Part
 from studies.runner_models import ModelStudy, State, key
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
-STATES: Sequence[State] = ((), (16, 17), (14, 16, 17, 18), range(13, 19), (5, *range(12, 19), 26))
+STATES: Sequence[State] = (
+    (),
+    (16, 17),
+    (14, 16, 17, 18),
+    range(13, 19),
+    (5, *range(12, 19), 26),
+)
 """Removed blocks: the lowest states that searches on this model found."""
 LAST = "-last"
 ROUNDS = 3
@@ -57,15 +63,24 @@ def best_files(points: Sequence[Content], name: str) -> list[Content]:
 
 def show(content: Content) -> dict[str, Any]:
     """Print all files and the best of them by each key; return the figures."""
-    points = sorted(content["points"], key=lambda p: (-p["blocks"], -p["bytes"], p["type"]))
+    points = sorted(
+        content["points"], key=lambda p: (-p["blocks"], -p["bytes"], p["type"])
+    )
     for p in points:
-        print(*(f"{v:.4f}" if isinstance(v, float) else v for v in p.values()), sep=" | ")
+        print(
+            *(f"{v:.4f}" if isinstance(v, float) else v for v in p.values()), sep=" | "
+        )
     timed = [p for p in points if "decode" in p]
     for name in KEYS:
-        print(f"{name}:", *(f"{p['blocks']}/{p['type']}" for p in best_files(timed, name)))
+        print(
+            f"{name}:", *(f"{p['blocks']}/{p['type']}" for p in best_files(timed, name))
+        )
     cut = [p["bytes"] for p in best_files(timed, "bytes") if p["blocks"] < 30]
     kl = {p["type"]: p["kl"] for p in points if p["blocks"] == 24}
-    figures = {"frontier_points": len(timed), "frontier_bits_of_cut": 8 * max(cut) / WEIGHTS}
+    figures = {
+        "frontier_points": len(timed),
+        "frontier_bits_of_cut": 8 * max(cut) / WEIGHTS,
+    }
     return figures | {"frontier_order": kl.get(f"Q4_0{LAST}", np.nan) / kl["Q4_0"]}
 
 
@@ -76,17 +91,27 @@ class Frontier(ModelStudy):
 
     def parts(self) -> list[Part]:
         files = [*FILES, (STATES[3], f"Q4_0{LAST}")]
-        found = [Part(f"point/{key(s)}/{t}", partial(self._measure, s, t)) for s, t in files]
+        found = [
+            Part(f"point/{key(s)}/{t}", partial(self._measure, s, t)) for s, t in files
+        ]
         return found + [Part(f"speed/{i}", self._time) for i in range(ROUNDS)]
 
     @cached_property
     def samples(self) -> list[list[int]]:
         """Wikipedia leads of a run's report text, then as many samples of C4."""
-        sizes = {"samples": 16, "rank_samples": 16, "report_samples": 32, "length": 256, "seed": 0}
+        sizes = {
+            "samples": 16,
+            "rank_samples": 16,
+            "report_samples": 32,
+            "length": 256,
+            "seed": 0,
+        }
         made = build("wiki=0.75,python=0.25", self.original.tokenizer, **sizes)
         leads = made.splits["report"]
         web = self.judged_text("c4").rows
-        found = [r for r, part in zip(leads.rows, leads.parts, strict=True) if part == "wiki"]
+        found = [
+            r for r, part in zip(leads.rows, leads.parts, strict=True) if part == "wiki"
+        ]
         return found[: len(web)] + web
 
     def _file(self, removed: State, name: str) -> Path:
@@ -98,7 +123,9 @@ class Frontier(ModelStudy):
         energy = ("energy", model, "--energy", "empirical-fisher", "--out", folder)
         where = ("--remove", len(removed), "--blocks", ",".join(map(str, removed)))
         for words in (energy, ("excise", folder, *where, "--gguf", whole)):
-            subprocess.run([sys.executable, "-m", "isingcut", *map(str, words)], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "isingcut", *map(str, words)], check=True
+            )
         (folder / f"remove-{len(removed)}" / "model.gguf").rename(out)
 
     def _measure(self, removed: State, name: str, _: Path) -> Content:
@@ -118,7 +145,12 @@ class Frontier(ModelStudy):
         size = out.stat().st_size
         ppl = float(np.exp(nll))
         row = {f"memory_{k}k": size + k * 1024 * KV_BYTES * blocks for k in (4, 32)}
-        row |= {"kl": float(kl), "kl_se": errors[0], "ppl": ppl, "ppl_se": ppl * errors[1]}
+        row |= {
+            "kl": float(kl),
+            "kl_se": errors[0],
+            "ppl": ppl,
+            "ppl_se": ppl * errors[1],
+        }
         row = {"blocks": blocks, "type": name, "bytes": size, **row}
         return {"rows": {f"{blocks}/{name}": row}, "losses": found}
 
@@ -134,6 +166,10 @@ class Frontier(ModelStudy):
             ratios = np.median([np.divide(r[name], r["30/F16"]) for r in rounds], 0)
             points[name] |= zip(("prefill", "decode"), ratios.tolist(), strict=True)
         rates = np.median([r["30/F16"] for r in rounds], 0).tolist()
-        return {"provenance": self.provenance(), "rates": rates, "points": [*points.values()]}
+        return {
+            "provenance": self.provenance(),
+            "rates": rates,
+            "points": [*points.values()],
+        }
 
     show = staticmethod(show)

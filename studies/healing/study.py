@@ -80,23 +80,43 @@ class Healing(ModelStudy):
         super().add_options(add)
         add("--method", default="full", help="of healing: full, lora or last:N")
         add("--steps", type=numbers, default=[40], help="of trainings")
-        add("--samples", type=int, help="of the training text; by default what the steps see")
+        add(
+            "--samples",
+            type=int,
+            help="of the training text; by default what the steps see",
+        )
         add("--batch", type=int, default=8)
         add("--rate", type=float, default=3e-4, help="highest learning rate")
         add("--patch-tokens", type=int, default=32768)
         add("--tasks", nargs="*", default=[])
         add("--remove", type=numbers, default=[9, 6, 12])
-        add("--methods", nargs="*", default=[OURS, *PEERS], help="those of `runner_choices`")
-        add("--states", type=Path, help="JSON file with blocks of methods; others are chosen")
+        add(
+            "--methods",
+            nargs="*",
+            default=[OURS, *PEERS],
+            help="those of `runner_choices`",
+        )
+        add(
+            "--states",
+            type=Path,
+            help="JSON file with blocks of methods; others are chosen",
+        )
         add("--state-tokens", type=int, default=2048, help="that states are chosen on")
         add("--prefix", default="", help="of the names of figures")
-        add("--tuned", nargs="*", default=[], help="those of the methods to patch by tuning, too")
+        add(
+            "--tuned",
+            nargs="*",
+            default=[],
+            help="those of the methods to patch by tuning, too",
+        )
 
     @cached_property
     def text(self) -> HealingText:
         """Text for fitting patches and for healing, with held-out samples."""
         o = self.options
-        samples = o.samples or max(max(o.steps) * o.batch, -(-o.patch_tokens // o.length))
+        samples = o.samples or max(
+            max(o.steps) * o.batch, -(-o.patch_tokens // o.length)
+        )
         return self.texts.training(samples, max(4, o.judged_tokens // o.length), o.seed)
 
     def _config(self, stage: str, steps: int) -> HealConfig:
@@ -115,7 +135,9 @@ class Healing(ModelStudy):
         settings |= {"learning_rate": o.rate, "save_steps": 25}
         return config.replace(patch="none", method=o.method, trainer=settings)
 
-    def repair(self, removed: State, stage: str, steps: int = 0, name: str = "") -> Part:
+    def repair(
+        self, removed: State, stage: str, steps: int = 0, name: str = ""
+    ) -> Part:
         """Return the part that brings a state to a stage, from the one before, and evaluates it.
 
         Args:
@@ -134,7 +156,9 @@ class Healing(ModelStudy):
             # An existing checkpoint is complete: its evaluation was killed.
             if not out.exists():
                 # Four samples are enough for the record; the evaluation texts measure the gain.
-                text = dataclasses.replace(self.text, report=self.text.report.select(range(4)))
+                text = dataclasses.replace(
+                    self.text, report=self.text.report.select(range(4))
+                )
                 config = self._config(stage, steps)
                 job = Job(self.original, tuple(removed), start, text.train, out, config)
                 heal_checkpoint(job, text, out)
@@ -143,7 +167,9 @@ class Healing(ModelStudy):
                 "tokens_seen": record.get("tokens_seen"),
                 "stopped": record.get("stopped"),
                 "training": [step["loss"] for step in record["steps"]],
-                **self._judged(models.load(out, dtype=self.original.dtype_name), journal),
+                **self._judged(
+                    models.load(out, dtype=self.original.dtype_name), journal
+                ),
             }
             if stage != "patched":
                 shutil.rmtree(out)
@@ -181,7 +207,9 @@ class Healing(ModelStudy):
             if given:
                 return {"removed": sorted(given)}
             text = self.texts.samples(TEXT, o.state_tokens)
-            setting = Setting(self.replay, text, text, self.working(journal), o.seed, {})
+            setting = Setting(
+                self.replay, text, text, self.working(journal), o.seed, {}
+            )
             name = method.removesuffix(f"-top{TOP}")
             return {"removed": choose(name, setting, [m])[method][0]["removed"]}
 
@@ -228,30 +256,51 @@ class Healing(ModelStudy):
 
     def collect(self) -> Content:
         removals = {}
-        original = {text: self.rows(f"losses/{text}")["original"] for text in self.judged}
+        original = {
+            text: self.rows(f"losses/{text}")["original"] for text in self.judged
+        }
         answers = {task: self.rows(f"answers/{task}") for task in self.options.tasks}
 
         def right(name: str) -> Content:
-            return {"accuracy": {t: rows[name] for t, rows in answers.items() if name in rows}}
+            return {
+                "accuracy": {
+                    t: rows[name] for t, rows in answers.items() if name in rows
+                }
+            }
 
         for m in self.options.remove:
             rows = {}
             for method, removed in self.chosen(m).items():
                 cut = {t: self.rows(f"losses/{t}")[key(removed)] for t in self.judged}
                 stages = {"cut": judged_stage(cut, original) | right(key(removed))}
-                for stage in (s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")):
+                for stage in (
+                    s for s in STAGES[1:] if self.done(f"{s}/{key(removed)}")
+                ):
                     found = self.read(f"{stage}/{key(removed)}")
                     rest = {"accuracy": found["accuracy"]}
                     stages[stage] = judged_stage(found["losses"], original) | rest
                 for name, found in self.trainings(removed).items():
-                    rest = {k: found[k] for k in ("tokens_seen", "stopped", "training", "accuracy")}
-                    stages[f"healed {name}"] = judged_stage(found["losses"], original) | rest
+                    rest = {
+                        k: found[k]
+                        for k in ("tokens_seen", "stopped", "training", "accuracy")
+                    }
+                    stages[f"healed {name}"] = (
+                        judged_stage(found["losses"], original) | rest
+                    )
                 rows[method] = {"removed": removed, "stages": stages}
             removals[str(m)] = rows
         o = self.options
-        where = o.states.name if o.states else f"chosen on {o.state_tokens} tokens of {TEXT}"
+        where = (
+            o.states.name
+            if o.states
+            else f"chosen on {o.state_tokens} tokens of {TEXT}"
+        )
         settings = {k: getattr(o, k) for k in self.settings} | {"prefix": o.prefix}
-        made = {"settings": settings, "states_from": where, "provenance": self.provenance()}
+        made = {
+            "settings": settings,
+            "states_from": where,
+            "provenance": self.provenance(),
+        }
         return {**made, "original": right("original"), "removals": removals}
 
     show = staticmethod(show)
@@ -270,7 +319,10 @@ def judged_text(row: Content) -> Content:
 
 def judged_stage(losses: Content, original: Content) -> Content:
     """Return the losses on each text, and over all tokens of the texts."""
-    before = {name: {"original_nll": mean_loss([row], "nll")} for name, row in original.items()}
+    before = {
+        name: {"original_nll": mean_loss([row], "nll")}
+        for name, row in original.items()
+    }
     texts = {name: judged_text(row) | before[name] for name, row in losses.items()}
     weights = np.array([t["tokens"] for t in texts.values()], dtype=float)
     weights /= weights.sum()

@@ -48,8 +48,12 @@ def paired(first: Content, second: Content, what: str) -> tuple[float, float, in
 
 def _table(m: str, rows: Content) -> None:
     print(f"\n{m} blocks removed")
-    header = f"{'':<27}{'stage':<13}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
-    print(f"{header}  perplexity/KL by text; blocks; tokens seen; right answers, in percent")
+    header = (
+        f"{'':<27}{'stage':<13}{'perplexity':>11}{'KL':>8}{'+-':>7}{'recovered':>10}"
+    )
+    print(
+        f"{header}  perplexity/KL by text; blocks; tokens seen; right answers, in percent"
+    )
     ours = rows.get(OURS, {"stages": {}})["stages"]
     for method, row in rows.items():
         asked = [s["accuracy"] for s in row["stages"].values() if s.get("accuracy")]
@@ -57,12 +61,15 @@ def _table(m: str, rows: Content) -> None:
             pooled = found["pooled"]
             won = f"{'':>10}" if stage == "cut" else f"{_recovered(row, stage):9.1f}%"
             tail = ", ".join(
-                f"{k} {exp(t['nll']):.2f}/{t['kl']:.3f}" for k, t in found["texts"].items()
+                f"{k} {exp(t['nll']):.2f}/{t['kl']:.3f}"
+                for k, t in found["texts"].items()
             )
             if stage == "cut":
                 tail += "; " + " ".join(map(str, row["removed"]))
             if "tokens_seen" in found:
-                tail += f"; {found['tokens_seen']} tokens" + "; stopped" * bool(found["stopped"])
+                tail += f"; {found['tokens_seen']} tokens" + "; stopped" * bool(
+                    found["stopped"]
+                )
             if accuracy := found.get("accuracy"):
                 tail += f"{_shares(accuracy)}, {_points(asked[0], accuracy)}"
                 same = ours.get(stage, {}).get("accuracy")
@@ -103,9 +110,14 @@ def _tuning(rows: Content) -> None:
         return
     before, after = (stages[stage]["texts"] for stage in ("patched", "tuned"))
     for name in ("all texts", *before):
-        one, two = ((t if name == "all texts" else {name: t[name]}) for t in (before, after))
+        one, two = (
+            (t if name == "all texts" else {name: t[name]}) for t in (before, after)
+        )
         found = {what: paired(one, two, what) for what in ("kl", "nll")}
-        words = [f"{w.upper()} {gap:+.4f} ± {1.96 * se:.4f}" for w, (gap, se, _) in found.items()]
+        words = [
+            f"{w.upper()} {gap:+.4f} ± {1.96 * se:.4f}"
+            for w, (gap, se, _) in found.items()
+        ]
         print(f"  tuned minus least squares, {name}, nats, 95 %: {', '.join(words)}")
 
 
@@ -147,7 +159,9 @@ def _over_peers(rows: Content, stage: str, what: str, name: str) -> dict[str, fl
     gap, error, samples = paired(judged[best]["texts"], judged[OURS]["texts"], what)
     level = judged[best]["pooled"]["kl"]
     ratio, error = (
-        (1 + gap / level, error / level) if what == "kl" else (exp(gap), exp(gap) * error)
+        (1 + gap / level, error / level)
+        if what == "kl"
+        else (exp(gap), exp(gap) * error)
     )
     print(
         f"  {stage}: {what} of {OURS} over that of the best of {len(peers)} peers ({best}): "

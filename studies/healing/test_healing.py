@@ -31,7 +31,9 @@ def content(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Conten
     return runner.read(work / "healing.json")
 
 
-def test_every_stage_is_judged(content: Content, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_judged(
+    content: Content, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = content["removals"]["2"]
     ours = rows["isingcut"]
     assert rows["last"]["removed"] == [4, 5]
@@ -83,7 +85,10 @@ OTHERS = {
 def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path: Path) -> None:
     found = Healing(runner.parse(Healing, ["--work", str(tmp_path)]))
     for steps in (10, 11):
-        runner.write(found.path(f"healed/full-0.0003-{steps}/1-2"), {"tokens_seen": 20000 * steps})
+        runner.write(
+            found.path(f"healed/full-0.0003-{steps}/1-2"),
+            {"tokens_seen": 20000 * steps},
+        )
     assert [*found.trainings([1, 2])] == ["0.22M", "0.2M"]
     runner.write(found.path("healed/full-0.0003-12/1-2"), {"tokens_seen": 221000})
     assert [*found.trainings([1, 2])] == ["0.22M", "0.22M 12 steps", "0.2M"]
@@ -131,7 +136,9 @@ def test_differences_are_paired() -> None:
     assert error == pytest.approx(math.sqrt(2 * (2 / 3) ** 2 * 2) / 12)
 
 
-def test_accuracies_are_compared_by_question(capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracies_are_compared_by_question(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ours = method(4.0, 3.75, 3.4)
     peer = copy.deepcopy(OTHERS["sleb"])
     tasks = ("piqa", "arc_easy")
@@ -143,7 +150,9 @@ def test_accuracies_are_compared_by_question(capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     # Gaps of 0, -1, 1, 1: variance 11/12, two tasks alike. GSM8K is not in the mean.
     gap = f"+25.0 ± {196 * (2 * 11 / 12 / 4) ** 0.5 / 2:.1f}"
-    (tuned,) = (line for line in lines if line.startswith("isingcut") and " tuned " in line)
+    (tuned,) = (
+        line for line in lines if line.startswith("isingcut") and " tuned " in line
+    )
     assert tuned.endswith(f"; piqa 75.0, arc_easy 75.0, gsm8k 50.0; mean 75.0, {gap}")
     (tuned,) = (line for line in lines if line.startswith("sleb") and " tuned " in line)
     assert tuned.endswith(f"mean 50.0, +0.0 ± 0.0; isingcut minus it {gap}")

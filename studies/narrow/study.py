@@ -69,7 +69,9 @@ class Narrow(ModelStudy):
         """Return the report split of a text, the exact cut's KL by sample, and what to keep."""
         tokens = self.calibration(source).splits["report"]
         state = [self.options.removed]
-        found = measure(self.replay, tokens, states_of(len(self.replay), state), self.working())
+        found = measure(
+            self.replay, tokens, states_of(len(self.replay), state), self.working()
+        )
         return tokens, found.kl_sums[0], {}
 
     def parts(self) -> list[Part]:
@@ -90,9 +92,21 @@ class Narrow(ModelStudy):
         replay = self.replay
         work = self.working()
         used = self.calibration(str(write_text(text, self.work)))
-        fitted, record = to_fit(used, self.original.tokenizer, o.patch_tokens, share=share)
-        config = HealConfig(patch="tuned", patch_tokens=o.patch_tokens, batch_tokens=o.batch_tokens)
-        job = Job(self.original, tuple(o.removed), Path(), fitted, self.work, config, work.progress)
+        fitted, record = to_fit(
+            used, self.original.tokenizer, o.patch_tokens, share=share
+        )
+        config = HealConfig(
+            patch="tuned", patch_tokens=o.patch_tokens, batch_tokens=o.batch_tokens
+        )
+        job = Job(
+            self.original,
+            tuple(o.removed),
+            Path(),
+            fitted,
+            self.work,
+            config,
+            work.progress,
+        )
         _, patches, _ = make_patches(job)
         new = {}
         blocks = find_stack(self.original.model).blocks
@@ -103,7 +117,13 @@ class Narrow(ModelStudy):
         for name, source in (("own", used.source), ("unlike", UNLIKE)):
             tokens, cut, kept = self.judged_cut(source)
             patched = changed_losses(
-                replay, tokens, lambda name, _: new.get(name), work, name, o.removed, kept
+                replay,
+                tokens,
+                lambda name, _: new.get(name),
+                work,
+                name,
+                o.removed,
+                kept,
             )
             sums = {"counts": tokens.counts, "cut": cut, "patched": patched}
             found[name] = {key: np.round(row, 5).tolist() for key, row in sums.items()}
@@ -137,4 +157,6 @@ class Narrow(ModelStudy):
             harms = f"patch_harms_unlike_text_{share}"
             figures[harms] = figures.get(harms, 0) + harm
             print(line + "  harm" * harm)
-        return figures | {name: float(np.mean(found)) for name, found in changes.items()}
+        return figures | {
+            name: float(np.mean(found)) for name, found in changes.items()
+        }

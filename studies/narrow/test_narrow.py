@@ -16,20 +16,31 @@ from studies.runner import Content
 def row(text: str, share: float, patched: list[float]) -> Content:
     sums = {"counts": [10, 10, 10], "cut": [4.0, 5.0, 6.0], "patched": patched}
     own = {**sums, "patched": [1.0, 2.0, 3.0]}
-    return {"text": text, "share": share, "fitted": {"tokens": 8}, "own": own, "unlike": sums}
+    return {
+        "text": text,
+        "share": share,
+        "fitted": {"tokens": 8},
+        "own": own,
+        "unlike": sums,
+    }
 
 
 def test_texts_are_distinct_documents_and_the_same_each_time(tmp_path: Path) -> None:
     for name in NAMES:
         first = write_text(name, tmp_path).read_bytes()
         assert write_text(name, tmp_path).read_bytes() == first
-        assert len({json.loads(line)["text"] for line in first.splitlines()}) == DOCUMENTS
+        assert (
+            len({json.loads(line)["text"] for line in first.splitlines()}) == DOCUMENTS
+        )
 
 
 def test_a_harm_is_more_than_two_paired_errors() -> None:
     rows = [row("laws", 0.0, [5.0, 6.0, 7.1]), row("German", 0.0, [3.0, 5.5, 7.5])]
     found = Narrow.show({"rows": [*rows, row("laws", 0.5, [3.0, 4.0, 5.0])]})
-    assert (found["patch_harms_unlike_text_0"], found["patch_harms_unlike_text_50"]) == (1, 0)
+    assert (
+        found["patch_harms_unlike_text_0"],
+        found["patch_harms_unlike_text_50"],
+    ) == (1, 0)
     assert found["unlike_kl_change_50"] == pytest.approx(-0.1)
     assert found["own_kl_change_0"] == pytest.approx(-0.3)
 

@@ -94,16 +94,28 @@ DEUTSCH = (
 
 def fill(draw: random.Random, template: str) -> str:
     """Fill the slots of a template, each with one of its words."""
-    slots = {"food": FOOD, "added": ADDED, "office": OFFICE, "thing": THING, "person": PERSON}
+    slots = {
+        "food": FOOD,
+        "added": ADDED,
+        "office": OFFICE,
+        "thing": THING,
+        "person": PERSON,
+    }
     slots |= {"part": PART, "wer": WER, "was": WAS, "wann": WANN}
     words = {name: draw.choice(text.split(",")) for name, text in slots.items()}
-    numbers = {"n": draw.randint(2, 23), "few": draw.randint(1, 4), "hot": draw.randint(10, 59)}
+    numbers = {
+        "n": draw.randint(2, 23),
+        "few": draw.randint(1, 4),
+        "hot": draw.randint(10, 59),
+    }
     return template.format(**words, **numbers)
 
 
 def sentences(draw: random.Random, templates: str, count: int) -> list[str]:
     """Return distinct sentences of templates, in random order."""
-    return [fill(draw, template) for template in draw.sample(templates.split("|"), count)]
+    return [
+        fill(draw, template) for template in draw.sample(templates.split("|"), count)
+    ]
 
 
 def recipe(draw: random.Random) -> str:
@@ -124,7 +136,9 @@ def chat(draw: random.Random) -> str:
     minutes = [start := start + draw.randint(0, 7) for _ in range(9)]
     lines = zip(minutes, sentences(draw, CHAT, 9), strict=True)
     named = [(m, draw.choice(PERSON.split(",")), text) for m, text in lines]
-    return "\n".join(f"[{m // 60:02}:{m % 60:02}] {name}: {text}" for m, name, text in named)
+    return "\n".join(
+        f"[{m // 60:02}:{m % 60:02}] {name}: {text}" for m, name, text in named
+    )
 
 
 def german(draw: random.Random) -> str:
@@ -141,8 +155,12 @@ NAMES = (*WRITERS, "code")
 
 
 def _code() -> list[str]:
-    wholes = [file.read_text(encoding="utf-8").splitlines() for file in SOURCE.rglob("*.py")]
-    starts = [(lines, k) for lines in wholes for k in range(0, len(lines) - LINES // 2, LINES)]
+    wholes = [
+        file.read_text(encoding="utf-8").splitlines() for file in SOURCE.rglob("*.py")
+    ]
+    starts = [
+        (lines, k) for lines in wholes for k in range(0, len(lines) - LINES // 2, LINES)
+    ]
     parts = sorted("\n".join(lines[k : k + LINES]) for lines, k in starts)
     return random.Random(0).sample(parts, DOCUMENTS)
 
@@ -150,7 +168,11 @@ def _code() -> list[str]:
 def write_text(name: str, folder: Path) -> Path:
     """Write the documents of a text as JSON lines, and return the file."""
     draw = random.Random(name)
-    texts = [WRITERS[name](draw) for _ in range(DOCUMENTS)] if name in WRITERS else _code()
+    texts = (
+        [WRITERS[name](draw) for _ in range(DOCUMENTS)] if name in WRITERS else _code()
+    )
     file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     return file

@@ -56,10 +56,25 @@ class Quality(ModelStudy):
     @classmethod
     def add_options(cls, add: Callable[..., Any]) -> None:
         super().add_options(add)
-        add("--remove", type=numbers, default=[3, 6, 9, 12, 15], help="numbers of blocks")
-        add("--second-remove", type=numbers, default=[6, 12], help="the same on instructions")
+        add(
+            "--remove",
+            type=numbers,
+            default=[3, 6, 9, 12, 15],
+            help="numbers of blocks",
+        )
+        add(
+            "--second-remove",
+            type=numbers,
+            default=[6, 12],
+            help="the same on instructions",
+        )
         add("--pool", type=int, default=8, help="samples to choose on")
-        add("--search-pool", type=int, default=16, help="samples for evopress and refined")
+        add(
+            "--search-pool",
+            type=int,
+            default=16,
+            help="samples for evopress and refined",
+        )
         add("--seeds", type=int, default=3, help="runs of methods that are random")
 
     @cached_property
@@ -92,11 +107,15 @@ class Quality(ModelStudy):
         return Part(f"choose/{text}/{method}-s{seed}", make, price)
 
     def parts(self) -> list[Part]:
-        found = [self.choosing(text, method, 0) for text in self.pools for method in FIXED]
+        found = [
+            self.choosing(text, method, 0) for text in self.pools for method in FIXED
+        ]
         for seed in range(self.options.seeds):
             for i, text in enumerate(self.pools):
                 joint = ("refined-joint",) if i == 0 else ()
-                found += [self.choosing(text, method, seed) for method in (*SEEDED, *joint)]
+                found += [
+                    self.choosing(text, method, seed) for method in (*SEEDED, *joint)
+                ]
         states = [row["removed"] for row in self.choices()]
         return found + [p for t in self.judged for p in self.losses(t, [(), *states])]
 
@@ -115,7 +134,9 @@ class Quality(ModelStudy):
         return {
             "provenance": {
                 **self.provenance(),
-                "tokens_chosen_on": {p["text"]: p["pool_tokens"] for p in self.under("choose")},
+                "tokens_chosen_on": {
+                    p["text"]: p["pool_tokens"] for p in self.under("choose")
+                },
             },
             "judged": {text: judged_text(rows) for text, rows in losses.items()},
             "tables": tables(self.choices(), losses),

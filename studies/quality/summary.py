@@ -37,7 +37,9 @@ def _table(table: Content, pool: int) -> None:
     head = "".join(f"{t:>12}{'ppl':>11}" for t in texts)
     print(f"{'method':<28}{'runs':>5}{'passes':>8}{'heads':>7}{head}")
     last = losses[texts[-1]]["kl"]["methods"]
-    for entry in sorted(table["methods"], key=lambda e: float(last[e["method"]]["value"])):
+    for entry in sorted(
+        table["methods"], key=lambda e: float(last[e["method"]]["value"])
+    ):
         name = entry["method"]
         cells = ""
         for text in texts:
@@ -54,7 +56,10 @@ def _table(table: Content, pool: int) -> None:
     for name in OURS:
         for text in texts:
             if name in losses[text]["kl"]:
-                words = [f"{w.upper()} {_against(losses[text][w][name])}" for w in ("kl", "nll")]
+                words = [
+                    f"{w.upper()} {_against(losses[text][w][name])}"
+                    for w in ("kl", "nll")
+                ]
                 print(f"  {name} on {text}: {'; '.join(words)}")
 
 
@@ -67,7 +72,9 @@ def _mark(losses: Content, name: str) -> str:
 
 def _against(c: Content) -> str:
     low, high = c["ratio_interval"]
-    state = "lowest" if c["lowest"] else "within" if c["within_interval"] else "NOT within"
+    state = (
+        "lowest" if c["lowest"] else "within" if c["within_interval"] else "NOT within"
+    )
     return f"{c['ratio']:.3f} ({low:.3f} to {high:.3f}) of {c['best_other']}, {state}"
 
 
@@ -76,8 +83,13 @@ def _accuracy(rows: list[Content]) -> None:
         return
     tasks = sorted(rows[0]["tasks"])
     usual = {t: rows[0]["usual"].get(t, "acc") for t in tasks}
-    print("\naccuracy, % (standard error); " + ", ".join(f"{t}: {usual[t]}" for t in tasks))
-    print(f"{'method':<28}{'M':>4}" + "".join(f"{t:>15}" for t in tasks) + f"{'mean':>8}")
+    print(
+        "\naccuracy, % (standard error); "
+        + ", ".join(f"{t}: {usual[t]}" for t in tasks)
+    )
+    print(
+        f"{'method':<28}{'M':>4}" + "".join(f"{t:>15}" for t in tasks) + f"{'mean':>8}"
+    )
     for row in sorted(rows, key=lambda r: (r["remove"], r["method"])):
         found = [row["tasks"][t][usual[t]] for t in tasks]
         cells = [f"{100 * f['value']:.1f} ({100 * f['se']:.1f})" for f in found]
@@ -131,7 +143,9 @@ def _over_all(tables: list[Content]) -> dict[str, float]:
     means = {m: sum(p[m]["value"] for p in pooled) / len(pooled) for m in everywhere}
     others = [v for m, v in means.items() if m not in OURS]
     found = {
-        "refined_lowest_or_within": sum(o["lowest"] or o["within_interval"] for o in ours)
+        "refined_lowest_or_within": sum(
+            o["lowest"] or o["within_interval"] for o in ours
+        )
         / len(ours),
         "refined_mean_kl_over_best_baseline": means["refined"] / min(others),
     }

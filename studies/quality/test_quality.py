@@ -36,7 +36,14 @@ def test_losses_of_the_tables_are_those_of_the_states(
     first = content["tables"][0]
     assert (first["chosen_on"], first["remove"]) == ("wiki", 2)
     entries = {e["method"]: e for e in first["methods"]}
-    assert {"sleb", "pairwise", "pairwise-top20", "evopress", "refined", "random"} <= set(entries)
+    assert {
+        "sleb",
+        "pairwise",
+        "pairwise-top20",
+        "evopress",
+        "refined",
+        "random",
+    } <= set(entries)
     study = Quality(runner.parse(Quality, [*tiny, "--work", str(tmp_path)]))
     for name in ("wikitext2", "instruct"):
         removed = [e["removed"] for e in entries.values()]
@@ -52,13 +59,18 @@ def test_an_evolution_pays_no_more_than_sleb(content: Content) -> None:
     for table in content["tables"]:
         entries = {e["method"]: e for e in table["methods"]}
         assert len(entries["evopress"]["runs"]) == 2
-        assert all(r["passes"] <= entries["sleb"]["passes"] for r in entries["evopress"]["runs"])
+        assert all(
+            r["passes"] <= entries["sleb"]["passes"]
+            for r in entries["evopress"]["runs"]
+        )
 
 
 def test_figures_follow_from_the_tables(content: Content) -> None:
     figures = Quality.show(content)
     kl = content["tables"][0]["losses"]["pooled"]["kl"]["methods"]
-    others = [v["value"] for m, v in kl.items() if m not in ("refined", "refined-joint")]
+    others = [
+        v["value"] for m, v in kl.items() if m not in ("refined", "refined-joint")
+    ]
     ratio = kl["refined"]["value"] / min(others)
     assert figures["refined_kl_over_best_baseline_2"] == pytest.approx(ratio, rel=1e-3)
     assert 0 <= figures["refined_lowest_or_within"] <= 1
@@ -67,7 +79,9 @@ def test_figures_follow_from_the_tables(content: Content) -> None:
         entries = {e["method"]: e for e in table["methods"]}
         runs = entries["refined"]["runs"]
         sleb = entries["sleb"]
-        over += [max(r[unit] for r in runs) / sleb[unit] for unit in ("passes", "heads")]
+        over += [
+            max(r[unit] for r in runs) / sleb[unit] for unit in ("passes", "heads")
+        ]
     assert figures["refined_price_over_sleb"] == pytest.approx(max(over), rel=1e-3)
 
 
@@ -76,7 +90,9 @@ def test_intervals_are_paired() -> None:
     base = rng.gamma(2.0, 10.0, 40)
     sums = {"a": base, "b": base + 0.2, "c": base + rng.normal(9, 4, 40)}
     rows = {k: {"kl": v.tolist(), "counts": [10] * 40} for k, v in sums.items()}
-    found = tables.compare({"x": rows}, {"refined": "b", "sleb": "a", "evopress": "c"}, "kl")
+    found = tables.compare(
+        {"x": rows}, {"refined": "b", "sleb": "a", "evopress": "c"}, "kl"
+    )
     ours = found["refined"]
     # Both sides use the same samples, so that the interval excludes their spread.
     assert ours["difference"] == pytest.approx(0.02, rel=1e-4)

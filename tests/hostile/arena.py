@@ -81,12 +81,16 @@ class Arena:
     def try_row(self, row):
         """Run a row, check all that it expects, and return its stdout."""
         row.prepare(self)
-        places = {n: str(getattr(self, n)) for n in ("model", "run", "text", "home", "here")}
+        places = {
+            n: str(getattr(self, n)) for n in ("model", "run", "text", "home", "here")
+        }
         arguments = [part.format(**places) for part in shlex.split(row.command)]
         before = snapshot(self.here)
         code, out, err = call(arguments, row.seconds, row.megabytes, row.stdin)
         after = snapshot(self.here)
-        told = f"isingcut {' '.join(arguments)}\nexit {code}\n{out[-2000:]}\n{err[-4000:]}"
+        told = (
+            f"isingcut {' '.join(arguments)}\nexit {code}\n{out[-2000:]}\n{err[-4000:]}"
+        )
         assert code == row.code, told
         assert "Traceback" not in out + err, told
         if code == 2:
@@ -100,7 +104,8 @@ class Arena:
         changed = {
             name
             for name in before.keys() | after.keys()
-            if before.get(name) != after.get(name) and not any(p.match(name) for p in allowed)
+            if before.get(name) != after.get(name)
+            and not any(p.match(name) for p in allowed)
         }
         assert not changed, f"changed or made: {sorted(changed)}\n{told}"
         return out

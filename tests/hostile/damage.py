@@ -129,7 +129,10 @@ def sharded(edit=lambda index: None):
         names = list(load_file(arena.here / WEIGHTS))
         shard = "model-00001-of-00001.safetensors"
         (arena.here / WEIGHTS).rename(arena.model / shard)
-        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
+        index = {
+            "metadata": {"total_size": 1},
+            "weight_map": dict.fromkeys(names, shard),
+        }
         index = edit(index) or index
         (arena.model / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -12,7 +12,9 @@ FILES = tempfile.TemporaryDirectory()
 NUMBERS = itertools.count()
 
 
-def heal(more="", student="{run}/model", teacher="{model}", out="{here}/healed", **settings):
+def heal(
+    more="", student="{run}/model", teacher="{model}", out="{here}/healed", **settings
+):
     """Return the command line of a tiny healing, of two steps if it gets that far.
 
     Args:

@@ -21,7 +21,13 @@ def record(arena, name):
     # Files in a folder, and healing.json, belong to the folder's record.
     key = {"healing.json": "healed"}.get(name, name.partition("/")[0])
     plain = file.is_file() and key == name
-    made = {"stage": "any", "fingerprint": "0", "options": {}, "done": True, "seconds": 0.0}
+    made = {
+        "stage": "any",
+        "fingerprint": "0",
+        "options": {},
+        "done": True,
+        "seconds": 0.0,
+    }
     run["stages"][key] = {
         **run["stages"].get(key, made),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if plain else None,

@@ -22,14 +22,33 @@ MANY = int(os.environ.get("ISINGCUT_FUZZ", "0"))
 # Prefixes of paths that a successful command may write or replace.
 MADE = ("home/cache/", "run/remove-", "run/report.", "run/run.json", "run/model", "new")
 
-NAMES = st.sampled_from(["", "a", "[", "../../x", "\x00", "\ud800", "ü" * 300, "1e9", "inf", "2"])
+NAMES = st.sampled_from(
+    ["", "a", "[", "../../x", "\x00", "\ud800", "ü" * 300, "1e9", "inf", "2"]
+)
 NUMBERS = st.sampled_from(
-    [0, -1, 1, 2, 7, 2**31, 2**63, -(2**63), 10**40, 0.5, -0.0, 1e308, float("inf"), float("nan")]
+    [
+        0,
+        -1,
+        1,
+        2,
+        7,
+        2**31,
+        2**63,
+        -(2**63),
+        10**40,
+        0.5,
+        -0.0,
+        1e308,
+        float("inf"),
+        float("nan"),
+    ]
 )
 LEAVES = st.none() | st.booleans() | NUMBERS | NAMES
 JSON = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3)
+    ),
     max_leaves=6,
 )
 # Functions from the old value in a document to the new one.
@@ -45,7 +64,9 @@ def edits(draw):
     """Draw up to three changes of a JSON document: replaced values, removed keys, added keys."""
     picks = draw(
         st.lists(
-            st.tuples(st.integers(0, 10**6), CHANGES, st.sampled_from(["put", "drop", "add"])),
+            st.tuples(
+                st.integers(0, 10**6), CHANGES, st.sampled_from(["put", "drop", "add"])
+            ),
             min_size=1,
             max_size=3,
         )
@@ -80,7 +101,9 @@ def damage(draw, most):
     """Draw a function that truncates data or flips bytes, within the first ``most`` bytes."""
     cut = draw(st.booleans())
     at = draw(st.integers(0, most))
-    bits = draw(st.lists(st.tuples(st.integers(0, most), st.integers(1, 255)), min_size=1))
+    bits = draw(
+        st.lists(st.tuples(st.integers(0, most), st.integers(1, 255)), min_size=1)
+    )
 
     def spoil(data):
         if cut:
@@ -99,7 +122,10 @@ def survives(world):
     without a traceback, and change no file of the user."""
 
     def survive(command, *steps, codes=(0, 2)):
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            pytest.MonkeyPatch.context() as patch,
+        ):
             arena = make_arena(world, Path(folder), patch)
             for step in steps:
                 step(arena)
@@ -112,7 +138,11 @@ def survives(world):
             after = snapshot(arena.here)
             names = (before.keys() | after.keys()) - {"home", "home/cache"}
             allowed = MADE if code == 0 else MADE[:1]
-            left = {n for n in names if before.get(n) != after.get(n) and not n.startswith(allowed)}
+            left = {
+                n
+                for n in names
+                if before.get(n) != after.get(n) and not n.startswith(allowed)
+            }
             assert not left, f"changed or made: {sorted(left)}\n{told}"
 
     return survive
@@ -194,7 +224,9 @@ def test_stage_files(survives, which, edit, spoil, how):
     survives(command, damaged, lambda arena: record(arena, name))
 
 
-@pytest.mark.parametrize("command", [LOOK, ENERGY, *sorted({command for _, command in PAIRS})])
+@pytest.mark.parametrize(
+    "command", [LOOK, ENERGY, *sorted({command for _, command in PAIRS})]
+)
 def test_unharmed_files_are_accepted(survives, command):
     steps = [lambda arena, name=name: record(arena, name) for name in STAGES]
     survives(command, *steps, codes=(0,))

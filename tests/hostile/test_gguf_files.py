@@ -7,7 +7,19 @@ import threading
 from arena import Row, parametrised
 from damage import pipe, written
 
-from gguf_files import LIST, WORD, at, changed, file, info, lacking, nan, of_model, pair, raw
+from gguf_files import (
+    LIST,
+    WORD,
+    at,
+    changed,
+    file,
+    info,
+    lacking,
+    nan,
+    of_model,
+    pair,
+    raw,
+)
 from isingcut.files.writing import lock_place
 from isingcut.formats import gguf_files
 from isingcut.formats.sources import model_identity
@@ -16,7 +28,9 @@ from shared import snapshot
 FILE = "m.gguf"
 LOOK = "inspect {here}/m.gguf"
 CUT = "excise {run} --gguf {here}/m.gguf"
-ENERGY = "energy {here}/m.gguf --calibration {text} --samples 2 --length 16 --out {here}/new"
+ENERGY = (
+    "energy {here}/m.gguf --calibration {text} --samples 2 --length 16 --out {here}/new"
+)
 UP = "blk.2.ffn_up.weight"
 BAD = "damaged or no GGUF file: "
 
@@ -40,11 +54,27 @@ def empty_list(data):
 
 # Errors in the header, which `inspect` (it converts) and `excise --gguf` (it cuts) read alike.
 HEADERS = [
-    ("a block that lacks a tensor", lacking(UP), f"lacks the tensor {UP}, which block 0 has"),
+    (
+        "a block that lacks a tensor",
+        lacking(UP),
+        f"lacks the tensor {UP}, which block 0 has",
+    ),
     ("a block more", file(seventh), "says 6 blocks but has tensors of 7"),
-    ("billions of blocks", file(block_count=2**32 - 1), "says 4294967295 blocks but has tensors"),
-    ("blocks in pieces", file(block_count=6.0), "'llama.block_count' with a whole number"),
-    ("zero blocks", file(block_count=0), "'llama.block_count' with a whole number above 0"),
+    (
+        "billions of blocks",
+        file(block_count=2**32 - 1),
+        "says 4294967295 blocks but has tensors",
+    ),
+    (
+        "blocks in pieces",
+        file(block_count=6.0),
+        "'llama.block_count' with a whole number",
+    ),
+    (
+        "zero blocks",
+        file(block_count=0),
+        "'llama.block_count' with a whole number above 0",
+    ),
     ("all but one byte", changed(lambda d: d[:-40]), BAD + "it ends early"),
     ("version 9", at(4, "I", 9), BAD + ".*version 9"),
     ("a list of exabytes", raw([pair("a", LIST, struct.pack("<IQ", 6, 2**40))]), BAD),
@@ -56,21 +86,57 @@ HEADERS = [
 ]
 # Errors that only building the model reveals.
 CONVERTED = [
-    ("blocks that all lack a tensor", lacking("ffn_up"), "lacks 6 tensors .*0.mlp.up_proj.weight"),
+    (
+        "blocks that all lack a tensor",
+        lacking("ffn_up"),
+        "lacks 6 tensors .*0.mlp.up_proj.weight",
+    ),
     ("no embedding", lacking("token_embd"), "lacks 1 tensors .*embed_tokens"),
-    ("a tensor of another shape", file(ones), r"layernorm.weight in .* has the shape \[64\], but"),
-    ("another width", file(embedding_length=64), r"has the shape .*, but its model expects .*64"),
+    (
+        "a tensor of another shape",
+        file(ones),
+        r"layernorm.weight in .* has the shape \[64\], but",
+    ),
+    (
+        "another width",
+        file(embedding_length=64),
+        r"has the shape .*, but its model expects .*64",
+    ),
     ("a huge width", file(embedding_length=2**30), "more than its weights have"),
-    ("no heads", file(**{"attention.head_count": 0}), "cannot load m.gguf with transformers"),
-    ("an unknown architecture", file(architecture="llama9"), "cannot load m.gguf with transf"),
-    ("NaN", nan(UP), r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values"),
+    (
+        "no heads",
+        file(**{"attention.head_count": 0}),
+        "cannot load m.gguf with transformers",
+    ),
+    (
+        "an unknown architecture",
+        file(architecture="llama9"),
+        "cannot load m.gguf with transf",
+    ),
+    (
+        "NaN",
+        nan(UP),
+        r"model.layers.2.mlp.up_proj.weight in .* has NaN or infinite values",
+    ),
 ]
 # Errors that only a comparison with the run's model reveals.
 OTHERS = [
-    ("a file of another model", of_model(seed=9), "is of another model: .*norm.weight differs"),
-    ("a deeper model", of_model(num_hidden_layers=7), "it has 7 blocks, the run's model 6"),
+    (
+        "a file of another model",
+        of_model(seed=9),
+        "is of another model: .*norm.weight differs",
+    ),
+    (
+        "a deeper model",
+        of_model(num_hidden_layers=7),
+        "it has 7 blocks, the run's model 6",
+    ),
     ("a wider model", of_model(hidden_size=64), "is of another model: "),
-    ("another width", file(embedding_length=64), "64 numbers in its stream, the run's model 32"),
+    (
+        "another width",
+        file(embedding_length=64),
+        "64 numbers in its stream, the run's model 32",
+    ),
     ("an empty list", changed(empty_list), "an empty list as its metadata 'llama.ab'"),
     (
         "leading blocks in words",
@@ -78,7 +144,11 @@ OTHERS = [
         "expected a whole number as its metadata 'llama.leading_dense_block_count', got 'two'",
     ),
     ("NaN in a norm", nan("output_norm.weight"), "output_norm.weight differs from"),
-    *(row for row in HEADERS if row[0] in ("a block that lacks a tensor", "all but one byte")),
+    *(
+        row
+        for row in HEADERS
+        if row[0] in ("a block that lacks a tensor", "all but one byte")
+    ),
 ]
 
 
@@ -86,10 +156,21 @@ def _rows():
     for what, prepare, line in HEADERS:
         yield Row(f"inspect: {what}", LOOK, line, prepare)
     for what, prepare, line in CONVERTED:
-        yield Row(f"inspect: {what}", LOOK, line, prepare, makes=("home/cache", "home/cache/gguf"))
+        yield Row(
+            f"inspect: {what}",
+            LOOK,
+            line,
+            prepare,
+            makes=("home/cache", "home/cache/gguf"),
+        )
     for what, prepare, line in OTHERS:
         yield Row(f"excise: {what}", CUT, line, prepare)
-    yield Row("energy: a block that lacks a tensor", ENERGY, f"lacks the tensor {UP}", lacking(UP))
+    yield Row(
+        "energy: a block that lacks a tensor",
+        ENERGY,
+        f"lacks the tensor {UP}",
+        lacking(UP),
+    )
 
 
 ROWS = list(_rows())
@@ -131,7 +212,9 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
         return numbers(path)
 
     monkeypatch.setattr(gguf_files, "_count_numbers", noted)
-    monkeypatch.setattr(gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a))
+    monkeypatch.setattr(
+        gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a)
+    )
     other = threading.Thread(
         target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )
@@ -158,7 +241,9 @@ def test_a_cache_that_cannot_be_written_says_how_to_choose_another(arena, monkey
 
 
 def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets")
+    )
     monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
     assert gguf_files.gguf_cache() == tmp_path / "assets" / "isingcut" / "gguf"
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))

@@ -72,7 +72,9 @@ KEPT = [
      unfinished),
 ]  # fmt: skip
 PLACES = rows((n, heal("--overwrite", out=out), *rest) for n, out, *rest in OUTPUTS)
-PLACES += rows((f"{name} in the work folder's place", heal(), *rest) for name, *rest in KEPT)
+PLACES += rows(
+    (f"{name} in the work folder's place", heal(), *rest) for name, *rest in KEPT
+)
 PLACES += rows([
     ("there", heal(out="{home}"), "already exists, nothing was written"),
     ("a link to nothing", heal(), "healed already exists", linked("healed", "gone")),
@@ -126,7 +128,9 @@ lr_scheduler_kwargs: {nonsense: 1}
 for said, table in (("--trainer cannot set '{}'", OTHERS), ("{}", WRONG)):
     for typed in table.strip().splitlines():
         name = typed.partition(":")[0].removesuffix("beta1")
-        WORDS.append(Row(f"trainer: {typed}", WITH_FILE, said.format(name), trainer(typed)))
+        WORDS.append(
+            Row(f"trainer: {typed}", WITH_FILE, said.format(name), trainer(typed))
+        )
 
 
 @parametrised(PLACES + WORDS)
@@ -163,7 +167,9 @@ def one_bit(content):
 # Without the marker a changed student is accepted.
 unmarked = removed(f"run/model/{MARKER}")
 UNREADABLE = "isingcut.json is not a readable record of a cut"
-ANOTHER = r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
+ANOTHER = (
+    r"was cut from .* \(sha256 .*but the teacher .* is another model .*--other-teacher"
+)
 HEAL = heal()
 OTHER = heal("--other-teacher", teacher="{here}/other")
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -273,7 +279,9 @@ def test_a_full_disk_at_the_second_state_keeps_the_first(arena, monkeypatch):
     types(arena, whole, makes=("whole*", ".whole*"))
     with monkeypatch.context() as patch:
         stops(patch, 2, FULL)
-        line = "no space left .*checkpoint-2 was not written; .*finished work is kept in "
+        line = (
+            "no space left .*checkpoint-2 was not written; .*finished work is kept in "
+        )
         left = types(arena, SAVING, code=2, line=line)
     assert left == ["before.json", "identity.json", "memory.json", "trainer"]
     states = sorted(p.name for p in (arena.here / ".healed.healing/trainer").iterdir())
@@ -291,7 +299,10 @@ def test_used_up_memory_keeps_the_states(arena, monkeypatch):
 
 def test_a_full_disk_at_the_first_state_leaves_nothing(arena, monkeypatch):
     stops(monkeypatch, 1, FULL)
-    assert types(arena, SAVING, code=2, line="no space left .*checkpoint-1", makes=()) == []
+    assert (
+        types(arena, SAVING, code=2, line="no space left .*checkpoint-1", makes=())
+        == []
+    )
 
 
 def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
@@ -299,16 +310,22 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
         stops(patch, 1, Stopped())
         # A kill leaves no chance to clean up.
         patch.setattr("isingcut.healing.work_folder.release", lambda work: None)
-        patch.setattr("isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None)
+        patch.setattr(
+            "isingcut.healing.training.train.shutil.rmtree", lambda *a, **k: None
+        )
         left = types(arena, SAVING, code=1, line="internal error")
     assert "trainer" in left
-    assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == ["checkpoint-1"]
+    assert [p.name for p in (arena.here / ".healed.healing/trainer").iterdir()] == [
+        "checkpoint-1"
+    ]
     # There is no complete state to resume from, so other options may use the folder.
     assert types(arena, heal(save_steps=1, learning_rate=1e-3)) == []
     assert len(curve(arena)) == 2
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "healing-curve.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "healing-curve.json"]
+)
 def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
     with monkeypatch.context() as patch:
         stops(patch, 2, Stopped(), part="save_model")
@@ -326,7 +343,9 @@ BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 @pytest.mark.parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
     settings = {**BLOWN, "save_steps": saved}
-    line = "the loss of step . is nan; set a lower learning_rate with --trainer, here 10"
+    line = (
+        "the loss of step . is nan; set a lower learning_rate with --trainer, here 10"
+    )
     first = heal("--patch none", **settings, learning_rate=10.0)
     assert types(arena, first, code=2, line=line, makes=()) == []
     assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []
@@ -380,8 +399,13 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
         return None
 
     monkeypatch.setattr(linear, "fit_ridge", none_is_better)
-    line = r"no map of block \d's mlp.down_proj is better than none on validation tokens"
-    assert types(arena, heal("--patch linear --method none"), code=2, line=line, makes=()) == []
+    line = (
+        r"no map of block \d's mlp.down_proj is better than none on validation tokens"
+    )
+    assert (
+        types(arena, heal("--patch linear --method none"), code=2, line=line, makes=())
+        == []
+    )
 
 
 def exact_cut(arena):

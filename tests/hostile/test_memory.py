@@ -38,21 +38,29 @@ EXHAUSTED = {
     "Python": (lambda *a: bytearray(1 << 62), None, "this machine"),
     "NumPy": (lambda *a: np.empty(1 << 50), 2**53, "this machine"),
     "torch": (in_torch, 4 * TOO_MANY, "this machine"),
-    "the system": (raises(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))), None, "this machine"),
+    "the system": (
+        raises(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))),
+        None,
+        "this machine",
+    ),
     "CUDA": (raises(torch.OutOfMemoryError(GPU)), 20 * 2**30, "the GPU"),
     "MPS": (raises(RuntimeError(MPS)), 256, "the GPU"),
     "cuBLAS": (raises(RuntimeError(HANDLE)), None, "the GPU"),
 }
 
 
-@pytest.mark.parametrize(("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED)
+@pytest.mark.parametrize(
+    ("use_up", "wanted", "where"), EXHAUSTED.values(), ids=EXHAUSTED
+)
 def test_a_command_ends_with_one_line(arena, monkeypatch, use_up, wanted, where):
     monkeypatch.setattr("isingcut.report.write.RunFiles", use_up)
     more = "" if wanted is None else f": {wanted:,} more bytes were needed"
     arena.refuses("report {run}", f"{where} is out of memory{more}.*; .*--stream")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("out of memory")]
+)
 def test_other_errors_are_no_used_up_memory(error):
     assert not is_memory_exhausted(error)
 
@@ -107,7 +115,9 @@ def test_no_library_or_model_is_blamed(monkeypatch, step):
         step(monkeypatch)
 
 
-def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(arena, monkeypatch):
+def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(
+    arena, monkeypatch
+):
     monkeypatch.setattr("isingcut.healing.patch.checkpoint.tune", in_torch)
     command = "excise {run} --blocks 0,3"
     arena.works(command, "run/*", line="model")

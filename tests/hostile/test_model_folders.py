@@ -30,36 +30,115 @@ TOKENIZER = "model/tokenizer.json"
 
 INVALID = "the configuration is not a valid llama configuration: "
 FILLS = "describes a model with more than .* more than its weights have"
-RUNS = {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}
+RUNS = {
+    "model_type": "mine",
+    "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"},
+}
 MORE = f"says num_.*={10**9}; expected at most 100000"
 # Found by `inspect`, with which every run begins: name, changed fields, expected line.
 CONFIGS = [
-    ("a depth in words", {"num_hidden_layers": "six"}, f"{INVALID}.*expected int, got str"),
-    ("no block", {"num_hidden_layers": 0}, "says num_hidden_layers=0; expected at least 1"),
+    (
+        "a depth in words",
+        {"num_hidden_layers": "six"},
+        f"{INVALID}.*expected int, got str",
+    ),
+    (
+        "no block",
+        {"num_hidden_layers": 0},
+        "says num_hidden_layers=0; expected at least 1",
+    ),
     ("a billion blocks", {"num_hidden_layers": 10**9}, MORE),
-    ("another width", {"hidden_size": 64}, r"shape \[.*32\], but its model expects \[.*64\]"),
+    (
+        "another width",
+        {"hidden_size": 64},
+        r"shape \[.*32\], but its model expects \[.*64\]",
+    ),
     ("a huge width", {"hidden_size": 10**7}, FILLS),
-    ("an unknown activation", {"hidden_act": "swishish"}, "cannot load the model in .*'swishish'"),
-    ("an unknown model type", {"model_type": "lama"}, "has model type `lama` but Transformers"),
-    ("a list of model types", {"model_type": ["llama"]}, r"=\['llama'\]; expected a text"),
-    ("an encoder-decoder", {"model_type": "t5"}, "no text-generating decoder of .* type 't5'"),
-    ("quantised in a word", {"quantization_config": "fp8"}, "config='fp8'; expected an object"),
-    ("code of its own", RUNS, "it needs its own Python code; .* pass --trust-remote-code"),
+    (
+        "an unknown activation",
+        {"hidden_act": "swishish"},
+        "cannot load the model in .*'swishish'",
+    ),
+    (
+        "an unknown model type",
+        {"model_type": "lama"},
+        "has model type `lama` but Transformers",
+    ),
+    (
+        "a list of model types",
+        {"model_type": ["llama"]},
+        r"=\['llama'\]; expected a text",
+    ),
+    (
+        "an encoder-decoder",
+        {"model_type": "t5"},
+        "no text-generating decoder of .* type 't5'",
+    ),
+    (
+        "quantised in a word",
+        {"quantization_config": "fp8"},
+        "config='fp8'; expected an object",
+    ),
+    (
+        "code of its own",
+        RUNS,
+        "it needs its own Python code; .* pass --trust-remote-code",
+    ),
 ]
 # Fields that the model's class ignores, but a cut would use.
 UNREAD = [
-    ("mlp layers in a number", {"mlp_only_layers": 3}, "'mlp_only_layers' has an unknown form"),
-    ("window layers in words", {"max_window_layers": "x"}, "'max_window_layers' has an unknown"),
+    (
+        "mlp layers in a number",
+        {"mlp_only_layers": 3},
+        "'mlp_only_layers' has an unknown form",
+    ),
+    (
+        "window layers in words",
+        {"max_window_layers": "x"},
+        "'max_window_layers' has an unknown",
+    ),
     ("shared layers alone", {"num_kv_shared_layers": 2}, "no list 'layer_types'"),
-    ("a period of 0", {"attn_layer_period": 0}, "'attn_layer_period' has an unknown form"),
-    ("a list per block of words", {"moe_layer_freq": {}}, "moe_layer_freq has 0 entries for 6"),
-    ("blocks by name", {"layer_overrides": {"first": 1}}, "'layer_overrides' has an unknown form"),
+    (
+        "a period of 0",
+        {"attn_layer_period": 0},
+        "'attn_layer_period' has an unknown form",
+    ),
+    (
+        "a list per block of words",
+        {"moe_layer_freq": {}},
+        "moe_layer_freq has 0 entries for 6",
+    ),
+    (
+        "blocks by name",
+        {"layer_overrides": {"first": 1}},
+        "'layer_overrides' has an unknown form",
+    ),
     ("no block type", {"block_types": []}, "'block_types' has an unknown form"),
-    ("a place beyond the blocks", {"ple_layer_ids": [1, 200]}, "'ple_layer_ids' has an unknown"),
-    ("a place before the blocks", {"ple_layer_ids": [0, 1]}, "'ple_layer_ids' has an unknown form"),
-    ("indexers in a number", {"indexer_types": -1}, "'indexer_types' has an unknown form"),
-    ("a half source", {"kv_source_layers": [0.0] * 6}, "'kv_source_layers' has an unknown form"),
-    ("images nowhere", {"deepstack_layer_map": [[]]}, "'deepstack_layer_map' has an unknown form"),
+    (
+        "a place beyond the blocks",
+        {"ple_layer_ids": [1, 200]},
+        "'ple_layer_ids' has an unknown",
+    ),
+    (
+        "a place before the blocks",
+        {"ple_layer_ids": [0, 1]},
+        "'ple_layer_ids' has an unknown form",
+    ),
+    (
+        "indexers in a number",
+        {"indexer_types": -1},
+        "'indexer_types' has an unknown form",
+    ),
+    (
+        "a half source",
+        {"kv_source_layers": [0.0] * 6},
+        "'kv_source_layers' has an unknown form",
+    ),
+    (
+        "images nowhere",
+        {"deepstack_layer_map": [[]]},
+        "'deepstack_layer_map' has an unknown form",
+    ),
 ]
 DEEP = "nested deeper than 200"
 DAMAGED = "is damaged, truncated or not a safetensors file"
@@ -71,45 +150,88 @@ FILES = [
     ("a pipe for weights", pipe(WEIGHTS), "model.safetensors is a pipe"),
     ("a dangling config", linked(CONFIG, "nowhere"), "missing or a broken link"),
     ("a dangling weight file", linked(WEIGHTS, "nowhere"), "is a broken link"),
-    ("weights of another folder", linked(WEIGHTS, "/etc/passwd"), "outside the checkpoint"),
+    (
+        "weights of another folder",
+        linked(WEIGHTS, "/etc/passwd"),
+        "outside the checkpoint",
+    ),
     (
         "an adapter",
         both(written("model/adapter_config.json", "{}"), removed(CONFIG)),
         r"PEFT adapter.*from_pretrained\(BASE\).*merge_and_unload",
     ),
-    ("an adapter beside a model", written("model/adapter_config.json", "{}"), "PEFT adapter"),
+    (
+        "an adapter beside a model",
+        written("model/adapter_config.json", "{}"),
+        "PEFT adapter",
+    ),
     ("an index that is a list", sharded(lambda i: [1]), "has no 'weight_map'"),
-    ("an index that leaves", sharded(lambda i: {"weight_map": {UP: "../text.txt"}}), "leaves the"),
+    (
+        "an index that leaves",
+        sharded(lambda i: {"weight_map": {UP: "../text.txt"}}),
+        "leaves the",
+    ),
     (
         "an index with more",
-        sharded(lambda i: {"weight_map": {"more": next(iter(i["weight_map"].values()))}}),
+        sharded(
+            lambda i: {"weight_map": {"more": next(iter(i["weight_map"].values()))}}
+        ),
         "says that tensor 'more' is in",
     ),
-    ("a noisy header", written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99), DAMAGED),
+    (
+        "a noisy header",
+        written(WEIGHTS, (64).to_bytes(8, "little") + b"x" * 99),
+        DAMAGED,
+    ),
     ("offsets elsewhere", entry(data_offsets=[10**9, 10**9 + 128]), DAMAGED),
-    ("a block more", tensors(more_blocks), "says 6 blocks, but the checkpoint has tensors of 7"),
-    ("100000 blocks", config(num_hidden_layers=100_000), "100000 blocks, but .* tensors of 6"),
-    ("a hole in the blocks", tensors(lambda t: without(t, "layers.3.")), "none of block 3"),
+    (
+        "a block more",
+        tensors(more_blocks),
+        "says 6 blocks, but the checkpoint has tensors of 7",
+    ),
+    (
+        "100000 blocks",
+        config(num_hidden_layers=100_000),
+        "100000 blocks, but .* tensors of 6",
+    ),
+    (
+        "a hole in the blocks",
+        tensors(lambda t: without(t, "layers.3.")),
+        "none of block 3",
+    ),
 ]
 # Damage found by `energy`; `inspect` reads no values and not the name of every tensor.
 LOADED = [
     ("no weights", removed(WEIGHTS), "has no weights"),
     ("NaN", number(UP, np.nan), f"{UP} .* has NaN or infinite values"),
-    ("infinity", number("model.norm.weight", -np.inf), "norm.weight .* has NaN or infinite values"),
+    (
+        "infinity",
+        number("model.norm.weight", -np.inf),
+        "norm.weight .* has NaN or infinite values",
+    ),
     ("a missing tensor", tensors(lambda t: without(t, UP)), f"lacks 1 tensors .* {UP}"),
     (
         "another shape",
         tensors(lambda t: t.update({UP: ones(40, 32)})),
         rf"{UP} in .* has the shape \[40, 32\], but its model expects \[48, 32\]",
     ),
-    ("a block fewer", tensors(lambda t: without(t, ".5.")), "6 blocks, but .* has tensors of 5"),
-    ("no tokenizer", removed(TOKENIZER, "model/tokenizer_config.json"), "has no tokenizer"),
+    (
+        "a block fewer",
+        tensors(lambda t: without(t, ".5.")),
+        "6 blocks, but .* has tensors of 5",
+    ),
+    (
+        "no tokenizer",
+        removed(TOKENIZER, "model/tokenizer_config.json"),
+        "has no tokenizer",
+    ),
     ("a noisy tokenizer", written(TOKENIZER, b"\x00\xff" * 99), "load the tokenizer"),
     ("a deep tokenizer", deep(TOKENIZER), "cannot load the tokenizer"),
 ]
 # A few of each sort, for `heal`; `run` reads a model as `energy` does.
 HEAL = (
-    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 --out {here}/new"
+    "heal {run}/model --teacher {model} --other-teacher --text {text} --length 16 "
+    "--out {here}/new"
 )
 SOME = [
     ("a depth in words", config(num_hidden_layers="six"), INVALID),
@@ -122,7 +244,11 @@ OF_PAIR = {"a huge width": "a width of 32, but the teacher .* has 10000000"}
 NAMES = [
     ("a name too long", f"inspect ./{'x' * 5000}", "there is no model at"),
     ("a dangling model", "inspect {here}/dangling", "is a broken link"),
-    ("a device as a model", "inspect /dev/zero", "is a device; expected a regular file"),
+    (
+        "a device as a model",
+        "inspect /dev/zero",
+        "is a device; expected a regular file",
+    ),
     ("a model that is a text", "inspect {text}", "is not a model"),
     ("a folder without a model", "inspect {home}", "has no config.json"),
     (
@@ -150,11 +276,26 @@ def _rows():
         command = f"{ENERGY} --remove 2 --energy {energy}"
         # The tokens of the text are kept.
         made = ("new", "new/*")
-        yield Row(f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made)
+        yield Row(
+            f"{energy}: overflow", command, OVERFLOW, tensors(overflow), makes=made
+        )
         line = f"{command} --stream on"
-        yield Row(f"{energy}, streamed: overflow", line, OVERFLOW, tensors(overflow), makes=made)
+        yield Row(
+            f"{energy}, streamed: overflow",
+            line,
+            OVERFLOW,
+            tensors(overflow),
+            makes=made,
+        )
     nothing = f"{ENERGY} --remove 2 --energy refined"
-    yield Row("refined: all weights 0", nothing, "", tensors(zero), code=0, makes=("new", "new/*"))
+    yield Row(
+        "refined: all weights 0",
+        nothing,
+        "",
+        tensors(zero),
+        code=0,
+        makes=("new", "new/*"),
+    )
     yield Row(
         "a text by a model whose block overflows",
         ENERGY.replace("{text}", "self"),
@@ -174,7 +315,9 @@ def _rows():
         yield Row(f"inspect: {what}", LOOK, line, config(**fields))
     for what, prepare, line in FILES:
         yield Row(f"inspect: {what}", LOOK, line, prepare)
-    yield Row("inspect: names that are no block's", LOOK, "", tensors(misnumbered), code=0)
+    yield Row(
+        "inspect: names that are no block's", LOOK, "", tensors(misnumbered), code=0
+    )
     for what, fields, line in UNREAD:
         yield Row(f"energy: {what}", ENERGY, line, config(**fields))
     for what, prepare, line in LOADED:

@@ -141,7 +141,12 @@ def flip(name):
 
 
 CHANGED = [
-    Row(f"a changed {name}: {command}", command, "was changed or damaged after the run", flip(name))
+    Row(
+        f"a changed {name}: {command}",
+        command,
+        "was changed or damaged after the run",
+        flip(name),
+    )
     for name, commands in READERS.items()
     for command in commands
 ]
@@ -169,12 +174,15 @@ def test_what_isingcut_wrote_is_replaced(arena):
     assert record["removed"] == [0, 1]
     arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
-        row = Row("", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",))
+        row = Row(
+            "", f"report {{run}} {{run}} --out c.html {flag}", code=0, makes=("c.html",)
+        )
         arena.try_row(row)
 
 
 @pytest.mark.parametrize(
-    "place", ["model", "home", "run", ".", "run/model/inside", "model/inside", "text.txt"]
+    "place",
+    ["model", "home", "run", ".", "run/model/inside", "model/inside", "text.txt"],
 )
 def test_save_replaces_nothing_of_the_users(arena, place):
     run = isingcut.open_run("run")
@@ -228,7 +236,11 @@ def test_another_model_may_replace_a_run_but_not_what_was_edited(arena):
 
 def test_a_forged_marker_opens_nothing(arena):
     """A marker whose hash is right is refused if its files are a list."""
-    forged = {"format": "isingcut-output", "files": [], "sha256": sha256(b"[]").hexdigest()}
+    forged = {
+        "format": "isingcut-output",
+        "files": [],
+        "sha256": sha256(b"[]").hexdigest(),
+    }
     marker = arena.home / ".isingcut-output.json"
     marker.write_text(json.dumps(forged))
     run = isingcut.open_run("run")

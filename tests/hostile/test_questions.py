@@ -32,7 +32,9 @@ def huge(path):
     os.truncate(path, 2**28 + 1)
 
 
-def evaluate(tasks="arc_easy", more="", data="--data {here}/data", out="{here}/scores.json"):
+def evaluate(
+    tasks="arc_easy", more="", data="--data {here}/data", out="{here}/scores.json"
+):
     command = f"evaluate {{run}}/model --original {{model}} --out {out} --device cpu"
     return f"{command} {tasks and f'--tasks {tasks}'} {data} {more}"
 
@@ -72,27 +74,54 @@ BENCHMARKS += rows(
             ("nothing", "has no questions", asked("")),
             ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),
-            ("missing", "arc_easy/test.jsonl does not exist", asked(GOOD, task="piqa/val")),
+            (
+                "missing",
+                "arc_easy/test.jsonl does not exist",
+                asked(GOOD, task="piqa/val"),
+            ),
             ("no folder", "--data .*data is not a folder", lambda a: None),
         )
     ]
 )
 NOT_FINITE = ".*model is NaN or infinite on the text that begins"
 BLOCK = "arc_easy: the output of block 2 .* of"
-WRITES = "gsm8k: the logits of .*model are NaN or infinite at token .* of a generated text"
+WRITES = (
+    "gsm8k: the logits of .*model are NaN or infinite at token .* of a generated text"
+)
 TEXT = asked({"text": "one two " * 30}, task="wikitext2/test_raw")
 SUMS = both(asked(SUM, task="gsm8k/test"), asked(*[SUM] * 8, task="gsm8k/train"))
 LONG = config(max_position_embeddings=4096)
 THE_CUT = tensors(overflow, "run/model")
 THE_MODEL = tensors(overflow)
 OVERFLOWS = [
-    ("the original", "arc_easy", f"{BLOCK} {NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_MODEL),
-    ("the cut", "arc_easy", f"{BLOCK} .*run/{NOT_FINITE} 'Question: Wh'", asked(GOOD), THE_CUT),
-    ("on a text", "wikitext2", f"the perplexity of .*run/{NOT_FINITE} 'one two", TEXT, THE_CUT),
+    (
+        "the original",
+        "arc_easy",
+        f"{BLOCK} {NOT_FINITE} 'Question: Wh'",
+        asked(GOOD),
+        THE_MODEL,
+    ),
+    (
+        "the cut",
+        "arc_easy",
+        f"{BLOCK} .*run/{NOT_FINITE} 'Question: Wh'",
+        asked(GOOD),
+        THE_CUT,
+    ),
+    (
+        "on a text",
+        "wikitext2",
+        f"the perplexity of .*run/{NOT_FINITE} 'one two",
+        TEXT,
+        THE_CUT,
+    ),
     ("as it writes", "gsm8k", WRITES, SUMS, both(LONG, THE_MODEL)),
 ]
 BENCHMARKS += rows(
-    [(f"overflows: {n}", evaluate(task), line, both(*make)) for n, task, line, *make in OVERFLOWS]
+    [
+        (f"overflows: {n}", evaluate(task), line, both(*make))
+        for n, task, line, *make in OVERFLOWS
+    ]
 )
 ARTICLE = asked({"text": 7}, task="wikitext2/test_raw")
 ONE_WORD = asked({"text": "one"}, task="lambada/test")
@@ -121,7 +150,10 @@ PLACES = [
 ]
 BENCHMARKS += rows(OTHERS)
 BENCHMARKS += rows(
-    [(f"to {out}", evaluate(more=more, out=out), line, asked(GOOD)) for out, more, line in PLACES]
+    [
+        (f"to {out}", evaluate(more=more, out=out), line, asked(GOOD))
+        for out, more, line in PLACES
+    ]
 )
 
 

@@ -17,13 +17,17 @@ from isingcut.formats.sources import model_identity
 from shared import load_json, refuses
 
 OPTIONS = (
-    "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 --report-samples 3"
+    "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
+    "--report-samples 3"
 )
 
 
 def strangers_folder(arena):
     """Write a run folder whose model has its own code, and whose options trust that code."""
-    classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    classes = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForCausalLM": "evil.EvilModel",
+    }
     config(auto_map=classes, model_type="evil", architectures=["EvilModel"])(arena)
     (arena.model / "evil.py").write_text(
         f"open({str(arena.home / 'pwned')!r}, 'w')\n"
@@ -45,7 +49,12 @@ COMMANDS = (
     f"run {{model}} {OPTIONS} --random-states 30 --out {{run}}",
 )
 TRUST = [
-    Row(f"a folder that trusts itself: {c}", c, "trust-remote-code|custom code", strangers_folder)
+    Row(
+        f"a folder that trusts itself: {c}",
+        c,
+        "trust-remote-code|custom code",
+        strangers_folder,
+    )
     for c in COMMANDS
 ]
 
@@ -103,7 +112,9 @@ def test_a_run_folder_is_only_data(arena, row):
 
 
 def test_trust_is_stored_nowhere(arena):
-    code, _, err = call(f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60)
+    code, _, err = call(
+        f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60
+    )
     assert code == 0, err
     run = load_json(arena.here / "e" / "run.json")
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
@@ -155,7 +166,9 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     record = read_json(arena.run / "model" / "isingcut.json", "removal")
     fitted = record["patch"]["text"]
     assert fitted["samples"] == fitted["searched"]
-    assert fitted["short"].startswith("the source was changed or cannot be read; restore")
+    assert fitted["short"].startswith(
+        "the source was changed or cannot be read; restore"
+    )
     assert calibration.read_bytes() == measured
     energy = f"energy model --remove 2 {MEASURED} --out run --overwrite"
     arena.try_row(Row("measured anew", energy, **made))
@@ -171,9 +184,14 @@ def overwritten(path):
 
 @pytest.mark.parametrize(
     "command",
-    [f"energy {{model}} {MEASURED} --out {{here}}/new", "rank run --overwrite --random-states 31"],
+    [
+        f"energy {{model}} {MEASURED} --out {{here}}/new",
+        "rank run --overwrite --random-states 31",
+    ],
 )
-def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch, command):
+def test_weights_that_are_overwritten_while_they_are_measured(
+    arena, monkeypatch, command
+):
     put = Journal.put
 
     def late(journal, rows):
@@ -185,10 +203,14 @@ def test_weights_that_are_overwritten_while_they_are_measured(arena, monkeypatch
     made = ("new*", "run/*", "model/model.safetensors")
     arena.refuses(command, line, makes=made)
     place = arena.here / "new" if command.startswith("energy") else arena.run
-    name = "hamiltonian.safetensors" if command.startswith("energy") else "candidates.json"
+    name = (
+        "hamiltonian.safetensors" if command.startswith("energy") else "candidates.json"
+    )
     assert not (place / name).exists()
     assert not list(place.glob("*.journal*"))
-    assert not (read_json(place / "run.json", "run")["stages"].get(name) or {}).get("done")
+    assert not (read_json(place / "run.json", "run")["stages"].get(name) or {}).get(
+        "done"
+    )
 
 
 @pytest.mark.parametrize("place", ["model", "run/model"])
@@ -213,7 +235,9 @@ CONTENTS = {
     "imports": ("import zorp_zorp", "ModuleNotFoundError: No module named 'zorp_zorp'"),
     "empty": ("", "AttributeError: .*no attribute 'Part'"),
 }
-BLAMED = r"'{name}' comes from the plug-in their-parts, which cannot be imported \({words}"
+BLAMED = (
+    r"'{name}' comes from the plug-in their-parts, which cannot be imported \({words}"
+)
 
 
 @pytest.fixture

@@ -35,18 +35,36 @@ FAILED = r"the sampler bad\.Bad failed: "
 RETURNED = r"the sampler bad\.Bad returned "
 CALLS = {
     # errors that the sampler raises
-    "a value error": ("raise ValueError('two\\nlines')", FAILED + "ValueError: two lines$"),
+    "a value error": (
+        "raise ValueError('two\\nlines')",
+        FAILED + "ValueError: two lines$",
+    ),
     "an exit": ("raise SystemExit(0)", FAILED + "SystemExit: 0"),
-    "markup": ("raise RuntimeError('[/red] [bold')", FAILED + r"RuntimeError: \[/red\] \[bold"),
+    "markup": (
+        "raise RuntimeError('[/red] [bold')",
+        FAILED + r"RuntimeError: \[/red\] \[bold",
+    ),
     "a lone surrogate": ("raise RuntimeError('\\ud800')", FAILED + "RuntimeError"),
     "an error that cannot be said": ("raise Rude", FAILED + "Rude: without words"),
-    "a long message": ("raise RuntimeError('x' * 10**6)", FAILED + "RuntimeError: x{300}$"),
+    "a long message": (
+        "raise RuntimeError('x' * 10**6)",
+        FAILED + "RuntimeError: x{300}$",
+    ),
     # values that the sampler returns
     "nothing": ("pass", RETURNED + "NoneType, expected a dimod.SampleSet"),
     "no samples": ("return found([], [])", RETURNED),
-    "no rows": ("return found((np.zeros((0, 99)), range(99)), [])", RETURNED + "no samples"),
-    "other variables": ("return found({'a': 1})", RETURNED + "samples without the variables 0, 1"),
-    "values of 2": ("return states(bqm, 2, 'INTEGER')", RETURNED + r".*not binary \(2\)"),
+    "no rows": (
+        "return found((np.zeros((0, 99)), range(99)), [])",
+        RETURNED + "no samples",
+    ),
+    "other variables": (
+        "return found({'a': 1})",
+        RETURNED + "samples without the variables 0, 1",
+    ),
+    "values of 2": (
+        "return states(bqm, 2, 'INTEGER')",
+        RETURNED + r".*not binary \(2\)",
+    ),
     "NaN energies": (
         "return states(bqm, 1, 'BINARY', np.nan)",
         RETURNED + "energies that are not finite",
@@ -58,17 +76,27 @@ CALLS = {
 }
 MODULES = {
     "an import that fails": ("1 / 0", r"importing 'bad' failed: ZeroDivisionError"),
-    "an import that exits": ("raise SystemExit(1)", "importing 'bad' failed: SystemExit: 1"),
-    "an import of what is not there": ("import nowhere", "cannot import 'bad' .*'nowhere'"),
+    "an import that exits": (
+        "raise SystemExit(1)",
+        "importing 'bad' failed: SystemExit: 1",
+    ),
+    "an import of what is not there": (
+        "import nowhere",
+        "cannot import 'bad' .*'nowhere'",
+    ),
     "no Python": ("def (", "importing 'bad' failed: SyntaxError"),
     "no class": ("def Bad(): raise SystemExit", r"bad\.Bad is not a dimod sampler"),
     "a class of something else": (
         "class Bad:\n    def __init__(self): raise SystemExit",
         r"bad\.Bad is not a dimod sampler; expected a subclass of dimod\.Sampler",
     ),
-    "an abstract class": (HEAD + "class Bad(dimod.Sampler): pass", FAILED + "TypeError: .*abstr"),
+    "an abstract class": (
+        HEAD + "class Bad(dimod.Sampler): pass",
+        FAILED + "TypeError: .*abstr",
+    ),
     "a class that wants arguments": (
-        HEAD + "class Bad(Base):\n    def __init__(self, token): pass\n    sample = None",
+        HEAD
+        + "class Bad(Base):\n    def __init__(self, token): pass\n    sample = None",
         FAILED + "TypeError: .*token",
     ),
     "parameters that fail": (
@@ -95,7 +123,9 @@ def module(text):
 
 
 def method(body):
-    return module(f"{HEAD}\nclass Bad(Base):\n    def sample(self, bqm):\n        {body}\n")
+    return module(
+        f"{HEAD}\nclass Bad(Base):\n    def sample(self, bqm):\n        {body}\n"
+    )
 
 
 ROWS = [
@@ -146,7 +176,9 @@ def test_a_sampler_that_works_gives_clean_json(place, name):
 def asks(name):
     """Return a step that makes a run folder name a solver whose import leaves a file."""
     spring = module("from pathlib import Path\nPath('sprung').touch()\n")
-    return both(spring, edited("run/run.json", lambda run: run["config"].update(solver=name)))
+    return both(
+        spring, edited("run/run.json", lambda run: run["config"].update(solver=name))
+    )
 
 
 REMEMBERED = [
@@ -157,7 +189,9 @@ REMEMBERED = [
     }.items()
     for command in ("solve {run} --remove 3", "solve {run} --remove 2 --overwrite")
 ]
-REPORTED = Row("report", "report {run}", code=0, prepare=asks("bad.Bad"), makes=("run/report.*",))
+REPORTED = Row(
+    "report", "report {run}", code=0, prepare=asks("bad.Bad"), makes=("run/report.*",)
+)
 
 
 @parametrised([*REMEMBERED, REPORTED])
@@ -167,7 +201,9 @@ def test_a_run_folder_chooses_no_code_to_import(place, row):
 
 def test_a_run_folder_chooses_no_kernel(arena):
     # For an unknown name transformers would download code from the hub.
-    kernel = edited("run/run.json", lambda r: r["config"].update(attention="someone/kernel"))
+    kernel = edited(
+        "run/run.json", lambda r: r["config"].update(attention="someone/kernel")
+    )
     command = "rank {run} --random-states 31 --overwrite"
     arena.refuses(command, "run.json: attention must be one of auto", kernel)
 
@@ -190,7 +226,11 @@ def evaluation(arena):
 
 def test_speed_that_was_left_out_is_measured_later_and_nothing_else(arena):
     whole = evaluation(arena)
-    keys = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+    keys = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "peak_memory_bytes",
+    )
     assert all(k in whole["after"] for k in keys)
     assert "prefill_tokens_per_second_se" in whole["before"]
     # An evaluation with speeds is kept.

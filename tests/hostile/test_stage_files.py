@@ -35,8 +35,14 @@ WHOLE = {
         "not an isingcut .* file .*'isingcut-thing'",
     ),
     "no number": (lambda c: c.rstrip()[:-1] + b', "x": NaN}', "NaN is not JSON"),
-    "too large a number": (lambda c: c.rstrip()[:-1] + b', "x": 1e999}', "too large for a float"),
-    "digits": (lambda c: c.rstrip()[:-1] + b', "x": ' + b"9" * 5000 + b"}", "not readable"),
+    "too large a number": (
+        lambda c: c.rstrip()[:-1] + b', "x": 1e999}',
+        "too large for a float",
+    ),
+    "digits": (
+        lambda c: c.rstrip()[:-1] + b', "x": ' + b"9" * 5000 + b"}",
+        "not readable",
+    ),
 }
 VERSIONS = {
     "newer": (2, "written by a newer isingcut"),
@@ -121,7 +127,12 @@ noise a text :: rows 0 more_than_noise :: "no" :: expected a valid boolean
 }
 LEGALITY = {"name": "x", "coefficients": [1.0], "sense": "<=", "rhs": 1, "reason": ""}
 ROWS += [
-    Row(f"run.json: {name}", REPORT, line, edited("run.json", "blocks", "legality", value=[row]))
+    Row(
+        f"run.json: {name}",
+        REPORT,
+        line,
+        edited("run.json", "blocks", "legality", value=[row]),
+    )
     for name, row, line in (
         ("a short legality row", LEGALITY, "a coefficient for each of 6 blocks"),
         (
@@ -165,8 +176,15 @@ def a_loop(arena):
 
 ROWS += [
     Row("solve: run.json", SOLVE, "blocks: missing", NO_BLOCKS),
-    Row("push: isingcut.json", "push {run}/model me/it", "expected a valid list", NO_REMOVAL),
-    Row("solve without run.json", SOLVE, NO_RUN, lambda a: (a.run / "run.json").unlink()),
+    Row(
+        "push: isingcut.json",
+        "push {run}/model me/it",
+        "expected a valid list",
+        NO_REMOVAL,
+    ),
+    Row(
+        "solve without run.json", SOLVE, NO_RUN, lambda a: (a.run / "run.json").unlink()
+    ),
     Row("a run folder that is a file", "report {run}/run.json", NO_RUN),
     Row("a run folder that is a loop of links", "report {here}/loop", LOOP, a_loop),
     Row("run.json a dangling link", REPORT, NO_RUN, DANGLING),
@@ -221,7 +239,9 @@ def without(key):
 def zeros(dtype="float64", **shapes):
     """Return a change to arrays of zeros; the keyword ``rank_mask`` stands for ``rank.mask``."""
     names = {key.replace("_", ".", 1): shape for key, shape in shapes.items()}
-    return lambda arrays: arrays.update({k: np.zeros(n, dtype) for k, n in names.items()})
+    return lambda arrays: arrays.update(
+        {k: np.zeros(n, dtype) for k, n in names.items()}
+    )
 
 
 def nothing(arrays):
@@ -235,7 +255,11 @@ ARRAYS = [
     ("J missing", without("J"), "the tensor J is missing"),
     ("h missing", without("h"), "h is missing|h: expected"),
     ("h a matrix", zeros(h=(6, 6)), rf"h: {SHAPE}\), got F64 of shape \(6, 6\)"),
-    ("of other blocks", zeros(h=4, J=(4, 4)), "for 4 blocks, but the run's model has 6"),
+    (
+        "of other blocks",
+        zeros(h=4, J=(4, 4)),
+        "for 4 blocks, but the run's model has 6",
+    ),
     ("J of another size", zeros(J=(4, 4)), rf"J: {SHAPE} 6\), got"),
     ("J whole numbers", zeros("int64", J=(6, 6)), "J: expected F64 .* got I64"),
     ("J without number", poked("J", np.nan), "J has values that are not"),
@@ -245,9 +269,21 @@ HEADERS = [
     ("newer", {"version": 2}, "newer isingcut"),
     ("unit a list", {"unit": []}, "unit: expected a valid string"),
     ("meta a text", {"meta": "x"}, "meta: expected a valid dictionary"),
-    ("passes a text", {"meta": {"passes": "1"}}, "meta.passes: expected a valid number"),
-    ("search a list", {"meta": {"search": []}}, "meta.search: expected a valid dictionary"),
-    ("another kind", {"format": "isingcut-calibration"}, "not an isingcut hamiltonian file"),
+    (
+        "passes a text",
+        {"meta": {"passes": "1"}},
+        "meta.passes: expected a valid number",
+    ),
+    (
+        "search a list",
+        {"meta": {"search": []}},
+        "meta.search: expected a valid dictionary",
+    ),
+    (
+        "another kind",
+        {"format": "isingcut-calibration"},
+        "not an isingcut hamiltonian file",
+    ),
 ]
 UNREADABLE = "not a readable safetensors file"
 TENSORS = [
@@ -256,9 +292,15 @@ TENSORS = [
     ("truncated", rewritten(HAMILTONIAN, lambda c: c[:-9]), UNREADABLE),
     ("empty", rewritten(HAMILTONIAN, lambda c: b""), UNREADABLE),
     ("a header bomb", rewritten(HAMILTONIAN, lambda c: BOMB + c[8:]), UNREADABLE),
-    ("a pipe", replaced(HAMILTONIAN, os.mkfifo), "a pipe; expected a regular file|not a regular"),
+    (
+        "a pipe",
+        replaced(HAMILTONIAN, os.mkfifo),
+        "a pipe; expected a regular file|not a regular",
+    ),
 ]
-ROWS += [Row(f"{HAMILTONIAN}: {name}", SOLVE, line, make) for name, make, line in TENSORS]
+ROWS += [
+    Row(f"{HAMILTONIAN}: {name}", SOLVE, line, make) for name, make, line in TENSORS
+]
 ROWS.append(
     Row(
         "another energy of other blocks",
@@ -280,11 +322,23 @@ def test_a_damaged_file_is_one_line(arena, row):
 TEXT = "calibration.safetensors"
 SPLITS = {
     "tokens missing": (without("rank.input_ids"), "tensor rank.input_ids is missing"),
-    "a mask of numbers": (zeros("int64", rank_mask=(3, 16)), "mask: expected BOOL .* got I64"),
-    "a mask of another size": (zeros(bool, rank_mask=(3, 9)), r"BOOL of shape \(3, 16\)"),
-    "tokens in a row": (zeros("int64", rank_input_ids=16), "input_ids: expected I64 of shape"),
+    "a mask of numbers": (
+        zeros("int64", rank_mask=(3, 16)),
+        "mask: expected BOOL .* got I64",
+    ),
+    "a mask of another size": (
+        zeros(bool, rank_mask=(3, 9)),
+        r"BOOL of shape \(3, 16\)",
+    ),
+    "tokens in a row": (
+        zeros("int64", rank_input_ids=16),
+        "input_ids: expected I64 of shape",
+    ),
     "no sample": (
-        lambda a: (zeros("int64", rank_input_ids=(0, 16))(a), zeros(bool, rank_mask=(0, 16))(a)),
+        lambda a: (
+            zeros("int64", rank_input_ids=(0, 16))(a),
+            zeros(bool, rank_mask=(0, 16))(a),
+        ),
         "do not match its hash",
     ),
     "holes in a mask": (poked("rank.mask", False), "do not match its hash"),

@@ -25,9 +25,21 @@ USAGE = [
     Row(name, command, line)
     for name, command, line in (
         ("no such verb", "zorp", "No such command 'zorp'; see isingcut --help"),
-        ("no such option", "solve {run} --zorp", "No such option.*--zorp.*see isingcut solve --h"),
-        ("a value for a flag", "--debug=1 ls", "'--debug' does not take a value; see isingcut --h"),
-        ("nothing to work on", "solve", "Missing argument 'DIR'; see isingcut solve --help"),
+        (
+            "no such option",
+            "solve {run} --zorp",
+            "No such option.*--zorp.*see isingcut solve --h",
+        ),
+        (
+            "a value for a flag",
+            "--debug=1 ls",
+            "'--debug' does not take a value; see isingcut --h",
+        ),
+        (
+            "nothing to work on",
+            "solve",
+            "Missing argument 'DIR'; see isingcut solve --help",
+        ),
         (
             "a text for a number",
             "solve {run} --states x",
@@ -45,7 +57,8 @@ def test_wrong_words_are_one_line(arena, row):
 
 
 @pytest.mark.parametrize(
-    "command", ["solve {here}", "solve {run} --zorp", "solve {run} --remove 99", "report {text}"]
+    "command",
+    ["solve {here}", "solve {run} --zorp", "solve {run} --remove 99", "report {text}"],
 )
 def test_debug_shows_the_place_and_keeps_the_code(arena, command):
     words = command.format(here=arena.here, run=arena.run, text=arena.text).split()
@@ -92,7 +105,9 @@ def test_a_bar_shows_its_words_as_they_are(monkeypatch, name):
 
 
 def test_control_characters_are_spelled_out(capsys):
-    assert printable("a\x1b[2J\x9b\x7f\ud800\u2066b") == r"a\x1b[2J\x9b\x7f\ud800\u2066b"
+    assert (
+        printable("a\x1b[2J\x9b\x7f\ud800\u2066b") == r"a\x1b[2J\x9b\x7f\ud800\u2066b"
+    )
     assert printable("a\tb\n±·é漢") == "a\tb\n±·é漢"
     say("a\n  b\r\nc\rd")
     assert capsys.readouterr().err == "a b c\\rd\n"
@@ -128,7 +143,9 @@ def test_tables_come_in_any_encoding_and_width(arena, monkeypatch, command, enco
     assert wide or words == ["ls"] or "|" in text
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "solve {run} --json", "ls --quiet", "--version"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "solve {run} --json", "ls --quiet", "--version"]
+)
 def test_a_full_disk_under_stdout_is_one_line(arena, command):
     words = command.format(run=arena.run, model=arena.model).split()
     if "--quiet" in words:
@@ -143,7 +160,11 @@ def test_a_full_disk_under_stdout_is_one_line(arena, command):
 
 
 SHELL = {
-    "stdout full": ("solve run > /dev/full", 2, r"cannot write to standard output: No space left"),
+    "stdout full": (
+        "solve run > /dev/full",
+        2,
+        r"cannot write to standard output: No space left",
+    ),
     "both full": ("zorp > /dev/full 2> /dev/full", 2, "^$"),
     "stderr closed": ("zorp 2>&-", 2, "^$"),
     "all closed": ("solve run <&- >&- 2>&-", 0, "^$"),
@@ -206,7 +227,11 @@ def test_a_disk_that_refuses_a_copy_is_one_line(arena, monkeypatch, name, words)
     monkeypatch.chdir(arena.here)
     with pytest.raises((InputError, OSError)) as caught:
         isingcut.open_run("run").save("new")
-    said = os_error_words(caught.value) if isinstance(caught.value, OSError) else str(caught.value)
+    said = (
+        os_error_words(caught.value)
+        if isinstance(caught.value, OSError)
+        else str(caught.value)
+    )
     assert re.search(words, said)
     assert not re.search(r"\[\(|Errno", said)
     assert not (arena.here / "new").exists()
@@ -219,8 +244,14 @@ BELOW_A_FILE = "cannot write .*(File exists|Not a directory)|is not a folder"
 
 PLACES = [
     Row("a run folder below a file", "report {text}/run", "not an isingcut run folder"),
-    Row("a comparison with a long name", BOTH + "{here}/" + "n" * 300, "File name too long"),
-    Row("a comparison onto a loop of links", BOTH + "{here}/l", LINKED, linked("l", "l")),
+    Row(
+        "a comparison with a long name",
+        BOTH + "{here}/" + "n" * 300,
+        "File name too long",
+    ),
+    Row(
+        "a comparison onto a loop of links", BOTH + "{here}/l", LINKED, linked("l", "l")
+    ),
     Row("a comparison below a file", BOTH + "{home}/diary.txt/r.html", BELOW_A_FILE),
 ]
 

@@ -22,7 +22,9 @@ from shared import snapshot
 SMALL = "--length 16 --samples 3 --rank-samples 3 --report-samples 3 --dtype float32"
 MEASURE = "energy {model} --out new " + SMALL + " --calibration "
 WORDS = "".join(f"Document {i}: {i * 7919 % 1000} things happened. " for i in range(60))
-LINES = "".join(json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60))
+LINES = "".join(
+    json.dumps({"text": f"Document {i} {i * 7919 % 1000}"}) + "\n" for i in range(60)
+)
 ITEMS = sentences(60)
 CHATS = "".join(json.dumps(chat) + "\n" for chat in chats(60))
 
@@ -57,34 +59,89 @@ TWO_LINES = b'{"text": "a"}\n{"text": \n'
 CONTENTS = [
     ("a.txt", "empty", b"", "a.txt is empty; give a longer text"),
     ("a.txt", "utf-16 unmarked", WORDS.encode("utf-16-le"), NUL),
-    ("a.md", "another kind", WORDS.encode(), r"a.md is not one of \.txt, \.jsonl, \.json, \.csv"),
+    (
+        "a.md",
+        "another kind",
+        WORDS.encode(),
+        r"a.md is not one of \.txt, \.jsonl, \.json, \.csv",
+    ),
     ("a.jsonl", "empty", b"", "a.jsonl has no records"),
     ("a.jsonl", "broken", TWO_LINES, r"a\.jsonl line 2 is not valid JSON"),
     ("a.jsonl", "deep", b'{"text": ' + DEEP + b"}\n", "nested deeper than 200 levels"),
     ("a.jsonl", "a list", b"[1]\n", NO_OBJECT + "list"),
-    ("a.jsonl", "other fields", b'{"body": "a"}\n', "neither 'text' nor 'messages' .it has body"),
+    (
+        "a.jsonl",
+        "other fields",
+        b'{"body": "a"}\n',
+        "neither 'text' nor 'messages' .it has body",
+    ),
     ("a.jsonl", "text null", b'{"text": null}\n', NO_STRING + "NoneType"),
     ("a.jsonl", "mixed", b'{"text": "a"}\n{"messages": []}\n', "line 2 has no 'text'"),
     ("a.jsonl", "half a character", HALF, r"'\\ud83d', a lone surrogate"),
     ("a.jsonl", "messages none", b'{"messages": []}\n', NO_MESSAGES),
     ("a.jsonl", "messages texts", b'{"messages": ["a"]}\n', NO_MESSAGES),
     ("a.jsonl", "no role", NO_ROLE, "objects with 'role' and 'content'"),
-    ("a.jsonl", "half a character in a chat", HALF_CHAT, "line 1 contains .*half of a character"),
+    (
+        "a.jsonl",
+        "half a character in a chat",
+        HALF_CHAT,
+        "line 1 contains .*half of a character",
+    ),
     ("a.json", "empty", b"", "a.json is not valid JSON"),
     ("a.json", "no records", b"[]", "a.json has no records"),
     ("a.json", "an object", b'{"text": "a"}', "a.json must be a list .*found dict"),
     ("a.json", "mixed", b'["a", {"body": "b"}]', "item 1 has no 'text'"),
     ("a.csv", "empty", b"", "must have a column 'text'.* has nothing"),
     ("a.csv", "no text", b"id,body\n1,a\n", "must have a column 'text'.* has id, body"),
-    ("a.csv", "semicolons", b"id;text\n1;a\n", "has id;text .columns are separated by commas"),
-    ("a.csv", "a bare comma", b"id,text\n1,a, b\n", "line 2 has 3 fields, but .* has 2 columns"),
-    ("a.csv", "an open quote", b'text\n"a\nb\n', "line 3 is not valid CSV: unexpected end of data"),
-    ("a.txt.gz", "not packed", WORDS.encode(), "a.txt.gz is not a complete gzip file .Not a"),
-    ("a.jsonl.gz", "damaged", broken(packed(LINES.encode()), 40), "is not a complete gzip file"),
+    (
+        "a.csv",
+        "semicolons",
+        b"id;text\n1;a\n",
+        "has id;text .columns are separated by commas",
+    ),
+    (
+        "a.csv",
+        "a bare comma",
+        b"id,text\n1,a, b\n",
+        "line 2 has 3 fields, but .* has 2 columns",
+    ),
+    (
+        "a.csv",
+        "an open quote",
+        b'text\n"a\nb\n',
+        "line 3 is not valid CSV: unexpected end of data",
+    ),
+    (
+        "a.txt.gz",
+        "not packed",
+        WORDS.encode(),
+        "a.txt.gz is not a complete gzip file .Not a",
+    ),
+    (
+        "a.jsonl.gz",
+        "damaged",
+        broken(packed(LINES.encode()), 40),
+        "is not a complete gzip file",
+    ),
     ("a.txt.gz", "a bomb of NULs", packed(bytes(1 << 24)), NUL),
-    ("a.jsonl.gz", "a bomb of one line", packed(b" " * (1 << 24)), "line 1 is longer than 524288"),
-    ("a.jsonl.gz", "a bomb of lines", packed(b"\n" * (1 << 24)), "unpacks to more than 2097152"),
-    ("a.json.gz", "a bomb", packed(b"[" + b" " * (1 << 24)), "a.json.gz has more than 524288"),
+    (
+        "a.jsonl.gz",
+        "a bomb of one line",
+        packed(b" " * (1 << 24)),
+        "line 1 is longer than 524288",
+    ),
+    (
+        "a.jsonl.gz",
+        "a bomb of lines",
+        packed(b"\n" * (1 << 24)),
+        "unpacks to more than 2097152",
+    ),
+    (
+        "a.json.gz",
+        "a bomb",
+        packed(b"[" + b" " * (1 << 24)),
+        "a.json.gz has more than 524288",
+    ),
 ]
 HELD = [
     Row(f"{name} {what}", MEASURE + name, line, written(name, content))
@@ -127,7 +184,9 @@ HEAL = (
     "heal {run}/model --teacher {model} --out new --length 16 --samples 3 --report-samples 3 "
     "--dtype float32 --text "
 )
-HELD.append(Row("heal", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe"))
+HELD.append(
+    Row("heal", HEAL + "/dev/zero", "/dev/zero is a device; expected a file or a pipe")
+)
 
 
 # Kinds of files give the same tokens -----------------------------------------------------
@@ -137,7 +196,13 @@ HELD.append(Row("heal", HEAL + "/dev/zero", "/dev/zero is a device; expected a f
 def tokens_of(arena):
     """Function that returns the hash of the tokens of a file with that name and content."""
     tokenizer = AutoTokenizer.from_pretrained(arena.model)
-    counts = {"samples": 3, "rank_samples": 3, "report_samples": 3, "length": 16, "seed": 0}
+    counts = {
+        "samples": 3,
+        "rank_samples": 3,
+        "report_samples": 3,
+        "length": 16,
+        "seed": 0,
+    }
 
     def tokens(name, content):
         (arena.here / name).write_bytes(content)
@@ -181,7 +246,9 @@ def test_the_same_records_in_any_file_are_the_same_tokens(tokens_of):
     ],
     ids=["text", "one word", "record"],
 )
-def test_one_long_line_takes_no_more_memory_than_a_piece(arena, monkeypatch, name, content):
+def test_one_long_line_takes_no_more_memory_than_a_piece(
+    arena, monkeypatch, name, content
+):
     monkeypatch.setattr(text_files, "RECORD", 64 << 20)
     (arena.here / name).write_bytes(content)
     arena.works(MEASURE + name, "new*", "home*", megabytes=1000)
@@ -196,7 +263,9 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_the_tokens(arena):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         command = MEASURE.replace("--samples 3", "--samples 250") + "{text}"
-        arena.refuses(command, "cannot write .*calibration.safetensors: File too", makes=("new*",))
+        arena.refuses(
+            command, "cannot write .*calibration.safetensors: File too", makes=("new*",)
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in (arena.here / "new").iterdir()) == ["run.json"]
@@ -220,7 +289,10 @@ def pipe_of(content, *, again=False):
     reading, writing = os.pipe()
 
     def write():
-        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb", buffering=0) as f:
+        with (
+            contextlib.suppress(BrokenPipeError),
+            os.fdopen(writing, "wb", buffering=0) as f,
+        ):
             f.write(content)
             while again:
                 f.write(content)
@@ -237,18 +309,27 @@ def pipe_of(content, *, again=False):
 STREAMED = [
     ("nothing", b"", {}, "standard input is too short: .*found 0"),
     ("endless blanks", b" " * 65536, {"again": True}, None),
-    ("an endless record", b'{"text": [' * 4096, {"again": True}, "line 1 is longer than 524288"),
+    (
+        "an endless record",
+        b'{"text": [' * 4096,
+        {"again": True},
+        "line 1 is longer than 524288",
+    ),
     ("endless NULs", bytes(65536), {"again": True}, NUL),
     ("bytes", b"\xff\xfe\xfd\xfc", {"again": True}, UTF8.format(0xFF)),
     ("a marked text", b"\xef\xbb\xbf" + WORDS.encode(), {}, None),
 ]
 
 
-@pytest.mark.parametrize(("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED])
+@pytest.mark.parametrize(
+    ("what", "content", "how", "line"), STREAMED, ids=[s[0] for s in STREAMED]
+)
 def test_standard_input(arena, what, content, how, line):
     with pipe_of(content, **how) as end, standard_input(end):
         makes = () if line else ("new*", "home*")
-        arena.try_row(Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes))
+        arena.try_row(
+            Row(what, MEASURE + "-", line or "", code=2 if line else 0, makes=makes)
+        )
 
 
 def test_a_terminal_is_not_waited_for(arena):
@@ -267,7 +348,9 @@ def test_standard_input_may_be_a_file_but_no_device(arena):
         arena.refuses(command, "standard input is a device")
 
 
-@pytest.mark.parametrize("content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())])
+@pytest.mark.parametrize(
+    "content", [WORDS.encode(), LINES.encode(), packed(WORDS.encode())]
+)
 def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
     """`<(...)`: a resumed run has its tokens and does not need the pipe again."""
     with pipe_of(content) as end:
@@ -278,7 +361,9 @@ def test_a_pipe_as_the_shell_makes_it_is_read_once(arena, content):
         assert snapshot(arena.here / "new")["calibration.safetensors"] == before
     arena.works("solve new --remove 2", "new*", "home*")
     row = Row(
-        "the pipe is gone", command.replace("new", "other"), GONE.replace(".*", f"/dev/fd/{end}")
+        "the pipe is gone",
+        command.replace("new", "other"),
+        GONE.replace(".*", f"/dev/fd/{end}"),
     )
     arena.try_row(row)
 
@@ -309,14 +394,24 @@ def template(text):
 
 
 TEMPLATES = [
-    ("calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    (
+        "calls itself",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "maximum recursion depth",
+    ),
     ("is no template", "{% if %}", "refuses these messages .Expected an expression"),
-    ("reaches out", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses .*unsafe"),
+    (
+        "reaches out",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "refuses .*unsafe",
+    ),
     ("writes half a character", "{{ '\\ud800' }}", "contains .*half of a character"),
 ]
 
 
-HELD += [Row(n, MEASURE + "a.jsonl", line, template(text)) for n, text, line in TEMPLATES]
+HELD += [
+    Row(n, MEASURE + "a.jsonl", line, template(text)) for n, text, line in TEMPLATES
+]
 
 # Tokenizers ------------------------------------------------------------------------------
 
@@ -330,7 +425,11 @@ def panics(document):
 
 
 def knows_no_letter(document):
-    document["model"] = {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<none>"}
+    document["model"] = {
+        "type": "WordLevel",
+        "vocab": {"<pad>": 0},
+        "unk_token": "<none>",
+    }
 
 
 def added(content, number=262):
@@ -351,7 +450,9 @@ def added(content, number=262):
 
 
 def added_as(role, content):
-    named = edited("model/tokenizer_config.json", lambda document: {**document, role: content})
+    named = edited(
+        "model/tokenizer_config.json", lambda document: {**document, role: content}
+    )
     return both(tokenizer_file(added(content)), named)
 
 
@@ -364,10 +465,22 @@ TOO_MANY = tokenizer_file(added(" "))
 BEGIN = added_as("bos_token", "<begin>")
 FINE = {"code": 0, "makes": ("new*", "home*")}
 HELD += [
-    Row("panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)),
-    Row("knows no letter", MEASURE + "{text}", FAILS.format(".*"), tokenizer_file(knows_no_letter)),
+    Row(
+        "panics", MEASURE + "{text}", FAILS.format("chunk size"), tokenizer_file(panics)
+    ),
+    Row(
+        "knows no letter",
+        MEASURE + "{text}",
+        FAILS.format(".*"),
+        tokenizer_file(knows_no_letter),
+    ),
     Row("a token too many", MEASURE + "{text}", BEYOND.format(" "), TOO_MANY),
-    Row("the same, streamed", MEASURE + "{text} --stream on", BEYOND.format(" "), TOO_MANY),
+    Row(
+        "the same, streamed",
+        MEASURE + "{text} --stream on",
+        BEYOND.format(" "),
+        TOO_MANY,
+    ),
     Row("a beginning too many", MEASURE + "self", BEYOND.format("<begin>"), BEGIN),
     Row("a padding too many is harmless", MEASURE + "a.jsonl", "", PADDING, **FINE),
 ]

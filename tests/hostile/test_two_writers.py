@@ -131,7 +131,10 @@ def test_a_killed_writer_leaves_no_lock(arena, tmp_path):
 
 
 def test_the_processes_of_a_run_share_the_lock_of_the_first(arena, tmp_path):
-    with working(arena, tmp_path, f"energy {MEASURE} 2", PUT, size=2) as (leader, _other):
+    with working(arena, tmp_path, f"energy {MEASURE} 2", PUT, size=2) as (
+        leader,
+        _other,
+    ):
         line = busy("new").replace(r"pid \d+", f"pid {leader.pid}")
         arena.refuses(f"energy {MEASURE} 3", line)
     assert not left_behind(arena)
@@ -175,7 +178,9 @@ def test_the_lock_of_an_output_is_its_neighbour(arena):
 
 
 @pytest.mark.parametrize(("code", "said"), [(errno.ENOLCK, 1), (errno.EROFS, 0)])
-def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, capsys, code, said):
+def test_a_file_system_without_locks_is_reported_once(
+    tmp_path, monkeypatch, capsys, code, said
+):
     def refused(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
@@ -183,13 +188,23 @@ def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, cap
     monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):
-        with lock_place(tmp_path, inside=True) as first, lock_place(tmp_path, inside=True) as again:
+        with (
+            lock_place(tmp_path, inside=True) as first,
+            lock_place(tmp_path, inside=True) as again,
+        ):
             assert (first, again) == (True, False)
-    assert capsys.readouterr().err.count("does not support locks; do not start a second") == said
-    assert [p.name for p in tmp_path.iterdir()] == [".run.json.isingcut-1.part"], "it may live"
+    assert (
+        capsys.readouterr().err.count("does not support locks; do not start a second")
+        == said
+    )
+    assert [p.name for p in tmp_path.iterdir()] == [".run.json.isingcut-1.part"], (
+        "it may live"
+    )
 
 
 def test_a_refused_start_leaves_no_folder(arena):
-    row = Row("no model", "energy {here}/nothing --out {here}/a/b/run", "there is no model at")
+    row = Row(
+        "no model", "energy {here}/nothing --out {here}/a/b/run", "there is no model at"
+    )
     arena.try_row(row)
     assert not (arena.here / "a").exists()

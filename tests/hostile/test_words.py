@@ -61,15 +61,24 @@ def test_every_number_has_both_ends(kind):
 ODD = ("1_0", "\u0663", "007")
 WORDS = [
     ("--remove two", "--remove: cannot read 'two' as a removal"),
-    ("--budget zorp=5", "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency"),
-    ("--remove 2 --budget file=9MB", "--budget file=9MB chooses the blocks .*; omit --remove"),
+    (
+        "--budget zorp=5",
+        "--budget: .*unknown quantity 'zorp'; known: params, bytes, kv, latency",
+    ),
+    (
+        "--remove 2 --budget file=9MB",
+        "--budget file=9MB chooses the blocks .*; omit --remove",
+    ),
     ("--keep 1,2 --drop 2-4", "--keep and --drop both name block 2"),
     ("--also fisher,zorp", "unknown energy 'zorp'"),
     ("--also auto", "'auto' lets a run choose; here, name one energy"),
     ("--effort zorp", "--effort: 'zorp': expected passes"),
     ("--effort 1000001", "--effort: .* of at most 1,000,000"),
     ("--memory-limit much", "--memory-limit: memory 'much': expected a share"),
-    ("--device CUDA", "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'"),
+    (
+        "--device CUDA",
+        "--device: must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got 'CUDA'",
+    ),
     ("--solve-seconds nan", "--solve-seconds must be a number, got 'nan'"),
     ("--solve-seconds 1_0", "--solve-seconds must be a number, got '1_0'"),
     ("--calibration ''", "--calibration is empty"),
@@ -79,12 +88,21 @@ WORDS = [
     ("--budget file=142016", "no unit; write file=142016B$"),
     ("--tasks ''", "--tasks is empty; give a value, or remove the option"),
     ("--tasks ,", "--tasks is empty; give a value, or remove the option"),
-    ("--tasks arc_easy --data ''", "--data is empty; give a value, or remove the option"),
+    (
+        "--tasks arc_easy --data ''",
+        "--data is empty; give a value, or remove the option",
+    ),
     ("--zorp 1", "(?i)no such option: --zorp"),
     ("--remove 2 --config {here}/pipe", "pipe is a pipe; expected a regular file"),
-    ("--remove 2 --heal --healing heal.yaml", "--healing must be a section of the --config file"),
+    (
+        "--remove 2 --heal --healing heal.yaml",
+        "--healing must be a section of the --config file",
+    ),
     ("--remove 2 --heal --healing 'seed: ['", "--healing while parsing"),
-    ("--remove 2 --calibration ~/none.txt", "the calibration file '.*home/none.txt' does not"),
+    (
+        "--remove 2 --calibration ~/none.txt",
+        "the calibration file '.*home/none.txt' does not",
+    ),
     ("--remove 2 --calibration {here}/home", "home is a folder without data files"),
 ]
 HEALING = [
@@ -96,7 +114,10 @@ HEALING = [
     ("--text none.txt", "the calibration file 'none.txt' does not exist"),
 ]  # fmt: skip
 OTHERS = [
-    ("solve gone --remove 2 --remove 1..1000000000", "--remove: '1000000000' is too large"),
+    (
+        "solve gone --remove 2 --remove 1..1000000000",
+        "--remove: '1000000000' is too large",
+    ),
     ("rank gone --random-states 5", "--random-states must be 0 or at least 30"),
     ("report gone --budget params=0", "expected more than 0, got '0'"),
     ("energy gone --out new --budget file=9MB", "file=9MB is only for `isingcut run`"),
@@ -112,15 +133,26 @@ def rows():
     lines += OTHERS
     for kind, command in ((RunConfig, RUN), (HealConfig, HEAL)):
         # One whole number and one other, as all are checked alike.
-        for f, low, above, high, whole in {row[-1]: row for row in numbers(kind)}.values():
+        for f, low, above, high, whole in {
+            row[-1]: row for row in numbers(kind)
+        }.values():
             small = low - 1 if math.isfinite(low) else above
             large = high + 1 if whole else high * 2
-            lines.append((f"{command} {flag(f)}={small}", f"{flag(f)} must be (at least|above) "))
-            lines.append((f"{command} {flag(f)}={large}", f"{flag(f)} must be at most "))
-    return [Row(shlex.join(shlex.split(c)[:1] + c.split()[-2:])[:70], c, line) for c, line in lines]
+            lines.append(
+                (f"{command} {flag(f)}={small}", f"{flag(f)} must be (at least|above) ")
+            )
+            lines.append(
+                (f"{command} {flag(f)}={large}", f"{flag(f)} must be at most ")
+            )
+    return [
+        Row(shlex.join(shlex.split(c)[:1] + c.split()[-2:])[:70], c, line)
+        for c, line in lines
+    ]
 
 
-@pytest.mark.parametrize("row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())])
+@pytest.mark.parametrize(
+    "row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())]
+)
 def test_words_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
@@ -148,11 +180,27 @@ FILES = [
     ("not UTF-8", b"remove: \xff", "is not UTF-8"),
     ("unknown", "remov: 2", "unknown option 'remov'; did you mean 'remove'"),
     ("stream true", "stream: true", "stream must be one of auto, on, off; got True"),
-    ("a flag in a word", "skip-speed: maybe", "skip_speed must be true or false, got 'maybe'"),
-    ("samples of many digits", f"samples: {LONG}", "not a readable YAML file: Exceeds the limit"),
-    ("samples of 90 digits", "samples: " + "9" * 90, "at most 1000000, got a number of more than"),
+    (
+        "a flag in a word",
+        "skip-speed: maybe",
+        "skip_speed must be true or false, got 'maybe'",
+    ),
+    (
+        "samples of many digits",
+        f"samples: {LONG}",
+        "not a readable YAML file: Exceeds the limit",
+    ),
+    (
+        "samples of 90 digits",
+        "samples: " + "9" * 90,
+        "at most 1000000, got a number of more than",
+    ),
     ("remove a list", "remove: [2, 3]", "o.yaml: remove: cannot read '2,3'"),
-    ("trust", "trust_remote_code: true", "cannot be set in a file; type --trust-remote-code"),
+    (
+        "trust",
+        "trust_remote_code: true",
+        "cannot be set in a file; type --trust-remote-code",
+    ),
 ]
 
 
@@ -205,20 +253,31 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"samples": 10**5000}, r"(--|run: )samples must be at most .*more than 60 digits"),
+        (
+            {"samples": 10**5000},
+            r"(--|run: )samples must be at most .*more than 60 digits",
+        ),
         ({"solve_seconds": 10**400}, r"solve.seconds must be a finite number"),
         ({"keep": range(3), "drop": np.array([2, 4])}, "both name block 2"),
         ({"states": True}, "states must be a whole number, got True"),
         ({"patch": False}, "patch must be one of none, linear, tuned; got False"),
-        ({"calibration": "a\0b"}, r"(--|isingcut\.run: )calibration must not contain a NUL byte"),
-        ({"calibration": "a\udc80"}, r"(--|isingcut\.run: )calibration must be UTF-8 text"),
+        (
+            {"calibration": "a\0b"},
+            r"(--|isingcut\.run: )calibration must not contain a NUL byte",
+        ),
+        (
+            {"calibration": "a\udc80"},
+            r"(--|isingcut\.run: )calibration must be UTF-8 text",
+        ),
     ],
 )
 def test_python_is_checked_alike(nothing, options, line):
     with refuses(line, IsingcutError):
         isingcut.run(**{"model": "gone", "out": "new", "remove": 2, **options})
     with refuses(line, IsingcutError):
-        isingcut.run(RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options}))
+        isingcut.run(
+            RunConfig(**{"model": "gone", "out": "new", "remove": "2", **options})
+        )
 
 
 # What the model's configuration rules out ---------------------------------------------------------
@@ -226,10 +285,16 @@ def test_python_is_checked_alike(nothing, options, line):
 EARLY = [
     ("--remove 6", "--remove must be from 1 to 5 for this model of 6 blocks, got 6"),
     ("--remove 2..9", "--remove must be from 1 to 5 for this model of 6 blocks, got 9"),
-    ("--remove mamba=1", r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)"),
+    (
+        "--remove mamba=1",
+        r"no block is of kind 'mamba'; this model has attention\+mlp \(6\)",
+    ),
     ("--remove attention+mlp=6", "--remove must be from 1 to 5 for this model"),
     ("--remove 2 --drop 4-6", "cannot drop block 6: blocks are numbered 0 to 5"),
-    ("--remove 5 --keep 0,1", "these conflict: .*keep.*nearest possible number of blocks is 4$"),
+    (
+        "--remove 5 --keep 0,1",
+        "these conflict: .*keep.*nearest possible number of blocks is 4$",
+    ),
     ("--budget params=99%", r"the largest possible is params=\d+(\.\d)?%"),
     ("--remove 1 --budget params=50%", r"the largest possible is params=\d+(\.\d)?%"),
     (
@@ -240,7 +305,9 @@ EARLY = [
 
 
 @pytest.mark.parametrize(("words", "line"), EARLY, ids=[words for words, _ in EARLY])
-def test_the_configuration_is_checked_before_weights_are_loaded(arena, monkeypatch, words, line):
+def test_the_configuration_is_checked_before_weights_are_loaded(
+    arena, monkeypatch, words, line
+):
     def load(*_, **__):
         raise AssertionError("the weights were loaded")
 
@@ -257,7 +324,9 @@ def test_blocks_kept_are_checked_without_a_removal(arena):
 
 def test_the_largest_budget_can_be_had(arena):
     """The largest budget that the refusal names is accepted."""
-    said = arena.refuses("solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin="")
+    said = arena.refuses(
+        "solve {run} --budget params=30%,kv=99%", "kv=83.3%$", stdin=""
+    )
     assert said == ""
     arena.works("solve {run} --budget params=30%,kv=83.3%", "run/*")
 

@@ -47,9 +47,13 @@ def main(names):
         gc.freeze()
         context = multiprocessing.get_context("fork")
         with context.Pool(os.cpu_count(), _limit, maxtasksperchild=1) as pool:
-            start = functools.cache(lambda *what: pool.apply_async(_check, (*what, room)))
+            start = functools.cache(
+                lambda *what: pool.apply_async(_check, (*what, room))
+            )
             pending = [(name, start(*what)) for name, *what in tasks]
-            print("| architecture | outcome | blocks | cuts | difference | gate | remarks |")
+            print(
+                "| architecture | outcome | blocks | cuts | difference | gate | remarks |"
+            )
             print("|---|---|---|---|---|---|---|")
             reports = [_report(*task) for task in pending]
     if not names:
@@ -63,7 +67,9 @@ def main(names):
     kept = [r for r in with_mtp if r.outcome != "failed"]
     print(f"mtp_heads_found: {sum(r.mtp.count for r in with_mtp)}")
     print(f"mtp_heads_kept: {sum(r.mtp.count for r in kept)}")
-    print(f"mtp_generate_equal: {int(any(r.drafts for r in kept) and kept == with_mtp)}")
+    print(
+        f"mtp_generate_equal: {int(any(r.drafts for r in kept) and kept == with_mtp)}"
+    )
     return int(any(r.outcome == "failed" for r in reports))
 
 
@@ -82,10 +88,23 @@ def _report(name, result):
         r = Report(name, "failed", reason=reason)
     mtp = ""
     if r.mtp:
-        mtp = f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}" + ", drafts" * r.drafts
-    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace("|", "/")
-    cells = (r.kinds, r.states, f"{r.difference:.1e}", "sublayer" if r.sublayer else "block")
-    print(f"| {name} | {r.outcome} | {' | '.join(map(str, cells))} | {remarks} |", flush=True)
+        mtp = (
+            f"MTP: {r.mtp.prefix}{'N' if r.mtp.numbered_on else '0'}"
+            + ", drafts" * r.drafts
+        )
+    remarks = "; ".join(filter(None, (r.reason or r.rows, r.unseen, mtp))).replace(
+        "|", "/"
+    )
+    cells = (
+        r.kinds,
+        r.states,
+        f"{r.difference:.1e}",
+        "sublayer" if r.sublayer else "block",
+    )
+    print(
+        f"| {name} | {r.outcome} | {' | '.join(map(str, cells))} | {remarks} |",
+        flush=True,
+    )
     return r
 
 

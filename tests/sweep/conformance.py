@@ -64,7 +64,9 @@ class Entry:
     @property
     def built(self):
         """The model type, and the name of the class that the auto class builds."""
-        return self.model_type, getattr(modeling_auto, _MAPPINGS[self.auto_class])[self.model_type]
+        return self.model_type, getattr(modeling_auto, _MAPPINGS[self.auto_class])[
+            self.model_type
+        ]
 
 
 def entries():
@@ -159,7 +161,9 @@ def check_entry(entry, folder, *, states=2):
 def _count_missing(factory, source):
     """Return how many tensors transformers lacks when it reads its own checkpoint back."""
     with suppress(Exception), quiet_transformers():
-        return len(factory.from_pretrained(source, output_loading_info=True)[1]["missing_keys"])
+        return len(
+            factory.from_pretrained(source, output_loading_info=True)[1]["missing_keys"]
+        )
     return 0  # Maybe a checkpoint of another auto class, or none.
 
 
@@ -200,7 +204,9 @@ def _check(model, mtp, folder, states):
         raise ArchitectureError(shown.refusal)
     stack = find_stack(model)
     # Inspection finds the blocks without weights.
-    assert shown.stack.kinds == stack.kinds, "inspection shows other blocks than the model has"
+    assert shown.stack.kinds == stack.kinds, (
+        "inspection shows other blocks than the model has"
+    )
     rows = legality(model.config, stack)
     tokens = random_tokens(model, 2, 20)
     chosen = legal_states(stack, rows, states)
@@ -221,14 +227,20 @@ def _check(model, mtp, folder, states):
         try:
             excise(source, removed, out, max_shard_bytes=60_000)
         except ArchitectureError as error:
-            raise AssertionError(f"blocks {removed} are legal, but not cut: {error}") from error
+            raise AssertionError(
+                f"blocks {removed} are legal, but not cut: {error}"
+            ) from error
         other = next(i for i in range(len(stack)) if i not in removed)
         # Both proofs load the same checkpoint.
         with mock.patch("isingcut.models.verify.reload", functools.cache(reload)):
-            proof = verify(model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images)
+            proof = verify(
+                model, removed, out, new_tokens=_NEW_TOKENS, images=invent_images
+            )
             with suppress(VerificationError):
                 verify(model, [other, *removed[1:]], out, new_tokens=1)
-                raise AssertionError(f"the proof does not tell blocks {removed} from others")
+                raise AssertionError(
+                    f"the proof does not tell blocks {removed} from others"
+                )
         if mtp is not None:
             drafts = check_mtp_layers(mtp, model, removed, source, out)
         worst = max(worst, proof.difference)

@@ -47,12 +47,17 @@ def check_gates(model, stack, tokens):
         rows = TokenSet.from_rows(tokens.tolist())
         block = gate_gradients(replay, rows, gate="block")
         expected = [
-            jacobian(partial(gated_loss, replay, rows.select([s]), ()), torch.ones(len(stack)))
+            jacobian(
+                partial(gated_loss, replay, rows.select([s]), ()),
+                torch.ones(len(stack)),
+            )
             for s in range(rows.samples)
         ]
         difference = np.abs(block - np.array([one.numpy() for one in expected])).max()
         error = difference / np.abs(block).max().clip(1e-9)
-        assert error <= _ROUNDING, f"block gate gradients differ from autograd by {error:.1e}"
+        assert error <= _ROUNDING, (
+            f"block gate gradients differ from autograd by {error:.1e}"
+        )
         try:
             sublayer = gate_gradients(replay, rows, gate="sublayer")
         except ArchitectureError:
@@ -64,13 +69,19 @@ def check_gates(model, stack, tokens):
                 entered.append(recording.block(i, entered[i]))
         scale = np.abs(sublayer).max()
         for i in (0, len(stack) // 2, len(stack) - 1):
-            up, down = (_losses(recording, i, entered[i:], 1 + s * _STEP) for s in (1, -1))
+            up, down = (
+                _losses(recording, i, entered[i:], 1 + s * _STEP) for s in (1, -1)
+            )
             error = np.abs(sublayer[:, i] - (up - down) / (2 * _STEP)).max() / scale
-            assert error <= _CURVED, f"sublayer gate gradients of block {i} differ by {error:.1e}"
+            assert error <= _CURVED, (
+                f"sublayer gate gradients of block {i} differ by {error:.1e}"
+            )
             left = relative_difference(
                 recording.entered, _gated(recording, i, recording.entered, 0.0)
             )
-            assert left <= _ROUNDING, f"a sublayer gate at 0 leaves {left:.1e} of block {i}"
+            assert left <= _ROUNDING, (
+                f"a sublayer gate at 0 leaves {left:.1e} of block {i}"
+            )
     return True
 
 
@@ -87,7 +98,9 @@ class _InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         function = torch.Tensor.double if func is torch.Tensor.float else func
-        return function(*map(_wide, args), **{k: _wide(v) for k, v in (kwargs or {}).items()})
+        return function(
+            *map(_wide, args), **{k: _wide(v) for k, v in (kwargs or {}).items()}
+        )
 
 
 def _wide(argument):
@@ -111,7 +124,8 @@ def _losses(recording, block, entered, alpha):
         for i in range(block + 1, block + len(entered) - 1):
             stream = recording.block(i, stream)
         found = [
-            _nll(recording.logits(stream[s], s), ids) for s, ids in enumerate(recording.input_ids)
+            _nll(recording.logits(stream[s], s), ids)
+            for s, ids in enumerate(recording.input_ids)
         ]
     return torch.stack(found).double().numpy()
 

@@ -60,7 +60,10 @@ def _prompts(model, words, token, pixels):
 
 def _image_token(model):
     config = model.config
-    if isinstance(table := getattr(config, "vocabulary_map", None), dict) and "<image>" in table:
+    if (
+        isinstance(table := getattr(config, "vocabulary_map", None), dict)
+        and "<image>" in table
+    ):
         return int(table["<image>"])
     return first_number(config, _TOKENS)
 
@@ -100,15 +103,22 @@ def _prompt(model, words, token, count):
         [] if mark is None else [mark]
         for mark in (
             first_number(
-                model.config, ("vision_start_token_id", "boi_token_id", "boi_token_index")
+                model.config,
+                ("vision_start_token_id", "boi_token_id", "boi_token_index"),
             ),
-            first_number(model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")),
+            first_number(
+                model.config, ("vision_end_token_id", "eoi_token_id", "eoi_token_index")
+            ),
         )
     ]
     before, after = marks if count else ([], [])
     stands = int(words[0, 0]) if token is None else token
     image = torch.tensor([[*before, *[stands] * count, *after]], dtype=torch.long)
-    ids = torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1).expand(2, -1).clone()
+    ids = (
+        torch.cat((words[:, :WORDS], image, words[:, WORDS:]), dim=1)
+        .expand(2, -1)
+        .clone()
+    )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     accepted = parameters(model.forward)
     start = WORDS + len(before)
@@ -167,7 +177,9 @@ def _pixels(model):
     for grid in ("image_grid_thw", "image_grid_hw"):
         if grid in names:
             row = [1, side, side] if grid.endswith("thw") else [side, side]
-            frames = first_number(vision, ("temporal_patch_size", "patch_temporal")) or 1
+            frames = (
+                first_number(vision, ("temporal_patch_size", "patch_temporal")) or 1
+            )
             for shape in (
                 (2 * n, frames * flat),
                 (2 * n, flat),
@@ -176,8 +188,13 @@ def _pixels(model):
             ):
                 yield {"pixel_values": _noise(*shape), grid: torch.tensor([row, row])}
     if "image_position_ids" in names:
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, n, 2)
-        yield {"pixel_values": _noise(2, n, flat), "image_position_ids": places.flip(-1)}
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
+            2, n, 2
+        )
+        yield {
+            "pixel_values": _noise(2, n, flat),
+            "image_position_ids": places.flip(-1),
+        }
     if "spatial_shapes" in names:
         yield {
             "pixel_values": _noise(2, n, flat),
@@ -185,23 +202,38 @@ def _pixels(model):
             "pixel_attention_mask": torch.ones((2, n), dtype=torch.long),
         }
     if "flattened_patches" in names:
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(2, n, 2)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
+            2, n, 2
+        )
         width = first_number(vision, ("patch_embed_hidden_size",)) or flat
-        yield {"flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), dim=-1)}
+        yield {
+            "flattened_patches": torch.cat((places + 1.0, _noise(2, n, width)), dim=-1)
+        }
     small = side * patch
     # Models that are given the sizes accept small images, and attention is quadratic in the size.
-    order = [small, whole or small] if "image_sizes" in names else [whole or small, small]
+    order = (
+        [small, whole or small] if "image_sizes" in names else [whole or small, small]
+    )
     for size in dict.fromkeys(order):
-        sizes = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in names else {}
+        sizes = (
+            {"image_sizes": torch.tensor([[size, size]] * 2)}
+            if "image_sizes" in names
+            else {}
+        )
         for extra in ({}, sizes) if sizes else ({},):
             yield {"pixel_values": _noise(2, channels, size, size), **extra}
             for tiles in _TILES:
-                pixels = {"pixel_values": _noise(2, tiles, channels, size, size), **extra}
+                pixels = {
+                    "pixel_values": _noise(2, tiles, channels, size, size),
+                    **extra,
+                }
                 yield pixels
                 if "pixel_attention_mask" in names:
                     yield {
                         **pixels,
-                        "pixel_attention_mask": torch.ones((2, tiles), dtype=torch.bool),
+                        "pixel_attention_mask": torch.ones(
+                            (2, tiles), dtype=torch.bool
+                        ),
                     }
         if "aspect_ratio_ids" in names:
             tiles = first_number(vision, ("max_num_tiles",)) or 4
@@ -211,7 +243,9 @@ def _pixels(model):
                 "pixel_values": _noise(2, 1, tiles, channels, size, size),
                 "aspect_ratio_ids": torch.ones((2, 1), dtype=torch.long),
                 "aspect_ratio_mask": mask,
-                "cross_attention_mask": mask[:, None].expand(2, 2 * WORDS + 1, 1, tiles),
+                "cross_attention_mask": mask[:, None].expand(
+                    2, 2 * WORDS + 1, 1, tiles
+                ),
             }
 
 

@@ -60,16 +60,24 @@ def add_mtp_layers(model, folder):
     checkpoint = Checkpoint.read(folder)
     n = checkpoint.depth
     blocks = checkpoint.prefix
-    own = next((m[0] for p in patterns if (m := re.search(r"(model\\\.)?mtp\w*", p))), None)
+    own = next(
+        (m[0] for p in patterns if (m := re.search(r"(model\\\.)?mtp\w*", p))), None
+    )
     prefix = blocks if own is None else own.replace("\\", "") + ".layers."
     tensors = load_file(folder / "model.safetensors")
     weights = _random_weights(model, folder, count)
     found = MtpLayers(prefix, own is None, count, weights is not None)
     if weights is None:
         last = f"{blocks}{n - 1}."
-        block = {name.removeprefix(last): t for name, t in tensors.items() if name.startswith(last)}
+        block = {
+            name.removeprefix(last): t
+            for name, t in tensors.items()
+            if name.startswith(last)
+        }
         block["eh_proj.weight"] = torch.zeros(8, 16)
-        weights = {f"layers.{i}.{name}": t for i in range(count) for name, t in block.items()}
+        weights = {
+            f"layers.{i}.{name}": t for i in range(count) for name, t in block.items()
+        }
     for name, tensor in weights.items():
         match = re.fullmatch(r"layers\.(\d+)\.(?:mtp_block\.)?(.*)", name)
         new = found.name(int(match[1]), n) + match[2] if match else f"{own}.{name}"
@@ -102,7 +110,9 @@ def _random_weights(model, folder, count):
     with torch.no_grad():
         for parameter in mtp.layers.parameters():
             parameter.normal_(std=0.2)
-    return {name: t for name, t in mtp.state_dict().items() if not name.startswith(shared)}
+    return {
+        name: t for name, t in mtp.state_dict().items() if not name.startswith(shared)
+    }
 
 
 def check_mtp_layers(found, model, removed, source, cut):
@@ -120,13 +130,19 @@ def check_mtp_layers(found, model, removed, source, cut):
     before = _tensors(source)
     after = _tensors(cut)
     old, new = (depth(read_decoder(_config(folder))) for folder in (source, cut))
-    assert mtp_layers(read_decoder(_config(cut))) == found.count, "the configuration lost them"
+    assert mtp_layers(read_decoder(_config(cut))) == found.count, (
+        "the configuration lost them"
+    )
     for number in range(found.count):
         name = found.name(number, old)
-        kept = {n.removeprefix(name): t for n, t in before.items() if n.startswith(name)}
+        kept = {
+            n.removeprefix(name): t for n, t in before.items() if n.startswith(name)
+        }
         assert kept, f"no tensor begins with {name}"
         for rest, tensor in kept.items():
-            assert torch.equal(after[found.name(number, new) + rest], tensor), f"{name}{rest}"
+            assert torch.equal(after[found.name(number, new) + rest], tensor), (
+                f"{name}{rest}"
+            )
     if not found.runs:
         return False
     whole, smaller = (_load(model, found, folder) for folder in (source, cut))
@@ -143,7 +159,9 @@ def check_mtp_layers(found, model, removed, source, cut):
         return False  # transformers does not generate with drafts for these.
     how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     greedy = smaller.generate(tokens, **how)
-    assert torch.equal(smaller.generate(tokens, use_mtp=True, **how), greedy), "generation differs"
+    assert torch.equal(smaller.generate(tokens, use_mtp=True, **how), greedy), (
+        "generation differs"
+    )
     return True
 
 
@@ -152,7 +170,11 @@ def _config(folder):
 
 
 def _tensors(folder):
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+    return {
+        n: t
+        for file in folder.glob("*.safetensors")
+        for n, t in load_file(file).items()
+    }
 
 
 def _load(model, found, folder):
@@ -161,14 +183,18 @@ def _load(model, found, folder):
         # The class lists the layer numbers of one released model.
         first = depth(read_decoder(_config(folder)))
         numbers = "|".join(str(first + i) for i in range(found.count))
-        loaded._keys_to_ignore_on_load_unexpected = [rf"{re.escape(found.prefix)}({numbers})\."]
+        loaded._keys_to_ignore_on_load_unexpected = [
+            rf"{re.escape(found.prefix)}({numbers})\."
+        ]
     return loaded.eval()
 
 
 @torch.no_grad()
 def _draft(model, tokens):
     """Return the logits of the drafts (1, MTP layers, V) after the tokens (1, L)."""
-    hidden = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    hidden = model(
+        input_ids=tokens, output_hidden_states=True, use_cache=False
+    ).hidden_states[-1]
     positions = torch.arange(1, tokens.shape[1])[None]
     mtp = MtpModel.from_pretrained(model)
     _, logits, _ = mtp(tokens[:, 1:], hidden[:, :-1], None, positions, None)

@@ -39,12 +39,21 @@ _SIZES = (
     (4, "video_token(_id|_index)?"),
     (5, "audio_token(_id|_index)?"),
     (6, r"(vision|image|im)_(start|bos)_token_id boi_token_(id|index)"),
-    (7, r"\w*(token|start|end|newline|bos|eos|pad)_(id|index) (unk|mask)_index \w*_token"),
+    (
+        7,
+        r"\w*(token|start|end|newline|bos|eos|pad)_(id|index) (unk|mask)_index \w*_token",
+    ),
     # Vocabularies, positions and windows.
     (2, "(type|task_type|additional)_vocab_size"),
-    (64, r"(codebook|audio_vocab|mel_vocab|num_embeddings|num_embeds)\w* num_position_embeddings"),
+    (
+        64,
+        r"(codebook|audio_vocab|mel_vocab|num_embeddings|num_embeds)\w* num_position_embeddings",
+    ),
     (VOCABULARY, r"\w*vocab_size\w* encoder_hash_byte_group_vocab"),
-    (256, "max_position_embeddings n_positions n_ctx max_seq_len max_(source|target)_positions"),
+    (
+        256,
+        "max_position_embeddings n_positions n_ctx max_seq_len max_(source|target)_positions",
+    ),
     (128, "original_max_position_embeddings context_length model_max_length"),
     (8, "sliding_window(_size)? (attention_)?window_size attention_chunk_size"),
     # Attention.
@@ -53,7 +62,10 @@ _SIZES = (
     (HEADS, r"\w*_heads n_heads? num_centroids"),
     (8, "qk_rope_head_dim rotary_dim"),
     (HEAD_DIM + 8, "qk_head_dim"),
-    (HEAD_DIM, r"\w*head_dim\w* \w*d_head kv_channels d_kv dim_head attention_head_size"),
+    (
+        HEAD_DIM,
+        r"\w*head_dim\w* \w*d_head kv_channels d_kv dim_head attention_head_size",
+    ),
     (HEAD_DIM, "mamba_headdim"),
     (16, r"\w+_rank"),
     # Experts.
@@ -77,12 +89,21 @@ _SIZES = (
     (1, "num_res_blocks"),
     (2, "channel_multiplier depths"),
     # Widths.
-    (INNER, r"\w*(intermediate|ffn_dim|ffn_hidden|feed_forward)\w* d_ff dff dim_ff n_inner"),
+    (
+        INNER,
+        r"\w*(intermediate|ffn_dim|ffn_hidden|feed_forward)\w* d_ff dff dim_ff n_inner",
+    ),
     (INNER, "mlp_dim d_inner share_expert_dim"),
-    (WIDTH, r"\w*hidden_(size|dim)\w* d_model n_embd \w*embed_dim embedding_(size|dim)"),
+    (
+        WIDTH,
+        r"\w*hidden_(size|dim)\w* d_model n_embd \w*embed_dim embedding_(size|dim)",
+    ),
     (WIDTH, r"dim width emb_dim"),
     (WIDTH, r"\w*channels?"),
-    (WIDTH, r"(vision_)?(out|output|projector|projection|adapter)_\w*(dim|size|channels)"),
+    (
+        WIDTH,
+        r"(vision_)?(out|output|projector|projection|adapter)_\w*(dim|size|channels)",
+    ),
 )
 _NAMED = [(re.compile("|".join(names.split())), size) for size, names in _SIZES]
 _BLOCK_LISTS = re.compile(r".*(index|idx|_layers?|_ids|layer_ids|block).*")
@@ -92,7 +113,10 @@ _NEEDED = re.compile(
     r"|num_experts_per_tok|top_k_experts"
 )
 # If a class has equal defaults for both, the first field gets the value of the second.
-_ALIKE = (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
+_ALIKE = (
+    ("num_key_value_heads", "num_attention_heads"),
+    ("head_dim", "qk_rope_head_dim"),
+)
 _TOWER = re.compile(r"vision|audio|image|speech|protein|encoder|vq|perceiver|qformer")
 
 
@@ -125,7 +149,10 @@ def _tiny_values(default, depth):
     for name, actual in vars(default).items():
         if hasattr(actual, "to_dict") and hasattr(actual, "model_type"):
             inner = TOWER_DEPTH if _TOWER.search(name) else depth
-            values[name] = {"model_type": actual.model_type, **_tiny_values(actual, inner)}
+            values[name] = {
+                "model_type": actual.model_type,
+                **_tiny_values(actual, inner),
+            }
     for name, value in declared.items():
         if name in values:
             continue
@@ -183,7 +210,12 @@ def _small(name, value, old, depth):
     if not isinstance(value, (list, tuple)) or not value:
         return _KEEP
     numbers = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    if numbers and _BLOCK_LISTS.fullmatch(name) and _differ(value) and depth <= max(value) <= old:
+    if (
+        numbers
+        and _BLOCK_LISTS.fullmatch(name)
+        and _differ(value)
+        and depth <= max(value) <= old
+    ):
         return sorted({v * depth // (old + 1) for v in value})
     if len(value) == old > depth:
         return spread(list(value), depth)
@@ -226,7 +258,11 @@ def _all_kinds(default, values, old, depth):
     except Exception:
         lost = list(lists)
     else:
-        lost = [n for n, v in lists.items() if {*map(repr, v)} - {*map(repr, getattr(tiny, n, ()))}]
+        lost = [
+            n
+            for n, v in lists.items()
+            if {*map(repr, v)} - {*map(repr, getattr(tiny, n, ()))}
+        ]
     return {**values, **{name: spread(lists[name], depth) for name in lost}}
 
 
@@ -245,7 +281,11 @@ def spread(values, count):
         if name not in there and not _differ(there):
             # Remove one of two equal entries.
             kept.remove(
-                next(k for k, seen in zip(kept, there, strict=True) if there.count(seen) > 1)
+                next(
+                    k
+                    for k, seen in zip(kept, there, strict=True)
+                    if there.count(seen) > 1
+                )
             )
             kept.append(i)
     return [values[k] for k in sorted(kept)]
@@ -279,7 +319,10 @@ HANDS = {
     "chameleon": {
         # Few codes, with ids that random tokens do not have: their logits are masked.
         "vq_config": {"num_embeddings": 4},
-        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{c}Z": 4 + i for i, c in enumerate("ABCD")}},
+        "vocabulary_map": {
+            "<image>": 3,
+            **{f"IMGIMG{c}Z": 4 + i for i, c in enumerate("ABCD")},
+        },
     },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
@@ -295,7 +338,11 @@ HANDS = {
     "diffusion_gemma_text": {"moe_intermediate_size": 32},
     "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 7, **_VISUAL_TOKENS}},
     "granite4_vision": {
-        "vision_config": {**_VISION, "model_type": "clip_vision_model", "image_size": 56},
+        "vision_config": {
+            **_VISION,
+            "model_type": "clip_vision_model",
+            "image_size": 56,
+        },
         "image_grid_pinpoints": [[56, 56], [56, 112]],
         "downsample_rate": "1/2",
         "deepstack_layer_map": [(0, 1), (1, 3)],
@@ -333,7 +380,10 @@ HANDS = {
     # By default its images have 4,096 patches, all of which attend to each other.
     "got_ocr2": {"vision_config": {"image_size": 256}},
     # Its images pass one more norm if the text model has MTP layers.
-    "nemotron_h_omni": {"image_token_id": 3, "text_config": {"num_nextn_predict_layers": 2}},
+    "nemotron_h_omni": {
+        "image_token_id": 3,
+        "text_config": {"num_nextn_predict_layers": 2},
+    },
     "qwen2_5_omni_vision_encoder": _WINDOWS,
     "qwen2_5_vl_vision": _WINDOWS,
     "vipllava": {"vision_feature_layers": [-2, -4, 1]},

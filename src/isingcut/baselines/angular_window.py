@@ -40,4 +40,6 @@ class AngularWindow:
         distances = np.diagonal(angles, remove)
         start = int(np.argmin(distances))
         info = {"distance": distances.tolist()}
-        return Outcome(tuple(range(start, start + remove)), passes=1.0, heads=0.0, info=info)
+        return Outcome(
+            tuple(range(start, start + remove)), passes=1.0, heads=0.0, info=info
+        )

@@ -44,7 +44,9 @@ class BlockInfluence:
         scores = block_means(replay, tokens, work, influence)
         if not self.iterative:
             info = {"influence": scores.tolist()}
-            return Outcome(pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info)
+            return Outcome(
+                pick_blocks(scores, remove), passes=1.0, heads=0.0, info=info
+            )
         order = [pick_blocks(scores, 1)[0]]
         runs = n
         while len(order) < remove:

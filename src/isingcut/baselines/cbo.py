@@ -81,5 +81,8 @@ class Cbo:
         if rows is not None:
             forget(rows)
         return Outcome(
-            tuple(spectrum.removed(chosen)), ledger.passes + BACKWARD, ledger.heads + BACKWARD, info
+            tuple(spectrum.removed(chosen)),
+            ledger.passes + BACKWARD,
+            ledger.heads + BACKWARD,
+            info,
         )

@@ -79,7 +79,9 @@ class Evopress:
                 if s == len(steps) - 1:
                     pool = np.concatenate([parent[None], pool])
                 rows = _rows(rng, tokens, wanted)
-                pool = _best(ledger, pool, rows, kept, f"generation {g + 1} of {generations}")
+                pool = _best(
+                    ledger, pool, rows, kept, f"generation {g + 1} of {generations}"
+                )
             improved += int((pool[0] != parent).any())
             parent = pool[0]
         info = {
@@ -102,10 +104,14 @@ class Evopress:
                 f"end in 1; got {self.survivors} and {self.step_tokens}"
             )
         if min(self.offspring, self.initial, *self.survivors, *self.step_tokens) < 1:
-            raise InputError("offspring, initial, survivors and step_tokens must be at least 1")
+            raise InputError(
+                "offspring, initial, survivors and step_tokens must be at least 1"
+            )
 
 
-def _best(ledger: Ledger, states: States, rows: list[int], count: int, words: str) -> States:
+def _best(
+    ledger: Ledger, states: States, rows: list[int], count: int, words: str
+) -> States:
     """Return the ``count`` states of lowest loss on the rows; ties go to the earlier one."""
     losses = ledger.losses(states, rows, words)
     return states[np.argsort(losses, kind="stable")[:count]]
@@ -127,7 +133,9 @@ def _children(rng: np.random.Generator, parent: Bools, count: int) -> States:
     for _ in range(10 * count):
         if len(found) == count:
             break
-        swaps = min(int(rng.integers(1, 4)), int(rng.integers(1, 4)), len(gone), len(here))
+        swaps = min(
+            int(rng.integers(1, 4)), int(rng.integers(1, 4)), len(gone), len(here)
+        )
         child = parent.copy()
         child[rng.choice(gone, swaps, replace=False)] = False
         child[rng.choice(here, swaps, replace=False)] = True

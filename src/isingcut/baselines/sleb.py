@@ -52,7 +52,9 @@ class Sleb:
         for step in range(remove):
             candidates = [i for i in range(n) if not state[i] and i not in ends]
             states = state | np.eye(n, dtype=bool)[candidates]
-            losses = ledger.losses(states, description=f"removal {step + 1} of {remove}")
+            losses = ledger.losses(
+                states, description=f"removal {step + 1} of {remove}"
+            )
             best = int(np.argmin(losses))
             state[candidates[best]] = True
             order.append(candidates[best])

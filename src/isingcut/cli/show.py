@@ -83,7 +83,10 @@ def show_energy(data: dict[str, Any]) -> None:
     """Print the path of the Hamiltonian, and the next command."""
     # A searched energy is for the given removals; other energies are for any.
     removal = "" if "search" in data["meta"] else " --remove 4 --remove 8"
-    show_lines(data["hamiltonian"], f"next: isingcut solve {shlex.quote(data['folder'])}{removal}")
+    show_lines(
+        data["hamiltonian"],
+        f"next: isingcut solve {shlex.quote(data['folder'])}{removal}",
+    )
 
 
 def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
@@ -92,10 +95,18 @@ def show_spectrum(spectrum: Spectrum, remove: str, file: Path) -> None:
     rows = []
     for k, value in enumerate(spectrum.energies):
         blocks = spectrum.removed(k)
-        cells = (words.state_map(blocks, spectrum.states.shape[1]), words.join_blocks(blocks))
+        cells = (
+            words.state_map(blocks, spectrum.states.shape[1]),
+            words.join_blocks(blocks),
+        )
         rows.append((str(k), f"{value:.4g}", *cells))
     headings = ("#", f"energy, {spectrum.unit}", "blocks (· removed)", "removed")
-    _show_table(f"remove {remove}: {len(spectrum)} states, {status}", headings, rows, headings[2:])
+    _show_table(
+        f"remove {remove}: {len(spectrum)} states, {status}",
+        headings,
+        rows,
+        headings[2:],
+    )
     show_lines(f"wrote {file}")
 
 
@@ -147,7 +158,10 @@ def inspection_data(found: Inspection) -> dict[str, Any]:
         "model_type": found.model_type,
         "path": found.stack.path,
         # Index and path come first.
-        "blocks": [{"index": b.index, "path": b.path, **b.content()} for b in found.stack.blocks],
+        "blocks": [
+            {"index": b.index, "path": b.path, **b.content()}
+            for b in found.stack.blocks
+        ],
         "rules": found.rules(),
         "refusal": found.refusal,
         "quantisation": found.quantisation,
@@ -204,12 +218,17 @@ def run_data(files: RunFiles) -> dict[str, Any]:
     found |= {
         "chosen": {**ranking.chosen.content(), **CUT_ON_RANKING},
         "fidelity": ranking.fidelity.kl.content(),
-        "fidelity_of_others": {k: v.kl.content() for k, v in ranking.fidelity_of_others.items()},
+        "fidelity_of_others": {
+            k: v.kl.content() for k, v in ranking.fidelity_of_others.items()
+        },
         "proven": ranking.proven,
         "evaluation": evaluation.content(),
     }
     if (scores := files.benchmarks) is not None:
-        found["benchmarks"] = {"file": str(target / "benchmarks.json"), **scores.content()}
+        found["benchmarks"] = {
+            "file": str(target / "benchmarks.json"),
+            **scores.content(),
+        }
     return found
 
 
@@ -223,7 +242,9 @@ def curve_data(folder: Path) -> list[dict[str, Any]]:
             **{k: getattr(found.chosen, k) for k in ("kl", "kl_se", "nll", "nll_se")},
             "lowest_kl": min(row.kl for row in found.candidates),
             "spearman": found.fidelity.kl.spearman,
-            "report": str(page) if (page := files.target / "report.html").is_file() else None,
+            "report": str(page)
+            if (page := files.target / "report.html").is_file()
+            else None,
         }
         for files in RunFiles(folder).removals
         if (found := files.candidates) is not None
@@ -271,14 +292,22 @@ def show_curve(folder: Path) -> None:
         perplexity = math.exp(row["nll"]) if row["nll"] < 700 else math.inf
         star = " *" * (row["kl"] > row["lowest_kl"])
         figures = (plus_minus(row["kl"], row["kl_se"]) + star, f"{perplexity:.2f}")
-        rows.append((str(len(row["removed"])), *figures, words.join_blocks(row["removed"])))
-    title = "the chosen states (*: another one has a lower KL as cut; the report says why)"
+        rows.append(
+            (str(len(row["removed"])), *figures, words.join_blocks(row["removed"]))
+        )
+    title = (
+        "the chosen states (*: another one has a lower KL as cut; the report says why)"
+    )
     _show_table(title, ("removed", *names, "blocks"), rows, ["blocks"])
     show_lines(
         f"cut one: isingcut excise {shlex.quote(str(folder))} --remove "
         f"{found[len(found) // 2]['remove']}",
         "reports (each shows the whole curve):",
-        *(f"{row['remove']}: {row['report']}" for row in found if row["report"] is not None),
+        *(
+            f"{row['remove']}: {row['report']}"
+            for row in found
+            if row["report"] is not None
+        ),
     )
 
 
@@ -300,7 +329,9 @@ def show_healing(found: healings.HealingFile, folder: Path) -> None:
     show_lines(f"wrote {folder}", words.sentence("healing_verdict", found))
 
 
-def show_benchmarks(found: evaluations.BenchmarksFile, file: Path, *, last: str = "cut") -> None:
+def show_benchmarks(
+    found: evaluations.BenchmarksFile, file: Path, *, last: str = "cut"
+) -> None:
     """Print the scores of both models, and whether each difference is more than noise."""
     title = "benchmarks, the same questions for both models"
     if found.left_out:
@@ -331,14 +362,20 @@ def show_run(files: RunFiles, *, generation: bool = False) -> None:
     page = files.target / "report.html"
     if files.packing is not None:
         headings, *rows = words.table("packing_rows", files)
-        _show_table(f"types for {files.packing.budget}", headings, rows, ("type", headings[3]))
+        _show_table(
+            f"types for {files.packing.budget}", headings, rows, ("type", headings[3])
+        )
     if files.candidates is None or files.evaluation is None:
-        show_lines(f"report:     {page} (and report.md)", files.verdict.replace("`", ""))
+        show_lines(
+            f"report:     {page} (and report.md)", files.verdict.replace("`", "")
+        )
         return
     show_ranking(files.candidates)
     show_evaluation(files.evaluation)
     if files.benchmarks is not None:
-        show_benchmarks(files.benchmarks, files.target / "benchmarks.json", last=files.last)
+        show_benchmarks(
+            files.benchmarks, files.target / "benchmarks.json", last=files.last
+        )
     texts = files.evaluation.generation
     lines = [f"checkpoint: {files.product}", f"report:     {page} (and report.md)"]
     if files.gguf:

@@ -52,7 +52,8 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with these options.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file with these options."),
 ]
 
 Blocks = Annotated[
@@ -124,10 +125,16 @@ class _Command(TyperCommand):
     """Give an option that is typed without a value its `bare` value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        bare = {flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]}
-        amounts = (after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""])
+        bare = {
+            flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]
+        }
+        amounts = (
+            after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""]
+        )
         pairs = zip(args, amounts, strict=False)
-        words = [w if given or w not in bare else f"{w}={bare[w]}" for w, given in pairs]
+        words = [
+            w if given or w not in bare else f"{w}={bare[w]}" for w, given in pairs
+        ]
         return super().parse_args(ctx, words)
 
 
@@ -186,7 +193,11 @@ def verb(
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
             # Libraries may print to stdout, which must contain nothing but the JSON.
-            aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+            aside = (
+                contextlib.redirect_stdout(sys.stderr)
+                if as_json
+                else contextlib.nullcontext()
+            )
             try:
                 with aside:
                     output = handler(**typed)
@@ -204,7 +215,9 @@ def verb(
     return decorate
 
 
-def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspect.Parameter:
+def _parameter(
+    of: type[Options], flag_or_name: str, *, repeated: bool
+) -> inspect.Parameter:
     """Return the command-line parameter of an option."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
@@ -235,7 +248,9 @@ def _parameter(of: type[Options], flag_or_name: str, *, repeated: bool) -> inspe
 
 def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
     """Sort the parameters in the order of `_PANELS`, each option under its heading."""
-    headings = {name: panel for panel, names in _PANELS.items() for name in names.split()}
+    headings = {
+        name: panel for panel, names in _PANELS.items() for name in names.split()
+    }
     for parameter in parameters:
         info = get_args(parameter.annotation)[1]
         if isinstance(info, typer.models.OptionInfo):
@@ -244,7 +259,9 @@ def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Paramete
     return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
-def _check(of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]) -> dict[str, Any]:
+def _check(
+    of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]
+) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
     single = {k: v for k, v in typed.items() if k not in repeat}
     for name in single:
@@ -268,7 +285,9 @@ _OUTPUT = [
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=False,
-        annotation=Annotated[bool, typer.Option(option, help=help_, rich_help_panel="Output")],
+        annotation=Annotated[
+            bool, typer.Option(option, help=help_, rich_help_panel="Output")
+        ],
     )
     for name, option, help_ in (
         ("as_json", "--json", "Print the result as one JSON document."),
@@ -281,7 +300,9 @@ def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) ->
     warnings = list(dict.fromkeys(output.warnings))
     with convert_write_errors():
         if as_json:
-            document = without_infinities({"verb": called, **output.data, "warnings": warnings})
+            document = without_infinities(
+                {"verb": called, **output.data, "warnings": warnings}
+            )
             print(json.dumps(document, indent=1, allow_nan=False))
         elif quiet:
             if output.brief:
@@ -326,12 +347,18 @@ def reopen(
     if not config.removal:
         raise InputError(f"{directory} was made without --remove; add --remove M")
     if not several and len(config.remove.counts) > 1:
-        raise InputError(f"expected one removal, got {config.remove}; choose one with --remove M")
+        raise InputError(
+            f"expected one removal, got {config.remove}; choose one with --remove M"
+        )
     return folder, config
 
 
 def reopen_at(
-    directory: Path, options: Mapping[str, Any], blocks: str | None, *, one_based: bool = False
+    directory: Path,
+    options: Mapping[str, Any],
+    blocks: str | None,
+    *,
+    one_based: bool = False,
 ) -> tuple[RunFolder, RunConfig, list[int] | None]:
     """Open a run folder; return it, its options and the blocks of `--blocks` (None: the chosen).
 
@@ -348,9 +375,13 @@ def reopen_at(
     if not typed:
         raise InputError("--blocks is empty; write for example 3,4,9")
     named = [block - one_based for block in typed]
-    folder, config = reopen(directory, {**options, "remove": options.get("remove") or len(named)})
+    folder, config = reopen(
+        directory, {**options, "remove": options.get("remove") or len(named)}
+    )
     if config.remove.counts and config.remove.counts[0] != len(named):
-        raise InputError(f"--remove {config.remove} is not the number of --blocks; omit --remove")
+        raise InputError(
+            f"--remove {config.remove} is not the number of --blocks; omit --remove"
+        )
     total = len(folder.run.blocks.blocks)
     if named[0] < 0 or named[-1] >= total:
         raise InputError(
@@ -360,7 +391,9 @@ def reopen_at(
     return folder, config, named
 
 
-def removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[RunFolder, Path]:
+def removal_at(
+    directory: Path, options: dict[str, Any], alone: bool
+) -> tuple[RunFolder, Path]:
     """Return the run and the folder of a removal; a folder `remove-SPEC` in a run selects it."""
     from isingcut.runs import solving
     from isingcut.runs.folder import MANIFEST, RunFolder
@@ -370,7 +403,9 @@ def removal_at(directory: Path, options: dict[str, Any], alone: bool) -> tuple[R
     of_run = (directory / MANIFEST).exists()
     if not of_run and directory.is_dir() and whole.name.startswith("remove-"):
         if alone and (options.get("remove") or options.get("budget")):
-            raise InputError(f"{directory} is of one removal; with --remove give {whole.parent}")
+            raise InputError(
+                f"{directory} is of one removal; with --remove give {whole.parent}"
+            )
         return RunFolder.open(whole.parent), whole
     folder, config = reopen(directory, options, several=True)
     return folder, solving.require(folder, config, "")

@@ -39,7 +39,14 @@ if TYPE_CHECKING:
     from isingcut.cli import show
     from isingcut.files import cuts, healings
     from isingcut.report import words
-    from isingcut.runs import benchmarking, cutting, evaluating, pipeline, ranking, solving
+    from isingcut.runs import (
+        benchmarking,
+        cutting,
+        evaluating,
+        pipeline,
+        ranking,
+        solving,
+    )
 else:
 
     class LazyModule:
@@ -51,7 +58,9 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self.name), attribute)
 
-    baselines, cuts, healings = map(LazyModule, ("baselines", "files.cuts", "files.healings"))
+    baselines, cuts, healings = map(
+        LazyModule, ("baselines", "files.cuts", "files.healings")
+    )
     show, words = map(LazyModule, ("cli.show", "report.words"))
     runs = ("benchmarking", "cutting", "evaluating", "pipeline", "ranking", "solving")
     benchmarking, cutting, evaluating, pipeline, ranking, solving = (
@@ -172,7 +181,16 @@ def solve(directory: Folder, progress: Any, **options: Any) -> Output:
     )
 
 
-@verb("random_states", "choose", "tasks", "data", "questions", *OF_RUN, group=STAGES, together=True)
+@verb(
+    "random_states",
+    "choose",
+    "tasks",
+    "data",
+    "questions",
+    *OF_RUN,
+    group=STAGES,
+    together=True,
+)
 def rank(directory: Folder, progress: Any, **options: Any) -> Output:
     """Measure the candidates, choose one, and compare the energy's ranking on random states.
 
@@ -253,7 +271,9 @@ def excise(
     model = cutting.make_model(session, folder, removed)
     packed = cutting.make_gguf(session, folder, model, gguf)
     data = {
-        "removed": removed if removed is not None else solving.chosen_blocks(folder, config),
+        "removed": removed
+        if removed is not None
+        else solving.chosen_blocks(folder, config),
         "checkpoint": str(model),
         "gguf": packed and str(packed),
     }
@@ -261,7 +281,9 @@ def excise(
     record = read_document(model / "isingcut.json", cuts.CutRecord)
     remarks = [] if record.proof is None else record.proof.remarks
     warnings = [*remarks, *words.patch_warnings(record)]
-    return Output(data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings)
+    return Output(
+        data, lambda: show.show_lines(*lines), brief=lines[0], warnings=warnings
+    )
 
 
 @verb(*HealConfig.__dataclass_fields__, group=RESULT, of=HealConfig, together=True)
@@ -297,12 +319,18 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
 @verb("skip_speed", "tasks", "data", "questions", *OF_RUN, group=STAGES)
 def evaluate(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A run folder; or a checkpoint or .gguf file.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A run folder; or a checkpoint or .gguf file."
+        ),
     ],
     progress: Any,
     original: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Compare the checkpoint or .gguf file with this model."),
+        typer.Option(
+            metavar="MODEL",
+            help="Compare the checkpoint or .gguf file with this model.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -327,13 +355,17 @@ def evaluate(
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
     if typed and not typed.get("tasks", "").strip(" ,"):
-        raise InputError("--data and --questions need benchmarks; name some with --tasks")
+        raise InputError(
+            "--data and --questions need benchmarks; name some with --tasks"
+        )
     asked = RunConfig(**typed)
     check_run_tasks(asked)
     gguf = directory.suffix.lower() == ".gguf"
     if gguf and original is None and blocks is None:
         if options.get("remove") or options.get("budget"):
-            raise InputError("--remove and --budget are for a run folder; a .gguf file has its own")
+            raise InputError(
+                "--remove and --budget are for a run folder; a .gguf file has its own"
+            )
         (directory, blocks), one_based = find_run(directory), False
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
@@ -358,7 +390,9 @@ def evaluate(
             brief=str(file),
         )
     if out is not None:
-        raise InputError("--out needs --original; a run folder has its own benchmarks.json")
+        raise InputError(
+            "--out needs --original; a run folder has its own benchmarks.json"
+        )
     if (directory / "config.json").is_file() and not (directory / MANIFEST).exists():
         raise InputError(
             f"{directory} is a checkpoint, not a run folder; add --original MODEL to compare it "
@@ -366,7 +400,9 @@ def evaluate(
         )
     folder, config, removed = reopen_at(directory, options, blocks, one_based=one_based)
     if typed:
-        config = config.replace(tasks=asked.tasks, data=asked.data, questions=asked.questions)
+        config = config.replace(
+            tasks=asked.tasks, data=asked.data, questions=asked.questions
+        )
     session = pipeline.session_of(folder, config, progress)
     target = cutting.product(folder, config, removed).parent
     output = {"file": str(target / "evaluation.json"), "split": "report"}
@@ -376,7 +412,10 @@ def evaluate(
             output | found.content(),
             lambda: show.show_evaluation(found),
             brief=f"{found.kl:.4f}",
-            warnings=[*words.paragraphs("harm_words", found), *words.patch_warnings(found)],
+            warnings=[
+                *words.paragraphs("harm_words", found),
+                *words.patch_warnings(found),
+            ],
         )
     rows = benchmarking.benchmarks(session, folder, removed)
     file = target / "benchmarks.json"
@@ -393,11 +432,15 @@ def evaluate(
 def report(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="A run folder; several give one comparison page."),
+        typer.Argument(
+            metavar="DIR...", help="A run folder; several give one comparison page."
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The comparison page (default: compare.html)."),
+        typer.Option(
+            metavar="FILE", help="The comparison page (default: compare.html)."
+        ),
     ] = None,
     **options: Any,
 ) -> Output:
@@ -410,16 +453,26 @@ def report(
 
     if out is not None and len(directories) == 1:
         raise InputError("--out is for the comparison page; give two or more DIRs")
-    found = [removal_at(directory, options, len(directories) == 1) for directory in directories]
+    found = [
+        removal_at(directory, options, len(directories) == 1)
+        for directory in directories
+    ]
     if len(found) == 1:
         file = solving.report(*found[0])
-        data: dict[str, Any] = {"report": str(file), "html": str(file.with_suffix(".html"))}
-        return Output(data, lambda: show.show_lines(data["html"], str(file)), brief=str(file))
+        data: dict[str, Any] = {
+            "report": str(file),
+            "html": str(file.with_suffix(".html")),
+        }
+        return Output(
+            data, lambda: show.show_lines(data["html"], str(file)), brief=str(file)
+        )
     whole = out or Path("compare.html")
     places = [(folder.path, target) for folder, target in found]
     warnings = write_comparison(places, whole, overwrite=bool(options.get("overwrite")))
     data = {"comparison": str(whole), "folders": [str(target) for _, target in places]}
-    return Output(data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings)
+    return Output(
+        data, lambda: show.show_lines(str(whole)), brief=str(whole), warnings=warnings
+    )
 
 
 @verb("remove", "budget", group=RESULT)
@@ -427,13 +480,16 @@ def push(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run folder, or a cut checkpoint.")
     ],
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="owner/name on the hub.")
+    ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")
     ] = False,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Commit message.")] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show metadata and files, but upload nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show metadata and files, but upload nothing."),
     ] = False,
     **options: Any,
 ) -> Output:
@@ -453,9 +509,14 @@ def push(
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
     elif options:
-        raise InputError("--remove and --budget are for a run folder; a checkpoint has its own")
+        raise InputError(
+            "--remove and --budget are for a run folder; a checkpoint has its own"
+        )
     card, files = interop_hub.prepare(checkpoint, repository, folder)
-    sizes = {k: len(f) if isinstance(f, bytes) else f.stat().st_size for k, f in files.items()}
+    sizes = {
+        k: len(f) if isinstance(f, bytes) else f.stat().st_size
+        for k, f in files.items()
+    }
     data: dict[str, Any] = {
         "url": None,
         "repository": repository,
@@ -490,7 +551,9 @@ def inspect_blocks(**options: Any) -> Output:
     from isingcut.formats.sources import resolve
 
     config = RunConfig(**options).validate()
-    source = resolve(config.model, trust_remote_code=config.trust_remote_code, weights=False)
+    source = resolve(
+        config.model, trust_remote_code=config.trust_remote_code, weights=False
+    )
     # Imported last, because it imports torch.
     from isingcut.models.inspect import inspect_model
 

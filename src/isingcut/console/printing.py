@@ -21,7 +21,16 @@ from isingcut.errors import InputError
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-_PLAIN = {"±": "+-", "·": ".", "×": "x", "→": "->", "‖": "||", "−": "-", "–": "-", "…": "..."}
+_PLAIN = {
+    "±": "+-",
+    "·": ".",
+    "×": "x",
+    "→": "->",
+    "‖": "||",
+    "−": "-",
+    "–": "-",
+    "…": "...",
+}
 
 
 def printable(text: str) -> str:
@@ -38,7 +47,9 @@ def printable(text: str) -> str:
 def _in_ascii(character: str) -> str:
     if "\u2500" <= character <= "\u257f":
         return {"─": "-", "━": "-", "│": "|", "┃": "|"}.get(character, "+")
-    return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
+    return (
+        _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
+    )
 
 
 def _spell_out(error: UnicodeError) -> tuple[str, int]:
@@ -54,7 +65,11 @@ codecs.register_error(ASCII, _spell_out)
 def say(text: str) -> None:
     """Print a text as one line to standard error; write errors are ignored."""
     with contextlib.suppress(OSError):
-        print(printable(re.sub(r"\s*\n\s*", " ", text.strip())), file=sys.stderr, flush=True)
+        print(
+            printable(re.sub(r"\s*\n\s*", " ", text.strip())),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextlib.contextmanager

@@ -130,7 +130,10 @@ class PlainBar:
     """
 
     def __init__(
-        self, description: str, total: float, clock: Callable[[], float] = time.monotonic
+        self,
+        description: str,
+        total: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.description = description
         self.total = total
@@ -155,7 +158,9 @@ class PlainBar:
         if tenth > self.printed and now - self.last >= QUIET_SECONDS:
             self.printed = tenth
             self.last = now
-            left = (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
+            left = (
+                (now - since) * (self.total - self.done) / max(self.done - before, 1e-9)
+            )
             self._say(f"{10 * tenth}%", f"{duration(left)} left")
 
     def finish(self) -> None:
@@ -192,7 +197,12 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
         yield plain
         plain.finish()
         return
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
 
     columns = (
@@ -209,6 +219,8 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
 
         class _RichBar:
             def advance(self, steps: float = 1, note: str = "") -> None:
-                bars.update(task, advance=steps, note=note or bars.tasks[task].fields["note"])
+                bars.update(
+                    task, advance=steps, note=note or bars.tasks[task].fields["note"]
+                )
 
         yield _RichBar()

@@ -23,10 +23,32 @@ import torch
 from isingcut.console.printing import say
 from isingcut.console.progress import Progress, silent
 from isingcut.data.conversations import row_of
-from isingcut.data.corpora import Corpus, is_new, read, refuse_changed, text_hashes, words_for
+from isingcut.data.corpora import (
+    Corpus,
+    is_new,
+    read,
+    refuse_changed,
+    text_hashes,
+    words_for,
+)
 from isingcut.data.generation import sample_from_model
-from isingcut.data.mixture import Part, Turns, is_same_text, name_part, parts_of, place_of
-from isingcut.data.tokens import Encoder, Row, TokenSet, distinct, has_prediction, ids_of, overlap
+from isingcut.data.mixture import (
+    Part,
+    Turns,
+    is_same_text,
+    name_part,
+    parts_of,
+    place_of,
+)
+from isingcut.data.tokens import (
+    Encoder,
+    Row,
+    TokenSet,
+    distinct,
+    has_prediction,
+    ids_of,
+    overlap,
+)
 from isingcut.errors import CalibrationError, InputError
 from isingcut.files import documents
 from isingcut.files.results import read_tensors, tensor_header
@@ -126,10 +148,14 @@ def _part_names(path: Path, meta: Any, split: str, samples: int) -> tuple[str, .
         found = meta["part_of_sample"][split]
         if len(found) == samples and all(type(i) is int and i >= 0 for i in found):
             return tuple(names[i] for i in found)
-    raise documents.damaged_error(path, f"some samples of {split} have no source in the mixture")
+    raise documents.damaged_error(
+        path, f"some samples of {split} have no source in the mixture"
+    )
 
 
-def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _list_arrays(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the expected dtype and shape of each array: (samples, length) for all of a split."""
     wanted = {}
     for name in SPLITS:
@@ -179,7 +205,9 @@ def build(
     parts = parts_of(source)
     for name, value in {**counts, "length": length - 1}.items():
         if value < 1:
-            raise InputError(f"calibration needs at least one {name} sample of two tokens")
+            raise InputError(
+                f"calibration needs at least one {name} sample of two tokens"
+            )
         if value < len(parts) and name in counts:
             raise InputError(
                 f"a mixture of {len(parts)} texts needs as many {name} samples, got {value}; "
@@ -192,20 +220,34 @@ def build(
 
     def generate() -> Iterator[Row]:
         if model is None:
-            raise InputError("the calibration source 'self' needs a model to sample from")
+            raise InputError(
+                "the calibration source 'self' needs a model to sample from"
+            )
         return sample_from_model(model, tokenizer, needed, length, seed, progress)
 
     texts = open_parts(
-        parts, encode, length, seed, len(SPLITS), most=needed * length, generate=generate
+        parts,
+        encode,
+        length,
+        seed,
+        len(SPLITS),
+        most=needed * length,
+        generate=generate,
     )
     drawn: dict[str, Drawn] = {}
     for number, (name, count) in enumerate(counts.items()):
-        drawn[name], ended = draw_split(parts, texts, number, length, f"{seed} {name}", count)
+        drawn[name], ended = draw_split(
+            parts, texts, number, length, f"{seed} {name}", count
+        )
         if ended is not None:
             found = sum(i == ended for each in drawn.values() for i, _ in each)
             part = parts[ended]
             wanted = " + ".join(f"{counts[name]} {name}" for name in SPLITS)
-            share = "" if part.share == 1 else f", {part.share:.0%} of their tokens from it,"
+            share = (
+                ""
+                if part.share == 1
+                else f", {part.share:.0%} of their tokens from it,"
+            )
             documents = texts[ended].facts["kind"] == "documents"
             apart = ", and no document may be in two splits" if documents else ""
             with name_part(part, parts):
@@ -220,9 +262,16 @@ def build(
     energy, rank, report = splits.values()
     earlier = {"rank": (rank, [energy]), "report": (report, [energy, rank])}
     shared = {name: overlap(*splits) for name, splits in earlier.items()}
-    meta: dict[str, Any] = {"seed": seed, "length": length, "texts": hashes, "overlap": shared}
+    meta: dict[str, Any] = {
+        "seed": seed,
+        "length": length,
+        "texts": hashes,
+        "overlap": shared,
+    }
     if len(tokenizer) > _BYTES:
-        meta["repeats"] = {name: overlap(*splits, [8]) for name, splits in earlier.items()}
+        meta["repeats"] = {
+            name: overlap(*splits, [8]) for name, splits in earlier.items()
+        }
     if len(parts) == 1:
         meta |= texts[0].facts
     else:
@@ -234,7 +283,9 @@ def build(
             {**vars(part), **text.facts, "tokens": count}
             for part, text, count in zip(parts, texts, tokens, strict=True)
         ]
-        meta["part_of_sample"] = {name: [i for i, _ in each] for name, each in drawn.items()}
+        meta["part_of_sample"] = {
+            name: [i for i, _ in each] for name, each in drawn.items()
+        }
     return Calibration(splits, source, meta)
 
 
@@ -324,7 +375,10 @@ def open_parts(
                 if len(first) == splits:
                     between = encode("\n\n")
                     # Each reader begins with a new document, and takes the next when it needs more.
-                    each = [pack(_join(documents, between), encode, length) for _ in range(splits)]
+                    each = [
+                        pack(_join(documents, between), encode, length)
+                        for _ in range(splits)
+                    ]
                     opened.append(OpenText(facts, each))
                     continue
                 rows = pack(documents, encode, length)
@@ -386,7 +440,11 @@ def _facts(used: Calibration | None, source: str) -> Mapping[str, Any]:
 
 
 def _tokenise(
-    corpus: Corpus, encode: Encoder, seen: set[int], most: int | None, facts: dict[str, Any]
+    corpus: Corpus,
+    encode: Encoder,
+    seen: set[int],
+    most: int | None,
+    facts: dict[str, Any],
 ) -> Iterator[list[int]]:
     """Yield the tokens of documents not in ``seen``; ``facts`` counts all documents read."""
     facts["documents"] = 0

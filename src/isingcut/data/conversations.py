@@ -36,7 +36,9 @@ def render_chat(
     except Exception as e:
         # A template is third-party code and may raise anything.
         reason = "".join(c if c.isprintable() else "?" for c in first_line(e)[:300])
-        raise ModelError(f"the model's chat template refuses these messages ({reason})") from e
+        raise ModelError(
+            f"the model's chat template refuses these messages ({reason})"
+        ) from e
 
 
 Render = Callable[[list[dict[str, Any]]], str]
@@ -99,7 +101,9 @@ def mark_answers(messages: list[dict[str, Any]], render: Render) -> MarkedText:
     spans = []
     for i, first, last in places:
         content = messages[i]["content"]
-        endings = {space + end_of_turn for space in ("", content[len(content.rstrip()) :])}
+        endings = {
+            space + end_of_turn for space in ("", content[len(content.rstrip()) :])
+        }
         more = max(_count_common(whole[last:], ending) for ending in endings)
         spans.append((first, last + more))
     whole.spans = tuple(spans)
@@ -119,7 +123,9 @@ def _mark_content(i: int, message: Mapping[str, Any]) -> tuple[str, str]:
     answer = rest.strip()
     space = rest[: len(rest) - len(answer)]
     before, _, behind = content.partition(core)
-    return answer, before + _FROM.format(i) + head + end + space + _AT.format(i) + behind
+    return answer, before + _FROM.format(i) + head + end + space + _AT.format(
+        i
+    ) + behind
 
 
 def row_of(encode: Encoder, text: str, most: int) -> Row:

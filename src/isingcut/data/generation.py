@@ -85,12 +85,21 @@ def generate_text(
     ids = prompt.to(model.device)
     own: Any = model.generation_config
     end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    settings = {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
-    out = _generate(model, ids, max_new_tokens, finite_logits(model), do_sample=False, **settings)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    settings = {
+        "eos_token_id": end,
+        "pad_token_id": end[0] if isinstance(end, list) else end,
+    }
+    out = _generate(
+        model, ids, max_new_tokens, finite_logits(model), do_sample=False, **settings
+    )
+    return str(
+        tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    ).strip()
 
 
-def decode_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def decode_tokens(
+    model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int
+) -> torch.Tensor:
     """Generate exactly ``new_tokens`` greedy tokens after ``prompt`` (B, P), past end tokens."""
     out = _generate(model, prompt, new_tokens, None, do_sample=False, pad_token_id=0)
     return out[:, prompt.shape[1] :]
@@ -140,7 +149,12 @@ def sample_from_model(
                 with torch.random.fork_rng(devices):
                     torch.manual_seed(seed * 1_000_003 + batch)
                     out = _generate(
-                        model, prompt, length - 1, processors, pad_token_id=start, **sampling
+                        model,
+                        prompt,
+                        length - 1,
+                        processors,
+                        pad_token_id=start,
+                        **sampling,
                     )
                 yield from out.tolist()
                 bar.advance(1)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isingcut.data.calibration import draw_split, left_out, open_parts, say_left_out, tokens_of
+from isingcut.data.calibration import (
+    draw_split,
+    left_out,
+    open_parts,
+    say_left_out,
+    tokens_of,
+)
 from isingcut.data.corpora import NO_WIKI, has_wiki
 from isingcut.data.mixture import describe_source, parts_of, places_in, shares_text
 from isingcut.data.text_files import is_read_once
@@ -66,12 +72,16 @@ def build(
     parts = parts_of(source)
     encode = Encoder(tokenizer, model)
     texts = open_parts(parts, encode, length, seed, 2, used=used)
-    report, ended = draw_split(parts, texts, 0, length, f"{seed} report", report_samples)
+    report, ended = draw_split(
+        parts, texts, 0, length, f"{seed} report", report_samples
+    )
     train, later = draw_split(parts, texts, 1, length, f"{seed} train", samples)
     if len(report) < report_samples or not train or (samples and len(train) < samples):
         short = next(i for i in (ended, later) if i is not None)
         lower = "lower --samples, --report-samples or --length"
-        wanted = f"{samples} training samples" if samples else "at least one training sample"
+        wanted = (
+            f"{samples} training samples" if samples else "at least one training sample"
+        )
         mixed = "" if len(parts) == 1 else f" of the mixture {source!r}"
         raise CalibrationError(
             f"{parts[short].name} is too short: {report_samples} report samples and "
@@ -79,7 +89,9 @@ def build(
             f"{left_out(texts[short], length) or f'give more text, or {lower}'}"
         )
     say_left_out(parts, texts, length)
-    to_report, to_train = (tokens_of(drawn, parts, encode.pad) for drawn in (report, train))
+    to_report, to_train = (
+        tokens_of(drawn, parts, encode.pad) for drawn in (report, train)
+    )
     return HealingText(to_train, to_report, overlap(to_report, [to_train]))
 
 
@@ -136,8 +148,12 @@ def to_fit(
         texts = open_parts(both, encode, length, seed, splits, used=used)
         if parts and missing:
             if healing is not None:
-                draw_split(parts, texts, 0, length, f"{seed} report", healing.report_samples)
-            drawn, ended = draw_split(parts, texts, -1, length, f"{seed} {turns}", None, missing)
+                draw_split(
+                    parts, texts, 0, length, f"{seed} report", healing.report_samples
+                )
+            drawn, ended = draw_split(
+                parts, texts, -1, length, f"{seed} {turns}", None, missing
+            )
             rows += [row for _, row in drawn]
             short = "" if ended is None else "the source has no more"
         texts = texts[len(parts) :]

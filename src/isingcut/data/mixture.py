@@ -144,7 +144,9 @@ def parts_of(source: str) -> tuple[Part, ...]:
     files = [_without_folder(name) for name in sources]
     whole = sum(weight for _, weight in named)
     if not min(weight for _, weight in named) / whole:
-        raise CalibrationError(f"the weights in {source!r} are too large or too unequal")
+        raise CalibrationError(
+            f"the weights in {source!r} are too large or too unequal"
+        )
     # Files of one name are numbered, because their folders may be private.
     names = [
         file if files.count(file) == 1 else f"{file} ({files[: k + 1].count(file)})"
@@ -188,7 +190,9 @@ def describe_source(source: str) -> str:
         parts = ()
     if len(parts) < 2:
         return _without_folder(source)
-    return ", ".join(f"{part.share:.0%} {_without_folder(part.source)}" for part in parts)
+    return ", ".join(
+        f"{part.share:.0%} {_without_folder(part.source)}" for part in parts
+    )
 
 
 # Folders of an absolute path in a sentence; their names may have spaces.
@@ -202,7 +206,9 @@ def without_folders(value: Any) -> Any:
     """
     if isinstance(value, dict):
         sources = {k: describe_source(v) for k, v in value.items() if _is_source(k, v)}
-        return {without_folders(k): without_folders(v) for k, v in (value | sources).items()}
+        return {
+            without_folders(k): without_folders(v) for k, v in (value | sources).items()
+        }
     if isinstance(value, list):
         return [without_folders(v) for v in value]
     return _FOLDERS.sub("", _without_folder(value)) if isinstance(value, str) else value
@@ -239,7 +245,9 @@ def _parse_weights(source: str) -> list[tuple[str, float]]:
 def _without_folder(source: str) -> str:
     place = place_of(source)
     # A path may no longer exist.
-    path = _exists(place) or has_format(Path(place)) or place.startswith((".", "/", "~"))
+    path = (
+        _exists(place) or has_format(Path(place)) or place.startswith((".", "/", "~"))
+    )
     return source.removesuffix(place) + (Path(place).name if path else place)
 
 
@@ -284,7 +292,9 @@ class Turns:
             left: number of remaining samples; if there are enough, every part gets one.
         """
         new = [i for i, had in enumerate(self._had) if not had]
-        among = new if left is not None and 0 < left <= len(new) else range(len(self._had))
+        among = (
+            new if left is not None and 0 < left <= len(new) else range(len(self._had))
+        )
         return min(among, key=self._due)
 
     def took(self, part: int, tokens: int) -> None:

@@ -60,7 +60,9 @@ def read_text(path: Path, name: str) -> Generator[Any, None, None]:
     known = suffix in FORMATS
     with clear_errors(name), ExitStack() as opened:
         source = 0 if str(path) == "-" else path
-        stream: io.BufferedReader = opened.enter_context(open(source, "rb", closefd=source != 0))
+        stream: io.BufferedReader = opened.enter_context(
+            open(source, "rb", closefd=source != 0)
+        )
         if packed or (not known and stream.peek(1).startswith(b"\x1f")):
             unpacked: Any = _Unpacked(fileobj=stream)
             stream = opened.enter_context(io.BufferedReader(unpacked))
@@ -69,7 +71,12 @@ def read_text(path: Path, name: str) -> Generator[Any, None, None]:
             suffix = ".jsonl" if begin.startswith(b"{") else ".txt"
         yield suffix
         readers: dict[str, Callable[[BinaryIO, str], Iterator[Any]]]
-        readers = {".txt": _pieces, ".jsonl": json_lines, ".json": _json_items, ".csv": _csv_rows}
+        readers = {
+            ".txt": _pieces,
+            ".jsonl": json_lines,
+            ".json": _json_items,
+            ".csv": _csv_rows,
+        }
         yield from readers[suffix](stream, name)
 
 
@@ -130,7 +137,9 @@ def json_lines(
         number += 1
         where = f"{name} line {number}"
         if len(raw) > RECORD:
-            raise error(f"{where} is longer than {RECORD} bytes; expected one record per line")
+            raise error(
+                f"{where} is longer than {RECORD} bytes; expected one record per line"
+            )
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             record = parse_json(line) if line else {}
@@ -221,7 +230,9 @@ def clear_errors(name: str) -> Iterator[None]:
             f"{name} is not a complete gzip file ({first_line(e)}); compress it again"
         ) from e
     except OSError as e:
-        raise CalibrationError(f"cannot read {name}: {e.strerror or first_line(e)}") from e
+        raise CalibrationError(
+            f"cannot read {name}: {e.strerror or first_line(e)}"
+        ) from e
 
 
 def check(path: Path, name: str, advice: str) -> None:

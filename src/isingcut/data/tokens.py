@@ -121,7 +121,10 @@ class TokenSet:
     def rows_by_part(self) -> dict[str, list[int]]:
         """The rows of each source of a mixture, sorted by name; empty for one text."""
         names = sorted(set(self.parts))
-        rows = {name: [i for i, part in enumerate(self.parts) if part == name] for name in names}
+        rows = {
+            name: [i for i, part in enumerate(self.parts) if part == name]
+            for name in names
+        }
         return rows if len(names) > 1 else {}
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenSet:
@@ -170,7 +173,9 @@ class TokenSet:
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         parts = tuple(self.parts[row] for row in rows.tolist()) if self.parts else ()
         counted = None if self.counted is None else self.counted[rows, :width]
-        return TokenSet(self.input_ids[rows, :width], mask[:, :width], rows, parts, counted)
+        return TokenSet(
+            self.input_ids[rows, :width], mask[:, :width], rows, parts, counted
+        )
 
 
 def pieces(tokens: TokenSet, length: int) -> TokenSet:
@@ -189,7 +194,9 @@ def pieces(tokens: TokenSet, length: int) -> TokenSet:
     names = []
     for i, row in enumerate(whole):
         starts = range(1, len(row), size)
-        found = [row[0 if shared else at - 1 :][:1] + row[at : at + size] for at in starts]
+        found = [
+            row[0 if shared else at - 1 :][:1] + row[at : at + size] for at in starts
+        ]
         found = [piece for piece in found if has_prediction(piece)]
         # Drop short last pieces, which add little to a training.
         found = [piece for piece in found if 8 * len(piece) >= length] or found[:1]
@@ -243,7 +250,9 @@ class Encoder:
         self._rows: int | None = None
         if embedding is not None:
             # Its weights may not be loaded yet.
-            self._rows = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+            self._rows = int(
+                getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0]
+            )
 
     def __call__(self, text: str, most: int | None = None) -> list[int]:
         """Return the token ids of a text, without special tokens around it.
@@ -282,7 +291,9 @@ class Encoder:
     def start(self) -> list[int]:
         """``[BOS]`` if the tokenizer starts every text with it, else empty."""
         bos = self.tokenizer.bos_token_id
-        begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [bos]
+        begins = bos is not None and _ids(self.tokenizer, "a", special=True)[:1] == [
+            bos
+        ]
         return self.check_ids([bos]) if begins else []
 
     @property
@@ -290,13 +301,19 @@ class Encoder:
         """The padding token; no result depends on it."""
         pad = self.tokenizer.pad_token_id
         # Fine-tunes often add a padding token without a row in the embedding.
-        return 0 if pad is None or (self._rows is not None and pad >= self._rows) else int(pad)
+        return (
+            0
+            if pad is None or (self._rows is not None and pad >= self._rows)
+            else int(pad)
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     try:
         # verbose=False: a text longer than the model's context is split into samples later.
-        ids: Iterable[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        ids: Iterable[int] = tokenizer(text, add_special_tokens=special, verbose=False)[
+            "input_ids"
+        ]
     except MemoryError:
         raise
     except BaseException as e:
@@ -316,7 +333,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 _SIZES = (32, 16, 8)
 
 
-def overlap(tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] = _SIZES) -> float:
+def overlap(
+    tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] = _SIZES
+) -> float:
     """Return the share of a split's n-grams that are in another split too; 0 for short samples.
 
     A passage in several splits makes results on the later splits too good. Equal documents are
@@ -331,7 +350,9 @@ def overlap(tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] =
     longest = int(tokens.mask.sum(1).max())
     size = next((n for n in sizes if n <= longest // 2), 0)
     own = Counter(_ngrams(tokens, size)) if size else Counter[bytes]()
-    found = {n for other in others for n in (_ngrams(other, size) if own else ()) if n in own}
+    found = {
+        n for other in others for n in (_ngrams(other, size) if own else ()) if n in own
+    }
     return sum(own[n] for n in found) / own.total() if own else 0.0
 
 

@@ -58,7 +58,9 @@ def join_samples(
         h_error = standard_error(own.T, counts)
         J_error = standard_error(np.moveaxis(coupled, 0, -1), counts)
         np.fill_diagonal(J_error, 0.0)
-    return Hamiltonian(own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error)
+    return Hamiltonian(
+        own.sum(0) / total, J, meta=meta, h_error=h_error, J_error=J_error
+    )
 
 
 def quadratic(
@@ -81,7 +83,9 @@ def quadratic(
     return join_samples(own, curvature, counts, meta)
 
 
-def describe_energy(energy: str, loss: str, tokens: TokenSet, **options: Any) -> dict[str, Any]:
+def describe_energy(
+    energy: str, loss: str, tokens: TokenSet, **options: Any
+) -> dict[str, Any]:
     """Return the provenance of an energy that was measured on ``tokens``."""
     measured = {"samples": tokens.samples, "tokens": tokens.tokens}
     return {"energy": energy, "loss": loss, **options, **measured}

@@ -63,4 +63,6 @@ def form_energy(rows: Floats, meta: dict[str, Any]) -> Hamiltonian:
     """
     outer = rows[:, :, None] * rows[:, None, :]
     each = np.ones(len(rows), dtype=np.int64)
-    return replace(quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary")
+    return replace(
+        quadratic(np.zeros_like(rows), 2 * outer, each, meta), unit="arbitrary"
+    )

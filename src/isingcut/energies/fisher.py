@@ -55,7 +55,9 @@ class Fisher:
 
         Complexity: about 2 to 2.5 forward passes.
         """
-        rows = gate_gradients(replay, tokens, work, gate=self.gate, label_seed=self.seed)
+        rows = gate_gradients(
+            replay, tokens, work, gate=self.gate, label_seed=self.seed
+        )
         sums = rows * tokens.counts[:, None]
         options = {"gate": self.gate, "label_seed": self.seed}
         meta = describe_energy("fisher", "KL(original || gated)", tokens, **options)

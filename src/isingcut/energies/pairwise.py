@@ -45,7 +45,9 @@ class Pairwise:
         """
         n = len(replay)
         states = list_removals(n)
-        found = measure(replay, tokens, states, work, f"measuring {len(states)} removals")
+        found = measure(
+            replay, tokens, states, work, f"measuring {len(states)} removals"
+        )
         own = found.kl_sums[:n]  # (N, m)
         i, j = np.triu_indices(n, 1)
         coupled = np.zeros((tokens.samples, n, n))

@@ -81,7 +81,9 @@ class Refined:
         targets = [Target.count(n, size) for size in sizes]
         passes = effort.passes or default_passes(n, targets) / 2
         pairs = price_states(list_removals(n))
-        return Price(passes, passes * pairs.heads / pairs.passes, seconds=effort.seconds)
+        return Price(
+            passes, passes * pairs.heads / pairs.passes, seconds=effort.seconds
+        )
 
 
 def seconds_per_pass(replay: Replay, tokens: TokenSet, work: Work) -> float:
@@ -113,7 +115,9 @@ def summary(search: Search) -> dict[str, Any]:
                 }
                 for s in order
             ],
-            "one_pass": [{"method": m, "removed": blocks_of(x)} for m, x in quick.items()],
+            "one_pass": [
+                {"method": m, "removed": blocks_of(x)} for m, x in quick.items()
+            ],
             "states": len(known.states),
             "all_states": goal.exhausted,
             "trace": [t for t in search.trace if t["remove"] == goal.target.label],

@@ -71,10 +71,14 @@ def answer_scores(
 
     def place_rows(batch: TokenSet) -> list[tuple[int, int]]:
         """Return (sample, row) of each continuation in a micro-batch."""
-        return [(i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]]
+        return [
+            (i, r) for i, row in enumerate(batch.index.tolist()) for r in groups[row]
+        ]
 
     def compute(some: Sequence[TokenSet]) -> list[Floats]:
-        places = [_Places([(i, rows[r]) for i, r in place_rows(batch)]) for batch in some]
+        places = [
+            _Places([(i, rows[r]) for i, r in place_rows(batch)]) for batch in some
+        ]
         return _scores(replay, some, wanted[order], places)
 
     measured = identity(
@@ -97,7 +101,10 @@ def answer_scores(
         waiting = [batches[b] for b in left]
         for chunk, _ in chunks(replay, waiting, len(wanted) + _OTHERS):
             scores = split_to_fit(
-                replay.limit, waiting[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+                replay.limit,
+                waiting[chunk],
+                compute,
+                lambda a, b: np.concatenate([a, b], -1),
             )
             for b, found in zip(left[chunk], scores, strict=True):
                 kept.put({str(b): found})
@@ -143,7 +150,9 @@ class _Places:
         for part, label in zip(*pieces, strict=True):
             logits = replay.tail(part[None], label[None].to(replay.device))[0].float()
             label = label.to(logits.device)
-            likely.append((logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double())
+            likely.append(
+                (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(-1)).double()
+            )
             best.append((logits.argmax(-1) == label).double())
         found = np.stack([np.zeros(len(self.samples)), np.ones(len(self.samples))])
         np.add.at(found[0], self.owner, torch.cat(likely).cpu().numpy())
@@ -152,7 +161,10 @@ class _Places:
 
 
 def _scores(
-    replay: Replay, batches: Sequence[TokenSet], states: States, places: Sequence[_Places]
+    replay: Replay,
+    batches: Sequence[TokenSet],
+    states: States,
+    places: Sequence[_Places],
 ) -> list[Floats]:
     """Return (2, S, R) per micro-batch: log-likelihoods and greedy flags under sorted states."""
     recordings = [replay.record(batch.input_ids) for batch in batches]
@@ -195,7 +207,9 @@ def generate_texts(
         work: sets the batch size; its journal keeps finished texts.
         description: the description of the progress bar.
     """
-    kept = Journal(work.journal, fingerprint([replay.identity(), [[*p] for p in prompts]]))
+    kept = Journal(
+        work.journal, fingerprint([replay.identity(), [[*p] for p in prompts]])
+    )
     keys = [f"{[*state]}/{i}" for i in range(len(prompts))]
     left = [i for i, key in enumerate(keys) if kept.get(key) is None]
     with work.progress(description, len(prompts)) as bar:
@@ -215,7 +229,9 @@ def generate_texts(
     return [bytes(row.astype(np.uint8)).decode() for row in rows if row is not None]
 
 
-def _together(prompts: Sequence[Prompt], left: Sequence[int], most: int) -> Iterator[list[int]]:
+def _together(
+    prompts: Sequence[Prompt], left: Sequence[int], most: int
+) -> Iterator[list[int]]:
     """Yield batches of prompt indices with equal settings, longest first, up to ``most`` tokens."""
     alike: dict[str, list[int]] = {}
     for i in left:

@@ -71,7 +71,9 @@ def benchmark(
             pair = []
             for name, model in models.items():
                 depends = [task.limit, *sorted(left_out)]
-                journal = None if kept is None else journal_of(kept, task, model, depends)
+                journal = (
+                    None if kept is None else journal_of(kept, task, model, depends)
+                )
                 part = Part(bar, 1)
                 own = replace(work, progress=part, journal=journal)
                 (found,) = score_states(model, task, [()], own, wanted=wanted)
@@ -87,7 +89,9 @@ def row(original: Scores, cut: Scores) -> TaskRow:
     assert original.metric == cut.metric
     found = compare_scores(original.values, cut.values)
     metric = original.metric.removesuffix(",none")
-    return TaskRow(task=original.task, metric=metric, shots=original.shots, **dict(found))
+    return TaskRow(
+        task=original.task, metric=metric, shots=original.shots, **dict(found)
+    )
 
 
 def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) -> Path:
@@ -136,9 +140,13 @@ def text_scores(
     longest = getattr(text_config(original.model), "max_position_embeddings", None)
     size = min(length, int(longest or length))
     encode = Encoder(original.tokenizer, original.model)
-    rows = list(islice(pack([encode("\n".join(articles(data)))], encode, size), samples))
+    rows = list(
+        islice(pack([encode("\n".join(articles(data)))], encode, size), samples)
+    )
     if not rows:
-        raise InputError(f"WikiText-2's text is shorter than one window of {size} tokens")
+        raise InputError(
+            f"WikiText-2's text is shorter than one window of {size} tokens"
+        )
     windows = TokenSet.from_rows(rows)
     found = quality(original.model, cut.model, windows, work)
     return TextScores(
@@ -175,7 +183,9 @@ def compare_scores(first: Floats, second: Floats) -> PairedScores:
         p = float((1 + (np.abs(resampled - mean) >= abs(mean)).sum()) / (1 + RESAMPLES))
         # Resamples of a few questions vary too little; the sign test has no p-value below this.
         p = max(p, 2.0 ** (1 - n))
-    errors = [float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)]
+    errors = [
+        float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None for x in (first, second)
+    ]
     return PairedScores(
         original=means[0],
         original_se=errors[0],
@@ -234,7 +244,9 @@ def draw_half(keys: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[st
     for number, (task, all_keys) in enumerate(keys.items()):
         distinct = list(dict.fromkeys(all_keys))
         if len(distinct) < 2:
-            raise InputError(f"{task} has one question; --choose tasks needs two or more per task")
+            raise InputError(
+                f"{task} has one question; --choose tasks needs two or more per task"
+            )
         order = np.random.default_rng([seed, 0xA5, number]).permutation(len(distinct))
         found[task] = [distinct[i] for i in order[: len(distinct) // 2]]
     return found
@@ -250,7 +262,9 @@ def contenders(rows: Sequence[MeasuredState], also: Sequence[int] = ()) -> list[
         also: removed blocks of a candidate that is always included.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].kl)
-    found = [i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)]
+    found = [
+        i for i in order if i == order[0] or sorted(rows[i].removed) == sorted(also)
+    ]
     for apart in (_APART, 1):
         for i in order:
             far = all(swaps(rows[i].removed, rows[j].removed) >= apart for j in found)
@@ -281,7 +295,9 @@ def choose_by_questions(
     right = np.concatenate([[one.values for one in each] for each in scores], axis=1)
     certain = [np.array([one.certainties for one in each]) for each in scores]
     spreads = [float((values - values.mean(0)).std()) for values in certain]
-    merits = np.concatenate([v / (s or 1.0) for v, s in zip(certain, spreads, strict=True)], axis=1)
+    merits = np.concatenate(
+        [v / (s or 1.0) for v, s in zip(certain, spreads, strict=True)], axis=1
+    )
     behind = merits[int(merits.mean(1).argmax())] - merits
     each = np.ones(merits.shape[1], dtype=np.int64)
     # The error of a single question is NaN, and the first candidate is chosen.

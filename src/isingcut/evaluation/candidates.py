@@ -54,9 +54,15 @@ def rank(
             anything else the candidate of lowest KL.
     """
 
-    def losses(split: TokenSet, states: States, kind: str, journal: Path | None) -> Measurement:
+    def losses(
+        split: TokenSet, states: States, kind: str, journal: Path | None
+    ) -> Measurement:
         return measure(
-            replay, split, states, replace(work, journal=journal), f"measuring {len(states)} {kind}"
+            replay,
+            split,
+            states,
+            replace(work, journal=journal),
+            f"measuring {len(states)} {kind}",
         )
 
     measured = losses(tokens, spectrum.states, "candidates", work.journal)
@@ -94,9 +100,13 @@ def rank(
         random_tokens=sum(int(found.counts.sum()) for found in random),
         random_distribution=distribution,
         fidelity=_correlate(energy, judged_on),
-        fidelity_of_others={name: _correlate(other, judged_on) for name, other in others.items()},
+        fidelity_of_others={
+            name: _correlate(other, judged_on) for name, other in others.items()
+        },
         chosen=ChosenState(**rows[chosen].content(), position=chosen, why=why),
-        original={"nll": float(measured.original_nll_sums.sum() / measured.counts.sum())},
+        original={
+            "nll": float(measured.original_nll_sums.sum() / measured.counts.sum())
+        },
         proven=spectrum.proven,
         solver=spectrum.solver,
     )
@@ -109,9 +119,15 @@ def _rows(
     of_part = {name: found.of_samples(own) for name, own in parts.items()}
     rows = []
     for s, state in enumerate(found.states):
-        row = {"removed": blocks_of(state), "energy": energy.energy(state), **found.losses(s)}
+        row = {
+            "removed": blocks_of(state),
+            "energy": energy.energy(state),
+            **found.losses(s),
+        }
         if of_part:
-            row["parts"] = {k: MeasuredLoss(**own.losses(s)) for k, own in of_part.items()}
+            row["parts"] = {
+                k: MeasuredLoss(**own.losses(s)) for k, own in of_part.items()
+            }
         rows.append(MeasuredState(**row))
     return rows
 
@@ -126,7 +142,9 @@ def _correlate(energy: Hamiltonian, found: Sequence[Measurement]) -> Judged:
         losses = [getattr(m, loss) for m in some]
         return fidelity(energy.energies(np.concatenate(states)), np.concatenate(losses))
 
-    return Judged(kl=of("kl", found), nll=of("nll", found), kl_random_only=of("kl", found[1:]))
+    return Judged(
+        kl=of("kl", found), nll=of("nll", found), kl_random_only=of("kl", found[1:])
+    )
 
 
 def random_journal(journal: Path) -> Path:
@@ -141,7 +159,9 @@ def few_samples(samples: int) -> list[int]:
     return found
 
 
-def random_feasible(problem: Problem, count: int, seed: int, besides: States) -> tuple[States, str]:
+def random_feasible(
+    problem: Problem, count: int, seed: int, besides: States
+) -> tuple[States, str]:
     """Draw distinct feasible states outside ``besides``; return them and their distribution.
 
     They are uniform over the feasible states of each size, by rejection. If the constraints reject
@@ -173,15 +193,16 @@ def random_feasible(problem: Problem, count: int, seed: int, besides: States) ->
     if len(states) < count:
         before = len(states)
         for _ in range(4 * count):
-            field = Hamiltonian(rng.standard_normal(problem.n), np.zeros((problem.n, problem.n)))
+            field = Hamiltonian(
+                rng.standard_normal(problem.n), np.zeros((problem.n, problem.n))
+            )
             try:
                 add(Problem(field, problem.constraints).a_state())
             except InfeasibleError:
                 break
         if len(states) > before:
-            distribution = (
-                f"{before} uniform, {len(states) - before} ground states of random fields"
-            )
+            others = len(states) - before
+            distribution = f"{before} uniform, {others} ground states of random fields"
     return np.array(states, dtype=bool).reshape(-1, problem.n), distribution
 
 

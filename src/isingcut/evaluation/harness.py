@@ -49,7 +49,10 @@ class Harness(HFLM):  # type: ignore[misc]
         # Truncated on the left, as in the harness.
         longest = self.max_length + 1
         self._count([len(c + a) for _, c, a in requests], longest)
-        rows = [(tuple((c + a)[-longest:]), min(len(a), longest - 1)) for _, c, a in requests]
+        rows = [
+            (tuple((c + a)[-longest:]), min(len(a), longest - 1))
+            for _, c, a in requests
+        ]
         return list(self.answers(rows))
 
     def _count(self, lengths: Sequence[int], longest: int) -> None:
@@ -69,8 +72,12 @@ class Harness(HFLM):  # type: ignore[misc]
             found: list[str] = generate([requests[i] for i in some], disable_tqdm=True)
             return found
 
-        prompts = [(tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests]
+        prompts = [
+            (tuple(self.tok_encode(r.args[0])), dict(r.args[1])) for r in requests
+        ]
         for ids, settings in prompts:
-            room = self.max_length - int(settings.get("max_gen_toks") or self.max_gen_toks or 0)
+            room = self.max_length - int(
+                settings.get("max_gen_toks") or self.max_gen_toks or 0
+            )
             self._count([len(ids)], room)
         return self.texts(prompts, write)

@@ -92,7 +92,9 @@ def before_and_after(
         texts = {}
         with work.progress("one generation", len(both)) as bar:
             for name, m in both.items():
-                texts[name] = generate_text(language_model(m.model), m.tokenizer, ids, new_tokens)
+                texts[name] = generate_text(
+                    language_model(m.model), m.tokenizer, ids, new_tokens
+                )
                 bar.advance(1)
         rest = {"not_measured": list(SPEED_KEYS)} if skip_speed else {}
         rest["generation"] = Generation(prompt=_PROMPT, **texts)
@@ -150,7 +152,9 @@ def quality(
     return found
 
 
-def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN) -> Floats:
+def sample_sums(
+    original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work = PLAIN
+) -> Floats:
     """Compute (3, m): NLL of both models and KL(original || cut) per sample, summed over tokens.
 
     Raises:
@@ -177,14 +181,18 @@ def sample_sums(original: AnyModel, cut: AnyModel, tokens: TokenSet, work: Work 
     return sums
 
 
-def _sums_by_sample(original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]) -> list[Floats]:
+def _sums_by_sample(
+    original: AnyModel, cut: AnyModel, batches: Sequence[TokenSet]
+) -> list[Floats]:
     """Return for each micro-batch of R samples their sums (3, R) by `sum_losses`."""
     both = [_logits(model, batches) for model in (original, cut)]
     for model in (original, cut):
         if isinstance(model, StreamedReplay):
             model.store.hold(HEAD)
     return [
-        sum_losses(split_predictions(before, batch), split_predictions(after, batch), batch)
+        sum_losses(
+            split_predictions(before, batch), split_predictions(after, batch), batch
+        )
         for batch, before, after in zip(batches, *both, strict=True)
     ]
 

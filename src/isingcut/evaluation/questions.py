@@ -55,11 +55,16 @@ class Prepared:
             return _hub(self.name)
         from lm_eval.api.task import ConfigurableTask
 
-        return {c["task"]: ConfigurableTask(config=dict(c)) for c in self.configurations}
+        return {
+            c["task"]: ConfigurableTask(config=dict(c)) for c in self.configurations
+        }
 
     def keys(self, made: dict[str, Any]) -> dict[str, list[str]]:
         """Return the question keys of each harness object that `make` returned, in order."""
-        return {t: [*map(question_key, islice(m.eval_docs, self.limit))] for t, m in made.items()}
+        return {
+            t: [*map(question_key, islice(m.eval_docs, self.limit))]
+            for t, m in made.items()
+        }
 
     @property
     def generates(self) -> bool:
@@ -94,7 +99,9 @@ def split_names(tasks: str) -> list[str]:
     return list(dict.fromkeys(t.strip() for t in tasks.split(",") if t.strip()))
 
 
-def prepare_task(name: str, data: Path | None, questions: int | None = None) -> Prepared:
+def prepare_task(
+    name: str, data: Path | None, questions: int | None = None
+) -> Prepared:
     """Prepare a task by name: a file, a task of isingcut with ``data``, or one of the harness."""
     if is_file(name):
         return _read_file(user_path(name), questions)
@@ -114,7 +121,9 @@ def check_tasks(names: Sequence[str], data: Path | None, questions: int | None) 
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval", "scoring benchmarks")
     if data is not None and not data.is_dir():
-        raise InputError(f"--data {data} is not a folder; give the folder with the questions")
+        raise InputError(
+            f"--data {data} is not a folder; give the folder with the questions"
+        )
     shown = [short_name(name) for name in names]
     if twice := [name for name in shown if shown.count(name) > 1]:
         raise InputError(f"--tasks has two files named {twice[0]}; rename one of them")
@@ -191,7 +200,9 @@ def _read_file(path: Path, questions: int | None) -> Prepared:
     records = _spread(_read_records(path, "multiple_choice", {}), questions)
     config = {**_configuration("_file"), "task": path.stem, "test_split": "test"}
     config["custom_dataset"] = _dataset(records, [])
-    return Prepared(path.name, "acc_norm", fingerprint(records), configurations=[config])
+    return Prepared(
+        path.name, "acc_norm", fingerprint(records), configurations=[config]
+    )
 
 
 def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
@@ -208,21 +219,29 @@ def _read_task(name: str, data: Path, questions: int | None) -> Prepared:
         InputError: the task's file is missing or damaged, or has too few examples.
     """
     if name not in task_names():
-        raise UnknownNameError(f"unknown local task {name!r}; known: {', '.join(task_names())}")
+        raise UnknownNameError(
+            f"unknown local task {name!r}; known: {', '.join(task_names())}"
+        )
     config = _configuration(name)
     own = config.pop("isingcut")
     kind = str(config["output_type"])
     by = own.get("by")
     file = _find_subset(data, own["test"], questions) or _find(data, own["test"])
     records = _spread(_read_records(file, kind, own), questions)
-    examples = _read_records(_find(data, own["fewshot"]), kind, own) if "fewshot" in own else []
+    examples = (
+        _read_records(_find(data, own["fewshot"]), kind, own)
+        if "fewshot" in own
+        else []
+    )
     groups = dict.fromkeys(r[by] for r in records) if by else [""]
     configurations = []
     for group in groups:
         one = copy.deepcopy(config)
         if by:
             one["task"] = f"{config['task']}_{group}"
-            one["description"] = config["description"].replace("{by}", group.replace("_", " "))
+            one["description"] = config["description"].replace(
+                "{by}", group.replace("_", " ")
+            )
         chosen = [r for r in records if not by or r[by] == group]
         shots = [r for r in examples if not by or r[by] == group]
         if len(shots) < int(one["num_fewshot"]):
@@ -272,13 +291,17 @@ def _find(data: Path, stem: str) -> Path:
         return exact
     numbered = sorted(data.glob(f"{stem}[0-9]*.jsonl"))
     if len(numbered) != 1:
-        raise InputError(f"{exact} does not exist; give the folder with the questions as --data")
+        raise InputError(
+            f"{exact} does not exist; give the folder with the questions as --data"
+        )
     return numbered[0]
 
 
 def _find_subset(data: Path, stem: str, most: int | None) -> Path | None:
     """Return the smallest file such as `test_sub500.jsonl` with ``most`` questions or more."""
-    sizes = ((p.stem.rpartition("_sub")[2], p) for p in data.glob(f"{stem}_sub[0-9]*.jsonl"))
+    sizes = (
+        (p.stem.rpartition("_sub")[2], p) for p in data.glob(f"{stem}_sub[0-9]*.jsonl")
+    )
     subsets = sorted((int(size), p) for size, p in sizes if size.isdigit())
     return next((p for size, p in subsets if most is not None and size >= most), None)
 
@@ -335,7 +358,9 @@ def _find_fault(
         return ""
     given = record.get("choices")
     answer = record.get("answer")
-    if not isinstance(given, list) or not all(isinstance(c, str) and c.strip() for c in given):
+    if not isinstance(given, list) or not all(
+        isinstance(c, str) and c.strip() for c in given
+    ):
         return f"'choices', a list of texts, none empty, got {given!r:.60}"
     least = own.get("choices", 2)
     most = own.get("choices", _MOST_CHOICES)

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from isingcut.evaluation.harness import Harness
     from isingcut.models.load import LoadedModel
 
-_PREFERRED = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
+_PREFERRED = (
+    "acc_norm,none",
+    "acc,none",
+    "exact_match,flexible-extract",
+    "exact_match,none",
+)
 _TEMPERATURES = np.exp(np.linspace(-2.0, 4.0, 61))
 
 
@@ -99,8 +104,13 @@ def score_states(
         return [(known[row][0][state], known[row][1][state]) for row in rows]
 
     def generate(state: int, prompts: Sequence[Prompt], write: Writer) -> list[str]:
-        with contextlib.redirect_stderr(shown), skip_blocks(loaded.model, removed[state]):
-            return generate_texts(replay, removed[state], prompts, write, work, task.name)
+        with (
+            contextlib.redirect_stderr(shown),
+            skip_blocks(loaded.model, removed[state]),
+        ):
+            return generate_texts(
+                replay, removed[state], prompts, write, work, task.name
+            )
 
     with quiet():
         from isingcut.evaluation.harness import Harness
@@ -123,7 +133,9 @@ def score_states(
     return found
 
 
-def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool] | None) -> Scores:
+def _score_one(
+    model: Harness, task: Prepared, wanted: Callable[[str], bool] | None
+) -> Scores:
     """Score a model on a task with the harness."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
@@ -136,7 +148,9 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool] | N
         # The harness takes an empty list as all questions.
         made = {t: each for t, each in made.items() if picked[t]}
         if not made:
-            raise InputError(f"all questions of {task.name} were used for the choice; give more")
+            raise InputError(
+                f"all questions of {task.name} were used for the choice; give more"
+            )
     for each in made.values():
         # As the harness's own entry point does.
         if each.get_config("num_fewshot") is None:
@@ -150,18 +164,26 @@ def _score_one(model: Harness, task: Prepared, wanted: Callable[[str], bool] | N
     samples = [(name, s) for name in found["samples"] for s in found["samples"][name]]
     metric = task.metric or _metric(task.name, samples)
     name, _, which = metric.partition(",")
-    chosen = [(t, s) for t, s in samples if s["filter"] == (which or "none") and name in s]
+    chosen = [
+        (t, s) for t, s in samples if s["filter"] == (which or "none") and name in s
+    ]
     if not chosen:
-        raise InputError(f"{task.name} has no {metric} per question; choose another task")
+        raise InputError(
+            f"{task.name} has no {metric} per question; choose another task"
+        )
     chosen.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
     values = np.array([float(s[name]) for _, s in chosen])
     if not np.isfinite(values).all():
-        raise InputError(f"a question of {task.name} has no finite {metric}; choose another task")
+        raise InputError(
+            f"a question of {task.name} has no finite {metric}; choose another task"
+        )
     return Scores(
         task.name,
         metric,
         values,
-        certainties([(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"),
+        certainties(
+            [(made[t], s) for t, s in chosen], values, by_length=name == "acc_norm"
+        ),
         [f"{t}:{s['doc_hash'][:16]}" for t, s in chosen],
         int(next(iter(found["n-shot"].values()))),
     )
@@ -173,7 +195,9 @@ def _metric(task: str, samples: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for metric in (*_PREFERRED, *sorted(present)):
         if isinstance(present.get(metric), int | float):
             return metric
-    raise InputError(f"{task} has no score per question to compare; choose another task")
+    raise InputError(
+        f"{task} has no score per question to compare; choose another task"
+    )
 
 
 # Log-probabilities of right answers separate two models with fewer questions than accuracies do. On
@@ -221,7 +245,9 @@ def temper_margins(margins: Sequence[Floats]) -> Floats:
         margins: for each question the log-likelihoods of its wrong choices minus the right one's.
     """
     size = max(map(len, margins))
-    padded = np.array([np.pad(m, (0, size - len(m)), constant_values=-np.inf) for m in margins])
+    padded = np.array(
+        [np.pad(m, (0, size - len(m)), constant_values=-np.inf) for m in margins]
+    )
     # The right choice itself has the margin 0.
     logits = np.concatenate([np.zeros((len(padded), 1)), padded], axis=1)
     each = [-np.logaddexp.reduce(logits / t, axis=1) for t in _TEMPERATURES]
@@ -235,8 +261,14 @@ def _choices(task: Any, question: Any) -> tuple[list[str], list[int]]:
         # A task that is defined in code, with its own scoring.
         return [], []
     choices = list(task.doc_to_choice(question))
-    gold = task.doc_to_text(question) if task.multiple_input else task.doc_to_target(question)
+    gold = (
+        task.doc_to_text(question)
+        if task.multiple_input
+        else task.doc_to_target(question)
+    )
     named = gold if isinstance(gold, list) else [gold]
     places = range(len(choices))
     right = [choices.index(g) for g in named if isinstance(g, str) and g in choices]
-    return choices, right + [int(g) for g in named if not isinstance(g, str) and g in places]
+    return choices, right + [
+        int(g) for g in named if not isinstance(g, str) and g in places
+    ]

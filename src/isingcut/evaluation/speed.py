@@ -72,7 +72,9 @@ def with_memory(
             )
             if peak is None:
                 return evaluation.model_copy(update={"not_measured": [MEMORY_KEY]})
-            sides[name] = getattr(evaluation, name).model_copy(update={MEMORY_KEY: peak})
+            sides[name] = getattr(evaluation, name).model_copy(
+                update={MEMORY_KEY: peak}
+            )
             bar.advance(1)
     return evaluation.model_copy(update=sides)
 
@@ -104,7 +106,9 @@ def speed(
     ids = sample.input_ids[:1, : int(sample.mask[0].sum())]
     short = ids[:, :_DECODE_PROMPT]
 
-    def time_call(model: PreTrainedModel, work: Callable[..., object], *arguments: Any) -> float:
+    def time_call(
+        model: PreTrainedModel, work: Callable[..., object], *arguments: Any
+    ) -> float:
         synchronise(*devices_of(model))
         began = clock()
         work(*arguments)
@@ -166,12 +170,23 @@ def _rate(
         )
     error = None
     if len(seconds) > 1:
-        error = _MEDIAN_ERROR * statistics.stdev(seconds) / len(seconds) ** 0.5 * tokens / middle**2
+        error = (
+            _MEDIAN_ERROR
+            * statistics.stdev(seconds)
+            / len(seconds) ** 0.5
+            * tokens
+            / middle**2
+        )
     return {key: tokens / middle, f"{key}_se": error}
 
 
 def peak_memory(
-    folder: Path, dtype: str, device: str, *, tokens: int = 256, trust_remote_code: bool = False
+    folder: Path,
+    dtype: str,
+    device: str,
+    *,
+    tokens: int = 256,
+    trust_remote_code: bool = False,
 ) -> int | None:
     """Measure the peak memory of loading a checkpoint, one prefill and four tokens.
 
@@ -181,7 +196,13 @@ def peak_memory(
     Returns:
         bytes; None if the process failed, for example for lack of memory.
     """
-    arguments = [str(folder), dtype, device, str(tokens), "1" if trust_remote_code else "0"]
+    arguments = [
+        str(folder),
+        dtype,
+        device,
+        str(tokens),
+        "1" if trust_remote_code else "0",
+    ]
     # -P: do not import modules from the working folder.
     command = [sys.executable, "-P", "-m", __name__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -194,7 +215,9 @@ def peak_memory(
 def main(arguments: list[str]) -> None:
     """Measure the peak memory, and print it in bytes as the last word."""
     folder, dtype, device, tokens, trust = arguments
-    loaded = load(Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1")
+    loaded = load(
+        Path(folder), dtype=dtype, device=device, trust_remote_code=trust == "1"
+    )
     prompt = torch.full((1, int(tokens)), 1, dtype=torch.int64, device=loaded.device)
     decode_tokens(language_model(loaded.model), prompt, 4)
     module = device_module(loaded.device)

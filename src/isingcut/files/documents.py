@@ -21,7 +21,9 @@ from isingcut.files import cuts, evaluations, healings, runs, states  # noqa: F4
 from isingcut.files.schema import Document, Strict
 from isingcut.files.values import Scalar
 
-KINDS: dict[str, type[Document]] = {model.kind: model for model in Document.__subclasses__()}
+KINDS: dict[str, type[Document]] = {
+    model.kind: model for model in Document.__subclasses__()
+}
 """The pydantic model of each kind of document, by the KIND in its ``format``."""
 
 
@@ -36,7 +38,9 @@ def parse_content(path: Path, kind: str, content: dict[str, Any]) -> Document:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise damaged_error(path, f"{place}: {_words(first)}" if place else _words(first)) from None
+        raise damaged_error(
+            path, f"{place}: {_words(first)}" if place else _words(first)
+        ) from None
 
 
 def check_blocks(path: Path, found: Any, blocks: int) -> None:
@@ -53,9 +57,13 @@ def check_blocks(path: Path, found: Any, blocks: int) -> None:
     n = int(shape[1]) if shape else getattr(found, "n", getattr(found, "of", blocks))
     highest = max(_list_blocks(found), default=-1)
     if n != blocks:
-        raise damaged_error(path, f"it is for {n} blocks, but the run's model has {blocks}")
+        raise damaged_error(
+            path, f"it is for {n} blocks, but the run's model has {blocks}"
+        )
     if highest >= blocks:
-        raise damaged_error(path, f"it names block {highest}; the run's model has {blocks} blocks")
+        raise damaged_error(
+            path, f"it names block {highest}; the run's model has {blocks} blocks"
+        )
 
 
 def _list_blocks(value: Any) -> Iterator[int]:
@@ -79,6 +87,10 @@ def damaged_error(path: Path, what: str) -> StageFileError:
 def _words(error: Any) -> str:
     if error["type"] == "missing":
         return "missing"
-    words = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    words = (
+        str(error["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should be", "expected")
+    )
     found = error["input"]
     return words + (f", got {repr(found)[:60]}" if isinstance(found, Scalar) else "")

@@ -28,18 +28,26 @@ def user_path(text: str | os.PathLike[str]) -> Path:
         InputError: not a path (None, a NUL byte), or an unknown home folder.
     """
     if not isinstance(text, str | os.PathLike):
-        raise InputError(f"expected a path, got {text!r:.60}; give a str or a pathlib.Path")
+        raise InputError(
+            f"expected a path, got {text!r:.60}; give a str or a pathlib.Path"
+        )
     typed = os.fspath(text)
     if "\0" in typed:
         raise InputError(f"{typed!r} is not a path: it contains a NUL byte")
     try:
         return Path(typed).expanduser()
     except RuntimeError as e:
-        raise InputError(f"{typed}: no home folder of that name; give a full path") from e
+        raise InputError(
+            f"{typed}: no home folder of that name; give a full path"
+        ) from e
 
 
 def regular_file(
-    path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int | None = None
+    path: Path,
+    what: str,
+    error: type[IsingcutError] = InputError,
+    *,
+    limit: int | None = None,
 ) -> None:
     """Raise if a path is not a regular file (links are followed).
 
@@ -60,13 +68,21 @@ def regular_file(
     except (OSError, ValueError) as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{what} {path} is {_name_kind(found.st_mode)}; expected a regular file")
+        raise error(
+            f"{what} {path} is {_name_kind(found.st_mode)}; expected a regular file"
+        )
     if limit is not None and found.st_size > limit:
-        raise error(f"{what} {path} has {found.st_size} bytes; expected at most {limit}")
+        raise error(
+            f"{what} {path} has {found.st_size} bytes; expected at most {limit}"
+        )
 
 
 def read_bytes(
-    path: Path, what: str, error: type[IsingcutError] = InputError, *, limit: int = SMALL
+    path: Path,
+    what: str,
+    error: type[IsingcutError] = InputError,
+    *,
+    limit: int = SMALL,
 ) -> bytes:
     """Read a regular file of at most ``limit`` bytes; errors as `regular_file`."""
     regular_file(path, what, error, limit=limit)
@@ -76,7 +92,9 @@ def read_bytes(
     except OSError as e:
         raise error(f"{what} {path} cannot be read: {_reason(e)}") from e
     if len(content) > limit:
-        raise error(f"{what} {path} has more than {limit} bytes; expected at most {limit}")
+        raise error(
+            f"{what} {path} has more than {limit} bytes; expected at most {limit}"
+        )
     return content
 
 
@@ -89,11 +107,17 @@ def read_text(path: Path, what: str, *, limit: int = SMALL) -> str:
     try:
         return read_bytes(path, what, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{what} {path} is not UTF-8 (byte {e.start}); convert it to UTF-8") from e
+        raise InputError(
+            f"{what} {path} is not UTF-8 (byte {e.start}); convert it to UTF-8"
+        ) from e
 
 
 def load_json(
-    path: Path, what: str, error: type[IsingcutError] = InputError, *, infinite: bool = False
+    path: Path,
+    what: str,
+    error: type[IsingcutError] = InputError,
+    *,
+    infinite: bool = False,
 ) -> Any:
     """Read the JSON value in a regular UTF-8 file.
 
@@ -180,7 +204,13 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _name_kind(mode: int) -> str:
-    kinds = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
+    kinds = {
+        "d": "a folder",
+        "p": "a pipe",
+        "c": "a device",
+        "b": "a device",
+        "s": "a socket",
+    }
     return kinds.get(stat.filemode(mode)[0], "not a regular file")
 
 

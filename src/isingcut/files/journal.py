@@ -20,7 +20,14 @@ from isingcut.files.writing import atomic_file, clear_os_errors
 Row = npt.NDArray[np.float64]
 
 _BEGIN = b'{"format": "isingcut-journal", "version": 2, "of": "'
-_UNFIT = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+_UNFIT = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 """The exceptions that parsing an arbitrary row may raise."""
 
 
@@ -61,7 +68,9 @@ class Journal:
             checksum, _, text = line.partition(b" ")
             with contextlib.suppress(*_UNFIT):
                 key, shape, data = json.loads(text)
-                row = np.frombuffer(base64.b64decode(data), dtype=np.float64).reshape(shape)
+                row = np.frombuffer(base64.b64decode(data), dtype=np.float64).reshape(
+                    shape
+                )
                 whole = isinstance(key, str) and checksum == _checksum(text)
                 if whole and np.isfinite(row).all() and fits(key, row):
                     self._rows[key] = row
@@ -76,7 +85,9 @@ class Journal:
 
     def put(self, rows: Mapping[str, Row]) -> None:
         """Store rows under their keys and sync them to disk."""
-        new = {k: np.ascontiguousarray(row, dtype=np.float64) for k, row in rows.items()}
+        new = {
+            k: np.ascontiguousarray(row, dtype=np.float64) for k, row in rows.items()
+        }
         self._rows |= new
         if self._path is None:
             return

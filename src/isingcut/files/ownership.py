@@ -91,7 +91,9 @@ def _real(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as e:
-        raise InputError(f"cannot resolve {path}: {e}; give a path without such links") from e
+        raise InputError(
+            f"cannot resolve {path}: {e}; give a path without such links"
+        ) from e
 
 
 def _same_file(a: Path, b: Path) -> bool:
@@ -108,7 +110,12 @@ def mark(folder: Path) -> None:
     """Write the marker file of a complete folder."""
     files = {name: edges_sha256(folder / name) for name in sorted(_files_in(folder))}
     files.pop(MARKER, None)
-    content = {"format": "isingcut-output", "version": 1, "files": files, "sha256": hash_of(files)}
+    content = {
+        "format": "isingcut-output",
+        "version": 1,
+        "files": files,
+        "sha256": hash_of(files),
+    }
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -117,7 +124,9 @@ def _read_marker(folder: Path) -> dict[str, str] | None:
     try:
         document = load_json(folder / MARKER, "the marker")
         files = document["files"]
-        whole = document["format"] == "isingcut-output" and document["sha256"] == hash_of(files)
+        whole = document["format"] == "isingcut-output" and document[
+            "sha256"
+        ] == hash_of(files)
     except (IsingcutError, KeyError, TypeError):
         return None
     return files if whole and isinstance(files, dict) else None
@@ -138,7 +147,11 @@ def foreign_in(folder: Path) -> str | None:
         return f"it has {_some(present)} and no marker of isingcut"
     if more := present - files.keys() - {MARKER}:
         return f"isingcut did not write {_some(more)} in it"
-    changed = {name for name in present - {MARKER} if files[name] != edges_sha256(folder / name)}
+    changed = {
+        name
+        for name in present - {MARKER}
+        if files[name] != edges_sha256(folder / name)
+    }
     return f"{_some(changed)} in it was changed" if changed else None
 
 
@@ -220,7 +233,9 @@ def hash_of(content: Mapping[str, object]) -> str:
 # Stages of a run folder ------------------------------------------------------------------
 
 
-def check_recorded(record: StageRecord | None, file: Path, progress: Progress = silent) -> None:
+def check_recorded(
+    record: StageRecord | None, file: Path, progress: Progress = silent
+) -> None:
     """Raise if a file of a run folder differs from its record in `run.json`.
 
     Raises:
@@ -229,7 +244,9 @@ def check_recorded(record: StageRecord | None, file: Path, progress: Progress = 
     if record is None:
         raise StageFileError(f"{file} was not written by this run; move it away")
     if not record.done:
-        raise StageFileError(f"{file} is not finished; run its stage again: {record.stage}")
+        raise StageFileError(
+            f"{file} is not finished; run its stage again: {record.stage}"
+        )
     changed = find_change_since(file, record, progress)
     if changed is not None:
         raise StageFileError(
@@ -238,7 +255,9 @@ def check_recorded(record: StageRecord | None, file: Path, progress: Progress = 
         )
 
 
-def find_change_since(file: Path, record: StageRecord, progress: Progress = silent) -> str | None:
+def find_change_since(
+    file: Path, record: StageRecord, progress: Progress = silent
+) -> str | None:
     """Describe how a file or folder differs from its record; None if it does not.
 
     Interrupted stages have no hash: no change is found.

@@ -27,7 +27,9 @@ D = TypeVar("D", bound="Document")
 _VERSION = 1
 
 
-def write_json(path: Path, kind: str, content: dict[str, Any], *, seal: bool = False) -> None:
+def write_json(
+    path: Path, kind: str, content: dict[str, Any], *, seal: bool = False
+) -> None:
     """Write ``content`` as an isingcut results file of the given kind.
 
     Args:
@@ -76,7 +78,9 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
 
 def _load(path: Path) -> Any:
     if not os.path.lexists(path):
-        raise StageFileError(f"the file {path} does not exist; run the stage that writes it first")
+        raise StageFileError(
+            f"the file {path} does not exist; run the stage that writes it first"
+        )
     return load_json(path, "the results file", StageFileError)
 
 
@@ -97,7 +101,9 @@ def check_document(path: Path, document: Any, kind: str) -> Document:
         )
     written = document.get("version")
     if type(written) is not int or written < 1:
-        raise documents.damaged_error(path, f"version: expected 1 or more, got {written!r:.60}")
+        raise documents.damaged_error(
+            path, f"version: expected 1 or more, got {written!r:.60}"
+        )
     if written > _VERSION:
         raise StageFileError(
             f"{path} was written by a newer isingcut (file version {written}, "
@@ -124,7 +130,9 @@ def without_infinities(value: Any) -> Any:
 
 def fingerprint(content: Any) -> str:
     """Return a short SHA-256 of a JSON-able value, independent of key order."""
-    encoded = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str).encode()
+    encoded = json.dumps(
+        content, sort_keys=True, separators=(",", ":"), default=str
+    ).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
 
 
@@ -181,8 +189,12 @@ def read_tensors(
                     raise documents.damaged_error(path, f"{key}: {expected}")
                 arrays[key] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as e:
-        raise documents.damaged_error(path, f"it is not a readable safetensors file ({e})") from e
+        raise documents.damaged_error(
+            path, f"it is not a readable safetensors file ({e})"
+        ) from e
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise documents.damaged_error(path, f"the tensor {key} has values that are not finite")
+            raise documents.damaged_error(
+                path, f"the tensor {key} has values that are not finite"
+            )
     return header, arrays

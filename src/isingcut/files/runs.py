@@ -196,7 +196,9 @@ class PackedModel(Strict):
 
     def size(self, removed: Blocks) -> int:
         """Return the bytes of the file without the removed blocks."""
-        return self.other + sum(size for i, size in enumerate(self.bytes) if i not in removed)
+        return self.other + sum(
+            size for i, size in enumerate(self.bytes) if i not in removed
+        )
 
 
 class BlockList(Strict):
@@ -214,7 +216,9 @@ class BlockList(Strict):
         if [b.index for b in self.blocks] != list(range(len(self.blocks))):
             raise ValueError("the blocks are not numbered 0, 1, 2, ...")
         if any(len(row.coefficients) != len(self.blocks) for row in self.legality):
-            raise ValueError(f"legality needs a coefficient for each of {len(self.blocks)} blocks")
+            raise ValueError(
+                f"legality needs a coefficient for each of {len(self.blocks)} blocks"
+            )
         return self
 
 
@@ -289,7 +293,12 @@ class RunFile(Document, kind="run"):
     @model_validator(mode="after")
     def _below(self) -> Self:
         n = len(self.blocks.blocks)
-        if any(b >= n for s in self.stages.values() if s.done for b in s.options.removed or ()):
+        if any(
+            b >= n
+            for s in self.stages.values()
+            if s.done
+            for b in s.options.removed or ()
+        ):
             raise ValueError(f"a stage removes a block outside 0 to {n - 1}")
         return self
 

@@ -59,7 +59,10 @@ STAGES = {
         options=("budget", "keep", "drop", "patch", "patch_tokens", "seed"),
     ),
     "solve": Stage(
-        "solve", "spectrum.json", reads=("energy",), options=("remove", "budget", "seed", *SOLVING)
+        "solve",
+        "spectrum.json",
+        reads=("energy",),
+        options=("remove", "budget", "seed", *SOLVING),
     ),
     "rank": Stage(
         "rank",
@@ -79,7 +82,9 @@ STAGES = {
 
 def find_stage(file: Path) -> Stage | None:
     """Return the stage that writes a file or folder, by its name; None for other files."""
-    return next((stage for stage in STAGES.values() if fnmatch(file.name, stage.file)), None)
+    return next(
+        (stage for stage in STAGES.values() if fnmatch(file.name, stage.file)), None
+    )
 
 
 def find_product(run: RunFile, folder: Path, target: Path) -> Path:

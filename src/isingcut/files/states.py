@@ -58,7 +58,9 @@ class SpectrumFile(Document, kind="spectrum"):
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
         if len(self.states) * self.n > _MOST_CELLS:
-            raise ValueError(f"{len(self.states)} states of {self.n} blocks are too many")
+            raise ValueError(
+                f"{len(self.states)} states of {self.n} blocks are too many"
+            )
         if any(b >= self.n for s in self.states for b in s.removed):
             raise ValueError(f"a state removes a block outside 0 to {self.n - 1}")
         return self

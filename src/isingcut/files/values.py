@@ -21,4 +21,6 @@ def _check_distinct(blocks: list[int]) -> list[int]:
 
 
 Index = Annotated[int, Field(ge=0, le=2**31)]
-Blocks = Annotated[list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)]
+Blocks = Annotated[
+    list[Index], Field(max_length=2**20), AfterValidator(_check_distinct)
+]

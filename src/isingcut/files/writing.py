@@ -45,7 +45,10 @@ def clear_os_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as e:
         # torch's writer reports the position where it stopped, but not the reason: a full disk.
-        stopped = any(words in str(e) for words in ("PytorchStreamWriter failed", "unexpected pos"))
+        stopped = any(
+            words in str(e)
+            for words in ("PytorchStreamWriter failed", "unexpected pos")
+        )
         if (code := _code_of(e)) in (errno.ENOSPC, errno.EDQUOT) or stopped:
             raise InputError(
                 f"no space left on the disk, {target} was not written; free some space or choose "
@@ -67,7 +70,9 @@ def os_error_words(error: OSError) -> str:
         why = os.strerror(code) if (code := _code_of(error)) else words
         return f"cannot copy {source} to {target}: {why}"
     places = [
-        os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes)
+        os.fsdecode(p)
+        for p in (error.filename, error.filename2)
+        if isinstance(p, str | bytes)
     ]
     why = (error.strerror or str(error) or type(error).__name__).strip()
     return f"{' and '.join(places)}: {why}" if places else why
@@ -80,7 +85,9 @@ def _code_of(error: Exception) -> int:
     """
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno or 0
-    worded = isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"
+    worded = (
+        isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"
+    )
     found = _CODE.search(str(error)) if worded else None
     return int(found[1]) if found else 0
 
@@ -108,7 +115,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: Path, *, overwrite: bool = False, sources: Iterable[str | os.PathLike[str]] = ()
+    path: Path,
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder; it is marked and renamed to ``path`` on success.
 
@@ -137,7 +147,9 @@ def atomic_folder(
                 check_output(path, overwrite=overwrite, sources=sources)
                 # Move the old folder aside first: a kill between the two renames leaves one whole
                 # folder under a recognisable name, not a mixture.
-                aside = Path(tempfile.mkdtemp(".old", temporary_prefix(path), path.parent))
+                aside = Path(
+                    tempfile.mkdtemp(".old", temporary_prefix(path), path.parent)
+                )
                 os.replace(path, aside / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(aside)
@@ -222,7 +234,9 @@ _held: set[tuple[int, int, Path]] = set()
 
 
 @contextlib.contextmanager
-def lock_place(place: Path, *, inside: bool = False, wait: bool = False) -> Iterator[bool]:
+def lock_place(
+    place: Path, *, inside: bool = False, wait: bool = False
+) -> Iterator[bool]:
     """Lock ``place``, which need not exist, so that no other process writes to it.
 
     Half-written files of killed processes are deleted first.
@@ -308,7 +322,9 @@ def _who(file: Path, place: Path) -> str:
     with contextlib.suppress(InputError):
         found = _HOLDER.fullmatch(read_text(file, "the lock", limit=1000))
     who, since = (f" ({found[1]})", f" since {found[2]}") if found else ("", "")
-    return f"another isingcut{who} is writing to {place}{since}; wait for it, or stop it"
+    return (
+        f"another isingcut{who} is writing to {place}{since}; wait for it, or stop it"
+    )
 
 
 @functools.cache

@@ -25,7 +25,11 @@ from isingcut.formats.architectures.cuts import (
     refuse_packing,
 )
 from isingcut.formats.libraries import explain_shape
-from isingcut.formats.safetensors_files import StoredTensor, read_checkpoint, read_config
+from isingcut.formats.safetensors_files import (
+    StoredTensor,
+    read_checkpoint,
+    read_config,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +115,9 @@ class Checkpoint:
 
     def by_block(self) -> list[dict[str, StoredTensor]]:
         """Return the tensors of each block, with their names inside it; errors as `prefix`."""
-        found: dict[str, dict[str, StoredTensor]] = {str(i): {} for i in range(self.depth)}
+        found: dict[str, dict[str, StoredTensor]] = {
+            str(i): {} for i in range(self.depth)
+        }
         for name, tensor in self.stored.items():
             number, _, rest = name.removeprefix(self.prefix).partition(".")
             if name.startswith(self.prefix) and number in found:
@@ -125,7 +131,9 @@ class Checkpoint:
     @property
     def most_numbers(self) -> int | None:
         """Largest number of weights in its tensors; None without weights."""
-        return sum(t.most_numbers for t in self.stored.values()) if self.stored else None
+        return (
+            sum(t.most_numbers for t in self.stored.values()) if self.stored else None
+        )
 
 
 def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
@@ -148,7 +156,9 @@ def check_fit(folder: Path, *, weights: bool = True) -> Checkpoint:
                 f"{'an object' if kind is dict else 'a text'}"
             )
     _refuse_huge(folder, config)
-    stored = read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
+    stored = (
+        read_checkpoint(folder) if weights or any(folder.glob("*.safetensors")) else {}
+    )
     if weights:
         refuse_packing(config)
     checkpoint = Checkpoint(folder, config, stored)
@@ -187,8 +197,14 @@ def check_sizes(seen: Checkpoint, model: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         stored = seen.stored.get(name)
-        if stored and not stored.packed and math.prod(stored.shape) != parameter.numel():
-            raise ModelError(explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape)))
+        if (
+            stored
+            and not stored.packed
+            and math.prod(stored.shape) != parameter.numel()
+        ):
+            raise ModelError(
+                explain_shape(name, seen.folder, stored.shape, tuple(parameter.shape))
+            )
 
 
 def is_mtp(name: str, text: Mapping[str, Any] | None = None) -> bool:
@@ -216,7 +232,9 @@ def _fits(numbers: set[int], count: int, heads: int) -> bool:
     return set(range(count)) <= numbers <= set(range(count + heads))
 
 
-def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str, set[int]]:
+def _stack(
+    tensors: Iterable[StoredTensor], count: int, heads: int
+) -> tuple[str, set[int]]:
     """Return the name prefix of the block tensors, and their block numbers.
 
     Prefixes with the right numbers win, unless their tensors are far too small; then the largest.
@@ -232,7 +250,9 @@ def _stack(tensors: Iterable[StoredTensor], count: int, heads: int) -> tuple[str
     if not numbers:
         return "", set()
     # Leave out blocks of other modalities, unless the model is an encoder (BERT as a decoder).
-    ours = {p: n for p, n in sizes.items() if not any(word in p for word in OTHER_STACKS)} or sizes
+    ours = {
+        p: n for p, n in sizes.items() if not any(word in p for word in OTHER_STACKS)
+    } or sizes
     least = max(ours.values()) / _SMALLER
     fitting = [p for p in ours if ours[p] >= least and _fits(numbers[p], count, heads)]
     prefix = max(fitting or ours, key=lambda p: ours[p])
@@ -279,7 +299,11 @@ def limit_structure(stored: int | None, what: str) -> Iterator[None]:
             )
 
     with (
-        torch_module.register_module_parameter_registration_hook(partial(count, "parameters")),
-        torch_module.register_module_buffer_registration_hook(partial(count, "buffers")),
+        torch_module.register_module_parameter_registration_hook(
+            partial(count, "parameters")
+        ),
+        torch_module.register_module_buffer_registration_hook(
+            partial(count, "buffers")
+        ),
     ):
         yield

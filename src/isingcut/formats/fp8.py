@@ -35,7 +35,14 @@ DTYPES = {
 # "x.weight" has "x.weight_scale", and fused experts' "x.up_proj" has "x.up_proj_scale".
 _SCALES = ("_scale_inv", "_scale")
 # Scales of activations and caches, which dequantised weights do not need.
-_DROPPED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "kv_scale")
+_DROPPED = (
+    "input_scale",
+    "activation_scale",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "kv_scale",
+)
 
 
 def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -53,7 +60,9 @@ def fp8_layout(folder: Path, config: Mapping[str, Any]) -> str | None:
     if method == "compressed-tensors":
         groups = _object(quantisation.get("config_groups")).values()
         weights = [_object(_object(group).get("weights")) for group in groups]
-        if weights and all(w.get("num_bits") == 8 and w.get("type") == "float" for w in weights):
+        if weights and all(
+            w.get("num_bits") == 8 and w.get("type") == "float" for w in weights
+        ):
             return "compressed-tensors"
         return None
     algorithm = quantisation.get("quant_algo")
@@ -71,7 +80,9 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
         CheckpointError: the dtype is not supported.
     """
     if stored.dtype not in DTYPES:
-        raise CheckpointError(f"tensor {stored.name!r} has the unsupported dtype {stored.dtype}")
+        raise CheckpointError(
+            f"tensor {stored.name!r} has the unsupported dtype {stored.dtype}"
+        )
     return DTYPES[stored.dtype]
 
 
@@ -154,7 +165,12 @@ def dequantise_checkpoint(
     block = tile_of(config)
     for name, tensor in weights_of(stored).items():
         value = read_plain(name, stored, block)
-        yield name, value.to(dtype) if tensor.dtype.startswith(("F8_", "BF16", "F16")) else value
+        yield (
+            name,
+            value.to(dtype)
+            if tensor.dtype.startswith(("F8_", "BF16", "F16"))
+            else value,
+        )
 
 
 def weights_of(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -180,7 +196,9 @@ def scale_of(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor:
     for suffix in _SCALES:
         if name + suffix in stored:
             return stored[name + suffix]
-    raise CheckpointError(f"the float8 tensor {name!r} has no scale; get the checkpoint again")
+    raise CheckpointError(
+        f"the float8 tensor {name!r} has no scale; get the checkpoint again"
+    )
 
 
 def tile_of(config: Mapping[str, Any]) -> tuple[int, int] | None:

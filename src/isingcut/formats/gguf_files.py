@@ -85,7 +85,11 @@ class GgufHeader:
     def mtp_layers(self) -> int:
         """Number of layers for multi-token prediction, which `block_count` includes."""
         found = self.value(f"{self.architecture}.nextn_predict_layers")
-        return found if isinstance(found, int) and found < self.number("block_count") else 0
+        return (
+            found
+            if isinstance(found, int) and found < self.number("block_count")
+            else 0
+        )
 
     def check_blocks(self) -> int:
         """Return the number of blocks, without the layers for multi-token prediction after them.
@@ -129,7 +133,13 @@ _STAYS = re.compile(r"norm|bias|conv|router|\bgate\.|gate_inp|wpe|position|A_log
 
 
 def packed_type(
-    name: str, shape: Sequence[int], own: Any, wanted: str, *, inside: bool, new: bool = False
+    name: str,
+    shape: Sequence[int],
+    own: Any,
+    wanted: str,
+    *,
+    inside: bool,
+    new: bool = False,
 ) -> Any:
     """Return the type of a tensor in a file whose blocks are packed as ``wanted``.
 
@@ -156,7 +166,9 @@ def packed_type(
     types = [gguf.GGMLQuantizationType[kind] for kind in PACKED]
     if len(shape) < 2 or shape[-1] % 32 or _STAYS.search(name):
         return own
-    target = gguf.GGMLQuantizationType[wanted if inside else PACKED[0]] if wanted else own
+    target = (
+        gguf.GGMLQuantizationType[wanted if inside else PACKED[0]] if wanted else own
+    )
     if bits(target) < bits(own):
         return target
     if not new or own in types or own.name in PLAIN_TYPES:
@@ -181,7 +193,9 @@ def read_gguf(path: Path) -> GgufHeader:
     class Reader(GGUFReader):
         """Reader that raises an error for lengths beyond the end of the file."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+        def _get(
+            self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any
+        ) -> Any:
             found = super()._get(offset, dtype, count, *rest, **more)
             if len(found) < count:
                 raise ValueError("it ends early")
@@ -219,7 +233,9 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
     regular_file(path, "the GGUF file", ModelError)
     with path.open("rb") as f:
         if f.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file: its first four bytes are not 'GGUF'")
+            raise ModelError(
+                f"{path} is not a GGUF file: its first four bytes are not 'GGUF'"
+            )
     target = gguf_cache() / file_sha256(path, progress)
     try:
         if not target.is_dir():

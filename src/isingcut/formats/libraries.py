@@ -113,7 +113,9 @@ def report_missing_kernels() -> None:
     logger.propagate = False
 
 
-def explain_shape(name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]) -> str:
+def explain_shape(
+    name: str, folder: Path, found: Sequence[int], wanted: Sequence[int]
+) -> str:
     """Return the message that a tensor has another shape than the model's."""
     return (
         f"the tensor {name} in {folder} has the shape {list(found)}, but its model expects "

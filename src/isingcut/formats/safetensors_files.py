@@ -48,7 +48,9 @@ class StoredTensor:
     @property
     def packed(self) -> bool:
         """Whether an element may contain several weights."""
-        return not self.dtype.startswith(("F", "BF")) or self.size < math.prod(self.shape)
+        return not self.dtype.startswith(("F", "BF")) or self.size < math.prod(
+            self.shape
+        )
 
     @property
     def element_size(self) -> int:
@@ -114,7 +116,11 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     weight_map = {} if files[0].name == SINGLE else read_index(folder)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            where = f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it"
+            where = (
+                f"it is in {tensors[name].file.name}"
+                if name in tensors
+                else "no shard has it"
+            )
             raise CheckpointError(
                 f"{INDEX} says that tensor {name!r} is in {shard}, but {where}: "
                 "the checkpoint is incomplete, download it again"
@@ -161,13 +167,19 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index is damaged.
     """
-    index = load_json(find_contained(folder, INDEX), "the safetensors index", CheckpointError)
+    index = load_json(
+        find_contained(folder, INDEX), "the safetensors index", CheckpointError
+    )
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
+        raise CheckpointError(
+            f"{folder / INDEX} has no 'weight_map' of tensor names to files"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{INDEX} maps tensor {name!r} to {file!r}, not to a file name")
+            raise CheckpointError(
+                f"{INDEX} maps tensor {name!r} to {file!r}, not to a file name"
+            )
     return weight_map
 
 
@@ -196,7 +208,9 @@ def find_contained(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{path} is not a regular file")
     home = folder.resolve()
     cache = home.parent.parent if home.parent.name == "snapshots" else None
-    inside = real.is_relative_to(home) or (cache is not None and real.is_relative_to(cache))
+    inside = real.is_relative_to(home) or (
+        cache is not None and real.is_relative_to(cache)
+    )
     if not inside:
         raise CheckpointError(
             f"{path} is a link to {real}, outside the checkpoint; put the file itself there"
@@ -226,9 +240,13 @@ def read_header(path: Path) -> list[StoredTensor]:
             dtype = entry["dtype"]
             start, end = entry["data_offsets"]
             place = 8 + length + start, end - start
-            tensors.append(StoredTensor(name, path, dtype, tuple(entry["shape"]), *place))
+            tensors.append(
+                StoredTensor(name, path, dtype, tuple(entry["shape"]), *place)
+            )
     except (SafetensorError, OSError, ValueError) as error:
-        words = f"{path} is damaged, truncated or not a safetensors file: {one_line(error)}"
+        words = (
+            f"{path} is damaged, truncated or not a safetensors file: {one_line(error)}"
+        )
         raise CheckpointError(f"{words}; download it again") from error
     return sorted(tensors, key=lambda t: (t.start, t.size))
 
@@ -261,7 +279,9 @@ class NewTensor:
         return self.source.size // self.count * len(self.kept)
 
 
-def write_checkpoint(folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Sequence[NewTensor], max_shard_bytes: int
+) -> None:
     """Write tensors as one safetensors file, or as shards with an index.
 
     Needs at most 32 MiB of memory, and only for sliced tensors.
@@ -287,7 +307,9 @@ def write_checkpoint(folder: Path, tensors: Sequence[NewTensor], max_shard_bytes
     if split.is_sharded:
         weight_map = dict(sorted(split.tensor_to_filename.items()))
         index = {"metadata": split.metadata, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
@@ -331,7 +353,9 @@ def copy_bytes(target: BinaryIO, file: Path, start: int, size: int) -> None:
         while left:
             done = f.readinto(buffer[: min(len(buffer), left)])
             if not done:
-                raise CheckpointError(f"{file} ended early, {left} bytes before {start + size}")
+                raise CheckpointError(
+                    f"{file} ended early, {left} bytes before {start + size}"
+                )
             target.write(buffer[:done])
             left -= done
 

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from isingcut.console.progress import Progress, silent
-from isingcut.data.mixture import find_object, find_packaged, is_object_name, register_object
+from isingcut.data.mixture import (
+    find_object,
+    find_packaged,
+    is_object_name,
+    register_object,
+)
 from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
@@ -111,7 +116,11 @@ def hub_id(name: str) -> str | None:
     """Return the hub id of a model name, or None for a local folder or file."""
     if name == PACKAGED:
         return PACKAGED_HUB_ID
-    if is_object_name(name) or os.path.lexists(user_path(name)) or _looks_like_a_path(name):
+    if (
+        is_object_name(name)
+        or os.path.lexists(user_path(name))
+        or _looks_like_a_path(name)
+    ):
         return None
     return name
 
@@ -195,7 +204,9 @@ def _check_folder(folder: Path, weights: bool = True) -> Path:
             "(a merged model: delete its adapter_config.json)"
         )
     if not os.path.lexists(folder / "config.json"):
-        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        raise ModelError(
+            f"{folder} is not a Hugging Face model folder: it has no config.json"
+        )
     read_config(folder)
     for name in _READ_BY_TRANSFORMERS:
         if os.path.lexists(folder / name):
@@ -292,7 +303,9 @@ def save_loaded_model(
                 "save_pretrained yourself and give that folder"
             ) from e
         digest = model_identity(folder)["sha256"][:16]
-        with register_object(f"{type(given).__name__} in memory ({digest})", folder) as name:
+        with register_object(
+            f"{type(given).__name__} in memory ({digest})", folder
+        ) as name:
             yield name
 
 

@@ -103,7 +103,9 @@ class Names:
         self._prefix = model.base_model_prefix
         self.model = model
         self.tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-        self._widened = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)]
+        self._widened = [
+            re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(dtype)
+        ]
 
     def target(self, stored: str) -> tuple[str, str | None]:
         """Return a stored tensor's name in the model, and the pattern of its converter, if any."""

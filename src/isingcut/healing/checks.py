@@ -31,7 +31,9 @@ Removal = CutRecord | HealingFile
 """The record of a cut: the removed blocks, and the number of blocks before the cut."""
 
 
-def check_inputs(config: HealConfig, sources: Sequence[str | os.PathLike[str]] = ()) -> HealConfig:
+def check_inputs(
+    config: HealConfig, sources: Sequence[str | os.PathLike[str]] = ()
+) -> HealConfig:
     """Check all that needs no model; return the options with those that follow from the checkpoint.
 
     Args:
@@ -43,7 +45,9 @@ def check_inputs(config: HealConfig, sources: Sequence[str | os.PathLike[str]] =
     config = config.validate()
     for name in ("student", "out"):
         if not getattr(config, name):
-            raise InputError(f"--{name} is missing" if name != "student" else "STUDENT is missing")
+            raise InputError(
+                f"--{name} is missing" if name != "student" else "STUDENT is missing"
+            )
     corpora.check(config.text)
     student = user_path(config.student)
     known = read_removal(student)
@@ -56,7 +60,9 @@ def check_inputs(config: HealConfig, sources: Sequence[str | os.PathLike[str]] =
         config = config.replace(teacher=original)
     check_name(config.teacher, trust_remote_code=config.trust_remote_code)
     start = start_of(student)
-    if start != "cut" and (config.method == "none" or config.patch in ("linear", "tuned")):
+    if start != "cut" and (
+        config.method == "none" or config.patch in ("linear", "tuned")
+    ):
         raise InputError(
             f"{student} is {start} already, but a patch needs the exact cut; remove --patch and "
             "give a --method, or give the exact cut (isingcut excise --patch none)"
@@ -78,14 +84,20 @@ def is_finished(config: HealConfig) -> bool:
         config: options from `check_inputs`.
     """
     out = user_path(config.out)
-    if config.overwrite or not (out / RECORD).is_file() or find_change(out, folder_hash(out) or ""):
+    if (
+        config.overwrite
+        or not (out / RECORD).is_file()
+        or find_change(out, folder_hash(out) or "")
+    ):
         return False
     if any(map(is_read_once, places_in(config.text))):
         return False
     made = read_document(out / RECORD, HealingFile).provenance
     trust = config.trust_remote_code
     return made.get("request") == request_of(
-        config, user_path(config.student), resolve(config.teacher, trust_remote_code=trust)
+        config,
+        user_path(config.student),
+        resolve(config.teacher, trust_remote_code=trust),
     )
 
 
@@ -106,7 +118,9 @@ def read_removal(folder: Path) -> Removal | None:
         InputError: not a checkpoint, or an unreadable record.
     """
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint (no config.json); give the cut model")
+        raise InputError(
+            f"{folder} is not a checkpoint (no config.json); give the cut model"
+        )
     name = next((n for n in (CUT, RECORD) if (folder / n).exists()), None)
     if name is None:
         return None
@@ -118,7 +132,9 @@ def read_removal(folder: Path) -> Removal | None:
         original = original_of(found)
         if not 0 < len(found.removed) < found.of or max(found.removed) >= found.of:
             why = f"blocks {found.removed} of {found.of}"
-        elif original and not all(isinstance(original.get(k), str) for k in ("sha256", "name")):
+        elif original and not all(
+            isinstance(original.get(k), str) for k in ("sha256", "name")
+        ):
             why = "the original's hash is not text"
     except ValidationError as e:
         why = e.errors(include_url=False)[0]["msg"]

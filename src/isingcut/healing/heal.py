@@ -27,14 +27,25 @@ from isingcut.data.tokens import TokenSet, overlap
 from isingcut.errors import InputError, VerificationError
 from isingcut.evaluation.quality import quality, quality_of, sample_sums
 from isingcut.files.evaluations import PairScores
-from isingcut.files.healings import HealedPart, HealedScores, HealingFile, HealOptions, PatchScores
+from isingcut.files.healings import (
+    HealedPart,
+    HealedScores,
+    HealingFile,
+    HealOptions,
+    PatchScores,
+)
 from isingcut.files.inputs import user_path
 from isingcut.files.ownership import refuse_changed
 from isingcut.files.provenance import versions
 from isingcut.files.results import fingerprint, without_infinities, write_document
 from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.formats.architectures.blocks import find_stack, text_config
-from isingcut.formats.sources import check_unchanged, model_identity, resolve, weights_stamp
+from isingcut.formats.sources import (
+    check_unchanged,
+    model_identity,
+    resolve,
+    weights_stamp,
+)
 from isingcut.healing import RECORD
 from isingcut.healing.checks import (
     card_parts_of,
@@ -98,7 +109,9 @@ def heal(
         BusyError: another process writes to the output.
     """
     if config is not None and (options or not isinstance(config, HealConfig)):
-        raise InputError("give either a HealConfig or options by name (student=...), not both")
+        raise InputError(
+            "give either a HealConfig or options by name (student=...), not both"
+        )
     shown = as_progress(progress)
     config = config or options_from(HealConfig, options, "isingcut.healing.heal")
     config = check_inputs(config, sources)
@@ -118,7 +131,9 @@ def heal(
         refuse_changed(student)
         stamps = [(folder, weights_stamp(folder)) for folder in (source, student)]
         dtype = processes.decide(lambda: dtype_name(config.dtype, config.device))
-        teacher = load(source, dtype=dtype, device=config.device, trust_remote_code=trust)
+        teacher = load(
+            source, dtype=dtype, device=config.device, trust_remote_code=trust
+        )
         if known is None:
             removed = removal_by_weights(student, teacher)
         else:
@@ -129,7 +144,16 @@ def heal(
             # The run's patch was fitted on what follows its calibration in the shared text.
             own = used.splits["report"].first(text.report.tokens)
             text = HealingText(text.train, own, overlap(own, [text.train]))
-        job = Job(teacher, removed, student, text.train, out, config, shown, processes=processes)
+        job = Job(
+            teacher,
+            removed,
+            student,
+            text.train,
+            out,
+            config,
+            shown,
+            processes=processes,
+        )
         heal_checkpoint(job, text, out, sources=sources, stamps=stamps)
     if processes.size > 1:
         torch.distributed.destroy_process_group()
@@ -138,10 +162,16 @@ def heal(
 
 def _calibration_of(student: Path) -> Calibration | None:
     """Return the calibration of the run whose folder has the checkpoint; None outside a run."""
-    files = [folder / "calibration.safetensors" for folder in student.resolve().parents[:2]]
+    files = [
+        folder / "calibration.safetensors" for folder in student.resolve().parents[:2]
+    ]
     found = [Calibration.load(file) for file in files if file.is_file()]
     # The text may have changed since: `overlap` counts what is trained on and reported.
-    return dataclasses.replace(found[0], meta={**found[0].meta, "texts": {}}) if found else None
+    return (
+        dataclasses.replace(found[0], meta={**found[0].meta, "texts": {}})
+        if found
+        else None
+    )
 
 
 def _processes(config: HealConfig) -> Processes:
@@ -200,7 +230,9 @@ def identity_of(job: Job, text: HealingText) -> str:
             "student": model_identity(job.start)["sha256"],
             "removed": list(job.removed),
             "tokens": fingerprint([tokens.input_ids.tolist() for tokens in both]),
-            "counted": [None if t.counted is None else t.counted.tolist() for t in both],
+            "counted": [
+                None if t.counted is None else t.counted.tolist() for t in both
+            ],
             "dtype": str(teacher.dtype),
         }
     )
@@ -238,7 +270,9 @@ def heal_checkpoint(
     identity = identity_of(job, text)
     shown = silent if processes.rank else job.progress
     judge = Domains(text.report)
-    job = dataclasses.replace(job, tokens=text.train, work=work, progress=shown, judge=judge)
+    job = dataclasses.replace(
+        job, tokens=text.train, work=work, progress=shown, judge=judge
+    )
     # Every process checks the places before rank 0 writes there.
     processes.wait()
     with claim_work(work, identity) if job.leads else contextlib.nullcontext():
@@ -252,7 +286,9 @@ def heal_checkpoint(
             if card.is_file():
                 written = card.read_text(encoding="utf-8")
                 card.write_text(healed_card(parts, written, record), encoding="utf-8")
-            with atomic_folder(out, overwrite=config.overwrite, sources=sources) as temporary:
+            with atomic_folder(
+                out, overwrite=config.overwrite, sources=sources
+            ) as temporary:
                 temporary.rmdir()
                 done.rename(temporary)
     processes.wait()
@@ -269,14 +305,18 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     student = job.start
     main = job.leads
     start = start_of(student)
-    patches = config.patch in ("linear", "tuned") or (config.patch is None and start == "cut")
+    patches = config.patch in ("linear", "tuned") or (
+        config.patch is None and start == "cut"
+    )
     began = time.monotonic()
     record: dict[str, Any] = {}
     if main:
         if not (work / "before.json").exists():
             _check_effort(job, text.report, patches=patches)
         record["before"] = keep_result(
-            work / "before.json", HealedScores, lambda: _scores(job, student, text.report)
+            work / "before.json",
+            HealedScores,
+            lambda: _scores(job, student, text.report),
         )
     judging = time.monotonic() - began
     if patches:
@@ -315,7 +355,10 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     if not main:
         return done, None
     models = {"teacher": job.teacher.folder, "student": student}
-    named = {k: {"name": folder.name, **model_identity(folder)} for k, folder in models.items()}
+    named = {
+        k: {"name": folder.name, **model_identity(folder)}
+        for k, folder in models.items()
+    }
     patch = (config.patch or "linear") if "patch" in record else "none"
     return done, HealingFile(
         **{"steps": [], **record},
@@ -350,7 +393,9 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     times = []
     for _ in range(2):
         began = time.monotonic()
-        quality(job.teacher.model, job.teacher.model, sample, Work(job.config.batch_tokens))
+        quality(
+            job.teacher.model, job.teacher.model, sample, Work(job.config.batch_tokens)
+        )
         times.append(time.monotonic() - began)
     token = min(times) / (2 * int(sample.mask.sum()))
     # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
@@ -378,7 +423,9 @@ def _scores(job: Job, folder: Path, report: TokenSet) -> HealedScores:
     _, nll, kl = sums.tolist()
     scores = HealedScores(**_figures(found), nll_sums=nll, kl_sums=kl)
     if found.parts:
-        scores.parts = {name: HealedPart(**_figures(part)) for name, part in found.parts.items()}
+        scores.parts = {
+            name: HealedPart(**_figures(part)) for name, part in found.parts.items()
+        }
     return scores
 
 
@@ -389,7 +436,9 @@ def _pair(before: HealedScores, after: HealedScores, report: TokenSet) -> Healed
     # Work that an earlier version began has no sums.
     for rows, scores in texts if before.kl_sums else []:
         for key in ("kl", "nll"):
-            first, last = (np.array(getattr(m, f"{key}_sums"))[rows] for m in (before, after))
+            first, last = (
+                np.array(getattr(m, f"{key}_sums"))[rows] for m in (before, after)
+            )
             _, error = difference(first, last, report.counts[rows])
             setattr(scores, f"{key}_change_se", without_infinities(error))
     return after

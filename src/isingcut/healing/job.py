@@ -71,11 +71,16 @@ class Domains:
         now = checks[-1]
         counts = self.tokens.counts
         for name, rows in self._parts.items():
-            start, last, here = (np.asarray(c.kl_sums)[rows] for c in (begin, before, now))
+            start, last, here = (
+                np.asarray(c.kl_sums)[rows] for c in (begin, before, now)
+            )
             worse = [difference(past, here, counts[rows]) for past in (start, last)]
             # The error is NaN for a single sample, which is never worse.
             if all(mean > _ERRORS * error for mean, error in worse):
-                kl = [float(sums.sum() / counts[rows].sum()) for sums in (start, last, here)]
+                kl = [
+                    float(sums.sum() / counts[rows].sum())
+                    for sums in (start, last, here)
+                ]
                 where = f"on {name} the model" if name else "the model"
                 mean, error = difference(start, last, counts[rows])
                 kept = 0 if mean > _ERRORS * error else before.step
@@ -172,7 +177,9 @@ def trainer_settings(config: HealConfig) -> dict[str, Any]:
             TypeAdapter(kind, config=strict).validate_python(value)
         except ValidationError as e:
             why = e.errors(include_url=False)[0]["msg"].lower()
-            raise InputError(f"--trainer: {name}: {why}, got {str(value)[:60]!r}") from e
+            raise InputError(
+                f"--trainer: {name}: {why}, got {str(value)[:60]!r}"
+            ) from e
     for name in _POSITIVE & values.keys():
         if values[name] <= 0:
             raise InputError(f"--trainer: {name} must be above 0, got {values[name]}")
@@ -201,7 +208,9 @@ def check_training(config: HealConfig, student: Path | None = None) -> None:
     if config.trainer:
         _check_optimiser(config)
         if trainer_settings(config).get("fsdp") and not is_launched():
-            raise InputError("--trainer: fsdp needs several processes; start them with torchrun")
+            raise InputError(
+                "--trainer: fsdp needs several processes; start them with torchrun"
+            )
     if student is not None:
         stored_dtype(student)
 
@@ -226,7 +235,9 @@ def _check_optimiser(config: HealConfig) -> None:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             optimiser = kind([torch.nn.Parameter(torch.zeros(1))], **options)
         further = args.lr_scheduler_kwargs or {}
-        get_scheduler(args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further)
+        get_scheduler(
+            args.lr_scheduler_type, optimiser, 1, 10, scheduler_specific_kwargs=further
+        )
     except (TypeError, ValueError, AttributeError, KeyError, ImportError) as e:
         raise InputError(
             "--trainer: transformers rejects the optimiser (optim, adam_*) or the schedule "
@@ -236,7 +247,9 @@ def _check_optimiser(config: HealConfig) -> None:
 
 def is_sharded(settings: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed shards the training, and so places the model on the devices."""
-    given = [os.environ.get(f"ACCELERATE_USE_{n}", "").lower() for n in ("FSDP", "DEEPSPEED")]
+    given = [
+        os.environ.get(f"ACCELERATE_USE_{n}", "").lower() for n in ("FSDP", "DEEPSPEED")
+    ]
     return bool(settings.get("fsdp") or settings.get("deepspeed")) or "true" in given
 
 
@@ -261,7 +274,9 @@ def usual_recipe(job: Job) -> HealingRecipe:
     processes = job.processes.size
     settings = trainer_settings(job.config)
     batch = _batch(settings, processes) or processes * math.ceil(_BATCH / processes)
-    steps = settings.get("max_steps") or _steps(text, batch, settings.get("num_train_epochs", 1.0))
+    steps = settings.get("max_steps") or _steps(
+        text, batch, settings.get("num_train_epochs", 1.0)
+    )
     rate = settings.get("learning_rate") or (2e-4 if job.config.lora_rank else 2e-5)
     samples = steps * batch
     tokens = int(samples * int(text.mask.sum()) / text.samples)
@@ -278,7 +293,12 @@ def usual_recipe(job: Job) -> HealingRecipe:
 
 
 def sizes(
-    config: HealConfig, tokens: float, *, width: int, longest: int = LENGTH, processes: int = 1
+    config: HealConfig,
+    tokens: float,
+    *,
+    width: int,
+    longest: int = LENGTH,
+    processes: int = 1,
 ) -> tuple[int, int, float]:
     """Choose batch, length and learning rate for a number of tokens.
 
@@ -297,7 +317,9 @@ def sizes(
     step = 2 ** round(math.log2(min(7.2 * math.sqrt(tokens), tokens / _STEPS)))
     step = min(_MOST, max(SHORT, step))
     length = longest if config.length else min(longest, max(SHORT, step // 8))
-    batch = _batch(settings, processes) or processes * math.ceil(step / (length * processes))
+    batch = _batch(settings, processes) or processes * math.ceil(
+        step / (length * processes)
+    )
     scale = 10.0 if config.lora_rank else 1.0
     rate = min(3e-4, 0.086 / math.sqrt(tokens)) * min(1.0, 576 / width)
     # Gradients of few tokens are mostly noise.
@@ -306,7 +328,9 @@ def sizes(
     return batch, length, float(settings.get("learning_rate", rate))
 
 
-def choose_recipe(job: Job, seconds: float | None, pace: tuple[float, float]) -> HealingRecipe:
+def choose_recipe(
+    job: Job, seconds: float | None, pace: tuple[float, float]
+) -> HealingRecipe:
     """Choose the recipe for the budget of a job.
 
     Args:
@@ -366,7 +390,9 @@ def check_last(config: HealConfig, blocks: int) -> None:
         InputError: the model has fewer blocks than requested; the message has their number.
     """
     if config.last is not None and config.last > blocks:
-        raise InputError(f"--method {config.method}: the cut model has {blocks} blocks; give fewer")
+        raise InputError(
+            f"--method {config.method}: the cut model has {blocks} blocks; give fewer"
+        )
 
 
 def stored_dtype(folder: Path) -> str:

@@ -28,7 +28,9 @@ from isingcut.options.config import HealConfig
 _PROBE = string.printable + "The old mill stood by the river. naïve 東京 😀"
 
 
-def check_pair(config: HealConfig, student: Path, removal: Removal | None, teacher: Path) -> None:
+def check_pair(
+    config: HealConfig, student: Path, removal: Removal | None, teacher: Path
+) -> None:
     """Check that student and teacher belong together, without loading their weights.
 
     Args:
@@ -73,7 +75,9 @@ def check_pair(config: HealConfig, student: Path, removal: Removal | None, teach
         )
 
 
-def _check_cut(student: Checkpoint, removal: Removal, name: str, teacher: Checkpoint) -> None:
+def _check_cut(
+    student: Checkpoint, removal: Removal, name: str, teacher: Checkpoint
+) -> None:
     """Check a checkpoint against its record, without loading it.
 
     Its number of blocks must fit, and its tensors must have the shapes of the original's.
@@ -123,7 +127,9 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
     kept: list[int] = []
     for place, block in enumerate(ours):
         first = kept[-1] + 1 if kept else 0
-        found = next((i for i in range(first, len(theirs)) if _same(block, theirs[i])), None)
+        found = next(
+            (i for i in range(first, len(theirs)) if _same(block, theirs[i])), None
+        )
         if found is None:
             after = f"after its block {kept[-1]}" if kept else "at all"
             raise InputError(
@@ -133,7 +139,9 @@ def removal_by_weights(folder: Path, teacher: LoadedModel) -> tuple[int, ...]:
         kept.append(found)
     removed = tuple(i for i in range(len(theirs)) if i not in kept)
     if not removed:
-        raise InputError(f"{folder} has all blocks of {teacher.folder.name}; give a cut model")
+        raise InputError(
+            f"{folder} has all blocks of {teacher.folder.name}; give a cut model"
+        )
     return removed
 
 

@@ -62,7 +62,9 @@ def complete_states(trainer: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def check_places(config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
+def check_places(
+    config: HealConfig, out: Path, sources: Sequence[str | os.PathLike[str]]
+) -> None:
     """Check that an output and its work folder may be written.
 
     Raises:
@@ -108,7 +110,9 @@ def claim_work(work: Path, identity: str) -> Iterator[None]:
         if isinstance(e, ModelError) or not _is_worth_keeping(work):
             release(work)
         elif isinstance(e, IsingcutError):
-            hint = f"finished work is kept in {work}; run the same command again to resume"
+            hint = (
+                f"finished work is kept in {work}; run the same command again to resume"
+            )
             e.args = (f"{e}; {hint}",)
         raise
     release(work)

@@ -78,11 +78,17 @@ def count(n: int, m: int) -> LinearConstraint:
     """Require that exactly ``m`` of ``n`` blocks are removed."""
     m = read_whole(m, "the number of removed blocks")
     if not 0 <= m <= n:
-        raise InputError(f"cannot remove {m} of {n} blocks; choose a number from 0 to {n}")
-    return LinearConstraint("count", np.ones(n), "==", m, f"exactly {m} of {n} blocks removed")
+        raise InputError(
+            f"cannot remove {m} of {n} blocks; choose a number from 0 to {n}"
+        )
+    return LinearConstraint(
+        "count", np.ones(n), "==", m, f"exactly {m} of {n} blocks removed"
+    )
 
 
-def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearConstraint]:
+def kind_counts(
+    kinds: Sequence[str], counts: Mapping[str, int]
+) -> list[LinearConstraint]:
     """Require exactly ``counts[kind]`` removed blocks of each kind, and none of other kinds."""
     present = Counter(kinds)
     for kind, wanted in counts.items():
@@ -98,20 +104,28 @@ def kind_counts(kinds: Sequence[str], counts: Mapping[str, int]) -> list[LinearC
         wanted = counts.get(kind, 0)
         mask = np.array([k == kind for k in kinds], dtype=np.float64)
         reason = f"exactly {wanted} of {total} {kind} blocks removed"
-        rows.append(LinearConstraint(f"remove {kind}={wanted}", mask, "==", wanted, reason))
+        rows.append(
+            LinearConstraint(f"remove {kind}={wanted}", mask, "==", wanted, reason)
+        )
     return rows
 
 
-def _unit_rows(n: int, indices: Iterable[int], verb: str, value: int) -> list[LinearConstraint]:
+def _unit_rows(
+    n: int, indices: Iterable[int], verb: str, value: int
+) -> list[LinearConstraint]:
     if not isinstance(indices, Iterable):
         raise InputError(f"give the blocks to {verb} as a list, got {indices!r:.60}")
     rows = []
     for i in sorted({read_whole(i, f"a block to {verb}") for i in indices}):
         if not 0 <= i < n:
-            raise InputError(f"cannot {verb} block {i}: blocks are numbered 0 to {n - 1}")
+            raise InputError(
+                f"cannot {verb} block {i}: blocks are numbered 0 to {n - 1}"
+            )
         row = np.eye(1, n, i)[0]
         what = "stays" if verb == "keep" else "is removed"
-        rows.append(LinearConstraint(f"{verb} {i}", row, "==", value, f"block {i} {what}"))
+        rows.append(
+            LinearConstraint(f"{verb} {i}", row, "==", value, f"block {i} {what}")
+        )
     return rows
 
 
@@ -147,19 +161,25 @@ def budget(
         raise InputError(f"budget {name!r}: give either a share or an amount")
     if share is not None:
         if not 0 <= share <= 1:
-            raise InputError(f"budget {name!r}: share must be from 0% to 100%, got {share:.1%}")
+            raise InputError(
+                f"budget {name!r}: share must be from 0% to 100%, got {share:.1%}"
+            )
         amount = share * (float(cost.sum()) if total is None else total)
     assert amount is not None
     reason = f"at least {amount:.6g} of {name} removed"
     return LinearConstraint(f"budget {name}", cost, ">=", amount, reason)
 
 
-def keep_at_least(kinds: Sequence[str], kind: str, minimum: int = 1) -> LinearConstraint:
+def keep_at_least(
+    kinds: Sequence[str], kind: str, minimum: int = 1
+) -> LinearConstraint:
     """Require that at least ``minimum`` blocks of ``kind`` stay, because generation needs them."""
     mask = np.array([k == kind for k in kinds], dtype=np.float64)
     total = int(mask.sum())
     reason = f"at least {minimum} of {total} {kind} blocks stay"
-    return LinearConstraint(f"keep {minimum} {kind}", mask, "<=", total - minimum, reason)
+    return LinearConstraint(
+        f"keep {minimum} {kind}", mask, "<=", total - minimum, reason
+    )
 
 
 def together(

@@ -31,7 +31,9 @@ _LARGEST = 1e100
 """Largest size of a coefficient: sums of coefficients, and squares of these, stay finite."""
 
 
-def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> Floats:
+def _finite(
+    name: str, value: ArrayLike, shape: tuple[int, ...] | None = None
+) -> Floats:
     try:
         given = np.asarray(value)
         if np.iscomplexobj(given):
@@ -99,12 +101,16 @@ class Hamiltonian:
     def __post_init__(self) -> None:
         h = _finite("h", self.h)
         if h.ndim != 1 or not h.size:
-            raise InputError(f"h must be a vector with at least one entry, got shape {h.shape}")
+            raise InputError(
+                f"h must be a vector with at least one entry, got shape {h.shape}"
+            )
         n = h.size
         object.__setattr__(self, "h", h)
         coupling = _symmetric("J", _finite("J", self.J, (n, n)))
         if np.diagonal(coupling).any():
-            raise InputError("J must have a zero diagonal; put own terms into h (x_i^2 = x_i)")
+            raise InputError(
+                "J must have a zero diagonal; put own terms into h (x_i^2 = x_i)"
+            )
         object.__setattr__(self, "J", coupling)
         object.__setattr__(self, "c", float(_finite("c", self.c, ())))
         if self.h_error is not None:
@@ -121,7 +127,9 @@ class Hamiltonian:
         """Make the Hamiltonian of E(x) = c + x^T Q x, for any square Q (x_i^2 = x_i)."""
         q = _finite("a quadratic form", matrix)
         if q.ndim != 2 or q.shape[0] != q.shape[1]:
-            raise InputError(f"a quadratic form needs a square matrix, got shape {q.shape}")
+            raise InputError(
+                f"a quadratic form needs a square matrix, got shape {q.shape}"
+            )
         coupling = q + q.T
         np.fill_diagonal(coupling, 0.0)
         return cls(np.diagonal(q).copy(), coupling, c, unit, **rest)
@@ -142,7 +150,9 @@ class Hamiltonian:
         if x.ndim != 2 or x.shape[1] != self.n:
             raise InputError(f"states must have shape (S, {self.n}), got {x.shape}")
         if x.dtype != np.bool_ and not np.isin(x, (0, 1)).all():
-            raise InputError("states must contain only 0 and 1 (1 = the block is removed)")
+            raise InputError(
+                "states must contain only 0 and 1 (1 = the block is removed)"
+            )
         x = x.astype(np.float64)
         energies: Floats = self.c + x @ self.h + 0.5 * ((x @ self.J) * x).sum(axis=1)
         return energies
@@ -179,7 +189,8 @@ class Hamiltonian:
         }
         target = Path(path)
         content = save(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tensor_header(header)
+            {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+            tensor_header(header),
         )
         with atomic_file(target) as temporary:
             temporary.write_bytes(content)
@@ -208,7 +219,9 @@ class Hamiltonian:
             raise documents.damaged_error(source, str(e)) from e
 
 
-def _list_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _list_arrays(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the expected dtype and shape of each tensor of a file, given the length of its h."""
     n = shapes.get("h", (0,))[:1] or (0,)
     needed = {"h": n, "J": 2 * n, "c": (1,)}

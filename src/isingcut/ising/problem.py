@@ -51,7 +51,9 @@ class Problem:
         object.__setattr__(self, "constraints", tuple(self.constraints))
         for row in self.constraints:
             if not isinstance(row, LinearConstraint):
-                raise InputError(f"expected rows; unpack a list of rows with *; got {row!r:.60}")
+                raise InputError(
+                    f"expected rows; unpack a list of rows with *; got {row!r:.60}"
+                )
             if row.coefficients.shape != (self.n,):
                 raise InputError(
                     f"constraint {row.name!r} is for {row.coefficients.shape[0]} blocks, but the "
@@ -132,7 +134,9 @@ class Problem:
             names.setdefault(row.reason, []).append(row.name)
         raise InfeasibleError(
             "no state satisfies all constraints; these conflict: "
-            + "; ".join(", ".join(of) + f" ({why})" * bool(why) for why, of in names.items())
+            + "; ".join(
+                ", ".join(of) + f" ({why})" * bool(why) for why, of in names.items()
+            )
             + "; relax one of them"
         )
 
@@ -144,9 +148,12 @@ class Problem:
 
         cqm = dimod.ConstrainedQuadraticModel.from_bqm(self.hamiltonian.to_bqm())
         for place, row in enumerate(self.constraints):
-            label = row.name if row.name not in cqm.constraints else f"{row.name} #{place}"
+            label = (
+                row.name if row.name not in cqm.constraints else f"{row.name} #{place}"
+            )
             terms: list[tuple[int, float]] = [
-                (int(i), float(row.coefficients[i])) for i in np.flatnonzero(row.coefficients)
+                (int(i), float(row.coefficients[i]))
+                for i in np.flatnonzero(row.coefficients)
             ]
             cqm.add_constraint_from_iterable(terms, row.sense, rhs=row.rhs, label=label)
         return cqm
@@ -187,7 +194,9 @@ class Problem:
                 if whole:
                     # A whole sum half above the limit would cost as little as one half below.
                     rhs = float(math.floor(rhs + row.tolerance / abs(unit)))
-                terms += _slack(place, rhs - float(values[values < 0].sum()), whole, slack_bits)
+                terms += _slack(
+                    place, rhs - float(values[values < 0].sum()), whole, slack_bits
+                )
             bqm.add_linear_equality_constraint(terms, penalty, -rhs)
         return Penalised(bqm, penalty)
 
@@ -224,7 +233,10 @@ def _extreme(problem: Problem, objective: Floats) -> Bools | None:
     n = problem.n
     if not problem.constraints:
         return objective < 0
-    if len(problem.constraints) == 1 and (m := read_count(problem.constraints[0])) is not None:
+    if (
+        len(problem.constraints) == 1
+        and (m := read_count(problem.constraints[0])) is not None
+    ):
         if not 0 <= m <= n:
             return None
         state = np.zeros(n, dtype=np.bool_)

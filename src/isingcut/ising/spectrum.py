@@ -55,9 +55,13 @@ class Spectrum:
 
     def __str__(self) -> str:
         proof = "proven lowest" if self.proven else "best found, not proven"
-        lines = [f"{len(self)} states by {self.solver or 'no solver'}, {proof}; {self.unit}"]
+        lines = [
+            f"{len(self)} states by {self.solver or 'no solver'}, {proof}; {self.unit}"
+        ]
         for k, energy in enumerate(self.energies):
-            lines.append(f"{k:4} {energy:11.5g}  without {' '.join(map(str, self.removed(k)))}")
+            lines.append(
+                f"{k:4} {energy:11.5g}  without {' '.join(map(str, self.removed(k)))}"
+            )
         return "\n".join(lines)
 
     @classmethod
@@ -120,7 +124,9 @@ class Spectrum:
             return None
         best = float(self.energies[0])
         distance = max(best - self.lower_bound, 0.0)
-        return distance / abs(best) if best else (0.0 if distance == 0 else float("inf"))
+        return (
+            distance / abs(best) if best else (0.0 if distance == 0 else float("inf"))
+        )
 
     def removed(self, rank: int = 0) -> list[int]:
         """Return the removed blocks of the state at ``rank``, ascending."""

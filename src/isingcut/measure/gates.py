@@ -26,7 +26,14 @@ from isingcut.models.replay import Recording
 
 GATES = ("sublayer", "block")
 
-_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+_ADDITIONS = {
+    torch.add,
+    Tensor.add,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.add_,
+    Tensor.__iadd__,
+}
 # Calls whose result is still the residual stream, in another dtype or layout.
 _SAME_STREAM = {
     Tensor.to,
@@ -62,7 +69,9 @@ class _Scale(torch.autograd.Function):
         (grad,) = grads
         added, alpha = ctx.saved_tensors
         rows = row_dots(grad, added)
-        through = grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
+        through = (
+            grad if ctx.ones else (grad.float() * _column(alpha, grad)).to(grad.dtype)
+        )
         return through, rows, None
 
 
@@ -107,7 +116,9 @@ class _ResidualGate(TorchFunctionMode):
             first = args[0]
             second = args[1]
             if self.is_stream(first) != self.is_stream(second):
-                stream, added = (first, second) if self.is_stream(first) else (second, first)
+                stream, added = (
+                    (first, second) if self.is_stream(first) else (second, first)
+                )
                 if isinstance(added, Tensor) and added.shape == stream.shape:
                     self.additions += 1
                     # Never in place: `stream` may share memory with a tensor still needed.
@@ -121,7 +132,13 @@ class _ResidualGate(TorchFunctionMode):
 
 
 def run_gated(
-    recording: Recording, i: int, hidden: Tensor, alpha: Tensor, gate: str, *, ones: bool
+    recording: Recording,
+    i: int,
+    hidden: Tensor,
+    alpha: Tensor,
+    gate: str,
+    *,
+    ones: bool,
 ) -> Tensor:
     """Return the hidden states (B, T, D) after block ``i`` with its gate at ``alpha``.
 

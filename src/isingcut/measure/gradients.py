@@ -29,7 +29,14 @@ from isingcut.measure.splitting import chunks, split_to_fit
 from isingcut.measure.streams import check_finite
 from isingcut.measure.work import PLAIN, SharedJournal, Work, identity
 from isingcut.models.compute.head import OutputHead, divergence_gradient, loss_gradient
-from isingcut.models.replay import BLOCK_STREAMS, EMBED, HEAD, Recording, Replay, use_attention
+from isingcut.models.replay import (
+    BLOCK_STREAMS,
+    EMBED,
+    HEAD,
+    Recording,
+    Replay,
+    use_attention,
+)
 
 Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function from the gradient of a block's output to those of its gates (B,) and its input."""
@@ -160,13 +167,20 @@ class _Way:
                 self._original = self._recording.block(block, self._original)
         if self._is_removed(block):
             after = before
-        elif self._replay.places[block:].count(self._replay.places[block]) <= self._graphs:
+        elif (
+            self._replay.places[block:].count(self._replay.places[block])
+            <= self._graphs
+        ):
             del self._streams[block]
-            after, self._kept[block] = _run_gated(self._recording, block, before, self._gate)
+            after, self._kept[block] = _run_gated(
+                self._recording, block, before, self._gate
+            )
         else:
             ones = torch.ones(len(before), device=before.device)
             with torch.no_grad():
-                after = run_gated(self._recording, block, before, ones, self._gate, ones=True)
+                after = run_gated(
+                    self._recording, block, before, ones, self._gate, ones=True
+                )
         self._streams[block + 1] = after
 
     def turn(self, toward: Toward) -> None:
@@ -213,7 +227,9 @@ def measure_batches(
     """
     for name, parameter in replay.model.named_parameters():
         assert not parameter.requires_grad, f"{name} requires a gradient"
-    batches = {str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))}
+    batches = {
+        str(b): batch for b, batch in enumerate(tokens.batches(work.batch_tokens))
+    }
 
     def fits(key: str, row: Floats) -> bool:
         return key in batches and row.shape == (batches[key].samples, *shape)
@@ -265,7 +281,9 @@ def gate_gradients(
     def found(mine: Sequence[TokenSet], bar: Bar) -> Iterator[Floats]:
         head = OutputHead(replay)
 
-        def toward(recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor) -> Tensor:
+        def toward(
+            recording: Recording, batch: TokenSet, stream: Tensor, _: Tensor
+        ) -> Tensor:
             return loss_gradient(recording, stream, batch, label_seed, head)
 
         for row in gate_rows(replay, mine, gate, toward, advance=bar.advance):
@@ -282,7 +300,9 @@ GATE_SLOPES_PASSES = 4.0
 """Cost in forward passes: one of the original, one of the gated model, two for a backward pass."""
 
 
-def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int) -> Floats:
+def gate_slopes(
+    replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: int
+) -> Floats:
     """Compute d KL(original || cut) / d alpha of each block's gate at a state: (N,), nats/token.
 
     For a removed block, the slope is the first-order effect of restoring it, which no measured
@@ -292,11 +312,15 @@ def gate_slopes(replay: Replay, tokens: TokenSet, state: Bools, batch_tokens: in
         state: (N,) bool; the gates of removed blocks are 0, all others 1.
     """
 
-    def toward(recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor) -> Tensor:
+    def toward(
+        recording: Recording, batch: TokenSet, cut: Tensor, original: Tensor
+    ) -> Tensor:
         return divergence_gradient(recording, original, cut, batch)
 
     total = np.zeros(len(replay))
     with use_attention(replay):
-        for rows in gate_rows(replay, tokens.batches(batch_tokens), "block", toward, removed=state):
+        for rows in gate_rows(
+            replay, tokens.batches(batch_tokens), "block", toward, removed=state
+        ):
             total += rows.T.contiguous().sum(1).double().cpu().numpy()
     return total / tokens.tokens

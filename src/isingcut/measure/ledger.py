@@ -41,7 +41,9 @@ class Ledger:
         InputError: unknown loss.
     """
 
-    def __init__(self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl") -> None:
+    def __init__(
+        self, replay: Replay, tokens: TokenSet, work: Work, loss: str = "kl"
+    ) -> None:
         if loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
         self._replay = replay
@@ -74,7 +76,12 @@ class Ledger:
             self.heads += heads
 
     def once(
-        self, key: str, length: int, runs: float, heads: float, make: Callable[[], Floats]
+        self,
+        key: str,
+        length: int,
+        runs: float,
+        heads: float,
+        make: Callable[[], Floats],
     ) -> Floats:
         """Make and charge once a measurement (length,) other than losses, and return it.
 
@@ -96,20 +103,30 @@ class Ledger:
         missing: list[tuple[dict[str, Bools], Sequence[int]]] = []
         keys: list[list[str]] = []
         for states, rows in wanted:
-            named = hashlib.sha256(np.array(rows, dtype=np.int64).tobytes()).hexdigest()[:16]
+            named = hashlib.sha256(
+                np.array(rows, dtype=np.int64).tobytes()
+            ).hexdigest()[:16]
             keys.append([f"{key_of(state)}:{named}" for state in states])
-            unpaid = {k: s for k, s in zip(keys[-1], states, strict=True) if k not in self._paid}
+            unpaid = {
+                k: s
+                for k, s in zip(keys[-1], states, strict=True)
+                if k not in self._paid
+            }
             if unpaid:
                 share = self.share(rows)
                 self._paid |= set(unpaid)
                 self.runs += tree_nodes(np.array(list(unpaid.values()))) * share
                 self.heads += len(unpaid) * share
                 self.evaluations += len(unpaid)
-            absent = {k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None}
+            absent = {
+                k: s for k, s in unpaid.items() if self._row(k, len(rows)) is None
+            }
             if absent:
                 missing.append((absent, rows))
         if missing:
-            sets = [(self._tokens.select(r), np.array(list(s.values()))) for s, r in missing]
+            sets = [
+                (self._tokens.select(r), np.array(list(s.values()))) for s, r in missing
+            ]
             measured = measure_together(self._replay, sets, self._work, description)
             for (states_of, _), found in zip(missing, measured, strict=True):
                 sums = found.kl_sums if self._loss == "kl" else found.nll_sums
@@ -120,7 +137,10 @@ class Ledger:
         ]
 
     def losses(
-        self, states: States, rows: Sequence[int] | None = None, description: str = "searching"
+        self,
+        states: States,
+        rows: Sequence[int] | None = None,
+        description: str = "searching",
     ) -> Floats:
         """Return the mean loss per token (S,) of states (S, N), on all or on the given samples."""
         chosen = range(len(self.counts)) if rows is None else sorted(rows)

@@ -89,8 +89,14 @@ def walk(
         (tree, first, last, output): the output of the last block for a tree's states first to
         last - 1, which are equal; in order.
     """
-    roots = [(tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)]
-    waiting = [(0, deque(roots))] if by_block else [(0, deque([root])) for root in reversed(roots)]
+    roots = [
+        (tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)
+    ]
+    waiting = (
+        [(0, deque(roots))]
+        if by_block
+        else [(0, deque([root])) for root in reversed(roots)]
+    )
     while waiting:
         depth, branches = waiting.pop()
         grown: deque[tuple[int, int, int, T]] = deque()
@@ -288,10 +294,15 @@ def measure_together(
 
         for chunk, _ in chunks(replay, [part.batch for part in todo], streams):
             found = split_to_fit(
-                replay.limit, todo[chunk], compute, lambda a, b: np.concatenate([a, b], -1)
+                replay.limit,
+                todo[chunk],
+                compute,
+                lambda a, b: np.concatenate([a, b], -1),
             )
             for part, rows in zip(todo[chunk], found, strict=True):
-                part.task.kept.put(dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True)))
+                part.task.kept.put(
+                    dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True))
+                )
                 bar.advance(0, part.task.fill(part.piece.keys))
         return [task.result() for task in tasks]
 
@@ -339,7 +350,10 @@ class _Task:
 
     def _fits(self, key: str, row: Floats) -> bool:
         """Whether a journal's row can belong to this measurement."""
-        return key in self._rows and row.shape == (2, self.batches[self._rows[key][0]].samples)
+        return key in self._rows and row.shape == (
+            2,
+            self.batches[self._rows[key][0]].samples,
+        )
 
     def begin(self, bar: Bar) -> None:
         """Read the journal, and collect the remaining pieces of this process."""
@@ -351,7 +365,9 @@ class _Task:
         todo = [Piece(*item) for item in missing.items()]
         bar.advance(self.all_blocks - sum(map(self.blocks_run, todo)), note)
         again = 2 * len(self._replay) / int(self._nodes.sum())
-        own, self.bar = self.kept.share(divide(todo, self._replay.processes.size, again), bar)
+        own, self.bar = self.kept.share(
+            divide(todo, self._replay.processes.size, again), bar
+        )
         pieces = sorted(own, key=lambda piece: piece.places[0])
         self.todo = [part for piece in pieces for part in self._fitting(piece)]
 
@@ -371,7 +387,9 @@ class _Task:
                 f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
                 "MB; raise --memory-limit or lower --batch-tokens"
             )
-        return [_Part(self, part, batch) for part in piece.cut(-(-len(piece.places) // fit))]
+        return [
+            _Part(self, part, batch) for part in piece.cut(-(-len(piece.places) // fit))
+        ]
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""
@@ -421,7 +439,9 @@ class _Part:
         return replace(self, batch=first), replace(self, batch=second)
 
 
-def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> Iterator[Floats]:
+def _measure(
+    replay: Replay, head: OutputHead, todo: Sequence[_Part]
+) -> Iterator[Floats]:
     """Yield for each part (2, K, B): KL and NLL sums of its K states.
 
     Raises:

@@ -65,14 +65,21 @@ def changed_losses(
             streams = known or [recording.entered for recording in recordings]
             for _ in replay.store.sweep([EMBED]):
                 with _swapped(changed(embedding)):
-                    others = [replay.record(batch.input_ids).entered for batch in batches]
+                    others = [
+                        replay.record(batch.input_ids).entered for batch in batches
+                    ]
             for part in replay.store.sweep(range(len(replay))):
                 i = int(part)
                 if known is None:
-                    streams = [r.block(i, s) for r, s in zip(recordings, streams, strict=True)]
+                    streams = [
+                        r.block(i, s) for r, s in zip(recordings, streams, strict=True)
+                    ]
                 if i not in removed:
                     with _swapped(changed(replay.blocks[i])):
-                        others = [r.block(i, s) for r, s in zip(recordings, others, strict=True)]
+                        others = [
+                            r.block(i, s)
+                            for r, s in zip(recordings, others, strict=True)
+                        ]
                 bar.advance(1)
             if kept is not None:
                 kept[len(batches)] = streams
@@ -83,7 +90,9 @@ def changed_losses(
                     original = Comparison(head.logits(recording, stream, batch), batch)
                     with _swapped(new):
                         changed_logits = head.logits(recording, other, batch)
-                        kl, _ = original.sum_samples([original.compare(changed_logits)])[:, 0]
+                        kl, _ = original.sum_samples(
+                            [original.compare(changed_logits)]
+                        )[:, 0]
                     check_finite(replay, batch, kl)
                     found[batch.index.numpy()] = kl
             bar.advance(1, f"KL {found.sum() / tokens.tokens:.4f}")

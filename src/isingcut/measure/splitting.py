@@ -37,7 +37,9 @@ def chunks(
         InputError: the model and one micro-batch's own work leave no memory.
     """
     each = [streams] * len(batches) if isinstance(streams, int) else streams
-    sizes = [k * replay.stream_bytes(batch) for k, batch in zip(each, batches, strict=True)]
+    sizes = [
+        k * replay.stream_bytes(batch) for k, batch in zip(each, batches, strict=True)
+    ]
     first = 0
     while first < len(batches):
         last = first + 1
@@ -97,7 +99,10 @@ def split_to_fit(
         limit.tokens = tokens // 2
         limit.release()
     if len(batches) == 1:
-        halves = (split_to_fit(limit, [half], compute, join)[0] for half in batches[0].halves())
+        halves = (
+            split_to_fit(limit, [half], compute, join)[0]
+            for half in batches[0].halves()
+        )
         return [join(*halves)]
     middle = len(batches) // 2
     return [

@@ -104,7 +104,12 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def block_means(
-    replay: Replay, tokens: TokenSet, work: Work, score: Score, *, removed: Sequence[int] = ()
+    replay: Replay,
+    tokens: TokenSet,
+    work: Work,
+    score: Score,
+    *,
+    removed: Sequence[int] = (),
 ) -> Floats:
     """Average a score of each block over tokens.
 
@@ -145,7 +150,9 @@ def _sum_scores(
     """
     n = len(replay)
     batches = tokens.batches(work.batch_tokens)
-    with work.progress("comparing block outputs", len(batches) * (n - len(removed))) as bar:
+    with work.progress(
+        "comparing block outputs", len(batches) * (n - len(removed))
+    ) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             found = np.zeros((len(some), n + 2, n + 1))
@@ -167,7 +174,10 @@ def _sum_scores(
 
         groups = [batches] if replay.streamed else [[batch] for batch in batches]
         with torch.inference_mode(), use_attention(replay):
-            sums = [split_to_fit(replay.limit, group, compute, operator.add) for group in groups]
+            sums = [
+                split_to_fit(replay.limit, group, compute, operator.add)
+                for group in groups
+            ]
     return np.asarray(sum(itertools.chain.from_iterable(sums)))
 
 

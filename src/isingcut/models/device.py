@@ -50,7 +50,9 @@ def pick_device(device: str) -> torch.device:
     if int(number or 0) >= present:
         raise InputError(f"--device {name} is not on this machine; choose auto or cpu")
     if kind == "mps":
-        raise InputError("--device mps has no float64, which losses are summed in; choose cpu")
+        raise InputError(
+            "--device mps has no float64, which losses are summed in; choose cpu"
+        )
     return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
@@ -79,7 +81,9 @@ def pick_devices(
     first = found[0]
     launched = is_launched()
     if cards and (first.type == "cpu" or ":" in device):
-        raise InputError(f"--cards-per-process needs --device cuda or auto on GPUs; got {device}")
+        raise InputError(
+            f"--cards-per-process needs --device cuda or auto on GPUs; got {device}"
+        )
     if first.type == "cpu" or ":" in device or (launched and not cards):
         return found
     present = device_module(first).device_count()
@@ -159,11 +163,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    named = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if dtype in named:
         return named[dtype]
     if dtype != "auto":
-        raise InputError(f"--dtype must be auto, float32, bfloat16 or float16; got {dtype!r}")
+        raise InputError(
+            f"--dtype must be auto, float32, bfloat16 or float16; got {dtype!r}"
+        )
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if (7, 0) <= capability < (8, 0):
@@ -277,5 +287,7 @@ def container_room(root: Path = Path("/sys/fs/cgroup")) -> int:
     if not most.isdigit():
         return 1 << 62
     # Cached file pages count as usage, but are released if memory is needed.
-    cached = [int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")]
+    cached = [
+        int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")
+    ]
     return max(0, int(most) - now + sum(cached))

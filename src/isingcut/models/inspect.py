@@ -75,7 +75,9 @@ def check_same_blocks(
     before = _build(whole)
     after = _build(config_object(cut_config(config, removed)))
     place = find_stack(before).path
-    old, new = (list(model.get_submodule(place).children()) for model in (before, after))
+    old, new = (
+        list(model.get_submodule(place).children()) for model in (before, after)
+    )
     kept = [i for i in range(len(old)) if i not in removed]
     for number, i in enumerate(kept):
         difference = _difference(old[i], new[number])
@@ -113,7 +115,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str:
         other = right[name]
         place = f"{name}." if name else ""
         if type(module) is not type(other):
-            return f"{name} is {type(module).__name__} and would be {type(other).__name__}"
+            return (
+                f"{name} is {type(module).__name__} and would be {type(other).__name__}"
+            )
         for key, value in _shapes(module).items():
             if value != (found := _shapes(other).get(key)):
                 return f"{place}{key} has the shape {value} and would have {found}"
@@ -126,13 +130,18 @@ def _difference(old: nn.Module, new: nn.Module) -> str:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    own = [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]
     return {name: tuple(tensor.shape) for name, tensor in own}
 
 
 def _equal(value: Any, found: Any) -> bool:
     if isinstance(value, float) and isinstance(found, float):
-        return math.isclose(value, found, rel_tol=1e-12)  # rescaled scales differ by rounding
+        return math.isclose(
+            value, found, rel_tol=1e-12
+        )  # rescaled scales differ by rounding
     return bool(value == found)
 
 
@@ -185,13 +194,17 @@ class Inspection:
         """
         costs = ("parameters", "active", "bytes", "KV bytes/token", "state bytes")
         rows: list[tuple[str, ...]] = [("blocks", "kind", *costs)]
-        for (kind, each), run in groupby(self.stack.blocks, lambda b: (b.kind, _costs(b))):
+        for (kind, each), run in groupby(
+            self.stack.blocks, lambda b: (b.kind, _costs(b))
+        ):
             indices = [block.index for block in run]
             first = indices[0]
             last = indices[-1]
             numbers = f"{first}" if first == last else f"{first}-{last}"
             rows.append((numbers, kind, *(f"{n:,}" for n in each)))
-        total = [sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)]
+        total = [
+            sum(column) for column in zip(*map(_costs, self.stack.blocks), strict=True)
+        ]
         rows.append(("all", "", *(f"{n:,}" for n in total)))
         return rows
 
@@ -242,7 +255,9 @@ def inspect_model(
     placement: dict[str, tuple[int, int]] = {}
     if len(devices) > 1:
         places = place(model, devices, memory_limit)
-        runs = [(d, [*run]) for d, run in groupby(stack.blocks, lambda b: places[b.path])]
+        runs = [
+            (d, [*run]) for d, run in groupby(stack.blocks, lambda b: places[b.path])
+        ]
         placement = {str(d): (run[0].index, run[-1].index) for d, run in runs}
     quantisation = seen.config.get("quantization_config") or {}
     return Inspection(
@@ -250,7 +265,9 @@ def inspect_model(
         stack=stack,
         rows=tuple(rows),
         refusal=refusal,
-        quantisation=str(quantisation.get("quant_method") or quantisation.get("quant_algo") or ""),
+        quantisation=str(
+            quantisation.get("quant_method") or quantisation.get("quant_algo") or ""
+        ),
         other_bytes=other,
         parameters=parameters,
         positions=getattr(text_config(model), "max_position_embeddings", None),
@@ -265,4 +282,6 @@ def _count_stored(seen: Checkpoint, stack: BlockStack) -> int:
         return 0
     for block, tensors in zip(stack.blocks, seen.by_block(), strict=True):
         block.bytes = sum(tensor.size for tensor in tensors.values())
-    return sum(t.size for t in seen.stored.values()) - sum(block.bytes for block in stack.blocks)
+    return sum(t.size for t in seen.stored.values()) - sum(
+        block.bytes for block in stack.blocks
+    )

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from isingcut.errors import NOT_FINITE, ArchitectureError, IsingcutError, ModelError
-from isingcut.formats.architectures.blocks import language_model, stop_rescaling, text_config
+from isingcut.formats.architectures.blocks import (
+    language_model,
+    stop_rescaling,
+    text_config,
+)
 from isingcut.formats.checkpoints import Checkpoint, check_fit, is_mtp, limit_structure
 from isingcut.formats.fp8 import dequantise_checkpoint, fp8_layout, weights_of
 from isingcut.formats.libraries import (
@@ -66,7 +70,11 @@ def find_auto_class(config: Any) -> Any:
 
 def find_loading_class(folder: Path, *, trust_remote_code: bool = False) -> str:
     """Return the name of the class that loads a checkpoint with plain transformers."""
-    return str(find_auto_class(load_config(folder, trust_remote_code=trust_remote_code)).__name__)
+    return str(
+        find_auto_class(
+            load_config(folder, trust_remote_code=trust_remote_code)
+        ).__name__
+    )
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -90,7 +98,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return found
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.model",
+    "vocab.*",
+    "*.tiktoken",
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,11 @@ class LoadedModel:
 
 
 def load(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model from a resolved folder, in evaluation mode and with frozen parameters.
 
@@ -161,7 +179,9 @@ def load(
         catch_errors(f"the model in {folder}"),
         limit_structure(seen.most_numbers, str(folder)),
     ):
-        model, found = load_plain(folder, number, places=tensors, trust_remote_code=trust)
+        model, found = load_plain(
+            folder, number, places=tensors, trust_remote_code=trust
+        )
     refuse_incomplete(found, folder)
     refuse_infinite(model.named_parameters(), folder)
     if not places:
@@ -174,7 +194,9 @@ def load(
     return LoadedModel(model, tokenizer, Path(folder), number, devices[0], trust)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
@@ -223,7 +245,9 @@ def load_plain(
         config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
             # The auto class takes no tensors, and does not list classes of a model's own code.
-            loader = type(loader.from_config(config, trust_remote_code=trust_remote_code))
+            loader = type(
+                loader.from_config(config, trust_remote_code=trust_remote_code)
+            )
         weights = dict(dequantise_checkpoint(folder, raw, dtype))
         options = {"config": config, "state_dict": weights}
     elif places and all(device.type != "cpu" for device in places.values()):
@@ -257,7 +281,9 @@ def _prepare(model: Any) -> None:
         config.return_dict = True
 
 
-def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def build_on_meta(
+    seen: Checkpoint, *, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Build a checkpoint's model without weights, with a size limited by its stored tensors.
 
     Returns:
@@ -271,7 +297,9 @@ def build_on_meta(seen: Checkpoint, *, trust_remote_code: bool = False) -> tuple
     config.__dict__.pop("quantization_config", None)
     bounds = limit_structure(seen.most_numbers, str(seen.folder))
     with catch_errors(f"the model in {seen.folder}"), bounds, torch.device("meta"):
-        model = find_auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = find_auto_class(config).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     return model, config
 
 
@@ -302,7 +330,9 @@ def explain_unused(names: Sequence[str]) -> str:
     return f"the cut has no {shown}: the model's class does not use these tensors of the original"
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def build_skeleton(
+    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Any:
     """Build the model of a checkpoint folder: parameters on the meta device, buffers with values.
 
     Args:
@@ -322,7 +352,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool 
     config.name_or_path = str(folder)
     with catch_errors(f"the model in {folder}"):
         # Buffers are computed, because checkpoints lack those of rotary frequencies and masks.
-        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        with (
+            init_empty_weights(include_buffers=False),
+            torch.random.fork_rng(devices=[]),
+        ):
             model = find_auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from isingcut.files.runs import BlockCosts, PackedModel
-from isingcut.formats.architectures.blocks import find_stack, language_model, text_config
+from isingcut.formats.architectures.blocks import (
+    find_stack,
+    language_model,
+    text_config,
+)
 from isingcut.formats.cutting.gguf import names_in_gguf
-from isingcut.formats.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
+from isingcut.formats.gguf_files import (
+    PLAIN_TYPES,
+    GgufHeader,
+    block_of,
+    packed_type,
+    read_gguf,
+)
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.models.load import LoadedModel
 
@@ -52,12 +62,16 @@ class Packer:
                 self._tensors[name] = [*p.shape], kind, self._block(name)
                 if p is embedding and not text_config(model).tie_word_embeddings:
                     self._looked_up = name
-            self._rest = sum(21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab())
+            self._rest = sum(
+                21 + 2 * len(word.encode()) for word in loaded.tokenizer.get_vocab()
+            )
             return
         self.header = header = read_gguf(file)
         count = header.check_blocks()
         known = header.tensors
-        for name, stored in names_in_gguf(header, count, read_checkpoint(loaded.folder)).items():
+        for name, stored in names_in_gguf(
+            header, count, read_checkpoint(loaded.folder)
+        ).items():
             if name in known:
                 self._types[stored.name] = known[name].tensor_type
         self._align = int(header.value("general.alignment") or 32)
@@ -104,7 +118,9 @@ class Packer:
             read_before=int(before.sum()),
         )
 
-    def pack(self, wanted: str, name: str, own: Tensor, new: Tensor | None = None) -> Tensor | None:
+    def pack(
+        self, wanted: str, name: str, own: Tensor, new: Tensor | None = None
+    ) -> Tensor | None:
         """Return the value of a parameter after packing and dequantising; None if unchanged.
 
         Transposed layers, those of GPT-2, are packed along their other axis.

@@ -50,7 +50,9 @@ def split_evenly(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
     return [0, *found[1:-1], len(rooms) - 1]
 
 
-def place(model: Any, devices: Sequence[torch.device], limit: str = "") -> dict[str, torch.device]:
+def place(
+    model: Any, devices: Sequence[torch.device], limit: str = ""
+) -> dict[str, torch.device]:
     """Return the device of each part of a model: blocks, modules after them, and "" for the rest.
 
     Args:

@@ -63,7 +63,9 @@ class Weights:
 
 
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
-_HANDED_ON = f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
+_HANDED_ON = (
+    f"blocks pass more than the residual stream to later blocks: {_NOT_ONE_AT_A_TIME}"
+)
 
 
 @dataclass
@@ -130,7 +132,11 @@ def learn_outputs(
                 watched.block = len(calls)
                 kwargs = {**kwargs, name: watched}
         stream, call = BlockCall.split(args, kwargs, len(rest))
-        if streams and stream is not streams[-1] and not torch.equal(stream, streams[-1]):
+        if (
+            streams
+            and stream is not streams[-1]
+            and not torch.equal(stream, streams[-1])
+        ):
             raise ArchitectureError(
                 f"the model changes the residual stream before block {len(rest)} "
                 f"({type(module).__name__}): {_NOT_ONE_AT_A_TIME}"
@@ -157,7 +163,9 @@ def learn_outputs(
 
     with torch.no_grad(), catch_text_errors(model), contextlib.ExitStack() as hooks:
         for block in blocks:
-            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(
+                block.register_forward_pre_hook(before, with_kwargs=True)
+            )
             hooks.enter_context(block.register_forward_hook(after))
         model(input_ids=ids, use_cache=False)
     _refuse_uncalled(blocks, [module for module, *_ in calls])
@@ -167,7 +175,9 @@ def learn_outputs(
 
 
 def _refuse_uncalled(blocks: Sequence[nn.Module], called: Sequence[nn.Module]) -> None:
-    silent = [i for i, block in enumerate(blocks) if not any(block is c for c in called)]
+    silent = [
+        i for i, block in enumerate(blocks) if not any(block is c for c in called)
+    ]
     if silent:
         raise ArchitectureError(
             f"text alone does not run the blocks {', '.join(map(str, silent))} (they may read "
@@ -201,7 +211,9 @@ def _reads_another(
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise_if_exhausted(error)
         return True
-    return not torch.equal(output[0] if isinstance(output, (list, tuple)) else output, stream)
+    return not torch.equal(
+        output[0] if isinstance(output, (list, tuple)) else output, stream
+    )
 
 
 class _Shared(UserDict[Any, Any]):
@@ -272,7 +284,9 @@ class Replay:
         self.blocks = list(blocks or stack_modules(model))
         self.device = device or next(model.parameters()).device
         # A block that is streamed or has no weights takes the device of the input.
-        homes = [next((p.device for p in b.parameters()), self.device) for b in self.blocks]
+        homes = [
+            next((p.device for p in b.parameters()), self.device) for b in self.blocks
+        ]
         self.places = [self.device if home.type == "meta" else home for home in homes]
         self.store = store or Weights()
         self.attention: str | None = None
@@ -280,7 +294,9 @@ class Replay:
         self.processes: Processes = ALONE
         self.plain_head: bool | None = None
         self.text = language_model(model)
-        self._rest, self.bytes_per_token = learn_outputs(self.text, self.blocks, self.device)
+        self._rest, self.bytes_per_token = learn_outputs(
+            self.text, self.blocks, self.device
+        )
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -297,7 +313,9 @@ class Replay:
         return {
             "model": config.to_dict() if config is not None else None,
             # Of every parameter: a fine-tuned model may share the first ones with its base.
-            "starts": [p.flatten()[:8].float().tolist() for p in parameters if not p.is_meta],
+            "starts": [
+                p.flatten()[:8].float().tolist() for p in parameters if not p.is_meta
+            ],
             "dtype": str(parameters[0].dtype),
             **({"attention": self.attention} if self.attention else {}),
         }
@@ -344,7 +362,9 @@ class Replay:
 
         Of blocks whose parameters have the same names and shapes, only the first one is timed.
         """
-        kinds = [tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks]
+        kinds = [
+            tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks
+        ]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
         seconds: dict[Any, float] = {}

@@ -23,7 +23,9 @@ from isingcut.models.streaming.replay import load_streamed
 _CHUNK_BYTES = 64 * 2**20
 
 
-def open_cut(original: LoadedModel, removed: Sequence[int], folder: Path) -> LoadedModel:
+def open_cut(
+    original: LoadedModel, removed: Sequence[int], folder: Path
+) -> LoadedModel:
     """Load a cut checkpoint on the device of its original in memory; equal tensors share memory.
 
     If the checkpoint does not fit host memory, or its own tensors do not fit the device, its blocks
@@ -67,7 +69,9 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
     names = (name for name, _ in cut.named_modules())
     places = {name: known[named(name)] for name in names if named(name) in known}
     device = original.device
-    theirs = {name: t for name, t in _named_tensors(original) if t.device.type == device.type}
+    theirs = {
+        name: t for name, t in _named_tensors(original) if t.device.type == device.type
+    }
     # By the id of the replaced tensor, so that tied tensors stay tied.
     equal: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
@@ -86,7 +90,10 @@ def share(cut: Any, original: Any, removed: Sequence[int]) -> bool:
             needed = sum(mine.nbytes for key, mine in own.items() if homes[key] == home)
             if needed > allowance("", home).left:
                 return False
-        own = {key: as_parameter(mine.detach().to(homes[key]), mine) for key, mine in own.items()}
+        own = {
+            key: as_parameter(mine.detach().to(homes[key]), mine)
+            for key, mine in own.items()
+        }
     placed = {**own, **equal}
     for module in cut.modules():
         for home in (module._parameters, module._buffers):
@@ -105,7 +112,9 @@ def _equal(mine: Tensor, theirs: Tensor) -> bool:
         return False
     ours, others = (x.detach().view(-1).view(torch.uint8) for x in (mine, theirs))
     return all(
-        torch.equal(ours[a : a + _CHUNK_BYTES].to(theirs.device), others[a : a + _CHUNK_BYTES])
+        torch.equal(
+            ours[a : a + _CHUNK_BYTES].to(theirs.device), others[a : a + _CHUNK_BYTES]
+        )
         for a in range(0, len(ours), _CHUNK_BYTES)
     )
 
@@ -115,7 +124,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Callable[[str], str]:
+def _original_names(
+    cut: Any, original: Any, removed: Sequence[int]
+) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the cut to its name in the original."""
     stack = find_stack(original)
     gone = set(removed)
@@ -126,7 +137,11 @@ def _original_names(cut: Any, original: Any, removed: Sequence[int]) -> Callable
     def name_source(name: str) -> str:
         name = name.replace("base_layer.", "")
         number, dot, rest = name.removeprefix(ours).partition(".")
-        if not name.startswith(ours) or not number.isdigit() or int(number) >= len(kept):
+        if (
+            not name.startswith(ours)
+            or not number.isdigit()
+            or int(number) >= len(kept)
+        ):
             return name
         return f"{theirs}{kept[int(number)]}{dot}{rest}"
 

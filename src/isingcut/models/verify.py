@@ -106,7 +106,9 @@ def compute_logits(model: Any, inputs: ImageInputs) -> Tensor:
 def move_inputs(model: Any, inputs: ImageInputs) -> ImageInputs:
     """Move inputs to the device of a model and convert them to its dtype."""
     return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        key: value.to(
+            model.device, model.dtype if value.is_floating_point() else value.dtype
+        )
         for key, value in inputs.items()
     }
 
@@ -139,10 +141,14 @@ def _run_processor(folder: Path, trust: bool) -> ImageInputs:
 
 def reserved_tokens(config: Any) -> set[int]:
     """Return the token ids to which a configuration gives a meaning, such as those of images."""
-    found = {v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)}
+    found = {
+        v for k, v in vars(config).items() if _RESERVED.search(k) and isinstance(v, int)
+    }
     table = getattr(config, "vocabulary_map", None)
     if isinstance(table, dict):
-        found |= {i for name, i in table.items() if name.startswith(("<image>", "IMGIMG"))}
+        found |= {
+            i for name, i in table.items() if name.startswith(("<image>", "IMGIMG"))
+        }
     return found
 
 
@@ -174,7 +180,9 @@ def relative_difference(expected: torch.Tensor, got: torch.Tensor) -> float:
         return float("inf")
     this, that = (x.detach().cpu().double().flatten(0, -2) for x in (expected, got))
     size = torch.maximum(this.abs(), usual_size(this))
-    ratio = ((this - that).abs() / size).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    ratio = ((this - that).abs() / size).nan_to_num(
+        nan=float("inf"), posinf=float("inf")
+    )
     return float(ratio.masked_fill(this == that, 0.0).max())
 
 
@@ -187,7 +195,12 @@ def usual_size(logits: torch.Tensor) -> torch.Tensor:
     """
     differ = (logits != logits[:1]).any(0)
     counted = logits.isfinite() & (differ | ~differ.any())
-    return logits.abs().masked_fill(~counted, float("nan")).nanmedian(-1, keepdim=True).values
+    return (
+        logits.abs()
+        .masked_fill(~counted, float("nan"))
+        .nanmedian(-1, keepdim=True)
+        .values
+    )
 
 
 # Largest difference of two logits, relative to their usual size, whose order a cache may change.
@@ -238,15 +251,20 @@ def check_generation(
             continue
         at = int(unequal[0])
         with torch.no_grad():
-            logits = model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
+            logits = (
+                model(input_ids=plain[None, :at], use_cache=False).logits[0].float()
+            )
             both = logits[-1, torch.stack([plain[at], cached[at]])]
             # Relative to the larger of these and the usual size, as bfloat16 rounds by size.
             gap = float(
-                (both[0] - both[1]).abs() / both.abs().max().clamp(usual_size(logits)[-1, 0])
+                (both[0] - both[1]).abs()
+                / both.abs().max().clamp(usual_size(logits)[-1, 0])
             )
             if gap <= max(_TIE, tolerance(model.dtype)):
                 continue
-            if reference is not None and torch.equal(reference(row, options)[0], cached):
+            if reference is not None and torch.equal(
+                reference(row, options)[0], cached
+            ):
                 continue
         raise VerificationError(
             f"{name}: greedy generation with a cache differs from generation without at token "
@@ -302,7 +320,13 @@ def verify(
         try:
             with torch.no_grad():
                 got = logits(cut).to(expected.device)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise_if_exhausted(error)
             raise VerificationError(
                 f"the checkpoint {out} fails on {kind}, but the original without blocks "
@@ -325,7 +349,9 @@ def verify(
     def on_text(whole: Any) -> torch.Tensor:
         # If the original does not run on text, it is refused. If only the cut fails, it is wrong.
         with catch_text_errors(whole) if whole is model else nullcontext():
-            logits: torch.Tensor = language_model(whole)(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = language_model(whole)(
+                input_ids=tokens, use_cache=False
+            ).logits
         return logits
 
     inner = language_model(model)
@@ -363,7 +389,11 @@ def verify(
 
 
 def _open_cut(
-    original: Any, removed: Sequence[int], out: Path, trust: bool, buffers: Buffers | None
+    original: Any,
+    removed: Sequence[int],
+    out: Path,
+    trust: bool,
+    buffers: Buffers | None,
 ) -> tuple[Any, bool]:
     """Open a cut next to its original; also return whether it is streamed."""
     if buffers is None and fits(out, original.dtype):
@@ -375,9 +405,13 @@ def _open_cut(
     place = {"dtype": original.dtype, "device": original.device}
     try:
         with quiet_transformers():
-            cut, store, _ = open_model(out, **place, trust_remote_code=trust, buffers=buffers)
+            cut, store, _ = open_model(
+                out, **place, trust_remote_code=trust, buffers=buffers
+            )
     except (ModelError, CheckpointError) as error:
-        raise VerificationError(f"the checkpoint {out} does not load: {error}") from error
+        raise VerificationError(
+            f"the checkpoint {out} does not load: {error}"
+        ) from error
     _refuse_keys(out, {"unexpected_keys": store.reader.unexpected})
     return cut, True
 

@@ -14,7 +14,14 @@ from annotated_types import Interval as Bounds
 from isingcut.errors import InputError
 from isingcut.files.inputs import user_path
 from isingcut.options import spellings
-from isingcut.options.declaration import Options, Section, Then, option, options_from, read_options
+from isingcut.options.declaration import (
+    Options,
+    Section,
+    Then,
+    option,
+    options_from,
+    read_options,
+)
 
 
 def _at_home(text: str) -> str:
@@ -72,7 +79,10 @@ class RunConfig(Options):
     """
 
     model: Place = option(
-        "", "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.", "model", argument=True
+        "",
+        "Local Hugging Face folder, hub id, .gguf file, or 'smollm2'.",
+        "model",
+        argument=True,
     )
     remove: spellings.Removal = option(
         spellings.Removal(),
@@ -80,7 +90,9 @@ class RunConfig(Options):
         "solve",
         metavar="M",
     )
-    out: Place = option("", "Folder for the run; every stage writes its file there.", "report")
+    out: Place = option(
+        "", "Folder for the run; every stage writes its file there.", "report"
+    )
 
     calibration: Place = option(
         TEXT,
@@ -92,11 +104,17 @@ class RunConfig(Options):
         "calibration",
     )
     samples: Count | None = option(
-        None, "Samples that --energy is measured on (default: set by --energy).", "calibration"
+        None,
+        "Samples that --energy is measured on (default: set by --energy).",
+        "calibration",
     )
     length: Length = option(256, "Tokens per sample.", "calibration")
-    rank_samples: Few = option(16, "Further samples, to rank the candidates on.", "calibration")
-    report_samples: Few = option(32, "Unseen samples, for the reported perplexity.", "calibration")
+    rank_samples: Few = option(
+        16, "Further samples, to rank the candidates on.", "calibration"
+    )
+    report_samples: Few = option(
+        32, "Unseen samples, for the reported perplexity.", "calibration"
+    )
     seed: Seed = option(0, "Random seed.", "calibration")
 
     energy: str = option(
@@ -155,7 +173,9 @@ class RunConfig(Options):
         False, "Allow the model's own Python code to run.", "model", typed=True
     )
 
-    solver: str = option("auto", "Solver of low-energy states.", "solve", room="ising.solvers")
+    solver: str = option(
+        "auto", "Solver of low-energy states.", "solve", room="ising.solvers"
+    )
     states: Annotated[int, Bounds(ge=1, le=100_000)] = option(
         20, "States kept in the spectrum.", "solve"
     )
@@ -199,9 +219,14 @@ class RunConfig(Options):
         filled=True,
     )
     data: Place = option(
-        "", "Folder with the questions of --tasks (default: the hub).", "rank", filled=True
+        "",
+        "Folder with the questions of --tasks (default: the hub).",
+        "rank",
+        filled=True,
     )
-    questions: Count | None = option(None, "Most questions per task (default: all).", "rank")
+    questions: Count | None = option(
+        None, "Most questions per task (default: all).", "rank"
+    )
 
     patch: Patch = option(
         "tuned",
@@ -210,7 +235,8 @@ class RunConfig(Options):
         "trains all layers). none: no patch.",
     )
     patch_tokens: PatchTokens = option(
-        65536, "Tokens to fit the patch on: the samples of --energy first, then further text."
+        65536,
+        "Tokens to fit the patch on: the samples of --energy first, then further text.",
     )
     patch_share: Annotated[float, Bounds(ge=0, le=1)] = option(
         0.5,
@@ -225,7 +251,8 @@ class RunConfig(Options):
         bare="all",
     )
     healing: Section = option(
-        Section(), "Options of `isingcut heal` (text, method, trainer, ...), a section of --config."
+        Section(),
+        "Options of `isingcut heal` (text, method, trainer, ...), a section of --config.",
     )
 
     drop_mtp: bool = option(
@@ -291,10 +318,14 @@ class RunConfig(Options):
                 each other.
         """
         if not self.model:
-            raise InputError("MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'")
+            raise InputError(
+                "MODEL is missing; give a folder, a hub id, a .gguf file or 'smollm2'"
+            )
         if self.budget.packed and (self.remove or self.drop):
             what = "--remove" if self.remove else "--drop"
-            raise InputError(f"--budget {self.budget} chooses the blocks to remove; omit {what}")
+            raise InputError(
+                f"--budget {self.budget} chooses the blocks to remove; omit {what}"
+            )
         if not self.tasks and (self.choose == "tasks" or self.data or self.questions):
             raise InputError(
                 "--choose tasks, --data and --questions need benchmarks; name some with --tasks"
@@ -338,9 +369,12 @@ class HealConfig(Options):
     )
     samples: Count | None = option(None, "Samples of the training text (default: all).")
     length: Length | None = option(
-        None, "Tokens per sample (default: 1024; a small --effort splits them into pieces)."
+        None,
+        "Tokens per sample (default: 1024; a small --effort splits them into pieces).",
     )
-    report_samples: Few = option(16, "Unseen samples, for the figures before and after.")
+    report_samples: Few = option(
+        16, "Unseen samples, for the figures before and after."
+    )
     seed: Seed = option(0, "Random seed.")
 
     patch: Patch | None = option(
@@ -367,16 +401,23 @@ class HealConfig(Options):
         "section of --config.",
     )
     other_teacher: bool = option(
-        False, "Allow a --teacher that is not the model named in the checkpoint's isingcut.json."
+        False,
+        "Allow a --teacher that is not the model named in the checkpoint's isingcut.json.",
     )
 
-    batch_tokens: Tokens = option(BATCH_TOKENS, "Tokens per micro-batch when measuring.")
-    dtype: Dtype = option("auto", "Dtype of the weights: auto, float32, bfloat16 or float16.")
+    batch_tokens: Tokens = option(
+        BATCH_TOKENS, "Tokens per micro-batch when measuring."
+    )
+    dtype: Dtype = option(
+        "auto", "Dtype of the weights: auto, float32, bfloat16 or float16."
+    )
     device: spellings.Device = option(
         "auto",
         "Device: auto, cpu, cuda, cuda:N; several (cuda:0,cuda:1) have a part of the model each.",
     )
-    trust_remote_code: bool = option(False, "Allow the models' own Python code to run.", typed=True)
+    trust_remote_code: bool = option(
+        False, "Allow the models' own Python code to run.", typed=True
+    )
     overwrite: bool = option(False, "Replace an existing output.")
 
     @property
@@ -406,11 +447,15 @@ class HealConfig(Options):
             InputError: options that exclude each other.
         """
         if self.method == "none" and self.patch == "none":
-            raise InputError("--method none and --patch none leave nothing to do; change one")
+            raise InputError(
+                "--method none and --patch none leave nothing to do; change one"
+            )
         if self.effort is None:
             counted = {"max_steps", "num_train_epochs"} & self.trainer.values.keys()
             return self.replace(effort="all" if counted else "10min")
-        if "max_steps" in self.trainer.values and (self.effort.tokens or self.effort.seconds):
+        if "max_steps" in self.trainer.values and (
+            self.effort.tokens or self.effort.seconds
+        ):
             raise InputError(
                 "--effort and max_steps in --trainer both set how long to train; remove one"
             )
@@ -424,10 +469,19 @@ def heal_config(config: RunConfig) -> HealConfig:
         InputError: an option that the run itself sets, or an unknown one.
     """
     values = read_options(HealConfig, config.healing.values, "--healing")
-    set_by_run = {"student", "teacher", "out", "device", "trust_remote_code", "overwrite"}
+    set_by_run = {
+        "student",
+        "teacher",
+        "out",
+        "device",
+        "trust_remote_code",
+        "overwrite",
+    }
     set_by_run |= {"other_teacher", "patch", "patch_tokens", "effort"}
     if taken := sorted(set_by_run & values.keys()):
-        raise InputError(f"--healing: the run itself sets {', '.join(taken)}; remove it here")
+        raise InputError(
+            f"--healing: the run itself sets {', '.join(taken)}; remove it here"
+        )
     base = {
         "text": config.calibration,
         "seed": config.seed,

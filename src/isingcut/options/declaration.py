@@ -75,7 +75,9 @@ class Then:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic import AfterValidator
 
-        return AfterValidator(self.function).__get_pydantic_core_schema__(source, handler)
+        return AfterValidator(self.function).__get_pydantic_core_schema__(
+            source, handler
+        )
 
 
 class OptionError(InputError):
@@ -146,7 +148,9 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _validator(kind, f.name)(_plain(value, plain_type(kind, f.name), f.default))
+        return _validator(kind, f.name)(
+            _plain(value, plain_type(kind, f.name), f.default)
+        )
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         context = {**first.get("ctx", {}), "shown": shorten(first["input"])}
@@ -167,13 +171,19 @@ def _plain(value: Any, kind: type, default: Any) -> Any:
     if kind is str:
         return _text(value, default)
     # Python does not convert integers of more than 308 digits to floats.
-    return math.inf if kind is float and isinstance(value, int) and value >= 10**308 else value
+    return (
+        math.inf
+        if kind is float and isinstance(value, int) and value >= 10**308
+        else value
+    )
 
 
 def _text(value: Any, default: str) -> Any:
     if isinstance(value, dict) and isinstance(default, Section):
         value = json.dumps(
-            value, ensure_ascii=False, default=lambda v: getattr(v, "tolist", v.__str__)()
+            value,
+            ensure_ascii=False,
+            default=lambda v: getattr(v, "tolist", v.__str__)(),
         )
     if isinstance(value, list | tuple | range | set):
         value = ",".join(map(str, value))
@@ -211,7 +221,9 @@ def options_from(kind: type[Kind], values: Mapping[str, Any], source: str = "") 
                 f"{source}: unknown option {shorten(raw)}{hint} known: {', '.join(known)}"
             )
         if name in found:
-            raise InputError(f"{source}: {name} appears twice, with a dash and an underscore")
+            raise InputError(
+                f"{source}: {name} appears twice, with a dash and an underscore"
+            )
         found[name] = value
     try:
         return kind(**found)
@@ -240,12 +252,18 @@ def read_options(
             called = f"{source}: {f.name}" if source else flag(f)
             raise InputError(f"{called} is empty; give a value, or remove the option")
         if f.name in names and f.metadata["room"] and value != f.default:
-            registry = importlib.import_module(f"isingcut.{f.metadata['room']}").registry
+            registry = importlib.import_module(
+                f"isingcut.{f.metadata['room']}"
+            ).registry
             # A known part is not imported, which takes seconds.
             for part in map(str.strip, value.split(",")):
                 if part in registry.choices or part not in registry.names():
                     registry.get(part)
-    return {name: getattr(options, name) for name in kind.__dataclass_fields__ if name in names}
+    return {
+        name: getattr(options, name)
+        for name in kind.__dataclass_fields__
+        if name in names
+    }
 
 
 def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -261,7 +279,9 @@ def from_yaml(kind: type[Options], path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise InputError(f"{path} is not a readable YAML file: {e}") from e
     if not isinstance(content, dict):
-        raise InputError(f"{path} must have 'option: value' lines, got {type(content).__name__}")
+        raise InputError(
+            f"{path} must have 'option: value' lines, got {type(content).__name__}"
+        )
     for f in dataclasses.fields(kind):
         if f.metadata["typed"] and {f.name, f.name.replace("_", "-")} & content.keys():
             raise InputError(
@@ -279,7 +299,9 @@ def read_number(text: str) -> Any:
     """Return the number that a YAML file or a typed option spells; other text as it is."""
     for kind in (int, float):
         if re.fullmatch(_PLAIN_VALUES[kind.__name__], text):
-            with contextlib.suppress(ValueError):  # Python does not convert thousands of digits.
+            with contextlib.suppress(
+                ValueError
+            ):  # Python does not convert thousands of digits.
                 return kind(text)
     return text
 
@@ -347,12 +369,15 @@ def _loader() -> Any:
         yaml_constructors = {  # noqa: RUF012
             tag: make
             for tag, make in safe.yaml_constructors.items()
-            if tag is None or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
+            if tag is None
+            or tag.rpartition(":")[2] in (*_PLAIN_VALUES, "str", "seq", "map")
         }
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
+                raise yaml.YAMLError(
+                    f"aliases (*{self.peek_event().anchor}) are not supported"
+                )
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -20,7 +20,9 @@ LAST_BLOCK = 99_999
 _WHOLE = r"(0|[1-9][0-9]*)"
 _KIND = r"[A-Za-z][A-Za-z0-9_.+-]*"
 _PLAIN = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_BYTES = {"b": 1.0} | {f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")}
+_BYTES = {"b": 1.0} | {
+    f"{k}{b}": 1e3**e for e, k in enumerate("kmgt", 1) for b in ("", "b")
+}
 _BYTES |= {f"{k}ib": 1024.0**e for e, k in enumerate("kmgt", 1)}
 # `lazy` is the fake device of the tests.
 _DEVICES = "cpu|cuda|xpu|mps|hpu|mtia|xla|lazy"
@@ -45,7 +47,9 @@ class Spelling(str):
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+        return core_schema.no_info_after_validator_function(
+            cls, core_schema.str_schema()
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,11 @@ class Removal(Spelling):
                 how = "a number (8), a range (4..15) or counts per kind (attention=2,moe=3)"
                 raise InputError(
                     f"cannot read {_cut(text)} as a removal; write "
-                    + (f"a share as --budget params={_cut(text)[1:-1]}" if share else how)
+                    + (
+                        f"a share as --budget params={_cut(text)[1:-1]}"
+                        if share
+                        else how
+                    )
                 )
             if match[1] in self.kinds:
                 raise InputError(f"kind {_cut(match[1])} occurs twice in {_cut(text)}")
@@ -155,10 +163,14 @@ class Budgets(Spelling):
         names = [b.name for b in self.parts]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"{name!r} occurs twice in {_cut(text)}; keep one of the two")
+                raise InputError(
+                    f"{name!r} occurs twice in {_cut(text)}; keep one of the two"
+                )
         self.packed = any(b.quantity.packed for b in self.parts)
         if others := [b.name for b in self.parts if b.quantity.packed != self.packed]:
-            raise InputError(f"{_cut(text)}: a GGUF type is chosen for it; omit {others[0]}")
+            raise InputError(
+                f"{_cut(text)}: a GGUF type is chosen for it; omit {others[0]}"
+            )
 
 
 def _read_budget(text: str) -> Budget:
@@ -180,8 +192,12 @@ def _read_budget(text: str) -> Budget:
         match = re.fullmatch(r"([0-9]{1,9})\s*(k?)", context.lower())
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if not tokens and (at or found.units):
-            raise InputError(f"{what}: expected a context in tokens behind @, as {name}={value}@8k")
-    ways = ["%"] * (not found.packed or not found.units) + [found.unit] * bool(found.units)
+            raise InputError(
+                f"{what}: expected a context in tokens behind @, as {name}={value}@8k"
+            )
+    ways = ["%"] * (not found.packed or not found.units) + [found.unit] * bool(
+        found.units
+    )
     return Budget(name, *_measure(value, found.units, what, f"{name}=", ways), tokens)
 
 
@@ -197,7 +213,9 @@ class Memory(Spelling):
         self.amount: float | None = None
         if text:
             what = f"memory {_cut(text)}"
-            self.share, self.amount = _measure(text.strip(), _BYTES, what, "", ["%", "GB"])
+            self.share, self.amount = _measure(
+                text.strip(), _BYTES, what, "", ["%", "GB"]
+            )
 
 
 class Effort(Spelling):
@@ -264,9 +282,13 @@ class Training(Spelling):
         if unit.lower() in _TIMES:
             self.seconds = amount * _TIMES[unit.lower()]
         else:
-            self.tokens = amount * _PLAIN.get(unit.lower().partition("tok")[0].strip(), 1.0)
+            self.tokens = amount * _PLAIN.get(
+                unit.lower().partition("tok")[0].strip(), 1.0
+            )
         minutes = (self.seconds or 0) / 60
-        if not (0 < minutes <= _LONGEST_EFFORT or 1 <= (self.tokens or 0) <= _MOST_TOKENS):
+        if not (
+            0 < minutes <= _LONGEST_EFFORT or 1 <= (self.tokens or 0) <= _MOST_TOKENS
+        ):
             raise InputError(
                 f"{_cut(text)}: expected a time (10min, 2h), tokens (500ktokens, 5Mtokens) or all, "
                 f"of at most {_LONGEST_EFFORT:,.0f} minutes or {_MOST_TOKENS:,.0f} tokens"
@@ -277,8 +299,12 @@ class Device(Spelling):
     """The torch name of a device, or of several devices, separated by commas."""
 
     def __init__(self, text: str = "auto") -> None:
-        if not re.fullmatch(rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?", text):
-            raise InputError(f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}")
+        if not re.fullmatch(
+            rf"auto|({_DEVICES})(:[0-9]{{1,3}}(,\1:[0-9]{{1,3}})*)?", text
+        ):
+            raise InputError(
+                f"must be auto, cpu, cuda, cuda:N or cuda:N,cuda:M; got {_cut(text)}"
+            )
 
 
 def _read_limit(text: str, units: str) -> tuple[float, str]:
@@ -297,7 +323,9 @@ def _measure(
     """
     match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{0,30})?)\s*(%|[A-Za-z]*)", text)
     if match is None:
-        raise InputError(f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}")
+        raise InputError(
+            f"{what}: expected a share (25%) or an amount (1.5GB), got {_cut(text)}"
+        )
     value = float(match[1])
     unit = match[2].lower()
     if value == 0:
@@ -324,7 +352,9 @@ def _measure(
 def _read_bounded(digits: str) -> int:
     # Check the length first: Python does not convert many thousand digits.
     if len(digits) > len(str(LAST_BLOCK)):
-        raise InputError(f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}")
+        raise InputError(
+            f"{_cut(digits)} is too large; the largest block number is {LAST_BLOCK:,}"
+        )
     return int(digits)
 
 

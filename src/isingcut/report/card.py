@@ -49,7 +49,10 @@ def card_parts(
     if name in ("", "..") and place is not None:
         name = Path(place.absolute).name
     rows = [
-        ["original weights and config, SHA-256 of headers and edges", provenance.model.sha256],
+        [
+            "original weights and config, SHA-256 of headers and edges",
+            provenance.model.sha256,
+        ],
         ["energy", files.energy],
         ["seed", str(files.run.config.seed)],
     ]
@@ -73,7 +76,9 @@ def card_parts(
         removed=list(removed),
         total=len(files.blocks),
         how=sentence("summary", files, removed),
-        measured=sentence("measured_cut", ranking, removed) if ranking is not None else "",
+        measured=sentence("measured_cut", ranking, removed)
+        if ranking is not None
+        else "",
         from_gguf=provenance.model.gguf_sha256 is not None,
         loads_with=loads_with,
         isingcut=provenance.isingcut,
@@ -82,7 +87,9 @@ def card_parts(
     )
 
 
-def model_card(parts: CardParts, healing: HealingFile | None = None, **measured: Any) -> str:
+def model_card(
+    parts: CardParts, healing: HealingFile | None = None, **measured: Any
+) -> str:
     """Render the README.md of a checkpoint, with its YAML front matter.
 
     Args:
@@ -91,9 +98,19 @@ def model_card(parts: CardParts, healing: HealingFile | None = None, **measured:
     """
     healed = "" if healing is None else _healed_section(healing)
     patch = parts.patch
-    if patch is not None and not patch.cuts and not (patch.tuning and patch.tuning.layers):
+    if (
+        patch is not None
+        and not patch.cuts
+        and not (patch.tuning and patch.tuning.layers)
+    ):
         patch = None
-    given = {"card": parts, "patch": patch, "healed": healed, "scores": None, **measured}
+    given = {
+        "card": parts,
+        "patch": patch,
+        "healed": healed,
+        "scores": None,
+        **measured,
+    }
     metadata = ModelCardData(
         base_model=parts.base_model,
         # The hub has adapter, merge, quantized and finetune. A cut has all its weights, in a
@@ -109,7 +126,12 @@ def model_card(parts: CardParts, healing: HealingFile | None = None, **measured:
 def gguf_card(files: RunFiles) -> str:
     """Render the card of `model.gguf` with its scores; empty if it was not measured."""
     found = files.evaluation
-    if files.removal is None or files.removal.card is None or found is None or not found.gguf:
+    if (
+        files.removal is None
+        or files.removal.card is None
+        or found is None
+        or not found.gguf
+    ):
         return ""
     healing = files.healing if files.healed else None
     scores = [row for row in files.scores if not row.part and "gguf" in row.values]
@@ -136,7 +158,9 @@ def hub_results(files: RunFiles) -> list[EvalResult]:
     `.eval_results/` is not suitable: on the hub it is for whole registered benchmarks, not for
     samples of them or for other text.
     """
-    source = "" if files.calibration is None else describe_source(files.calibration.source)
+    source = (
+        "" if files.calibration is None else describe_source(files.calibration.source)
+    )
     rows = [row for row in files.scores if row.key.endswith(("perplexity", "kl"))]
     if files.benchmarks is not None:
         rows += benchmark_rows(files.benchmarks, last=files.last)
@@ -170,4 +194,6 @@ def healed_card(parts: CardParts | None, card: str, healing: HealingFile) -> str
 
 def _healed_section(healing: HealingFile) -> str:
     rows = {row.key: row for row in healing_rows(healing)}
-    return render("healed.md.j2", healing=healing, start=healing_start(healing), rows=rows)
+    return render(
+        "healed.md.j2", healing=healing, start=healing_start(healing), rows=rows
+    )

@@ -31,10 +31,14 @@ SATURATION = 0.95
 ROOT = 0.6
 
 
-def map_rows(files: RunFiles, states: Book) -> tuple[list[tuple[KnownState, str]], Scale]:
+def map_rows(
+    files: RunFiles, states: Book
+) -> tuple[list[tuple[KnownState, str]], Scale]:
     """Return the lowest states and the chosen one, each with its `dots`, and the margin's scale."""
     candidates = states.of("candidate")
-    shown = [s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen] + states.of("named")
+    shown = [
+        s for k, s in enumerate(candidates) if k < MAP_ROWS or s.chosen
+    ] + states.of("named")
     scale = margin_scale(files, shown)
     return [(s, dots(s, scale, energies=files.comparable)) for s in shown], scale
 
@@ -90,7 +94,13 @@ def draw_fields(energy: Hamiltonian, kinds: Sequence[str]) -> dict[str, Any]:
         for i, (kind, value, error) in enumerate(zip(kinds, h, errors, strict=True))
     ]
     ticks = [(f"{t:.3g}", scale(t)) for t in scale.ticks(4)]
-    return {"bars": bars, "ticks": ticks, "log": scale.log, "words": words, "rows": rows}
+    return {
+        "bars": bars,
+        "ticks": ticks,
+        "log": scale.log,
+        "words": words,
+        "rows": rows,
+    }
 
 
 def unmeasured(energy: Hamiltonian) -> Bools:
@@ -139,7 +149,10 @@ def draw_couplings(energy: Hamiltonian) -> dict[str, Any]:
         words += f" {missing} other pairs were never removed together: not measured."
     along = np.linspace(-full, full, 25)
     return {
-        "cells": [list(zip(*row, strict=True)) for row in zip(kinds.tolist(), shades, strict=True)],
+        "cells": [
+            list(zip(*row, strict=True))
+            for row in zip(kinds.tolist(), shades, strict=True)
+        ],
         "hatch": "".join(f"M{j} {i + 1}l1-1" for i, j in np.argwhere(unknown).tolist()),
         "full": full,
         "beyond": int((np.abs(values) > full).sum()),
@@ -165,7 +178,9 @@ def scatter_figure(files: RunFiles, name: str, states: Book) -> Figure:
     found = files.judged[name].kl
     both = [*states.of("random"), *states.of("candidate")]
     measured = [(s, s.kl) for s in both if s.kl is not None]
-    energies = energy.energies(states_of(energy.n, (s.removed for s, _ in measured))).tolist()
+    energies = energy.energies(
+        states_of(energy.n, (s.removed for s, _ in measured))
+    ).tolist()
     shown = [(s, kl, e) for (s, kl), e in zip(measured, energies, strict=True)]
     ends = [end for _, kl, _ in shown for end in (kl.low, kl.high)]
     plot = Plot(
@@ -260,7 +275,9 @@ class Axis:
             return 100 * (1 - gone / self.total(files)) if self.total(files) else None
         speeds = [] if found is None else [found.before, found.after]
         rates = [side.decode_tokens_per_second for side in speeds]
-        return rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
+        return (
+            rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
+        )
 
     def plot(self, points: Sequence[Point]) -> Plot:
         """Make an empty plot with axes that cover all points and the original."""
@@ -273,8 +290,22 @@ class Axis:
 
 
 AXES = (
-    Axis("pareto-parameters", "Parameters", "parameters kept, %", " %", 100.0, "parameters"),
-    Axis("pareto-cache", "KV cache", "KV cache kept, %", " %", 100.0, "kv_bytes_per_token"),
+    Axis(
+        "pareto-parameters",
+        "Parameters",
+        "parameters kept, %",
+        " %",
+        100.0,
+        "parameters",
+    ),
+    Axis(
+        "pareto-cache",
+        "KV cache",
+        "KV cache kept, %",
+        " %",
+        100.0,
+        "kv_bytes_per_token",
+    ),
     Axis("pareto-speed", "Measured speed", "decode speed, × original", " ×", 1.0),
 )
 
@@ -315,7 +346,9 @@ def points_of(files: RunFiles, axis: Axis) -> list[Point]:
     return points
 
 
-def front(points: Sequence[tuple[float, float]], *, more: bool) -> list[tuple[float, float]]:
+def front(
+    points: Sequence[tuple[float, float]], *, more: bool
+) -> list[tuple[float, float]]:
     """Return the Pareto front from left to right: no other point has a better position and loss.
 
     Args:
@@ -343,7 +376,11 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
     for point in points:
         name = point.removal.name
         at = f"{point.at:.4g}{axis.sign}"
-        what = "measured KL" if point.measured else "not measured; energy of the ground state"
+        what = (
+            "measured KL"
+            if point.measured
+            else "not measured; energy of the ground state"
+        )
         own = point.removal.target == files.target
         kind = "chosen" if own else "measured" if point.measured else "random"
         tip = (
@@ -351,18 +388,28 @@ def trade_off_figure(files: RunFiles, axis: Axis) -> Figure:
             "nats/token"
         )
         shape = "dot" if point.measured else "ring"
-        plot.mark(point.at, point.loss.figure, tip, kind, shape=shape, error=point.loss.error)
+        plot.mark(
+            point.at, point.loss.figure, tip, kind, shape=shape, error=point.loss.error
+        )
         known = "measured" if point.measured else "energy only"
         rows.append((name, at, point.loss.text(), known, join_blocks(point.removed)))
         key = kind if point.measured else "random"
-        legend.setdefault(key, {"measured": "other removals", "random": "energy only"}.get(key, ""))
+        legend.setdefault(
+            key, {"measured": "other removals", "random": "energy only"}.get(key, "")
+        )
     return Figure(
         axis.key,
         axis.title,
         f"The original and {len(points)} removal" + "s" * (len(points) > 1) + ".",
         plot,
         f"{axis.title} against KL.",
-        ("removal", axis.label, f"KL ({CUT_RANKING}), nats/token", "how known", "blocks removed"),
+        (
+            "removal",
+            axis.label,
+            f"KL ({CUT_RANKING}), nats/token",
+            "how known",
+            "blocks removed",
+        ),
         rows,
         list(legend.items()),
     )

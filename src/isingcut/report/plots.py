@@ -55,7 +55,9 @@ class Scale:
     def ticks(self, count: int = 5) -> list[float]:
         """Return about ``count`` round values within the scale."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            decades = range(
+                math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
+            )
             for digits in ((1, 2, 5), (1, 3), (1,)):
                 found = [
                     d * 10.0**e
@@ -69,14 +71,21 @@ class Scale:
                 return found
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+        step = next(
+            m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9)
+        )
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [k * step for k in range(first, last + 1)]
 
 
 def span(
-    values: Iterable[float], start: float, end: float, *, zero: bool = False, log: bool = False
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    zero: bool = False,
+    log: bool = False,
 ) -> Scale:
     """Make a scale that covers all values, with a small margin.
 
@@ -114,14 +123,17 @@ def tick_text(ticks: Sequence[float]) -> list[str]:
     large = max(abs(t) for t in ticks)
     for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e5, 1e3, "k")):
         if large >= least:
-            return [f"{t / unit:.4g}{letter}".replace("-", "−") if t else "0" for t in ticks]
+            return [
+                f"{t / unit:.4g}{letter}".replace("-", "−") if t else "0" for t in ticks
+            ]
     gaps = np.diff(ticks)
     if (large and large < 1e-3) or not np.allclose(gaps, gaps.mean()):
         return [f"{t:.3g}".replace("-", "−") for t in ticks]
     for digits in range(6):
         shown = [f"{t:.{digits}f}" for t in ticks]
         exact = all(
-            abs(float(s) - t) <= 1e-6 * (abs(t) or large) for s, t in zip(shown, ticks, strict=True)
+            abs(float(s) - t) <= 1e-6 * (abs(t) or large)
+            for s, t in zip(shown, ticks, strict=True)
         )
         if exact and len(set(shown)) == len(ticks):
             break
@@ -154,7 +166,9 @@ class Plot:
 
     def line(self, points: Sequence[tuple[float, float]], kind: str = "") -> None:
         """Add a line through points in data coordinates."""
-        self.lines.append((kind, " ".join(f"{self.x(a)},{self.y(b)}" for a, b in points)))
+        self.lines.append(
+            (kind, " ".join(f"{self.x(a)},{self.y(b)}" for a, b in points))
+        )
 
     def mark(
         self,
@@ -217,7 +231,9 @@ def whisker(scale: Scale, value: float, low: float, high: float, key: str = "k")
 def meter(row: Row, model: str, models: Sequence[str]) -> str:
     """Return the CSS properties of the bar under a figure: length and whisker; empty for no bar."""
     value = row.values.get(model)
-    whole = row.whole or max((v.high for m in models if (v := row.values.get(m))), default=0.0)
+    whole = row.whole or max(
+        (v.high for m in models if (v := row.values.get(m))), default=0.0
+    )
     if value is None or not whole or value.figure < 0:
         return ""
     scale = Scale(0.0, whole)

@@ -55,7 +55,9 @@ def judge_kl(kl: float) -> str:
 
 def plus_minus(figure: float, error: float | None, form: str = ".4f") -> str:
     """Format a figure with its standard error, if it has one."""
-    return f"{figure:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+    return f"{figure:{form}}" + (
+        "" if error is None else f" ± {error:{form.lstrip('+')}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ class Row:
     @property
     def way(self) -> str:
         """The first and the last figure as text, without errors."""
-        return " → ".join(self.plain(model) for model in (next(iter(self.values)), self.last))
+        return " → ".join(
+            self.plain(model) for model in (next(iter(self.values)), self.last)
+        )
 
     @property
     def last(self) -> str:
@@ -185,7 +189,13 @@ _SIZE_AND_SPEED = (
     ("bytes", "weights on disk", "MB", ".1f", 1e6),
     ("prefill_tokens_per_second", "prefill", "tokens/s", ".0f", 1.0),
     ("decode_tokens_per_second", "decode", "tokens/s", ".1f", 1.0),
-    ("batched_decode_tokens_per_second", "decode, 32 sequences", "tokens/s", ".0f", 1.0),
+    (
+        "batched_decode_tokens_per_second",
+        "decode, 32 sequences",
+        "tokens/s",
+        ".0f",
+        1.0,
+    ),
     ("peak_memory_bytes", "peak memory", "MB", ".0f", 1e6),
 )
 
@@ -198,22 +208,39 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
     last = evaluation.last or "GGUF"
     packed = evaluation.gguf
     between = {
-        name: found for name in ("cut", "patched") if (found := getattr(evaluation, name, None))
+        name: found
+        for name in ("cut", "patched")
+        if (found := getattr(evaluation, name, None))
     }
     rows = _quality_rows(_collect(evaluation, between, last, packed))
     for name, part in evaluation.parts.items():
-        ways = {way: found.parts[name] for way, found in between.items() if name in found.parts}
-        rows += _rows_of_part(name, _collect(part, ways, last, packed and packed.parts[name]))
+        ways = {
+            way: found.parts[name]
+            for way, found in between.items()
+            if name in found.parts
+        }
+        rows += _rows_of_part(
+            name, _collect(part, ways, last, packed and packed.parts[name])
+        )
     for name, text in evaluation.elsewhere.items():
-        ways = {k: of[name] for k, found in between.items() if name in (of := found.elsewhere)}
+        ways = {
+            k: of[name]
+            for k, found in between.items()
+            if name in (of := found.elsewhere)
+        }
         models = _collect(text, ways, last, packed and packed.elsewhere[name])
         rows += _rows_of_part(f"{name} (not calibrated on)", models)
-    sizes: dict[str, Figures] = {"original": dict(evaluation.before), last: dict(evaluation.after)}
+    sizes: dict[str, Figures] = {
+        "original": dict(evaluation.before),
+        last: dict(evaluation.after),
+    }
     if packed:
         sizes["gguf"] = {"bytes": packed.bytes}
     more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
     # Only GPUs decode a batch.
-    return rows + [r for r in more if not r.key.startswith("batched") or any(r.values.values())]
+    return rows + [
+        r for r in more if not r.key.startswith("batched") or any(r.values.values())
+    ]
 
 
 def _collect(
@@ -248,7 +275,11 @@ def healing_rows(healing: healings.HealingFile) -> list[Row]:
     models["healed"] = healing.after
     rows = _quality_rows(_collect_healed(models), start)
     for name in healing.after.parts:
-        of_part = {key: found.parts[name] for key, found in models.items() if name in found.parts}
+        of_part = {
+            key: found.parts[name]
+            for key, found in models.items()
+            if name in found.parts
+        }
         rows += _rows_of_part(name, _collect_healed(of_part), start)
     return rows
 
@@ -256,7 +287,10 @@ def healing_rows(healing: healings.HealingFile) -> list[Row]:
 def _collect_healed(models: Mapping[str, Any]) -> dict[str, Figures]:
     perplexity = next(iter(models.values())).original_perplexity
     original = {"perplexity": perplexity, "nll": math.log(perplexity or 1.0), "kl": 0.0}
-    return {"original": original, **{name: dict(found) for name, found in models.items()}}
+    return {
+        "original": original,
+        **{name: dict(found) for name, found in models.items()},
+    }
 
 
 def healing_start(healing: healings.HealingFile) -> str:
@@ -268,7 +302,9 @@ def _quality_rows(models: Mapping[str, Figures], first: str = "original") -> lis
     return [_row(*quantity, models, first=first) for quantity in _QUALITY]
 
 
-def _rows_of_part(name: str, models: Mapping[str, Figures], first: str = "original") -> list[Row]:
+def _rows_of_part(
+    name: str, models: Mapping[str, Figures], first: str = "original"
+) -> list[Row]:
     """Return the quality on one part of a mixture, without the NLL (perplexity is equivalent)."""
     return [
         replace(row, key=f"{name}: {row.key}", label=f"{name}: {row.label}", part=name)
@@ -304,7 +340,11 @@ def _row(
     if first != "original":
         if error is None:
             return Row(key, label, unit, form, values)
-        natural = math.log(b.figure / a.figure) if key == "perplexity" else b.figure - a.figure
+        natural = (
+            math.log(b.figure / a.figure)
+            if key == "perplexity"
+            else b.figure - a.figure
+        )
         notes = ["within the noise"] * (abs(natural) <= 2 * error)
     if key in ("nll", "kl") and a.figure:
         difference = Difference(b.figure - a.figure, error=error)
@@ -332,7 +372,9 @@ def kl_of(row: states.MeasuredLoss) -> Value:
     return Value(row.kl, row.kl_se)
 
 
-def benchmark_rows(found: evaluations.BenchmarksFile, *, last: str = "cut") -> list[Row]:
+def benchmark_rows(
+    found: evaluations.BenchmarksFile, *, last: str = "cut"
+) -> list[Row]:
     """Return the scores of both models on benchmark tasks, and their perplexity on WikiText-2.
 
     Bars of scores range from 0 to 1. A difference within the noise has a note.
@@ -342,10 +384,18 @@ def benchmark_rows(found: evaluations.BenchmarksFile, *, last: str = "cut") -> l
     """
     rows = []
     for r in found.rows:
-        values = {"original": Value(r.original, r.original_se), last: Value(r.cut, r.cut_se)}
+        values = {
+            "original": Value(r.original, r.original_se),
+            last: Value(r.cut, r.cut_se),
+        }
         notes = [r.metric, f"n = {r.n}", *([f"{r.shots} shots"] if r.shots else [])]
-        notes += [f"p = {r.p_value:.3g}", *([] if r.more_than_noise else ["within the noise"])]
-        difference = Difference(r.difference, low=r.difference_low, high=r.difference_high)
+        notes += [
+            f"p = {r.p_value:.3g}",
+            *([] if r.more_than_noise else ["within the noise"]),
+        ]
+        difference = Difference(
+            r.difference, low=r.difference_low, high=r.difference_high
+        )
         whole = max(1.0, *(v.figure for v in values.values()))
         rows.append(Row(r.task, r.task, "", ".4f", values, difference, notes, whole))
     if (text := found.wikitext2) is not None:

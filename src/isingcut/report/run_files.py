@@ -12,7 +12,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from isingcut.files import cuts, documents, evaluations, healings, runs, schema, stages, states
+from isingcut.files import (
+    cuts,
+    documents,
+    evaluations,
+    healings,
+    runs,
+    schema,
+    stages,
+    states,
+)
 from isingcut.files.ownership import check_recorded
 from isingcut.files.results import read_document
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -26,7 +35,9 @@ PLAIN_CLASS = "AutoModelForCausalLM"
 """Default transformers class for loading a checkpoint."""
 
 
-def _document(name: str, model: type[D], made_with: str = "") -> cached_property[D | None]:
+def _document(
+    name: str, model: type[D], made_with: str = ""
+) -> cached_property[D | None]:
     """Make a property that reads a file of a removal; for ``made_with`` see `RunFiles.read`."""
     return cached_property(
         lambda files: files.read(
@@ -73,7 +84,9 @@ class RunFiles:
         # If it is of this cut, the evaluation is of the healed checkpoint.
         self.healed = found.name == "healed" and found.is_dir()
         packed = self.target / "model.gguf"
-        self.gguf = packed if packed.is_file() and not self.is_outdated(packed) else None
+        self.gguf = (
+            packed if packed.is_file() and not self.is_outdated(packed) else None
+        )
 
     def record(self, path: Path) -> runs.StageRecord | None:
         """Return the record in `run.json` of a finished stage's file or folder, or None."""
@@ -84,7 +97,9 @@ class RunFiles:
         """Whether a file was made from an earlier text, energy or checkpoint than the current."""
         return stages.find_outdated(self.run, self.folder, path) not in ("", "spectrum")
 
-    def read(self, path: Path, read: Callable[[Path], T], made_with: str = "") -> T | None:
+    def read(
+        self, path: Path, read: Callable[[Path], T], made_with: str = ""
+    ) -> T | None:
         """Read a file; return None if it is missing, unfinished or outdated.
 
         Args:
@@ -123,9 +138,12 @@ class RunFiles:
         """
         files = sorted(self.target.glob("baseline-*.json"))
         found = [
-            self.read(file, partial(read_document, model=states.BaselineFile)) for file in files
+            self.read(file, partial(read_document, model=states.BaselineFile))
+            for file in files
         ]
-        chosen = None if self.candidates is None else len(self.candidates.chosen.removed)
+        chosen = (
+            None if self.candidates is None else len(self.candidates.chosen.removed)
+        )
         own = [b for b in found if b is not None and chosen in (None, len(b.removed))]
         return sorted(own, key=lambda b: b.kl)
 
@@ -152,8 +170,12 @@ class RunFiles:
     def removals(self) -> list[RunFiles]:
         """All solved or ranked removals of the run folder, fewest removed blocks first."""
         below = sorted(p for p in self.folder.glob("remove-*") if p.is_dir())
-        all_of_them = [RunFiles(self.folder, place, self.run) for place in (self.folder, *below)]
-        found = [r for r in all_of_them if r.spectrum is not None or r.candidates is not None]
+        all_of_them = [
+            RunFiles(self.folder, place, self.run) for place in (self.folder, *below)
+        ]
+        found = [
+            r for r in all_of_them if r.spectrum is not None or r.candidates is not None
+        ]
         return sorted(found, key=lambda r: 0 if r.best is None else len(r.best.removed))
 
     @property
@@ -198,12 +220,18 @@ class RunFiles:
         made = self.record(self.target / "model")
         if self.removal is not None and made is not None:
             return sorted(made.options.removed or [])
-        return None if self.candidates is None else sorted(self.candidates.chosen.removed)
+        return (
+            None if self.candidates is None else sorted(self.candidates.chosen.removed)
+        )
 
     @property
     def summary(self) -> str:
         """Paragraph on the removed blocks and how they were chosen; empty before a choice."""
-        return "" if self.removed is None else words.sentence("summary", self, self.removed)
+        return (
+            ""
+            if self.removed is None
+            else words.sentence("summary", self, self.removed)
+        )
 
     @property
     def verdict(self) -> str:
@@ -239,7 +267,10 @@ class RunFiles:
         """Agreement of each energy's ranking with the measured losses, by the energy's name."""
         if self.candidates is None:
             return {}
-        return {self.energy: self.candidates.fidelity, **self.candidates.fidelity_of_others}
+        return {
+            self.energy: self.candidates.fidelity,
+            **self.candidates.fidelity_of_others,
+        }
 
     @property
     def warnings(self) -> list[str]:
@@ -269,7 +300,9 @@ class RunFiles:
             return []
         # Candidates that were patched for the choice count too: patched, they were no better.
         known = (self.candidates.chosen, *self.candidates.candidates)
-        mine = min(row.kl for row in known if row is known[0] or row.patched_kl is not None)
+        mine = min(
+            row.kl for row in known if row is known[0] or row.patched_kl is not None
+        )
         return [b for b in self.baselines if b.kl < mine and not b.violated]
 
     @property
@@ -325,6 +358,7 @@ def add_searched_states(
     more = [r for r in rows if tuple(r.removed) not in own]
     ordered = sorted([*spectrum.states, *more], key=lambda s: s.energy)
     ranked = [
-        states.Ranked(rank=k, energy=s.energy, removed=s.removed) for k, s in enumerate(ordered)
+        states.Ranked(rank=k, energy=s.energy, removed=s.removed)
+        for k, s in enumerate(ordered)
     ]
     return spectrum.model_copy(update={"states": ranked, "searched": len(more)})

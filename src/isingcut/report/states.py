@@ -68,14 +68,25 @@ def number_states(files: RunFiles) -> Book:
     result = Book()
 
     def add(
-        name: str, kind: str, removed: Sequence[int], measured: MeasuredState | BaselineFile | None
+        name: str,
+        kind: str,
+        removed: Sequence[int],
+        measured: MeasuredState | BaselineFile | None,
     ) -> None:
         gone = tuple(sorted(removed))
-        energy = None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
-        result.append(KnownState(len(result), name, kind, gone, energy, measured, gone == chosen))
+        energy = (
+            None if main is None else float(main.energies(states_of(main.n, [gone]))[0])
+        )
+        result.append(
+            KnownState(len(result), name, kind, gone, energy, measured, gone == chosen)
+        )
 
     ranking = files.candidates
-    rows = {} if ranking is None else {tuple(sorted(r.removed)): r for r in ranking.candidates}
+    rows = (
+        {}
+        if ranking is None
+        else {tuple(sorted(r.removed)): r for r in ranking.candidates}
+    )
     low = rows if files.spectrum is None else [s.removed for s in files.spectrum.states]
     for rank, removed in enumerate(low):
         add(f"state {rank}", "candidate", removed, rows.get(tuple(sorted(removed))))
@@ -98,7 +109,12 @@ def list_rivals(files: RunFiles, states: Book) -> list[dict[str, Any]]:
         that finding it took, None if they were not counted.
     """
     found: list[dict[str, Any]] = [
-        {"name": b.baseline, "state": state, "passes": b.passes, "tokens": b.tokens_searched}
+        {
+            "name": b.baseline,
+            "state": state,
+            "passes": b.passes,
+            "tokens": b.tokens_searched,
+        }
         for state, b in zip(states.of("baseline"), files.baselines, strict=True)
     ]
     ranked = (*states.of("candidate"), *states.of("random"))

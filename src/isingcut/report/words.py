@@ -33,7 +33,9 @@ def numbers(blocks: Sequence[int]) -> str:
     if whole and all(b > a for a, b in pairwise(blocks)):
         return f"{blocks[0]} to {blocks[-1]}"
     listed = [str(b) for b in blocks]
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+    return (
+        listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+    )
 
 
 def join_blocks(removed: Sequence[int]) -> str:
@@ -115,7 +117,9 @@ def _environment(**more: Any) -> jinja2.Environment:
 
 @cache
 def _sentences() -> TemplateModule:
-    environment = _environment(finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value)))
+    environment = _environment(
+        finalize=lambda value: re.sub(r"\s*\n\s*", " ", str(value))
+    )
     return environment.get_template("words.j2").module
 
 
@@ -135,7 +139,9 @@ def correlation_text(found: states.Correlations) -> str:
     high = found.spearman_high
     if value is None:
         return "undefined" if found.n else "not measured"
-    return f"{value:.2f}" + ("" if None in (low, high) else f" ({low:.2f} to {high:.2f})")
+    return f"{value:.2f}" + (
+        "" if None in (low, high) else f" ({low:.2f} to {high:.2f})"
+    )
 
 
 def was_tuned(patch: cuts.PatchRecord) -> bool:
@@ -162,11 +168,23 @@ def spectrum_map(
     ranked = () if candidates is None else candidates.candidates
     measured = {tuple(row.removed): rows.kl_of(row).text() for row in ranked}
     tens = "".join(str(i // 10) if i % 10 == 0 else " " for i in range(n)).rstrip()
-    lines = [("", "", "", tens), ("rank", "energy", "KL", "".join(str(i % 10) for i in range(n)))]
+    lines = [
+        ("", "", "", tens),
+        ("rank", "energy", "KL", "".join(str(i % 10) for i in range(n))),
+    ]
     for state in spectrum.states:
-        mark = "*" if removed is not None and sorted(state.removed) == sorted(removed) else " "
+        mark = (
+            "*"
+            if removed is not None and sorted(state.removed) == sorted(removed)
+            else " "
+        )
         kl = measured.get(tuple(state.removed), "")
-        row = (f"{mark}{state.rank}", f"{state.energy:.4g}", kl, state_map(state.removed, n))
+        row = (
+            f"{mark}{state.rank}",
+            f"{state.energy:.4g}",
+            kl,
+            state_map(state.removed, n),
+        )
         lines.append(row)
     wide = [max(len(line[k]) for line in lines) for k in range(3)]
     return ["  ".join([*map(str.rjust, line[:3], wide), line[3]]) for line in lines]
@@ -197,7 +215,11 @@ def render_page(template: str, **values: Any) -> str:
 
 @cache
 def _packaged(name: str) -> str:
-    return resources("isingcut.report").joinpath("templates", name).read_text(encoding="utf-8")
+    return (
+        resources("isingcut.report")
+        .joinpath("templates", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 @cache

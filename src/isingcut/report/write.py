@@ -94,7 +94,10 @@ def _facts(files: RunFiles) -> dict[str, Any]:
         "removed": files.removed,
         "checkpoint": None if files.removal is None else files.product.name,
         "not_run": [stage for stage, file in stages if file is None],
-        "energy": {"name": files.energy, "meta": None if energy is None else dict(energy.meta)},
+        "energy": {
+            "name": files.energy,
+            "meta": None if energy is None else dict(energy.meta),
+        },
         "fidelity": {name: found.content() for name, found in files.judged.items()},
         "warnings": files.warnings,
         "baselines": [found.content() for found in files.baselines],
@@ -125,8 +128,12 @@ def _drawings(view: dict[str, Any]) -> dict[str, Any]:
         ],
         "trade_offs": [figures.trade_off_figure(files, axis) for axis in figures.AXES],
         "dots": figures.dots,
-        "rival_scale": figures.margin_scale(files, [rival["state"] for rival in view["rivals"]]),
-        "curve": None if files.healing is None else figures.healing_figure(files.healing),
+        "rival_scale": figures.margin_scale(
+            files, [rival["state"] for rival in view["rivals"]]
+        ),
+        "curve": None
+        if files.healing is None
+        else figures.healing_figure(files.healing),
         "data": _page_data(files, states),
     }
 
@@ -138,7 +145,8 @@ def _page_data(files: RunFiles, states: Book) -> dict[str, Any]:
         "kinds": [b.kind for b in files.blocks],
         **_terms(files.hamiltonian),
         "states": [
-            {"name": s.name, "removed": list(s.removed), "chosen": s.chosen} for s in states
+            {"name": s.name, "removed": list(s.removed), "chosen": s.chosen}
+            for s in states
         ],
     }
 
@@ -156,7 +164,9 @@ def _terms(energy: Hamiltonian | None) -> dict[str, Any]:
 def _short(values: Floats | None, digits: int = 4) -> Any:
     if values is None:
         return None
-    return np.vectorize(lambda v: float(f"{v:.{digits}g}"), otypes=[float])(values).tolist()
+    return np.vectorize(lambda v: float(f"{v:.{digits}g}"), otypes=[float])(
+        values
+    ).tolist()
 
 
 # Comparison -----------------------------------------------------------------------------
@@ -233,15 +243,20 @@ def _sides(found: Sequence[RunFiles]) -> list[Side]:
     short = [p.name for p in places]
     long = [f"{p.parent.name}/{p.name}" for p in places]
     names = [s if short.count(s) == 1 else n for s, n in zip(short, long, strict=True)]
-    names = [n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)]
-    return [Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))]
+    names = [
+        n if names.count(n) == 1 else f"{n} ({k + 1})" for k, n in enumerate(names)
+    ]
+    return [
+        Side(f, n, k % 6) for k, (f, n) in enumerate(zip(found, names, strict=True))
+    ]
 
 
 def differences(runs: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """List what differs between the runs: model, text or option, with the value in each run."""
     texts = ["" if (c := r.files.calibration) is None else f"{c.source} " for r in runs]
     texts = [
-        f"{t}(SHA-256 {(r.text or 'not there')[:8]})" for t, r in zip(texts, runs, strict=True)
+        f"{t}(SHA-256 {(r.text or 'not there')[:8]})"
+        for t, r in zip(texts, runs, strict=True)
     ]
     rows = [
         ("model", [r.files.model for r in runs], [r.sha for r in runs]),

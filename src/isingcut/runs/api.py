@@ -110,7 +110,11 @@ class Run:
     def __repr__(self) -> str:
         removal = self.config.removal
         go = " go" if removal.isdecimal() else ""
-        what = f"{removal} of {self.blocks} blocks{go}" if removal else f"{self.blocks} blocks"
+        what = (
+            f"{removal} of {self.blocks} blocks{go}"
+            if removal
+            else f"{self.blocks} blocks"
+        )
         return f"<isingcut run of {self.config.model}: {what}>"
 
     @property
@@ -141,7 +145,9 @@ class Run:
             >>> isingcut.open_run("my-run").hamiltonian.unit
             'nats/token'
         """
-        return self._folder.load(self._folder.path / "hamiltonian.safetensors", Hamiltonian.load)
+        return self._folder.load(
+            self._folder.path / "hamiltonian.safetensors", Hamiltonian.load
+        )
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -237,7 +243,11 @@ class Run:
 
     @convert_memory_errors()
     def save(
-        self, out: str | Path, *, blocks: Sequence[int] | None = None, overwrite: bool = False
+        self,
+        out: str | Path,
+        *,
+        blocks: Sequence[int] | None = None,
+        overwrite: bool = False,
     ) -> Path:
         """Write the smaller model, a plain Hugging Face checkpoint with a model card.
 
@@ -273,7 +283,9 @@ class Run:
                     shutil.copytree(product, temporary, dirs_exist_ok=True)
                 return target
             removed = list(self.chosen.removed) if removed is None else removed
-            cutting.write_model(self._session, self._folder, removed, target, overwrite=overwrite)
+            cutting.write_model(
+                self._session, self._folder, removed, target, overwrite=overwrite
+            )
         return target
 
     def _product(self) -> Path:
@@ -373,21 +385,34 @@ def prune(
     loaded = None if isinstance(model, str | Path) else model
     processes = Processes.join()
     if processes.size > 1 and (loaded is not None or out is None):
-        raise InputError("several processes need a model on disk and an out folder; give both")
+        raise InputError(
+            "several processes need a model on disk and an out folder; give both"
+        )
     if tokenizer is not None and loaded is None:
-        raise InputError("tokenizer is only for a loaded model; a folder or hub id has its own")
+        raise InputError(
+            "tokenizer is only for a loaded model; a folder or hub id has its own"
+        )
     # Temporary folders are deleted with the returned object.
     with contextlib.ExitStack() as kept:
         if not isinstance(options.get("calibration", ""), str | Path):
-            options["calibration"] = kept.enter_context(register_texts(options["calibration"]))
+            options["calibration"] = kept.enter_context(
+                register_texts(options["calibration"])
+            )
         if out is None:
             out = kept.enter_context(writing.temporary_folder()) / "run"
         named = model if loaded is None else type(loaded).__name__
-        given = {"model": named, "remove": "" if remove is None else remove, "out": out, **options}
+        given = {
+            "model": named,
+            "remove": "" if remove is None else remove,
+            "out": out,
+            **options,
+        }
         config = check_options(None, given, "isingcut.prune")
         if loaded is not None:
             # Save the model last, because that takes long for a large one.
-            config = config.replace(model=kept.enter_context(save_loaded_model(loaded, tokenizer)))
+            config = config.replace(
+                model=kept.enter_context(save_loaded_model(loaded, tokenizer))
+            )
         opened = open_session(config, shown, processes, need_removal=True)
         with opened as (session, folder):
             rankings = measure_and_rank(session, folder)
@@ -395,7 +420,9 @@ def prune(
         weakref.finalize(run, kept.pop_all().close)
     if processes.rank:
         return run
-    texts = [text for found in rankings for text in ranking_warnings(config.energy, found)]
+    texts = [
+        text for found in rankings for text in ranking_warnings(config.energy, found)
+    ]
     for text in dict.fromkeys(texts):
         warnings.warn(text, PoorEnergyWarning, stacklevel=3)
     return run

@@ -38,7 +38,10 @@ def check_whole(session: Session) -> None:
     """
     config = session.config
     for name in split_names(config.tasks) if session.streaming else ():
-        if name == WIKITEXT or prepare_task(name, data_of(config), config.questions).generates:
+        if (
+            name == WIKITEXT
+            or prepare_task(name, data_of(config), config.questions).generates
+        ):
             raise InputError(
                 f"{name} needs the whole model, which does not fit the memory limit; raise "
                 "--memory-limit, or remove it from --tasks"
@@ -86,12 +89,16 @@ def choose_by_tasks(
     config = session.config
     model = session.loaded
     tasks = prepare_tasks(config)
-    best = benchmark.contenders(rows, last_blocks(len(session.stack), len(rows[0].removed)))
+    best = benchmark.contenders(
+        rows, last_blocks(len(session.stack), len(rows[0].removed))
+    )
     removed = [rows[i].removed for i in best]
     drawn = benchmark.draw_half({task.name: task.pool() for task in tasks}, config.seed)
     count = sum(map(len, drawn.values()))
     scores = []
-    with session.progress(f"scoring {len(best)} candidates on {count} questions", count) as bar:
+    with session.progress(
+        f"scoring {len(best)} candidates on {count} questions", count
+    ) as bar:
         for task in tasks:
             keys = drawn[task.name]
             journal = benchmark.journal_of(kept, task, model, [*removed, *keys])
@@ -118,7 +125,10 @@ def benchmarks(
     checkpoint = product(folder, config, removed)
     made = folder.record(checkpoint)
     ranked = folder.target(config.removal) / "candidates.json"
-    chosen = folder.find_finished(ranked) and folder.load(ranked, solving.load_candidates).by_tasks
+    chosen = (
+        folder.find_finished(ranked)
+        and folder.load(ranked, solving.load_candidates).by_tasks
+    )
     # Questions that were used for the choice must not be used to score it.
     but = chosen.questions if chosen else []
     tasks = split_names(config.tasks)
@@ -167,7 +177,11 @@ def benchmark_checkpoint(
 
 
 def _score_both(
-    session: Session, checkpoint: Path, *, but: Sequence[str] = (), kept: Path | None = None
+    session: Session,
+    checkpoint: Path,
+    *,
+    but: Sequence[str] = (),
+    kept: Path | None = None,
 ) -> evaluations.BenchmarksFile:
     """Score the session's model and a checkpoint cut from it, for `benchmarks.json`.
 
@@ -187,5 +201,9 @@ def _score_both(
     rows = benchmark.benchmark(models, prepare_tasks(config), work, but=but, kept=kept)
     found: dict[str, Any] = {"left_out": len(but)} if but else {}
     if WIKITEXT in split_names(config.tasks):
-        found["wikitext2"] = benchmark.text_scores(models, data_of(config), config.questions, work)
-    return evaluations.BenchmarksFile(rows=rows, engine=f"lm_eval {version('lm_eval')}", **found)
+        found["wikitext2"] = benchmark.text_scores(
+            models, data_of(config), config.questions, work
+        )
+    return evaluations.BenchmarksFile(
+        rows=rows, engine=f"lm_eval {version('lm_eval')}", **found
+    )

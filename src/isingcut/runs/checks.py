@@ -23,21 +23,29 @@ from isingcut.processes import is_launched
 from isingcut.runs.folder import MANIFEST, RunFolder
 
 
-def check_options(config: RunConfig | None, options: Mapping[str, Any], source: str) -> RunConfig:
+def check_options(
+    config: RunConfig | None, options: Mapping[str, Any], source: str
+) -> RunConfig:
     """Check the options of a whole job, given as a `RunConfig` or by name.
 
     Args:
         source: the name of the call, for messages.
     """
     if config is not None and (options or not isinstance(config, RunConfig)):
-        raise InputError("give either a RunConfig or options by name (model=...), not both")
+        raise InputError(
+            "give either a RunConfig or options by name (model=...), not both"
+        )
     config = (config or options_from(RunConfig, options, source)).validate()
     if not config.out:
         raise InputError("--out is missing; give a folder for the run")
     if not config.removal and source != "isingcut.energy":
-        raise InputError("--remove is missing; give how many blocks to remove, or a --budget")
+        raise InputError(
+            "--remove is missing; give how many blocks to remove, or a --budget"
+        )
     if config.budget.packed and source != "isingcut.run":
-        raise InputError(f"--budget {config.budget} is only for `isingcut run`; give --remove M")
+        raise InputError(
+            f"--budget {config.budget} is only for `isingcut run`; give --remove M"
+        )
     return resolve_energy(config)
 
 
@@ -89,8 +97,12 @@ def check_healing_options(config: RunConfig) -> None:
     sources = places_in(distil_config(config).text)
     measured = places_in(config.calibration)
     if "self" in sources:
-        raise InputError("healing needs real text; name some with --healing '{text: SOURCE}'")
-    if pipes := [source for source in sources if source in measured and is_read_once(source)]:
+        raise InputError(
+            "healing needs real text; name some with --healing '{text: SOURCE}'"
+        )
+    if pipes := [
+        source for source in sources if source in measured and is_read_once(source)
+    ]:
         raise InputError(
             f"healing needs further text, but {pipes[0]} is a pipe and can be read only once; save "
             "it to a file, or name another text with --healing '{text: SOURCE}'"
@@ -116,11 +128,15 @@ def check_run_tasks(config: RunConfig) -> None:
     if not config.tasks:
         return
     if config.choose != "tasks" and len(config.remove.counts) > 1:
-        raise InputError("--tasks needs a checkpoint, but a range of removals cuts none; omit it")
+        raise InputError(
+            "--tasks needs a checkpoint, but a range of removals cuts none; omit it"
+        )
     names = split_names(config.tasks)
     check_tasks(names, data_of(config), config.questions)
     if config.choose == "tasks" and names == [WIKITEXT]:
-        raise InputError("wikitext2 has no questions; --choose tasks needs a task with questions")
+        raise InputError(
+            "wikitext2 has no questions; --choose tasks needs a task with questions"
+        )
 
 
 def data_of(config: RunConfig) -> Path | None:

@@ -58,7 +58,9 @@ _OF_STATE = ("model", "model.gguf")
 _LONGEST_NAME = 100
 
 
-def place_of(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None) -> Path:
+def place_of(
+    folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
+) -> Path:
     """Return the folder for the model of a state, by default the folder of its removal.
 
     A state given by its blocks gets its own folder if another state was cut or chosen in the folder
@@ -87,7 +89,9 @@ def _own_place(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> 
     return folder.path / f"remove-{slug(config.removal)}-blocks-{named}"
 
 
-def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None) -> Path:
+def product(
+    folder: RunFolder, config: RunConfig, removed: Sequence[int] | None = None
+) -> Path:
     """Return the run's final checkpoint: the healed one if the run heals, else `model/`.
 
     Args:
@@ -105,10 +109,14 @@ def product(folder: RunFolder, config: RunConfig, removed: Sequence[int] | None 
     return place / (HEALED if healed and place == target else "model")
 
 
-def _place_without(folder: RunFolder, config: RunConfig, removed: Sequence[int]) -> Path:
+def _place_without(
+    folder: RunFolder, config: RunConfig, removed: Sequence[int]
+) -> Path:
     """Find the checkpoint without these blocks, first in the folders for their number."""
     places = [folder.target(config.removal), _own_place(folder, config, removed)]
-    places += [(folder.path / key).parent for key in folder.run.stages if key.endswith("model")]
+    places += [
+        (folder.path / key).parent for key in folder.run.stages if key.endswith("model")
+    ]
     for place in places:
         made = folder.find_record(place / "model")
         if made and made.done and sorted(made.options.removed or ()) == sorted(removed):
@@ -136,7 +144,11 @@ def _write_exact(
     unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)
     proof = verify(
-        session.loaded.runnable, blocks, out, trust_remote_code=trust, progress=session.progress
+        session.loaded.runnable,
+        blocks,
+        out,
+        trust_remote_code=trust,
+        progress=session.progress,
     )
     if unused:
         proof.remarks.append(explain_unused(unused))
@@ -217,7 +229,9 @@ def make_gguf(
         return None
 
 
-def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | None = None) -> Path:
+def make_model(
+    session: Session, folder: RunFolder, removed: Sequence[int] | None = None
+) -> Path:
     """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
 
     Args:
@@ -248,7 +262,12 @@ def make_model(session: Session, folder: RunFolder, removed: Sequence[int] | Non
 
 
 def write_model(
-    session: Session, folder: RunFolder, removed: Sequence[int], out: Path, *, overwrite: bool
+    session: Session,
+    folder: RunFolder,
+    removed: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool,
 ) -> None:
     """Write the patched checkpoint to any folder, or the exact cut if nothing can be patched.
 
@@ -259,7 +278,9 @@ def write_model(
     sources = [session.source, *folder.sources]
     with (
         writing.atomic_folder(out, overwrite=overwrite, sources=sources) as temporary,
-        tempfile.TemporaryDirectory(".part", writing.temporary_prefix(out), out.parent) as aside,
+        tempfile.TemporaryDirectory(
+            ".part", writing.temporary_prefix(out), out.parent
+        ) as aside,
     ):
         temporary.rmdir()
         cut = Path(aside) / "cut"
@@ -271,7 +292,9 @@ def write_model(
         else:
             try:
                 job, text = _patch_job(session, folder, removed, cut, out.parent)
-                patch = patch_checkpoint(job, temporary).model_copy(update={"text": text})
+                patch = patch_checkpoint(job, temporary).model_copy(
+                    update={"text": text}
+                )
             except CANNOT as e:
                 patch = record_unpatched(removed, e)
                 cut.rename(temporary)
@@ -291,7 +314,9 @@ def _patch_job(
         later = distil_config(config)
         later = later.replace(length=sample_length(later, loaded.model))
     share = config.patch_share
-    tokens, text = to_fit(own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share)
+    tokens, text = to_fit(
+        own, loaded.tokenizer, config.patch_tokens, loaded.model, later, share
+    )
     how = patch_config(config).replace(batch_tokens=session.batch_tokens)
     return Job(loaded, tuple(removed), cut, tokens, work, how, session.progress), text
 
@@ -353,7 +378,11 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
     start = target / "model"
     made = folder.record(start)
     removed = tuple(made.options.removed or ())
-    options = describe_options(healing) | calibration_options(folder) | {"model": made.fingerprint}
+    options = (
+        describe_options(healing)
+        | calibration_options(folder)
+        | {"model": made.fingerprint}
+    )
     del options["device"]
 
     def make(path: Path) -> None:
@@ -363,7 +392,9 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         # Text outside all splits of the run.
         used = folder.load(folder.path / "calibration.safetensors", Calibration.load)
         text = build_text(healing, session.loaded, used)
-        job = Job(session.loaded, removed, start, text.train, path, healing, session.progress)
+        job = Job(
+            session.loaded, removed, start, text.train, path, healing, session.progress
+        )
         heal_checkpoint(job, text, path)
         shutil.copyfile(path / HEALING, target / HEALING)
 

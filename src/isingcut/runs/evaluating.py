@@ -59,9 +59,14 @@ def evaluate(
     packed = None if folder.find_outdated(gguf) else folder.find_record(gguf)
     whole = {**plain, "gguf": packed.fingerprint} if packed else plain
     # A result without speed or GGUF may be replaced; one with speed has everything requested.
-    skip = config.skip_speed and not any(folder.is_made(file, made) for made in (plain, whole))
+    skip = config.skip_speed and not any(
+        folder.is_made(file, made) for made in (plain, whole)
+    )
     without_speed = {**whole, "skip_speed": True}
-    completes = [{**plain, "skip_speed": True}, *([] if skip else [plain, without_speed])]
+    completes = [
+        {**plain, "skip_speed": True},
+        *([] if skip else [plain, without_speed]),
+    ]
 
     def make(path: Path) -> None:
         folder.check(checkpoint)
@@ -195,7 +200,10 @@ def _unlike(session: Session, splits: Mapping[str, TokenSet]) -> dict[str, Token
 
 
 def _further_scores(
-    session: Session, checkpoint: Path, tokens: TokenSet, elsewhere: Mapping[str, TokenSet]
+    session: Session,
+    checkpoint: Path,
+    tokens: TokenSet,
+    elsewhere: Mapping[str, TokenSet],
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
     """Score the models between the original and the last.
 
@@ -216,12 +224,18 @@ def _further_scores(
     exact: dict[TokenSet, Measurement] = {}
     if last != "cut":
         texts = (tokens, *elsewhere.values())
-        exact = {text: _measure_exact_cut(session, record.removed, text) for text in texts}
+        exact = {
+            text: _measure_exact_cut(session, record.removed, text) for text in texts
+        }
         judges["cut"] = lambda text: _score_exact_cut(exact[text], text)
     if healed and changed:
         judges["patched"] = partial(_score_cut, session, session.open_cut(model))
-    found |= {name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()}
-    return found, {name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact}
+    found |= {
+        name: _score_texts(judge, tokens, elsewhere) for name, judge in judges.items()
+    }
+    return found, {
+        name: exact[text].kl_sums[0] for name, text in elsewhere.items() if exact
+    }
 
 
 def score_gguf(
@@ -238,7 +252,9 @@ def score_gguf(
     """
     if not fits(gguf.with_name("model"), torch.float32):
         raise ModelError("it does not fit the host's memory together with the original")
-    with tempfile.TemporaryDirectory(".part", temporary_prefix(gguf), gguf.parent) as aside:
+    with tempfile.TemporaryDirectory(
+        ".part", temporary_prefix(gguf), gguf.parent
+    ) as aside:
         unpack_gguf(gguf, Path(aside), session.progress)
         judge = partial(_score_cut, session, session.open_cut(Path(aside), removed))
         scores = dict(_score_texts(judge, tokens, elsewhere))
@@ -269,7 +285,9 @@ def _score_cut(
     }
 
 
-def _measure_exact_cut(session: Session, removed: Sequence[int], tokens: TokenSet) -> Measurement:
+def _measure_exact_cut(
+    session: Session, removed: Sequence[int], tokens: TokenSet
+) -> Measurement:
     """Measure the original with its blocks skipped."""
     return measure(
         session.replay,
@@ -280,11 +298,18 @@ def _measure_exact_cut(session: Session, removed: Sequence[int], tokens: TokenSe
     )
 
 
-def _score_exact_cut(measured: Measurement, tokens: TokenSet) -> dict[str, evaluations.FurtherPart]:
+def _score_exact_cut(
+    measured: Measurement, tokens: TokenSet
+) -> dict[str, evaluations.FurtherPart]:
     """Return the scores of an exact cut, as `_score_cut`."""
     losses = {"": measured.losses(0)}
-    losses |= {k: measured.of_samples(rows).losses(0) for k, rows in tokens.rows_by_part.items()}
+    losses |= {
+        k: measured.of_samples(rows).losses(0)
+        for k, rows in tokens.rows_by_part.items()
+    }
     return {
-        name: evaluations.FurtherPart(**{**dict(perplexity(of["nll"], of["nll_se"])), **of})
+        name: evaluations.FurtherPart(
+            **{**dict(perplexity(of["nll"], of["nll_se"])), **of}
+        )
         for name, of in losses.items()
     }

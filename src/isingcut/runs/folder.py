@@ -24,7 +24,13 @@ from typing import Any, TypeVar
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import places_in
-from isingcut.errors import InputError, IsingcutError, ModelError, OutputExistsError, StageFileError
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    ModelError,
+    OutputExistsError,
+    StageFileError,
+)
 from isingcut.files import documents, ownership, results, runs, writing
 from isingcut.files.inputs import user_path
 from isingcut.files.provenance import model_path, versions
@@ -61,7 +67,9 @@ class RunFolder:
         progress: shows the hashing of large files.
     """
 
-    def __init__(self, path: Path, run: runs.RunFile, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, run: runs.RunFile, *, overwrite: bool = False
+    ) -> None:
         self.path = path
         self.run = run
         self.overwrite = overwrite
@@ -83,7 +91,9 @@ class RunFolder:
         """
         path = Path(config.out)
         cls.refuse_foreign(config)
-        options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT}
+        options = {
+            k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT
+        }
         now = {"model": model, **model_path(path, config.model)}
         if (path / MANIFEST).is_file():
             folder = cls.open(path, overwrite=config.overwrite)
@@ -145,8 +155,16 @@ class RunFolder:
         if self.overwrite:
             return
         checked = [
-            (self.path / "calibration.safetensors", config, STAGES["calibration"].options),
-            (self.path / "hamiltonian.safetensors", config, ("energy", *STAGES["energy"].options)),
+            (
+                self.path / "calibration.safetensors",
+                config,
+                STAGES["calibration"].options,
+            ),
+            (
+                self.path / "hamiltonian.safetensors",
+                config,
+                ("energy", *STAGES["energy"].options),
+            ),
         ]
         # A model has no more removals than blocks, which is checked later.
         possible = max(config.remove.counts, default=0) < len(self.run.blocks.blocks)
@@ -174,7 +192,11 @@ class RunFolder:
                 f"{path} is not an isingcut run folder (no {MANIFEST} in it); "
                 "give the --out of a run, or make one with: isingcut run MODEL --remove M"
             )
-        return cls(path, results.read_document(path / MANIFEST, runs.RunFile), overwrite=overwrite)
+        return cls(
+            path,
+            results.read_document(path / MANIFEST, runs.RunFile),
+            overwrite=overwrite,
+        )
 
     @property
     def config(self) -> RunConfig:
@@ -191,7 +213,11 @@ class RunFolder:
     def sources(self) -> list[Path]:
         """The inputs of the run on this machine."""
         seen = self.run.provenance.model_path
-        places = [] if seen is None else [self.path / seen.absolute, self.path / seen.relative]
+        places = (
+            []
+            if seen is None
+            else [self.path / seen.absolute, self.path / seen.relative]
+        )
         return [*read_by(self.config), *places]
 
     def model_places(self, name: str) -> list[str]:
@@ -251,7 +277,11 @@ class RunFolder:
     def find_finished(self, file: Path) -> runs.StageRecord | None:
         """Return the record of the stage that wrote a file or folder; None if unfinished."""
         found = self.find_record(file)
-        return found if found is not None and found.done and os.path.lexists(file) else None
+        return (
+            found
+            if found is not None and found.done and os.path.lexists(file)
+            else None
+        )
 
     def record(self, file: Path) -> runs.StageRecord:
         """Return the record of the finished stage that wrote a file or folder.
@@ -261,7 +291,9 @@ class RunFolder:
         """
         found = self.find_finished(file)
         if found is None:
-            raise StageFileError(f"{file} is not finished; type the command that began it again")
+            raise StageFileError(
+                f"{file} is not finished; type the command that began it again"
+            )
         return found
 
     def find_outdated(self, file: Path) -> str:
@@ -277,7 +309,9 @@ class RunFolder:
         # `options["model"]` is the fingerprint of the cut checkpoint that a stage reads; what
         # `options["typed"]` has is in `options["options"]` too.
         read = {k: v for k, v in options.items() if k != "typed"}
-        return results.fingerprint({**read, "original": self.run.provenance.model.sha256})
+        return results.fingerprint(
+            {**read, "original": self.run.provenance.model.sha256}
+        )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -341,7 +375,9 @@ class RunFolder:
                     )
                 fits = [wanted, *map(self._fingerprint, completes)]
                 if record.fingerprint not in fits and not self.overwrite:
-                    raise _changed_error(file, _list_changes(record.options.content(), options))
+                    raise _changed_error(
+                        file, _list_changes(record.options.content(), options)
+                    )
                 changed = ownership.find_change_since(file, record, self.progress)
                 if changed is not None:
                     raise OutputExistsError(
@@ -406,7 +442,9 @@ class RunFolder:
             raise exhausted
         return False
 
-    def _follow(self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]) -> T:
+    def _follow(
+        self, file: Path, make: Callable[[Path], None], load: Callable[[Path], T]
+    ) -> T:
         """Return the result of a stage that rank 0 writes; this process may help to make it."""
         if self.processes.decide(bool):
             with tempfile.TemporaryDirectory() as aside:
@@ -416,7 +454,9 @@ class RunFolder:
 
     def share(self) -> None:
         """Send rank 0's content of run.json to all processes."""
-        self.run = runs.RunFile.model_validate(self.processes.decide(lambda: self.run.content()))
+        self.run = runs.RunFile.model_validate(
+            self.processes.decide(lambda: self.run.content())
+        )
 
     def _give_up(
         self, key: str, file: Path, before: runs.StageRecord | None, *, refused: bool
@@ -454,7 +494,9 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         if old == new or key in ("options", "typed"):
             continue
         if isinstance(old, dict) or isinstance(new, dict):
-            changes += [f"{key}: {line}" for line in _list_changes(old or {}, new or {})]
+            changes += [
+                f"{key}: {line}" for line in _list_changes(old or {}, new or {})
+            ]
         elif all(x is None or _FINGERPRINT.fullmatch(str(x)) for x in (old, new)):
             changes.append(f"the {'checkpoint' if key == 'model' else key} changed")
         else:
@@ -463,7 +505,9 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _in_words(value: Any) -> str:
-    words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    words = (
+        ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    )
     return "none" if value is None else words or "none"
 
 
@@ -481,7 +525,9 @@ def find_run(gguf: Path) -> tuple[Path, str | None]:
             if record is not None and record.done:
                 removed = ",".join(map(str, record.options.removed or []))
                 return place, None if place == gguf.parent else removed
-    raise InputError(f"{gguf} is not of a run folder; give its original with --original MODEL")
+    raise InputError(
+        f"{gguf} is not of a run folder; give its original with --original MODEL"
+    )
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:
@@ -495,7 +541,9 @@ def read_by(config: RunConfig) -> list[Path]:
     tasks = map(str.strip, config.tasks.split(","))
     files = [name for name in tasks if name.endswith(".jsonl")]
     named = [config.model, *places_in(config.calibration), config.data, *files]
-    return [path for path in (user_path(n) for n in named if n) if os.path.lexists(path)]
+    return [
+        path for path in (user_path(n) for n in named if n) if os.path.lexists(path)
+    ]
 
 
 def slug(remove: str) -> str:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
@@ -75,7 +79,9 @@ def prepare(
     try:
         card = ModelCard.load(checkpoint / "README.md")
     except (OSError, ValueError, YAMLError) as e:
-        raise InputError(f"{checkpoint}/README.md is no model card ({first_line(e)})") from e
+        raise InputError(
+            f"{checkpoint}/README.md is no model card ({first_line(e)})"
+        ) from e
     if folder is None:
         refuse_changed(checkpoint)
     else:
@@ -108,7 +114,10 @@ def _clean(path: Path, name: str) -> Path | bytes:
 def read_records(files: Files) -> dict[str, Any]:
     """Return the content of isingcut's records among the files that `prepare` returned."""
     found = {name: files[name] for name in RECORDS if name in files}
-    return {k: json.loads(f if isinstance(f, bytes) else f.read_bytes()) for k, f in found.items()}
+    return {
+        k: json.loads(f if isinstance(f, bytes) else f.read_bytes())
+        for k, f in found.items()
+    }
 
 
 def push(
@@ -147,5 +156,7 @@ def push(
         status = getattr(getattr(e, "response", None), "status_code", None)
         refused = isinstance(e, LocalTokenNotFoundError) or status in (401, 403)
         hint = _LOGIN if refused else "check the name (owner/name), then run again"
-        raise InputError(f"uploading to {repository} failed ({first_line(e)}); {hint}") from e
+        raise InputError(
+            f"uploading to {repository} failed ({first_line(e)}); {hint}"
+        ) from e
     return str(made.url)

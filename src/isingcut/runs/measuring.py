@@ -35,7 +35,9 @@ def energy_part(config: RunConfig, name: str) -> Any:
     part = registry.get(name)
     own = {f.name for f in dataclasses.fields(part)}
     if config.effort and "effort" not in own and name == config.energy:
-        raise InputError(f"--effort is an option of 'refined' and 'auto', not of {name!r}")
+        raise InputError(
+            f"--effort is an option of 'refined' and 'auto', not of {name!r}"
+        )
     given = {"effort": config.effort, "seed": config.seed}
     return part(**{key: value for key, value in given.items() if key in own})
 
@@ -125,7 +127,9 @@ def _texts(
     known = record.options.texts if record else {}
     if not folder.overwrite:
         refuse_changed(known, config.calibration)
-    known = {place: known[place] for place in places_in(config.calibration) if place in known}
+    known = {
+        place: known[place] for place in places_in(config.calibration) if place in known
+    }
     return {"texts": known | text_hashes(config.calibration)}
 
 
@@ -133,7 +137,9 @@ def _size(split: TokenSet) -> SplitSize:
     """Count samples and predictions of a split, and of each source of a mixture."""
     rows = split.rows_by_part
     parts = {"parts": {name: _size(split.select(own)) for name, own in rows.items()}}
-    return SplitSize(samples=split.samples, tokens=split.tokens, **(parts if rows else {}))
+    return SplitSize(
+        samples=split.samples, tokens=split.tokens, **(parts if rows else {})
+    )
 
 
 def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
@@ -144,7 +150,9 @@ def splits_of(folder: RunFolder) -> Mapping[str, TokenSet]:
 def measure_energy(session: Session, folder: RunFolder) -> Hamiltonian:
     """Run stage `energy`: write `hamiltonian.safetensors`, and one file per energy of `also`."""
     config = session.config
-    result = _measure_one(session, folder, config.energy, folder.path / "hamiltonian.safetensors")
+    result = _measure_one(
+        session, folder, config.energy, folder.path / "hamiltonian.safetensors"
+    )
     for name in config.energies[1:]:
         _measure_one(session, folder, name, other_path(folder, name))
     return result
@@ -155,13 +163,17 @@ def other_path(folder: RunFolder, name: str) -> Path:
     return folder.path / f"hamiltonian.{name}.safetensors"
 
 
-def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> Hamiltonian:
+def _measure_one(
+    session: Session, folder: RunFolder, name: str, file: Path
+) -> Hamiltonian:
     config = session.config
     part = energy_part(config, name)
     options: dict[str, Any] = {}
     if hasattr(part, "targets"):
         part = dataclasses.replace(part, targets=targets_of(folder, config))
-        options["typed"] = {key: str(getattr(config, key)) for key in STAGES["energy"].options}
+        options["typed"] = {
+            key: str(getattr(config, key)) for key in STAGES["energy"].options
+        }
     options |= calibration_options(folder) | {
         "energy": name,
         "options": repr(part),
@@ -184,7 +196,9 @@ def _measure_one(session: Session, folder: RunFolder, name: str, file: Path) -> 
         measured.save(path)
 
     drop = partial(forget, journal)
-    return folder.stage("energy", file, options, make, Hamiltonian.load, together=True, forget=drop)
+    return folder.stage(
+        "energy", file, options, make, Hamiltonian.load, together=True, forget=drop
+    )
 
 
 def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
@@ -192,7 +206,9 @@ def targets_of(folder: RunFolder, config: RunConfig) -> tuple[Target, ...]:
     if not config.removal:
         return ()
     blocks = folder.run.blocks
-    return tuple(Target(one.removal, removal_rows(blocks, one)) for one in each_removal(config))
+    return tuple(
+        Target(one.removal, removal_rows(blocks, one)) for one in each_removal(config)
+    )
 
 
 def calibration_options(folder: RunFolder) -> dict[str, Any]:

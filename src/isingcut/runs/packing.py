@@ -39,7 +39,9 @@ LEFT = 0.25
 remains after a patch (half remains after the best patches measured)."""
 
 
-def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[PackedLosses]]:
+def find_types(
+    session: Session, blocks: BlockList
+) -> tuple[Packer, list[PackedLosses]]:
     """Return the types in which the model or a part of it meets the budget, the finest first.
 
     Raises:
@@ -54,9 +56,14 @@ def find_types(session: Session, blocks: BlockList) -> tuple[Packer, list[Packed
     for name in ("", *PACKED):
         packed = packer.costs(name, blocks.blocks)
         own = blocks.model_copy(update={"packed": packed})
-        if any(f.packed.bytes == packed.bytes and f.packed.other == packed.other for f in found):
+        if any(
+            f.packed.bytes == packed.bytes and f.packed.other == packed.other
+            for f in found
+        ):
             continue  # the same model again: no tensor of the file has more bits than this type
-        rows = [solving.budget_row(own, budget) for budget in session.config.budget.parts]
+        rows = [
+            solving.budget_row(own, budget) for budget in session.config.budget.parts
+        ]
         fits = all(row.rhs <= 0 for row in rows)
         try:
             if not fits:
@@ -81,14 +88,18 @@ def choose_type(session: Session, folder: RunFolder) -> PackingFile:
     file = folder.target(session.config.removal) / "packing.json"
     journal = file.with_name("packing.journal")
     typed = {name: getattr(config, name) for name in STAGES["pack"].options}
-    options = measuring.calibration_options(folder) | typed | cutting.share_options(config)
+    options = (
+        measuring.calibration_options(folder) | typed | cutting.share_options(config)
+    )
 
     def make(path: Path) -> None:
         session.choose_tuning(folder)
         packer, types = find_types(session, folder.run.blocks)
         _measure(session, folder, packer, types, journal)
         best = int(np.argmin([found.loss for found in types]))
-        write_document(path, PackingFile(budget=str(config.budget), types=types, chosen=best))
+        write_document(
+            path, PackingFile(budget=str(config.budget), types=types, chosen=best)
+        )
 
     read = partial(read_document, model=PackingFile)
     drop = partial(forget, journal)
@@ -112,7 +123,9 @@ def _measure(
     evaluator = Evaluator(session.replay, tokens, session.work(journal), config.seed)
     counts = tokens.predicted.sum(1).numpy().astype(np.int64)
 
-    def losses(found: PackedLosses, removed: Sequence[int]) -> tuple[float, float | None]:
+    def losses(
+        found: PackedLosses, removed: Sequence[int]
+    ) -> tuple[float, float | None]:
         """Return KL and standard error of the model in a type, without some blocks and patched."""
         kind = found.packed.type
         named = f"{kind or 'its own type'}, {len(removed)} blocks out"
@@ -125,7 +138,11 @@ def _measure(
 
             return changed_losses(session.replay, tokens, change, work, named, removed)
 
-        key = f"{kind}:{removed}:{config.patch}:{config.patch_tokens}" if removed else kind
+        key = (
+            f"{kind}:{removed}:{config.patch}:{config.patch_tokens}"
+            if removed
+            else kind
+        )
         row = evaluator.ledger.once(key, len(counts), 0.0, 0.0, make)
         error = without_infinities(float(standard_error(row, counts)))
         # Rounding may give a negative KL.
@@ -135,7 +152,9 @@ def _measure(
     for found in sorted(types, key=lambda f: not f.fits):
         if limit > 0:
             # Without a type, the weights are those of the original.
-            found.kl, found.kl_se = losses(found, []) if found.packed.type else (0.0, 0.0)
+            found.kl, found.kl_se = (
+                losses(found, []) if found.packed.type else (0.0, 0.0)
+            )
             limit = min(limit, found.loss)
     # A cut only adds to the KL of its type.
     rest = [f for f in types if not f.fits and f.kl is not None and f.kl < limit]

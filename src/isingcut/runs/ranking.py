@@ -54,11 +54,17 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
     options = solving.solve_options(folder, config) | {"also": sorted(others)}
     options |= {key: getattr(config, key) for key in STAGES["rank"].options}
     if tokens := trial_tokens(config):
-        options |= {"patch_tokens": tokens, "patch": config.patch, **share_options(config)}
+        options |= {
+            "patch_tokens": tokens,
+            "patch": config.patch,
+            **share_options(config),
+        }
     check_run_tasks(config)
     benchmarking.check_whole(session)
     if config.choose == "tasks":
-        options |= {name: getattr(config, name) for name in ("tasks", "data", "questions")}
+        options |= {
+            name: getattr(config, name) for name in ("tasks", "data", "questions")
+        }
         options |= benchmarking.hashes_of(config)
     journal = target / "candidates.journal"
     scores = target / ".questions"
@@ -79,14 +85,18 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
         by = " and search" if best or "search" in problem.hamiltonian.meta else ""
         considered = add_states(spectrum, problem, more, by)
         work = session.work(journal)
-        found = candidates.rank(session.replay, split, problem, considered, others, config, work)
+        found = candidates.rank(
+            session.replay, split, problem, considered, others, config, work
+        )
         if quick := one_pass(found, problem.hamiltonian.meta.get("search", {})):
             found.one_pass = quick
         rows = found.candidates
         position = found.chosen.position
         reason: dict[str, Any] = {"why": found.chosen.why}
         if config.choose == "tasks" and not folder.processes.rank:
-            position, found.by_tasks = benchmarking.choose_by_tasks(session, rows, scores)
+            position, found.by_tasks = benchmarking.choose_by_tasks(
+                session, rows, scores
+            )
             reason = {"why": "questions"}
         elif tokens:
             trials = Trials(session, folder, split, patched, session.progress)
@@ -94,9 +104,13 @@ def rank(session: Session, folder: RunFolder) -> states.CandidatesFile:
             near = choose_by_patch(found, deep, config, trials, best)
             if len(near) > 1:
                 position = near[0]
-                compared = [{"position": i, "patched_kl": rows[i].patched_kl} for i in near]
+                compared = [
+                    {"position": i, "patched_kl": rows[i].patched_kl} for i in near
+                ]
                 reason = {"why": "patch", "compared": compared, "deep": deep}
-        found.chosen = states.ChosenState(**rows[position].content(), position=position, **reason)
+        found.chosen = states.ChosenState(
+            **rows[position].content(), position=position, **reason
+        )
         write_document(path, found)
 
     file = target / "candidates.json"
@@ -119,7 +133,10 @@ def found_states(spectrum: Spectrum, problem: Problem, config: RunConfig) -> Sta
     """
     searched = problem.hamiltonian.meta.get("search", {}).get("targets", {})
     mine = searched.get(config.removal, {})
-    found = [row["removed"] for row in (*mine.get("one_pass", []), *mine.get("finalists", []))]
+    found = [
+        row["removed"]
+        for row in (*mine.get("one_pass", []), *mine.get("finalists", []))
+    ]
     if config.choose == "tasks":
         found.append(benchmarking.last_blocks(problem.n, len(spectrum.removed(0))))
     # The spectrum may be solved with more constraints than the search had.
@@ -145,7 +162,9 @@ def add_states(spectrum: Spectrum, problem: Problem, more: States, by: str) -> S
     )
 
 
-def one_pass(ranking: states.CandidatesFile, search: Mapping[str, Any]) -> states.OnePass | None:
+def one_pass(
+    ranking: states.CandidatesFile, search: Mapping[str, Any]
+) -> states.OnePass | None:
     """Return the measured choices of one-pass methods, with the costs of the pass and the search.
 
     Args:
@@ -157,7 +176,9 @@ def one_pass(ranking: states.CandidatesFile, search: Mapping[str, Any]) -> state
     if not found:
         return None
     return states.OnePass(
-        states=[states.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found],
+        states=[
+            states.OnePassLoss(**{**rows[tuple(s["removed"])], **s}) for s in found
+        ],
         passes=search["one_pass_passes"],
         search_passes=search["passes"],
         searched_for=len(search["targets"]),
@@ -224,4 +245,6 @@ def compare(session: Session, folder: RunFolder, name: str) -> states.BaselineFi
     journal = file.with_name(file.name + ".journal")
     read = partial(read_document, model=states.BaselineFile)
     drop = partial(forget, journal)
-    return folder.stage("baseline", file, options, make, read, together=True, forget=drop)
+    return folder.stage(
+        "baseline", file, options, make, read, together=True, forget=drop
+    )

@@ -47,7 +47,12 @@ from isingcut.models.streaming.store import Buffers
 from isingcut.options.config import BATCH_TOKENS, RunConfig
 from isingcut.processes import ALONE, Processes
 from isingcut.runs.folder import RunFolder, each_removal
-from isingcut.runs.solving import TIMED_TOKENS, describe_blocks, kept_and_dropped, removal_rows
+from isingcut.runs.solving import (
+    TIMED_TOKENS,
+    describe_blocks,
+    kept_and_dropped,
+    removal_rows,
+)
 
 
 class Session:
@@ -102,7 +107,10 @@ class Session:
         def read_record() -> int:
             record = made.computed.get(device)
             if record is None or record.requested != requested:
-                room = least_left(devices_of(self.loaded.model), self.config.memory_limit) // 2
+                room = (
+                    least_left(devices_of(self.loaded.model), self.config.memory_limit)
+                    // 2
+                )
                 chosen = requested or choose_batch_tokens(self.replay, room)
                 record = Computed(requested=requested, batch_tokens=chosen)
                 made.computed = {**made.computed, device: record}
@@ -122,7 +130,9 @@ class Session:
     def source(self) -> Path:
         """The model as a local Hugging Face folder."""
         trust = self.config.trust_remote_code
-        place = resolve(self.config.model, trust_remote_code=trust, progress=self.progress)
+        place = resolve(
+            self.config.model, trust_remote_code=trust, progress=self.progress
+        )
         # A later change of the working folder must not move it.
         found = place.absolute()
         self._stamp = weights_stamp(found)
@@ -146,7 +156,9 @@ class Session:
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
         given = (self.config.memory_limit, self.config.cards_per_process)
-        return ",".join(map(str, devices.pick_devices(self.config.device, self._bytes, *given)))
+        return ",".join(
+            map(str, devices.pick_devices(self.config.device, self._bytes, *given))
+        )
 
     @cached_property
     def streaming(self) -> bool:
@@ -169,7 +181,11 @@ class Session:
         """Open a checkpoint; if the model is streamed, with buffers of another one if given."""
         trust = self.config.trust_remote_code
         limit = self.config.memory_limit
-        how: Any = {"dtype": self.dtype, "device": self.device, "trust_remote_code": trust}
+        how: Any = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "trust_remote_code": trust,
+        }
         if self.streaming:
             return load_streamed(folder, **how, memory_limit=limit, buffers=buffers)
         return models.load(folder, **how)
@@ -209,7 +225,9 @@ class Session:
             self.__dict__.pop(name, None)
         devices.BatchLimit(pick_device(self.device)).release()
 
-    def open_cut(self, folder: Path, removed: Sequence[int] | None = None) -> models.LoadedModel:
+    def open_cut(
+        self, folder: Path, removed: Sequence[int] | None = None
+    ) -> models.LoadedModel:
         """Open a cut of the session's model that shares its weights, see `sharing.open_cut`.
 
         Args:
@@ -219,7 +237,9 @@ class Session:
             return self._open(folder, self.loaded.streamed.store.buffers)
         record = folder / "isingcut.json"
         if removed is None:
-            removed = read_document(record, CutRecord).removed if record.is_file() else []
+            removed = (
+                read_document(record, CutRecord).removed if record.is_file() else []
+            )
         return open_cut(self.loaded, removed, folder)
 
     @cached_property
@@ -242,7 +262,9 @@ class Session:
         seconds = self.replay.latency(min(TIMED_TOKENS, int(longest or TIMED_TOKENS)))
         parameters = list(model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
-        return describe_blocks(self.stack, legal, sum(p.numel() for p in parameters), size, seconds)
+        return describe_blocks(
+            self.stack, legal, sum(p.numel() for p in parameters), size, seconds
+        )
 
 
 def take_up(session: Session, processes: Processes) -> None:

@@ -63,11 +63,17 @@ def removal_rows(
     kinds = [b.kind for b in blocks.blocks]
     n = len(kinds)
     if n == 1:
-        raise InputError("this model has a single block, which must stay; use a deeper model")
+        raise InputError(
+            "this model has a single block, which must stay; use a deeper model"
+        )
     if config.remove or not config.budget:
         counts = count_rows(kinds, config.remove)
     else:
-        counts = [LinearConstraint("some stay", np.ones(n), "<=", n - 1, "not every block goes")]
+        counts = [
+            LinearConstraint(
+                "some stay", np.ones(n), "<=", n - 1, "not every block goes"
+            )
+        ]
     others = kept_and_dropped(n, config)
     others += [LinearConstraint(**dict(row)) for row in blocks.legality]
     budgets = [b for b in config.budget.parts if b.quantity.early or not early]
@@ -83,15 +89,25 @@ def removal_rows(
     except InfeasibleError as e:
         if not plain.has_states():
             near = sorted(range(1, n), key=lambda m: abs(m - int(counts[0].rhs)))
-            legal = (m for m in near if Problem(blank, [rows.count(n, m), *others]).has_states())
+            legal = (
+                m
+                for m in near
+                if Problem(blank, [rows.count(n, m), *others]).has_states()
+            )
             possible = next(legal, None) if config.remove.counts else None
-            hint = f"; the nearest possible number of blocks is {possible}" if possible else ""
+            hint = (
+                f"; the nearest possible number of blocks is {possible}"
+                if possible
+                else ""
+            )
             raise InfeasibleError(f"{e}{hint}") from e
         pairs = zip(bounds, budgets, strict=True)
         each = [_furthest(blocks, plain, row, b) for row, b in pairs if row.rhs > 0]
         alone = "each alone " if len(each) > 1 else ""
         most = "nearest" if config.budget.packed else "largest"
-        raise InfeasibleError(f"{e}; the {most} possible {alone}is {', '.join(each)}") from e
+        raise InfeasibleError(
+            f"{e}; the {most} possible {alone}is {', '.join(each)}"
+        ) from e
     return [*counts, *bounds, *others]
 
 
@@ -112,16 +128,24 @@ def budget_row(blocks: BlockList, wanted: Budget) -> LinearConstraint:
     quantity = wanted.quantity
     if quantity.packed:
         each, before, now = _packed_costs(blocks, wanted)
-        most = (1 - wanted.share) * before if wanted.share is not None else wanted.amount
+        most = (
+            (1 - wanted.share) * before if wanted.share is not None else wanted.amount
+        )
         assert most is not None
         reason = f"{wanted.name} of at most {most:.6g} bytes"
         return LinearConstraint(f"budget {wanted.name}", each, ">=", now - most, reason)
     costs = [getattr(b, quantity.cost) for b in blocks.blocks]
-    total = float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
-    row = rows.budget(wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total)
+    total = (
+        float(getattr(blocks, quantity.whole)) if quantity.whole else float(sum(costs))
+    )
+    row = rows.budget(
+        wanted.name, costs, share=wanted.share, amount=wanted.amount, total=total
+    )
     unit = quantity.unit
     amount = f"{row.rhs / quantity.units[unit.lower()]:.6g}{unit}"
-    return dataclasses.replace(row, reason=f"{wanted.name} of at least {amount} removed")
+    return dataclasses.replace(
+        row, reason=f"{wanted.name} of at least {amount} removed"
+    )
 
 
 def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, float]:
@@ -136,14 +160,18 @@ def _packed_costs(blocks: BlockList, wanted: Budget) -> tuple[Floats, float, flo
         )
     if wanted.context:
         # Keys and values in float16, llama.cpp's default.
-        each = [2 * b.parameters / b.bytes * b.kv_bytes_per_token for b in blocks.blocks]
+        each = [
+            2 * b.parameters / b.bytes * b.kv_bytes_per_token for b in blocks.blocks
+        ]
         cache = np.array(each) * wanted.context + [b.state_bytes for b in blocks.blocks]
     costs = getattr(packed, quantity.cost) + cache
     now = float(costs.sum()) + getattr(packed, quantity.whole)
     return costs, packed.read_before + float(cache.sum()), now
 
 
-def _furthest(blocks: BlockList, problem: Problem, row: LinearConstraint, budget: Budget) -> str:
+def _furthest(
+    blocks: BlockList, problem: Problem, row: LinearConstraint, budget: Budget
+) -> str:
     """Return the strictest feasible value of one budget, as text for `--budget`."""
     costs = row.coefficients
     # The energy decreases with the removed amount, so its lowest state removes the most.
@@ -155,12 +183,17 @@ def _furthest(blocks: BlockList, problem: Problem, row: LinearConstraint, budget
     if budget.quantity.packed:
         _, before, now = _packed_costs(blocks, budget)
         if budget.share is None:
-            amount = math.ceil(1e3 * (now - most) / budget.quantity.units[unit.lower()]) / 1e3
+            amount = (
+                math.ceil(1e3 * (now - most) / budget.quantity.units[unit.lower()])
+                / 1e3
+            )
             return f"{budget.name}={amount:.12g}{unit}{at}"
         share = (before - now + most) / before
         return f"{budget.name}={math.floor(1000 * share) / 10:g}%{at}"
     if budget.share is not None:
-        return f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
+        return (
+            f"{budget.name}={math.floor(1000 * most * budget.share / row.rhs) / 10:g}%"
+        )
     amount = math.floor(1e6 * most / budget.quantity.units[unit.lower()]) / 1e6
     return f"{budget.name}={amount:.12g}{unit}"
 
@@ -177,7 +210,11 @@ def count_rows(kinds: Sequence[str], remove: Removal) -> list[LinearConstraint]:
         raise InputError(
             f"--remove must be from 1 to {n - 1} for this model of {n} blocks, got {total}"
         )
-    return [rows.count(n, total)] if remove.counts else rows.kind_counts(kinds, remove.kinds)
+    return (
+        [rows.count(n, total)]
+        if remove.counts
+        else rows.kind_counts(kinds, remove.kinds)
+    )
 
 
 def describe_blocks(
@@ -203,12 +240,15 @@ def describe_blocks(
         total_parameters=parameters,
         total_bytes=size,
         legality=[
-            LegalityRow(**{**vars(row), "coefficients": row.coefficients.tolist()}) for row in legal
+            LegalityRow(**{**vars(row), "coefficients": row.coefficients.tolist()})
+            for row in legal
         ],
     )
 
 
-def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Spectrum:
+def solve(
+    folder: RunFolder, config: RunConfig, progress: Progress = silent
+) -> Spectrum:
     """Run stage `solve`: write `spectrum.json` of one removal, from the Hamiltonian's file."""
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
@@ -226,8 +266,12 @@ def solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> 
                 f"the options of {folder.path} have --solver {config.solver}, which imports "
                 f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
-        with show_time(progress, f"solving for {config.removal}", config.solve_seconds) as bar:
-            spectrum = find(problem, config.solver, config.states, **_solver_options(config))
+        with show_time(
+            progress, f"solving for {config.removal}", config.solve_seconds
+        ) as bar:
+            spectrum = find(
+                problem, config.solver, config.states, **_solver_options(config)
+            )
             bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
         spectrum.save(path)
 
@@ -244,7 +288,11 @@ def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
 def _solver_options(config: RunConfig) -> dict[str, Any]:
     """Return seed and time limit, if the solver has such options."""
     part = registry.get(config.solver)
-    fields = {f.name for f in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
+    fields = (
+        {f.name for f in dataclasses.fields(part)}
+        if dataclasses.is_dataclass(part)
+        else set()
+    )
     given = {"seed": config.seed, "seconds": config.solve_seconds}
     return {k: v for k, v in given.items() if k in fields}
 
@@ -252,7 +300,9 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    return {"energy": record.fingerprint} | {k: getattr(config, k) for k in STAGES["solve"].options}
+    return {"energy": record.fingerprint} | {
+        k: getattr(config, k) for k in STAGES["solve"].options
+    }
 
 
 def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
@@ -264,7 +314,9 @@ def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
     file = require(folder, config, "spectrum.json")
     made = folder.record(file).options.content()
     solved = config.replace(**{key: made[key] for key in SOLVING if key in made})
-    other = any(made.get(key) != getattr(config, key) for key in ("remove", "budget", "seed"))
+    other = any(
+        made.get(key) != getattr(config, key) for key in ("remove", "budget", "seed")
+    )
     if other or folder.find_outdated(file):
         raise StageFileError(
             f"{file} was solved for another energy or budget; solve again, with --overwrite: "
@@ -282,9 +334,15 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
     target = folder.target(config.removal)
     path = target / name
     if not path.exists():
-        which = ["--remove", config.remove] if config.remove else ["--budget", config.budget]
+        which = (
+            ["--remove", config.remove]
+            if config.remove
+            else ["--budget", config.budget]
+        )
         needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
-        verb = next(stage.verb for stage in needed if not (target / stage.file).exists())
+        verb = next(
+            stage.verb for stage in needed if not (target / stage.file).exists()
+        )
         command = shlex.join(["isingcut", verb, *map(str, (folder.path, *which))])
         raise StageFileError(f"{path} does not exist; first type: {command}")
     return path

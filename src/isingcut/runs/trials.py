@@ -63,7 +63,9 @@ def is_deep(removed: int, blocks: int) -> bool:
     return removed >= DEEP * blocks
 
 
-def is_searched(config: RunConfig, removed: int, blocks: int, *, streamed: bool) -> bool:
+def is_searched(
+    config: RunConfig, removed: int, blocks: int, *, streamed: bool
+) -> bool:
     """Whether states are searched by their patched KL: deep cuts of a model in memory, if trial
     patches take more tokens than those of the search (not with ``--quick``)."""
     return is_deep(removed, blocks) and trial_tokens(config) > TOKENS and not streamed
@@ -105,7 +107,9 @@ class Trials:
 
         def make() -> Floats:
             with session.at(trial):
-                new = fit_patch(session, self._folder, removed, work.progress, self._fitted)
+                new = fit_patch(
+                    session, self._folder, removed, work.progress, self._fitted
+                )
             named = f"without {join_blocks(removed)}, patched"
             replay = session.replay
             text = self._text
@@ -158,7 +162,10 @@ def search_patched(
 
         def best() -> list[Bools]:
             fits = target.feasible(np.array(list(states.values())))
-            return [states[key] for key in sorted(np.array(list(kl))[fits], key=kl.__getitem__)]
+            return [
+                states[key]
+                for key in sorted(np.array(list(kl))[fits], key=kl.__getitem__)
+            ]
 
         def guess() -> States:
             """Return unmeasured exchanges around the best state, the lowest guess first."""
@@ -213,7 +220,9 @@ def choose_by_patch(
     lowest = min(row.kl for row in rows)
 
     def is_near(row: states.MeasuredState) -> bool:
-        return row.kl - lowest <= max(NEAR * lowest, ERRORS * (row.above_lowest_se or 0))
+        return row.kl - lowest <= max(
+            NEAR * lowest, ERRORS * (row.above_lowest_se or 0)
+        )
 
     near = [i for i, row in enumerate(rows) if is_near(row)]
     near = sorted(near, key=lambda i: rows[i].kl)[: 1 if searched else TRIED]
@@ -221,7 +230,9 @@ def choose_by_patch(
         quick = found.one_pass.states if found.one_pass else []
         best = [min(quick, key=lambda row: row.kl).removed] if quick else []
         more = [*searched, *best]
-        near += [i for i, row in enumerate(rows) if row.removed in more and i not in near]
+        near += [
+            i for i, row in enumerate(rows) if row.removed in more and i not in near
+        ]
     if len(near) == 1:
         return near
     kind = config.patch if deep else "linear"

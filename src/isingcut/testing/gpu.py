@@ -58,9 +58,13 @@ class Place:
         self.device = device
         self.folder = folder
         self.model = tiny_checkpoint("llama", folder / "model", num_hidden_layers=8)
-        letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (9000, 6))
+        letters = np.random.default_rng(0).choice(
+            list("abcdefghijklmnopqrstuvwxyz"), (9000, 6)
+        )
         self.text = folder / "text.txt"
-        self.text.write_text(" ".join("".join(word) for word in letters), encoding="utf-8")
+        self.text.write_text(
+            " ".join("".join(word) for word in letters), encoding="utf-8"
+        )
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Return the options of a short run."""
@@ -95,7 +99,9 @@ def replay_on(*devices: torch.device, family: str = "llama") -> Replay:
 def tokens() -> TokenSet:
     """Make samples of unequal lengths."""
     rng = np.random.default_rng(0)
-    return TokenSet.from_rows([rng.integers(8, 200, n).tolist() for n in (31, 24, 31, 17)])
+    return TokenSet.from_rows(
+        [rng.integers(8, 200, n).tolist() for n in (31, 24, 31, 17)]
+    )
 
 
 def states() -> Any:
@@ -112,7 +118,9 @@ def close(found: Any, expected: Any, most: float = CLOSE) -> str:
     found = np.asarray(found)
     expected = np.asarray(expected)
     off = float(np.abs(found - expected).max() / np.abs(expected).max())
-    assert off <= most, f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
+    assert off <= most, (
+        f"differs by {off:.1e} of its size, at most {most:.0e} is expected"
+    )
     return f"differs by {off:.1e}" if off else "equal bits"
 
 
@@ -132,8 +140,12 @@ def run(place: Place) -> str:
     """Check that a default run, from text to report, chooses the same blocks as on the CPU."""
     chosen = []
     for device in (str(place.device), "cpu"):
-        out = place.run(f"run-{device.replace(':', '-')}", dtype="float32", device=device)
-        found = json.loads((out / "candidates.json").read_text(encoding="utf-8"))["chosen"]
+        out = place.run(
+            f"run-{device.replace(':', '-')}", dtype="float32", device=device
+        )
+        found = json.loads((out / "candidates.json").read_text(encoding="utf-8"))[
+            "chosen"
+        ]
         chosen.append((found["removed"], found["kl"]))
     assert chosen[0][0] == chosen[1][0], f"GPU {chosen[0]}, CPU {chosen[1]}"
     return f"blocks {chosen[0][0]}; KL: {close(chosen[0][1], chosen[1][1])}"
@@ -155,7 +167,11 @@ def streamed(place: Place) -> str:
     given: dict[str, Any] = {"dtype": "float32", "device": str(place.device)}
     resident = load(place.model, **given).replay
     other = load_streamed(place.model, **given).replay
-    close(measure(other, tokens(), states()).kl, measure(resident, tokens(), states()).kl, 0.0)
+    close(
+        measure(other, tokens(), states()).kl,
+        measure(resident, tokens(), states()).kl,
+        0.0,
+    )
     return close(gate_gradients(other, tokens()), gate_gradients(resident, tokens()))
 
 
@@ -188,7 +204,11 @@ def placed_run(place: Place) -> str:
     """Check that a run over two GPUs, healed with LoRA, agrees with one on a single GPU."""
     names = list(map(str, two_cards(place)))
     found = []
-    given: dict[str, Any] = {"dtype": "float32", "skip_speed": True, "batch_tokens": 256}
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_speed": True,
+        "batch_tokens": 256,
+    }
     given |= {"heal": "all", "healing": {"method": "lora", "trainer": {"max_steps": 4}}}
     for device in (",".join(names), names[0]):
         folder = f"cards-{device.replace(':', '-').replace(',', '-')}"
@@ -201,14 +221,30 @@ def processes(place: Place) -> str:
     """Check that two processes with a GPU each write the same files as one."""
     if two_cards(place)[0].type != "cuda":
         raise SkipTest("needs CUDA")
-    given = place.options(dtype="float32", device="cuda", batch_tokens=64, attention="sdpa")
+    given = place.options(
+        dtype="float32", device="cuda", batch_tokens=64, attention="sdpa"
+    )
     files = []
     for size in (1, 2):
         out = place.folder / f"ranks-{size}"
-        words = [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k != "model"]
+        words = [
+            f"--{k.replace('_', '-')}={v}" for k, v in given.items() if k != "model"
+        ]
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"),
-            *("-m", "isingcut", "energy", str(place.model), f"--out={out}", "--energy=pairwise"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc-per-node={size}",
+            ),
+            *(
+                "-m",
+                "isingcut",
+                "energy",
+                str(place.model),
+                f"--out={out}",
+                "--energy=pairwise",
+            ),
             *words,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -234,7 +270,9 @@ def heal(place: Place) -> str:
             device=str(place.device),
         )
         record = json.loads((healed / "healing.json").read_text(encoding="utf-8"))
-        lines.append(f"{method}: KL {record['before']['kl']:.3f} to {record['after']['kl']:.3f}")
+        lines.append(
+            f"{method}: KL {record['before']['kl']:.3f} to {record['after']['kl']:.3f}"
+        )
     return "; ".join(lines)
 
 
@@ -248,7 +286,9 @@ def crowded(place: Place) -> str:
     """Check that a run completes while another process uses nearly all memory."""
     module = device_module(place.device)
     free = module.mem_get_info(place.device)[0]
-    taken = torch.empty(max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device)
+    taken = torch.empty(
+        max(0, int(free) - 2**29), dtype=torch.uint8, device=place.device
+    )
     synchronise(place.device)
     try:
         place.run("crowded", skip_speed=True)
@@ -262,7 +302,18 @@ def crowded(place: Place) -> str:
 CHECKS: dict[str, Callable[[Place], str]] = {
     check.__name__: check
     for check in (
-        *(agree, run, half, streamed, twice, placed, placed_run, processes, heal, experts),
+        *(
+            agree,
+            run,
+            half,
+            streamed,
+            twice,
+            placed,
+            placed_run,
+            processes,
+            heal,
+            experts,
+        ),
         crowded,
     )
 }
@@ -284,12 +335,19 @@ def carry_out(device: torch.device, names: Sequence[str]) -> list[dict[str, Any]
                 words = str(e)
             except Exception as e:
                 trace = traceback.format_exc()
-                message = str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
+                message = (
+                    str(e) if isinstance(e, IsingcutError | AssertionError) else repr(e)
+                )
                 outcome = "failed"
                 words = " ".join(message.split())
             seconds = time.monotonic() - began
             print(f"{outcome:8} {seconds:6.1f} s  {name:10} {words[:150]}", flush=True)
-            row = {"check": name, "outcome": outcome, "seconds": seconds, "words": words}
+            row = {
+                "check": name,
+                "outcome": outcome,
+                "seconds": seconds,
+                "words": words,
+            }
             rows.append({**row, "traceback": trace})
     return rows
 
@@ -299,7 +357,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m isingcut.testing gpu")
     parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
     parser.add_argument("--only", default=",".join(CHECKS), help="names of checks")
-    parser.add_argument("--out", type=Path, default=Path("isingcut-gpu.json"), help="the file")
+    parser.add_argument(
+        "--out", type=Path, default=Path("isingcut-gpu.json"), help="the file"
+    )
     options = parser.parse_args(list(arguments))
     names = options.only.split(",")
     if unknown := [name for name in names if name not in CHECKS]:
@@ -311,7 +371,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"no GPU found: {e}")
         return 2
     module = device_module(device)
-    card = module.get_device_name(device) if hasattr(module, "get_device_name") else str(device)
+    card = (
+        module.get_device_name(device)
+        if hasattr(module, "get_device_name")
+        else str(device)
+    )
     print(f"{card}, torch {torch.__version__}")
     try:
         # Opened before the checks, so that a place that cannot be written costs none.

@@ -9,7 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from isingcut.errors import InfeasibleError, InputError, IsingcutError, VerificationError
+from isingcut.errors import (
+    InfeasibleError,
+    InputError,
+    IsingcutError,
+    VerificationError,
+)
 from isingcut.ising import constraints as con
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
@@ -33,11 +38,19 @@ def problems(seed: int = 0) -> dict[str, Problem]:
         "indefinite, count": Problem(mixed, [con.count(N, 5)]),
         "degenerate, count": Problem(degenerate, [con.count(N, 5)]),
         "no constraint": Problem(mixed),
-        "counts per kind": Problem(mixed, con.kind_counts(_KINDS, {"attention": 2, "moe": 1})),
+        "counts per kind": Problem(
+            mixed, con.kind_counts(_KINDS, {"attention": 2, "moe": 1})
+        ),
         "budget": Problem(definite, [con.budget("params", costs, share=0.35)]),
-        "count and budget": Problem(mixed, [con.count(N, 4), con.budget("p", costs, share=0.38)]),
-        "keep and drop": Problem(mixed, [con.count(N, 5), *con.keep(N, [0, 3]), *con.drop(N, [7])]),
-        "legality": Problem(mixed, [con.count(N, 8), con.keep_at_least(_KINDS, "attention")]),
+        "count and budget": Problem(
+            mixed, [con.count(N, 4), con.budget("p", costs, share=0.38)]
+        ),
+        "keep and drop": Problem(
+            mixed, [con.count(N, 5), *con.keep(N, [0, 3]), *con.drop(N, [7])]
+        ),
+        "legality": Problem(
+            mixed, [con.count(N, 8), con.keep_at_least(_KINDS, "attention")]
+        ),
         "periods": Problem(mixed, con.together(N, [(0, 1, 2), (3, 4), (8, 9, 10)])),
         "neighbours apart": Problem(mixed, [con.count(N, 4), *_neighbours_apart()]),
         "one state": Problem(mixed, [con.count(N, N)]),
@@ -73,23 +86,32 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
         solution = part.solve(problem, k)
 
         def wrong(what: str, name: str = name) -> VerificationError:
-            return VerificationError(f"solver {type(part).__name__} on {name!r}: {what}")
+            return VerificationError(
+                f"solver {type(part).__name__} on {name!r}: {what}"
+            )
 
         if not isinstance(solution, Solution):
             raise wrong(f"solve must return a Solution, got {type(solution).__name__}")
         states = np.asarray(solution.states)
         if states.ndim != 2 or states.shape[1] != N or states.dtype != np.bool_:
-            raise wrong(f"states must be bool (S, {N}), got {states.dtype} {states.shape}")
+            raise wrong(
+                f"states must be bool (S, {N}), got {states.dtype} {states.shape}"
+            )
         for state in states[~problem.feasible(states)][:1]:
             raise wrong("a state violates " + "; ".join(problem.violations(state)))
         ham = problem.hamiltonian
         tolerance = 1e-9 * ham.scale
         wanted = np.sort(ham.energies(_all_feasible(problem)))[:k]
         got = np.sort(ham.energies(np.unique(states, axis=0)))[:k]
-        same = got.shape == wanted.shape and bool((np.abs(got - wanted) <= tolerance).all())
+        same = got.shape == wanted.shape and bool(
+            (np.abs(got - wanted) <= tolerance).all()
+        )
         if solution.proven and not same:
             raise wrong(f"claims a proof, but its {k} lowest states are not the lowest")
-        if solution.lower_bound is not None and solution.lower_bound > wanted[0] + tolerance:
+        if (
+            solution.lower_bound is not None
+            and solution.lower_bound > wanted[0] + tolerance
+        ):
             raise wrong(
                 f"its lower bound {solution.lower_bound:.9g} is above the ground-state energy "
                 f"{wanted[0]:.9g}"
@@ -97,7 +119,9 @@ def check_solver(part: Solver, k: int = 12) -> dict[str, float]:
         ground += bool(got.size) and bool(abs(got[0] - wanted[0]) <= tolerance)
         best += same
         proofs += solution.proven
-    clash = Problem(cases["no constraint"].hamiltonian, [con.count(N, 1), *con.drop(N, [0, 1])])
+    clash = Problem(
+        cases["no constraint"].hamiltonian, [con.count(N, 1), *con.drop(N, [0, 1])]
+    )
     try:
         part.solve(clash, k)
     except InfeasibleError:

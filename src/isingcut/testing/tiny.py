@@ -11,7 +11,12 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 256 + 6
 
@@ -82,7 +87,9 @@ def random_model(factory: Any, config: Any, seed: int = 0) -> PreTrainedModel:
                 if not parameter.is_floating_point():
                     continue
                 if parameter.ndim >= 2 and parameter.shape[-1] > 1:
-                    parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+                    parameter.copy_(
+                        torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
+                    )
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     if getattr(model, "generation_config", None) is not None:
@@ -112,7 +119,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_checkpoint(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+def tiny_checkpoint(
+    family: str, folder: Path, *, seed: int = 0, **changes: Any
+) -> Path:
     """Save `tiny_model` and `tiny_tokenizer` to ``folder`` as an ordinary checkpoint.
 
     Returns:

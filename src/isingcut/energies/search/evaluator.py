@@ -97,7 +97,9 @@ class Evaluator:
         """The number of passes spent so far, deferred measurements included."""
         return self.ledger.passes + self._owed
 
-    def measure(self, states: States | Sequence[Bools], n: int, description: str) -> None:
+    def measure(
+        self, states: States | Sequence[Bools], n: int, description: str
+    ) -> None:
         """Measure states (S, N) on at least ``n`` samples each."""
         groups: dict[int, dict[str, Bools]] = {}
         for state in np.asarray(states, dtype=bool).reshape(-1, self.blocks):
@@ -131,7 +133,10 @@ class Evaluator:
             if self.budget is not None:
                 spent = 100 * min(1.0, self.ledger.passes / self.budget)
                 title += f" [{spent:.0f} % of the effort]"
-            wanted = [(np.array(list(group.values())), range(have, n)) for group, have, n in call]
+            wanted = [
+                (np.array(list(group.values())), range(have, n))
+                for group, have, n in call
+            ]
             measured = self.ledger.sums(wanted, title)
             for (group, have, n), sums in zip(call, measured, strict=True):
                 self._take(group, have, n, sums)
@@ -143,7 +148,9 @@ class Evaluator:
             self.ledger.pay(f"original:{n}", self.blocks * new, new)
             self._referenced = n
         for (key, state), row in zip(group.items(), sums, strict=True):
-            entry = self.known.setdefault(key, Known(state.copy(), np.full(self.m, np.nan)))
+            entry = self.known.setdefault(
+                key, Known(state.copy(), np.full(self.m, np.nan))
+            )
             entry.sums[have:n] = row
             entry.n = n
 
@@ -177,7 +184,11 @@ class Evaluator:
 
         Includes the original model's pass over samples on which no state was measured yet.
         """
-        own = self.ledger.share(range(self._referenced, n)) if n > self._referenced else 0.0
+        own = (
+            self.ledger.share(range(self._referenced, n))
+            if n > self._referenced
+            else 0.0
+        )
         nodes = tree_nodes(np.asarray(states, dtype=bool))
         return own + nodes * self.ledger.share(range(n)) / self.blocks
 
@@ -203,9 +214,13 @@ class Estimates:
         rung: (S,) index of the highest rung of each state.
     """
 
-    def __init__(self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]) -> None:
+    def __init__(
+        self, evaluator: Evaluator, known: Sequence[Known], rungs: Sequence[int]
+    ) -> None:
         cumulative = np.cumsum(evaluator.ledger.counts)
-        sums = np.array([np.nancumsum(k.sums) for k in known]).reshape(len(known), evaluator.m)
+        sums = np.array([np.nancumsum(k.sums) for k in known]).reshape(
+            len(known), evaluator.m
+        )
         self.states = np.array([k.state for k in known], dtype=bool)
         self.rung = np.searchsorted(rungs, [k.n for k in known], side="right") - 1
         means = np.stack([sums[:, r - 1] / cumulative[r - 1] for r in rungs], axis=1)

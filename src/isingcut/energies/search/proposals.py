@@ -44,7 +44,9 @@ class Target:
         enough = [
             math.ceil((row.rhs - row.tolerance) / row.coefficients.mean())
             for row in rows
-            if row.sense == ">=" and row.coefficients.min() >= 0 and row.coefficients.any()
+            if row.sense == ">="
+            and row.coefficients.min() >= 0
+            and row.coefficients.any()
         ]
         self.size = min(self.high, max([self.low, *enough]))
 
@@ -59,7 +61,9 @@ class Target:
             InputError: ``remove`` is not from 1 to ``n`` - 1.
         """
         if not 1 <= remove < n:
-            raise InputError(f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}")
+            raise InputError(
+                f"cannot remove {remove} of {n} blocks; expected 1 to {n - 1}"
+            )
         return cls(str(remove), [count(n, remove)])
 
     def feasible(self, states: States) -> Bools:
@@ -130,7 +134,9 @@ def angular_window(angles: Floats, target: Target) -> States:
     """
     n = len(angles) - 1
     spans = [
-        (i, i + m) for m in range(max(1, target.low), target.high + 1) for i in range(n + 1 - m)
+        (i, i + m)
+        for m in range(max(1, target.low), target.high + 1)
+        for i in range(n + 1 - m)
     ]
     states = states_of(n, (range(*span) for span in spans))
     turns = np.array([angles[span] for span in spans])
@@ -139,7 +145,11 @@ def angular_window(angles: Floats, target: Target) -> States:
 
 
 def draw_minima(
-    surrogate: Surrogate, target: Target, count: int, rng: np.random.Generator, best: Bools
+    surrogate: Surrogate,
+    target: Target,
+    count: int,
+    rng: np.random.Generator,
+    best: Bools,
 ) -> tuple[States, Floats]:
     """Return ground states of ``count`` Hamiltonians drawn from the posterior, and their gains.
 
@@ -162,7 +172,9 @@ BOUND_SPREAD = 0.02
 """Standard deviation of a bound that is used as a measurement, relative to the bound."""
 
 
-def fit_bounded(prior: Hamiltonian, found: Estimates, targets: Sequence[Target]) -> Surrogate:
+def fit_bounded(
+    prior: Hamiltonian, found: Estimates, targets: Sequence[Target]
+) -> Surrogate:
     """Fit a posterior in which low states cost at least as much as measured subsets of them.
 
     Removing a further block hardly ever lowers the KL (docs/experiments/search.md), but a quadratic
@@ -210,7 +222,9 @@ def flip_each(state: Bools) -> States:
     return np.asarray(state[None] ^ np.eye(len(state), dtype=bool))
 
 
-def by_slope(state: Bools, surrogate: Surrogate, slopes: Floats, target: Target) -> States:
+def by_slope(
+    state: Bools, surrogate: Surrogate, slopes: Floats, target: Target
+) -> States:
     """Return exchanges around a state, the most promising first.
 
     The surrogate predicts the effect of a removed block, the gate slope that of a restored block.
@@ -253,7 +267,9 @@ def pair_energy(
     every = list_removals(n)
     pairs = list(combinations(range(n), 2))
     singles = every[:n]
-    affordable = [r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes]
+    affordable = [
+        r for r in range(1, most_samples + 1) if evaluator.price(every, r) <= passes
+    ]
     samples = max(affordable, default=1)
     if evaluator.price(singles, samples) > passes:
         return Hamiltonian(influence, np.zeros((n, n)), unit="arbitrary")
@@ -278,7 +294,9 @@ def pair_energy(
     return Hamiltonian(h, J, unit="nats/token")
 
 
-def one_pass_states(evaluator: Evaluator, target: Target, samples: int) -> dict[str, Bools]:
+def one_pass_states(
+    evaluator: Evaluator, target: Target, samples: int
+) -> dict[str, Bools]:
     """Return the states chosen by methods that need one pass of the original, by method name.
 
     The angular window is missing if no run of blocks satisfies the target.
@@ -334,5 +352,7 @@ def _predict(
             known = evaluator.known[key_of(parent)]
             measured = float(np.nansum(known.sums) / tokens[known.n - 1])
         own = (children & parent).sum(1) == parent.sum()
-        best = np.where(own, np.minimum(best, measured + energies - energy.energy(parent)), best)
+        best = np.where(
+            own, np.minimum(best, measured + energies - energy.energy(parent)), best
+        )
     return best

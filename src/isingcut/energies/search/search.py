@@ -102,7 +102,9 @@ def default_passes(n: int, targets: Sequence[Target]) -> float:
 
     All targets together get at most the cost of one greedy path to the largest, which they share.
     """
-    shares = [max(LEAST_EFFORT, EFFORT * greedy_price(n, target.size)) for target in targets]
+    shares = [
+        max(LEAST_EFFORT, EFFORT * greedy_price(n, target.size)) for target in targets
+    ]
     most = greedy_price(n, max(target.size for target in targets))
     return min(sum(shares), max(most, LEAST_EFFORT))
 
@@ -167,14 +169,20 @@ class Search:
         seed: int = 0,
     ) -> None:
         if not targets:
-            raise InputError("a search needs a target; give a number of blocks to remove")
+            raise InputError(
+                "a search needs a target; give a number of blocks to remove"
+            )
         if tokens.samples < 2:
-            raise InputError("a search needs at least 2 calibration samples; raise --samples")
+            raise InputError(
+                "a search needs at least 2 calibration samples; raise --samples"
+            )
         self.evaluator = Evaluator(replay, tokens, work, seed)
         if callable(passes):
             timed = passes
             ledger = self.evaluator.ledger
-            passes = float(ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0])
+            passes = float(
+                ledger.once("budget", 1, 0.0, 0.0, lambda: np.array([timed()]))[0]
+            )
         self.budget = passes or default_passes(len(replay), targets)
         self.evaluator.budget = self.budget
         self.goals = [Goal(target) for target in targets]
@@ -229,7 +237,9 @@ class Search:
 
     def _surrogate(self, targets: Sequence[Target]) -> Surrogate | None:
         """Return the posterior energy near some targets, or None if too few states are measured."""
-        found = self._estimates(lambda states: np.any([t.near(states, 1) for t in targets], axis=0))
+        found = self._estimates(
+            lambda states: np.any([t.near(states, 1) for t in targets], axis=0)
+        )
         if found is None or len(found.states) < 4:
             return None
         return proposals.fit_bounded(self._prior, found, targets)
@@ -273,7 +283,9 @@ class Search:
         states = self._propose(goal)
         if states and not self._afford(states, self.rungs[0]):
             return False
-        label = f"remove {goal.target.label}, round {goal.rounds}: {len(states)} new states"
+        label = (
+            f"remove {goal.target.label}, round {goal.rounds}: {len(states)} new states"
+        )
         with self.evaluator.together(label):
             self.evaluator.measure(states, self.rungs[0], label)
             self._promote(goal)
@@ -291,12 +303,17 @@ class Search:
             for state in states:
                 if len(picked) == most:
                     break
-                if self.evaluator.samples(state) < self.rungs[0] and key_of(state) not in picked:
+                if (
+                    self.evaluator.samples(state) < self.rungs[0]
+                    and key_of(state) not in picked
+                ):
                     picked[key_of(state)] = state
                     self._origins[key_of(state)] = origin
 
         if goal.rounds == 1:
-            for origin, state in one_pass_states(self.evaluator, target, self.one_pass).items():
+            for origin, state in one_pass_states(
+                self.evaluator, target, self.one_pass
+            ).items():
                 take(state[None], 1, origin)
             take(proposals.find_windows(self._prior, target, 2), 2, "window")
             states = proposals.find_lowest(self._prior, target, 2 * FIRST, seed)
@@ -307,10 +324,14 @@ class Search:
         if own is None or surrogate is None or goal.best is None:
             return []
         around = own.states[np.argsort(own.loss, kind="stable")[:2]]
-        drawn, gains = proposals.draw_minima(surrogate, target, DRAWS, self._rng, goal.best)
+        drawn, gains = proposals.draw_minima(
+            surrogate, target, DRAWS, self._rng, goal.best
+        )
         if np.mean(gains > GAIN * own.loss[own.best()]) <= CHANCE:
             return []
-        lowest = proposals.find_lowest(surrogate.mean, target, 4 * MINIMA + len(own.states), seed)
+        lowest = proposals.find_lowest(
+            surrogate.mean, target, 4 * MINIMA + len(own.states), seed
+        )
         take(lowest, MINIMA, "minimum of the mean")
         take(drawn, DRAWN, "minimum of a draw")
         moves = np.concatenate([proposals.list_exchanges(s, target) for s in around])
@@ -331,11 +352,15 @@ class Search:
             if found is None:
                 return
             best = found.loss[found.best()]
-            here = np.flatnonzero((found.rung == level) & (found.loss - found.sd < best))
+            here = np.flatnonzero(
+                (found.rung == level) & (found.loss - found.sd < best)
+            )
             order = here[np.argsort(found.loss[here], kind="stable")]
             states = found.states[order[: max(1, PROMOTED - level)]]
             if len(states) and self._afford(states, rung):
-                self.evaluator.measure(states, rung, f"remove {goal.target.label}: more samples")
+                self.evaluator.measure(
+                    states, rung, f"remove {goal.target.label}: more samples"
+                )
 
     def _finish(self, goal: Goal) -> None:
         """Measure a target's finalists on as many samples as the budget still allows.
@@ -346,7 +371,9 @@ class Search:
         found = self.estimates(goal.target)
         if found is None:
             states = proposals.find_lowest(self._prior, goal.target, 1, 0)
-            self.evaluator.measure(states, self.rungs[0], "the pair energy's ground state")
+            self.evaluator.measure(
+                states, self.rungs[0], "the pair energy's ground state"
+            )
             found = self.estimates(goal.target)
             assert found is not None
         states = found.states[np.argsort(found.loss, kind="stable")[:FINALISTS]]
@@ -371,7 +398,9 @@ class Search:
     def _left(self) -> float:
         return self.budget - self._reserve() - self.evaluator.spent
 
-    def _afford(self, states: States | Sequence[Bools], n: int, *, final: bool = False) -> bool:
+    def _afford(
+        self, states: States | Sequence[Bools], n: int, *, final: bool = False
+    ) -> bool:
         left = self._left() + (self._reserve() if final else 0.0)
         return self.evaluator.price(states, n) <= left
 

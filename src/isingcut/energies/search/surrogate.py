@@ -56,7 +56,9 @@ class Surrogate:
         mean: posterior mean.
     """
 
-    def __init__(self, prior: Hamiltonian, states: States, losses: Floats, noise: Floats) -> None:
+    def __init__(
+        self, prior: Hamiltonian, states: States, losses: Floats, noise: Floats
+    ) -> None:
         self._prior = prior
         self._x = np.asarray(states, dtype=np.float64)
         self._energy = prior.energies(states)
@@ -65,13 +67,17 @@ class Surrogate:
         best = np.array([losses[size == k].min() for k in size])
         # A quadratic form cannot fit losses that differ by a factor of 100, and high losses need no
         # exact fit. So the allowed error grows with the excess over the best state.
-        self._sd = np.sqrt(noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2)
+        self._sd = np.sqrt(
+            noise**2 + (FLOOR * (losses - best)) ** 2 + (0.01 * best) ** 2
+        )
         # The covariance must be positive definite even if several states have zero loss.
         self._sd = np.maximum(self._sd, 1e-6 * losses.max())
         self._a, self._b = _line(self._energy, losses, 1 / self._sd**2)
         self._y = losses - self._a - self._b * self._energy
         order = np.argsort(losses - best, kind="stable")[: max(8, len(losses) // 4)]
-        self._scale = float(np.std(losses[order] - best[order])) + 0.01 * float(losses.min())
+        self._scale = float(np.std(losses[order] - best[order])) + 0.01 * float(
+            losses.min()
+        )
         fits = [(spread, *self._fit(spread)) for spread in GRID]
         self.spread, _, self._factor = max(fits, key=lambda fit: fit[1])
         self.mean = self._hamiltonian(self._y)
@@ -79,7 +85,9 @@ class Surrogate:
     def _fit(self, spread: Spread) -> tuple[float, tuple[Floats, bool]]:
         """Return the log evidence of the losses, and the Cholesky factor of their covariance."""
         kernel = self._covariance(self._x @ self._x.T, spread)
-        kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(self._centred, self._centred)
+        kernel = kernel + (SLOPE * self._b) ** 2 * np.outer(
+            self._centred, self._centred
+        )
         factor = cho_factor(kernel + np.diag(self._sd**2), lower=True)
         fit = self._y @ cho_solve(factor, self._y)
         logdet = 2 * np.log(np.diagonal(factor[0])).sum()
@@ -126,7 +134,12 @@ class Surrogate:
         upper: Floats = np.triu(scale * s.pair * rng.standard_normal((n, n)), 1)
         v: Floats = upper + upper.T
         slope = SLOPE * self._b * float(rng.standard_normal())
-        at = a + self._x @ u + 0.5 * ((self._x @ v) * self._x).sum(1) + slope * self._centred
+        at = (
+            a
+            + self._x @ u
+            + 0.5 * ((self._x @ v) * self._x).sum(1)
+            + slope * self._centred
+        )
         noise = self._sd * rng.standard_normal(len(at))
         return self._hamiltonian(self._y - at - noise, (a, u, v, slope))
 

@@ -125,7 +125,9 @@ def _recurrence(module: nn.Module) -> tuple[str, int, int] | None:
         return "recurrent", 0, own["recurrent_param"].numel() * _itemsize(module)
     # The decay may be in a separate module (Kimi Delta Attention) next to the convolution.
     gate = next((g for c in module.children() if "A_log" in (g := _own(c))), None)
-    if gate is not None and any(name.startswith("conv") for name, _ in module.named_children()):
+    if gate is not None and any(
+        name.startswith("conv") for name, _ in module.named_children()
+    ):
         return _recurrent(module, gate, _itemsize(module))
     return None
 
@@ -140,13 +142,19 @@ def _span(module: nn.Module, index: int, config: Any) -> str:
     types = getattr(config, "layer_types", None)
     label = types[index] if isinstance(types, list) and index < len(types) else ""
     if label:
-        return next((f"{span}-" for span in ("sliding", "chunked") if span in label), "")
+        return next(
+            (f"{span}-" for span in ("sliding", "chunked") if span in label), ""
+        )
     window = getattr(module, "sliding_window", None)
     return "sliding-" if isinstance(window, int) and window > 0 else ""
 
 
-def _recurrent(module: nn.Module, own: dict[str, torch.Tensor], size: int) -> tuple[str, int, int]:
-    convolution = next((c for n, c in module.named_children() if n.startswith("conv")), None)
+def _recurrent(
+    module: nn.Module, own: dict[str, torch.Tensor], size: int
+) -> tuple[str, int, int]:
+    convolution = next(
+        (c for n, c in module.named_children() if n.startswith("conv")), None
+    )
     conv = _conv_state(convolution) if convolution is not None else 0
     if "A_log" not in own:
         return "rwkv", 0, 5 * own["time_decay"].numel() * size
@@ -158,7 +166,11 @@ def _recurrent(module: nn.Module, own: dict[str, torch.Tensor], size: int) -> tu
     if own["A_log"].ndim > 1:
         return "mamba", 0, (conv + own["A_log"].numel()) * size
     heads = own["A_log"].numel()
-    state = heads * int(getattr(module, "head_dim", 0)) * int(getattr(module, "ssm_state_size", 0))
+    state = (
+        heads
+        * int(getattr(module, "head_dim", 0))
+        * int(getattr(module, "ssm_state_size", 0))
+    )
     return "mamba2", 0, (conv + state) * size
 
 
@@ -173,7 +185,9 @@ def _kv_elements(module: nn.Module, config: Any) -> int:
     widths = [getattr(p, "out_features", None) for p in projections if p is not None]
     if widths and all(isinstance(w, int) for w in widths):
         # Without a value projection, keys serve as values (or values of another layer are used).
-        return sum(int(w) for w in widths if w is not None) * (2 if len(widths) == 1 else 1)
+        return sum(int(w) for w in widths if w is not None) * (
+            2 if len(widths) == 1 else 1
+        )
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
     if getattr(config, "multi_query", False) and not getattr(
@@ -183,24 +197,34 @@ def _kv_elements(module: nn.Module, config: Any) -> int:
     if getattr(config, "kv_lora_rank", None):
         key = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
         return heads * (key + int(config.v_head_dim))
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
+    width = int(
+        getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    )
     return 2 * groups * width
 
 
 def _feed_forward(block: nn.Module) -> str:
     """Return ``"moe"``, ``"mlp"`` or, without a feed-forward, an empty text."""
-    parts = [(name, m) for name, m in block.named_modules() if any(True for _ in m.parameters())]
+    parts = [
+        (name, m)
+        for name, m in block.named_modules()
+        if any(True for _ in m.parameters())
+    ]
     names = {name.rpartition(".")[2] for name, _ in parts}
     if "experts" in names:
         return "moe"
     kinds = [type(module).__name__.lower() for _, module in parts]
-    named = not names.isdisjoint(_MLPS) or any("mlp" in k or "feedforward" in k for k in kinds)
+    named = not names.isdisjoint(_MLPS) or any(
+        "mlp" in k or "feedforward" in k for k in kinds
+    )
     return "mlp" if named else ""
 
 
 def _idle_expert_parameters(block: nn.Module, config: Any) -> int:
     """Count the parameters of routed experts that one token does not use."""
-    top_k = next((v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None)
+    top_k = next(
+        (v for k in _TOP_K if isinstance(v := getattr(config, k, None), int)), None
+    )
     idle = 0
     for name, module in block.named_modules():
         if name.rsplit(".", 1)[-1] != "experts":
@@ -218,7 +242,9 @@ def _expert_count(module: nn.Module, config: Any) -> int | None:
     stacked = next((p.shape[0] for p in module.parameters() if p.ndim == 3), None)
     if stacked is not None:
         return int(stacked)
-    return next((v for k in _EXPERTS if isinstance(v := getattr(config, k, None), int)), None)
+    return next(
+        (v for k in _EXPERTS if isinstance(v := getattr(config, k, None), int)), None
+    )
 
 
 def text_config(model: Any) -> Any:
@@ -253,7 +279,9 @@ def find_stack(model: nn.Module) -> BlockStack:
     # Families like Gemma 4 have a configuration for each block.
     several = getattr(config, "is_heterogeneous", False)
     blocks = tuple(
-        describe(module, i, f"{path}.{i}", config.per_layer_config[i] if several else config)
+        describe(
+            module, i, f"{path}.{i}", config.per_layer_config[i] if several else config
+        )
         for i, module in enumerate(modules)
     )
     return BlockStack(path=path, blocks=blocks)
@@ -279,7 +307,9 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
 def _decoder_path(model: Any) -> str:
     """Return the path of the module from `get_decoder`, or "" for the root."""
     decoder = model.get_decoder()
-    return next((str(path) for path, module in model.named_modules() if module is decoder), "")
+    return next(
+        (str(path) for path, module in model.named_modules() if module is decoder), ""
+    )
 
 
 def stop_rescaling(model: Any) -> None:
@@ -336,7 +366,9 @@ def language_model(model: Any) -> Any:
     if not inner:
         return model
     stack = find_stack(model)
-    return next((module for path, module in inner if stack.path.startswith(f"{path}.")), model)
+    return next(
+        (module for path, module in inner if stack.path.startswith(f"{path}.")), model
+    )
 
 
 @contextlib.contextmanager

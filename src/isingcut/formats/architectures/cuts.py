@@ -56,7 +56,9 @@ _OWN = {*fields.COUNT, "depth", "depths", "num_layer", "encoder_layers", "model_
 _CLOSED = {"quantization_config", "mtp_config", *fields.MAPS, *fields.NOT_PER_LAYER}
 
 
-def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bool) -> None:
+def refuse_unknown(
+    part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bool
+) -> None:
     """Raise if a field that is not in the tables seems to count or index blocks.
 
     Args:
@@ -75,7 +77,9 @@ def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bo
             continue
         if not decoder and _ELSEWHERE.search(key):
             continue
-        if _speaks_of_blocks(key, value, count, {count, count + mtp} if decoder else set()):
+        if _speaks_of_blocks(
+            key, value, count, {count, count + mtp} if decoder else set()
+        ):
             raise ArchitectureError(
                 f"the configuration field {key!r} looks per-layer (value {value!r:.60}), but "
                 "isingcut does not know it; add it to architectures/fields.py"
@@ -84,13 +88,25 @@ def refuse_unknown(part: Mapping[Any, Any], count: int, mtp: int, *, decoder: bo
 
 def _speaks_of_blocks(key: str, value: Any, count: int, lengths: set[int]) -> bool:
     if isinstance(value, (list, tuple)):
-        flat = [v for item in value for v in (item if isinstance(item, (list, tuple)) else [item])]
-        numbers = bool(flat) and all(_is_whole(i) and -count <= i <= count for i in flat)
+        flat = [
+            v
+            for item in value
+            for v in (item if isinstance(item, (list, tuple)) else [item])
+        ]
+        numbers = bool(flat) and all(
+            _is_whole(i) and -count <= i <= count for i in flat
+        )
         return len(value) in lengths or (numbers and bool(_LAYERISH.search(key)))
     if isinstance(value, dict):
-        return bool(value) and bool(_LAYERISH.search(key)) and all(str(k).isdigit() for k in value)
+        return (
+            bool(value)
+            and bool(_LAYERISH.search(key))
+            and all(str(k).isdigit() for k in value)
+        )
     if isinstance(value, str):
-        listed = bool(re.fullmatch(r"\d+(,\d+)+", value)) and bool(_LAYERISH.search(key))
+        listed = bool(re.fullmatch(r"\d+(,\d+)+", value)) and bool(
+            _LAYERISH.search(key)
+        )
         return listed or (len(value) in lengths and bool(_PATTERNISH.search(key)))
     if _is_whole(value):
         return (value > 1 and bool(_PERIODISH.search(key))) or (
@@ -155,13 +171,17 @@ def cut_fields(part: dict[str, Any], count: int, mapping: dict[int, int]) -> Non
     _drop_generators(part)
 
 
-def _cut_field(key: str, value: Any, count: int, mapping: dict[int, int], often: int) -> Any:
+def _cut_field(
+    key: str, value: Any, count: int, mapping: dict[int, int], often: int
+) -> Any:
     """Return the value of a field after the cut. Errors of an unknown form are not converted."""
     kept = [i for i in mapping if i < count]
     gone = [i for i in range(count) if i not in mapping]
     if key in fields.COUNT and value in (count, count * often):
         return value // count * len(kept)
-    if key in fields.SLICE or (key in fields.SLICE_OR_SCALAR and isinstance(value, list)):
+    if key in fields.SLICE or (
+        key in fields.SLICE_OR_SCALAR and isinstance(value, list)
+    ):
         return _slice_field(key, value, mapping, count)
     if key in fields.INDICES:
         return _renumber_list(value, mapping, first=0)
@@ -286,7 +306,9 @@ def cut_config(
             f"{len(mapping)} stay"
         )
     if families.has_attention(types) and not families.has_attention(kept_types):
-        raise ArchitectureError(f"every attention block would be removed; {families.ATTENTION}")
+        raise ArchitectureError(
+            f"every attention block would be removed; {families.ATTENTION}"
+        )
     for part in (result, text) if text is not result else (result,):
         quantisation = part.get("quantization_config")
         if isinstance(quantisation, dict):
@@ -308,7 +330,9 @@ def legality(config: Any, stack: BlockStack) -> list[LinearConstraint]:
     text = materialise(whole)
     refuse_packing(whole)
     _refuse_unclear(whole, text, len(stack))
-    attention = [i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))]
+    attention = [
+        i for i, kind in enumerate(stack.kinds) if _CACHED & set(kind.split("+"))
+    ]
     return families.legality(whole, text, len(stack), attention)
 
 
@@ -325,11 +349,17 @@ def cut_quantisation(value: Any, mapping: dict[int, int]) -> Any:
         return {name: item for key, item in cut for name in rename(key)}
     if isinstance(value, list):
         names = [name for item in value for name in rename(item)]
-        return list(dict.fromkeys(names)) if all(isinstance(n, str) for n in names) else names
+        return (
+            list(dict.fromkeys(names))
+            if all(isinstance(n, str) for n in names)
+            else names
+        )
     return value
 
 
-def renumber_blocks(count: int, removed: Sequence[int], layers: int = 0) -> dict[int, int]:
+def renumber_blocks(
+    count: int, removed: Sequence[int], layers: int = 0
+) -> dict[int, int]:
     """Return the new number of each block that stays, by its old number.
 
     Args:
@@ -350,8 +380,13 @@ def renumber_blocks(count: int, removed: Sequence[int], layers: int = 0) -> dict
             f"blocks to remove must be 0 to {count - 1}; got {', '.join(map(str, outside))}"
         )
     if len(chosen) == count:
-        raise ArchitectureError(f"all {count} blocks would be removed; keep at least one")
-    return {old: new for new, old in enumerate(i for i in range(count + layers) if i not in chosen)}
+        raise ArchitectureError(
+            f"all {count} blocks would be removed; keep at least one"
+        )
+    return {
+        old: new
+        for new, old in enumerate(i for i in range(count + layers) if i not in chosen)
+    }
 
 
 def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
@@ -368,7 +403,9 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
         ArchitectureError: a number pattern that cannot be renumbered exactly.
     """
     match = _NUMBERED.search(entry)
-    if match is None or any(word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")):
+    if match is None or any(
+        word in entry[: match.start()] for word in (*OTHER_STACKS, "mtp")
+    ):
         return [entry]
     number = match.group(2)
     head = entry[: match.start(2)]
@@ -393,7 +430,10 @@ def rename_pattern(entry: str, mapping: dict[int, int]) -> list[str]:
         )
     else:
         rest = rest or ".*"
-    return [f"{head}{mapping[int(i)]}{rest}" for i in fnmatch.filter(map(str, mapping), number)]
+    return [
+        f"{head}{mapping[int(i)]}{rest}"
+        for i in fnmatch.filter(map(str, mapping), number)
+    ]
 
 
 def refuse_packing(config: Mapping[str, Any]) -> None:
@@ -403,7 +443,10 @@ def refuse_packing(config: Mapping[str, Any]) -> None:
         ArchitectureError: bitsandbytes packed the weights; the message has a solution.
     """
     quantisation = config.get("quantization_config")
-    if isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitsandbytes":
+    if (
+        isinstance(quantisation, dict)
+        and quantisation.get("quant_method") == "bitsandbytes"
+    ):
         raise ArchitectureError(
             "the weights are packed by bitsandbytes; cut the checkpoint it was made from and "
             "quantise the result"
@@ -417,7 +460,9 @@ def depth(text: Mapping[str, Any]) -> int:
         ArchitectureError: the configuration has no valid number of blocks.
     """
     for key in ("layers_block_type", "hybrid_override_pattern"):
-        if text.get("model_type") == "nemotron_h" and isinstance(text.get(key), (list, str)):
+        if text.get("model_type") == "nemotron_h" and isinstance(
+            text.get(key), (list, str)
+        ):
             return len(text[key])
     for key in counted_by(text.get("model_type", "")):
         value = text.get(key)

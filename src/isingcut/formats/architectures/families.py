@@ -31,7 +31,9 @@ ATTENTION = (
     "cache"
 )
 _RECEIVES = "image features (DeepStack) join the stream behind the first {} blocks, by their number"
-_ENTERS = "image features join the stream in front of blocks {}, which must not fall together"
+_ENTERS = (
+    "image features join the stream in front of blocks {}, which must not fall together"
+)
 
 
 def write_out(text: dict[str, Any], count: int) -> None:
@@ -39,17 +41,23 @@ def write_out(text: dict[str, Any], count: int) -> None:
     step = text.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         listed = set(text.get("mlp_only_layers") or ())
-        text["mlp_only_layers"] = [i for i in range(count) if i in listed or (i + 1) % step]
+        text["mlp_only_layers"] = [
+            i for i in range(count) if i in listed or (i + 1) % step
+        ]
         text["decoder_sparse_step"] = 1
 
 
 def _has_periods(text: dict[str, Any]) -> bool:
     """Whether periods define the kinds of blocks; Zamba has a period as well as the full list."""
     listed = isinstance(text.get("layers_block_type"), list)
-    return not listed and all(isinstance(text.get(name), int) for name in fields.PERIODS)
+    return not listed and all(
+        isinstance(text.get(name), int) for name in fields.PERIODS
+    )
 
 
-def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) -> dict[int, str]:
+def find_fixed_blocks(
+    config: dict[str, Any], text: dict[str, Any], count: int
+) -> dict[int, str]:
     """Return the blocks that must stay, each with the reason.
 
     Args:
@@ -57,7 +65,9 @@ def find_fixed_blocks(config: dict[str, Any], text: dict[str, Any], count: int) 
         text: the decoder's part of it, with its per-layer fields written out.
         count: number of blocks of the decoder.
     """
-    features = max((len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0)
+    features = max(
+        (len(value) for _, value in _find(config, fields.DEEPSTACK)), default=0
+    )
     received = dict.fromkeys(range(min(features, count)), _RECEIVES.format(features))
     return _find_fixed_of_text(text, count) | received
 
@@ -99,7 +109,11 @@ def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]
         elif source != "shared":
             full = i
         elif full is not None:
-            yield i, full, f"block {i} attends to the tokens that the indexer of {full} picks"
+            yield (
+                i,
+                full,
+                f"block {i} attends to the tokens that the indexer of {full} picks",
+            )
 
 
 def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
@@ -121,7 +135,9 @@ def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
             later = [j for j in range(i + 1, n) if types[j] == "full_attention"]
             row = _row(n, later, [i])
             most = len(later) - 1.0
-            rows.append(LinearConstraint(f"full after {i}", row, "<=", most, _LAST_REASON))
+            rows.append(
+                LinearConstraint(f"full after {i}", row, "<=", most, _LAST_REASON)
+            )
     return rows
 
 
@@ -153,7 +169,9 @@ def legality(
         with fields.catch_unknown_form(name, value):
             for i, source, reason in _sources(name, value, n):
                 row = _row(n, [source], [i])
-                rows.append(LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason))
+                rows.append(
+                    LinearConstraint(f"keep {source} for {i}", row, "<=", 0.0, reason)
+                )
     if 0 < len(attention) < n:
         rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
     if why := of_type(TWO_STAY, text.get("model_type")):
@@ -164,9 +182,13 @@ def legality(
     return rows + [_keep_one(n, _words(place), place, reason) for place in places]
 
 
-def _keep_one(n: int, name: str, blocks: Sequence[int], reason: str) -> LinearConstraint:
+def _keep_one(
+    n: int, name: str, blocks: Sequence[int], reason: str
+) -> LinearConstraint:
     """Return the constraint that at least one of these blocks stays."""
-    return LinearConstraint(f"keep {name}", _row(n, blocks), "<=", len(blocks) - 1.0, reason)
+    return LinearConstraint(
+        f"keep {name}", _row(n, blocks), "<=", len(blocks) - 1.0, reason
+    )
 
 
 def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
@@ -179,7 +201,9 @@ def _whole_periods(n: int, period: int) -> list[LinearConstraint]:
             row = _row(n, [i], [i + 1])
             name = f"period {i},{i + 1}"
             whole = (i // period + 1) * period <= n
-            rows.append(LinearConstraint(name, row, "==" if whole else "<=", 0.0, reason))
+            rows.append(
+                LinearConstraint(name, row, "==" if whole else "<=", 0.0, reason)
+            )
     return rows
 
 
@@ -211,7 +235,9 @@ def move_images(config: dict[str, Any], count: int, mapping: Mapping[int, int]) 
         for key in path[:-1]:
             part = part.setdefault(key, {})
         part[path[-1]] = [
-            [*item[:-1], move(item[-1])] if isinstance(item, (list, tuple)) else move(item)
+            [*item[:-1], move(item[-1])]
+            if isinstance(item, (list, tuple))
+            else move(item)
             for item in value
         ]
 
@@ -222,7 +248,9 @@ def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]
     joined: set[int] = set()
     for path, value in _find(config, fields.IMAGE_ENTRIES):
         with fields.catch_unknown_form(path[-1], value):
-            ends = (item[-1] if isinstance(item, (list, tuple)) else item for item in value)
+            ends = (
+                item[-1] if isinstance(item, (list, tuple)) else item for item in value
+            )
             joined.update(range(count)[i] for i in ends if 0 <= i < count)
     blocks = sorted(joined)
     reason = _ENTERS.format(", ".join(map(str, blocks)))
@@ -235,11 +263,15 @@ def _words(place: range) -> str:
     return f"one of blocks {place.start} to {place.stop - 1}"
 
 
-def _find(config: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _find(
+    config: dict[str, Any], names: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the lists with these names, defaults of the class included, each with its keys."""
     derived = config_object(config)
 
-    def walk(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def walk(
+        part: dict[str, Any], path: tuple[str, ...]
+    ) -> Iterator[tuple[tuple[str, ...], Any]]:
         for key, value in part.items():
             if key in names and isinstance(value, (list, tuple)):
                 yield (*path, key), value

@@ -158,7 +158,12 @@ GENERATORS = {
 
 # Number of layers for multi-token prediction, which read the last block's output and draft further
 # tokens. They stay by default, and their own lists are not changed.
-MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+MTP = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+)
 
 # Fields for image features that join the stream between text blocks; `families` applies these two.
 # Layers of the vision tower: the first one's features join after text block 0, then after 1, ...
@@ -278,7 +283,9 @@ STAY = {
 }
 
 # Model types that need at least two blocks, with the reason.
-TWO_STAY = {"rwkv": "transformers divides by one less than the number of blocks of RWKV"}
+TWO_STAY = {
+    "rwkv": "transformers divides by one less than the number of blocks of RWKV"
+}
 
 
 def of_type(table: Mapping[str, Entry], model_type: Any) -> Entry | None:
@@ -294,7 +301,10 @@ def counted_by(model_type: Any) -> tuple[str, ...]:
 
 # Weights outside the blocks with a slice of equal width for each block: end of the tensor's name,
 # and axis of the slices.
-_PER_LAYER_EMBEDDING = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+_PER_LAYER_EMBEDDING = {
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
 DEPTH_SHAPED = dict.fromkeys(("gemma3n_text", "gemma4_text"), _PER_LAYER_EMBEDDING)
 
 # Names of the decoder's part, for model types that transformers does not support.
@@ -369,7 +379,13 @@ def catch_unknown_form(key: str, value: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ArchitectureError(
             f"the configuration field {key!r} has an unknown form; got {value!r:.60}"
         ) from error
@@ -383,7 +399,9 @@ def _is_read(config: dict[str, Any], key: str | None) -> bool:
         return False
     changed = {**part, "vocab_size": size + 1}
     derived: Any = config_object(changed if key is None else {**config, key: changed})
-    return bool(getattr(derived.get_text_config(decoder=True), "vocab_size", None) == size + 1)
+    return bool(
+        getattr(derived.get_text_config(decoder=True), "vocab_size", None) == size + 1
+    )
 
 
 def _decode_floats(value: Any) -> Any:

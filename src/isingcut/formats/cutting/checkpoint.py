@@ -19,7 +19,11 @@ from isingcut.files.writing import atomic_folder
 from isingcut.formats.architectures import cuts
 from isingcut.formats.architectures.fields import DEPTH_SHAPED
 from isingcut.formats.checkpoints import Checkpoint, is_mtp
-from isingcut.formats.safetensors_files import NewTensor, find_contained, write_checkpoint
+from isingcut.formats.safetensors_files import (
+    NewTensor,
+    find_contained,
+    write_checkpoint,
+)
 
 _QUANTISATION_FILES = (
     "hf_quant_config.json",
@@ -28,8 +32,19 @@ _QUANTISATION_FILES = (
     "quant_config.json",
 )
 # Files besides weights and configuration: tokenizer, chat template, custom code, licence, ...
-_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".py", ".txt", ".tiktoken", ".yaml", ".yml"}
-_COPIED_NAMES = re.compile(r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE)
+_COPIED_SUFFIXES = {
+    ".json",
+    ".jinja",
+    ".model",
+    ".py",
+    ".txt",
+    ".tiktoken",
+    ".yaml",
+    ".yml",
+}
+_COPIED_NAMES = re.compile(
+    r"^(license|licence|notice|use_policy|copying)", re.IGNORECASE
+)
 _NOT_COPIED = re.compile(
     r"(\.index\.json$|^config\.json$|^isingcut\.json$|^trainer_state\.json$|^training_args|^optimizer|^scheduler)"
 )
@@ -63,7 +78,9 @@ def excise(
     """
     whole = Checkpoint.read(source)
     new_config = cuts.cut_config(whole.config, removed, drop_mtp=drop_mtp)
-    mapping = cuts.renumber_blocks(whole.depth, removed, 0 if drop_mtp else whole.mtp_layers)
+    mapping = cuts.renumber_blocks(
+        whole.depth, removed, 0 if drop_mtp else whole.mtp_layers
+    )
     tensors = _list_tensors(whole, mapping, drop_mtp=drop_mtp)
     tensors = [t for t in tensors if t.source.name not in unused]
     with atomic_folder(out, sources=[source]) as folder:
@@ -96,11 +113,15 @@ def _list_tensors(
         if name.startswith(prefix):
             number, _, rest = name[len(prefix) :].partition(".")
             if number.isdigit() and int(number) in mapping:
-                tensors.append(NewTensor(f"{prefix}{mapping[int(number)]}.{rest}", tensor))
+                tensors.append(
+                    NewTensor(f"{prefix}{mapping[int(number)]}.{rest}", tensor)
+                )
             continue
         if drop_mtp and is_mtp(name):
             continue
-        axis = next((a for end, a in axes.items() if f".{name}".endswith(f".{end}")), None)
+        axis = next(
+            (a for end, a in axes.items() if f".{name}".endswith(f".{end}")), None
+        )
         if axis is None:
             tensors.append(NewTensor(name, tensor))
             continue
@@ -118,7 +139,12 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> Non
     for path in [*sorted(source.iterdir()), *nested]:
         name = path.relative_to(source).as_posix()
         wanted = path.suffix in _COPIED_SUFFIXES or _COPIED_NAMES.match(name)
-        if path.is_dir() or not wanted or _NOT_COPIED.search(name) or name.startswith("."):
+        if (
+            path.is_dir()
+            or not wanted
+            or _NOT_COPIED.search(name)
+            or name.startswith(".")
+        ):
             continue
         real = find_contained(source, name)
         (folder / name).parent.mkdir(exist_ok=True)
@@ -126,6 +152,8 @@ def _copy_companions(source: Path, folder: Path, mapping: dict[int, int]) -> Non
             content = cuts.cut_quantisation(
                 load_json(real, "the quantisation file", CheckpointError), mapping
             )
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (folder / name).write_text(
+                json.dumps(content, indent=2) + "\n", encoding="utf-8"
+            )
         elif real.stat().st_size <= _COPY_LIMIT:
             shutil.copyfile(real, folder / name)

@@ -30,7 +30,13 @@ from isingcut.files.writing import atomic_file
 from isingcut.formats.architectures.cuts import renumber_blocks
 from isingcut.formats.checkpoints import Checkpoint
 from isingcut.formats.fp8 import read_plain, read_tensor, tile_of
-from isingcut.formats.gguf_files import PLAIN_TYPES, GgufHeader, block_of, packed_type, read_gguf
+from isingcut.formats.gguf_files import (
+    PLAIN_TYPES,
+    GgufHeader,
+    block_of,
+    packed_type,
+    read_gguf,
+)
 from isingcut.formats.safetensors_files import PLAIN, StoredTensor
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -58,7 +64,11 @@ def check_same_model(header: GgufHeader, model: Path) -> None:
         _same(header, "numbers in its stream", header.number("embedding_length"), width)
     for name, stored in names_in_gguf(header, count, theirs.stored).items():
         tensor = header.tensors.get(name)
-        if tensor is not None and name.endswith("norm.weight") and not _is_equal(tensor, stored):
+        if (
+            tensor is not None
+            and name.endswith("norm.weight")
+            and not _is_equal(tensor, stored)
+        ):
             raise InputError(
                 f"{header.path} is of another model: its tensor {name} differs from the run's "
                 "model; give the GGUF file of that model"
@@ -79,7 +89,8 @@ def names_in_gguf(
     import gguf
 
     architecture = next(
-        (a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None
+        (a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture),
+        None,
     )
     if architecture is None:
         return {}
@@ -99,7 +110,9 @@ def _is_equal(tensor: Any, stored: StoredTensor) -> bool:
     ours = tensor.data.flatten()
     theirs = read_tensor(stored).double().flatten().numpy()
     same = ours.size == theirs.size
-    return same and any(np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0.0, 1.0))
+    return same and any(
+        np.allclose(ours, theirs + m, rtol=0.02, atol=1e-3) for m in (0.0, 1.0)
+    )
 
 
 _Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -149,7 +162,11 @@ def changed_tensors(
         start = next((start for start in places if name.startswith(start)), "")
         before = places.get(start, "") + name.removeprefix(start)
         was = old.stored.get(before)
-        if was is not None and was.dtype == stored.dtype and was.data() == stored.data():
+        if (
+            was is not None
+            and was.dtype == stored.dtype
+            and was.data() == stored.data()
+        ):
             continue
         if was is None or theirs.get(before) not in header.tensors:
             raise ArchitectureError(_cannot(header.path, before))
@@ -184,7 +201,12 @@ def lay_out(path: Path, tensor: Any, changed: Changed) -> NDArray[np.float32]:
         raise ArchitectureError(_cannot(path, changed.name)) from error
     most = 0.02 if tensor.tensor_type.name in PLAIN_TYPES else _SAME
     values = changed.before()
-    turns: list[_Turn] = [lambda x: x, np.transpose, lambda x: x + 1, *_interleave_heads(values)]
+    turns: list[_Turn] = [
+        lambda x: x,
+        np.transpose,
+        lambda x: x + 1,
+        *_interleave_heads(values),
+    ]
     for turn in turns:
         before = turn(values)
         if before.shape == there.shape and _difference(there, before) <= most:
@@ -271,7 +293,9 @@ def cut_gguf(
     windows = _find_windows(header, fields, count)
     if windows is not None:
         fields.pop(f"{architecture}.{_WINDOWS}", None)
-    values = {k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()}
+    values = {
+        k: _cut_value(architecture, k, v, count, mapping) for k, v in fields.items()
+    }
     if drop_mtp and mtp:
         values[f"{architecture}.nextn_predict_layers"] = 0
     with atomic_file(out) as temporary:
@@ -307,8 +331,13 @@ def cut_gguf(
                 shape = gguf.quants.quant_shape_to_byte_shape(numbers, kind)
                 dtype = np.dtype(np.uint8)
             kept.append((tensor, new, kind))
-            writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
-        with contextlib.closing(writer), progress(f"writing {out.name}", len(kept)) as bar:
+            writer.add_tensor_info(
+                name, shape, dtype, math.prod(shape) * dtype.itemsize, kind
+            )
+        with (
+            contextlib.closing(writer),
+            progress(f"writing {out.name}", len(kept)) as bar,
+        ):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -338,7 +367,9 @@ def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
         )
     parts = header.value("split.count")
     if isinstance(parts, int) and parts > 1:
-        raise CheckpointError(f"{header.path} is one part of a split file; merge the parts first")
+        raise CheckpointError(
+            f"{header.path} is one part of a split file; merge the parts first"
+        )
     known = {before, after}.intersection(_TABLE["known_by_depth"].get(architecture, ()))
     if known:
         raise ArchitectureError(
@@ -348,7 +379,9 @@ def refuse_uncuttable(header: GgufHeader, before: int, after: int) -> None:
         )
 
 
-def _find_windows(header: GgufHeader, fields: dict[str, Any], count: int) -> list[bool] | None:
+def _find_windows(
+    header: GgufHeader, fields: dict[str, Any], count: int
+) -> list[bool] | None:
     """Return whether each block has a sliding window, if no list has that but llama.cpp derives it
     from a period; else None."""
     architecture = header.architecture
@@ -356,7 +389,9 @@ def _find_windows(header: GgufHeader, fields: dict[str, Any], count: int) -> lis
     if period is None:
         return None
     if architecture == "gemma3" and not fields.get("gemma3.attention.sliding_window"):
-        return None  # llama.cpp then gives no block a window; gemma2's have one by default
+        return (
+            None  # llama.cpp then gives no block a window; gemma2's have one by default
+        )
     stored = fields.get(f"{architecture}.{_WINDOWS}", period)
     if isinstance(stored, list) and len(stored) == count:
         return None
@@ -382,7 +417,9 @@ def _refuse_unwritable(header: GgufHeader, fields: dict[str, Any]) -> None:
             )
 
 
-def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]) -> Any:
+def _cut_value(
+    architecture: str, key: str, value: Any, count: int, mapping: dict[int, int]
+) -> Any:
     short = key.removeprefix(f"{architecture}.")
     if short == key:
         return value
@@ -390,7 +427,11 @@ def _cut_value(architecture: str, key: str, value: Any, count: int, mapping: dic
         return len(mapping)
     if short in _TABLE["prefix"]:
         return value - sum(i < value and i not in mapping for i in range(count))
-    if isinstance(value, list) and len(value) == count and short not in _TABLE["not_per_layer"]:
+    if (
+        isinstance(value, list)
+        and len(value) == count
+        and short not in _TABLE["not_per_layer"]
+    ):
         if short not in _TABLE["sliced"]:
             raise ArchitectureError(
                 f"the metadata {key!r} looks per-layer, but isingcut does not know it"

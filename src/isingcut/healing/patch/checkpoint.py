@@ -26,7 +26,13 @@ from torch import Tensor, nn
 from isingcut.console.progress import Bar
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
-from isingcut.files.cuts import PatchedCut, PatchRecord, PatchTuning, TunedLayer, UnpatchedCut
+from isingcut.files.cuts import (
+    PatchedCut,
+    PatchRecord,
+    PatchTuning,
+    TunedLayer,
+    UnpatchedCut,
+)
 from isingcut.formats.libraries import one_line
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import (
@@ -43,7 +49,11 @@ from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
 from isingcut.models.compute.divergence import divergence
-from isingcut.models.compute.head import select_predictions, split_predictions, sum_losses
+from isingcut.models.compute.head import (
+    select_predictions,
+    split_predictions,
+    sum_losses,
+)
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.device import allowance, least_left
 from isingcut.models.replay import Recording, Replay
@@ -78,7 +88,9 @@ def patch_checkpoint(job: Job, out: Path) -> PatchRecord:
     original = job.teacher.runnable
     replay = job.teacher.replay
     with apply_patches(replay.blocks, stored, resident=not replay.streamed):
-        proof = verify(original, job.removed, out, trust_remote_code=trust, progress=job.progress)
+        proof = verify(
+            original, job.removed, out, trust_remote_code=trust, progress=job.progress
+        )
     return PatchRecord(
         maps=fitted.maps,
         changed=any(p.record.changed for p in stored),
@@ -111,7 +123,9 @@ def make_patches(
     if job.config.tunes:
         try:
             if job.teacher.streamed:
-                raise FitError("the model is streamed from disk, but tuning needs it in memory")
+                raise FitError(
+                    "the model is streamed from disk, but tuning needs it in memory"
+                )
             tokens, held_out = split_samples(tokens)
         except FitError as e:
             why = str(e)
@@ -136,7 +150,9 @@ def make_patches(
     tuning = None
     for share in SHARES if held_out is not None else ():
         try:
-            found = attempt(partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True)
+            found = attempt(
+                partial(fewer, STEP_TOKENS, longest, partial(tune_with, share)), True
+            )
         except FitError as e:
             why = str(e)
             break
@@ -153,7 +169,9 @@ def make_patches(
 
 def record_unpatched(removed: Sequence[int], why: Exception) -> PatchRecord:
     """Make the record of a state whose cuts cannot be patched."""
-    reasons = [UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)]
+    reasons = [
+        UnpatchedCut(removed=list(ends), reason=str(why)) for ends in runs(removed)
+    ]
     return PatchRecord(cuts=[], changed=False, unpatched=reasons)
 
 
@@ -170,7 +188,9 @@ def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
         )
     every = min(HELD_OUT_EVERY, tokens.samples)
     validation = torch.arange(tokens.samples) % every == every - 1
-    return tokens.select((~validation).nonzero()[:, 0]), tokens.select(validation.nonzero()[:, 0])
+    return tokens.select((~validation).nonzero()[:, 0]), tokens.select(
+        validation.nonzero()[:, 0]
+    )
 
 
 def tune(
@@ -209,7 +229,9 @@ def tune(
     replay = job.teacher.replay
     removed = job.removed
     together = min(job.config.batch_tokens, STEP_TOKENS)
-    adjacent = [b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)]
+    adjacent = [
+        b for a, z in runs(removed) for b in (a - 1, z + 1) if 0 <= b < len(replay)
+    ]
     adjacent = sorted(set(adjacent) - set(removed))
     # Rather fewer tokens at a time than fewer layers.
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
@@ -219,7 +241,9 @@ def tune(
     each = bytes_of_backward(replay)
     while at_a_time > longest and at_a_time * each > room:
         at_a_time = max(longest, at_a_time // 2)
-    train, validation = (_Text(part, together, at_a_time) for part in (tokens, held_out))
+    train, validation = (
+        _Text(part, together, at_a_time) for part in (tokens, held_out)
+    )
     # Not inference mode, because the recording takes part in the backward pass.
     batches = len(train.batches) + len(validation.batches)
     with torch.no_grad(), job.progress("reading the text of the patch", batches) as bar:
@@ -234,18 +258,25 @@ def tune(
     ]
     found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
     layers = choose_layers(found, max(at_a_time, longest) * each, share)
-    tuned = {(b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers}
+    tuned = {
+        (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
+    }
     suffix = [i for i in range(adjacent[0], len(replay)) if i not in set(removed)]
     steps = min(len(train.groups), max(1, round(train.predictions / STEP_TOKENS)))
     rates = [{"params": [layer.weight], "size": layer.size} for layer in tuned.values()]
     rate = RATE * min(1.0, WIDTH / train.entered[0].shape[-1])
     optimiser = torch.optim.AdamW(rates, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     used = [layer.patch(key, layer.used) for key, layer in tuned.items()]
-    with apply_patches(replay.blocks, used), job.progress("tuning the patch", steps) as bar:
+    with (
+        apply_patches(replay.blocks, used),
+        job.progress("tuning the patch", steps) as bar,
+    ):
         kl = [validation.divergence(suffix)]
         for taken in range(steps):
             # Four warm-up steps, and a cosine.
-            share = min(1.0, (taken + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * taken / steps))
+            share = min(1.0, (taken + 1) / 4) * (
+                0.5 + 0.5 * math.cos(math.pi * taken / steps)
+            )
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["size"] * share
             for batch in train.part(taken, steps):
@@ -284,7 +315,9 @@ def choose_layers(
         FitError: there is no layer, or too little memory for any.
     """
     if not layers:
-        raise FitError("the blocks next to the cuts have no linear layer that can be tuned")
+        raise FitError(
+            "the blocks next to the cuts have no linear layer that can be tuned"
+        )
     # One gradient is on the device at a time.
     beside += max(module.weight.nbytes for _, _, module, _ in layers)
     host = torch.device("cpu")
@@ -292,8 +325,13 @@ def choose_layers(
     room = {home: share * allowance("", home).left - beside for home in homes}
     room[host] = share * allowance("", host).left
     chosen = set[int]()
-    for i, (_, _, module, _) in sorted(enumerate(layers), key=lambda one: not one[1][3]):
-        needed = {module.weight.device: module.weight.nbytes, host: BYTES * module.weight.numel()}
+    for i, (_, _, module, _) in sorted(
+        enumerate(layers), key=lambda one: not one[1][3]
+    ):
+        needed = {
+            module.weight.device: module.weight.nbytes,
+            host: BYTES * module.weight.numel(),
+        }
         short = [place for place, size in needed.items() if size > room[place]]
         if not short:
             chosen.add(i)
@@ -306,7 +344,9 @@ def choose_layers(
             f"{'host memory' if place == host else place}, but {room[place] / 1e9:.1f} GB are free"
         )
     return [
-        (block, path, module) for i, (block, path, module, _) in enumerate(layers) if i in chosen
+        (block, path, module)
+        for i, (block, path, module, _) in enumerate(layers)
+        if i in chosen
     ]
 
 
@@ -338,7 +378,12 @@ class _Layer:
 
     def patch(self, key: tuple[int, str], weight: Tensor) -> Patch:
         record = PatchedCut(block=key[0], layer=key[1])
-        return Patch(*key, weight, self.bias, record if self.fitted is None else self.fitted.record)
+        return Patch(
+            *key,
+            weight,
+            self.bias,
+            record if self.fitted is None else self.fitted.record,
+        )
 
 
 def _collect(weight: Tensor, used: Tensor) -> None:
@@ -393,7 +438,9 @@ class _Text:
                 if i in adjacent and batch is self.batches[0]:
                     layers, _ = list_linear_layers(call, i, stream)
                     width = stream.shape[-1]
-                    found += [(i, path, m, out.shape[-1] == width) for path, m, out in layers]
+                    found += [
+                        (i, path, m, out.shape[-1] == width) for path, m, out in layers
+                    ]
                 stream = call.block(i, stream)
             self.calls.append(call)
             self.entered.append(entered)
@@ -428,7 +475,9 @@ class _Text:
         """Return KL(original || patched), nats per prediction."""
         total = 0.0
         for b, batch in enumerate(self.batches):
-            before, after = (split_predictions(one, batch) for one in self._logits(b, suffix))
+            before, after = (
+                split_predictions(one, batch) for one in self._logits(b, suffix)
+            )
             total += float(sum_losses(before, after, batch)[2].sum())
         return total / self.predictions
 
@@ -439,4 +488,6 @@ class _Text:
         for i in suffix:
             stream = call.block(i, stream)
         numbers = range(len(stream))
-        return [map(call.logits, streams, numbers) for streams in (self.left[batch], stream)]
+        return [
+            map(call.logits, streams, numbers) for streams in (self.left[batch], stream)
+        ]

@@ -79,7 +79,11 @@ class StoredLayers:
         name = f"{self._prefix}{self._places[block]}.{path}"
         own = self.tensors.get(f"{name}.weight")
         offset = self.tensors.get(f"{name}.bias")
-        if own is None or own.shape != tuple(weight.shape) or (offset is None) != (bias is None):
+        if (
+            own is None
+            or own.shape != tuple(weight.shape)
+            or (offset is None) != (bias is None)
+        ):
             raise ArchitectureError(
                 f"the checkpoint {self.folder} has no {name}.weight of shape {list(weight.shape)}, "
                 "as the model in memory has, so a patch cannot be written; heal by distillation"
@@ -97,7 +101,9 @@ class StoredLayers:
         return found is not None and found.dtype in _FLOAT8
 
 
-def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> list[Patch]:
+def write_patched(
+    stored: StoredLayers, patches: Sequence[Patch], out: Path
+) -> list[Patch]:
     """Write a copy of a cut checkpoint with the patched layers; other tensors keep their bytes.
 
     Args:
@@ -134,7 +140,9 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
         )
         weight, *bias = own.values()
         written.append(replace(patch, weight=weight, bias=bias[0] if bias else None))
-    dropped = {f"{m}.{scale}" for m in modules for scale in _SCALES} & stored.tensors.keys()
+    dropped = {
+        f"{m}.{scale}" for m in modules for scale in _SCALES
+    } & stored.tensors.keys()
     # A scale may be in another shard than its weight.
     files = {stored.tensors[name].file for name in (*new, *dropped)}
     skip = shutil.ignore_patterns(*(file.name for file in files))
@@ -158,7 +166,9 @@ def write_patched(stored: StoredLayers, patches: Sequence[Patch], out: Path) -> 
     return written
 
 
-def _list_plain(folder: Path, layout: str, modules: Sequence[str], dropped: set[str]) -> None:
+def _list_plain(
+    folder: Path, layout: str, modules: Sequence[str], dropped: set[str]
+) -> None:
     """List modules of a float8 checkpoint as not quantised, and drop their scales in the index."""
     _list(folder / "config.json", "quantization_config", layout, modules)
     if (folder / _MODELOPT).is_file():
@@ -167,7 +177,9 @@ def _list_plain(folder: Path, layout: str, modules: Sequence[str], dropped: set[
     if not path.exists():
         return
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in dropped}
+    index["weight_map"] = {
+        k: v for k, v in index["weight_map"].items() if k not in dropped
+    }
     files = {folder / file for file in index["weight_map"].values()}
     total = sum(tensor.size for file in files for tensor in read_header(file))
     index["metadata"] = {**index.get("metadata", {}), "total_size": total}
@@ -180,7 +192,9 @@ def _list(file: Path, part: str, layout: str, modules: Sequence[str]) -> None:
     content = whole.get(part)
     if not isinstance(content, dict):
         return
-    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [_LISTS[layout]]
+    names = [n for n in _LISTS.values() if isinstance(content.get(n), list)] or [
+        _LISTS[layout]
+    ]
     for name in names:
         # Without a list, loaders exclude the output head by default; with a list they do not.
         given = content.get(name)
@@ -204,14 +218,18 @@ def apply_patches(
     with contextlib.ExitStack() as undo:
         for patch in patches:
             layer = blocks[patch.block].get_submodule(patch.path)
-            new = {"weight": patch.weight} | ({} if patch.bias is None else {"bias": patch.bias})
+            new = {"weight": patch.weight} | (
+                {} if patch.bias is None else {"bias": patch.bias}
+            )
             enter, leave = _swaps(new)
             if resident:
                 enter(layer, ())
                 undo.callback(leave, layer, (), None)
             else:
                 undo.callback(layer.register_forward_pre_hook(enter).remove)
-                undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+                undo.callback(
+                    layer.register_forward_hook(leave, always_call=True).remove
+                )
         yield
 
 

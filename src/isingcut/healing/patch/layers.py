@@ -136,7 +136,9 @@ def list_linear_layers(
         path, module and output of each, and the block's output.
     """
     modules = recording.blocks[i].named_modules()
-    candidates = {path: m for path, m in modules if path and isinstance(m, nn.Linear | Conv1D)}
+    candidates = {
+        path: m for path, m in modules if path and isinstance(m, nn.Linear | Conv1D)
+    }
     seen, plain = _run(recording, i, hidden, candidates)
     tokens = hidden.shape[:-1].numel()
     found = [

@@ -40,7 +40,13 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ArchitectureError, FitError
 from isingcut.files.cuts import PatchedCut, UnpatchedCut
 from isingcut.formats.architectures.blocks import find_stack
-from isingcut.healing.patch.files import Patch, StoredLayers, apply_patches, find_obstacle, runs
+from isingcut.healing.patch.files import (
+    Patch,
+    StoredLayers,
+    apply_patches,
+    find_obstacle,
+    runs,
+)
 from isingcut.healing.patch.layers import (
     Gained,
     Write,
@@ -169,14 +175,18 @@ class _Fitting:
             if i == p:
                 self._original = self._bring(p, self._original)
                 entered = self._patched = self._bring(p, self._patched)
-                write = find_write(self._recordings[0], p, self._original[0], self._kinds[p])
+                write = find_write(
+                    self._recordings[0], p, self._original[0], self._kinds[p]
+                )
                 if write is not None and self._obstacle(p, write):
                     write = None
                 if write is not None:
                     # The output of block p in the patched model, and the input of its layer.
                     home = self._home_of_inputs(write)
                     seen = []
-                    for recording, stream in zip(self._recordings, self._patched, strict=True):
+                    for recording, stream in zip(
+                        self._recordings, self._patched, strict=True
+                    ):
                         output, read, _ = observe(recording, p, stream, write)
                         seen.append((output, read.to(home)))
             if i < p or (i == p and write is None):
@@ -218,10 +228,14 @@ class _Fitting:
         change = found.map.to(self._original[0].device)
         for b, (output, read) in enumerate(seen):
             x = write.features(read.to(output.device))
-            self._patched[b] = (output.double() + x.double() @ change.T).to(output.dtype)
+            self._patched[b] = (output.double() + x.double() @ change.T).to(
+                output.dtype
+            )
         return self._patch(p, last, write, found, exact=True)
 
-    def _fit_approximately(self, p: int, last: int, entered: Sequence[Tensor]) -> Patch | str:
+    def _fit_approximately(
+        self, p: int, last: int, entered: Sequence[Tensor]
+    ) -> Patch | str:
         """Patch a layer that writes to the stream with a gain: the best of a few layers by
         validation error, if better than no patch.
 
@@ -246,7 +260,9 @@ class _Fitting:
                 except FitError as e:
                     reasons.append(str(e))
                     continue
-                if found is not None and (best is None or found.held_out < best[0].held_out):
+                if found is not None and (
+                    best is None or found.held_out < best[0].held_out
+                ):
                     best = found, gained.write
             if best is not None:
                 found, write = best
@@ -263,7 +279,9 @@ class _Fitting:
             "distillation instead"
         )
 
-    def _solve(self, p: int, entered: Sequence[Tensor], gained: Gained) -> RidgeFit | None:
+    def _solve(
+        self, p: int, entered: Sequence[Tensor], gained: Gained
+    ) -> RidgeFit | None:
         """Return the map of one layer whose block output has the least validation error."""
         before = self._error(p, entered, None)
         if not before:
@@ -274,7 +292,10 @@ class _Fitting:
             path = gained.write.path
             record = PatchedCut(block=p, layer=path)
             return (
-                self._error(p, entered, Patch(p, path, *gained.write.fold(change), record)) / before
+                self._error(
+                    p, entered, Patch(p, path, *gained.write.fold(change), record)
+                )
+                / before
             )
 
         alive = gained.channels != 0
@@ -286,7 +307,9 @@ class _Fitting:
                 tokens = token_gains(recording, p, entered[b], gained, written)
                 x = gained.write.features(read).double()
                 target = (self._original[b].double() - output.double()) / gains
-                self._add(moments, b, x * tokens[..., None], torch.where(alive, target, 0.0))
+                self._add(
+                    moments, b, x * tokens[..., None], torch.where(alive, target, 0.0)
+                )
 
         return self._fit(gained.write, add, left)
 
@@ -299,11 +322,15 @@ class _Fitting:
                 if not bool(rows.any()):
                     continue
                 output = recording.block(p, entered[b])
-                squares = (self._original[b].double() - output.double()).square().sum(-1)
+                squares = (
+                    (self._original[b].double() - output.double()).square().sum(-1)
+                )
                 total += float((squares * _weights(self._original[b]))[rows].sum())
         return total
 
-    def _patch(self, p: int, last: int, write: Write, found: RidgeFit, *, exact: bool) -> Patch:
+    def _patch(
+        self, p: int, last: int, write: Write, found: RidgeFit, *, exact: bool
+    ) -> Patch:
         record = PatchedCut(
             removed=[p + 1, last],
             block=p,
@@ -340,7 +367,10 @@ class _Fitting:
             for place in dict.fromkeys((self._original[0].device, _CPU)):
 
                 def fit(kind: type[Moments] = kind, place: torch.device = place) -> Any:
-                    both = kind(write.mapped, width, place), kind(write.mapped, width, place)
+                    both = (
+                        kind(write.mapped, width, place),
+                        kind(write.mapped, width, place),
+                    )
                     add(both)
                     return [fit_ridge(*both, left)]
 
@@ -353,7 +383,9 @@ class _Fitting:
             f"{allowance('', _CPU).left / 1e9:.1f} GB are free"
         )
 
-    def _add(self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor) -> None:
+    def _add(
+        self, moments: Sequence[Moments], b: int, x: Tensor, target: Tensor
+    ) -> None:
         """Add the features and targets of batch ``b``."""
         weights = _weights(self._original[b])
         for side, rows in zip(moments, self._sides(b), strict=True):

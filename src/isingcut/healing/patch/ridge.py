@@ -35,7 +35,9 @@ class Moments:
     def add(self, x: Tensor, t: Tensor, weights: Tensor) -> None:
         """Add rows with their weights (n,)."""
         # At most F at a time, so that they take no more memory than the solution.
-        for rows in zip(*(torch.split(p, len(self.xx)) for p in (x, t, weights)), strict=True):
+        for rows in zip(
+            *(torch.split(p, len(self.xx)) for p in (x, t, weights)), strict=True
+        ):
             some, target, weight = (p.to(self.xx.device).double() for p in rows)
             weighted = target * weight[:, None]
             self.xx.addmm_((some * weight[:, None]).T, some)
@@ -52,7 +54,9 @@ class Moments:
         ridged = self.xx.clone()
         diagonal = ridged.diagonal()
         diagonal += strength * diagonal.mean().clamp_min(_SMALL)
-        return torch.cholesky_solve(self.tx.T, torch.linalg.cholesky(ridged, out=ridged)).T
+        return torch.cholesky_solve(
+            self.tx.T, torch.linalg.cholesky(ridged, out=ridged)
+        ).T
 
     def error(self, strength: float, held_out: Moments) -> float:
         """Return the share of the weighted squares of other rows' t that a map leaves."""
@@ -141,7 +145,9 @@ def fit_ridge(
     Returns:
         None if no map is better than no patch.
     """
-    best, error = best_strength(lambda s: left(fit.map(s)) if left else fit.error(s, held_out))
+    best, error = best_strength(
+        lambda s: left(fit.map(s)) if left else fit.error(s, held_out)
+    )
     # NaN is no improvement either.
     if not error < 1:
         return None

@@ -117,7 +117,9 @@ def _count_parts(lengths: Sequence[int], most: int) -> int:
     return found
 
 
-def divisions(lengths: Sequence[int], count: int, most: int) -> Iterator[tuple[float, list[slice]]]:
+def divisions(
+    lengths: Sequence[int], count: int, most: int
+) -> Iterator[tuple[float, list[slice]]]:
     """Divide samples into 1, 2, ... ``count`` parts with the least padding.
 
     Args:
@@ -162,7 +164,11 @@ def batch_of(tokens: TokenSet, rows: Sequence[int]) -> dict[str, Tensor]:
     labels = chosen.input_ids.masked_fill(~counts, -100)
     # The first token of a row is never predicted.
     labels[:, 0] = -100
-    batch = {"input_ids": chosen.input_ids, "attention_mask": chosen.mask.long(), "labels": labels}
+    batch = {
+        "input_ids": chosen.input_ids,
+        "attention_mask": chosen.mask.long(),
+        "labels": labels,
+    }
     return batch if chosen.counted is None else {**batch, "counted": chosen.counted}
 
 
@@ -192,13 +198,17 @@ def shard_if_needed(job: Job) -> Job:
         kept = (torch.float32.itemsize + _GRADIENT + _MOMENTS) * numbers
         return kept > allowance("", job.teacher.device).left
 
-    possible = config.method == "full" and job.processes.size > 1 and not is_sharded(settings)
+    possible = (
+        config.method == "full" and job.processes.size > 1 and not is_sharded(settings)
+    )
     if not (possible and job.processes.decide(is_needed)):
         return job
     return replace(job, config=config.replace(trainer={**settings, "fsdp": True}))
 
 
-def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> HealingMemory:
+def plan_memory(
+    job: Job, student: Any, batch: int, *, placed: bool = True
+) -> HealingMemory:
     """Choose micro-batch size and recomputation for the free memory, unless `--trainer` sets them.
 
     Args:
@@ -254,7 +264,9 @@ def plan_memory(job: Job, student: Any, batch: int, *, placed: bool = True) -> H
     return HealingMemory(most=most, recompute=recompute, sharded=is_sharded(settings))
 
 
-def _terms(job: Job, student: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
+def _terms(
+    job: Job, student: nn.Module, settings: Mapping[str, Any]
+) -> dict[str, float]:
     """Return the bytes that a training keeps on the device of each process, by purpose."""
     ranks = job.processes.size if is_sharded(settings) else 1
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) / ranks
@@ -274,10 +286,14 @@ def _storages(model: nn.Module) -> dict[tuple[torch.device, int], int]:
     """Return the bytes of each storage of a model's tensors."""
     tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
     storages = ((t.device, t.untyped_storage()) for t in tensors)
-    return {(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}
+    return {
+        (device, storage.data_ptr()): storage.nbytes() for device, storage in storages
+    }
 
 
-def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float, float, float]:
+def _activations(
+    job: Job, student: Any, row: dict[str, Tensor]
+) -> tuple[float, float, float]:
     """Count the bytes that a forward pass keeps for the backward pass.
 
     They are measured on a sample. If memory does not suffice, only the inputs of the blocks count.
@@ -295,7 +311,9 @@ def _activations(job: Job, student: Any, row: dict[str, Tensor]) -> tuple[float,
     def kept(tokens: int) -> int:
         given = {k: v[:, :tokens].to(device) for k, v in row.items()}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return count_graph_bytes(student, lambda: student(**given, alone=True)["loss"])
+            return count_graph_bytes(
+                student, lambda: student(**given, alone=True)["loss"]
+            )
 
     def count_saved(length: int) -> tuple[float, float]:
         few = max(1, length // 2)

@@ -69,9 +69,13 @@ def _spend(job: Job) -> Job:
         seconds = _USED * (seconds - job.spent - (time.monotonic() - began))
 
     make = partial(choose_recipe, job, seconds, pace)
-    kept = job.processes.decide(lambda: keep_result(file, HealingRecipe, make).content())
+    kept = job.processes.decide(
+        lambda: keep_result(file, HealingRecipe, make).content()
+    )
     recipe = HealingRecipe(**kept)
-    return dataclasses.replace(job, recipe=recipe, tokens=pieces(job.tokens, recipe.length))
+    return dataclasses.replace(
+        job, recipe=recipe, tokens=pieces(job.tokens, recipe.length)
+    )
 
 
 def _publish(job: Job, trained: Path, out: Path) -> None:
@@ -80,15 +84,22 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
     trust = job.config.trust_remote_code
     weights = load_trained(job.start, trained, job.config)
     if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
-        raise ModelError(f"the last step left NaN or infinite weights; {lower_rate(job)}")
+        raise ModelError(
+            f"the last step left NaN or infinite weights; {lower_rate(job)}"
+        )
     # Load into a model of that dtype, because transformers keeps some tensors in float32.
     model = reload(job.start, dtype=dtype, trust_remote_code=trust)
     model.load_state_dict(weights)
     tokens = random_tokens(model, 2, 24)
     with atomic_folder(out) as temporary, quiet_transformers():
         # The model was loaded without its layers for multi-token prediction: copy them unchanged.
-        mtp = {n: read_tensor(t) for n, t in Checkpoint.read(job.start).mtp_tensors().items()}
-        model.save_pretrained(temporary, state_dict=model.state_dict() | mtp if mtp else None)
+        mtp = {
+            n: read_tensor(t)
+            for n, t in Checkpoint.read(job.start).mtp_tensors().items()
+        }
+        model.save_pretrained(
+            temporary, state_dict=model.state_dict() | mtp if mtp else None
+        )
         for path in sorted(job.start.iterdir()):
             copied = path.suffix != ".safetensors" and path.name not in _REWRITTEN
             if path.is_file() and copied:
@@ -96,7 +107,8 @@ def _publish(job: Job, trained: Path, out: Path) -> None:
         again = reload(temporary, dtype=dtype, trust_remote_code=trust)
         with torch.no_grad():
             same = torch.equal(
-                language_model(model)(tokens).logits, language_model(again)(tokens).logits
+                language_model(model)(tokens).logits,
+                language_model(again)(tokens).logits,
             )
         if not same:
             raise ModelError(

@@ -37,7 +37,9 @@ from isingcut.options.config import HealConfig
 _quiet_peft = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
-def load_student(folder: Path, config: HealConfig, dtype: torch.dtype = torch.float32) -> Any:
+def load_student(
+    folder: Path, config: HealConfig, dtype: torch.dtype = torch.float32
+) -> Any:
     """Load a model on the CPU, with weights in ``dtype`` and buffers in float32.
 
     Raises:
@@ -98,10 +100,17 @@ def set_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     the backward pass. Embeddings still return float32, because the residual stream starts there.
     """
     linear = (nn.Linear, Conv1D)
-    layers = [m for m in model.modules() if isinstance(m, linear) or type(m) is nn.Embedding]
+    layers = [
+        m for m in model.modules() if isinstance(m, linear) or type(m) is nn.Embedding
+    ]
     known = {id(layer) for layer in layers}
     # Weights that layers of other types share, such as Gemma 3's embedding, are not converted.
-    others = {id(p) for m in model.modules() if id(m) not in known for p in m._parameters.values()}
+    others = {
+        id(p)
+        for m in model.modules()
+        if id(m) not in known
+        for p in m._parameters.values()
+    }
     narrowed = set[int]()
     for layer in layers:
         weight = layer.weight
@@ -136,7 +145,9 @@ def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
     called: list[nn.Module] = []
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda m, _: called.append(m)))
+            hooks.enter_context(
+                module.register_forward_pre_hook(lambda m, _: called.append(m))
+            )
         hooks.enter_context(block.register_forward_hook(lambda *_: called.clear()))
         with torch.no_grad():
             ids = torch.zeros((1, 4), dtype=torch.long, device=model.device)
@@ -145,7 +156,9 @@ def _list_behind(model: Any, block: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) in behind]
 
 
-def load_trained(start: Path, trained: Path, config: HealConfig) -> dict[str, torch.Tensor]:
+def load_trained(
+    start: Path, trained: Path, config: HealConfig
+) -> dict[str, torch.Tensor]:
     """Return the float32 weights of a training, with LoRA matrices merged.
 
     Args:
@@ -173,11 +186,15 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
     output = model.get_output_embeddings()
     if decoder is None or output is None or decoder is model:
         return None
-    ids = torch.arange(5, device=model.device)[None] % int(text_config(model).vocab_size)
+    ids = torch.arange(5, device=model.device)[None] % int(
+        text_config(model).vocab_size
+    )
     training = model.training
     model.eval()
     try:
-        inputs = find_head_input(output, lambda: model(input_ids=ids, use_cache=False).logits)
+        inputs = find_head_input(
+            output, lambda: model(input_ids=ids, use_cache=False).logits
+        )
         with torch.no_grad():
             stream = stream_of(decoder(input_ids=ids, use_cache=False))
         same = inputs is not None and torch.equal(inputs, stream)
@@ -190,7 +207,9 @@ def split_head(model: Any) -> tuple[Any, Any] | None:
 
 def stream_of(output: Any) -> Tensor:
     """Return the hidden states that a decoder passes to the head."""
-    found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    found: Tensor = (
+        output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    )
     return found
 
 
@@ -247,7 +266,9 @@ def install(student: Any, plain: Any, original: Any) -> None:
             with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
                 target = read(teacher, parts and other, input_ids, rows)
         if parts:
-            loss = divergence_from_stream(given, parts[1], target, head, vocabulary=size)
+            loss = divergence_from_stream(
+                given, parts[1], target, head, vocabulary=size
+            )
         else:
             loss = divergence(given, target)
         return {"loss": loss.to(input_ids.device)}

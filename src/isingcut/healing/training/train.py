@@ -53,7 +53,12 @@ from isingcut.healing.job import (
     trainer_settings,
     usual_recipe,
 )
-from isingcut.healing.training.batches import Steps, batch_of, plan_memory, shard_if_needed
+from isingcut.healing.training.batches import (
+    Steps,
+    batch_of,
+    plan_memory,
+    shard_if_needed,
+)
 from isingcut.healing.training.student import (
     install,
     load_student,
@@ -96,7 +101,9 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
     # Skip the training if it was complete when the process was killed.
     if watch.judge() is None and len(watch.curve) < recipe.steps:
         with _student(job, recipe.batch) as (student, plan):
-            watch.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+            watch.trained = sum(
+                p.numel() for p in student.parameters() if p.requires_grad
+            )
             order = Steps(
                 job.tokens.mask.sum(1).tolist(),
                 recipe.batch,
@@ -136,7 +143,9 @@ def step_times(job: Job) -> list[tuple[int, float]]:
             order.append([i % job.tokens.samples for i in range(first, first + count)])
         _run(watch, student, plan, order)
     counts = [0, *(step.tokens for step in watch.curve)]
-    found = [(b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)]
+    found = [
+        (b - a, s) for a, b, s in zip(counts, counts[1:], watch.seconds, strict=False)
+    ]
     return job.processes.decide(lambda: found)
 
 
@@ -149,7 +158,8 @@ def measure_pace(job: Job) -> tuple[float, float]:
         shutil.rmtree(trial, ignore_errors=True)
     # Skip the first step of each size, which compiles and allocates; take the fastest other one.
     (n, s), (m, t) = (
-        min(part[1:], key=lambda step: step[1]) for part in (times[:_SMALL], times[_SMALL:])
+        min(part[1:], key=lambda step: step[1])
+        for part in (times[:_SMALL], times[_SMALL:])
     )
     token = (t - s) / (m - n) if m > n and t > s else t / m
     return max(0.0, t - token * m), token
@@ -196,14 +206,22 @@ def _student(job: Job, batch: int) -> Iterator[tuple[Any, HealingMemory]]:
 
 
 def _run(
-    watch: Watch, student: Any, plan: HealingMemory, order: Order, last: Path | None = None
+    watch: Watch,
+    student: Any,
+    plan: HealingMemory,
+    order: Order,
+    last: Path | None = None,
 ) -> None:
     """Train, starting from the saved state ``last`` if given."""
 
-    def sum_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def sum_losses(
+        outputs: Any, labels: Tensor, num_items_in_batch: Any = None
+    ) -> Tensor:
         predictions = (labels != -100).sum()
         # The sum of the losses, and the number of predictions, since the last step.
-        watch.sums += torch.stack([outputs["loss"].detach().double(), predictions.double()])
+        watch.sums += torch.stack(
+            [outputs["loss"].detach().double(), predictions.double()]
+        )
         scaled: Tensor = outputs["loss"] / (
             predictions if num_items_in_batch is None else num_items_in_batch
         )
@@ -320,7 +338,9 @@ class OurTrainer(Trainer):
         given = getattr(self.args, "fsdp_plugin_args", None)
         if given and not self.is_fsdp_enabled:
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**given)
-            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            state.distributed_type = PartialState().distributed_type = (
+                DistributedType.FSDP
+            )
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2:
             state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -341,7 +361,9 @@ class OurTrainer(Trainer):
 
     def _save_checkpoint(self, *arguments: Any, **rest: Any) -> None:
         # `Watch.on_save` marks the state as complete. After an error, delete it.
-        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        target = (
+            Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        )
         save: Any = super()._save_checkpoint
         try:
             with clear_os_errors(target):
@@ -399,7 +421,9 @@ class Watch(TrainerCallback):
         loss = total / max(1.0, predictions)
         self._refuse_no_number(loss, state.global_step)
         before = self.curve[-1].tokens if self.curve else 0
-        self.curve.append(Step(step=state.global_step, tokens=before + int(predictions), loss=loss))
+        self.curve.append(
+            Step(step=state.global_step, tokens=before + int(predictions), loss=loss)
+        )
         self.bar.advance(1, f"loss {loss:.4f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -426,7 +450,9 @@ class Watch(TrainerCallback):
         model.eval()
         with torch.no_grad():
             for i in range(judge.tokens.samples):
-                batch = {k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()}
+                batch = {
+                    k: v.to(device) for k, v in batch_of(judge.tokens, [i]).items()
+                }
                 sums.append(float(model(**batch)["loss"]))
         model.train()
         for value in sums:
@@ -436,7 +462,9 @@ class Watch(TrainerCallback):
 
     def _refuse_no_number(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise ModelError(f"the loss of step {step} is {loss}; {lower_rate(self.job)}")
+            raise ModelError(
+                f"the loss of step {step} is {loss}; {lower_rate(self.job)}"
+            )
 
     def judge(self) -> HealingStop | None:
         """Return the judge's verdict on the checks so far, and store it as `verdict`."""

@@ -73,7 +73,9 @@ def make(solver: str, **options: Any) -> Any:
 
 
 @convert_memory_errors()
-def solve(problem: Problem, solver: str = "auto", k: int = 20, **options: Any) -> Spectrum:
+def solve(
+    problem: Problem, solver: str = "auto", k: int = 20, **options: Any
+) -> Spectrum:
     """Find the ``k`` lowest states of ``problem``, ranked.
 
     Args:
@@ -101,7 +103,11 @@ def solve(problem: Problem, solver: str = "auto", k: int = 20, **options: Any) -
     solution = part.solve(problem, k)
     states = np.asarray(solution.states) if isinstance(solution, Solution) else None
     if states is None or states.ndim != 2 or states.shape[1] != problem.n:
-        got = type(solution).__name__ if states is None else f"states of shape {states.shape}"
+        got = (
+            type(solution).__name__
+            if states is None
+            else f"states of shape {states.shape}"
+        )
         raise InputError(
             f"solver {solver!r} returned {got}; expected a Solution with states (S, {problem.n})"
         )

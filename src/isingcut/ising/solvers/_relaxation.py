@@ -121,7 +121,9 @@ def _find_violated(X):  # type: ignore[no-untyped-def]
     return triangles, amount
 
 
-def _names(cuts: NDArray[np.int64], kinds: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+def _names(
+    cuts: NDArray[np.int64], kinds: NDArray[np.int64], size: int
+) -> NDArray[np.int64]:
     """Return a unique number for each triangle."""
     i, j, k = cuts.T
     return np.asarray(((i * size + j) * size + k) * 4 + kinds)
@@ -214,7 +216,9 @@ class Relaxation:
         stop: (1,) shared flag.
     """
 
-    def __init__(self, rows: Reduced, threshold: Floats, stop: NDArray[np.int64]) -> None:
+    def __init__(
+        self, rows: Reduced, threshold: Floats, stop: NDArray[np.int64]
+    ) -> None:
         self.rows = rows
         self.threshold = threshold
         self.stop = stop
@@ -244,16 +248,22 @@ class Relaxation:
         def spin(coefficients: Floats, rhs: Floats) -> Floats:
             # a.x = a.(s + 1) / 2, so a.x - rhs is (a.s + sum(a) - 2 rhs) / 2.
             rows = np.column_stack([coefficients.sum(axis=1) - 2 * rhs, coefficients])
-            return np.asarray(rows / np.maximum(np.abs(rows).max(axis=1), 1e-300)[:, None])
+            return np.asarray(
+                rows / np.maximum(np.abs(rows).max(axis=1), 1e-300)[:, None]
+            )
 
         middle = (r.low + r.high)[self._equal] / 2
         ones = spin(np.ones((1, part.free.size)), np.array([float(part.left)]))
         equal = np.vstack([ones, spin(A[self._equal], middle - shift[self._equal])])
         low = np.where(np.isfinite(r.low), r.low, shift + np.minimum(A, 0).sum(axis=1))
-        high = np.where(np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1))
+        high = np.where(
+            np.isfinite(r.high), r.high, shift + np.maximum(A, 0).sum(axis=1)
+        )
         ineq = np.vstack([spin(A, low - shift), -spin(A, high - shift)])
         # Always in the same memory order: numba compiles again for another, for ten seconds.
-        return np.ascontiguousarray(orth(equal.T, rcond=1e-6)), np.ascontiguousarray(ineq)
+        return np.ascontiguousarray(orth(equal.T, rcond=1e-6)), np.ascontiguousarray(
+            ineq
+        )
 
     def bound(self, part: Subproblem, m: int, dual: Dual) -> tuple[float, Floats, Dual]:
         """Return a bound, bounds (2, V) for each value of each variable, and the multipliers.
@@ -316,7 +326,9 @@ class Relaxation:
             triangles = triangles[new]
             amount = amount[new]
             picked = triangles[np.argsort(-amount, kind="stable")[:CUTS_PER_ROUND]]
-            x = np.concatenate([x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]])
+            x = np.concatenate(
+                [x[:size], z[kept], np.zeros(len(picked)), x[size + z.size :]]
+            )
             cuts = np.vstack([cuts, picked[:, :3]])
             kinds = np.append(kinds, picked[:, 3])
             if not len(picked):
@@ -346,5 +358,7 @@ def _split_bounds(base: float, lam: Floats, W: Floats) -> Floats:
         for side, sign in enumerate((-1.0, 1.0)):
             with np.errstate(divide="ignore", invalid="ignore"):
                 value = base - delta * len(W) + (c - 2 * sign * b + a) / det
-            best[side] = np.where(det > 1e-12 * a * c, np.maximum(best[side], value), best[side])
+            best[side] = np.where(
+                det > 1e-12 * a * c, np.maximum(best[side], value), best[side]
+            )
     return best

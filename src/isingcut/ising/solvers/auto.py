@@ -41,9 +41,13 @@ class Auto:
         else:
             compile_search()
             heuristic = Tabu(seed=self.seed, seconds=self.seconds / 4).solve(problem, k)
-            found = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(problem, k)
+            found = Exact(seconds=self.seconds / 2, nodes=8, seed=self.seed).solve(
+                problem, k
+            )
             if not found.proven:
                 chosen = "tabu"
                 states = np.concatenate([heuristic.states, found.states])
-                found = replace(found, states=states, info={**found.info, **heuristic.info})
+                found = replace(
+                    found, states=states, info={**found.info, **heuristic.info}
+                )
         return replace(found, info={**found.info, "chosen": chosen})

@@ -129,7 +129,9 @@ def reduce(problem: Problem) -> Reduced:
     low = interval[:, 0] - shift
     high = interval[:, 1] - shift
     matrix = matrix[:, free]
-    useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (np.maximum(matrix, 0).sum(axis=1) > high)
+    useful = (np.minimum(matrix, 0).sum(axis=1) < low) | (
+        np.maximum(matrix, 0).sum(axis=1) > high
+    )
 
     ham = problem.hamiltonian
     field = ham.h + ham.J @ base
@@ -155,7 +157,9 @@ def reduce(problem: Problem) -> Reduced:
         rows.append(int(r))
     if rows and m_low < m_high:
         blank = Hamiltonian(np.zeros(v), np.zeros((v, v)))
-        m_low, m_high = Problem(blank, _as_rows(matrix[rows], low[rows], high[rows])).cardinality
+        m_low, m_high = Problem(
+            blank, _as_rows(matrix[rows], low[rows], high[rows])
+        ).cardinality
     # The columns were picked from `matrix`; compiled code takes one memory order.
     A = np.ascontiguousarray(matrix[rows])
     return Reduced(h, J, c, A, low[rows], high[rows], m_low, m_high, lift, base)
@@ -181,7 +185,9 @@ def _as_rows(matrix: Floats, lows: Floats, highs: Floats) -> list[LinearConstrai
     return rows
 
 
-def propagate(matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]) -> bool:
+def propagate(
+    matrix: Floats, low: Floats, high: Floats, fixed: NDArray[np.int8]
+) -> bool:
     """Fix in place the free variables (-1) that a row forces; return False if a row cannot hold."""
     while True:
         free = fixed < 0

@@ -77,13 +77,17 @@ class Dimod:
             repaired=len(mended),
             dropped=len(repaired) - len(mended),
         )
-        kept = np.concatenate([states[feasible], np.array(mended).reshape(-1, small.n) > 0])
+        kept = np.concatenate(
+            [states[feasible], np.array(mended).reshape(-1, small.n) > 0]
+        )
         # Many samples may be repaired to the same state.
         kept = np.unique(kept, axis=0)
         order = np.argsort(small.hamiltonian.energies(kept), kind="stable")[: 4 * k]
         return Solution(reduced.expand(kept[order]), None, False, info)
 
-    def _draw(self, small: Problem, sampler: Any, name: str) -> tuple[dict[str, Any], States]:
+    def _draw(
+        self, small: Problem, sampler: Any, name: str
+    ) -> tuple[dict[str, Any], States]:
         """Run the sampler; return its ignored arguments and penalty, and the distinct states.
 
         A penalty below the default lets samplers move more freely; infeasible samples are repaired.
@@ -92,7 +96,10 @@ class Dimod:
         constrained = hasattr(made, "sample_cqm")
         call = made.sample_cqm if constrained else made.sample
         wanted = {"num_reads": self.reads, "seed": self.seed, **self.options}
-        known = {*(getattr(made, "parameters", None) or ()), *inspect.signature(call).parameters}
+        known = {
+            *(getattr(made, "parameters", None) or ()),
+            *inspect.signature(call).parameters,
+        }
         options = {key: value for key, value in wanted.items() if key in known}
         info: dict[str, Any] = {"ignored": sorted(wanted.keys() - options.keys())}
         if constrained:
@@ -121,12 +128,18 @@ def sampler_class(name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if module.startswith("dwave.samplers"):
-            raise MissingExtraError("dwave-samplers", "solvers", f"the solver {name}") from None
-        raise InputError(f"cannot import {module!r} for the solver dimod:{name}: {error}") from None
+            raise MissingExtraError(
+                "dwave-samplers", "solvers", f"the solver {name}"
+            ) from None
+        raise InputError(
+            f"cannot import {module!r} for the solver dimod:{name}: {error}"
+        ) from None
     except AttributeError as error:
         if error.name != attribute:
             raise _make_error(f"importing {module!r}", error) from error
-        raise InputError(f"{module!r} has no class {attribute!r}; check the name") from None
+        raise InputError(
+            f"{module!r} has no class {attribute!r}; check the name"
+        ) from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -150,13 +163,17 @@ def _states(found: Any, n: int, name: str) -> States:
     import dimod
 
     def wrong(what: str) -> InputError:
-        return InputError(f"the sampler {name} returned {what}; choose another --solver")
+        return InputError(
+            f"the sampler {name} returned {what}; choose another --solver"
+        )
 
     if not isinstance(found, dimod.SampleSet):
         raise wrong(f"{type(found).__name__}, expected a dimod.SampleSet")
     if missing := [i for i in range(n) if i not in found.variables]:
         raise wrong(f"samples without the variables {', '.join(map(str, missing[:5]))}")
-    samples = np.asarray(found.record.sample)[:, [found.variables.index(i) for i in range(n)]]
+    samples = np.asarray(found.record.sample)[
+        :, [found.variables.index(i) for i in range(n)]
+    ]
     if not samples.shape[0]:
         raise wrong("no samples")
     values = np.unique(samples)
@@ -175,7 +192,9 @@ def _make_error(what: str, error: BaseException) -> InputError:
     except BaseException:
         # Formatting a third-party error may fail too.
         words = "without words"
-    return InputError(f"{what} failed: {type(error).__name__}{': ' * bool(words)}{words}")
+    return InputError(
+        f"{what} failed: {type(error).__name__}{': ' * bool(words)}{words}"
+    )
 
 
 def repair(problem: Problem, state: Bools) -> Bools | None:
@@ -197,7 +216,9 @@ def repair(problem: Problem, state: Bools) -> Bools | None:
 
     def violation(states: NDArray[np.int8]) -> Floats:
         value = states @ matrix.T
-        total: Floats = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(axis=1)
+        total: Floats = (np.maximum(low - value, 0) + np.maximum(value - high, 0)).sum(
+            axis=1
+        )
         return total
 
     left = float(violation(x[None])[0])

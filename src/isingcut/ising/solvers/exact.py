@@ -67,10 +67,14 @@ class Exact:
             raise InputError("exact needs threads >= 0 and a time limit above 0")
         if self.seconds is not None:
             compile_search()
-        deadline = math.inf if self.seconds is None else time.perf_counter() + self.seconds
+        deadline = (
+            math.inf if self.seconds is None else time.perf_counter() + self.seconds
+        )
         reduced = reduce(problem)
         threads = self.threads or os.cpu_count() or 1
-        search = _BranchAndBound(reduced, min(k, reduced.count_states()), self.memory_mb)
+        search = _BranchAndBound(
+            reduced, min(k, reduced.count_states()), self.memory_mb
+        )
         search.warm_start(problem, self.seed)
         # The search threads use all cores; additional BLAS threads would only wait.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -140,7 +144,9 @@ class _Pool:
                     continue
                 self._known.add(key)
             if len(self._heap) == self.k:
-                self.threshold[0] = min(self.threshold[0], -self._heap[0][0] - self.tolerance)
+                self.threshold[0] = min(
+                    self.threshold[0], -self._heap[0][0] - self.tolerance
+                )
 
     def states(self, width: int) -> NDArray[np.uint8]:
         """Return the states (S, V)."""
@@ -177,7 +183,9 @@ class _BranchAndBound:
         self.nodes = self.visited = 0
         self.relaxation = Relaxation(reduced, self.pool.threshold, self.stop)
         self.open: list[_Node] = []
-        self._most_stored = int(memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 40 * 1500 + 2000))
+        self._most_stored = int(
+            memory_mb * 1e6 / (4.0 * (n + 1) ** 2 + 40 * 1500 + 2000)
+        )
         self._serial = 0
         # Share of enumerations that finished within their budget, by 4 log2 of the state count.
         self._luck: dict[int, float] = {}
@@ -191,7 +199,9 @@ class _BranchAndBound:
         states, _ = heuristic.search(r, min(self.k, 1000), problem)
         self.pool.add(self.energies(states), states)
         for m in range(r.m_low, r.m_high + 1):
-            self._push(_Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m))
+            self._push(
+                _Node(self._simple_bound(m), 0, np.full(r.n, -1, dtype=np.int8), m)
+            )
 
     def energies(self, states: NDArray[np.uint8]) -> Floats:
         """Return the scaled energies (S,) of reduced states (S, V)."""
@@ -233,7 +243,9 @@ class _BranchAndBound:
                     if left <= 0:
                         self._halt("time limit")
                     try:
-                        done, _ = wait(running, max(0.01, min(left, 0.2)), FIRST_COMPLETED)
+                        done, _ = wait(
+                            running, max(0.01, min(left, 0.2)), FIRST_COMPLETED
+                        )
                     except KeyboardInterrupt:
                         self._halt("interrupted")
                         continue
@@ -360,7 +372,9 @@ class _BranchAndBound:
             self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
         found = np.isfinite(energies)
         if found.any():
-            states = np.repeat((part.fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0)
+            states = np.repeat(
+                (part.fixed == 1).astype(np.uint8)[None], int(found.sum()), axis=0
+            )
             states[:, part.free[order]] = 1 - best[found] if flip else best[found]
             self.pool.add(energies[found], states)
         return bool(complete)

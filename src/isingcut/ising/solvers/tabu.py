@@ -154,7 +154,9 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                     if b >= 0:
                         neighbour[into] = 1
                         other ^= keys[into]
-                    _insert(neighbour, energy + delta, other, pool_energies, pool, hashes)
+                    _insert(
+                        neighbour, energy + delta, other, pool_energies, pool, hashes
+                    )
                     if a >= 0:
                         neighbour[out] = 1
                     if b >= 0:
@@ -165,7 +167,9 @@ def tabu_walk(  # type: ignore[no-untyped-def]
                 banned = (a >= 0 and tabu_until[out] >= step) or (
                     b >= 0 and tabu_until[into] >= step
                 )
-                if banned and not (change == 0.0 and energy + delta < best_seen - 1e-12):
+                if banned and not (
+                    change == 0.0 and energy + delta < best_seen - 1e-12
+                ):
                     continue
                 if score == best:
                     ties += 1
@@ -236,7 +240,9 @@ class Tabu:
         states, done = self.search(reduced, k, problem)
         return Solution(reduced.expand(states), None, False, {"restarts": done})
 
-    def search(self, reduced: Reduced, k: int, problem: Problem) -> tuple[NDArray[np.uint8], int]:
+    def search(
+        self, reduced: Reduced, k: int, problem: Problem
+    ) -> tuple[NDArray[np.uint8], int]:
         """Return the best reduced states (S, V) of all searches, and the number of searches."""
         n = reduced.n
         pool_energies = np.full(k, np.inf)
@@ -244,7 +250,9 @@ class Tabu:
         hashes = np.zeros(k, dtype=np.uint64)
         rng = np.random.default_rng(self.seed)
         keys = rng.integers(1, 2**63, size=max(n, 1), dtype=np.uint64)
-        start = reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
+        start = (
+            reduced.shrink(problem.a_state()[None])[0] if reduced.A.shape[0] else None
+        )
         size = np.abs(reduced.A).max(axis=1, initial=0.0)
         A = reduced.A / size[:, None]
         low = reduced.low / size

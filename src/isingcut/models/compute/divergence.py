@@ -147,10 +147,16 @@ def accumulate(  # type: ignore[no-untyped-def]
             largest = in_order(piece[0])
             for v in range(b - a):
                 # max() would widen the integers.
-                largest = in_order(piece[v]) if in_order(piece[v]) > largest else largest
+                largest = (
+                    in_order(piece[v]) if in_order(piece[v]) > largest else largest
+                )
             new = max(top[t], value_of(in_order(largest)))
-            exponentials, apart = _sums(piece, reference[t, a:b], new, np.float32(log_z[t]))
-            total[t] = total[t] * np.exp(np.float64(top[t]) - np.float64(new)) + exponentials
+            exponentials, apart = _sums(
+                piece, reference[t, a:b], new, np.float32(log_z[t])
+            )
+            total[t] = (
+                total[t] * np.exp(np.float64(top[t]) - np.float64(new)) + exponentials
+            )
             difference[t] += apart
             top[t] = new
 
@@ -178,7 +184,9 @@ def softmax_difference(logits, log_z, reference, reference_log_z, out, first, la
         z = np.float32(log_z[t])
         y = np.float32(reference_log_z[t])
         for v in range(row.shape[0]):
-            row[v] = stored_as(exp_of(value_of(q[v]) - z) - exp_of(value_of(p[v]) - y), row[v])
+            row[v] = stored_as(
+                exp_of(value_of(q[v]) - z) - exp_of(value_of(p[v]) - y), row[v]
+            )
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -263,7 +271,9 @@ class RowSums:
         none = torch.full_like(self._total, torch.nan)
         self._reference_log_z = none if reference_log_z is None else reference_log_z
 
-    def add(self, logits: Tensor, offset: int = 0, reference: Tensor | None = None) -> None:
+    def add(
+        self, logits: Tensor, offset: int = 0, reference: Tensor | None = None
+    ) -> None:
         """Add the logits of a piece of the vocabulary to the sums.
 
         Args:
@@ -276,7 +286,9 @@ class RowSums:
         else:
             self._add(logits, offset, reference)
 
-    def _add_compiled(self, logits: Tensor, offset: int, reference: Tensor | None) -> None:
+    def _add_compiled(
+        self, logits: Tensor, offset: int, reference: Tensor | None
+    ) -> None:
         # `expand_as` fails if the sizes are unequal; the loops would read beyond the end.
         same = bits(logits[:, :0] if reference is None else reference.expand_as(logits))
         q = bits(logits)
@@ -368,7 +380,13 @@ def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
         mine = RowSums(none, theirs.log_z)
         mine.add(q, reference=p)
         total += float(mine.kl.sum())
-        given = (bits(q), mine.log_z.numpy(), bits(p), theirs.log_z.numpy(), bits(gradient[rows]))
+        given = (
+            bits(q),
+            mine.log_z.numpy(),
+            bits(p),
+            theirs.log_z.numpy(),
+            bits(gradient[rows]),
+        )
         run_in_threads(partial(softmax_difference, *given), len(q), q.numel())
     return torch.tensor(total, dtype=torch.float32), gradient
 

@@ -63,13 +63,19 @@ def find_head_input(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor | 
     """
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
     # A copy, because a model may mask the layer's output in place (Chameleon does).
-    hook = layer.register_forward_hook(lambda m, args, out: seen.append((args, out.clone())))
+    hook = layer.register_forward_hook(
+        lambda m, args, out: seen.append((args, out.clone()))
+    )
     with hook, torch.no_grad():
         found = logits()
     if len(seen) != 1 or len(seen[0][0]) != 1:
         return None
     (inputs,), out = seen[0]
-    plain = out.device == found.device and out.dtype == found.dtype and torch.equal(out, found)
+    plain = (
+        out.device == found.device
+        and out.dtype == found.dtype
+        and torch.equal(out, found)
+    )
     return inputs if plain else None
 
 
@@ -95,7 +101,9 @@ class OutputHead:
     def _is_last(self, linear: nn.Linear) -> bool:
         replay = self._replay
         ids = torch.zeros((1, 4), dtype=torch.long, device=replay.device)
-        inputs = find_head_input(linear, lambda: replay.tail(replay.record(ids).entered, ids))
+        inputs = find_head_input(
+            linear, lambda: replay.tail(replay.record(ids).entered, ids)
+        )
         return (
             inputs is not None
             and inputs.shape == (1, 4, linear.in_features)
@@ -115,11 +123,16 @@ class OutputHead:
             caught.append(x)
             raise _HeadReached
 
-        with replace_forwards([self._linear], [stub]), contextlib.suppress(_HeadReached):
+        with (
+            replace_forwards([self._linear], [stub]),
+            contextlib.suppress(_HeadReached),
+        ):
             self._replay.tail(stream, input_ids)
         return caught[0]
 
-    def logits(self, recording: Recording, stream: Tensor, batch: TokenSet) -> Iterator[Pieces]:
+    def logits(
+        self, recording: Recording, stream: Tensor, batch: TokenSet
+    ) -> Iterator[Pieces]:
         """Yield the logits of a micro-batch's predictions: all together if the head is plain.
 
         Otherwise the model computes them, one sample at a time.
@@ -128,14 +141,18 @@ class OutputHead:
             stream: (B, T, D), the residual stream after the blocks.
         """
         if not self.plain:
-            yield from split_predictions(map(recording.logits, stream, range(len(stream))), batch)
+            yield from split_predictions(
+                map(recording.logits, stream, range(len(stream))), batch
+            )
             return
         inputs = self.inputs(stream, recording.input_ids).flatten(0, 1)
         inputs = inputs.index_select(0, _predicting_rows(batch).to(inputs.device))
         step = _piece_columns(inputs, self.width)
         yield ((a, self.piece(inputs, a, a + step)) for a in range(0, self.width, step))
 
-    def piece(self, inputs: Tensor, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+    def piece(
+        self, inputs: Tensor, start: int, stop: int, out: Tensor | None = None
+    ) -> Tensor:
         """Compute logits (R, stop - start) of the tokens ``start`` to ``stop``, in ``out``."""
         weight = self._linear.weight[start:stop].T
         bias = self._linear.bias
@@ -175,7 +192,9 @@ def select_predictions(logits: Tensor, predicted: Tensor) -> Tensor:
     """Select from a sample's logits (T, V) those of its R predictions that count, (R, V)."""
     count = int(predicted.sum())
     # Without context tokens it is a slice, which needs no copy.
-    return logits[:count] if predicted[:count].all() else logits[predicted.nonzero()[:, 0]]
+    return (
+        logits[:count] if predicted[:count].all() else logits[predicted.nonzero()[:, 0]]
+    )
 
 
 def split_predictions(logits: Iterable[Tensor], batch: TokenSet) -> Iterator[Pieces]:
@@ -239,7 +258,9 @@ class Comparison:
         return np.stack([sample.sum(2) for sample in samples], 2)
 
 
-def sum_losses(before: Iterable[Pieces], after: Iterable[Pieces], batch: TokenSet) -> Floats:
+def sum_losses(
+    before: Iterable[Pieces], after: Iterable[Pieces], batch: TokenSet
+) -> Floats:
     """Compute (3, B): NLL of both models and KL(original || other), summed over the tokens of each
     sample, in nats."""
     original = Comparison(before, batch)
@@ -285,12 +306,16 @@ def loss_gradient(
     chosen = flat.index_select(0, rows)
     back = torch.empty_like(chosen)
     # Enough rows for a fast matrix product, for any vocabulary.
-    step = min(len(rows), max(64, (1 << 24 if device.type == "cpu" else 1 << 27) // head.width))
+    step = min(
+        len(rows), max(64, (1 << 24 if device.type == "cpu" else 1 << 27) // head.width)
+    )
     buffer = chosen.new_empty((step, head.width))
     for a in range(0, len(rows), max(1, step)):
         part = slice(a, a + step)
         logits = head.piece(chosen[part], 0, head.width, buffer[: len(rows[part])])
-        _to_gradient(logits, labels[part], scale[part], None if draws is None else draws[part])
+        _to_gradient(
+            logits, labels[part], scale[part], None if draws is None else draws[part]
+        )
         head.back(logits, back[part])
     toward.index_copy_(0, rows, back)
     (gradient,) = torch.autograd.grad(inputs, leaf, toward.view_as(inputs))
@@ -338,7 +363,9 @@ def _by_sample(
         positions = batch.predicted[s].nonzero()[:, 0].to(logits.device)
         labels = batch.input_ids[s, 1:].to(logits.device)[positions]
         selected = logits.detach()[positions]
-        scale = logits.new_full((len(labels),), 1 / max(1, len(labels)), dtype=torch.float64)
+        scale = logits.new_full(
+            (len(labels),), 1 / max(1, len(labels)), dtype=torch.float64
+        )
         _to_gradient(selected, labels, scale, own)
         toward = torch.zeros_like(logits).index_copy_(0, positions, selected)
         (out[s],) = torch.autograd.grad(logits, leaf, toward)
@@ -355,7 +382,9 @@ def _draws(batch: TokenSet, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(numbers))
 
 
-def _to_gradient(logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | None) -> None:
+def _to_gradient(
+    logits: Tensor, labels: Tensor, scale: Tensor, draws: Tensor | None
+) -> None:
     """Replace logits (R, V) by scale (softmax - one-hot).
 
     With ``draws`` (uniform numbers), the labels are drawn from the model instead: the tokens at

@@ -28,7 +28,10 @@ def choose_batch_tokens(replay: Replay, memory: int) -> int:
         return BATCH_TOKENS
     # Losses keep the original's logits.
     graph = bytes_of_backward(replay)
-    logits = int(text_config(replay.model).vocab_size) * next(replay.model.parameters()).itemsize
+    logits = (
+        int(text_config(replay.model).vocab_size)
+        * next(replay.model.parameters()).itemsize
+    )
     tokens = BATCH_TOKENS
     while 2 * tokens <= min(_MOST_TOKENS, memory // max(graph, logits)):
         tokens *= 2

@@ -22,9 +22,19 @@ from torch import Tensor
 
 from isingcut.errors import ModelError
 from isingcut.formats.architectures.blocks import find_stack, language_model
-from isingcut.formats.fp8 import fp8_layout, read_plain, tile_of, torch_dtype, weights_of
+from isingcut.formats.fp8 import (
+    fp8_layout,
+    read_plain,
+    tile_of,
+    torch_dtype,
+    weights_of,
+)
 from isingcut.formats.libraries import explain_shape, refuse_incomplete, refuse_infinite
-from isingcut.formats.safetensors_files import StoredTensor, read_checkpoint, read_config
+from isingcut.formats.safetensors_files import (
+    StoredTensor,
+    read_checkpoint,
+    read_config,
+)
 from isingcut.formats.transformers_private import Names
 from isingcut.models.replay import EMBED, HEAD, Part
 
@@ -62,7 +72,9 @@ class ConversionStep:
         converter = deepcopy(self.converter)
         for (pattern, source), value in zip(self.sources, values, strict=True):
             # A callable, which transformers' own loader also passes if it uses no threads.
-            converter.add_tensor(self.first, source.name, pattern, lambda value=value: value)
+            converter.add_tensor(
+                self.first, source.name, pattern, lambda value=value: value
+            )
         out = converter.convert(self.first, model=self.model, config=self.model.config)
         return {k: v[0] if isinstance(v, list) else v for k, v in out.items()}
 
@@ -114,17 +126,23 @@ def plan_parts(
     group_of = {name: group for group in groups for name in group.targets}
     kept = _resolve_names(folder, names, set(group_of))
     paths = _paths(model)
-    members: dict[Part, dict[str, str]] = {p: {} for p in (*paths.values(), EMBED, HEAD, REST)}
+    members: dict[Part, dict[str, str]] = {
+        p: {} for p in (*paths.values(), EMBED, HEAD, REST)
+    }
     for name, target in kept.items():
         stems = (name[: dot.start()] for dot in re.finditer(r"\.", name))
         part = next((paths[stem] for stem in stems if stem in paths), REST)
         members[part][name] = target
-    return {part: _layout(found, group_of) for part, found in members.items()}, unexpected
+    return {
+        part: _layout(found, group_of) for part, found in members.items()
+    }, unexpected
 
 
 def _paths(model: Any) -> dict[str, Part]:
     """Return the part of each module that is a block, the embedding or the head, by its path."""
-    paths: dict[str, Part] = {block.path: block.index for block in find_stack(model).blocks}
+    paths: dict[str, Part] = {
+        block.path: block.index for block in find_stack(model).blocks
+    }
     decoder = language_model(model)
     outer = {
         id(decoder.get_input_embeddings()): EMBED,
@@ -145,7 +163,9 @@ def _layout(names: Mapping[str, str], group_of: Mapping[str, Group]) -> PartPlan
         start = -(-size // _ALIGN) * _ALIGN
         targets[name] = (target, start)
         size = start + target.nbytes
-    return PartPlan(tuple(s for group in groups for s in group.steps), targets, names, size)
+    return PartPlan(
+        tuple(s for group in groups for s in group.steps), targets, names, size
+    )
 
 
 def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str]:
@@ -156,11 +176,17 @@ def _resolve_names(folder: Path, names: Names, there: set[str]) -> dict[str, str
     """
     kept = {name: name for name in names.tensors if name in there}
     # Either may be stored. If both are, transformers ties them only if they are equal.
-    kept |= {that: this for this, that in names.ties.items() if this in there and that not in there}
+    kept |= {
+        that: this
+        for this, that in names.ties.items()
+        if this in there and that not in there
+    }
     for this, that in names.ties.items():
         if this not in kept and that in kept:
             kept[this] = kept[that]
-    missing = sorted(n for n in names.tensors if n not in kept and not names.may_miss(n))
+    missing = sorted(
+        n for n in names.tensors if n not in kept and not names.may_miss(n)
+    )
     refuse_incomplete({"missing_keys": missing, "mismatched_keys": ()}, folder)
     return kept
 
@@ -185,7 +211,10 @@ def _groups(
         _same_shape(folder, name, tensor.shape, tuple(names.tensors[target].shape))
         made = torch.empty(tensor.shape, dtype=names.dtype_of(target), device="meta")
         alone.append(Group({target: made}, (CopyStep(tensor, target),)))
-    joined = [_join_group(folder, first, members, names) for first, members in together.items()]
+    joined = [
+        _join_group(folder, first, members, names)
+        for first, members in together.items()
+    ]
     return alone + joined, unexpected
 
 
@@ -200,10 +229,14 @@ def _join_group(
     made = conversion.run(
         [torch.empty(source.shape, dtype=dtype, device="meta") for _, source in members]
     )
-    targets = {name: value.to(dtype) for name, value in made.items() if name in names.tensors}
+    targets = {
+        name: value.to(dtype) for name, value in made.items() if name in names.tensors
+    }
     for name, target in targets.items():
         _same_shape(folder, name, tuple(target.shape), tuple(names.tensors[name].shape))
-    slices = _slices(converter, members, first) if len(targets) == len(made) == 1 else None
+    slices = (
+        _slices(converter, members, first) if len(targets) == len(made) == 1 else None
+    )
     return Group(targets, tuple(slices) if slices else (conversion,))
 
 
@@ -212,7 +245,11 @@ def _slices(
 ) -> list[CopyStep] | None:
     """Return one copy step per tensor, or None unless a conversion only stacks and joins."""
     kinds = [type(op).__name__ for op in converter.operations]
-    if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"], ["Concatenate"]):
+    if kinds not in (
+        ["MergeModulelist"],
+        ["MergeModulelist", "Concatenate"],
+        ["Concatenate"],
+    ):
         return None
     stacked = kinds[0] == "MergeModulelist"
     joined = kinds[-1] == "Concatenate"
@@ -238,7 +275,9 @@ def _slices(
     return out
 
 
-def _same_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def _same_shape(
+    folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
     if found != wanted:
         raise ModelError(explain_shape(name, folder, found, wanted))
 
@@ -308,7 +347,9 @@ class Reader:
         if not view.numel():
             return
         if source.dtype.startswith("F8_"):
-            view.copy_(read_plain(source.name, self._stored, self._tile).to(self._dtype))
+            view.copy_(
+                read_plain(source.name, self._stored, self._tile).to(self._dtype)
+            )
             return
         if not view.is_contiguous():
             view.copy_(self._value(source, view.dtype))
@@ -326,7 +367,9 @@ class Reader:
             source.read_into(data, first)
             piece = torch.frombuffer(data, dtype=dtype)
             start = first // dtype.itemsize
-            flat[start : start + len(piece)].copy_(piece.to(self._dtype) if narrowed else piece)
+            flat[start : start + len(piece)].copy_(
+                piece.to(self._dtype) if narrowed else piece
+            )
 
     def _value(self, source: StoredTensor, dtype: torch.dtype) -> Tensor:
         """Read one whole stored tensor, dequantised and converted to ``dtype``."""
@@ -338,6 +381,8 @@ class Reader:
 def plan_views(plan: PartPlan, buffer: Tensor) -> dict[str, Tensor]:
     """Return the targets of a part as views of its buffer."""
     return {
-        name: buffer[start : start + target.nbytes].view(target.dtype).view(target.shape)
+        name: buffer[start : start + target.nbytes]
+        .view(target.dtype)
+        .view(target.shape)
         for name, (target, start) in plan.targets.items()
     }

@@ -57,7 +57,9 @@ def load_streamed(
     replay = StreamedReplay(model, store, memory)
     if place.type != "cpu":
         report_missing_kernels()
-    return LoadedModel(model, tokenizer, folder, number, place, trust_remote_code, replay)
+    return LoadedModel(
+        model, tokenizer, folder, number, place, trust_remote_code, replay
+    )
 
 
 # Float32 copies of one sample's logits: model, reference, comparison, gradient.
@@ -107,7 +109,9 @@ class StreamedReplay(Replay):
         count = int(batch.input_ids.numel())
         vocabulary = int(text_config(self.model).vocab_size)
         # A comparison keeps the original's logits of the batch, in the model's dtype.
-        logits = vocabulary * (_LOGITS_COPIES * 4 * longest + self.store.dtype.itemsize * count)
+        logits = vocabulary * (
+            _LOGITS_COPIES * 4 * longest + self.store.dtype.itemsize * count
+        )
         work = BLOCK_STREAMS * self.stream_bytes(batch) + logits
         parts = 2 * self.store.buffers.size + self.store.resident
         on_cpu = self.device.type == "cpu"

@@ -30,9 +30,14 @@ class _Buffer:
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         self._module = device_module(device)
-        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._host = torch.empty(
+            size, dtype=torch.uint8, pin_memory=device.type == "cuda"
+        )
         if self._module is not None:
-            self._stream, self._copied = self._module.Stream(device), self._module.Event()
+            self._stream, self._copied = (
+                self._module.Stream(device),
+                self._module.Event(),
+            )
             self._memory = torch.empty(size, dtype=torch.uint8, device=device)
             # Earlier work of the main stream may still use this memory.
             self.leave()
@@ -120,7 +125,11 @@ class Buffers:
                 self._buffers = [_Buffer(self.size, self.device) for _ in range(2)]
         index = 1 - self._recent
         self._drop(index)
-        self._pending = (part, index, self._thread.submit(self._buffers[index].load, part))
+        self._pending = (
+            part,
+            index,
+            self._thread.submit(self._buffers[index].load, part),
+        )
 
     def _settle(self) -> None:
         """Cancel a pending read that is not needed, or wait for its end and discard it.
@@ -248,7 +257,10 @@ class Store(Weights):
 
     def count_sweeps(self) -> float:
         """Return how many times all weights were read from disk so far."""
-        return sum(self._parts[p].sweeps * self._parts[p].size for p in self.order) / self.weights
+        return (
+            sum(self._parts[p].sweeps * self._parts[p].size for p in self.order)
+            / self.weights
+        )
 
     def size(self, part: Part) -> int:
         """Return the bytes of one part in memory."""
@@ -281,7 +293,9 @@ class StoredPart:
 
     sweeps = 0
 
-    def __init__(self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module) -> None:
+    def __init__(
+        self, part: Part, plan: PartPlan, reader: Reader, model: nn.Module
+    ) -> None:
         self.part = part
         self.plan = plan
         self._reader = reader
