@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -49,7 +48,7 @@ _BY_SAMPLE = ("kl_sums", "nll_sums", "original_nll_sums", "counts")
 def in_order(states: States) -> npt.NDArray[np.int64]:
     """Return indices that sort states (S, N) by bits; neighbours then share longest prefixes."""
     # lexsort sorts by its last key first.
-    return np.lexsort(states.T[::-1]) if len(states) else np.zeros(0, dtype=np.int64)
+    return np.lexsort(states.T[::-1])
 
 
 def own_blocks(states: States) -> States:
@@ -89,32 +88,26 @@ def walk(
         (tree, first, last, output): the output of the last block for a tree's states first to
         last - 1, which are equal; in order.
     """
-    roots = [
-        (tree, 0, len(states), entered) for tree, (states, entered) in enumerate(trees)
-    ]
-    waiting = (
-        [(0, deque(roots))]
-        if by_block
-        else [(0, deque([root])) for root in reversed(roots)]
+    waiting = deque(
+        (0, tree, 0, len(states), entered)
+        for tree, (states, entered) in enumerate(trees)
     )
     while waiting:
-        depth, branches = waiting.pop()
-        grown: deque[tuple[int, int, int, T]] = deque()
-        while branches:
-            tree, first, last, stream = branches.popleft()
-            states = trees[tree][0]
-            if depth == states.shape[1]:
-                yield tree, first, last, stream
-                continue
-            middle = first + int((~states[first:last, depth]).sum())
-            if first < middle:
-                grown.append((tree, first, middle, run(tree, depth, stream)))
-            if middle < last:
-                grown.append((tree, middle, last, stream))
-        if by_block and grown:
-            waiting.append((depth + 1, grown))
+        depth, tree, first, last, stream = waiting.popleft()
+        states = trees[tree][0]
+        if depth == states.shape[1]:
+            yield tree, first, last, stream
+            continue
+        middle = first + int((~states[first:last, depth]).sum())
+        grown = []
+        if first < middle:
+            grown.append((depth + 1, tree, first, middle, run(tree, depth, stream)))
+        if middle < last:
+            grown.append((depth + 1, tree, middle, last, stream))
+        if by_block:
+            waiting.extend(grown)
         else:
-            waiting += [(depth + 1, deque([branch])) for branch in reversed(grown)]
+            waiting.extendleft(reversed(grown))
 
 
 @dataclass(frozen=True)
@@ -468,21 +461,17 @@ def _measure(
 
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
-        original: Comparison | None = None
-        found = list[Tensor]()
-        lengths = list[int]()
+        batch = batches[tree]
+        _, _, last, end = next(group)
+        original = Comparison(head.logits(recordings[tree], end, batch), batch)
+        found = [original.own]
+        lengths = [last]
         for _, first, last, end in group:
-            logits = partial(head.logits, recordings[tree], end, batches[tree])
-            if original is None:
-                original = Comparison(logits(), batches[tree])
-                found = [original.own]
-                lengths = [1]
-                first += 1
-            if first < last:
-                found.append(original.compare(logits()))
-                lengths.append(last - first)
-        assert original is not None
+            logits = head.logits(recordings[tree], end, batch)
+            found.append(original.compare(logits))
+            lengths.append(last - first)
         # Before this line, nothing is read from the device.
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)
-        check_finite(replay, batches[tree], rows, trees[tree][0])
+        del original
+        check_finite(replay, batch, rows, trees[tree][0])
         yield rows[:, -len(todo[tree].piece.places) :]

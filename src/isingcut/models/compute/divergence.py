@@ -1,7 +1,7 @@
 """KL and NLL of rows of logits against reference logits.
 
-`RowSums` reads logits once, in pieces of the vocabulary. `row_kl` takes complete rows. `divergence`
-and `divergence_from_stream` compute the KL summed over rows, with gradients for training.
+`RowSums` reads logits once, in pieces of the vocabulary. `divergence` and `divergence_from_stream`
+compute the KL summed over rows, with gradients for training.
 For one position with reference logits l and logits q, and p = softmax(l),
 
     NLL = log Z(q) - q[label]
@@ -244,11 +244,6 @@ _BUFFER_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19
 
 
-def row_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """Compute KL(p || q) of each row (R,), in nats, from log-probabilities (R, V)."""
-    found: Tensor = torch.linalg.vecdot(logp.exp(), logp - logq)
-    return found
-
 
 class RowSums:
     """Running sums over the vocabulary for R positions.
@@ -333,6 +328,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def softmax(logits: Tensor, log_z: Tensor) -> Tensor:
+    """Compute the probabilities (R, V) of logits whose log Z (R,) is known."""
+    wide = widen(logits)
+    return (wide - log_z.to(wide.dtype)[:, None]).exp_()
+
+
 class _Divergence(torch.autograd.Function):
     """Sum over rows of KL(softmax(teacher) || softmax(student)).
 
@@ -343,18 +344,26 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        if can_compile(student):
-            found, gradient = _compute_compiled(student, teacher)
-            ctx.save_for_backward(gradient)
-            return found
+        compiled = can_compile(student)
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
-        step = max(1, _BUFFER_ELEMENTS // student.shape[-1])
-        for a in range(0, len(student), step):
-            logp = torch.log_softmax(teacher[a : a + step].float(), dim=-1)
-            logq = torch.log_softmax(student[a : a + step].float(), dim=-1)
-            total += row_kl(logp, logq).sum(dtype=torch.float64)
-            gradient[a : a + step] = logq.exp_().sub_(logp.exp_())
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=total.device)
+        none = torch.zeros(len(student), dtype=torch.int64, device=total.device)
+        elements = _CACHED_ELEMENTS if compiled else _BUFFER_ELEMENTS
+        step = max(1, elements // student.shape[-1])
+        chunks = (torch.split(x, step) for x in (student, teacher, gradient, none))
+        for q, p, toward, labels in zip(*chunks, strict=True):
+            theirs = RowSums(labels)
+            theirs.add(p)
+            mine = RowSums(labels, theirs.log_z)
+            mine.add(q, reference=p)
+            total += mine.kl.sum()
+            ends = mine.log_z, theirs.log_z
+            if compiled:
+                both = bits(q), ends[0].numpy(), bits(p), ends[1].numpy()
+                fill = partial(softmax_difference, *both, bits(toward))
+                run_in_threads(fill, len(q), q.numel())
+            else:
+                toward.copy_(softmax(q, ends[0]) - softmax(p, ends[1]))
         ctx.save_for_backward(gradient)
         return total.float()
 
@@ -363,32 +372,6 @@ class _Divergence(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grads[0]), None
 
-
-def _compute_compiled(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the KL summed over the rows, and its gradient, on a CPU."""
-    gradient = torch.empty(student.shape, dtype=student.dtype)
-    total = 0.0
-    labels = torch.zeros(len(student), dtype=torch.int64)
-    step = max(1, _CACHED_ELEMENTS // student.shape[-1])
-    for a in range(0, len(student), step):
-        rows = slice(a, a + step)
-        q = student[rows].detach()
-        p = teacher[rows]
-        none = labels[rows]
-        theirs = RowSums(none)
-        theirs.add(p)
-        mine = RowSums(none, theirs.log_z)
-        mine.add(q, reference=p)
-        total += float(mine.kl.sum())
-        given = (
-            bits(q),
-            mine.log_z.numpy(),
-            bits(p),
-            theirs.log_z.numpy(),
-            bits(gradient[rows]),
-        )
-        run_in_threads(partial(softmax_difference, *given), len(q), q.numel())
-    return torch.tensor(total, dtype=torch.float32), gradient
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
