@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import (
@@ -159,21 +159,15 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     )
 
-    # Base class of the HTTP library's errors; the library differs between hub versions.
-    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
-    code = ("*.py",) if trust_remote_code else ()
-    files = _HUB_FILES if weights else ("*.json",)
+    files = [*(_HUB_FILES if weights else ("*.json",))]
+    files += ["*.py"] * trust_remote_code
     try:
         folder = snapshot_download(
-            name,
-            allow_patterns=[*files, *code],
-            ignore_patterns=list(_HUB_IGNORE),
+            name, allow_patterns=files, ignore_patterns=[*_HUB_IGNORE]
         )
     except GatedRepoError as e:
         raise ModelError(
@@ -186,7 +180,8 @@ def _download(name: str, trust_remote_code: bool, weights: bool) -> Path:
             "cannot be reached (offline, or HF_HUB_OFFLINE is set); give a local folder or a .gguf "
             "file, or connect and run again"
         ) from e
-    except (OSError, HFValidationError, transport_error) as e:
+    except Exception as e:
+        # The hub's HTTP library has errors of its own.
         raise ModelError(
             f"there is no local folder {name}, and downloading it from the hub failed "
             f"({first_line(e)}); {_EXPECTED}, or run again to resume"
