@@ -47,13 +47,6 @@ def write_out(text: dict[str, Any], count: int) -> None:
         text["decoder_sparse_step"] = 1
 
 
-def _has_periods(text: dict[str, Any]) -> bool:
-    """Whether periods define the kinds of blocks; Zamba has a period as well as the full list."""
-    listed = isinstance(text.get("layers_block_type"), list)
-    return not listed and all(
-        isinstance(text.get(name), int) for name in fields.PERIODS
-    )
-
 
 def find_fixed_blocks(
     config: dict[str, Any], text: dict[str, Any], count: int
@@ -88,7 +81,12 @@ def _find_fixed_of_text(text: dict[str, Any], count: int) -> dict[int, str]:
                 f"the configuration has num_kv_shared_layers={shared} and no list 'layer_types', "
                 "which says whose keys and values are shared; write it out"
             )
-        return _key_value_producers(text["layer_types"], count - shared)
+        first = count - shared
+        return {
+            i: f"blocks from {first} on read the keys and values of this {kind} block"
+            # The last unshared block of each type.
+            for kind, i in {k: i for i, k in enumerate(text["layer_types"][:first])}.items()
+        }
     return {}
 
 
@@ -115,15 +113,6 @@ def _sources(name: str, value: Any, count: int) -> Iterator[tuple[int, int, str]
                 f"block {i} attends to the tokens that the indexer of {full} picks",
             )
 
-
-def _key_value_producers(types: list[str], first_shared: int) -> dict[int, str]:
-    """Find the last unshared block of each attention type: later blocks read its keys and
-    values."""
-    last = {kind: i for i, kind in enumerate(types[:first_shared])}
-    return {
-        i: f"blocks from {first_shared} on read the keys and values of this {kind} block"
-        for kind, i in last.items()
-    }
 
 
 def _full_attention_last(types: list[str]) -> list[LinearConstraint]:
@@ -176,10 +165,16 @@ def legality(
         rows.append(_keep_one(n, "attention", attention, f"at least {ATTENTION}"))
     if why := of_type(TWO_STAY, text.get("model_type")):
         rows.append(LinearConstraint("keep two", np.ones(n), "<=", n - 2.0, why))
-    if _has_periods(text):
-        rows.extend(_whole_periods(n, lcm(*(int(text[p]) for p in fields.PERIODS))))
+    periods = [v for p in fields.PERIODS if isinstance(v := text.get(p), int)]
+    # Zamba has a period as well as the full list.
+    listed = isinstance(text.get("layers_block_type"), list)
+    if len(periods) == len(fields.PERIODS) and not listed:
+        rows.extend(_whole_periods(n, lcm(*periods)))
     places, reason = _image_places(config, n)
-    return rows + [_keep_one(n, _words(place), place, reason) for place in places]
+    return rows + [
+        _keep_one(n, f"one of blocks {place[0]} to {place[-1]}", place, reason)
+        for place in places
+    ]
 
 
 def _keep_one(
@@ -256,11 +251,6 @@ def _image_places(config: dict[str, Any], count: int) -> tuple[list[range], str]
     reason = _ENTERS.format(", ".join(map(str, blocks)))
     return [range(*ends) for ends in pairwise([*blocks, count])], reason
 
-
-def _words(place: range) -> str:
-    if len(place) == 1:
-        return f"block {place.start}"
-    return f"one of blocks {place.start} to {place.stop - 1}"
 
 
 def _find(
