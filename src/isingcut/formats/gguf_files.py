@@ -25,7 +25,7 @@ from isingcut.files.writing import atomic_folder, lock_place
 from isingcut.formats.checkpoints import limit_structure
 from isingcut.formats.libraries import (
     catch_errors,
-    one_line,
+    convert_errors,
     quiet_transformers,
     refuse_incomplete,
     refuse_infinite,
@@ -202,13 +202,10 @@ def read_gguf(path: Path) -> GgufHeader:
             return found
 
     regular_file(path, "the GGUF file", CheckpointError)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            reader = Reader(path)
-    except Exception as error:
-        # Counts and lengths in a damaged file may be any numbers.
-        words = one_line(error)
-        raise CheckpointError(f"{path} is damaged or no GGUF file: {words}") from error
+    # Counts and lengths in a damaged file may be any numbers.
+    damaged = convert_errors(CheckpointError, f"{path} is damaged or no GGUF file")
+    with damaged, warnings.catch_warnings(action="ignore"):
+        reader = Reader(path)
     return GgufHeader(path, reader, {tensor.name: tensor for tensor in reader.tensors})
 
 

@@ -56,6 +56,24 @@ def catch_errors(what: str) -> Iterator[None]:
         raise ModelError(f"cannot load {what}: {words}") from e
 
 
+@contextlib.contextmanager
+def convert_errors(kind: type[IsingcutError], what: str) -> Iterator[None]:
+    """Convert all errors within the context to one of ``kind``, whose message begins with ``what``.
+
+    Raises:
+        MemoryExhaustedError: there is not enough memory. Errors of isingcut and of a device are not
+            converted either.
+    """
+    try:
+        yield
+    except Exception as error:
+        device = type(error).__name__ == "AcceleratorError"
+        if device or isinstance(error, IsingcutError):
+            raise
+        raise_if_exhausted(error)
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error as one line of bounded length."""
     # Torch appends the place in its own sources that raised the error.

@@ -53,11 +53,6 @@ class StoredTensor:
         )
 
     @property
-    def element_size(self) -> int:
-        """Bytes of one element; 0 for less than a byte, or without elements."""
-        return self.size // max(1, math.prod(self.shape))
-
-    @property
     def most_numbers(self) -> int:
         """Largest number of weights in the tensor: its elements or, if packed, eight per byte."""
         return 8 * self.size if self.packed else math.prod(self.shape)
@@ -315,7 +310,9 @@ def write_checkpoint(
 def write_file(path: Path, tensors: Sequence[NewTensor]) -> None:
     """Write tensors as one safetensors file; it must not be a file that they are read from."""
     # Wide dtypes first, so that every tensor starts at a multiple of its own element size.
-    ordered = sorted(tensors, key=lambda t: -t.source.element_size)
+    ordered = sorted(
+        tensors, key=lambda t: -(t.source.size // max(1, math.prod(t.source.shape)))
+    )
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:

@@ -24,7 +24,7 @@ from isingcut.errors import InputError, IsingcutError, ModelError, first_line
 from isingcut.files.inputs import load_json, regular_file, user_path
 from isingcut.files.writing import temporary_folder
 from isingcut.formats.gguf_files import convert_file, gguf_cache
-from isingcut.formats.libraries import quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 from isingcut.formats.safetensors_files import (
     HEADER_LIMIT,
     explain_no_weights,
@@ -32,7 +32,6 @@ from isingcut.formats.safetensors_files import (
     weight_files,
 )
 from isingcut.formats.transformers_private import has_adapters
-from isingcut.memory import raise_if_exhausted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -287,16 +286,13 @@ def save_loaded_model(
         )
     with temporary_folder() as place:
         folder = place / "model"
-        try:
-            with quiet_transformers():
-                given.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-        except Exception as e:
-            raise_if_exhausted(e)
-            raise ModelError(
-                f"saving the loaded model into {folder} failed ({first_line(e)}); save it with "
-                "save_pretrained yourself and give that folder"
-            ) from e
+        what = (
+            f"saving the loaded model into {folder} failed; save it with save_pretrained yourself "
+            "and give that folder"
+        )
+        with quiet_transformers(), convert_errors(ModelError, what):
+            given.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         digest = model_identity(folder)["sha256"][:16]
         with register_object(
             f"{type(given).__name__} in memory ({digest})", folder

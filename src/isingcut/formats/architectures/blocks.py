@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from isingcut.errors import ArchitectureError, IsingcutError
+from isingcut.errors import ArchitectureError
 from isingcut.files.runs import BlockCosts
 from isingcut.formats.architectures.fields import count_of, first_whole
-from isingcut.formats.libraries import one_line
-from isingcut.memory import raise_if_exhausted
+from isingcut.formats.libraries import convert_errors
 
 
 @dataclass(frozen=True)
@@ -344,20 +343,11 @@ def language_model(model: Any) -> Any:
     )
 
 
-@contextlib.contextmanager
-def catch_text_errors(model: Any) -> Iterator[None]:
+def catch_text_errors(model: Any) -> contextlib.AbstractContextManager[None]:
     """Convert errors of a model on text alone to an error of one line, within the context.
 
     Raises:
         ArchitectureError: the model failed.
     """
-    try:
-        yield
-    except (torch.AcceleratorError, IsingcutError):
-        raise  # an error of the device, or one that is already converted
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise_if_exhausted(error)
-        raise ArchitectureError(
-            f"{type(model).__name__} does not run on text alone, so it cannot be measured or "
-            f"verified: {one_line(error)}"
-        ) from error
+    what = "does not run on text alone, so it cannot be measured or verified"
+    return convert_errors(ArchitectureError, f"{type(model).__name__} {what}")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from isingcut.errors import ArchitectureError
-from isingcut.formats.libraries import one_line, quiet_transformers
+from isingcut.formats.libraries import convert_errors, quiet_transformers
 
 Entry = TypeVar("Entry")
 
@@ -365,13 +365,9 @@ def config_object(config: dict[str, Any]) -> Any | None:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    try:
-        with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
-    except Exception as error:
-        raise ArchitectureError(
-            f"the configuration is not a valid {model_type} configuration: {one_line(error)}"
-        ) from error
+    what = f"the configuration is not a valid {model_type} configuration"
+    with quiet_transformers(), convert_errors(ArchitectureError, what):
+        return CONFIG_MAPPING[model_type].from_dict(_decode_floats(plain))
 
 
 @contextlib.contextmanager

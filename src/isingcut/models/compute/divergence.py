@@ -39,6 +39,7 @@ _BLOCK = 2048
 # Elements (rows times columns) for each additional thread.
 _WORTH_A_THREAD = 1 << 17
 
+_compiled = partial(njit, cache=True, nogil=True)
 _f = np.float32
 _LOG2_E = _f(1.44269504)
 _LN2_HIGH = _f(0.693359375)
@@ -100,7 +101,7 @@ def _stored_as(value, like):  # type: ignore[no-untyped-def]
     return lambda value, like: np.float32(value).view(np.int32)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@_compiled(fastmath={"contract"})
 def exp_of(x):  # type: ignore[no-untyped-def]
     """Compute exp(x) in float32 for x <= 0, to about 1e-7; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
@@ -112,7 +113,7 @@ def exp_of(x):  # type: ignore[no-untyped-def]
     return y * value_of(np.int32((n + np.int32(127)) << np.int32(23)))
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
     """Sum exp(q - top) and, if there is a reference, p (l - q) over a piece of one row."""
     total = np.float32(0)
@@ -131,7 +132,7 @@ def _sums(q, reference, top, log_z):  # type: ignore[no-untyped-def]
     return total, difference
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def accumulate(  # type: ignore[no-untyped-def]
     q, reference, offset, log_z, labels, top, total, difference, picked, first, last
 ):
@@ -161,7 +162,7 @@ def accumulate(  # type: ignore[no-untyped-def]
             top[t] = new
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore[no-untyped-def]
     """Replace the logits of rows ``first`` to ``last`` by scale (softmax - one-hot)."""
     for t in range(first, last):
@@ -174,7 +175,7 @@ def softmax_gradient(logits, log_z, labels, scale, first, last):  # type: ignore
         row[labels[t]] = stored_as(at_label, row[labels[t]])
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def softmax_difference(logits, log_z, reference, reference_log_z, out, first, last):  # type: ignore[no-untyped-def]
     """Write softmax(logits) - softmax(reference) of rows ``first`` to ``last`` to ``out``."""
     for t in range(first, last):
@@ -189,7 +190,7 @@ def softmax_difference(logits, log_z, reference, reference_log_z, out, first, la
             )
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@_compiled(fastmath={"reassoc", "contract", "nsz"})
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(a.shape[0]):
@@ -197,7 +198,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def fill_row_dots(a, b, out):  # type: ignore[no-untyped-def]
     """Fill ``out`` with the dot product of each row of ``a`` with that of ``b``, in float64."""
     for t in range(a.shape[0]):
@@ -260,7 +261,7 @@ class RowSums:
         # Finite, because the first piece may be masked completely, and inf - inf is NaN.
         self._top = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self._total = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._difference = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._difference = self._total.clone()
         self._picked = torch.zeros(rows, device=device)
         # NaN, so that a KL without a reference is not taken for a number.
         none = torch.full_like(self._total, torch.nan)
