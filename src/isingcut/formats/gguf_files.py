@@ -252,7 +252,6 @@ def convert_file(path: Path, progress: Progress = silent) -> Path:
     return target
 
 
-
 def unpack_gguf(path: Path, folder: Path, progress: Progress = silent) -> None:
     """Write a GGUF file as a Hugging Face checkpoint in bfloat16.
 

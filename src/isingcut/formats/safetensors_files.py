@@ -346,6 +346,8 @@ def _write_sliced(target: BinaryIO, tensor: NewTensor) -> None:
     row = source.size // max(outer, 1)
     rows = max(1, _CHUNK // row)
     for first in range(0, outer, rows):
-        data = np.zeros((min(rows, outer - first), tensor.count, row // tensor.count), "u1")
+        data = np.zeros(
+            (min(rows, outer - first), tensor.count, row // tensor.count), "u1"
+        )
         source.read_into(memoryview(data).cast("B"), first * row)
         target.write(np.ascontiguousarray(data[:, list(tensor.kept)]).data)

@@ -336,53 +336,51 @@ class _Task:
         )
         whole = (Piece(b, range(len(self.ordered))) for b in range(len(self.batches)))
         self._rows = {key: (p.batch, k) for p in whole for k, key in enumerate(p.keys)}
-        self.kept = SharedJournal(work.journal, measured, self._fits, replay.processes)
+        shapes = {
+            key: (2, self.batches[batch].samples)
+            for key, (batch, _) in self._rows.items()
+        }
+        self.kept = SharedJournal(
+            work.journal,
+            measured,
+            lambda key, row: row.shape == shapes.get(key),
+            replay.processes,
+        )
         self._counts = tokens.counts
         self._sums = np.zeros((2, len(self.ordered), tokens.samples))
         self._seen = np.zeros((len(self.ordered), tokens.samples), dtype=bool)
 
-    def _fits(self, key: str, row: Floats) -> bool:
-        """Whether a journal's row can belong to this measurement."""
-        return key in self._rows and row.shape == (
-            2,
-            self.batches[self._rows[key][0]].samples,
-        )
-
     def begin(self, bar: Bar) -> None:
-        """Read the journal, and collect the remaining pieces of this process."""
+        """Read the journal, and collect the remaining parts of this process, each with as many
+        states as fit the memory limit.
+
+        Raises:
+            InputError: one state does not fit.
+        """
         note = self.fill(self.kept.keys())
         missing: dict[int, list[int]] = {}
         for key, (batch, place) in self._rows.items():
             if self.kept.get(key) is None:
                 missing.setdefault(batch, []).append(place)
-        todo = [Piece(*item) for item in missing.items()]
-        bar.advance(self.all_blocks - sum(map(self.blocks_run, todo)), note)
+        left = [Piece(*item) for item in missing.items()]
+        bar.advance(self.all_blocks - sum(map(self.blocks_run, left)), note)
         again = 2 * len(self._replay) / int(self._nodes.sum())
-        own, self.bar = self.kept.share(
-            divide(todo, self._replay.processes.size, again), bar
-        )
-        pieces = sorted(own, key=lambda piece: piece.places[0])
-        self.todo = [part for piece in pieces for part in self._fitting(piece)]
-
-    def _fitting(self, piece: Piece) -> list[_Part]:
-        """Divide a piece into parts whose hidden states fit the memory limit.
-
-        Raises:
-            InputError: one state does not fit.
-        """
-        batch = self.batches[piece.batch]
-        each = self._replay.stream_bytes(batch)
-        room = self._replay.room(batch)
-        fit = room // each - _OTHERS
-        if fit < 1:
-            raise InputError(
-                f"hidden states may take {room / 1e6:.0f} MB, but one state of "
-                f"{batch.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
-                "MB; raise --memory-limit or lower --batch-tokens"
-            )
-        return [
-            _Part(self, part, batch) for part in piece.cut(-(-len(piece.places) // fit))
-        ]
+        pieces = divide(left, self._replay.processes.size, again)
+        own, self.bar = self.kept.share(pieces, bar)
+        self.todo = []
+        for piece in sorted(own, key=lambda piece: piece.places[0]):
+            tokens = self.batches[piece.batch]
+            each = self._replay.stream_bytes(tokens)
+            room = self._replay.room(tokens)
+            fit = room // each - _OTHERS
+            if fit < 1:
+                raise InputError(
+                    f"hidden states may take {room / 1e6:.0f} MB, but one state of "
+                    f"{tokens.input_ids.numel()} tokens takes {(_OTHERS + 1) * each / 1e6:.0f} "
+                    "MB; raise --memory-limit or lower --batch-tokens"
+                )
+            parts = piece.cut(-(-len(piece.places) // fit))
+            self.todo += [_Part(self, part, tokens) for part in parts]
 
     def blocks_run(self, piece: Piece) -> int:
         """Return the number of block evaluations of a piece."""

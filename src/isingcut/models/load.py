@@ -68,7 +68,6 @@ def find_auto_class(config: Any) -> Any:
     )
 
 
-
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration with transformers.
 

@@ -65,7 +65,6 @@ class Weights:
 _NOT_ONE_AT_A_TIME = "such blocks can be cut, but not measured one at a time"
 
 
-
 @dataclass
 class BlockCall:
     """Recorded arguments of a block's call, without the hidden states, which are the first."""

@@ -141,7 +141,6 @@ def _run_processor(folder: Path, trust: bool) -> ImageInputs:
     )
 
 
-
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
 
@@ -227,7 +226,9 @@ def check_generation(
     greedy = {**lengths, **unset, "do_sample": False, "num_beams": 1}
     for row in torch.split(tokens, 1):
         options = {**greedy, "attention_mask": torch.ones_like(row)}
-        broken = convert_errors(VerificationError, f"{name} loads but does not generate")
+        broken = convert_errors(
+            VerificationError, f"{name} loads but does not generate"
+        )
         with torch.no_grad(), broken:
             cached = model.generate(row, use_cache=True, **options)[0]
             plain = model.generate(row, use_cache=False, **options)[0]

@@ -159,7 +159,6 @@ def _span(module: nn.Module, index: int, config: Any) -> str:
     return "sliding-" if isinstance(window, int) and window > 0 else ""
 
 
-
 def _conv_state(convolution: nn.Module) -> int:
     weight = getattr(convolution, "weight", None)
     return weight.shape[0] * weight.shape[-1] if isinstance(weight, torch.Tensor) else 0
@@ -281,7 +280,6 @@ def _stack_path(model: nn.Module, count: int | None) -> str | None:
             inside = decoder == "" or path.startswith(f"{decoder}.")
             found[path] = inside, sum(p.numel() for p in module.parameters())
     return max(found, key=lambda path: found[path], default=None)
-
 
 
 def stop_rescaling(model: Any) -> None:

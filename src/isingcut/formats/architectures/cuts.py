@@ -272,7 +272,7 @@ def cut_config(
             raise ArchitectureError(
                 f"blocks {', '.join(map(str, removed))} cannot be removed: {row.describe()}"
             )
-    families.move_images(result, count, mapping)
+    families.move_images(result, mapping)
     read, types = _read_depth(config)
     numbers = renumber_blocks(count, removed, 0 if drop_mtp else mtp_layers(text))
     for part, _ in find_parts(result, text):

@@ -270,7 +270,10 @@ UNCUTTABLE = {
 }
 
 # Blocks that have to stay (-1: the last), with the reason.
+_LAST_IS_FULL = "the last block has to be full attention in this family"
 STAY = {
+    "gemma4": (-1, _LAST_IS_FULL),
+    "gemma4_unified": (-1, _LAST_IS_FULL),
     "gpt_neox_japanese": (
         -1,
         "only the last block of this family has a bias after its attention",

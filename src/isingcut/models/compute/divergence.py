@@ -245,7 +245,6 @@ _BUFFER_ELEMENTS = 1 << 22
 _CACHED_ELEMENTS = 1 << 19
 
 
-
 class RowSums:
     """Running sums over the vocabulary for R positions.
 
@@ -372,7 +371,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grads[0]), None
-
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -297,7 +297,9 @@ def loss_gradient(
     scale = (1 / predicted.sum(1).double())[predicted.nonzero()[:, 0]]
     if not head.plain:
         counts = predicted.sum(1).tolist()
-        own = list(zip(*(torch.split(x, counts) for x in (targets, scale)), strict=True))
+        own = list(
+            zip(*(torch.split(x, counts) for x in (targets, scale)), strict=True)
+        )
 
         def gradient_of(sample: int, logits: Tensor) -> Tensor:
             positions = predicted[sample].nonzero()[:, 0].to(logits.device)
@@ -345,7 +347,9 @@ def divergence_gradient(
     def gradient_of(sample: int, logits: Tensor) -> Tensor:
         with torch.no_grad():
             whole = recording.logits(original[sample], sample)
-        difference = torch.softmax(logits.float(), -1) - torch.softmax(whole.float(), -1)
+        difference = torch.softmax(logits.float(), -1) - torch.softmax(
+            whole.float(), -1
+        )
         predicted = nn.functional.pad(batch.predicted[sample], (0, 1))
         difference[~predicted.to(logits.device)] = 0.0
         return difference.to(logits.dtype)
@@ -415,7 +419,6 @@ def _draw_labels(logits: Tensor, log_z: Tensor, draws: Tensor) -> Tensor:
         wanted = draws[rows][:, None] * cumulative[:, -1:]
         found.append(torch.searchsorted(cumulative, wanted, right=True)[:, 0])
     return torch.cat(found).clamp(max=logits.shape[1] - 1)
-
 
 
 def _row_parts(logits: Tensor) -> list[slice]:

@@ -264,7 +264,6 @@ class Store(Weights):
         return run
 
 
-
 class StoredPart:
     """One part of one model, for `Buffers`.
 
@@ -308,4 +307,3 @@ class StoredPart:
         """Set the tensors of this part in the model to empty ones again."""
         for home, leaf, _, empty in self._homes:
             home[leaf] = empty
-
