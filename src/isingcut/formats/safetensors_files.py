@@ -349,5 +349,5 @@ def _write_sliced(target: BinaryIO, tensor: NewTensor) -> None:
         data = np.zeros(
             (min(rows, outer - first), tensor.count, row // tensor.count), "u1"
         )
-        source.read_into(memoryview(data).cast("B"), first * row)
+        source.read_into(data.data.cast("B"), first * row)
         target.write(np.ascontiguousarray(data[:, list(tensor.kept)]).data)

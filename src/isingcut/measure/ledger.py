@@ -10,7 +10,7 @@ import numpy as np
 
 from isingcut.data.tokens import TokenSet
 from isingcut.errors import InputError
-from isingcut.ising.states import Bools, Floats, States, key_of
+from isingcut.ising.states import Floats, States, key_of
 from isingcut.measure.losses import measure_together, tree_nodes
 from isingcut.measure.work import SharedJournal, Work, identity
 from isingcut.models.replay import Replay

@@ -15,7 +15,7 @@ piece at a time, so that the original's logits exist for one micro-batch only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -296,7 +296,6 @@ def measure_together(
                 part.task.kept.put(
                     dict(zip(part.piece.keys, rows.swapaxes(0, 1), strict=True))
                 )
-                bar.advance(0, part.task.fill(part.piece.keys))
         return [task.result() for task in tasks]
 
 
@@ -347,8 +346,6 @@ class _Task:
             replay.processes,
         )
         self._counts = tokens.counts
-        self._sums = np.zeros((2, len(self.ordered), tokens.samples))
-        self._seen = np.zeros((len(self.ordered), tokens.samples), dtype=bool)
 
     def begin(self, bar: Bar) -> None:
         """Read the journal, and collect the remaining parts of this process, each with as many
@@ -357,13 +354,12 @@ class _Task:
         Raises:
             InputError: one state does not fit.
         """
-        note = self.fill(self.kept.keys())
         missing: dict[int, list[int]] = {}
         for key, (batch, place) in self._rows.items():
             if self.kept.get(key) is None:
                 missing.setdefault(batch, []).append(place)
         left = [Piece(*item) for item in missing.items()]
-        bar.advance(self.all_blocks - sum(map(self.blocks_run, left)), note)
+        bar.advance(self.all_blocks - sum(map(self.blocks_run, left)))
         again = 2 * len(self._replay) / int(self._nodes.sum())
         pieces = divide(left, self._replay.processes.size, again)
         own, self.bar = self.kept.share(pieces, bar)
@@ -386,27 +382,15 @@ class _Task:
         """Return the number of block evaluations of a piece."""
         return int(self._nodes[piece.places].sum())
 
-    def fill(self, keys: Iterable[str]) -> str:
-        """Read rows from the journal; return the lowest running mean of KL as text."""
-        for key in keys:
-            batch, place = self._rows[key]
-            samples = self.batches[batch].index.numpy()
-            self._sums[:, place, samples] = self.kept.get(key)
-            self._seen[place, samples] = True
-        seen = self._seen[1:]
-        if not seen.any():
-            return ""
-        # Unmeasured samples of a state are in neither sum.
-        mean = self._sums[0, 1:].sum(1) / np.maximum(1, seen @ self._counts)
-        return f"lowest running mean of KL {mean[seen.any(1)].min():.4f}"
-
     def result(self) -> Measurement:
         """Return the measurement, with the rows of all processes."""
         self.kept.gather()
-        self.fill(self.kept.keys())
-        kl, nll = self._sums[:, 1 + np.argsort(self._order)]
+        sums = np.zeros((2, len(self.ordered), len(self._counts)))
+        for key, (batch, place) in self._rows.items():
+            sums[:, place, self.batches[batch].index.numpy()] = self.kept.get(key)
+        kl, nll = sums[:, 1 + np.argsort(self._order)]
         run = int(self._nodes.sum())
-        return Measurement(self._wanted, kl, nll, self._sums[1, 0], self._counts, run)
+        return Measurement(self._wanted, kl, nll, sums[1, 0], self._counts, run)
 
 
 @dataclass(frozen=True)
@@ -460,13 +444,13 @@ def _measure(
     leaves = walk(trees, run, by_block=replay.streamed)
     for tree, group in groupby(leaves, key=itemgetter(0)):
         batch = batches[tree]
-        _, _, last, end = next(group)
-        original = Comparison(head.logits(recordings[tree], end, batch), batch)
-        found = [original.own]
-        lengths = [last]
+        found = []
+        lengths = []
         for _, first, last, end in group:
             logits = head.logits(recordings[tree], end, batch)
-            found.append(original.compare(logits))
+            if first == 0:
+                original = Comparison(logits, batch)
+            found.append(original.compare(logits) if first else original.own)
             lengths.append(last - first)
         # Before this line, nothing is read from the device.
         rows = np.repeat(original.sum_samples(found), lengths, axis=1)

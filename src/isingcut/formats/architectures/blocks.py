@@ -166,7 +166,7 @@ def _conv_state(convolution: nn.Module) -> int:
 
 def _kv_elements(module: nn.Module, config: Any) -> int:
     """Count the elements of keys and values that transformers caches per token in one attention."""
-    projections = (getattr(module, name, None) for name in ("k_proj", "v_proj"))
+    projections: list[Any] = [getattr(module, p, None) for p in ("k_proj", "v_proj")]
     widths = [p.out_features for p in projections if hasattr(p, "out_features")]
     if widths:
         # Without a value projection, keys serve as values (or values of another layer are used).
