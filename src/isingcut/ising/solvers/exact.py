@@ -361,7 +361,8 @@ class _BranchAndBound:
         if not root:
             self._luck[difficulty] = luck + 0.1 * (float(complete) - luck)
         found = np.isfinite(energies)
-        states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
-        states[:, part.free[order]] = 1 - best[found] if flip else best[found]
-        self.pool.add(energies[found], states)
+        if found.any():
+            states = np.tile((part.fixed == 1).astype(np.uint8), (int(found.sum()), 1))
+            states[:, part.free[order]] = 1 - best[found] if flip else best[found]
+            self.pool.add(energies[found], states)
         return bool(complete)
