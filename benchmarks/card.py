@@ -41,7 +41,7 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
 from isingcut.healing.patch import checkpoint as tuning
 from isingcut.memory import is_memory_exhausted
-from isingcut.models.compute.tuning import bytes_of_backward
+from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.load import load
 from isingcut.models.streaming import replay as streamed
 from isingcut.models.verify import verify

@@ -244,7 +244,7 @@ def load_plain(
     elif places and all(device.type != "cpu" for device in places.values()):
         options["device_map"] = dict(places)
     if (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         # Otherwise measurements would depend on the installed kernels.
         options["quantization_config"] = Mxfp4Config(dequantize=True)

@@ -174,7 +174,6 @@ def learn_outputs(
     return rest, max(s[0, 0].numel() * s.element_size() for s in streams)
 
 
-
 def _reads_another(
     block: nn.Module,
     hidden: Tensor,
@@ -402,7 +401,7 @@ class Recording:
         self.input_ids = input_ids
         self.entered = entered
 
-    def bring(self, i: int, hidden: Tensor) -> Tensor:
+    def move_to_block(self, i: int, hidden: Tensor) -> Tensor:
         """Return hidden states on the device of block ``i``, to combine them with its output."""
         return hidden.to(self._replay.places[i])
 

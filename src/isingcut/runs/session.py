@@ -30,7 +30,7 @@ from isingcut.formats.sources import (
 from isingcut.measure.work import Work
 from isingcut.models import device as devices
 from isingcut.models import load as models
-from isingcut.models.compute.tuning import choose_batch_tokens
+from isingcut.models.compute.batching import choose_batch_tokens
 from isingcut.models.device import (
     allowance,
     first_card,

@@ -119,7 +119,7 @@ class Trials:
             )
 
         key = f"{list(removed)}:{kind}:{tokens}"
-        sums = self._ledger.once(key, self._text.samples, 0.0, 0.0, make)
+        sums = self._ledger.measure_once(key, self._text.samples, 0.0, 0.0, make)
         return float(sums.sum() / self._ledger.counts.sum())
 
 

@@ -48,13 +48,13 @@ from isingcut.healing.patch.linear import Fitted, Kept, fit_patches
 from isingcut.measure.splitting import attempt, fewer_tokens_to_fit
 from isingcut.measure.work import Work
 from isingcut.memory import raise_if_exhausted
+from isingcut.models.compute.batching import bytes_of_backward
 from isingcut.models.compute.divergence import divergence
 from isingcut.models.compute.head import (
     select_predictions,
     split_predictions,
     sum_losses,
 )
-from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.device import allowance, least_left
 from isingcut.models.replay import Recording, Replay
 from isingcut.models.verify import verify
