@@ -459,9 +459,8 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").touch()
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
-    again = (
-        f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
-    )
+    flags += " --compare-energies empirical-fisher"
+    again = f"run {llama} --calibration {text} --out {run} {flags}"
     mistakes = {
         f"run {llama} --remove 2 --energy pairwise": "--out is missing",
         f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
@@ -664,7 +663,7 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, pr
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
-    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
+    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --train 10min --out"
     for part in (
         "fewer parameters",
         "On unseen text the patched model has perplexity",

@@ -224,7 +224,7 @@ def test_a_folder_with_spaces_is_quoted_in_commands(tmp_path):
     text = page_of(write_run(tmp_path / "my run", extras=False)).text
     assert "isingcut baseline block-influence 'my run'" in text
     assert "isingcut solve 'my run' --remove 4 --remove 8" in text
-    assert "isingcut heal 'my run/model' --effort 10min --out healed" in text
+    assert "isingcut heal 'my run/model' --train 10min --out healed" in text
 
 
 def test_an_energy_alone_and_states_alone_still_make_a_page(tmp_path):

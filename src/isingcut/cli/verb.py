@@ -14,7 +14,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -28,15 +29,15 @@ from isingcut.files.inputs import user_path
 from isingcut.files.results import without_infinities
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import (
+    RENAMED,
     Kind,
     Options,
     flag,
     from_yaml,
     plain_type,
-    read_number,
     read_options,
 )
-from isingcut.options.spellings import BlockList
+from isingcut.options.parsed import BlockList
 
 if TYPE_CHECKING:
     from isingcut.runs.folder import RunFolder
@@ -92,10 +93,10 @@ OF_RUN = (
 _PANELS = {
     "Start with these": "remove budget out calibration quick effort heal tasks device memory_limit "
     "config overwrite",
-    "What to remove": "keep drop",
+    "What to remove": "keep must_remove",
     "Text": "samples length rank_samples report_samples seed",
     "Model and machine": "cards_per_process dtype attention batch_tokens stream trust_remote_code",
-    "Choosing": "energy also solver states solve_seconds random_states choose",
+    "Choosing": "energy compare_energies solver states solve_seconds random_states choose",
     "Repair": "patch patch_tokens patch_share healing drop_mtp",
     "Judging": "data questions skip_speed",
 }
@@ -122,19 +123,18 @@ class Output:
 
 
 class _Command(TyperCommand):
-    """Give an option that is typed without a value its `bare` value."""
+    """Accept the old name of an option, and `--heal` without a value as `--heal all`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        bare = {
-            flag(f): f.metadata["bare"] for f in fields(RunConfig) if f.metadata["bare"]
-        }
-        amounts = (
-            after[:1].isdigit() or after in bare.values() for after in [*args[1:], ""]
-        )
-        pairs = zip(args, amounts, strict=False)
-        words = [
-            w if given or w not in bare else f"{w}={bare[w]}" for w, given in pairs
-        ]
+        known = {name for p in self.params for name in p.opts}
+        words = []
+        for word, after in pairwise([*args, ""]):
+            name, equals, value = word.partition("=")
+            new = RENAMED.get(name.removeprefix("--"), "").replace("_", "-")
+            if f"--{new}" in known and name not in known:
+                word = f"--{new}{equals}{value}"
+            alone = word == "--heal" and not after[:1].isdigit() and after != "all"
+            words.append("--heal=all" if alone else word)
         return super().parse_args(ctx, words)
 
 
@@ -189,7 +189,8 @@ def verb(
             options = [n.removeprefix("--") for n in names]
             given = {k: v for k in options if (v := typed.pop(k)) is not None}
             typed |= _check(of, given, repeat)
-            typed |= {k: _at_home(v) for k, v in typed.items()}
+            for key, value in typed.items():
+                typed[key] = user_path(value) if isinstance(value, Path) else value
             if "progress" in own:
                 typed["progress"] = silent if quiet else terminal
             # Libraries may print to stdout, which must contain nothing but the JSON.
@@ -222,7 +223,7 @@ def _parameter(
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
     numeric = f"<{kind.__name__}>" if kind in (int, float) else None
-    # `_check` reads numbers, so that they have one spelling everywhere.
+    # The declaration reads numbers, so that they are written alike everywhere.
     kind = str if numeric else kind
     f = of.__dataclass_fields__[name]
     info: Any
@@ -263,21 +264,10 @@ def _check(
     of: type[Options], typed: Mapping[str, Any], repeat: Sequence[str]
 ) -> dict[str, Any]:
     """Check the typed options of a verb before the verb starts."""
-    single = {k: v for k, v in typed.items() if k not in repeat}
-    for name in single:
-        if plain_type(of, name) in (int, float):
-            single[name] = read_number(single[name])
-    found = read_options(of, single)
+    checked = read_options(of, {k: v for k, v in typed.items() if k not in repeat})
     for name in typed.keys() & {*repeat}:
-        found[name] = [read_options(of, {name: value})[name] for value in typed[name]]
-    return found
-
-
-def _at_home(value: Any) -> Any:
-    """Replace ``~`` in a typed path, or in several."""
-    if isinstance(value, list):
-        return [_at_home(v) for v in value]
-    return user_path(value) if isinstance(value, Path) else value
+        checked[name] = [read_options(of, {name: v})[name] for v in typed[name]]
+    return checked
 
 
 _OUTPUT = [

@@ -69,7 +69,7 @@ else:
 
 _FIELDS = dataclasses.fields(RunConfig)
 # The energy search needs the removal before it measures anything.
-_NEAR = ("remove", "budget", "keep", "drop")
+_NEAR = ("remove", "budget", "keep", "must_remove")
 _MEASURE = tuple(
     f.name
     for f in _FIELDS
@@ -293,7 +293,7 @@ def heal(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     Interrupted? Run the same command again to resume. Several processes:
     torchrun --nproc-per-node 2 -m isingcut heal ...
 
-    Example: isingcut heal my-run/model --effort 10min --out healed
+    Example: isingcut heal my-run/model --train 10min --out healed
     """
     from isingcut.healing.checks import check_inputs
 

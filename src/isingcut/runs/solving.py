@@ -29,7 +29,7 @@ from isingcut.ising.solvers import solve as find
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import Budget, Removal
+from isingcut.options.parsed import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
 
