@@ -466,7 +466,7 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
         f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
         "run ./gone --remove 2 --out new": "there is no model at ./gone",
         f"run {llama} --remvoe 2 --out new": "No such option: --remvoe",
-        f"run {llama} --budget params=25 --out new": "no unit; write params=25% or params=25M",
+        f"run {llama} --budget params=25 --out new": "no unit; known: %, k, m, g, b, t",
         f"run {llama} --remove 2 --out new --calibration empty.txt": "empty.txt is empty",
         f"run {llama} --remove 2 --out new --calibration rows.jsonl": "neither 'text' nor 'mess",
         f"run {llama} --remove 2 --out used": "used already exists and is not an isingcut run",
