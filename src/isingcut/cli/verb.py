@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -65,8 +65,6 @@ Blocks = Annotated[
         help="Use these blocks instead of the chosen ones: 3,4,9 or 5-8.",
     ),
 ]
-OneBased = Annotated[bool, typer.Option("--one-based", help="Count --blocks from 1.")]
-
 WHOLE = "Whole runs"
 STAGES = "Single stages"
 RESULT = "Use the result"
@@ -182,7 +180,13 @@ def verb(
             for p in own.values()
             if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
         ]
-        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
+        headings = {}
+        if of is RunConfig and len(names) > _LONG:
+            headings = {n: panel for panel, ns in _PANELS.items() for n in ns.split()}
+        order = ["model", *headings]
+        for n in sorted(names, key=order.index) if headings else names:
+            panel = headings.get(n)
+            parameters.append(_parameter(of, n, repeated=n in repeat, panel=panel))
 
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
@@ -207,9 +211,10 @@ def verb(
                 raise typer.Exit(130) from None
             _print_output(called, output, as_json=as_json, quiet=quiet)
 
-        if of is RunConfig and len(names) > _LONG:
-            parameters = _in_panels(parameters)
-        setattr(command, "__signature__", inspect.Signature([*parameters, *_OUTPUT]))  # noqa: B010
+        output = list(
+            inspect.signature(_print_output, eval_str=True).parameters.values()
+        )
+        setattr(command, "__signature__", inspect.Signature(parameters + output[2:]))  # noqa: B010
         app.command(called, cls=_Command, rich_help_panel=group)(command)
         return handler
 
@@ -217,9 +222,9 @@ def verb(
 
 
 def _parameter(
-    of: type[Options], flag_or_name: str, *, repeated: bool
+    of: type[Options], flag_or_name: str, *, repeated: bool, panel: str | None
 ) -> inspect.Parameter:
-    """Return the command-line parameter of an option."""
+    """Return the command-line parameter of an option, for a heading of the help."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
     numeric = f"<{kind.__name__}>" if kind in (int, float) else None
@@ -238,6 +243,7 @@ def _parameter(
             help=f.metadata["help"] + default,
             metavar=f.metadata["metavar"] or numeric,
             autocompletion=part_names(room) if room else None,
+            rich_help_panel=panel,
         )
     return inspect.Parameter(
         name,
@@ -245,19 +251,6 @@ def _parameter(
         default=None,
         annotation=Annotated[(list[kind] if repeated else kind) | None, info],
     )
-
-
-def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
-    """Sort the parameters in the order of `_PANELS`, each option under its heading."""
-    headings = {
-        name: panel for panel, names in _PANELS.items() for name in names.split()
-    }
-    for parameter in parameters:
-        info = get_args(parameter.annotation)[1]
-        if isinstance(info, typer.models.OptionInfo):
-            info.rich_help_panel = headings[parameter.name]
-    order = ["model", *headings]
-    return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
 def _check(
@@ -270,23 +263,28 @@ def _check(
     return checked
 
 
-_OUTPUT = [
-    inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[
-            bool, typer.Option(option, help=help_, rich_help_panel="Output")
-        ],
-    )
-    for name, option, help_ in (
-        ("as_json", "--json", "Print the result as one JSON document."),
-        ("quiet", "--quiet", "Print no progress and no tables."),
-    )
-]
-
-
-def _print_output(called: str, output: Output, *, as_json: bool, quiet: bool) -> None:
+def _print_output(
+    called: str,
+    output: Output,
+    *,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the result as one JSON document.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            help="Print no progress and no tables.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+) -> None:
+    """Print an output; the keyword arguments are options of every verb."""
     warnings = list(dict.fromkeys(output.warnings))
     with convert_write_errors():
         if as_json:
@@ -344,39 +342,31 @@ def reopen(
 
 
 def reopen_at(
-    directory: Path,
-    options: Mapping[str, Any],
-    blocks: str | None,
-    *,
-    one_based: bool = False,
+    directory: Path, options: Mapping[str, Any], blocks: str | None
 ) -> tuple[RunFolder, RunConfig, list[int] | None]:
     """Open a run folder; return it, its options and the blocks of `--blocks` (None: the chosen).
 
     Without `--remove`, the number of blocks in `--blocks` is removed.
     """
-    if one_based and blocks is None:
-        raise InputError("--one-based is for the numbers of --blocks; give both")
     if blocks is None:
         return (*reopen(directory, options), None)
     try:
-        typed = BlockList(blocks).numbers
+        named = BlockList(blocks).numbers
     except InputError as e:
         raise InputError(f"--blocks: {e}") from e
-    if not typed:
+    if not named:
         raise InputError("--blocks is empty; write for example 3,4,9")
-    named = [block - one_based for block in typed]
-    folder, config = reopen(
-        directory, {**options, "remove": options.get("remove") or len(named)}
-    )
+    removal = options.get("remove") or len(named)
+    folder, config = reopen(directory, {**options, "remove": removal})
     if config.remove.counts and config.remove.counts[0] != len(named):
         raise InputError(
             f"--remove {config.remove} is not the number of --blocks; omit --remove"
         )
     total = len(folder.run.blocks.blocks)
-    if named[0] < 0 or named[-1] >= total:
+    if named[-1] >= total:
         raise InputError(
-            f"--blocks {','.join(map(str, typed))[:60]}: this model's blocks are numbered "
-            f"{one_based:d} to {total - 1 + one_based}; add --one-based if your list starts at 1"
+            f"--blocks {','.join(map(str, named))[:60]}: this model's blocks are numbered 0 to "
+            f"{total - 1}"
         )
     return folder, config, named
 
