@@ -562,7 +562,7 @@ def test_a_runs_budget_is_that_of_its_healing():
     assert (config.heal, config.replace(heal=True).heal) == ("", "all")
     assert RunConfig(heal=False) == RunConfig()
     assert heal_config(config.replace(heal="10min")).train == "10min"
-    assert heal_config(config.replace(heal="all")).train == ""
+    assert heal_config(config.replace(heal=True)).train == ""
     assert (
         heal_config(config.replace(healing={"length": torch.tensor(64)})).length == 64
     )

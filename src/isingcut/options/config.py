@@ -277,6 +277,8 @@ class RunConfig(Options):
         return self.replace(remove=remove, budget=budget)
 
     def __init__(self, **values: Any) -> None:
+        if isinstance(heal := values.get("heal"), bool):
+            values["heal"] = "all" if heal else ""
         super().__init__(**values)
         for name, value in QUICK.items() if self.quick else ():
             if getattr(self, name) == self.__dataclass_fields__[name].default:
