@@ -258,7 +258,7 @@ def quarter_budget(place: Path) -> tuple[float, float]:
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
     fixed: dict[str, Any] = {
         "remove": 8,
-        "drop": ",".join(map(str, QUARTER)),
+        "must_remove": ",".join(map(str, QUARTER)),
         "energy": "fisher",
         "effort": "",
     }
