@@ -585,7 +585,8 @@ def plan(**options: Any) -> Output:
     from isingcut.runs.plan import make_plan
 
     found = make_plan(config)
-    return Output(found, lambda: show.show_plan(found), brief=found["command"])
+    brief = f"{found['seconds']:.0f}"
+    return Output(found, lambda: show.show_plan(found), brief=brief)
 
 
 @verb(name="ls", group=LOOK)

@@ -26,7 +26,7 @@ from isingcut.data.calibration import pack
 from isingcut.data.tokens import Encoder, TokenSet
 from isingcut.errors import InputError
 from isingcut.evaluation.quality import quality
-from isingcut.evaluation.questions import Prepared, articles, short_name
+from isingcut.evaluation.questions import Prepared, articles
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow, TextScores
 from isingcut.files.results import fingerprint, without_infinities

@@ -38,7 +38,7 @@ from isingcut.models.device import (
     pick_device,
     weight_bytes,
 )
-from isingcut.models.inspect import inspect_model
+from isingcut.models.inspect import Inspection, inspect_model
 from isingcut.models.placement import devices_of, name_devices
 from isingcut.models.replay import Replay
 from isingcut.models.sharing import open_cut
@@ -146,18 +146,22 @@ class Session:
             found["weight_bytes"] = packed.stat().st_size
         return ModelIdentity(**found)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights once loaded."""
+        return devices.pick_dtype(self.dtype, pick_device(self.config.device))
+
     @cached_property
-    def _bytes(self) -> int:
+    def weights(self) -> int:
         """The bytes of the weights once loaded."""
-        device = devices.pick_device(self.config.device)
-        return weight_bytes(self.source, devices.pick_dtype(self.dtype, device))
+        return weight_bytes(self.source, self.torch_dtype)
 
     @cached_property
     def device(self) -> str:
         """The device, or several, separated by commas; a streamed model uses the first."""
         given = (self.config.memory_limit, self.config.cards_per_process)
         return ",".join(
-            map(str, devices.pick_devices(self.config.device, self._bytes, *given))
+            map(str, devices.pick_devices(self.config.device, self.weights, *given))
         )
 
     @cached_property
@@ -169,7 +173,7 @@ class Session:
         """
         places = map(torch.device, self.device.split(","))
         limit = self.config.memory_limit
-        too_large = self._bytes > sum(allowance(limit, place).left for place in places)
+        too_large = self.weights > sum(allowance(limit, place).left for place in places)
         return too_large if self.config.stream == "auto" else self.config.stream == "on"
 
     @cached_property
@@ -334,7 +338,7 @@ def _use_own_card(config: RunConfig, processes: Processes) -> None:
             )
 
 
-def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
+def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> Inspection:
     """Check the options against a model's configuration, before its weights are read.
 
     Args:
@@ -367,3 +371,4 @@ def check_by_config(folder: Path, config: RunConfig, *, needed: bool) -> None:
             f"--length {config.length} is more than this model's {found.positions} positions; give "
             f"--length {found.positions} or less"
         )
+    return found
