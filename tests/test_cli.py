@@ -299,7 +299,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
         )
         return f"https://hub/{repository}"
 
-    monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
+    monkeypatch.setattr("isingcut.runs.uploading.push", push)
     found = answer(capsys, "push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
     assert call("push", run / "model", "me/cut") == 0
@@ -358,7 +358,7 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(
     monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
     monkeypatch.setattr("isingcut.cli.main.is_launched", lambda: True)
     monkeypatch.setattr(
-        "isingcut.cli.main.leave_word", lambda code, text: left.append(code)
+        "isingcut.cli.main.post_failure", lambda code, text: left.append(code)
     )
     assert call("--debug", "ls") == 0
     assert call("solve", "heal") == 0

@@ -499,7 +499,7 @@ def push(
     """
     from rich.filesize import decimal
 
-    from isingcut.runs import interop_hub
+    from isingcut.runs import uploading
 
     checkpoint = directory
     folder = None
@@ -512,7 +512,7 @@ def push(
         raise InputError(
             "--remove and --budget are for a run folder; a checkpoint has its own"
         )
-    card, files = interop_hub.prepare(checkpoint, repository, folder)
+    card, files = uploading.prepare(checkpoint, repository, folder)
     sizes = {
         k: len(f) if isinstance(f, bytes) else f.stat().st_size
         for k, f in files.items()
@@ -524,7 +524,7 @@ def push(
         "folder": str(checkpoint),
         "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "records": interop_hub.read_records(files),
+        "records": uploading.read_records(files),
     }
     if dry_run:
         whole = sum(sizes.values())
@@ -535,7 +535,7 @@ def push(
             f"dry run: {decimal(whole)} from {checkpoint} to {repository}; nothing was uploaded",
         ]
         return Output(data, lambda: show.show_lines(*shown), brief=shown[-1])
-    url = interop_hub.push(files, repository, private=private, message=message)
+    url = uploading.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 

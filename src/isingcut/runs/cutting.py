@@ -61,7 +61,7 @@ _OF_STATE = ("model", "model.gguf")
 _LONGEST_NAME = 100
 
 
-def place_of(
+def output_folder(
     folder: RunFolder, config: RunConfig, removed: Sequence[int] | None
 ) -> Path:
     """Return the folder for the model of a state, by default the folder of its removal.
@@ -252,7 +252,7 @@ def _make_model(
     """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
 
     Args:
-        removed: the blocks of another state than the chosen one; see `place_of` for its folder.
+        removed: the blocks of another state than the chosen one; see `output_folder` for its folder.
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)
@@ -272,7 +272,7 @@ def _make_model(
         session.choose_tuning(folder)
         write_model(session, folder, blocks, path, overwrite=True)
 
-    return folder, place_of(folder, config, removed) / "model", options, make
+    return folder, output_folder(folder, config, removed) / "model", options, make
 
 
 make_model = Stage("excise", _make_model, Path)

@@ -36,7 +36,7 @@ from isingcut.runs import (
 from isingcut.runs.checks import check_inputs, check_options
 from isingcut.runs.folder import MANIFEST, RunFolder, each_removal
 from isingcut.runs.plan import say_times
-from isingcut.runs.session import Session, check_by_config, take_up
+from isingcut.runs.session import Session, check_by_config, join_processes
 from isingcut.runs.stages import Stage
 
 STAGES: tuple[Stage[Any, Any], ...] = (
@@ -238,7 +238,7 @@ def open_session(
         if need_removal:
             for one in each_removal(config):
                 check_report(out if before is None else before.target(one.removal))
-        take_up(session, processes)
+        join_processes(session, processes)
         blocks = session.describe_blocks()
         for stage in STAGES if need_removal else STAGES[:2]:
             stage.check(session, blocks)
@@ -248,7 +248,7 @@ def open_session(
             folder.run.provenance.dtype = session.dtype
             folder.save()
         folder.processes = processes
-        session.serve(folder)
+        session.attach(folder)
         folder.share()
         measuring.calibrate(session, folder, calibration)
         yield session, folder
@@ -259,7 +259,7 @@ def _follow(
 ) -> tuple[Session, RunFolder]:
     """Open the session in a process other than rank 0, after rank 0's checks."""
     session = Session(config, progress)
-    take_up(session, processes)
+    join_processes(session, processes)
     # Load while rank 0 creates the folder.
     _ = session.replay
     folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
@@ -301,6 +301,6 @@ def session_of(
             f"{folder.path} was made with another version of {made_with.name!r} than the one at "
             f"{place}; give the original version with --model, or start a new run folder"
         )
-    session.serve(folder)
-    take_up(session, processes)
+    session.attach(folder)
+    join_processes(session, processes)
     return session

@@ -198,7 +198,7 @@ class Session:
         """Return the settings for a measurement, with a journal if it has one."""
         return Work(self.batch_tokens, self.progress, journal)
 
-    def serve(self, folder: RunFolder) -> None:
+    def attach(self, folder: RunFolder) -> None:
         """Let a run folder free memory when a stage runs out of it, and check the weights."""
         folder.make_room = self._stream_from_now
         folder.memory_record = self._memory_record
@@ -271,7 +271,7 @@ class Session:
         )
 
 
-def take_up(session: Session, processes: Processes) -> None:
+def join_processes(session: Session, processes: Processes) -> None:
     """Share the session's measurements among all processes, with the settings of rank 0.
 
     Raises:
