@@ -350,7 +350,7 @@ def evaluate(
     from isingcut.formats.sources import check_name
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
-    from isingcut.runs.folder import MANIFEST, find_run
+    from isingcut.runs.folder import MANIFEST
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
@@ -360,13 +360,6 @@ def evaluate(
         )
     asked = RunConfig(**typed)
     check_run_tasks(asked)
-    gguf = directory.suffix.lower() == ".gguf"
-    if gguf and original is None and blocks is None:
-        if options.get("remove") or options.get("budget"):
-            raise InputError(
-                "--remove and --budget are for a run folder; a .gguf file has its own"
-            )
-        (directory, blocks), one_based = find_run(directory), False
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
         of_run += ["one-based"] * one_based + ["blocks"] * (blocks is not None)

@@ -252,7 +252,7 @@ def _make_model(
     """Write `model/` of one state: the exact cut, verified, and patched if the options say so.
 
     Args:
-        removed: the blocks of another state than the chosen one; see `output_folder` for its folder.
+        removed: the blocks of another state than the chosen one; see `output_folder`.
     """
     config = session.config
     blocks = list(removed) if removed is not None else chosen_blocks(folder, config)

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from isingcut.console.progress import Progress, silent
 from isingcut.data.mixture import places_in
 from isingcut.errors import (
-    InputError,
     ModelError,
     OutputExistsError,
     StageFileError,
@@ -57,9 +56,7 @@ class RunFolder:
         typed_solver: the solver given now, not read from run.json; only it may import third-party
             code.
         processes: the processes that run the stages together; only rank 0 writes.
-        make_room: frees memory after a stage ran out of it; returns whether it could.
-        memory_record: returns the entries about memory for a stage's record.
-        check_model: raises if the model's weights changed since a session opened it.
+        session: the session that makes the results; None to read them only.
         progress: shows the hashing of large files.
     """
 
@@ -71,9 +68,7 @@ class RunFolder:
         self.overwrite = overwrite
         self.typed_solver: str | None = None
         self.processes = ALONE
-        self.make_room: Callable[[], bool] = lambda: False
-        self.memory_record: Callable[[], dict[str, Any]] = dict
-        self.check_model: Callable[[], None] = lambda: None
+        self.session: Any = None
         self.progress: Progress = silent
 
     @classmethod
@@ -290,25 +285,6 @@ class RunFolder:
         self.run = runs.RunFile.model_validate(
             self.processes.decide(lambda: self.run.content())
         )
-
-
-def find_run(gguf: Path) -> tuple[Path, str | None]:
-    """Return the run folder of a `model.gguf`, and its removed blocks, None for the run's own.
-
-    Raises:
-        InputError: no run wrote it.
-    """
-    # Of a relative path, some parents have no name: the parent of "." is ".".
-    gguf = Path(os.path.abspath(gguf))
-    for place in gguf.parents[:2]:
-        if (place / MANIFEST).is_file():
-            record = RunFolder.open(place).find_record(gguf)
-            if record is not None and record.done:
-                removed = ",".join(map(str, record.options.removed or []))
-                return place, None if place == gguf.parent else removed
-    raise InputError(
-        f"{gguf} is not of a run folder; give its original with --original MODEL"
-    )
 
 
 def each_removal(config: RunConfig) -> list[RunConfig]:

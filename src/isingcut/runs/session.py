@@ -199,27 +199,22 @@ class Session:
         return Work(self.batch_tokens, self.progress, journal)
 
     def attach(self, folder: RunFolder) -> None:
-        """Let a run folder free memory when a stage runs out of it, and check the weights."""
-        folder.make_room = self._stream_from_now
-        folder.memory_record = self._memory_record
-        folder.check_model = lambda: check_unchanged(self.source, self._stamp)
+        """Let the stages of a run folder free memory and check the weights."""
+        folder.session = self
         folder.progress = self.progress
 
-    def _stream_from_now(self) -> bool:
-        """Switch to streaming; return False if the model is streamed already."""
+    def check_model(self) -> None:
+        """Raise if the model's weights changed since this session opened it."""
+        check_unchanged(self.source, self._stamp)
+
+    def make_room(self) -> bool:
+        """Free memory by switching to streaming; return False if that is impossible."""
         if self.streaming or self.config.stream != "auto" or self.processes.size > 1:
             return False
         say("isingcut: out of memory; the model is streamed from disk from now on")
         self.leave_device()
         self.streaming = True
         return True
-
-    def _memory_record(self) -> dict[str, Any]:
-        """Return the settings that a stage used because memory was short."""
-        replay = self.__dict__.get("replay")
-        if replay is None or replay.limit.tokens >= self.batch_tokens:
-            return {"streamed": True} if self.streaming else {}
-        return {"streamed": self.streaming, "most_tokens": replay.limit.tokens}
 
     def leave_device(self) -> None:
         """Free the device's memory; the model is loaded again on the next use."""

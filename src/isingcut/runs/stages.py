@@ -76,10 +76,11 @@ class Stage(Generic[P, T]):
             folder.share()
             return folder.load(file, self.load)
         ownership.refuse_source(file, folder.sources)
-        made = folder.is_made(file, options)
-        with contextlib.nullcontext() if made else folder.lock():
+        with contextlib.ExitStack() as held:
+            if not folder.is_made(file, options):
+                held.enter_context(folder.lock())
             # Another process may have finished it meanwhile.
-            if made or folder.is_made(file, options):
+            if folder.is_made(file, options):
                 if writing.is_locked(folder.path):
                     # Left by a kill right after the record was written.
                     self._forget(file)
@@ -90,13 +91,12 @@ class Stage(Generic[P, T]):
             if os.path.lexists(file):
                 self._refuse_replacing(folder, file, before, options)
             key = runs.stage_key(folder.path, file)
-            begun = runs.StageRecord(
+            begun = folder.run.stages[key] = runs.StageRecord(
                 stage=self.name,
                 fingerprint=folder.fingerprint(options),
                 options=runs.StageOptions(**options),
                 done=False,
             )
-            folder.run.stages[key] = begun
             folder.save()
             began = time.monotonic()
             processes.decide(lambda: self.together)
@@ -104,22 +104,22 @@ class Stage(Generic[P, T]):
                 while not _is_done(make, file, folder):
                     pass
                 try:
-                    folder.check_model()
+                    if folder.session is not None:
+                        folder.session.check_model()
                 except IsingcutError:
                     writing.delete(file)
                     self._forget(file)
                     raise
             except BaseException as e:
-                unchanged = (
-                    before is not None
-                    and before.done
+                if before is None:
+                    if isinstance(e, IsingcutError):
+                        del folder.run.stages[key]
+                elif (
+                    before.done
                     and os.path.lexists(file)
                     and ownership.find_change_since(file, before) is None
-                )
-                if before is not None and unchanged:
+                ):
                     folder.run.stages[key] = before
-                elif before is None and isinstance(e, IsingcutError):
-                    del folder.run.stages[key]
                 folder.save()
                 raise
             seconds = round(time.monotonic() - began, 3)
@@ -127,10 +127,10 @@ class Stage(Generic[P, T]):
                 sha256 = ownership.folder_hash(file)
             else:
                 sha256 = ownership.file_sha256(file, folder.progress)
-            done = {"done": True, "seconds": seconds, "sha256": sha256}
-            folder.run.stages[key] = begun.model_copy(
-                update=done | folder.memory_record()
-            )
+            done: dict[str, Any] = {"done": True, "seconds": seconds, "sha256": sha256}
+            if folder.session is not None and folder.session.streaming:
+                done["streamed"] = True
+            folder.run.stages[key] = begun.model_copy(update=done)
             folder.save()
             folder.share()
             self._forget(file)
@@ -159,13 +159,12 @@ class Stage(Generic[P, T]):
                 f"{file} was not written by this run and is not replaced; move it away"
             )
         made = before.options.content()
-        kept = [
-            {k: v for k, v in each.items() if k not in self.additions}
-            for each in (made, options)
-        ]
-        fits = before.fingerprint == folder.fingerprint(options) or (
-            self.additions and before.fingerprint and kept[0] == kept[1]
+        differs = any(
+            made.get(key) != options.get(key)
+            for key in {*made, *options} - {*self.additions}
         )
+        fits = before.fingerprint and self.additions and not differs
+        fits = fits or before.fingerprint == folder.fingerprint(options)
         if not (fits or folder.overwrite):
             raise _changed_error(file, _list_changes(made, options))
         changed = ownership.find_change_since(file, before, folder.progress)
@@ -192,7 +191,7 @@ def _is_done(make: Callable[[Path], None], file: Path, folder: RunFolder) -> boo
             raise
         exhausted = exhausted_error(error)
     # Not inside the except block: the error keeps frames with tensors alive.
-    if not folder.make_room():
+    if folder.session is None or not folder.session.make_room():
         raise exhausted
     return False
 
