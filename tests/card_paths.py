@@ -220,7 +220,7 @@ def gguf_file(place: Place) -> Path:
 def from_gguf(place: Place) -> None:
     file = gguf_file(place)
     run = place.run(model=str(file))
-    place.type("evaluate", run / "model.gguf", "--skip-speed")
+    place.type("evaluate", run, "--skip-speed")
 
 
 def packed(place: Place) -> None:

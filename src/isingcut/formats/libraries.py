@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from isingcut.errors import CheckpointError, IsingcutError, ModelError
 from isingcut.formats.transformers_private import KERNEL_LOGGER
 from isingcut.memory import raise_if_exhausted

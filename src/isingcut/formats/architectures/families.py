@@ -22,7 +22,6 @@ from isingcut.formats.architectures import fields
 from isingcut.formats.architectures.fields import STAY, TWO_STAY, config_object, of_type
 from isingcut.ising.constraints import LinearConstraint
 
-
 ATTENTION = (
     "one attention block stays, because generation reads the sequence length from an attention "
     "cache"
