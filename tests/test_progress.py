@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import inspect
 import sys
-import threading
 
 import pytest
 
@@ -116,24 +115,6 @@ def test_steps_of_a_killed_measurement_are_counted_at_once(finished, tmp_path):
     assert (again.done, len(again.notes)) == (total, 1)
 
 
-def test_work_without_steps_moves_the_bar_by_its_time():
-    bars = Bars()
-    moved = threading.Event()
-
-    @contextlib.contextmanager
-    def watched(description, total):
-        with bars(description, total) as bar:
-            plain = bar.advance
-            bar.advance = lambda *a, **k: (plain(*a, **k), moved.set())
-            yield bar
-
-    with progress.show_time(watched, "solving", 3e-3, every=1e-3) as bar:
-        assert moved.wait(60)
-        bar.advance(0, "lowest energy 1")
-    assert bars.totals == {"solving": 3e-3}
-    assert 0 < bars.done["solving"] <= 3e-3 + 1e-9
-
-
 def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):
     (file := tmp_path / "model.gguf").write_bytes(bytes(40))
     bars = Bars()
@@ -150,7 +131,7 @@ def test_solving_and_proving_show_progress(run, tmp_path):
     bars = Bars()
     opened = isingcut.open_run(run, remove=1, progress=bars)
     _ = opened.ranking
-    assert bars.totals["solving for 1"] == opened.config.solve_seconds
+    assert "solving for 1" in bars.totals
     opened.save(tmp_path / "out", blocks=[1])
     assert (
         bars.done["verifying the checkpoint"]

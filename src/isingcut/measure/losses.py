@@ -410,9 +410,7 @@ class _Part:
         return replace(self, batch=first), replace(self, batch=second)
 
 
-def _measure(
-    replay: Replay, head: OutputHead, todo: Sequence[_Part]
-) -> list[Floats]:
+def _measure(replay: Replay, head: OutputHead, todo: Sequence[_Part]) -> list[Floats]:
     """Return for each part (2, K, B): KL and NLL sums of its K states.
 
     Raises:

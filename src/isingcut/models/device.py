@@ -17,7 +17,7 @@ from isingcut.console.printing import say
 from isingcut.errors import InputError
 from isingcut.files.provenance import cpu_name
 from isingcut.formats.safetensors_files import read_checkpoint
-from isingcut.options.spellings import Device, Memory
+from isingcut.options.parsed import Device, Memory
 from isingcut.processes import is_launched, local_rank
 
 if TYPE_CHECKING:

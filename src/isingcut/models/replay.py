@@ -325,8 +325,10 @@ class Replay:
             call.args, call.kwargs = move((call.args, call.kwargs), place, known)
         return Recording(self, ids, calls[0][0], [call for _, call in calls])
 
-    def latency(self, length: int = 128, repeats: int = 5) -> list[float]:
-        """Return the median seconds of each block on one sequence of ``length`` tokens.
+    def latency(
+        self, length: int = 128, repeats: int = 5, rows: int = 1
+    ) -> list[float]:
+        """Return the median seconds of each block on ``rows`` sequences of ``length`` tokens.
 
         Of blocks whose parameters have the same names and shapes, only the first one is timed.
         """
@@ -334,7 +336,7 @@ class Replay:
             tuple((n, p.shape) for n, p in b.named_parameters()) for b in self.blocks
         ]
         examples = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        ids = torch.zeros((rows, length), dtype=torch.long, device=self.device)
         seconds: dict[Any, float] = {}
         with torch.inference_mode():
             recording = self.record(ids)
