@@ -39,7 +39,7 @@ from isingcut.evaluation import quality, speed
 from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
-from isingcut.healing.patch import checkpoint as tuning
+from isingcut.healing.repairs import tuned as tuning
 from isingcut.memory import is_memory_exhausted
 from isingcut.models.compute.tuning import bytes_of_backward
 from isingcut.models.load import load

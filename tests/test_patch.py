@@ -14,12 +14,12 @@ from isingcut.errors import ArchitectureError, InputError
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
-from isingcut.healing.patch import linear
-from isingcut.healing.patch.checkpoint import patch_checkpoint
 from isingcut.healing.patch.files import apply_patches, runs
 from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
-from isingcut.healing.patch.linear import _Fitting, fit_patches
 from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
+from isingcut.healing.repairs import linear
+from isingcut.healing.repairs.base import patch_checkpoint
+from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.models.load import LoadedModel, load
@@ -243,7 +243,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setattr(linear, "fit_ridge", first_fails)
     found = fit_patches(replay_of(model), tokens(), [2, 4], Work(96))
-    assert [(c.removed, c.reason[:39]) for c in found.unpatched] == [
+    assert [(c.removed, c.reason[:39]) for c in found.record.unpatched] == [
         ([2, 2], "no map of block 1's mlp.down_proj is be")
     ]
     (alone,) = found.patches
@@ -333,7 +333,7 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
         lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0),
     )
     found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
-    (cut,) = found.unpatched
+    (cut,) = found.record.unpatched
     assert cut.removed == [2, 2]
     assert (
         "fitting a map of mlp.down_proj needs 0.0 GB of host memory, and 0.0 GB"

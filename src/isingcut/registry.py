@@ -60,6 +60,11 @@ class Registry:
             {*self._files(), *self._entry_points(), *self._registered, *self.choices}
         )
 
+    def check(self, name: str) -> None:
+        """Raise as `get`, or for one of `choices`; a known part is not imported, for speed."""
+        if name in self.choices or name not in self.names():
+            self.get(name)
+
     def register(self, name: str, part: Any) -> None:
         """Add ``part`` for this process under a new name.
 

@@ -393,7 +393,7 @@ def test_a_healed_student_is_replaced(arena):
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
     arena.works("excise {run} --patch none --overwrite", "run/*")
-    from isingcut.healing.patch import linear
+    from isingcut.healing.repairs import linear
 
     def none_is_better(fit, held_out, left=None):
         return None
@@ -417,8 +417,8 @@ def exact_cut(arena):
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
-    from isingcut.healing.patch import linear
     from isingcut.healing.patch.ridge import RidgeFit
+    from isingcut.healing.repairs import linear
 
     def too_small(fit, held_out, left):
         return RidgeFit(torch.zeros_like(fit.tx), 1.0, 0.99)

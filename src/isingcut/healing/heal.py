@@ -64,8 +64,9 @@ from isingcut.healing.job import (
     keep_beginnings,
     trainer_settings,
 )
-from isingcut.healing.patch.checkpoint import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.removed import check_pair, removal_by_weights
+from isingcut.healing.repairs import registry
+from isingcut.healing.repairs.base import CANNOT, patch_checkpoint, record_unpatched
 from isingcut.healing.work_folder import (
     check_places,
     claim_work,
@@ -305,9 +306,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     student = job.start
     main = job.leads
     start = start_of(student)
-    patches = config.patch in ("linear", "tuned") or (
-        config.patch is None and start == "cut"
-    )
+    patches = config.patch != "none" and start == "cut"
     began = time.monotonic()
     record: dict[str, Any] = {}
     if main:
@@ -359,7 +358,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         k: {"name": folder.name, **model_identity(folder)}
         for k, folder in models.items()
     }
-    patch = (config.patch or "linear") if "patch" in record else "none"
+    patch = config.repair if "patch" in record else "none"
     return done, HealingFile(
         **{"steps": [], **record},
         after=_pair(record["before"], _scores(job, done, text.report), text.report),
@@ -401,9 +400,9 @@ def _check_effort(job: Job, report: TokenSet, *, patches: bool) -> None:
     # Evaluation: both models before and after. Step: student forward and backward, teacher forward.
     judging = 4 * token * int(report.mask.sum())
     training = 4 * token * LEAST_STEPS * SHORT
-    # Forward passes: 2 for a fit (original and cut model), 3 for tuning (forward and backward).
+    passes = registry.get(job.config.repair).passes
     read = token * min(job.config.patch_tokens, int(job.tokens.mask.sum()))
-    patching = patches * (read * (2 + 3 * job.config.tunes) + judging / 2)
+    patching = patches * (read * passes + judging / 2)
     if seconds < (total := judging + patching + training):
         enough = math.ceil(total / 60 + 0.5)
         raise InputError(

@@ -255,10 +255,8 @@ def read_options(
             registry = importlib.import_module(
                 f"isingcut.{f.metadata['room']}"
             ).registry
-            # A known part is not imported, which takes seconds.
             for part in map(str.strip, value.split(",")):
-                if part in registry.choices or part not in registry.names():
-                    registry.get(part)
+                registry.check(part)
     return {
         name: getattr(options, name)
         for name in kind.__dataclass_fields__

@@ -16,6 +16,7 @@ from isingcut.errors import InputError
 from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
 from isingcut.files.inputs import user_path
 from isingcut.formats.sources import check_name
+from isingcut.healing.repairs import registry as repairs
 from isingcut.ising.solvers import registry as solvers
 from isingcut.options.config import RunConfig, distil_config, heal_config
 from isingcut.options.declaration import options_from
@@ -75,6 +76,7 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)
     solvers.check(config.solver)
+    repairs.check(config.patch)
     check_healing_options(config)
     check_run_tasks(config)
     # Last, because the name may be one of the hub.

@@ -26,6 +26,8 @@ from isingcut.data.tokens import TokenSet
 from isingcut.energies import registry
 from isingcut.energies.base import Price, price_states
 from isingcut.energies.search import Target
+from isingcut.healing.repairs import registry as repairs
+from isingcut.healing.repairs.base import before_training
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
@@ -47,8 +49,6 @@ MOST_HOURS = 8
 """Longest run to recommend, in hours."""
 # Bytes per second of a disk, for a run whose weights are in memory.
 _DISK = 2e9
-# Forward passes of a patch.
-_PATCH = {"linear": 2, "tuned": 4}
 # Share of the whole search below which a search is not worthwhile.
 _LEAST = 0.125
 RESIDENT = 1.54
@@ -245,7 +245,8 @@ class Prices:
         # A checkpoint is read, written, and read again to verify it.
         found.append(_estimate("excise", 0, 3 * reading, weights))
         if c.patch != "none":
-            passes = _PATCH["linear" if c.heal or self.streamed else c.patch]
+            name = before_training(c.patch) if c.heal or self.streamed else c.patch
+            passes = repairs.get(name).passes
             seconds = 3 * reading + passes * c.patch_tokens * forward
             memory = weights + 4 * c.patch_tokens * self.stream
             found.append(
@@ -268,9 +269,9 @@ class Prices:
         order = np.random.default_rng(0).random(states).argsort(1).argsort(1)
         found = self._measurement("rank", c.rank_samples, price_states(order < removed))
         if c.patch != "none":
-            # Trial patches in deep cuts are tuned, which takes about twice as long.
-            deep = c.patch == "tuned" and is_deep(removed, self.n)
-            tokens = (2.0 if deep else 1.0) * c.patch_tokens
+            # In deep cuts, trial patches are of the run's kind.
+            trial = c.patch if is_deep(removed, self.n) else "linear"
+            tokens = repairs.get(trial).passes / 2 * c.patch_tokens
             if is_searched(c, removed, self.n, streamed=self.streamed):
                 # Every state reads the texts of the fit and the measurement; the original, once.
                 tokens += 2 * TOKENS * (1 + (self.n + MORE) * self.left)
