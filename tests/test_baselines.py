@@ -173,17 +173,6 @@ def test_block_influence_and_norm_ratio_are_means_over_real_tokens(replay, token
     assert found.removed == tuple(sorted(np.argsort(sizes)[:2]))
 
 
-def test_iterative_block_influence_scores_the_cut_model(replay, tokens):
-    order = []
-    left = list(range(6))
-    for _ in range(3):
-        boundary = torch.cat(streams(replay, tokens, sorted(order)), dim=1)
-        turned = (1 - F.cosine_similarity(boundary[:-1], boundary[1:], dim=-1)).mean(1)
-        order.append(left.pop(int(turned.argmin())))
-    found = BlockInfluence(iterative=True).choose(replay, tokens, 3, WORK, seed=0)
-    assert found.info["order"] == order
-
-
 def test_the_angular_window_is_the_least_turned_one(replay, tokens):
     angles = []
     for stream in streams(replay, tokens):
@@ -340,11 +329,9 @@ def made():
         (AngularWindow(), 1, 0),
         (BlockInfluence(), 1, 0),
         (NormRatio(), 1, 0),
-        (BlockInfluence(iterative=True), None, 0),
         (Sleb(loss="kl", keep_ends=False), None, 1 + 6 + 5 + 4),
         (Sleb(), None, 4 + 3 + 2),
         (Evopress(**EVOLUTION), None, None),
-        (Evopress(**EVOLUTION, loss="nll"), None, None),
     ],
     ids=repr,
 )
@@ -426,14 +413,12 @@ def test_the_papers_method_leaves_only_its_result(capsys, folder):
 def test_other_removals_and_options_have_files_of_their_own(
     capsys, folder, monkeypatch
 ):
-    arguments = ("baseline", "block-influence", folder, "--remove", "3")
+    arguments = ("baseline", "sleb", folder, "--remove", "3")
     with monkeypatch.context() as other:
-        other.setattr(
-            registry, "get", lambda name: partial(BlockInfluence, iterative=True)
-        )
+        other.setattr(registry, "get", lambda name: partial(Sleb, keep_ends=False))
         assert call(capsys, *arguments)[0] == 0
-    found = read_json(folder / "remove-3" / "baseline-block-influence.json", "baseline")
-    assert found["options"] == {"iterative": True}
+    found = read_json(folder / "remove-3" / "baseline-sleb.json", "baseline")
+    assert found["options"] == {"loss": "nll", "keep_ends": False}
     assert len(found["info"]["order"]) == 3
     code, shown = call(capsys, *arguments)
     assert code == 2

@@ -42,7 +42,6 @@ class Evopress:
         step_tokens: tokens of each selection step.
         initial: number of random states; the best one on the first step's tokens is the first
             parent.
-        loss: ``"kl"`` or ``"nll"``.
     """
 
     generations: int | None = None
@@ -50,7 +49,6 @@ class Evopress:
     survivors: tuple[int, ...] = (2, 1)
     step_tokens: tuple[int, ...] = (2048, 32768)
     initial: int = 64
-    loss: str = "kl"
 
     def choose(
         self, replay: Replay, tokens: TokenSet, remove: int, work: Work, seed: int
@@ -64,7 +62,7 @@ class Evopress:
         self._check()
         n = len(replay)
         rng = np.random.default_rng([seed, 0xE0])
-        ledger = open_ledger(replay, tokens, work, self.loss)
+        ledger = open_ledger(replay, tokens, work, "kl")
         generations = self.generations
         if generations is None:
             generations = max(1, int(remove * (n - remove) / 1.5))
@@ -88,7 +86,6 @@ class Evopress:
             "generations": generations,
             "improved": improved,
             "evaluations": ledger.evaluations,
-            "loss": self.loss,
         }
         removed = tuple(blocks_of(parent))
         return Outcome(removed, ledger.passes, ledger.heads, info)

@@ -108,18 +108,10 @@ def block_means(
     tokens: TokenSet,
     work: Work,
     score: Score,
-    *,
-    removed: Sequence[int] = (),
 ) -> Floats:
-    """Average a score of each block over tokens.
-
-    Returns:
-        (N,) float64; infinite for removed blocks.
-    """
-    means = _sum_scores(replay, tokens, work, score, removed)[-1, :-1]
-    means = means / int(tokens.compared.sum())
-    means[list(removed)] = np.inf
-    return np.asarray(means)
+    """Average a score of each block over tokens: (N,) float64."""
+    total = _sum_scores(replay, tokens, work, score)[-1, :-1]
+    return np.asarray(total / int(tokens.compared.sum()))
 
 
 def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floats]:
@@ -140,7 +132,6 @@ def _sum_scores(
     tokens: TokenSet,
     work: Work,
     score: Score,
-    removed: Sequence[int] = (),
     *,
     angles: bool = False,
 ) -> Floats:
@@ -150,14 +141,12 @@ def _sum_scores(
     """
     n = len(replay)
     batches = tokens.batches(work.batch_tokens)
-    with work.progress(
-        "comparing block outputs", len(batches) * (n - len(removed))
-    ) as bar:
+    with work.progress("comparing block outputs", len(batches) * n) as bar:
 
         def compute(some: Sequence[TokenSet]) -> list[Floats]:
             found = np.zeros((len(some), n + 2, n + 1))
             streams: list[list[Tensor]] = [[] for _ in some]
-            for b, i, before, after in boundaries(replay, some, removed):
+            for b, i, before, after in boundaries(replay, some):
                 real = some[b].compared.to(after.device)
                 own = streams[b]
                 values = score(before[real].float(), after[real].float())

@@ -57,7 +57,6 @@ from isingcut.healing.training.batches import (
     Steps,
     batch_of,
     plan_memory,
-    shard_if_needed,
 )
 from isingcut.healing.training.student import (
     install,
@@ -90,7 +89,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
         ModelError: the loss is NaN or infinite.
     """
     recipe = job.recipe or usual_recipe(job)
-    job = shard_if_needed(dataclasses.replace(job, recipe=recipe))
+    job = dataclasses.replace(job, recipe=recipe)
     watch = Watch(job, recipe.batch)
     last = _last_state(job)
     if last is not None:
@@ -132,7 +131,7 @@ def train(job: Job) -> tuple[dict[str, Any], Path]:
 
 def step_times(job: Job) -> list[tuple[int, float]]:
     """Return tokens and seconds of steps of one sample, then of many; discard their results."""
-    job, size = shard_if_needed(job), job.processes.size
+    size = job.processes.size
     batch = 64 * size
     watch = Watch(job, batch, timing=True)
     with _student(job, batch) as (student, plan):
