@@ -353,11 +353,5 @@ def _write_extras(path, main, m, chosen):
         task("piqa", 0.7, 0.66),
         task("boolq", 0.6, 0.61),
     ]
-    text = {
-        "tokens": 777,
-        "original": text_scores(15.0),
-        "cut": text_scores(18.0),
-        "kl": 0.2,
-    }
-    found = {"rows": rows, "engine": "lm_eval 0.4", "wikitext2": text}
+    found = {"rows": rows, "engine": "lm_eval 0.4"}
     write_json(path / "benchmarks.json", "benchmarks", found)

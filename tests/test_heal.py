@@ -45,11 +45,11 @@ from isingcut.healing.heal import heal
 from isingcut.healing.training import batches as memory
 from isingcut.healing.training import distill, train
 from isingcut.healing.training import student as parts
-from isingcut.healing.training.student import last_parameters, load_student
+from isingcut.healing.training.student import load_student
 from isingcut.models.load import load
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from isingcut.testing.tiny import tiny_checkpoint, tiny_tokenizer
 from shared import refuses, write_jsonl
 
 __all__ = ["healed", "models"]
@@ -77,7 +77,7 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     assert len(find_stack(loaded.model)) == 4
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "last:2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models, healed, tmp_path, method
 ):
@@ -146,35 +146,6 @@ def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
         heal(options(models, tmp_path / "healed"), progress=progress)
     assert stopped.traceback
     assert shown == []
-
-
-def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
-    out = heal(options(models, tmp_path / "out", method="last:1"))
-    found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
-    assert shapes(out) == shapes(models / "student")
-    before = stored(models / "student")
-    after = stored(out)
-    changed = {name for name, content in before.items() if after[name] != content}
-    last = {name for name in before if name.startswith("model.layers.3.")}
-    assert changed == {*last, "model.norm.weight", "lm_head.weight"}
-    total = sum(t.size // 4 for n, t in read_checkpoint(out).items() if n in changed)
-    assert found["trained_parameters"] == total
-
-
-def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
-    model = tiny_model("gemma2")
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    model.requires_grad_(False)
-    trained = {id(p) for p in last_parameters(model, 2)}
-    names = {n for n, p in model.named_parameters() if id(p) in trained}
-    count = len(find_stack(model))
-    blocks = (f"model.layers.{count - 2}.", f"model.layers.{count - 1}.")
-    everything = {n for n, _ in model.named_parameters()}
-    assert names == {n for n in everything if n.startswith(blocks)} | {
-        "model.norm.weight"
-    }
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
@@ -272,7 +243,7 @@ def test_training_in_half_precision(models, tmp_path):
 ONCE = {"max_steps": 1}
 
 
-@pytest.mark.parametrize("method", ["lora", "last:1", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_frozen_student_is_loaded_as_it_is_stored(
     models, tmp_path, monkeypatch, method
 ):

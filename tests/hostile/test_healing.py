@@ -99,7 +99,6 @@ WORDS = rows([
     ("batch", heal(per_device_train_batch_size=0), "batch_size must be above 0"),
     ("steps and a time", heal("--effort 10min"), "--effort and max_steps in .* both set"),
     ("shares of one process", heal(fsdp=True), "fsdp needs several processes; start them with"),
-    ("last blocks", heal("--method last:99"), "--method last:99: the cut model has"),
     ("nothing to do", heal("--method none --patch none"), "leave nothing to do"),
     ("many samples", heal("--samples 1000000"), "too short"),
     ("a pipe", WITH_FILE, "t.yaml", pipe("t.yaml")),

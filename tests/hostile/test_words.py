@@ -106,7 +106,7 @@ WORDS = [
     ("--remove 2 --calibration {here}/home", "home is a folder without data files"),
 ]
 HEALING = [
-    ("--method magic", r"--method must be one of full, last:N .*, lora or lora:RANK, none"),
+    ("--method magic", r"--method must be one of full, lora or lora:RANK, none"),
     ("--effort 9", "--effort: '9': expected a time"),
     ("--trainer t.yaml", "--trainer must be a section of the --config file, or .*; got 't.yaml'"),
     ("--config /dev/zero", "/dev/zero is a device"),

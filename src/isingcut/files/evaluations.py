@@ -167,22 +167,9 @@ class TaskRow(PairedScores):
     shots: Count
 
 
-class TextScores(Strict):
-    """Scores of both models on WikiText-2."""
-
-    samples: Count = 0
-    tokens: Count
-    original: Perplexity
-    cut: Perplexity
-    kl: Number
-    kl_se: Positive | None = None
-    nll_change_se: Positive | None = None
-
-
 class BenchmarksFile(Document, kind="benchmarks"):
     """`benchmarks.json`."""
 
     rows: list[TaskRow]
     engine: str
     left_out: Count = 0
-    wikitext2: TextScores | None = None

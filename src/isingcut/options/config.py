@@ -335,15 +335,12 @@ class RunConfig(Options):
 
 LENGTH = 1024
 """Default tokens per sample."""
-_NUMBERED = re.compile(r"(last|lora):([1-9]\d{0,4})")
+_LORA = re.compile(r"lora(:[1-9]\d{0,4})?")
 
 
 def _method(name: str) -> str:
-    if name not in ("full", "lora", "none") and not _NUMBERED.fullmatch(name):
-        raise ValueError(
-            "must be one of full, last:N (the last N blocks, as last:3), lora or lora:RANK, none; "
-            f"got {name!r}"
-        )
+    if name not in ("full", "none") and not _LORA.fullmatch(name):
+        raise ValueError(f"must be one of full, lora or lora:RANK, none; got {name!r}")
     return name
 
 
@@ -388,8 +385,7 @@ class HealConfig(Options):
 
     method: Annotated[str, Then(_method)] = option(
         "full",
-        "What to train: full (all weights), last:N (the last N blocks and the head), lora (rank "
-        "16) or lora:RANK, none (patch only).",
+        "What to train: full (all weights), lora (rank 16) or lora:RANK, none (patch only).",
     )
     effort: spellings.Training | None = option(
         None,
@@ -425,11 +421,6 @@ class HealConfig(Options):
     def training(self) -> spellings.Training:
         """The effort; before `validate`, one epoch if none is given."""
         return self.effort or spellings.Training()
-
-    @property
-    def last(self) -> int | None:
-        """The number of last blocks to train, or None for other methods."""
-        return int(self.method[5:]) if self.method.startswith("last:") else None
 
     @property
     def lora_rank(self) -> int:

@@ -13,7 +13,7 @@ from isingcut.data import corpora
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import InputError
-from isingcut.evaluation.questions import WIKITEXT, check_tasks, split_names
+from isingcut.evaluation.questions import check_tasks, split_names
 from isingcut.files.inputs import user_path
 from isingcut.formats.sources import check_name
 from isingcut.healing.repairs import registry as repairs
@@ -135,10 +135,6 @@ def check_run_tasks(config: RunConfig) -> None:
         )
     names = split_names(config.tasks)
     check_tasks(names, data_of(config), config.questions)
-    if config.choose == "tasks" and names == [WIKITEXT]:
-        raise InputError(
-            "wikitext2 has no questions; --choose tasks needs a task with questions"
-        )
 
 
 def data_of(config: RunConfig) -> Path | None:

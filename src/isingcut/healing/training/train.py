@@ -2,9 +2,8 @@
 
 The loss is KL(original || cut) per predicted token at temperature 1, over real tokens. `accelerate
 launch`, FSDP and DeepSpeed configs, bfloat16, gradient checkpointing and resuming work as with the
-Trainer. Full fine-tuning trains all weights in float32; `last:N` trains the last N blocks, the
-final norm and the head; LoRA trains low-rank matrices on all linear layers, which are merged into
-the weights at the end.
+Trainer. Full fine-tuning trains all weights in float32; LoRA trains low-rank matrices on all linear
+layers, which are merged into the weights at the end.
 
 Source: Jansen et al., arXiv 2602.00161, the retraining after the cut (one epoch, KL, temperature
 1, learning rate 2e-5, cosine, 100 warm-up steps, length 1,024).
