@@ -31,7 +31,6 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
     "block-influence": ("block-influence", {}),
     "angular-window": ("angular-window", {}),
-    "norm-ratio": ("norm-ratio", {}),
     "sleb": ("sleb", {}),
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }

@@ -146,7 +146,7 @@ def deep(place: Place, blocks: int, remove: int) -> None:
 
 def streamed(place: Place) -> None:
     run = place.run(stream="on", **SEARCHED, also="empirical-fisher")
-    for name in ("block-influence", "norm-ratio", "angular-window"):
+    for name in ("block-influence", "angular-window"):
         place.type("baseline", name, run)
 
 

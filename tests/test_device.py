@@ -197,7 +197,7 @@ def chosen(place):
         )
 
     # The other baselines use only measured losses.
-    own = ("angular-window", "block-influence", "norm-ratio")
+    own = ("angular-window", "block-influence")
     return [removed(name) for name in own]
 
 

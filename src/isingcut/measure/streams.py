@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,18 +99,9 @@ def check_finite(
     raise explain_nan(model, what, one.input_ids[0].tolist(), removed)
 
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Function from a block's hidden states (K, D) before and after it to scores (K,) of the tokens."""
-
-
-def block_means(
-    replay: Replay,
-    tokens: TokenSet,
-    work: Work,
-    score: Score,
-) -> Floats:
-    """Average a score of each block over tokens: (N,) float64."""
-    total = _sum_scores(replay, tokens, work, score)[-1, :-1]
+def block_means(replay: Replay, tokens: TokenSet, work: Work) -> Floats:
+    """Average the `influence` of each block over tokens: (N,) float64."""
+    total = _sum_scores(replay, tokens, work)[-1, :-1]
     return np.asarray(total / int(tokens.compared.sum()))
 
 
@@ -121,7 +112,7 @@ def one_pass(replay: Replay, tokens: TokenSet, work: Work) -> tuple[Floats, Floa
         (N,) block influence, the mean `influence` over all tokens; and (N + 1, N + 1) the mean
         `angle` between the hidden states at any two boundaries, at each sample's last token.
     """
-    total = _sum_scores(replay, tokens, work, influence, angles=True)
+    total = _sum_scores(replay, tokens, work, angles=True)
     angles = total[:-1]
     influences = total[-1, :-1] / int(tokens.compared.sum())
     return influences, (angles + angles.T) / tokens.samples
@@ -131,11 +122,10 @@ def _sum_scores(
     replay: Replay,
     tokens: TokenSet,
     work: Work,
-    score: Score,
     *,
     angles: bool = False,
 ) -> Floats:
-    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and scores as the last row.
+    """Return sums over tokens: angles (N + 1, N + 1) of two boundaries, and influences as last row.
 
     For a model in memory, micro-batches are processed one after the other.
     """
@@ -149,7 +139,7 @@ def _sum_scores(
             for b, i, before, after in boundaries(replay, some):
                 real = some[b].compared.to(after.device)
                 own = streams[b]
-                values = score(before[real].float(), after[real].float())
+                values = influence(before[real].float(), after[real].float())
                 found[b, -1, i] = float(values.sum(dtype=torch.float64))
                 if angles:
                     end = some[b].last_compared.to(after.device)

@@ -27,7 +27,6 @@ from isingcut.files.healings import HealingMemory
 from isingcut.formats.architectures.blocks import find_stack, text_config
 from isingcut.healing.job import Job, is_sharded, trainer_settings
 from isingcut.measure.splitting import fewer_tokens_to_fit
-from isingcut.memory import is_memory_exhausted
 from isingcut.models.compute.divergence import CHUNK_ELEMENTS
 from isingcut.models.compute.tuning import count_graph_bytes
 from isingcut.models.device import BatchLimit, least_left
@@ -272,7 +271,7 @@ def _activations(
 ) -> tuple[float, float, float]:
     """Count the bytes that a forward pass keeps for the backward pass.
 
-    They are measured on a sample. If memory does not suffice, only the inputs of the blocks count.
+    They are measured on a sample.
 
     Returns:
         bytes per token; bytes per token with recomputation; and bytes that do not depend on the
@@ -299,13 +298,7 @@ def _activations(
 
     length = _COUNTED if device.type == job.teacher.device.type else _COUNTED_APART
     length = min(length, row["input_ids"].shape[1])
-    try:
-        each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, count_saved)
-    except Exception as e:
-        if not is_memory_exhausted(e):
-            raise
-        each = float(entering)
-        fixed = 0.0
+    each, fixed = fewer_tokens_to_fit(BatchLimit(device), length, 1, count_saved)
     # The gradient of the logits is computed in the forward pass and never recomputed.
     logits = job.teacher.dtype.itemsize * int(text.vocab_size)
     return each, each / blocks + entering + logits, fixed
