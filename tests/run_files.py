@@ -189,8 +189,9 @@ def write_removal(place, energy, m, *, ranked=True):
     evaluation = {
         "samples": 5,
         "tokens": 555,
-        "before": side(20.0, n, 40.0),
-        "after": side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)),
+        "before": {**side(20.0, n, 40.0), "worst": 2.0, "worst_se": 0.5},
+        "after": {**side(20.0 + 3 * m, n - m, 40.0 * n / (n - m)), "worst": 4.0},
+        "metrics": {"worst": {"unit": "nats", "form": ".2f"}},
         "kl": 0.3 * m,
         "kl_se": 0.01,
         "generation": {"prompt": "Why?", "before": "Because.", "after": "So ``` so."},

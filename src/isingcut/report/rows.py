@@ -234,6 +234,8 @@ def evaluation_rows(evaluation: evaluations.EvaluationFile) -> list[Row]:
         "original": dict(evaluation.before),
         last: dict(evaluation.after),
     }
+    metrics = evaluation.metrics.items()
+    rows += [_row(k, k, shown.unit, shown.form, 1.0, sizes) for k, shown in metrics]
     if packed:
         sizes["gguf"] = {"bytes": packed.bytes}
     more = [_row(*quantity, sizes) for quantity in _SIZE_AND_SPEED]
