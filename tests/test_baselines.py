@@ -321,7 +321,7 @@ def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
         assert found.passes == passes
     reference, others = calls.heads
     # Only a KL needs the original's head.
-    needed = reference if getattr(part, "loss", "") == "kl" else 0
+    needed = reference if getattr(part, "loss", "kl") == "kl" else 0
     assert found.heads == pytest.approx(needed + others)
     if heads is not None:
         assert found.heads == heads

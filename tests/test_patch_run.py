@@ -451,7 +451,7 @@ def test_what_a_run_refuses_before_it_measures(folder):
         return str(caught.value)
 
     assert "the run itself sets" in refused(heal=True, healing={"teacher": "x"})
-    assert "--patch must be one of" in refused(patch="cubic")
+    assert "unknown repair 'cubic'; known: " in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 
 

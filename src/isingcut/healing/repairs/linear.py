@@ -149,7 +149,9 @@ def fit_patches(
         raise ArchitectureError("; ".join(cut.reason for cut in unpatched))
     maps = "reads" if all(patch.record.reads for patch in patches) else "writes"
     cuts = [patch.record for patch in patches]
-    record = PatchRecord(maps=maps, changed=True, cuts=cuts, unpatched=unpatched)
+    record = PatchRecord(
+        maps=maps, changed=True, cuts=cuts, unpatched=unpatched, tuning=None
+    )
     return Repaired(patches, record)
 
 
