@@ -108,9 +108,8 @@ def request_of(config: HealConfig, student: Path, teacher: Path) -> str:
 
     Unlike its identity, it needs no model.
     """
-    options = {k: v for k, v in describe_options(config).items() if k != "device"}
     models = [model_identity(folder)["sha256"] for folder in (student, teacher)]
-    return fingerprint([options, models, text_hashes(config.text)])
+    return fingerprint([describe_options(config), models, text_hashes(config.text)])
 
 
 def read_removal(folder: Path) -> Removal | None:

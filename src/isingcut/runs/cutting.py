@@ -390,7 +390,6 @@ def heal(session: Session, folder: RunFolder) -> Path | None:
         | calibration_options(folder)
         | {"model": made.fingerprint}
     )
-    del options["device"]
 
     def make(path: Path) -> None:
         if (target / HEALING).exists():
