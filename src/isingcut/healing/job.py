@@ -278,27 +278,17 @@ def usual_recipe(job: Job) -> HealingRecipe:
         text, batch, settings.get("num_train_epochs", 1.0)
     )
     rate = settings.get("learning_rate") or (2e-4 if job.config.lora_rank else 2e-5)
+    samples = steps * batch
+    tokens = int(samples * int(text.mask.sum()) / text.samples)
     length = int(text.mask.sum(1).max())
-    return _recipe(text, batch, steps, length, float(rate))
-
-
-def _recipe(
-    text: TokenSet,
-    batch: int,
-    steps: int,
-    length: int,
-    rate: float,
-    seconds: float | None = None,
-) -> HealingRecipe:
-    epochs = steps * batch / text.samples
     return HealingRecipe(
         steps=steps,
         batch=batch,
         length=length,
-        learning_rate=rate,
-        tokens=int(epochs * int(text.mask.sum())),
-        seconds=seconds,
-        epochs=epochs,
+        learning_rate=float(rate),
+        tokens=tokens,
+        seconds=None,
+        epochs=samples / text.samples,
     )
 
 
@@ -369,9 +359,15 @@ def choose_recipe(
         if seconds is not None:
             wanted = max(0.0, seconds) / (token + each / step)
     steps = min(max(1, int(min(most, wanted) / step)), _steps(cut, batch, epochs))
-    if seconds is not None:
-        seconds = steps * (each + token * step)
-    return _recipe(cut, batch, steps, length, rate, seconds)
+    return HealingRecipe(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=rate,
+        tokens=int(steps * step),
+        seconds=None if seconds is None else steps * (each + token * step),
+        epochs=steps * batch / cut.samples,
+    )
 
 
 def _batch(settings: Mapping[str, Any], processes: int) -> int | None:
