@@ -15,7 +15,12 @@ from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
 from isingcut.healing.patch.files import apply_patches, runs
-from isingcut.healing.patch.layers import find_gained, find_write, observe, token_gains
+from isingcut.healing.patch.layers import (
+    find_scaled_writes,
+    find_write,
+    observe,
+    token_gains,
+)
 from isingcut.healing.patch.ridge import Moments, Rows, bytes_of, fit_ridge
 from isingcut.healing.repairs import linear
 from isingcut.healing.repairs.base import patch_checkpoint
@@ -524,7 +529,7 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     with torch.no_grad():
         recording = replay.record(tokens(64).input_ids)
         entered = recording.block(0, recording.entered)
-        gained = find_gained(recording, 1, entered)[0]
+        gained = find_scaled_writes(recording, 1, entered)[0]
         _, _, written = observe(recording, 1, entered, gained.write)
         found = (
             token_gains(recording, 1, entered, gained, written)[..., None]
@@ -559,7 +564,7 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
 
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
-    monkeypatch.setattr(linear, "find_gained", lambda *args: [])
+    monkeypatch.setattr(linear, "find_scaled_writes", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
     with pytest.raises(ArchitectureError, match=reason):
         fitted(tiny_model("mixtral"), [2], tokens())

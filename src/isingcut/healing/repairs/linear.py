@@ -49,9 +49,9 @@ from isingcut.healing.patch.files import (
     runs,
 )
 from isingcut.healing.patch.layers import (
-    Gained,
+    ScaledWrite,
     Write,
-    find_gained,
+    find_scaled_writes,
     find_write,
     observe,
     token_gains,
@@ -264,11 +264,11 @@ class _Fitting:
             entered: for each batch the patched model's hidden states before block p.
         """
         reasons = list[str]()
-        usable = list[Gained]()
+        usable = list[ScaledWrite]()
         best: tuple[RidgeFit, Write] | None = None
         patch: Patch | None = None
         for _ in self.replay.store.sweep([p]):
-            for gained in find_gained(self._recordings[0], p, entered[0]):
+            for gained in find_scaled_writes(self._recordings[0], p, entered[0]):
                 if reason := self._obstacle(p, gained.write):
                     reasons.append(reason)
                 else:
@@ -301,7 +301,7 @@ class _Fitting:
         )
 
     def _solve(
-        self, p: int, entered: Sequence[Tensor], gained: Gained
+        self, p: int, entered: Sequence[Tensor], gained: ScaledWrite
     ) -> RidgeFit | None:
         """Return the map of one layer whose block output has the least validation error."""
         before = self._error(p, entered, None)
