@@ -55,6 +55,8 @@ __all__ = ["Tuned"]
 
 HELD_OUT_EVERY = 8
 LEAST_SAMPLES = 4
+SHARES = (1.0, 0.5, 0.25)
+"""Shares of the free memory that tuning uses, each after the one before was too large."""
 STEP_TOKENS = 512
 """Approximate predictions per optimiser step; at least one sample."""
 BYTES = 16
@@ -94,24 +96,27 @@ class Tuned:
         limit = job.teacher.replay.limit
         longest = int(tokens.mask.sum(1).max())
 
-        def tune_with(count: int) -> Repaired:
-            patches, tuning = tune(job, tokens, held_out, found.patches, layers, count)
-            found.record.tuning = tuning
+        def tune_with(share: float, count: int) -> Repaired:
+            given = (job, tokens, held_out, found.patches, layers)
+            patches, found.record.tuning = tune(*given, at_a_time=count, share=share)
             return Repaired(patches, found.record)
 
         why = f"{limit.device} is out of memory for tuning the patch"
-        try:
-            made = attempt(
-                lambda: fewer_tokens_to_fit(limit, STEP_TOKENS, longest, tune_with),
-                True,
-            )
-        except FitError as e:
-            made = None
-            why = str(e)
-        if made is None:
+        fewer = partial(fewer_tokens_to_fit, limit)
+        for share in SHARES:
+            tuning = partial(tune_with, share)
+            try:
+                made: Repaired | None = attempt(
+                    partial(fewer, STEP_TOKENS, longest, tuning), True
+                )
+            except FitError as e:
+                why = str(e)
+                break
+            if made is not None:
+                return made
             limit.release()
-            found.record.tuning = PatchTuning(left_out=why)
-        return made or found
+        found.record.tuning = PatchTuning(left_out=why)
+        return found
 
 
 def split_samples(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
@@ -138,7 +143,9 @@ def tune(
     held_out: TokenSet,
     patches: Sequence[Patch],
     stored: StoredLayers | None = None,
+    *,
     at_a_time: int = STEP_TOKENS,
+    share: float = 1.0,
 ) -> tuple[list[Patch], PatchTuning]:
     """Tune fitted patches on the loss.
 
@@ -155,6 +162,7 @@ def tune(
         patches: the fitted patches of this state.
         stored: the checkpoint to write the layers to; None: any layer may be tuned.
         at_a_time: tokens per micro-batch; changes results by rounding only.
+        share: share of the free memory to use.
 
     Returns:
         the patches of all changed layers; and the record of the tuning.
@@ -172,7 +180,7 @@ def tune(
     # Rather fewer tokens at a time than fewer layers.
     wanted = sum(p.nbytes for i in adjacent for p in replay.blocks[i].parameters())
     wanted += 2 * replay.bytes_per_token * int(tokens.mask.sum())
-    room = least_left(replay.places) - wanted
+    room = share * least_left(replay.places) - wanted
     longest = int(tokens.mask.sum(1).max())
     each = bytes_of_backward(replay)
     while at_a_time > longest and at_a_time * each > room:
@@ -193,7 +201,7 @@ def tune(
         if one[:2] in fitted or stored is None or not stored.float8(one[0], one[1])
     ]
     found = [one for one in found if not find_obstacle(replay, stored, *one[:3])]
-    layers = choose_layers(found, max(at_a_time, longest) * each)
+    layers = choose_layers(found, max(at_a_time, longest) * each, share)
     tuned = {
         (b, path): _Layer(module, fitted.get((b, path))) for b, path, module in layers
     }
@@ -238,13 +246,14 @@ def tune(
 
 
 def choose_layers(
-    layers: Sequence[tuple[int, str, Any, bool]], beside: int
+    layers: Sequence[tuple[int, str, Any, bool]], beside: int, share: float = 1.0
 ) -> list[tuple[int, str, Any]]:
     """Return the layers that memory suffices for; those as wide as the stream come first.
 
     Args:
         layers: block, path, module, and whether the layer is as wide as the stream.
         beside: bytes of each device for a micro-batch.
+        share: share of the free memory to use.
 
     Raises:
         FitError: there is no layer, or too little memory for any.
@@ -257,8 +266,8 @@ def choose_layers(
     beside += max(module.weight.nbytes for _, _, module, _ in layers)
     host = torch.device("cpu")
     homes = {module.weight.device for _, _, module, _ in layers}
-    room = {home: allowance("", home).left - beside for home in homes}
-    room[host] = allowance("", host).left
+    room = {home: share * allowance("", home).left - beside for home in homes}
+    room[host] = share * allowance("", host).left
     chosen = set[int]()
     for i, (_, _, module, _) in sorted(
         enumerate(layers), key=lambda one: not one[1][3]
