@@ -538,7 +538,7 @@ def test_a_runs_budget_is_that_of_its_healing():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--heal", "--patch", "cubic"], "--patch must be"),
+        (["--heal", "--patch", "cubic"], "unknown repair"),
         (["--patch=linear", "--heal"], "gone"),
         (["--heal", "2h"], "gone"),
         (["--heal=9"], "--heal: '9': expected a time"),
