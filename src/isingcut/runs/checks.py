@@ -13,6 +13,7 @@ from isingcut.data import corpora
 from isingcut.data.mixture import places_in
 from isingcut.data.text_files import is_read_once
 from isingcut.errors import InputError
+from isingcut.evaluation.metrics import registry as metrics
 from isingcut.evaluation.questions import check_tasks, split_names
 from isingcut.files.inputs import user_path
 from isingcut.formats.sources import check_name
@@ -77,6 +78,9 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
         corpora.check(config.calibration)
     solvers.check(config.solver)
     repairs.check(config.patch)
+    # Every evaluation measures all.
+    for name in metrics.names():
+        metrics.get(name)
     check_healing_options(config)
     check_run_tasks(config)
     # Last, because the name may be one of the hub.
