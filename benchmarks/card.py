@@ -52,7 +52,7 @@ from isingcut.models.streaming import replay as streamed
 from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.runs.folder import RunFolder
+from isingcut.runs.stages import Stage
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = 32
@@ -166,7 +166,7 @@ def run(
     """
     weight = weights(model)
     found = dict[str, float]()
-    stage = RunFolder.stage
+    begin = Stage.__call__
     layers = list[int]()
     choose = tuning.choose_layers
 
@@ -179,17 +179,17 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     with short(), fake_cards(count, int(budget * weight)) as cards:
 
-        def measured(self: RunFolder, name: str, *rest: Any, **given: Any) -> Any:
+        def measured(self: Stage[Any, Any], *given: Any) -> Any:
             for card in cards:
                 card.reset_peak()
             try:
-                return stage(self, name, *rest, **given)
+                return begin(self, *given)
             finally:
                 peaks = (round(card.peak / weight, 3) for card in cards)
-                found[name] = max(found.get(name, 0.0), *peaks)
+                found[self.name] = max(found.get(self.name, 0.0), *peaks)
 
         patched = mock.patch.object(tuning, "choose_layers", chosen)
-        with patched, mock.patch.object(RunFolder, "stage", measured):
+        with patched, mock.patch.object(Stage, "__call__", measured):
             try:
                 isingcut.run(out=str(out), **options(place, model, cards) | more)
             finally:
@@ -258,7 +258,7 @@ def quarter_budget(place: Path) -> tuple[float, float]:
     model = checkpoint(place / f"untied-{QUARTER[1]}", "untied", QUARTER)
     fixed: dict[str, Any] = {
         "remove": 8,
-        "drop": ",".join(map(str, QUARTER)),
+        "must_remove": ",".join(map(str, QUARTER)),
         "energy": "fisher",
         "effort": "",
     }

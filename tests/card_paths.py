@@ -107,7 +107,7 @@ class Place:
 def default(place: Place) -> None:
     """A run with the defaults: searched, near candidates patched, tuned, its speed measured."""
     more = {**SEARCHED, "patch": "tuned", "patch_tokens": 1000, "states": 5}
-    place.run(**more, skip_speed=False, also="fisher")
+    place.run(**more, skip_speed=False, compare_energies="fisher")
 
 
 def verbs(place: Place) -> None:
@@ -147,7 +147,7 @@ def deep(place: Place, blocks: int, remove: int) -> None:
 
 
 def streamed(place: Place) -> None:
-    run = place.run(stream="on", **SEARCHED, also="empirical-fisher")
+    run = place.run(stream="on", **SEARCHED, compare_energies="empirical-fisher")
     for name in ("block-influence", "angular-window"):
         place.type("baseline", name, run)
 
@@ -218,7 +218,7 @@ def gguf_file(place: Place) -> Path:
 def from_gguf(place: Place) -> None:
     file = gguf_file(place)
     run = place.run(model=str(file))
-    place.type("evaluate", run / "model.gguf", "--skip-speed")
+    place.type("evaluate", run, "--skip-speed")
 
 
 def packed(place: Place) -> None:
@@ -322,7 +322,9 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "energies": energies,
     "energies, streamed": functools.partial(energies, stream="on"),
     **{
-        f"family {family}": functools.partial(Place.run, family=family, drop="2,3")
+        f"family {family}": functools.partial(
+            Place.run, family=family, must_remove="2,3"
+        )
         for family in ("gemma2", "qwen3_moe", "gpt2", "bamba", "phi3")
     },
     "search, gemma2": functools.partial(

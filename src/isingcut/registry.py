@@ -8,12 +8,17 @@ at run time with `register`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from isingcut.errors import InputError, IsingcutError, UnknownNameError, first_line
+from isingcut.errors import (
+    InputError,
+    IsingcutError,
+    UnknownNameError,
+    first_line,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -60,11 +65,6 @@ class Registry:
             {*self._files(), *self._entry_points(), *self._registered, *self.choices}
         )
 
-    def check(self, name: str) -> None:
-        """Raise as `get`, or for one of `choices`; a known part is not imported, for speed."""
-        if name in self.choices or name not in self.names():
-            self.get(name)
-
     def register(self, name: str, part: Any) -> None:
         """Add ``part`` for this process under a new name.
 
@@ -76,6 +76,15 @@ class Registry:
                 f"{self.noun} {name!r} is already registered; choose another name"
             )
         self._registered[name] = part
+
+    def check(self, name: str) -> None:
+        """Check that there is a part called ``name``, without importing it.
+
+        Raises:
+            UnknownNameError: as `get`.
+        """
+        if name in self.choices or name not in self.names():
+            self.get(name)
 
     def get(self, name: str) -> Any:
         """Import and return the part called ``name``.
@@ -100,12 +109,8 @@ class Registry:
             raise UnknownNameError(
                 f"{name!r} lets a run choose; here, name one {self.noun}"
             )
-        names = self.names()
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise UnknownNameError(
-            f"unknown {self.noun} {name!r}{hint} known: {', '.join(names)}"
-        )
+        hint = suggest(name, self.names())
+        raise UnknownNameError(f"unknown {self.noun} {name!r}{hint}")
 
     def _load(self, entry_point: EntryPoint) -> Any:
         try:

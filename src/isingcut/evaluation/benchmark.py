@@ -12,8 +12,6 @@ questions is mostly chance.
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +22,7 @@ import numpy as np
 
 from isingcut.console.progress import Part
 from isingcut.errors import InputError
-from isingcut.evaluation.questions import Prepared, short_name
+from isingcut.evaluation.questions import Prepared
 from isingcut.evaluation.scores import Scores, score_states
 from isingcut.files.evaluations import PairedScores, TaskRow
 from isingcut.files.results import fingerprint, without_infinities
@@ -99,15 +97,6 @@ def journal_of(kept: Path, task: Prepared, loaded: LoadedModel, depends: Any) ->
     model = model_identity(loaded.folder)["sha256"]
     identity = fingerprint([task.name, task.source, model, str(loaded.dtype), depends])
     return kept / f"{task.name}-{identity}.journal"
-
-
-def forget_scores(kept: Path, tasks: Sequence[str]) -> None:
-    """Delete the journals of tasks in a folder, and the folder if it is empty then."""
-    for name in map(short_name, tasks):
-        for path in kept.glob(f"{glob.escape(name)}-*.journal"):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        kept.rmdir()
 
 
 RESAMPLES = 10_000

@@ -313,7 +313,7 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
         )
     judging = time.monotonic() - began
     if main and not known:
-        _check_effort(job, text.report, judging, patches=patches)
+        _check_train(job, text.report, judging, patches=patches)
     if patches:
         patched = work / "patched"
 
@@ -375,11 +375,12 @@ def _train(job: Job, text: HealingText) -> tuple[Path, HealingFile | None]:
     )
 
 
-def _check_effort(job: Job, report: TokenSet, judging: float, *, patches: bool) -> None:
+def _check_train(job: Job, report: TokenSet, judging: float, *, patches: bool) -> None:
     """Raise if the time is too short for a useful training.
 
     Args:
         judging: seconds of an evaluation, which is a forward pass of each of two models.
+
 
     Raises:
         InputError: the time is too short; the message has an approximate time that is enough.
@@ -397,9 +398,9 @@ def _check_effort(job: Job, report: TokenSet, judging: float, *, patches: bool) 
     if seconds < (total := 2 * judging + patching + training):
         enough = math.ceil(total / 60 + 0.5)
         raise InputError(
-            f"--effort {job.config.effort} is too short: evaluating the model before and after "
+            f"--train {job.config.train} is too short: evaluating the model before and after "
             f"takes about {duration(2 * judging)} here, the patch {duration(patching)}, and "
-            f"{LEAST_STEPS} steps of training {duration(training)}; give --effort {enough}min or "
+            f"{LEAST_STEPS} steps of training {duration(training)}; give --train {enough}min or "
             "more, or fewer --report-samples"
         )
 
