@@ -35,6 +35,7 @@ from isingcut.healing import CUT
 from isingcut.healing import RECORD as HEALING
 from isingcut.healing.heal import build_text, heal_checkpoint, sample_length
 from isingcut.healing.job import Job, check_training
+from isingcut.healing.repairs import registry
 from isingcut.healing.repairs.base import (
     CANNOT,
     Kept,
@@ -347,6 +348,7 @@ def _patch_job(
 
 def _patch_config(config: RunConfig) -> HealConfig:
     """Return the healing options for the patch, which is made before the training by `--heal`."""
+    registry.check(config.patch)
     patch = before_training(config.patch) if config.heal else config.patch
     return heal_config(config).replace(patch=patch)
 
