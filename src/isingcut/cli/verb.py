@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import json
 import os
@@ -136,16 +135,6 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, words)
 
 
-def part_names(room: str) -> Callable[[str], list[str]]:
-    """Return a shell completion for the part names in `isingcut.ROOM`; imports no part."""
-
-    def complete(incomplete: str) -> list[str]:
-        names: list[str] = importlib.import_module(f"isingcut.{room}").registry.names()
-        return [name for name in names if name.startswith(incomplete)]
-
-    return complete
-
-
 def verb(
     *names: str,
     group: str,
@@ -227,22 +216,17 @@ def _parameter(
     """Return the command-line parameter of an option, for a heading of the help."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
-    numeric = f"<{kind.__name__}>" if kind in (int, float) else None
-    # The declaration reads numbers, so that they are written alike everywhere.
-    kind = str if numeric else kind
     f = of.__dataclass_fields__[name]
     info: Any
     if f.metadata["argument"] and name == flag_or_name:
         info = typer.Argument(help=f.metadata["help"], metavar=flag(f))
     else:
         default = "" if f.default in ("", None, False) else f" (default: {f.default})"
-        room = f.metadata["room"]
         called = flag_or_name if name != flag_or_name else flag(f)
         info = typer.Option(
             called,
             help=f.metadata["help"] + default,
-            metavar=f.metadata["metavar"] or numeric,
-            autocompletion=part_names(room) if room else None,
+            metavar=f.metadata["metavar"],
             rich_help_panel=panel,
         )
     return inspect.Parameter(

@@ -21,7 +21,6 @@ from isingcut.cli.verb import (
     Folder,
     Output,
     collect,
-    part_names,
     removal_at,
     reopen,
     reopen_at,
@@ -139,7 +138,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     text = RunFiles(folder).calibration
     file = data["hamiltonian"]
     assert text is not None
-    warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
+    warnings = words.overlap_warnings(text.overlap)
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 
@@ -219,7 +218,6 @@ def baseline(
         typer.Argument(
             metavar="NAME",
             help="A method; `isingcut ls` lists all.",
-            autocompletion=part_names("baselines"),
         ),
     ],
     directory: Folder,

@@ -168,25 +168,16 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
         yield plain
         plain.finish()
         return
-    from rich.progress import (
-        BarColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.markup import escape
     from rich.progress import Progress as RichProgress
+    from rich.progress import TextColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
+    note_column = TextColumn("{task.fields[note]}", markup=False)
+    columns = (*RichProgress.get_default_columns(), note_column)
     with RichProgress(*columns, console=screen, transient=True) as bars:
-        task = bars.add_task(printable(description), total=total or None, note="")
+        task = bars.add_task(
+            escape(printable(description)), total=total or None, note=""
+        )
 
         class _RichBar:
             def advance(self, steps: float = 1, note: str = "") -> None:

@@ -220,25 +220,18 @@ def _is_source(key: str, value: Any) -> bool:
 
 def _parse_weights(source: str) -> list[tuple[str, float]]:
     found = []
-    word = ""
     for piece in source.split(","):
-        word = f"{word},{piece}" if word else piece
-        name, _, number = word.rpartition("=")
-        try:
+        name, _, number = (word.strip() for word in piece.rpartition("="))
+        weight = 0.0
+        with contextlib.suppress(ValueError):
             weight = float(number)
-        except ValueError:
-            # The comma may be part of a file name, so read on up to a weight.
-            continue
-        odd = ("=" in name or "," in name) and not _exists(place_of(name))
-        if not name.strip() or odd or not (math.isfinite(weight) and weight > 0):
-            break
-        found.append((name.strip(), weight))
-        word = ""
-    if word:
-        raise CalibrationError(
-            f"the text {source!r} is not a file, and as a mixture its part {word!r} is not "
-            "SOURCE=WEIGHT with a positive number; write for example wiki=0.7,my-code.jsonl=0.3"
-        )
+        if not name or not 0 < weight < math.inf:
+            raise CalibrationError(
+                f"the text {source!r} is not a file, and as a mixture its part {piece!r} is not "
+                "SOURCE=WEIGHT with a positive number; write for example "
+                "wiki=0.7,my-code.jsonl=0.3"
+            )
+        found.append((name, weight))
     return found
 
 
