@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -169,13 +169,9 @@ def verb(
             for p in own.values()
             if p.name != "progress" and p.kind != inspect.Parameter.VAR_KEYWORD
         ]
-        headings = {}
+        parameters += [_parameter(of, n, repeated=n in repeat) for n in names]
         if of is RunConfig and len(names) > _LONG:
-            headings = {n: panel for panel, ns in _PANELS.items() for n in ns.split()}
-        order = ["model", *headings]
-        for n in sorted(names, key=order.index) if headings else names:
-            panel = headings.get(n)
-            parameters.append(_parameter(of, n, repeated=n in repeat, panel=panel))
+            parameters = _in_panels(parameters)
 
         @functools.wraps(handler)
         def command(as_json: bool, quiet: bool, **typed: Any) -> None:
@@ -211,11 +207,14 @@ def verb(
 
 
 def _parameter(
-    of: type[Options], flag_or_name: str, *, repeated: bool, panel: str | None
+    of: type[Options], flag_or_name: str, *, repeated: bool
 ) -> inspect.Parameter:
-    """Return the command-line parameter of an option, for a heading of the help."""
+    """Return the command-line parameter of an option."""
     name = flag_or_name.removeprefix("--")
     kind: Any = plain_type(of, name)
+    numeric = f"<{kind.__name__}>" if kind in (int, float) else None
+    # The declaration reads numbers, so that they are written alike everywhere.
+    kind = str if numeric else kind
     f = of.__dataclass_fields__[name]
     info: Any
     if f.metadata["argument"] and name == flag_or_name:
@@ -226,8 +225,7 @@ def _parameter(
         info = typer.Option(
             called,
             help=f.metadata["help"] + default,
-            metavar=f.metadata["metavar"],
-            rich_help_panel=panel,
+            metavar=f.metadata["metavar"] or numeric,
         )
     return inspect.Parameter(
         name,
@@ -235,6 +233,17 @@ def _parameter(
         default=None,
         annotation=Annotated[(list[kind] if repeated else kind) | None, info],
     )
+
+
+def _in_panels(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Sort the parameters in the order of `_PANELS`, each option under its heading."""
+    headings = {name: panel for panel, ns in _PANELS.items() for name in ns.split()}
+    for parameter in parameters:
+        info = get_args(parameter.annotation)[1]
+        if isinstance(info, typer.models.OptionInfo):
+            info.rich_help_panel = headings[parameter.name]
+    order = ["model", *headings]
+    return sorted(parameters, key=lambda parameter: order.index(parameter.name))
 
 
 def _check(

@@ -61,19 +61,14 @@ def register_texts(given: Sequence[str]) -> Iterator[str]:
     Raises:
         CalibrationError: ``given`` is not a list of strings, or is empty.
     """
-    if not isinstance(given, list | tuple):
+    texts = given if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise CalibrationError(
-            f"calibration must be a source's name or a list of texts, got {type(given).__name__}"
+            "calibration must be a source's name or a list of strings, not empty; got "
+            f"{given!r:.60}"
         )
-    if not given:
-        raise CalibrationError("calibration is an empty list; give texts")
     digest = hashlib.sha256()
-    for number, text in enumerate(given):
-        if not isinstance(text, str):
-            raise CalibrationError(
-                f"calibration must be a list of strings, but text {number} is of type "
-                f"{type(text).__name__}"
-            )
+    for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
     name = f"{len(given)} texts in memory ({digest.hexdigest()[:16]})"

@@ -127,9 +127,12 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
 
     # Arrays and numbers of NumPy and PyTorch.
     value = getattr(value, "tolist", lambda: value)()
-    if plain_type(kind, f.name) is str:
-        value = _text(value)
+    plain = plain_type(kind, f.name)
     try:
+        if plain is str:
+            value = _text(value)
+        elif plain is not bool and isinstance(value, str):
+            value = parse_yaml(value)
         return _validator(kind, f.name)(value)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
@@ -138,7 +141,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
         words = str(context.get("expected")).replace("'", "").replace(" or ", ", ")
         wrong = _WRONG[first["type"]].format(**context, words=words)
         raise OptionError(f, f" {wrong}") from None
-    except InputError as e:
+    except (InputError, ValueError) as e:
         # Of a text that is parsed.
         raise OptionError(f, f": {e}") from None
 

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from importlib.resources import files as resources
-from importlib.util import find_spec
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -106,7 +105,6 @@ def _environment(**more: Any) -> jinja2.Environment:
         was_tuned,
     )
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals["find_spec"] = find_spec
     environment.globals["CUT_RANKING"] = rows.CUT_RANKING
     return environment
 
