@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -27,6 +28,7 @@ from isingcut import baselines
 from isingcut.energies import registry as energy_parts
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.heal import heal
+from isingcut.healing.patch.linear import _Fitting
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_model
@@ -218,7 +220,7 @@ def gguf_file(place: Place) -> Path:
 def from_gguf(place: Place) -> None:
     file = gguf_file(place)
     run = place.run(model=str(file))
-    place.type("evaluate", run / "model.gguf", "--skip-speed")
+    place.type("evaluate", run, "--skip-speed")
 
 
 def packed(place: Place) -> None:
@@ -278,6 +280,26 @@ def eager(place: Place) -> None:
     place.run(**more, patch="tuned", patch_tokens=200)
 
 
+def rows(place: Place) -> None:
+    """Fits on fewer tokens than a layer has inputs, also of outputs with a bias."""
+    few = {"patch_tokens": 100, "drop": "2,3"}
+    wide = place.shared.checkpoint(intermediate_size=512)
+    place.run(model=str(wide), **few)
+    with mock.patch.object(_Fitting, "ways", (False,)):
+        place.run("outputs", family="gpt2", **few, patch="tuned")
+
+
+def slopes(place: Place) -> None:
+    """A search long enough for exchanges by slope, and a state whose blocks all differ."""
+    model = place.shared.checkpoint(num_hidden_layers=8)
+    place.run(model=str(model), energy="auto", effort="200", samples=16)
+
+
+def timed_healing(place: Place) -> None:
+    """A healing whose budget is a time, which measures its steps first."""
+    place.heal(effort="90min")
+
+
 PATHS: dict[str, Callable[[Place], Any]] = {
     "range": range_of,
     "budget": budget,
@@ -287,7 +309,10 @@ PATHS: dict[str, Callable[[Place], Any]] = {
     "heal last": functools.partial(healing, method="last:1"),
     "heal, bfloat16": healing_in_half,
     "heal, resumed": resumed,
+    "heal, timed": timed_healing,
     "patch alone": patch_alone,
+    "rows": rows,
+    "slopes": slopes,
     "run": default,
     "verbs": verbs,
     "tasks": tasks,

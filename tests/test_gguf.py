@@ -360,7 +360,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
-    assert call("evaluate", gguf_run / "model.gguf", "--skip-speed") == 0
+    assert call("evaluate", gguf_run, "--skip-speed") == 0
     assert figure in capsys.readouterr().out
 
 

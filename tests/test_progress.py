@@ -96,9 +96,8 @@ class Bar:
         self.notes.append(note)
 
 
-def test_measuring_reports_the_best_so_far(finished, tmp_path):
-    """The note next to the bar is the lowest mean KL of the samples so far. Steps of a killed
-    measurement are counted at once, so that the pace of new steps leaves them out."""
+def test_steps_of_a_killed_measurement_are_counted_at_once(finished, tmp_path):
+    """So the pace of new steps leaves them out."""
     bars = []
 
     @contextlib.contextmanager
@@ -110,12 +109,10 @@ def test_measuring_reports_the_best_so_far(finished, tmp_path):
     split = Calibration.load(finished / "calibration.safetensors").splits["rank"]
     work = Work(16, record, tmp_path / "journal")
     for _ in range(2):
-        found = measure(run._session.replay, split, run.spectrum.states, work)
+        measure(run._session.replay, split, run.spectrum.states, work)
     (first, total), (again, _) = bars
-    best = f"lowest running mean of KL {found.kl.min():.4f}"
-    assert len([note for note in first.notes if note]) == 3
-    assert first.notes[-1] == best
-    assert (again.done, again.notes) == (total, [best])
+    assert first.done == pytest.approx(total)
+    assert (again.done, len(again.notes)) == (total, 1)
 
 
 def test_a_large_file_is_hashed_with_a_bar(tmp_path, monkeypatch):

@@ -345,19 +345,12 @@ def evaluate(
     from isingcut.formats.sources import check_name
     from isingcut.report.run_files import RunFiles
     from isingcut.runs.checks import check_run_tasks
-    from isingcut.runs.folder import MANIFEST, find_run
+    from isingcut.runs.folder import MANIFEST
 
     names = ("tasks", "data", "questions")
     typed = {name: options.pop(name) for name in names if name in options}
     asked = RunConfig(model=original or "of the run", **typed).validate()
     check_run_tasks(asked)
-    gguf = directory.suffix.lower() == ".gguf"
-    if gguf and original is None and blocks is None:
-        if options.get("remove") or options.get("budget"):
-            raise InputError(
-                "--remove and --budget are for a run folder; a .gguf file has its own"
-            )
-        directory, blocks = find_run(directory)
     if original is not None:
         of_run: list[str] = [n for n in ("model", "remove", "budget") if n in options]
         of_run += ["blocks"] * (blocks is not None)
@@ -488,7 +481,7 @@ def push(
     """
     from rich.filesize import decimal
 
-    from isingcut.runs import interop_hub
+    from isingcut.runs import uploading
 
     checkpoint = directory
     folder = None
@@ -501,7 +494,7 @@ def push(
         raise InputError(
             "--remove and --budget are for a run folder; a checkpoint has its own"
         )
-    card, files = interop_hub.prepare(checkpoint, repository, folder)
+    card, files = uploading.prepare(checkpoint, repository, folder)
     sizes = {
         k: len(f) if isinstance(f, bytes) else f.stat().st_size
         for k, f in files.items()
@@ -513,13 +506,13 @@ def push(
         "folder": str(checkpoint),
         "metadata": card.data.to_dict(),  # type: ignore[no-untyped-call]
         "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
-        "records": interop_hub.read_records(files),
+        "records": uploading.read_records(files),
     }
     if dry_run:
         shown = json.dumps(data, indent=1).splitlines()
         brief = f"dry run: {decimal(sum(sizes.values()))} for {repository}; nothing was uploaded"
         return Output(data, lambda: show.show_lines(*shown, brief), brief=brief)
-    url = interop_hub.push(files, repository, private=private, message=message)
+    url = uploading.push(files, repository, private=private, message=message)
     return Output({**data, "url": url}, lambda: show.show_lines(url), brief=url)
 
 
@@ -561,7 +554,8 @@ def plan(**options: Any) -> Output:
     from isingcut.runs.plan import make_plan
 
     found = make_plan(config)
-    return Output(found, lambda: show.show_plan(found), brief=found["command"])
+    brief = f"{found['seconds']:.0f}"
+    return Output(found, lambda: show.show_plan(found), brief=brief)
 
 
 @verb(name="ls", group=LOOK)

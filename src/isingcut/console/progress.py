@@ -168,16 +168,16 @@ def terminal(description: str, total: float) -> Iterator[Bar]:
         yield plain
         plain.finish()
         return
-    from rich.markup import escape
     from rich.progress import Progress as RichProgress
     from rich.progress import TextColumn
 
-    note_column = TextColumn("{task.fields[note]}", markup=False)
-    columns = (*RichProgress.get_default_columns(), note_column)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        *RichProgress.get_default_columns()[1:],
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with RichProgress(*columns, console=screen, transient=True) as bars:
-        task = bars.add_task(
-            escape(printable(description)), total=total or None, note=""
-        )
+        task = bars.add_task(printable(description), total=total or None, note="")
 
         class _RichBar:
             def advance(self, steps: float = 1, note: str = "") -> None:

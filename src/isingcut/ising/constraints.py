@@ -49,8 +49,7 @@ class LinearConstraint:
         if self.sense not in ("==", "<=", ">="):
             raise InputError(f"constraint {self.name!r}: sense must be ==, <= or >=")
         row.setflags(write=False)
-        object.__setattr__(self, "coefficients", row)
-        object.__setattr__(self, "rhs", float(self.rhs))
+        vars(self).update(coefficients=row, rhs=float(self.rhs))
 
     @property
     def tolerance(self) -> float:

@@ -22,6 +22,7 @@ from isingcut.options.config import RunConfig, distil_config, heal_config
 from isingcut.options.declaration import options_from
 from isingcut.processes import is_launched
 from isingcut.runs.folder import MANIFEST, RunFolder
+from isingcut.runs.stages import refuse_changes
 
 
 def check_options(
@@ -74,7 +75,7 @@ def check_inputs(config: RunConfig, *, ranks: bool) -> None:
     if (path / MANIFEST).is_file():
         before = RunFolder.open(path, overwrite=config.overwrite)
         before.model_places(config.model)
-        before.refuse_changes(config, ranks=ranks)
+        refuse_changes(before, config, ranks=ranks)
     else:
         # Check before any file is opened, which could get the descriptor of a closed pipe.
         corpora.check(config.calibration)

@@ -18,7 +18,7 @@ from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
-from isingcut.files.stages import SOLVING, STAGES
+from isingcut.files.stages import SOLVING, STAGE_FILES
 from isingcut.files.states import CandidatesFile
 from isingcut.ising import constraints as rows
 from isingcut.ising.constraints import LinearConstraint
@@ -32,6 +32,7 @@ from isingcut.options.config import RunConfig
 from isingcut.options.parsed import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
+from isingcut.runs.stages import Making, Stage, typed_options
 
 if TYPE_CHECKING:
     from isingcut.formats.architectures.blocks import BlockStack
@@ -246,10 +247,7 @@ def describe_blocks(
     )
 
 
-def solve(
-    folder: RunFolder, config: RunConfig, progress: Progress = silent
-) -> Spectrum:
-    """Run stage `solve`: write `spectrum.json` of one removal, from the Hamiltonian's file."""
+def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) -> Making:
     file = folder.path / "hamiltonian.safetensors"
     if not file.exists():
         raise StageFileError(
@@ -273,8 +271,10 @@ def solve(
             bar.advance(0, f"lowest energy {spectrum.energies[0]:.4g}")
         spectrum.save(path)
 
-    target = folder.target(config.removal)
-    return folder.stage("solve", target / "spectrum.json", options, make, Spectrum.load)
+    return folder, folder.target(config.removal) / "spectrum.json", options, make
+
+
+solve = Stage("solve", _solve, Spectrum.load)
 
 
 def problem_of(folder: RunFolder, config: RunConfig) -> Problem:
@@ -298,9 +298,7 @@ def _solver_options(config: RunConfig) -> dict[str, Any]:
 def solve_options(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Return the options of stage `solve`, with the fingerprint of the Hamiltonian's stage."""
     record = folder.record(folder.path / "hamiltonian.safetensors")
-    return {"energy": record.fingerprint} | {
-        k: getattr(config, k) for k in STAGES["solve"].options
-    }
+    return {"energy": record.fingerprint} | typed_options("solve", config)
 
 
 def with_solved(folder: RunFolder, config: RunConfig) -> RunConfig:
@@ -337,7 +335,7 @@ def require(folder: RunFolder, config: RunConfig, name: str) -> Path:
             if config.remove
             else ["--budget", config.budget]
         )
-        needed = (STAGES[stage] for stage in ("solve", "rank", "cut"))
+        needed = (STAGE_FILES[stage] for stage in ("solve", "rank", "cut"))
         verb = next(
             stage.verb for stage in needed if not (target / stage.file).exists()
         )
