@@ -248,6 +248,9 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
     file.write_text("stream: on\nremove: 4..9\nquick: false\nmodel: no\n")
     found = from_yaml(RunConfig, file)
     assert found == {"stream": "on", "remove": "4..9", "quick": False, "model": "no"}
+    # As in the options of an earlier run.
+    file.write_text("tasks: ''\nkeep: []\n")
+    assert from_yaml(RunConfig, file) == {"tasks": "", "keep": ""}
     for typed in ("0x10", "010"):
         file.write_text(f"samples: {typed}")
         with refuses(f"samples must be a whole number, got '{typed}'", IsingcutError):
