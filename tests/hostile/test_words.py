@@ -89,6 +89,7 @@ WORDS = [
     ("--solve-seconds nan", "--solve-seconds must be a number, got 'nan'"),
     ("--solve-seconds 1_0", "--solve-seconds must be a number, got '1_0'"),
     ("--calibration ''", "--calibration is empty"),
+    ("--samples ''", "--samples must be a whole number, got ''"),
     ("--samples many", "--samples must be a whole number, got 'many'"),
     *((f"--seed {n}", f"--seed must be a whole number, got '{n}'") for n in ODD),
     *((f"--remove {n}", f"--remove: cannot read '{n}' as a removal") for n in ODD),

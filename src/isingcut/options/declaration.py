@@ -131,7 +131,7 @@ def _check_value(kind: Any, f: dataclasses.Field[Any], value: Any) -> Any:
     try:
         if plain is str:
             value = _text(value)
-        elif plain is not bool and isinstance(value, str):
+        elif plain is not bool and isinstance(value, str) and value:
             value = parse_yaml(value)
         return _validator(kind, f.name)(value)
     except ValidationError as e:
