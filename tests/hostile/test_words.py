@@ -354,7 +354,7 @@ FINE = [
     Row("a run in the home folder", "solve ~/run --remove 1", code=0, makes=("home/run/*",),
         prepare=lambda a: (a.run).rename(a.home / "run")),
     Row("a plan for a budget", "plan {model} --budget params=30% --length 16", code=0,
-        line=r"isingcut run \S+ --length 16 --budget params=30% "),
+        line=r"a run with refined takes "),
     Row("a comparison in the home folder", "report {run} {run} --out ~/two.html", code=0,
         makes=("home/two.html",)),
     Row("a model in the home folder", "inspect ~/model", code=0,
