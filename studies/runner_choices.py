@@ -30,9 +30,7 @@ from studies.runner import Content
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
     "block-influence": ("block-influence", {}),
-    "block-influence-iterative": ("block-influence", {"iterative": True}),
     "angular-window": ("angular-window", {}),
-    "norm-ratio": ("norm-ratio", {}),
     "sleb": ("sleb", {}),
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }

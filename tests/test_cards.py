@@ -19,8 +19,8 @@ from cards import fake_cards
 from isingcut.errors import InputError, MemoryExhaustedError
 from isingcut.evaluation import candidates
 from isingcut.formats.cutting.checkpoint import excise
-from isingcut.healing.patch import checkpoint, linear
-from isingcut.healing.patch.linear import fit_patches
+from isingcut.healing.repairs import linear, tuned
+from isingcut.healing.repairs.linear import fit_patches
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure
 from isingcut.measure.packed import changed_losses
@@ -358,7 +358,7 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
         monkeypatch.setattr(linear, "bytes_of", lambda *given: 0)
         monkeypatch.setattr(Replay, "room", lambda self, batch: 0)
         again = fit_patches(replay, tokens, [3], Work(128))
-    assert (found.maps, found.unpatched) == ("reads", [])
+    assert (found.record.maps, found.record.unpatched) == ("reads", [])
     for fit in (found, again):
         torch.testing.assert_close(
             fit.patches[0].weight, expected, rtol=1e-6, atol=1e-6
@@ -432,20 +432,20 @@ def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
             return torch.empty(2 << 30, device=card.device)
 
         card.budget = 1 << 30
-        with mock.patch.multiple(checkpoint, fit_patches=exhausted):
+        with mock.patch.multiple(linear, fit_patches=exhausted):
             none = isingcut.run(
                 out=str(tmp_path / "none"), device=str(card.device), **given
             )
-        with mock.patch.multiple(checkpoint, tune=exhausted):
-            linear = isingcut.run(
+        with mock.patch.multiple(tuned, tune=exhausted):
+            fitted = isingcut.run(
                 out=str(tmp_path / "linear"), device=str(card.device), **given
             )
-    for target in (none, linear):
+    for target in (none, fitted):
         stages = json.loads((target / "run.json").read_text())["stages"]
         assert not any(record.get("streamed") for record in stages.values())
     patches = [
         json.loads((t / "model/isingcut.json").read_text())["patch"]
-        for t in (none, linear)
+        for t in (none, fitted)
     ]
     assert "out of memory for fitting a patch" in patches[0]["unpatched"][0]["reason"]
     assert "out of memory for tuning the patch" in patches[1]["tuning"]["left_out"]

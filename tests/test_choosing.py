@@ -313,11 +313,7 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
 
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     data = tmp_path / "data"
-    (data / "wikitext2").mkdir(parents=True)
-    (data / "wikitext2" / "test_raw.jsonl").write_text(
-        '{"text": "a b"}\n', encoding="utf-8"
-    )
-    (data / "gsm8k").mkdir()
+    (data / "gsm8k").mkdir(parents=True)
     record = json.dumps(
         {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
     )
@@ -331,12 +327,9 @@ def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
         "data": str(data),
         "out": str(tmp_path / "run"),
     }
-    for name in ("gsm8k", "wikitext2"):
-        with pytest.raises(
-            InputError, match=f"{name} needs the whole model, which does not fit"
-        ):
-            isingcut.run(**{**chosen_by(llama, text), **more, "tasks": name})
-        assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="gsm8k needs the whole model, which does not"):
+        isingcut.run(**{**chosen_by(llama, text), **more, "tasks": "gsm8k"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_certainties_separate_candidates_of_equal_scores():

@@ -21,7 +21,7 @@ from isingcut.energies.search.evaluator import Evaluator
 from isingcut.evaluation import quality as evaluate
 from isingcut.evaluation import speed as timing
 from isingcut.evaluation.answers import answer_scores
-from isingcut.healing.patch.linear import _Fitting, fit_patches
+from isingcut.healing.repairs.linear import _Fitting, fit_patches
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install
 from isingcut.measure.gradients import gate_gradients
@@ -197,7 +197,7 @@ def chosen(place):
         )
 
     # The other baselines use only measured losses.
-    own = ("angular-window", "block-influence", "norm-ratio")
+    own = ("angular-window", "block-influence")
     return [removed(name) for name in own]
 
 

@@ -12,12 +12,21 @@ from isingcut.data.tokens import TokenSet
 from isingcut.errors import ModelError
 from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
+from isingcut.evaluation.metrics import registry
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
 from isingcut.models import load as models
 from isingcut.models.compute import divergence, head
 from shared import refuses
 from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
+
+
+class Means:
+    unit = "nats"
+    form = ".2f"
+
+    def measure(self, sums, counts):
+        return (sums.sum(1) / counts.sum())[1:].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +196,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
         return 123
 
     monkeypatch.setattr(timing, "peak_memory", memory)
+    monkeypatch.setattr(registry, "_registered", {"means": Means})
     loaded = [
         models.load(
             tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n),
@@ -209,4 +219,10 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
     weights = (loaded[0].folder / "model.safetensors").stat().st_size
     assert found.before.bytes == weights > found.after.bytes
     assert found.before.model_fields_set == found.after.model_fields_set
+    # The metric `means` has the mean NLL of a model as its figure, the mean KL as its error.
+    kl = {"before": 0.0, "after": found.kl}
+    for name, side in (("before", found.before), ("after", found.after)):
+        assert side.means == pytest.approx(side.nll)
+        assert side.means_se == pytest.approx(kl[name])
+    assert found.metrics["means"].unit == "nats"
     assert found.generation is not None

@@ -304,8 +304,6 @@ def folder(tmp_path_factory):
     write_jsonl(
         place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)]
     )
-    articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
-    write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
     return place
 
 
@@ -388,14 +386,13 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
 
 
 def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
-    command = ["evaluate", str(healed_run), "--tasks", "arc_easy,wikitext2"]
+    command = ["evaluate", str(healed_run), "--tasks", "arc_easy"]
     command += ["--data", str(folder / "data"), "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     (row,) = answer["benchmarks"]["rows"]
     assert (row["task"], row["n"]) == ("arc_easy", 6)
-    assert answer["benchmarks"]["wikitext2"]["tokens"] > 0
     stored = read_json(healed_run / "benchmarks.json", "benchmarks")
     assert stored["rows"] == [row]
     assert set(row) >= {
@@ -459,7 +456,7 @@ def test_what_a_run_refuses_before_it_measures(folder):
         return str(caught.value)
 
     assert "the run itself sets" in refused(heal=True, healing={"teacher": "x"})
-    assert "--patch must be one of" in refused(patch="cubic")
+    assert "unknown repair 'cubic'; known: " in refused(patch="cubic")
     assert "range of removals" in refused(heal=True, remove="1..2")
 
 
