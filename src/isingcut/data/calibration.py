@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("energy", "rank", "report")
-# Largest vocabulary whose tokens are about a character each; eight of them are no phrase.
-_BYTES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +68,7 @@ class Calibration:
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
         source: the source as given.
-        meta: provenance (kind of source, seed, length, documents used, overlap of the splits and
-            shared 8-grams),
+        meta: provenance (kind of source, seed, length, documents used, overlap of the splits),
             JSON-able.
     """
 
@@ -98,10 +95,9 @@ class Calibration:
 
         tensors = {}
         for name, tokens in self.splits.items():
-            tensors[f"{name}.input_ids"] = tokens.input_ids.contiguous()
-            tensors[f"{name}.mask"] = tokens.mask.contiguous()
-            if tokens.counted is not None:
-                tensors[f"{name}.counted"] = tokens.counted.contiguous()
+            for key in ("input_ids", "mask", "counted"):
+                if (values := getattr(tokens, key)) is not None:
+                    tensors[f"{name}.{key}"] = values.contiguous()
         header = {
             "format": "isingcut-calibration",
             "version": 1,
@@ -248,10 +244,6 @@ def build(
         "texts": hashes,
         "overlap": shared,
     }
-    if len(tokenizer) > _BYTES:
-        meta["repeats"] = {
-            name: overlap(*splits, [8]) for name, splits in earlier.items()
-        }
     if len(parts) == 1:
         meta |= texts[0].facts
     else:
