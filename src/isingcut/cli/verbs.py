@@ -138,7 +138,7 @@ def energy(progress: Any, config: ConfigFile = None, **options: Any) -> Output:
     text = RunFiles(folder).calibration
     file = data["hamiltonian"]
     assert text is not None
-    warnings = words.overlap_warnings(text.overlap)
+    warnings = [*words.overlap_warnings(text.overlap), *words.repeat_warnings(text)]
     return Output(data, lambda: show.show_energy(data), brief=file, warnings=warnings)
 
 

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 
 SPLITS = ("energy", "rank", "report")
+# Largest vocabulary whose tokens are about a character each; eight of them are no phrase.
+_BYTES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,8 @@ class Calibration:
     Args:
         splits: ``"energy"``, ``"rank"`` and ``"report"``.
         source: the source as given.
-        meta: provenance (kind of source, seed, length, documents used, overlap of the splits),
+        meta: provenance (kind of source, seed, length, documents used, overlap of the splits and
+            shared 8-grams),
             JSON-able.
     """
 
@@ -244,6 +247,10 @@ def build(
         "texts": hashes,
         "overlap": shared,
     }
+    if len(tokenizer) > _BYTES:
+        meta["repeats"] = {
+            name: overlap(*splits, [8]) for name, splits in earlier.items()
+        }
     if len(parts) == 1:
         meta |= texts[0].facts
     else:

@@ -333,22 +333,27 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 _SIZES = (32, 16, 8)
 
 
-def overlap(tokens: TokenSet, others: Sequence[TokenSet]) -> float:
+def overlap(
+    tokens: TokenSet, others: Sequence[TokenSet], sizes: Sequence[int] = _SIZES
+) -> float:
     """Return the share of a split's n-grams that are in another split too; 0 for short samples.
 
     A passage in several splits makes results on the later splits too good. Equal documents are
     never in two splits, but equal passages may be. N-grams that end in a token that does not count
     are left out.
 
+    Args:
+        sizes: lengths of the n-grams, the largest first; the first that half of a sample holds.
+
     Complexity: linear in the number of tokens.
     """
     longest = int(tokens.mask.sum(1).max())
-    size = next((n for n in _SIZES if n <= longest // 2), 0)
-    if not size:
-        return 0.0
-    own = Counter(_ngrams(tokens, size))
-    found = {n for other in others for n in _ngrams(other, size) if n in own}
-    return sum(own[n] for n in found) / max(1, own.total())
+    size = next((n for n in sizes if n <= longest // 2), 0)
+    own = Counter(_ngrams(tokens, size)) if size else Counter[bytes]()
+    found = {
+        n for other in others for n in (_ngrams(other, size) if own else ()) if n in own
+    }
+    return sum(own[n] for n in found) / own.total() if own else 0.0
 
 
 def _ngrams(tokens: TokenSet, size: int) -> Iterator[bytes]:

@@ -43,12 +43,14 @@ class CalibrationText(Strict):
 
     Attributes:
         overlap: share of long passages of a split that are in another split too.
+        repeats: the same for runs of 8 tokens; empty if tokens are about a character each.
     """
 
     source: str
     sha256: str
     splits: dict[str, SplitSize]
     overlap: dict[str, Positive] = Field(default_factory=dict)
+    repeats: dict[str, Positive] = Field(default_factory=dict)
 
 
 class Computed(Strict):

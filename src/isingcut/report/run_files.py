@@ -288,6 +288,7 @@ class RunFiles:
             found += words.paragraphs("part_warnings", self.evaluation)
         if self.calibration is not None:
             found += words.overlap_warnings(self.calibration.overlap)
+            found += words.repeat_warnings(self.calibration)
         if self.healing is not None:
             found += words.healing_warnings(self.healing)
         return list(dict.fromkeys(found))

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from importlib.resources import files as resources
+from importlib.util import find_spec
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -67,6 +68,7 @@ def table(name: str, *about: Any, columns: int = 0) -> list[tuple[str, ...]]:
 search_warnings = partial(paragraphs, "search_warnings")
 ranking_warnings = partial(paragraphs, "ranking_warnings")
 overlap_warnings = partial(paragraphs, "overlap_warnings")
+repeat_warnings = partial(paragraphs, "repeat_warnings")
 patch_warnings = partial(paragraphs, "patch_warnings")
 
 
@@ -105,6 +107,7 @@ def _environment(**more: Any) -> jinja2.Environment:
         was_tuned,
     )
     environment.globals |= {function.__name__: function for function in functions}
+    environment.globals["find_spec"] = find_spec
     environment.globals["CUT_RANKING"] = rows.CUT_RANKING
     return environment
 

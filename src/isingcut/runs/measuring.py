@@ -92,6 +92,7 @@ def calibrate(session: Session, folder: RunFolder, built: Calibration | None) ->
         sha256=found.sha256,
         splits={k: _size(split) for k, split in found.splits.items()},
         overlap=found.meta.get("overlap", {}),
+        repeats=found.meta.get("repeats", {}),
     )
     folder.save()
 
