@@ -61,7 +61,11 @@ BENCHMARKS += rows(
         (f"questions: {name}", evaluate(), line, prepare)
         for name, line, prepare in (
             ("a list", "line 2 must be a JSON object", asked(GOOD, "[1]")),
-            ("nested", "line 2 is not valid JSON: recursion", asked(GOOD, "[" * 100000)),
+            (
+                "nested",
+                "line 2 is not valid JSON: recursion",
+                asked(GOOD, "[" * 100000),
+            ),
             ("nothing", "has no questions", asked("")),
             ("a pipe", "is a pipe; expected a regular file", special(os.mkfifo)),
             ("huge", "has 268435457 bytes; expected at most", special(huge)),

@@ -15,7 +15,6 @@ from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritt
 from isingcut.files.results import tensor_header
 from shared import load_json
 
-
 WHOLE = {
     "truncated": (lambda c: c[: len(c) // 2], "not readable as JSON"),
     "binary": (lambda c: bytes(range(256)) * 9, "not readable as JSON"),
