@@ -86,7 +86,7 @@ def finished(shared, llama, text):
                 calibration=str(text),
                 out=str(place),
                 remove=2,
-                also="empirical-fisher",
+                compare_energies="empirical-fisher",
                 **OPTIONS,
             )
 

@@ -386,7 +386,7 @@ def folder(tmp_path_factory, llama, text):
         model=str(llama),
         calibration=str(text),
         out=str(tmp_path_factory.mktemp("comparison") / "run"),
-        **{**shared.OPTIONS, "remove": "2", "also": "fisher", "keep": "0"},
+        **{**shared.OPTIONS, "remove": "2", "compare_energies": "fisher", "keep": "0"},
     )
 
 

@@ -179,19 +179,16 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, c
     assert "How well it ranks was not measured." in html
 
 
-def test_blocks_counted_from_one(run, capsys):
-    arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
+def test_blocks_named_by_hand(run, capsys):
+    arguments = ("excise", run, "--blocks", "1\n4\n")
     assert call(*arguments, "--overwrite", "--quiet") == 0
     assert read_json(run / "model" / "isingcut.json", "removal")["removed"] == [1, 4]
-    for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
-        assert call("excise", run, "--blocks", *wrong.split()) == 2
-        assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
+    assert call("excise", run, "--blocks", "5,6") == 2
+    assert "this model's blocks are numbered 0 to 5" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "0,1", "--remove", 3) == 2
     assert "--remove 3 is not the number of --blocks" in capsys.readouterr().err
     assert call("excise", run, "--blocks", "") == 2
     assert "--blocks is empty" in capsys.readouterr().err
-    assert call("excise", run, "--one-based") == 2
-    assert "--one-based is for the numbers of --blocks" in capsys.readouterr().err
 
 
 def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
@@ -237,7 +234,6 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
         "--remove=2",
         "--budget=params=9%",
         "--model=m",
-        "--one-based",
         "--blocks=1",
     ):
         assert call(*line, option) == 2
@@ -445,15 +441,14 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").touch()
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
-    again = (
-        f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
-    )
+    flags += " --compare-energies empirical-fisher"
+    again = f"run {llama} --calibration {text} --out {run} {flags}"
     mistakes = {
         f"run {llama} --remove 2 --energy pairwise": "--out is missing",
         f"run {llama} --out new": "--remove is missing; give how many blocks to remove",
         "run ./gone --remove 2 --out new": "there is no model at ./gone",
         f"run {llama} --remvoe 2 --out new": "No such option: --remvoe",
-        f"run {llama} --budget params=25 --out new": "no unit; write params=25% or params=25M",
+        f"run {llama} --budget params=25 --out new": "no unit; known: %, k, m, g, b, t",
         f"run {llama} --remove 2 --out new --calibration empty.txt": "empty.txt is empty",
         f"run {llama} --remove 2 --out new --calibration rows.jsonl": "neither 'text' nor 'mess",
         f"run {llama} --remove 2 --out used": "used already exists and is not an isingcut run",
@@ -650,7 +645,7 @@ def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, pr
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict
-    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --effort 10min --out"
+    heal = f"10 minutes on this machine, with `isingcut heal {finished}/model --train 10min --out"
     for part in (
         "fewer parameters",
         "On unseen text the patched model has perplexity",

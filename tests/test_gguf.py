@@ -293,7 +293,7 @@ def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"
     given = {"model": str(packed_model), "calibration": str(text), "out": str(run)}
-    more = {"energy": "fisher", "remove": 2, "drop": "2,3", "skip_speed": True}
+    more = {"energy": "fisher", "remove": 2, "must_remove": "2,3", "skip_speed": True}
     isingcut.run(**{**OPTIONS, **more, **given})
     return run
 

@@ -42,7 +42,7 @@ def job(model, text, out, **more):
         "model": str(model),
         "calibration": str(text),
         "out": str(out),
-        "drop": "2,3",
+        "must_remove": "2,3",
     }
     # The patch is fitted on all of the text.
     given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
@@ -211,7 +211,12 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
         "--calibration",
         str(text),
     ]
-    for name, value in {**OPTIONS, "energy": "fisher", "remove": 1, "drop": 0}.items():
+    for name, value in {
+        **OPTIONS,
+        "energy": "fisher",
+        "remove": 1,
+        "must_remove": 0,
+    }.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
@@ -282,7 +287,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     words = write_words(tmp_path / "t.txt").read_text().split()
     texts = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
-    isingcut.prune(str(llama), 2, calibration=texts, drop="2,3", **made)
+    isingcut.prune(str(llama), 2, calibration=texts, must_remove="2,3", **made)
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
     fitted = patch_of(saved)["text"]
     assert fitted["samples"] == fitted["searched"] == 6
@@ -437,7 +442,7 @@ def test_heal_from_the_command_line(folder, healed_run, tmp_path):
         "--report-samples",
         "2",
     ]
-    command += ["--samples", "4", "--effort", "100 tokens", "--device", "cpu"]
+    command += ["--samples", "4", "--train", "100 tokens", "--device", "cpu"]
     command += ["--dtype", "float32", "--out", str(tmp_path / "healed")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output

@@ -26,7 +26,7 @@ from shared import leave_speed_out, write_words
 OPTIONS = {
     **USUAL,
     "remove": 2,
-    "also": "fisher",
+    "compare_energies": "fisher",
     "attention": "sdpa",
     "batch_tokens": 32,
 }

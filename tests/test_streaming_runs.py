@@ -318,7 +318,9 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         "calibration": str(text),
         "stream": "on",
     }
-    folder = run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)
+    folder = run(
+        remove=2, out=str(tmp_path / "run"), compare_energies="fisher", **options
+    )
     evaluation = load_json(folder / "evaluation.json")
     chosen = load_json(folder / "candidates.json")["chosen"]
     assert evaluation["streamed"]

@@ -203,15 +203,15 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
     arrived = threading.Event()
     found = []
     converted = []
-    numbers = gguf_files._count_numbers
+    hashed = gguf_files.file_sha256
     convert = gguf_files.unpack_gguf
 
-    def noted(path):
+    def noted(*arguments):
         if threading.current_thread() is other:
             arrived.set()
-        return numbers(path)
+        return hashed(*arguments)
 
-    monkeypatch.setattr(gguf_files, "_count_numbers", noted)
+    monkeypatch.setattr(gguf_files, "file_sha256", noted)
     monkeypatch.setattr(
         gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a)
     )

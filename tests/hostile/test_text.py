@@ -131,12 +131,6 @@ CONTENTS = [
         "line 1 is longer than 524288",
     ),
     (
-        "a.jsonl.gz",
-        "a bomb of lines",
-        packed(b"\n" * (1 << 24)),
-        "unpacks to more than 2097152",
-    ),
-    (
         "a.json.gz",
         "a bomb",
         packed(b"[" + b" " * (1 << 24)),

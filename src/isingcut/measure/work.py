@@ -108,18 +108,15 @@ class SharedJournal(Journal):
         Raises:
             ModelError, RankError: as for the constructor.
         """
-        if self._processes.size == 1:
-            self._rows |= self._new
-        else:
-            own = f"{self.fingerprint}\n".encode() + save(self._new)
-            for data in self._processes.gather(own):
-                fingerprint, _, rows = data.partition(b"\n")
-                if fingerprint.decode() != self.fingerprint:
-                    raise ModelError(
-                        "the processes have different inputs; give every machine the same model, "
-                        "options, package versions and kind of device"
-                    )
-                self._rows |= load(rows)
+        own = f"{self.fingerprint}\n".encode() + save(self._new)
+        for data in self._processes.gather(own):
+            fingerprint, _, rows = data.partition(b"\n")
+            if fingerprint.decode() != self.fingerprint:
+                raise ModelError(
+                    "the processes have different inputs; give every machine the same model, "
+                    "options, package versions and kind of device"
+                )
+            self._rows |= load(rows)
         self._new = {}
 
 

@@ -43,7 +43,12 @@ from isingcut.healing.patch.checkpoint import (
 )
 from isingcut.healing.patch.linear import Kept
 from isingcut.healing.work_folder import describe_options
-from isingcut.models.load import explain_unused, find_loading_class, find_unused
+from isingcut.models.load import (
+    explain_unused,
+    find_auto_class,
+    find_unused,
+    load_config,
+)
 from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig, distil_config, heal_config, patch_config
 from isingcut.report.card import card_parts, model_card
@@ -138,7 +143,8 @@ def _write_exact(
     config = session.config
     blocks = list(removed)
     trust = config.trust_remote_code
-    loads_with = find_loading_class(session.source, trust_remote_code=trust)
+    original = load_config(session.source, trust_remote_code=trust)
+    loads_with = find_auto_class(original).__name__
     parts = card_parts(folder.path, folder.target(config.removal), blocks, loads_with)
     unused = find_unused(Checkpoint.read(session.source), session.loaded.model)
     write_cut(session.source, blocks, out, drop_mtp=config.drop_mtp, unused=unused)

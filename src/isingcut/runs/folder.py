@@ -78,7 +78,7 @@ class RunFolder:
         Raises:
             OutputExistsError: ``out`` is something else, or a run of another model.
         """
-        path = Path(config.out)
+        path = user_path(config.out)
         cls.refuse_foreign(config)
         options = {
             k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_KEPT
@@ -123,7 +123,7 @@ class RunFolder:
             InputError: ``out`` is, contains or lies in the model, the text or a config file.
             OutputExistsError: ``out`` exists and is not a run folder.
         """
-        path = Path(config.out)
+        path = user_path(config.out)
         ownership.refuse_source(path, read_by(config))
         if path.is_file():
             raise OutputExistsError(f"{path} is a file; choose a folder for --out")

@@ -17,6 +17,7 @@ from isingcut.console.progress import Progress, as_progress, silent
 from isingcut.data import corpora
 from isingcut.errors import InputError, ModelError, StageFileError
 from isingcut.files import ownership, writing
+from isingcut.files.inputs import user_path
 from isingcut.files.runs import RunFile
 from isingcut.files.states import CandidatesFile
 from isingcut.formats.sources import PACKAGED, PACKAGED_PACKAGE, resolve
@@ -224,7 +225,7 @@ def open_session(
     if processes.rank:
         yield _follow(config, progress, processes)
         return
-    out = Path(config.out)
+    out = user_path(config.out)
     check_inputs(config, ranks=need_removal)
     for name in config.energies:
         measuring.energy_part(config, name)
@@ -262,7 +263,9 @@ def _follow(
     join_processes(session, processes)
     # Load while rank 0 creates the folder.
     _ = session.replay
-    folder = RunFolder(Path(config.out), RunFile.model_validate(processes.decide(dict)))
+    folder = RunFolder(
+        user_path(config.out), RunFile.model_validate(processes.decide(dict))
+    )
     if not folder.path.is_dir():
         raise InputError(
             f"{folder.path} is not visible on this machine; give an --out on a shared file system"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isingcut.console.progress import Progress, show_time, silent
+from isingcut.console.progress import Progress, silent
 from isingcut.errors import InfeasibleError, InputError, StageFileError
 from isingcut.files.results import read_document
 from isingcut.files.runs import BlockList, LegalityRow
@@ -30,7 +30,7 @@ from isingcut.ising.solvers import solve as find
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import Floats
 from isingcut.options.config import RunConfig
-from isingcut.options.spellings import Budget, Removal
+from isingcut.options.parsed import Budget, Removal
 from isingcut.report.write import write_report
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.stages import Making, Stage, typed_options
@@ -261,9 +261,7 @@ def _solve(folder: RunFolder, config: RunConfig, progress: Progress = silent) ->
                 f"the options of {folder.path} have --solver {config.solver}, which imports "
                 f"third-party code; if you trust it, type --solver {config.solver} yourself"
             )
-        with show_time(
-            progress, f"solving for {config.removal}", config.solve_seconds
-        ) as bar:
+        with progress(f"solving for {config.removal}", 0) as bar:
             spectrum = find(
                 problem, config.solver, config.states, **_solver_options(config)
             )
