@@ -23,6 +23,7 @@ from isingcut.files.results import read_document, read_json, write_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.spectrum import Spectrum
 from isingcut.options.config import RunConfig
+from isingcut.report import words as report_words
 from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline

@@ -487,7 +487,6 @@ def push(
     folder = None
     if not (directory / "isingcut.json").is_file():
         folder, config = reopen(directory, options)
-        solving.require(folder, config, "model")
         checkpoint = cutting.product(folder, config)
         folder.record(checkpoint)
     elif options:
