@@ -12,10 +12,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from rich.filesize import decimal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import isingcut
+from isingcut.cli import show
 from isingcut.console.progress import terminal
 from isingcut.energies import registry
 from isingcut.energies.base import price_states
@@ -248,6 +250,9 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
     assert {e["samples"] for e in found["energies"]} == {8}
     assert found["remove"] == 2
     assert 0 < found["checkpoint"] < found["weights"]
+    show.show_plan(found)
+    beside = decimal(found["card_bytes"])
+    assert f"a run needs 1.54 x weights + {beside}" in capsys.readouterr().out
 
 
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
