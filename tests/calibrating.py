@@ -1,9 +1,8 @@
 """Small texts and chats, and helpers, for the tests of calibration."""
 
-import pytest
-
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError
+from shared import refuses
 
 SIZES = {"samples": 5, "rank_samples": 3, "report_samples": 2}
 SIZES |= {"length": 16, "seed": 0}
@@ -33,7 +32,7 @@ def decoded(tokenizer, tokens):
 
 
 def refused(source, tokenizer, words, **changes):
-    with pytest.raises(CalibrationError, match=words) as caught:
+    with refuses(words, CalibrationError) as caught:
         build(source, tokenizer, **{**SIZES, **changes})
     message = str(caught.value)
     assert "\n" not in message

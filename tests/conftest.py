@@ -82,9 +82,9 @@ def finished(shared, llama, text):
         with pytest.MonkeyPatch.context() as patch:
             leave_speed_out(patch.setattr)
             isingcut.run(
-                model=str(llama),
-                calibration=str(text),
-                out=str(place),
+                model=llama,
+                calibration=text,
+                out=place,
                 remove=2,
                 also="empirical-fisher",
                 **OPTIONS,

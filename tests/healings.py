@@ -6,14 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from isingcut.files.results import read_json
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import write_jsonl
+from shared import load_json, write_jsonl
 
 REMOVED = (2, 3)
 WORDS = [
@@ -72,10 +71,10 @@ def options(models, out, training=None, **changes):
     if "trainer" not in changes:
         changes["trainer"] = {**TRAINING, **(training or {})}
     base = {
-        "student": str(models / "student"),
-        "teacher": str(models / "teacher"),
-        "text": str(models / "text.jsonl"),
-        "out": str(out),
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "text": models / "text.jsonl",
+        "out": out,
         "length": 32,
         "report_samples": 4,
         "patch": "none",
@@ -96,7 +95,7 @@ def flags_of(config):
 
 
 def result(folder):
-    return read_json(folder / "healing.json", "healing")
+    return load_json(folder / "healing.json")
 
 
 def curve(folder):

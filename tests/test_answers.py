@@ -21,7 +21,6 @@ from isingcut.data.tokens import Encoder, TokenSet, pieces
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.evaluation.quality import quality
-from isingcut.files.results import read_json
 from isingcut.healing.job import keep_beginnings
 from isingcut.healing.training.batches import batch_of
 from isingcut.healing.training.student import install, split_head
@@ -33,7 +32,7 @@ from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import OPTIONS, leave_speed_out, refuses, write_jsonl
+from shared import OPTIONS, leave_speed_out, load_json, refuses, write_jsonl
 from tiny import in_memory, plain_sums, replay_of, streamed, without
 
 
@@ -386,8 +385,8 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
     trainer = {"per_device_train_batch_size": 2, "max_steps": 2}
     config = RunConfig(
-        model=str(tiny_checkpoint("llama", tmp_path / "model")),
-        out=str(tmp_path / "run"),
+        model=tiny_checkpoint("llama", tmp_path / "model"),
+        out=tmp_path / "run",
         calibration=f"{text}=1,answers:{chat}=1",
         healing={"length": 40, "report-samples": 4, "trainer": trainer},
         remove="2",
@@ -399,16 +398,16 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     run = pipeline.run(config)
     used = Calibration.load(run / "calibration.safetensors")
     report = used.splits["report"]
-    found = read_json(run / "evaluation.json", "evaluation")
+    found = load_json(run / "evaluation.json")
     assert found["tokens"] == report.tokens < int(report.mask[:, 1:].sum())
     assert set(found["parts"]) == {"a.jsonl", "answers:chat.jsonl"}
     for way in ("cut", "patched"):
         assert set(found[way]["parts"]) == set(found["parts"])
     energy = Hamiltonian.load(run / "hamiltonian.safetensors")
     assert energy.meta["tokens"] == used.splits["energy"].tokens
-    healing = read_json(run / "healing.json", "healing")
+    healing = load_json(run / "healing.json")
     assert set(healing["after"]["parts"]) == set(found["parts"])
-    ranked = read_json(run / "candidates.json", "candidates")
+    ranked = load_json(run / "candidates.json")
     rank = used.splits["rank"]
     for row in (*ranked["candidates"], ranked["chosen"]):
         shares = {

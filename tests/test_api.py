@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import isingcut
 from isingcut.files.cuts import CutRecord
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
-from shared import leave_speed_out, refuses, write_words
+from shared import leave_speed_out, load_json, refuses, write_words
 from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -179,7 +179,7 @@ def test_tensors_that_no_module_uses_are_left_out_with_a_warning(
         **OPTIONS,
         "patch": "none",
         "random_states": 0,
-        "calibration": str(place / "my-text.txt"),
+        "calibration": place / "my-text.txt",
     }
     run = isingcut.prune(str(model), remove=1, **few)
     words = (
@@ -244,7 +244,7 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
 
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
-    found = read_json(place / "my-run" / "candidates.json", "candidates")
+    found = load_json(place / "my-run" / "candidates.json")
     poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
     found["fidelity"]["kl"] = poor
     monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)

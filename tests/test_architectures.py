@@ -9,7 +9,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.auto import modeling_auto
 
 from isingcut.errors import ArchitectureError, ModelError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, text_config
 from isingcut.formats.architectures.cuts import (
     cut_config,
@@ -20,7 +19,7 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.models.verify import verify
-from shared import call, refuses
+from shared import call, load_json, refuses
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries
 from sweep.shrink import tiny_configuration
@@ -357,8 +356,8 @@ def test_a_run_down_to_one_block_is_patched_and_evaluated(
         )
         == 0
     )
-    assert read_json(out / "model" / "isingcut.json", "removal")["patch"]["cuts"]
-    evaluation = read_json(out / "evaluation.json", "evaluation")
+    assert load_json(out / "model" / "isingcut.json")["patch"]["cuts"]
+    evaluation = load_json(out / "evaluation.json")
     assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
     capsys.readouterr()
     assert call("inspect", out / "model") == 0

@@ -25,7 +25,6 @@ from isingcut.data.calibration import Calibration
 from isingcut.energies.empirical_fisher import EmpiricalFisher
 from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import InputError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.blocks import stack_modules
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure, tree_nodes
@@ -33,7 +32,7 @@ from isingcut.measure.work import Work
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from shared import refuses
+from shared import load_json, refuses
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N = 6
@@ -383,9 +382,9 @@ def test_the_pair_energy_is_priced_by_the_same_rule(made):
 def folder(tmp_path_factory, llama, text):
     """A run folder with a measured energy for the removal of two of six blocks."""
     return pipeline.energy(
-        model=str(llama),
-        calibration=str(text),
-        out=str(tmp_path_factory.mktemp("comparison") / "run"),
+        model=llama,
+        calibration=text,
+        out=tmp_path_factory.mktemp("comparison") / "run",
         **{**shared.OPTIONS, "remove": "2", "also": "fisher", "keep": "0"},
     )
 
@@ -400,7 +399,7 @@ def call(capsys, *arguments):
 def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, folder):
     code, shown = call(capsys, "baseline", "sleb", folder)
     assert code == 0, shown
-    found = read_json(folder / "baseline-sleb.json", "baseline")
+    found = load_json(folder / "baseline-sleb.json")
     assert "sleb: blocks" in shown
     assert len(found["removed"]) == 2
     # The three samples of this energy, although the split has more for the other energy.
@@ -418,7 +417,7 @@ def test_a_baseline_writes_its_choice_measured_on_the_ranking_split(capsys, fold
 
 def test_the_papers_method_leaves_only_its_result(capsys, folder):
     assert call(capsys, "baseline", "cbo", folder)[0] == 0
-    found = read_json(folder / "baseline-cbo.json", "baseline")
+    found = load_json(folder / "baseline-cbo.json")
     assert found["options"] == {"top": 1}
     assert sorted(p.name for p in folder.glob("baseline-cbo*")) == ["baseline-cbo.json"]
 
@@ -432,7 +431,7 @@ def test_other_removals_and_options_have_files_of_their_own(
             registry, "get", lambda name: partial(BlockInfluence, iterative=True)
         )
         assert call(capsys, *arguments)[0] == 0
-    found = read_json(folder / "remove-3" / "baseline-block-influence.json", "baseline")
+    found = load_json(folder / "remove-3" / "baseline-block-influence.json")
     assert found["options"] == {"iterative": True}
     assert len(found["info"]["order"]) == 3
     code, shown = call(capsys, *arguments)
@@ -443,7 +442,7 @@ def test_other_removals_and_options_have_files_of_their_own(
 
 def test_a_broken_constraint_is_reported(capsys, folder):
     call(capsys, "baseline", "angular-window", folder, "--remove", "5")
-    found = read_json(folder / "remove-5" / "baseline-angular-window.json", "baseline")
+    found = load_json(folder / "remove-5" / "baseline-angular-window.json")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
     assert found["violated"] == expected
 
@@ -460,7 +459,5 @@ def test_baseline_without_remove_removes_as_many_blocks_as_the_ranking(
         assert call(capsys, verb, out, "--budget", "params=30%")[0] == 0
     assert call(capsys, "baseline", "random", out, "--budget", "params=30%")[0] == 0
     place = out / "remove-params-30_"
-    chosen = read_json(place / "candidates.json", "candidates")["chosen"]["removed"]
-    assert len(read_json(place / "baseline-random.json", "baseline")["removed"]) == len(
-        chosen
-    )
+    chosen = load_json(place / "candidates.json")["chosen"]["removed"]
+    assert len(load_json(place / "baseline-random.json")["removed"]) == len(chosen)

@@ -70,7 +70,7 @@ def test_one_long_document_is_split_by_ranges(tmp_path, tokenizer):
 
 
 def test_documents_that_would_have_to_be_shared_are_too_few(tmp_path, tokenizer):
-    records = [{"text": str(i) * 45} for i in range(4)]
+    records = [{"text": i * 45} for i in range(4)]
     message = refused(
         write_jsonl(tmp_path / "a.jsonl", records), tokenizer, "too short"
     )

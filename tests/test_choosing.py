@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 
 import isingcut
-from isingcut.errors import InputError
 from isingcut.evaluation.benchmark import choose_by_questions, contenders, draw_half
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
 from isingcut.files.results import read_json
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking
 from isingcut.runs.checks import check_run_tasks
-from shared import OPTIONS, call, leave_speed_out, write_jsonl
+from shared import OPTIONS, call, leave_speed_out, load_json, refuses, write_jsonl
+from tiny import load_tiny
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -49,7 +48,7 @@ def test_half_of_the_questions_by_a_seed():
     assert all(set(found[t]) < set(keys[t]) for t in keys)
     assert draw_half(keys, 0) == found
     assert draw_half(keys, 1)["a"] != found["a"]
-    with pytest.raises(InputError, match="c has one question"):
+    with refuses("c has one question"):
         draw_half({"c": ["c0", "c0"]}, 0)
 
 
@@ -128,8 +127,8 @@ def questions(tmp_path_factory):
 def chosen_by(llama, text):
     """Return the options of a run that chooses by questions."""
     inputs = {
-        "model": str(llama),
-        "calibration": str(text),
+        "model": llama,
+        "calibration": text,
         "remove": 2,
         "patch": "none",
     }
@@ -140,7 +139,7 @@ def chosen_by(llama, text):
 def by_questions(llama, text, questions, tmp_path_factory):
     """The options of a run that chose by questions, and its folder."""
     out = tmp_path_factory.mktemp("by_questions") / "run"
-    options = {**chosen_by(llama, text), "tasks": str(questions), "out": str(out)}
+    options = {**chosen_by(llama, text), "tasks": str(questions), "out": out}
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
         return options, isingcut.run(**options)
@@ -150,7 +149,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     by_questions, llama, questions
 ):
     options, target = by_questions
-    found = read_json(target / "candidates.json", "candidates")
+    found = load_json(target / "candidates.json")
     choice = found["by_tasks"]
     rows = found["by_tasks"]["candidates"]
     kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
@@ -158,7 +157,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     assert measured_kl == sorted(measured_kl)
     assert measured_kl[0] == min(kl.values())
     # A state of high loss may have the best answers, so it answers as well.
-    size = load(llama, dtype="float32", device="cpu").model.config.num_hidden_layers
+    size = load_tiny(llama).model.config.num_hidden_layers
     assert [size - 2, size - 1] in [row["removed"] for row in rows]
     chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
     assert chosen["difference"] is None
@@ -167,7 +166,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
-    cut = load(target / "model", dtype="float32", device="cpu")
+    cut = load_tiny(target / "model")
     task = prepare_task(str(questions), None)
     (own,) = score_states(cut, task, [()], wanted=set(choice["questions"]).__contains__)
     assert own.values.mean() == pytest.approx(chosen["accuracy"])
@@ -175,7 +174,7 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     assert len(own.values) == 30
 
     # The final model is judged by the other half of the questions.
-    judged = read_json(target / "benchmarks.json", "benchmarks")
+    judged = load_json(target / "benchmarks.json")
     assert judged["left_out"] == 30
     assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
     (others,) = score_states(
@@ -184,11 +183,11 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
     assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
-    page = (target / "report.md").read_text(encoding="utf-8")
+    page = (target / "report.md").read_text()
     assert "## Choice by questions" in page
     assert "30 of mine.jsonl" in page
     assert "30 questions of mine.jsonl" in page
-    assert 'id="by-tasks"' in (target / "report.html").read_text(encoding="utf-8")
+    assert 'id="by-tasks"' in (target / "report.html").read_text()
     files = [
         target / name
         for name in ("candidates.json", "benchmarks.json", "evaluation.json")
@@ -204,11 +203,11 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
     from isingcut.evaluation import answers as likelihoods
 
     more = questions.with_name("more.jsonl")
-    lines = questions.read_text(encoding="utf-8").splitlines()
-    more.write_text("\n".join(lines[:20]).replace("river", "brook"), encoding="utf-8")
+    lines = questions.read_text().splitlines()
+    more.write_text("\n".join(lines[:20]).replace("river", "brook"))
     out = tmp_path / "run"
     tasks = f"{questions},{more}"
-    options = {**chosen_by(llama, text), "tasks": tasks, "out": str(out)}
+    options = {**chosen_by(llama, text), "tasks": tasks, "out": out}
     whole = benchmarking.score_states
     compute = likelihoods._scores
     calls = []
@@ -246,7 +245,7 @@ def test_scores_on_questions_that_changed_are_not_kept(
     own = tmp_path / "own.jsonl"
     data = tmp_path / "data" / "arc_easy" / "test.jsonl"
     data.parent.mkdir(parents=True)
-    text = questions.read_text(encoding="utf-8")
+    text = questions.read_text()
     again = [
         "evaluate",
         run,
@@ -260,9 +259,9 @@ def test_scores_on_questions_that_changed_are_not_kept(
         (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
         (data, again),
     ):
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text)
         assert call(*line, "--overwrite") == 0
-        file.write_text(text.replace("river", "brook"), encoding="utf-8")
+        file.write_text(text.replace("river", "brook"))
         assert call(*line) == 2
         assert "was made with other options (files: " in capsys.readouterr().err
 
@@ -294,15 +293,15 @@ def test_questions_are_answered_without_a_measurement_of_text(
 
 def test_unusable_tasks_are_refused(questions):
     for options in ({"choose": "tasks"}, {"questions": 5}):
-        with pytest.raises(InputError, match="need benchmarks; name some with --tasks"):
+        with refuses("need benchmarks; name some with --tasks"):
             RunConfig(model="m", remove="2", **options).validate()
-    with pytest.raises(InputError, match="a range of removals cuts none"):
+    with refuses("a range of removals cuts none"):
         check_run_tasks(RunConfig(model="m", remove="2..3", tasks=str(questions)))
 
 
 def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
     options, whole = by_questions
-    streamed = isingcut.run(**{**options, "out": str(tmp_path / "run"), "stream": "on"})
+    streamed = isingcut.run(**{**options, "out": tmp_path / "run", "stream": "on"})
     for kind, key in (("candidates", "by_tasks"), ("benchmarks", "rows")):
         one, other = (
             read_json(target / f"{kind}.json", kind)[key]
@@ -314,27 +313,21 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     data = tmp_path / "data"
     (data / "wikitext2").mkdir(parents=True)
-    (data / "wikitext2" / "test_raw.jsonl").write_text(
-        '{"text": "a b"}\n', encoding="utf-8"
-    )
+    (data / "wikitext2" / "test_raw.jsonl").write_text('{"text": "a b"}\n')
     (data / "gsm8k").mkdir()
     record = json.dumps(
         {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
     )
     for name in ("test", "train"):
-        (data / "gsm8k" / f"{name}.jsonl").write_text(
-            f"{record}\n" * 8, encoding="utf-8"
-        )
+        (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8)
     more = {
         "choose": "measured",
         "stream": "on",
         "data": str(data),
-        "out": str(tmp_path / "run"),
+        "out": tmp_path / "run",
     }
     for name in ("gsm8k", "wikitext2"):
-        with pytest.raises(
-            InputError, match=f"{name} needs the whole model, which does not fit"
-        ):
+        with refuses(f"{name} needs the whole model, which does not fit"):
             isingcut.run(**{**chosen_by(llama, text), **more, "tasks": name})
         assert not (tmp_path / "run").exists()
 

@@ -266,9 +266,9 @@ def test_a_whole_run_on_several_cards_writes_the_files_of_one(
         for device in names:
             isingcut.run(
                 device=device,
-                model=str(shared.checkpoint(num_hidden_layers=4)),
-                calibration=str(text),
-                out=str(tmp_path / device),
+                model=shared.checkpoint(num_hidden_layers=4),
+                calibration=text,
+                out=tmp_path / device,
                 remove=2,
                 **{**OPTIONS, "states": 3, "patch_tokens": 100},
             )

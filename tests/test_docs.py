@@ -18,7 +18,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json, write_words
+from shared import load_json, refuses, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
 
@@ -186,9 +186,7 @@ def test_the_table_of_the_docs_shows_which_layer_absorbs(tmp_path):
         "`mlp.down_proj` (attention+mlp) | `self_attn.o_proj` (attention+moe)"
         in experts
     )
-    with pytest.raises(
-        ArchitectureError, match="blocks pass more than the residual stream"
-    ):
+    with refuses("blocks pass more than the residual stream", ArchitectureError):
         patches.absorbers("gemma4", tmp_path / "gemma4")
 
 

@@ -14,10 +14,9 @@ from isingcut.evaluation import quality as evaluation
 from isingcut.evaluation import speed as timing
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
-from isingcut.models import load as models
 from isingcut.models.compute import divergence, head
 from shared import refuses
-from tiny import plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import load_tiny, plain_sums, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +187,7 @@ def test_evaluate_fills_the_whole_document(tmp_path, tokens, monkeypatch):
 
     monkeypatch.setattr(timing, "peak_memory", memory)
     loaded = [
-        models.load(
-            tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n),
-            dtype="float32",
-            device="cpu",
-        )
+        load_tiny(tiny_checkpoint("llama", tmp_path / name, num_hidden_layers=n))
         for name, n in (("big", 6), ("cut", 4))
     ]
     found = timing.with_memory(

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import isingcut
 from gguf_files import NUMBERS, WIDE, WIDE_NUMBERS, named, write, write_gguf
 from isingcut.errors import ArchitectureError, CheckpointError
-from isingcut.files.results import read_json
 from isingcut.formats.cutting import gguf as gguf_cuts
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
@@ -292,7 +291,7 @@ def packed_model(tmp_path_factory):
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"
-    given = {"model": str(packed_model), "calibration": str(text), "out": str(run)}
+    given = {"model": packed_model, "calibration": text, "out": run}
     more = {"energy": "fisher", "remove": 2, "drop": "2,3", "skip_speed": True}
     isingcut.run(**{**OPTIONS, **more, **given})
     return run
@@ -412,7 +411,7 @@ def test_any_checkpoint_is_judged_against_its_original(
         == 0
     )
     assert "KL to the original" in capsys.readouterr().out
-    found = read_json(tmp_path / "cut-evaluation.json", "evaluation")
+    found = load_json(tmp_path / "cut-evaluation.json")
     assert found["kl"] > 0.001
     assert (found["after"]["blocks"], found["last"]) == (4, "patched")
     # An existing output is refused before the checkpoint is read.

@@ -51,6 +51,7 @@ from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import refuses, write_jsonl
+from tiny import load_tiny
 
 __all__ = ["healed", "models"]
 
@@ -73,7 +74,7 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     names = {p.name for p in (models / "student").iterdir()}
     assert {p.name for p in healed.iterdir()} == {*names, "healing.json"}
     assert not list(models.glob(".healed*"))
-    loaded = load(healed, dtype="float32", device="cpu")
+    loaded = load_tiny(healed)
     assert len(find_stack(loaded.model)) == 4
 
 
@@ -105,12 +106,12 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     assert heal(config) == out
     for other in (
         config.replace(seed=7),
-        config.replace(teacher=str(models / "student")),
+        config.replace(teacher=models / "student"),
     ):
         with refuses("already exists", OutputExistsError):
             heal(other)
     with refuses("already exists", OutputExistsError):
-        heal(config.replace(text=str(text)))
+        heal(config.replace(text=text))
     (out / "config.json").write_text("{}")
     with refuses("already exists", OutputExistsError):
         heal(config)
@@ -188,7 +189,7 @@ def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
     ]
     path = tmp_path / "chat.jsonl"
     write_jsonl(path, lines)
-    given = {"text": str(path), "length": 48}
+    given = {"text": path, "length": 48}
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     found = []
     for name, batch in {
@@ -347,10 +348,8 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
     # A healed model is not the exact cut that a patch is fitted for.
     with refuses("is healed already, but a patch needs the exact"):
-        heal(options(models, tmp_path / "never", student=str(out), patch="linear"))
-    again = heal(
-        options(models, tmp_path / "again", ONCE, student=str(out), patch=None)
-    )
+        heal(options(models, tmp_path / "never", student=out, patch="linear"))
+    again = heal(options(models, tmp_path / "again", ONCE, student=out, patch=None))
     further = result(again)
     assert (further["start"], further["options"]["patch"]) == ("healed", "none")
     assert "patch" not in further
@@ -378,7 +377,7 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
         options(
             models,
             tmp_path / "out",
-            student=str(student),
+            student=student,
             text=mixed.format(text, other),
         )
     )
@@ -396,7 +395,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     excise(models / "teacher", [0], headless)
     (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
-    given = {"training": ONCE, "student": str(headless)}
+    given = {"training": ONCE, "student": headless}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = result(out)
     # The text has ten words, and its tokens are letters, so the splits are alike.
@@ -422,11 +421,11 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_
     shutil.copytree(
         models / "student", foreign, ignore=shutil.ignore_patterns("isingcut.json")
     )
-    out = heal(options(models, tmp_path / "out", student=str(foreign)))
+    out = heal(options(models, tmp_path / "out", student=foreign))
     assert curve(out) == curve(healed)
     found = result(out)
     assert (found["removed"], found["of"]) == ([2, 3], 6)
-    again = heal(options(models, tmp_path / "again", ONCE, student=str(out)))
+    again = heal(options(models, tmp_path / "again", ONCE, student=out))
     assert result(again)["removed"] == [2, 3]
 
 
@@ -509,7 +508,7 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
         found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
     )
     assert found["seconds"] == pytest.approx(found["steps"] * (0.6 + 0.005 * 4 * 64))
-    config = config.replace(out=str(tmp_path / "b"))
+    config = config.replace(out=tmp_path / "b")
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     # Another speed would give another schedule.

@@ -20,9 +20,9 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from isingcut.models.load import load
-from shared import write_jsonl
+from shared import refuses, write_jsonl
 from test_tasks import gsm8k
+from tiny import load_tiny
 
 WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
@@ -31,7 +31,7 @@ REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 @pytest.fixture(scope="module")
 def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
-    return load(folder, dtype="float32", device="cpu")
+    return load_tiny(folder)
 
 
 def some_rows():
@@ -113,7 +113,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
             cut = tmp_path / "-".join(map(str, blocks))
             if not cut.exists():
                 excise(model.folder, blocks, cut)
-            one = load(cut, dtype="float32", device="cpu")
+            one = load_tiny(cut)
         (alone,) = score_states(one, task, [()])
         assert scores.values.tolist() == alone.values.tolist()
         assert (scores.metric, scores.questions) == (alone.metric, alone.questions)
@@ -132,7 +132,7 @@ def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch
 
     monkeypatch.setattr(answers._Places, "read", damaged)
     shown = re.escape(repr(model.tokenizer.decode([40, 41])))
-    with pytest.raises(ModelError, match=f"that begins {shown}"):
+    with refuses(f"that begins {shown}", ModelError):
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
 
 

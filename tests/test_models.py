@@ -19,7 +19,7 @@ from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
 from isingcut.models.streaming.replay import load_streamed
 from shared import load_json, refuses
-from tiny import edit_config, tiny_checkpoint
+from tiny import edit_config, load_tiny, tiny_checkpoint
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_pickle_weights_are_refused(folder):
 
 
 def test_loading_freezes_and_keeps_the_weights(folder):
-    loaded = models.load(folder, dtype="float32", device="cpu")
+    loaded = load_tiny(folder)
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.dtype is torch.float32
@@ -188,7 +188,7 @@ def test_a_configuration_may_ask_for_tuples(folder):
     with edit_config(folder) as config:
         config["return_dict"] = False
     ids = torch.arange(8)[None]
-    whole = models.load(folder, dtype="float32", device="cpu").model(ids).logits
+    whole = load_tiny(folder).model(ids).logits
     streamed = load_streamed(folder, dtype="float32", device="cpu").model
     with torch.no_grad():
         assert torch.equal(streamed(input_ids=ids, use_cache=False).logits, whole)

@@ -24,7 +24,7 @@ from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, call, load_json
+from shared import OPTIONS, call, load_json, refuses
 from tiny import in_memory, plain_sums, random_tokens, streamed, without
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -61,7 +61,7 @@ def whole(file, kind, folder):
 
 
 def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp_path):
-    session = Session(RunConfig(model=str(file), dtype="float32", device="cpu"))
+    session = Session(RunConfig(model=file, dtype="float32", device="cpu"))
     packer = Packer(session.loaded, file)
     costs = session.describe_blocks().blocks
     for kind in ("", *PACKED):
@@ -118,7 +118,7 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     file, tmp_path, monkeypatch
 ):
     def fitting(budget):
-        session = Session(RunConfig(model=str(file), dtype="float32", budget=budget))
+        session = Session(RunConfig(model=file, dtype="float32", budget=budget))
         _, found = packing.find_types(session, session.describe_blocks())
         return [f.packed.type for f in found if f.fits]
 
@@ -133,17 +133,15 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
     assert fitting("decode=1%@100k") == []
     # If llama.cpp would not run a cut of this model, only whole types are left.
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
-    with pytest.raises(
-        ArchitectureError, match="may derive the kind of a 'llama' block"
-    ):
+    with refuses("may derive the kind of a 'llama' block", ArchitectureError):
         fitting("file=100kB")
 
 
 def chosen(file, text, out, budget):
     given = {
-        "model": str(file),
-        "calibration": str(text),
-        "out": str(out),
+        "model": file,
+        "calibration": text,
+        "out": out,
         "budget": budget,
     }
     config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
@@ -224,7 +222,7 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
         assert call(*line, "--budget", budget) == 2
         said = capsys.readouterr().err
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
-        session = Session(RunConfig(model=str(llama), dtype="float32", budget=nearest))
+        session = Session(RunConfig(model=llama, dtype="float32", budget=nearest))
         assert packing.find_types(session, session.describe_blocks())
         assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from isingcut.data.tokens import TokenSet
-from isingcut.errors import ArchitectureError, InputError
+from isingcut.errors import ArchitectureError
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks, stack_modules
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.healing.job import Job
@@ -28,7 +28,8 @@ from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
-from tiny import replay_of
+from shared import refuses
+from tiny import load_tiny, replay_of
 
 
 def tokens(samples=12, length=24, seed=0):
@@ -200,12 +201,12 @@ def test_a_state_without_a_cut_to_patch_is_refused_with_the_reasons(removed, rea
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
         layer.self_attn.o_proj.weight = model.model.layers[0].self_attn.o_proj.weight
-    with pytest.raises(ArchitectureError, match=reason):
+    with refuses(reason, ArchitectureError):
         fitted(model, removed, tokens())
 
 
 def test_a_single_sample_is_refused():
-    with pytest.raises(InputError, match="at least two samples"):
+    with refuses("at least two samples"):
         fitted(tiny_model("llama"), [3], tokens(1))
 
 
@@ -213,7 +214,7 @@ def job_of(folder, family, removed, **options):
     source = tiny_checkpoint(family, folder / "source", **options)
     excise(source, removed, folder / "cut")
     return Job(
-        load(source, dtype="float32", device="cpu"),
+        load_tiny(source),
         removed,
         folder / "cut",
         tokens(32),
@@ -349,9 +350,7 @@ def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(
     teacher = load_streamed(source, dtype="float32", device="cpu")
     replay = teacher.streamed
     monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
-    with pytest.raises(
-        InputError, match=r"on 252 tokens needs .* free; lower --patch-tokens"
-    ):
+    with refuses(r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, tokens(), [3], Work(96))
 
 
@@ -391,7 +390,7 @@ def test_the_written_checkpoint_is_plain_and_computes_the_patch(family, tmp_path
     assert {n.rsplit(".", 1)[1] for n in changed} <= {"weight", "bias"}
     assert all(n.rsplit(".", 1)[0].endswith(layer) for n in changed)
     assert changed
-    loaded: LoadedModel = load(tmp_path / "patched", dtype="float32", device="cpu")
+    loaded: LoadedModel = load_tiny(tmp_path / "patched")
     assert sum(p.numel() for p in loaded.model.parameters()) == sum(
         p.numel() for p in load(tmp_path / "cut", dtype="float32").model.parameters()
     )
@@ -542,7 +541,7 @@ def test_a_layer_behind_experts_that_leaves_nothing_is_refused(monkeypatch):
     reason = (
         r"no map of block 1's mlp.down_proj or self_attn.o_proj is better than none"
     )
-    with pytest.raises(ArchitectureError, match=reason):
+    with refuses(reason, ArchitectureError):
         fitted(tiny_model("gemma2"), [2], tokens())
 
 
@@ -552,14 +551,12 @@ def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(name).weight.zero_()
-    with pytest.raises(
-        ArchitectureError, match=r"no map of block 1's .* is better than none"
-    ):
+    with refuses(r"no map of block 1's .* is better than none", ArchitectureError):
         fitted(model, [2], tokens())
 
 
 def test_a_block_without_a_layer_that_writes_is_refused(monkeypatch):
     monkeypatch.setattr(linear, "find_gained", lambda *args: [])
     reason = r"block 1 \(attention\+moe\) cannot absorb a patch: none of its linear layers writes"
-    with pytest.raises(ArchitectureError, match=reason):
+    with refuses(reason, ArchitectureError):
         fitted(tiny_model("mixtral"), [2], tokens())

@@ -9,13 +9,12 @@ import isingcut
 import isingcut.runs.folder
 import isingcut.runs.solving
 from isingcut.errors import StageFileError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.blocks import find_stack, skip_blocks
 from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
-from shared import OPTIONS, call
+from shared import OPTIONS, call, load_json, refuses
 
 # Other tests measure speed and memory.
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_speed")
 
 def job(model, text, out, **more):
     """Do a whole run on a tiny model."""
-    options = {"model": str(model), "calibration": str(text), "out": str(out)}
+    options = {"model": model, "calibration": text, "out": out}
     return isingcut.run(**{**OPTIONS, **options, **more})
 
 
@@ -35,7 +34,7 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(
 ):
     source = tiny_checkpoint(family, tmp_path / "model")
     target = job(source, text, tmp_path / "run", remove=remove, patch="none")
-    removed = read_json(target / "model" / "isingcut.json", "removal")["removed"]
+    removed = load_json(target / "model" / "isingcut.json")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(
         target / "model", dtype=torch.float32
@@ -63,9 +62,9 @@ def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path)
         "remove": "2",
     }
     options = {
-        "model": str(llama),
-        "calibration": str(text),
-        "out": str(tmp_path / "run"),
+        "model": llama,
+        "calibration": text,
+        "out": tmp_path / "run",
     }
     folder = isingcut.energy(DEMO.replace(**small, **options))
     (file,) = folder.glob("hamiltonian*.safetensors")
@@ -80,8 +79,8 @@ def test_every_stage_left_its_file(finished):
         "hamiltonian.empirical-fisher.safetensors", "spectrum.json", "candidates.json", "model",
         "evaluation.json", "report.md", "report.json", "report.html",
     }  # fmt: skip
-    assert read_json(finished / "run.json", "run")["complete"] is True
-    ranked = read_json(finished / "candidates.json", "candidates")
+    assert load_json(finished / "run.json")["complete"] is True
+    ranked = load_json(finished / "candidates.json")
     assert set(ranked["fidelity_of_others"]) == {"empirical-fisher"}
 
 
@@ -102,21 +101,21 @@ def test_another_removal_reuses_the_energy(run, capsys):
 
 
 def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsys):
-    kept = read_json(run / "candidates.json", "candidates")["chosen"]["removed"][0]
+    kept = load_json(run / "candidates.json")["chosen"]["removed"][0]
     assert call("solve", run, "--keep", kept, "--overwrite") == 0
     assert call("excise", run) == 2, "the ranking is of the earlier spectrum"
     assert "is of an earlier energy or spectrum" in capsys.readouterr().err
-    with pytest.raises(StageFileError, match="solve and rank again"):
+    with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
     assert call("rank", run) == 2
     assert f"keep: was none, now {kept}" in capsys.readouterr().err
     assert call("rank", run, "--overwrite") == 0
-    found = read_json(run / "candidates.json", "candidates")
+    found = load_json(run / "candidates.json")
     assert not any(
         kept in row["removed"] for row in found["candidates"] + found["random"]
     )
     assert call("baseline", "random", run) == 0
-    violated = read_json(run / "baseline-random.json", "baseline")
+    violated = load_json(run / "baseline-random.json")
     assert (kept in violated["removed"]) == bool(violated["violated"])
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(also="", effort="3", overwrite=True))
@@ -129,10 +128,8 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsy
 
 
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
-    config = read_json(run / "run.json", "run")["config"]
-    change(
-        run / "run.json", "run", config={**config, "quick": True, "random_states": 0}
-    )
+    config = load_json(run / "run.json")["config"]
+    change(run / "run.json", config={**config, "quick": True, "random_states": 0})
     opened = isingcut.runs.folder.RunFolder.open(run).config
     assert (opened.random_states, opened.skip_speed) == (0, False)
     assert opened.replace(random_states=40).random_states == 40
@@ -154,7 +151,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(
     with pytest.raises(VerificationError):
         job(llama, text, out, remove=1)
     assert not (out / "model").exists()
-    assert read_json(out / "run.json", "run")["complete"] is False
+    assert load_json(out / "run.json")["complete"] is False
 
 
 def test_a_budget_decides_how_many_blocks_go(run):
@@ -170,8 +167,8 @@ def test_a_budget_decides_how_many_blocks_go(run):
 def test_solving_far_from_where_an_energy_was_corrected_warns(
     llama, text, tmp_path, capsys
 ):
-    options = {**OPTIONS, "model": str(llama), "calibration": str(text)}
-    out = isingcut.energy(**options, remove=2, out=str(tmp_path / "near"))
+    options = {**OPTIONS, "model": llama, "calibration": text}
+    out = isingcut.energy(**options, remove=2, out=tmp_path / "near")
     assert call("solve", out, "--remove", 2) == 0
     assert "corrected near" not in capsys.readouterr().err
     assert call("solve", out, "--remove", 3) == 0

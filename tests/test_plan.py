@@ -24,7 +24,6 @@ from isingcut.energies.pairwise import list_removals
 from isingcut.measure.gradients import gate_gradients
 from isingcut.measure.losses import measure, tree_nodes
 from isingcut.measure.work import Work
-from isingcut.models.load import load
 from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import plan as planning
@@ -32,7 +31,7 @@ from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, advise, command, make_plan
 from isingcut.runs.session import Session
 from shared import OPTIONS, call
-from tiny import random_tokens, replay_of, tiny_checkpoint
+from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
 
@@ -75,7 +74,7 @@ def stage(counted, name):
 
 def test_energies_take_the_passes_that_are_counted(llama):
     """Compare operations relative to a measurement, not seconds."""
-    replay = replay_of(load(llama, dtype="float32", device="cpu").model)
+    replay = replay_of(load_tiny(llama).model)
     replay.attention = "eager"
     n = len(replay)
     text = random_tokens([LENGTH] * 4)
@@ -153,7 +152,7 @@ def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(
         "heal": "10min",
         "quick": True,
     }
-    plan = make_plan(RunConfig(model=str(llama), stream="off", **options))
+    plan = make_plan(RunConfig(model=llama, stream="off", **options))
     energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
     assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
     context = _program.commands["energy"].make_context(
@@ -216,7 +215,7 @@ class Whole:
 
 def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {"whole": Whole})
-    plan = make_plan(RunConfig(model=str(llama), length=16))
+    plan = make_plan(RunConfig(model=llama, length=16))
     known = ["empirical-fisher", "fisher", "pairwise", "refined", "whole"]
     assert [e["name"] for e in plan["energies"]] == known
     (own,) = (e for e in plan["energies"] if e["impossible"])
@@ -268,7 +267,7 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
     folder = tiny_checkpoint("qwen2_moe", tmp_path / "m")
     plan = make_plan(
-        RunConfig(model=str(folder), budget="latency=30%", length=16, stream="on")
+        RunConfig(model=folder, budget="latency=30%", length=16, stream="on")
     )
     assert plan["streamed"]
     assert 0 < plan["remove"] < plan["blocks"]
@@ -280,7 +279,7 @@ def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(
 ):
     # All six blocks take the same time.
     monkeypatch.setattr(StreamedReplay, "latency", lambda replay, positions: [1e-3] * 6)
-    config = RunConfig(model=str(llama), length=16, batch_tokens=64)
+    config = RunConfig(model=llama, length=16, batch_tokens=64)
     budget = f"latency={1e3 * 128 / 64 * 0.45 * 6:.12f}us"
     assert Prices(config.replace(budget=budget)).remove == 3
 
@@ -322,13 +321,13 @@ def test_a_run_says_at_its_start_how_long_it_takes(
     for quick in (False, True):
         options = {
             "remove": 2,
-            "out": str(tmp_path / f"run{quick}"),
+            "out": tmp_path / f"run{quick}",
             "quick": quick,
         } | OPTIONS
         with pytest.raises(Begun):
             isingcut.run(
-                model=str(llama),
-                calibration=str(text),
+                model=llama,
+                calibration=text,
                 progress=terminal,
                 **options,
                 heal=True,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from isingcut.errors import ArchitectureError, VerificationError
-from isingcut.files.results import read_json
 from isingcut.formats.architectures.cuts import cut_config
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.streaming.replay import StreamedReplay, open_model
@@ -21,7 +20,7 @@ from isingcut.models.verify import (
 )
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
-from shared import refuses
+from shared import load_json, refuses
 from sweep.images import invent_images
 from tiny import forbids, tiny_model, tiny_tokenizer
 
@@ -240,7 +239,7 @@ def test_random_text_holds_no_token_of_an_image():
 
 
 def test_a_run_shows_how_its_cut_was_proven(finished):
-    record = read_json(finished / "model" / "isingcut.json", "removal")
+    record = load_json(finished / "model" / "isingcut.json")
     assert record["proof"] == {"inputs": "text", "difference": 0.0, "remarks": []}
     assert "blocks skipped, on text." in (finished / "model" / "README.md").read_text()
     assert (

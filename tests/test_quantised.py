@@ -23,7 +23,14 @@ from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
 from shared import load_json, refuses
-from tiny import edit_config, edit_tensors, replay_of, tiny_checkpoint, tiny_model
+from tiny import (
+    edit_config,
+    edit_tensors,
+    load_tiny,
+    replay_of,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 # The block pattern of NVIDIA-Nemotron-3-Nano-30B-A3B: 23 Mamba-2, 23 MoE, 6 attention blocks.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -80,7 +87,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     excise(
         source, [2], tmp_path / "cut", **({"max_shard_bytes": shards} if shards else {})
     )
-    teacher = load(source, dtype="float32", device="cpu")
+    teacher = load_tiny(source)
     generator = torch.Generator().manual_seed(0)
     text = TokenSet.from_rows(
         torch.randint(8, 262, (48, 24), generator=generator).tolist()

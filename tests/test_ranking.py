@@ -12,7 +12,7 @@ from isingcut.energies.pairwise import Pairwise
 from isingcut.errors import OutputExistsError
 from isingcut.evaluation.candidates import few_samples, fidelity, random_feasible, rank
 from isingcut.evaluation.quality import sample_sums
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile, ChosenState, PatchedState
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -21,13 +21,12 @@ from isingcut.ising.solvers import solve
 from isingcut.ising.states import states_of
 from isingcut.measure.losses import measure
 from isingcut.measure.work import Work
-from isingcut.models.load import load
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS
-from tiny import random_tokens, tiny_replay
+from shared import OPTIONS, load_json, refuses
+from tiny import load_tiny, random_tokens, tiny_replay
 
 pytestmark = [
     pytest.mark.usefixtures("no_speed"),
@@ -152,16 +151,16 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
 
     monkeypatch.setattr(trials, "changed_losses", interrupted)
     given = {
-        "model": str(llama),
-        "calibration": str(text),
+        "model": llama,
+        "calibration": text,
         "remove": 2,
         "patch": "linear",
     }
-    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
+    options = {**OPTIONS, **given, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         isingcut.run(**options)
     target = isingcut.run(**options)
-    found = read_json(target / "candidates.json", "candidates")
+    found = load_json(target / "candidates.json")
     rows = sorted(found["candidates"], key=lambda row: row["kl"])
     lowest = rows[0]["kl"]
     near = [
@@ -180,9 +179,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     )
     assert f"; lower after a patch: {best['patched_kl']:.4g} against " in why
     assert all(f"{row['patched_kl']:.4g}" in why for row in others)
-    with pytest.raises(
-        OutputExistsError, match=r"candidates.json was made .*patch_tokens: was"
-    ):
+    with refuses(r"candidates.json was made .*patch_tokens: was", OutputExistsError):
         isingcut.run(**{**options, "patch_tokens": 2 * RunConfig().patch_tokens})
     # A checkpoint with the same patch has the same KL.
     run = RunFolder.open(target)
@@ -191,10 +188,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
     cutting.write_model(
         session, run, best["removed"], tmp_path / "again", overwrite=False
     )
-    both = [
-        load(m, dtype="float32", device="cpu").model
-        for m in (llama, tmp_path / "again")
-    ]
+    both = [load_tiny(m).model for m in (llama, tmp_path / "again")]
     split = Calibration.load(target / "calibration.safetensors").splits["rank"]
     kl = sample_sums(*both, split)[2].sum() / split.tokens
     assert kl == pytest.approx(best["patched_kl"], rel=1e-4)
@@ -255,14 +249,14 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
     for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("TOKENS", 64)):
         monkeypatch.setattr(trials, name, value)
-    given = {"model": str(llama), "calibration": str(text), "remove": 3, "keep": "0"}
+    given = {"model": llama, "calibration": text, "remove": 3, "keep": "0"}
     given |= {"states": 2, "seed": 1}
-    options = {**OPTIONS, **given, "out": str(tmp_path / "run")}
+    options = {**OPTIONS, **given, "out": tmp_path / "run"}
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         isingcut.prune(**options, heal="4tokens")
     isingcut.prune(**options, heal="4tokens")
-    found = read_json(out / "candidates.json", "candidates")
+    found = load_json(out / "candidates.json")
     quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
     lowest = min(found["candidates"], key=lambda row: row["kl"])
     # No state is measured twice, before or after the interruption.

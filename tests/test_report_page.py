@@ -10,9 +10,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from isingcut.files.results import read_json
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
+from shared import load_json
 
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
@@ -141,7 +141,7 @@ def test_pointing_gives_values(show, run):
     page = show("run")
     tip = page.locator(".tip")
     assert tip.is_hidden()
-    chosen = read_json(run / "candidates.json", "candidates")["chosen"]
+    chosen = load_json(run / "candidates.json")["chosen"]
     page.locator("#scatter-pairwise .mark.chosen").hover()
     assert f"measured KL {chosen['kl']:.4f}" in tip.inner_text()
     assert f"energy {chosen['energy']:.4g}" in tip.inner_text()
@@ -178,7 +178,7 @@ def pairs(removed):
 
 def test_a_click_on_a_state_marks_it_in_every_figure(show, run):
     page = show("run")
-    ranked = read_json(run / "candidates.json", "candidates")
+    ranked = load_json(run / "candidates.json")
     state = ranked["candidates"][2]["removed"]
     chosen = ranked["chosen"]["removed"]
     assert outlined(page) == pairs(chosen)
@@ -201,9 +201,7 @@ def test_the_keyboard_reaches_every_state(show, run):
     page.locator("#map tbody button").first.focus()
     for key in ("Tab", "Enter"):
         page.keyboard.press(key)
-    removed = read_json(run / "candidates.json", "candidates")["candidates"][1][
-        "removed"
-    ]
+    removed = load_json(run / "candidates.json")["candidates"][1]["removed"]
     assert page.evaluate(live) == f"state 1 removes {', '.join(map(str, removed))}"
     page.keyboard.press("Escape")
     assert page.evaluate(live) == ""

@@ -51,9 +51,9 @@ def _run(place, out, moment):
         leave_speed_out(patch.setattr)
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
         isingcut.run(
-            model=str(place / "model"),
-            calibration=str(place / "text.txt"),
-            out=str(out),
+            model=place / "model",
+            calibration=place / "text.txt",
+            out=out,
             **OPTIONS,
         )
 

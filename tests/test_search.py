@@ -25,7 +25,7 @@ from isingcut.energies.search import search as search_module
 from isingcut.energies.search.evaluator import Estimates, Evaluator
 from isingcut.energies.search.proposals import one_pass_states
 from isingcut.energies.search.surrogate import SLOPE, Surrogate
-from isingcut.files.results import read_document, read_json
+from isingcut.files.results import read_document
 from isingcut.files.states import CandidatesFile
 from isingcut.ising.constraints import LinearConstraint, count, keep
 from isingcut.ising.hamiltonian import Hamiltonian
@@ -428,7 +428,7 @@ LITTLE = {**OPTIONS, "energy": "refined", "effort": "6", "samples": 4, "states":
 @pytest.fixture(scope="module")
 def inputs(shared, text):
     model = shared.checkpoint(num_hidden_layers=8)
-    return {"model": str(model), "calibration": str(text), **LITTLE}
+    return {"model": model, "calibration": text, **LITTLE}
 
 
 @pytest.mark.parametrize(
@@ -449,19 +449,14 @@ def test_auto_is_the_search_where_a_removal_is_given(asked, energy):
 
 def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     out = isingcut.run(
-        **{**inputs, "states": 2, "effort": "20"}, remove="3", out=str(tmp_path / "run")
+        **{**inputs, "states": 2, "effort": "20"}, remove="3", out=tmp_path / "run"
     )
     energy = Hamiltonian.load(out / "hamiltonian.safetensors")
     assert energy.unit == "nats/token"
     finalists = energy.meta["search"]["targets"]["3"]["finalists"]
-    ranked = [
-        r["removed"]
-        for r in read_json(out / "candidates.json", "candidates")["candidates"]
-    ]
+    ranked = [r["removed"] for r in load_json(out / "candidates.json")["candidates"]]
     assert all(f["removed"] in ranked for f in finalists)
-    solved = [
-        s["removed"] for s in read_json(out / "spectrum.json", "spectrum")["states"]
-    ]
+    solved = [s["removed"] for s in load_json(out / "spectrum.json")["states"]]
     assert ranked[: len(solved)] == solved
     # The spectrum in the report has all measured states, each once.
     shown = RunFiles(out).spectrum
@@ -516,12 +511,12 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
 def test_effort_belongs_to_the_search(inputs, tmp_path):
     with refuses("--effort is an option of"):
         isingcut.run(
-            **{**inputs, "energy": "pairwise"}, remove="3", out=str(tmp_path / "no")
+            **{**inputs, "energy": "pairwise"}, remove="3", out=tmp_path / "no"
         )
 
 
 def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys):
-    out = isingcut.energy(**inputs, remove="2..3", out=str(tmp_path / "near"))
+    out = isingcut.energy(**inputs, remove="2..3", out=tmp_path / "near")
     assert call("solve", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [r["removal"] for r in found["removals"]] == ["2", "3"]

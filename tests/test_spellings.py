@@ -2,7 +2,6 @@
 
 import pytest
 
-from isingcut.errors import InputError
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import (
     BlockList,
@@ -13,6 +12,7 @@ from isingcut.options.spellings import (
     Removal,
     Training,
 )
+from shared import refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [
@@ -118,7 +118,7 @@ NONE = [
 @pytest.mark.parametrize(("kind", "words", "texts"), NONE)
 def test_what_is_refused(kind, words, texts):
     for text in texts:
-        with pytest.raises(InputError, match=words):
+        with refuses(words):
             kind(text)
 
 

@@ -28,7 +28,16 @@ from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
 from shared import OPTIONS, load_json, refuses
-from tiny import CPU, edit_config, edit_tensors, samples, some_states, streamed, watch
+from tiny import (
+    CPU,
+    edit_config,
+    edit_tensors,
+    load_tiny,
+    samples,
+    some_states,
+    streamed,
+    watch,
+)
 
 
 class Numbers:
@@ -215,9 +224,7 @@ def test_memory_allowed_and_needed(llama, monkeypatch):
     assert allowance("", CPU).left == 1000
     with refuses(r"memory 'much': expected a share .*, got 'much'"):
         allowance("much", CPU)
-    parameters = sum(
-        p.numel() for p in load(llama, dtype="float32", device="cpu").model.parameters()
-    )
+    parameters = sum(p.numel() for p in load_tiny(llama).model.parameters())
     assert weight_bytes(llama, torch.bfloat16) == 2 * parameters
 
 
@@ -232,7 +239,7 @@ def test_a_container_has_a_limit_of_its_own(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_streamed(llama):
-    config = RunConfig(model=str(llama), dtype="float32", device="cpu")
+    config = RunConfig(model=llama, dtype="float32", device="cpu")
     assert not Session(config).streaming
     assert Session(config.replace(memory_limit="1KB")).streaming
     assert not Session(config.replace(memory_limit="1KB", stream="off")).streaming
@@ -285,9 +292,7 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
 
 
 def test_quality_of_a_streamed_pair_is_that_in_memory(llama, cut):
-    pair = [
-        load(folder, dtype="float32", device="cpu").model for folder in (llama, cut)
-    ]
+    pair = [load_tiny(folder).model for folder in (llama, cut)]
     expected = evaluate.quality(*pair, samples(), Work(24))
     place = {"dtype": "float32", "device": "cpu"}
     original = load_streamed(llama, **place)
@@ -314,11 +319,11 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.verify.reload", never)
     options = {
         **OPTIONS,
-        "model": str(llama),
-        "calibration": str(text),
+        "model": llama,
+        "calibration": text,
         "stream": "on",
     }
-    folder = run(remove=2, out=str(tmp_path / "run"), also="fisher", **options)
+    folder = run(remove=2, out=tmp_path / "run", also="fisher", **options)
     evaluation = load_json(folder / "evaluation.json")
     chosen = load_json(folder / "candidates.json")["chosen"]
     assert evaluation["streamed"]
@@ -338,5 +343,5 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
         ),
     ):
         with refuses(message):
-            isingcut.energy(out=str(tmp_path / "no"), **{**options, **wrong})
+            isingcut.energy(out=tmp_path / "no", **{**options, **wrong})
     assert not (tmp_path / "no").exists()

@@ -15,8 +15,8 @@ from isingcut.evaluation import questions
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
-from isingcut.models.load import load
 from shared import refuses, write_jsonl
+from tiny import load_tiny
 
 Record = dict[str, Any]
 
@@ -147,11 +147,7 @@ OURS = {
 @pytest.fixture(scope="module")
 def models(shared):
     return {
-        name: load(
-            shared.checkpoint(seed=i, max_position_embeddings=2048),
-            dtype="float32",
-            device="cpu",
-        )
+        name: load_tiny(shared.checkpoint(seed=i, max_position_embeddings=2048))
         for i, name in enumerate(("original", "cut"))
     }
 
@@ -395,9 +391,7 @@ def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
 
 
 def test_prompts_longer_than_the_positions_are_counted(shared, tmp_path, capsys):
-    short = load(
-        shared.checkpoint(max_position_embeddings=64), dtype="float32", device="cpu"
-    )
+    short = load_tiny(shared.checkpoint(max_position_embeddings=64))
     rest = {"choices": ["one", "two"], "answer": 0}
     records = [{"context": "river " * words, **rest} for words in (1, 2, 90)]
     task = prepare_task(write_jsonl(tmp_path / "own.jsonl", records), None)

@@ -16,11 +16,10 @@ from isingcut.data.calibration import build
 from isingcut.data.conversations import render_chat
 from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
-from isingcut.files.results import read_json
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, refuses, write_jsonl, write_words
+from shared import call, load_json, refuses, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -157,9 +156,7 @@ def test_a_run_warns_of_text_that_its_splits_share(
     further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
     for verb, words in {"energy": options, "run": options + further}.items():
         assert call(verb, *words) == 0
-        shares = read_json(out / "run.json", "run")["provenance"]["calibration"][
-            "overlap"
-        ]
+        shares = load_json(out / "run.json")["provenance"]["calibration"]["overlap"]
         assert shares.keys() == {"rank", "report"}
         assert 0.05 < shares["report"] < 0.5
         (line,) = [
@@ -198,7 +195,7 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
         tmp_path / "run",
     ]
     assert call("energy", llama, *options) == 0
-    found = read_json(tmp_path / "run" / "run.json", "run")["provenance"]["calibration"]
+    found = load_json(tmp_path / "run" / "run.json")["provenance"]["calibration"]
     assert found["repeats"]["report"] > 0.2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
     assert (
@@ -208,7 +205,7 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
 
 
 def test_ordinary_text_is_not_warned_of(finished):
-    provenance = read_json(finished / "run.json", "run")["provenance"]
+    provenance = load_json(finished / "run.json")["provenance"]
     assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
     assert overlap_warnings(provenance["calibration"]["overlap"]) == []
     assert overlap_warnings({"rank": 0.019}) == []

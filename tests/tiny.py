@@ -119,8 +119,13 @@ def some_states(n, count=6):
     return np.random.default_rng(1).random((count, n)) < 0.4
 
 
+def load_tiny(folder):
+    """Load a checkpoint in float32 on the CPU."""
+    return load(folder, dtype="float32", device="cpu")
+
+
 def in_memory(folder):
-    return replay_of(load(folder, dtype="float32", device="cpu").model)
+    return replay_of(load_tiny(folder).model)
 
 
 def streamed(folder):

@@ -12,7 +12,6 @@ from heal_rows import heal
 import isingcut
 from isingcut.energies import registry
 from isingcut.files.journal import Journal
-from isingcut.files.results import read_json
 from isingcut.formats.sources import model_identity
 from shared import load_json, refuses
 
@@ -163,7 +162,7 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
     excise = f"excise run --blocks 2,3 --overwrite {patch}"
     arena.try_row(Row("a cut", excise, **made))
-    record = read_json(arena.run / "model" / "isingcut.json", "removal")
+    record = load_json(arena.run / "model" / "isingcut.json")
     fitted = record["patch"]["text"]
     assert fitted["samples"] == fitted["searched"]
     assert fitted["short"].startswith(
@@ -208,9 +207,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(
     )
     assert not (place / name).exists()
     assert not list(place.glob("*.journal*"))
-    assert not (read_json(place / "run.json", "run")["stages"].get(name) or {}).get(
-        "done"
-    )
+    assert not (load_json(place / "run.json")["stages"].get(name) or {}).get("done")
 
 
 @pytest.mark.parametrize("place", ["model", "run/model"])
