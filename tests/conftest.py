@@ -6,6 +6,7 @@ anywhere, so that subprocesses inherit it.
 """
 
 import gc
+import json
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from shared import OPTIONS, Shared, leave_speed_out, write_words
+from shared import OPTIONS, Shared, call, leave_speed_out, works, write_words
 
 
 def pytest_collection_modifyitems(items):
@@ -43,6 +44,36 @@ def pytest_runtest_setup():
         imported.add(len(sys.modules))
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture
+def typed(capsys):
+    """Function that runs a command that must end well, and returns what it printed."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        works(*arguments)
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def answer(typed):
+    """Function that returns the JSON document of a command, all of its standard output."""
+    return lambda *arguments: json.loads(typed(*arguments, "--json").out)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Function that runs a command that must be refused, and returns its standard error."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert call(*arguments) == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

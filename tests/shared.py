@@ -47,6 +47,16 @@ def call(*arguments):
     return 0
 
 
+def works(*arguments):
+    """Run a command that must end well."""
+    assert call(*arguments) == 0
+
+
+def flags(options):
+    """Return options as words of a command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
 class Bars:
     """A progress that keeps the totals of its bars and the steps done, by description."""
 

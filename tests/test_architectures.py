@@ -19,7 +19,7 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.models.verify import verify
-from shared import call, load_json, refuses
+from shared import load_json, refuses, works
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries
 from sweep.shrink import tiny_configuration
@@ -336,7 +336,7 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
 
 
 def test_a_run_down_to_one_block_is_patched_and_evaluated(
-    text, tmp_path, no_speed, capsys
+    text, tmp_path, no_speed, capsys, refusal, typed
 ):
     tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
     out = tmp_path / "run"
@@ -350,22 +350,18 @@ def test_a_run_down_to_one_block_is_patched_and_evaluated(
         "--patch-tokens",
         1000,
     ]
-    assert (
-        call(
-            "run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further
-        )
-        == 0
-    )
+    works("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further)
     assert load_json(out / "model" / "isingcut.json")["patch"]["cuts"]
     evaluation = load_json(out / "evaluation.json")
     assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
     capsys.readouterr()
-    assert call("inspect", out / "model") == 0
-    assert "its one block stays: none can be removed" in capsys.readouterr().out
+    assert (
+        "its one block stays: none can be removed"
+        in typed("inspect", out / "model").out
+    )
     again = ["run", out / "model", "--out", tmp_path / "further", *further]
     for removal in (["--remove", 1], ["--budget", "params=10%"]):
-        assert call(*again, *removal) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = refusal(*again, *removal).splitlines()
         assert line.endswith("has a single block, which must stay; use a deeper model")
 
 

@@ -17,7 +17,14 @@ from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking
 from isingcut.runs.checks import check_run_tasks
-from shared import OPTIONS, call, leave_speed_out, load_json, refuses, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    refuses,
+    works,
+    write_jsonl,
+)
 from tiny import load_tiny
 
 pytestmark = [
@@ -239,7 +246,7 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 
 def test_scores_on_questions_that_changed_are_not_kept(
-    finished, questions, tmp_path, capsys
+    finished, questions, tmp_path, refusal
 ):
     run = shutil.copytree(finished, tmp_path / "run")
     own = tmp_path / "own.jsonl"
@@ -260,14 +267,13 @@ def test_scores_on_questions_that_changed_are_not_kept(
         (data, again),
     ):
         file.write_text(text)
-        assert call(*line, "--overwrite") == 0
+        works(*line, "--overwrite")
         file.write_text(text.replace("river", "brook"))
-        assert call(*line) == 2
-        assert "was made with other options (files: " in capsys.readouterr().err
+        assert "was made with other options (files: " in refusal(*line)
 
 
 def test_questions_are_answered_without_a_measurement_of_text(
-    finished, questions, tmp_path, monkeypatch, capsys
+    finished, questions, tmp_path, monkeypatch, answer
 ):
     def measured(*given):
         raise AssertionError("text was measured")
@@ -284,8 +290,7 @@ def test_questions_are_answered_without_a_measurement_of_text(
             4 + there,
             "--overwrite",
         ]
-        assert call(*line, "--json") == 0
-        found = json.loads(capsys.readouterr().out)
+        found = answer(*line)
         assert found["benchmarks"]["rows"][0]["n"] == 4 + there
         assert ("kl" in found) == there
         (run / "evaluation.json").unlink(missing_ok=True)

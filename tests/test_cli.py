@@ -28,7 +28,7 @@ from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
-from shared import OPTIONS, call, load_json, refuses, write_jsonl
+from shared import OPTIONS, call, load_json, refuses, works, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -44,12 +44,6 @@ def documented_keys():
             for verb in re.findall(r"`([\w-]+)`", verbs):
                 found[verb] = set(re.findall(r"`([\w-]+)`", keys))
     return found
-
-
-def answer(capsys, *arguments):
-    """Return the JSON document of a verb, which is all of its standard output."""
-    assert call(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_every_verb_has_an_example_json_and_quiet():
@@ -70,7 +64,7 @@ def test_every_verb_is_documented():
     assert set(documented_keys()) == set(VERBS)
 
 
-def test_json_keys_are_those_documented(finished, run, capsys):
+def test_json_keys_are_those_documented(finished, run, answer):
     """Verbs that find all their work done print the results again; the others are fast here."""
     model = load_json(finished / "run.json")["config"]["model"]
     keys = documented_keys()
@@ -90,15 +84,15 @@ def test_json_keys_are_those_documented(finished, run, capsys):
         ("ls",),
     ):
         verb = arguments[0]
-        found = answer(capsys, *arguments)
+        found = answer(*arguments)
         assert found["verb"] == verb
         assert set(found) == keys[verb] | {"verb", "warnings"}, verb
-    found = answer(capsys, "solve", run, "--remove", 1, "--remove", 3)
+    found = answer("solve", run, "--remove", 1, "--remove", 3)
     assert [r["removal"] for r in found["removals"]] == ["1", "3"]
     assert all({"removals", *r} == keys["solve"] for r in found["removals"])
 
 
-def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
+def test_json_stays_alone_when_libraries_print(monkeypatch, typed):
     from isingcut.ising import solvers
 
     names = solvers.registry.names
@@ -108,8 +102,7 @@ def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
         return names()
 
     monkeypatch.setattr(solvers.registry, "names", chatty)
-    assert call("ls", "--json") == 0
-    captured = capsys.readouterr()
+    captured = typed("ls", "--json")
     assert "tabu" in json.loads(captured.out)["solvers"]
     assert "hello" in captured.err
 
@@ -117,10 +110,10 @@ def test_json_stays_alone_when_libraries_print(monkeypatch, capsys):
 def test_json_has_null_where_a_number_is_not_finite(capsys):
     from isingcut.cli import verb as cli_verb
 
-    answer = cli_verb.Output(
+    output = cli_verb.Output(
         {"gap": float("inf"), "rows": [(float("nan"), 1.5)]}, print
     )
-    cli_verb._print_output("solve", answer, as_json=True, quiet=False)
+    cli_verb._print_output("solve", output, as_json=True, quiet=False)
     found = json.loads(capsys.readouterr().out)
     assert found == {
         "verb": "solve",
@@ -130,47 +123,44 @@ def test_json_has_null_where_a_number_is_not_finite(capsys):
     }
 
 
-def test_quiet_leaves_one_line(run, capsys):
+def test_quiet_leaves_one_line(run, capsys, typed):
     for arguments, expected in (
         (("solve", run), f"{run / 'spectrum.json'}"),
         (("excise", run), f"{run / 'model'}"),
         (("report", run), f"{run / 'report.md'}"),
     ):
-        assert call(*arguments, "--quiet") == 0
-        captured = capsys.readouterr()
+        captured = typed(*arguments, "--quiet")
         assert captured.out == expected + "\n"
         assert captured.err == ""
-    assert call("rank", run, "--quiet") == 0
+    works("rank", run, "--quiet")
     removed = isingcut.Spectrum.load(run / "spectrum.json").states.shape[1]
     assert all(
         0 <= int(b) < removed for b in capsys.readouterr().out.strip().split(",")
     )
 
 
-def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, capsys):
+def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, answer, typed):
     fidelity = load_json(run / "candidates.json")["fidelity"]
     fidelity["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
     change(run / "candidates.json", fidelity=fidelity)
     record(run)
-    assert call("rank", run) == 0
-    captured = capsys.readouterr()
+    captured = typed("rank", run)
     assert captured.err.count("poorly (Spearman 0.12") == 1
     assert re.search(r"isingcut: warning: .*--energy", captured.err)
     assert "warning" not in captured.out
-    assert any("poorly" in w for w in answer(capsys, "rank", run)["warnings"])
+    assert any("poorly" in w for w in answer("rank", run)["warnings"])
 
 
-def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, capsys):
-    assert call("rank", run, "--random-states", 0, "--overwrite") == 0
+def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, typed):
     assert (
         "energy: rank correlation not measured (--random-states 0)"
-        in capsys.readouterr().out
+        in typed("rank", run, "--random-states", 0, "--overwrite").out
     )
     assert not list(run.glob("*.journal*"))
     removed = load_json(run / "candidates.json")["chosen"]["removed"]
     card = model_card(card_parts(run, run, removed))
     assert "How well the energy ranks states was not measured." in card
-    assert call("report", run, "--quiet") == 0
+    works("report", run, "--quiet")
     page = (run / "report.md").read_text()
     assert "How well the energy ranks was not measured." in page
     assert "Spearman" not in page
@@ -179,22 +169,26 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, c
     assert "How well it ranks was not measured." in html
 
 
-def test_blocks_counted_from_one(run, capsys):
+def test_blocks_counted_from_one(run, refusal):
     arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
-    assert call(*arguments, "--overwrite", "--quiet") == 0
+    works(*arguments, "--overwrite", "--quiet")
     assert load_json(run / "model" / "isingcut.json")["removed"] == [1, 4]
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
-        assert call("excise", run, "--blocks", *wrong.split()) == 2
-        assert f"blocks are numbered {ends}; add --one-based" in capsys.readouterr().err
-    assert call("excise", run, "--blocks", "0,1", "--remove", 3) == 2
-    assert "--remove 3 is not the number of --blocks" in capsys.readouterr().err
-    assert call("excise", run, "--blocks", "") == 2
-    assert "--blocks is empty" in capsys.readouterr().err
-    assert call("excise", run, "--one-based") == 2
-    assert "--one-based is for the numbers of --blocks" in capsys.readouterr().err
+        assert f"blocks are numbered {ends}; add --one-based" in refusal(
+            "excise", run, "--blocks", *wrong.split()
+        )
+    assert "--remove 3 is not the number of --blocks" in refusal(
+        "excise", run, "--blocks", "0,1", "--remove", 3
+    )
+    assert "--blocks is empty" in refusal("excise", run, "--blocks", "")
+    assert "--one-based is for the numbers of --blocks" in refusal(
+        "excise", run, "--one-based"
+    )
 
 
-def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
+def test_a_second_state_of_one_size_has_a_folder_of_its_own(
+    run, capsys, refusal, answer
+):
     def removed(place):
         return load_json(place / "model" / "isingcut.json")["removed"]
 
@@ -204,34 +198,31 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(run, capsys):
     for blocks in named:
         typed = ",".join(map(str, blocks))
         place = run / f"remove-2-blocks-{typed.replace(',', '-')}"
-        assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(
+        assert answer("excise", run, "--blocks", typed)["checkpoint"] == str(
             place / "model"
         )
         assert removed(place) == blocks
     assert isingcut.files.ownership.folder_hash(run / "model") == own
     # Naming the blocks of the chosen state gives the chosen state.
     typed = ",".join(map(str, chosen))
-    assert answer(capsys, "excise", run, "--blocks", typed)["checkpoint"] == str(
-        run / "model"
-    )
+    assert answer("excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")
     # If nothing was chosen for a size, the first state named gets the size's folder and keeps it.
     for typed in ("0,1,2", "1,2,3", "0,1,2", "1,2,3"):
-        assert call("excise", run, "--blocks", typed) == 0
+        works("excise", run, "--blocks", typed)
     assert removed(run / "remove-3") == [0, 1, 2]
     assert removed(run / "remove-3-blocks-1-2-3") == [1, 2, 3]
     capsys.readouterr()
-    found = answer(capsys, "evaluate", run, "--remove", "3", "--skip-speed")
+    found = answer("evaluate", run, "--remove", "3", "--skip-speed")
     assert found["file"] == str(run / "remove-3" / "evaluation.json")
     assert not (run / "remove-3-blocks-1-2-3" / "evaluation.json").exists()
-    other = answer(capsys, "evaluate", run, "--blocks", "1-3", "--skip-speed")
+    other = answer("evaluate", run, "--blocks", "1-3", "--skip-speed")
     assert other["file"] == str(run / "remove-3-blocks-1-2-3" / "evaluation.json")
-    page = Path(answer(capsys, "report", run / "remove-3-blocks-1-2-3")["report"])
+    page = Path(answer("report", run / "remove-3-blocks-1-2-3")["report"])
     assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
-    assert call("evaluate", run, "--blocks", "2,3,4") == 2
-    assert "type: isingcut excise" in capsys.readouterr().err
+    assert "type: isingcut excise" in refusal("evaluate", run, "--blocks", "2,3,4")
 
 
-def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
+def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
     line = ["evaluate", run / "model", "--original", "any", "--tasks", "piqa"]
     for option in (
         "--remove=2",
@@ -240,15 +231,14 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, capsys):
         "--one-based",
         "--blocks=1",
     ):
-        assert call(*line, option) == 2
-        said = capsys.readouterr().err
+        said = refusal(*line, option)
         assert (
             f"{option.partition('=')[0]} is for a run folder, --original for a check"
             in said
         )
 
 
-def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
+def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, refusal):
     manifest = load_json(run / "run.json")
     cut = manifest["stages"]["model"]
     manifest["stages"]["remove-2/model.gguf"] = cut
@@ -262,32 +252,34 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, capsys):
         monkeypatch.chdir(run / place)
         assert find_run(Path(name)) == (run, removed)
     # The recorded blocks are numbered from 0, whatever the list on the command line would be.
-    assert call("evaluate", name, "--one-based", "--skip-speed") == 0
-    assert call("evaluate", name, "--remove", "3") == 2
-    assert "a .gguf file has its own" in capsys.readouterr().err
-    assert call("report", run / "remove-2", "--remove", "3") == 2
-    assert f"with --remove give {run}" in capsys.readouterr().err
+    works("evaluate", name, "--one-based", "--skip-speed")
+    assert "a .gguf file has its own" in refusal("evaluate", name, "--remove", "3")
+    assert f"with --remove give {run}" in refusal(
+        "report", run / "remove-2", "--remove", "3"
+    )
 
 
-def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, capsys):
-    assert call("rank", run, "--tasks", "piqa", "--questions", 4) == 2
-    assert "--questions are for --choose tasks" in capsys.readouterr().err
+def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, refusal):
+    assert "--questions are for --choose tasks" in refusal(
+        "rank", run, "--tasks", "piqa", "--questions", 4
+    )
 
 
-def test_a_number_takes_the_place_of_a_budget_alone(run, capsys):
+def test_a_number_takes_the_place_of_a_budget_alone(run, refusal, answer):
     config = load_json(run / "run.json")["config"]
     change(run / "run.json", config={**config, "remove": "", "budget": "params=40%"})
-    found = answer(capsys, "solve", run, "--remove", "1")
+    found = answer("solve", run, "--remove", "1")
     assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
-    assert call("report", run) == 0
+    works("report", run)
     assert "is met" not in (run / "report.md").read_text(), (
         "it was solved for no budget"
     )
-    assert call("evaluate", run, "--remove", "1..2") == 2
-    assert "got 1..2; choose one with --remove M" in capsys.readouterr().err
+    assert "got 1..2; choose one with --remove M" in refusal(
+        "evaluate", run, "--remove", "1..2"
+    )
 
 
-def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
+def test_push_takes_a_run_or_a_checkpoint(run, monkeypatch, refusal, answer):
     pushed = []
 
     def push(files, repository, **options):
@@ -297,12 +289,13 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
         return f"https://hub/{repository}"
 
     monkeypatch.setattr("isingcut.runs.interop_hub.push", push)
-    found = answer(capsys, "push", run, "me/cut", "--private")
+    found = answer("push", run, "me/cut", "--private")
     assert set(found) == documented_keys()["push"] | {"verb", "warnings"}
-    assert call("push", run / "model", "me/cut") == 0
-    assert call("push", run / "model", "me/cut", "--remove", 4) == 2
-    assert "--remove and --budget are for a run folder" in capsys.readouterr().err
-    listed = answer(capsys, "push", run, "me/cut", "--dry-run")
+    works("push", run / "model", "me/cut")
+    assert "--remove and --budget are for a run folder" in refusal(
+        "push", run / "model", "me/cut", "--remove", 4
+    )
+    listed = answer("push", run, "me/cut", "--dry-run")
     assert listed["url"] is None
     assert {f["name"] for f in listed["files"]} == {
         p.name for p in (run / "model").iterdir() if p.name != MARKER
@@ -322,7 +315,7 @@ def test_push_takes_a_run_or_a_checkpoint(run, capsys, monkeypatch):
 
 
 def test_exit_codes(monkeypatch, capsys, tmp_path):
-    assert call("ls") == 0
+    works("ls")
     assert call("solve", tmp_path) == 2
     capsys.readouterr()
 
@@ -357,8 +350,8 @@ def test_the_verb_decides_which_processes_work_whatever_stands_before_it(
     monkeypatch.setattr(
         "isingcut.cli.main.leave_word", lambda code, text: left.append(code)
     )
-    assert call("--debug", "ls") == 0
-    assert call("solve", "heal") == 0
+    works("--debug", "ls")
+    works("solve", "heal")
     assert not left, "only rank 0 works"
     assert call("heal", "gone") == 2
     assert left == [2], "every process trains"
@@ -552,7 +545,9 @@ def test_both_models_are_judged_on_text_unlike_the_calibration(finished):
     )
 
 
-def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, capsys):
+def test_a_patch_that_harms_other_text_is_called_so_first(
+    run, monkeypatch, capsys, typed
+):
     exact = evaluating.measure
 
     def lower(*given):
@@ -566,8 +561,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
     for _ in range(2):
         capsys.readouterr()
         (run / "evaluation.json").unlink()
-        assert call("evaluate", run, "--skip-speed") == 0
-        said = capsys.readouterr().err.splitlines()
+        said = typed("evaluate", run, "--skip-speed").err.splitlines()
         first = next(line for line in said if line.startswith("isingcut: warning: "))
         part = read_document(run / "evaluation.json", EvaluationFile).elsewhere[
             "manual"
@@ -583,13 +577,13 @@ def test_a_patch_that_harms_other_text_is_called_so_first(run, monkeypatch, caps
         assert title.startswith("# ")
         assert said.startswith(f"**Warning.** {words}")
         assert card.replace(f"{said}\n\n", "") == plain
-    assert call("report", run) == 0
+    works("report", run)
     assert RunFiles(run).verdict.startswith(words)
     assert words in (run / "report.md").read_text().split("\n\n")[1]
     assert f'id="verdict"><strong>{words}' in (run / "report.html").read_text()
     monkeypatch.undo()
     (run / "evaluation.json").unlink()
-    assert call("evaluate", run, "--skip-speed") == 0
+    works("evaluate", run, "--skip-speed")
     found = read_document(run / "evaluation.json", EvaluationFile)
     part = found.elsewhere["manual"]
     cut = found.cut.elsewhere["manual"]
@@ -623,7 +617,7 @@ def test_a_demo_without_its_packages_and_hub_names_all_in_one_line(
 
 
 def test_the_help_of_a_run_has_headings_and_begins_with_twelve_options(printed):
-    assert call("run", "--help") == 0
+    works("run", "--help")
     text = printed()
     titles = [
         "Start with these",
@@ -679,5 +673,5 @@ def test_a_hub_model_is_looked_at_without_its_weights(monkeypatch, llama, tmp_pa
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert call("inspect", "someone/llama") == 0
+    works("inspect", "someone/llama")
     assert wanted == ["*.json"]

@@ -14,7 +14,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import call, load_json, write_words
+from shared import load_json, works, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -64,7 +64,7 @@ def _measure(place, out):
         _typed(place, out / "fisher", "fisher"),
         _typed(place, out / "refined", "refined"),
     ):
-        assert call(*arguments) == 0
+        works(*arguments)
 
 
 def _all(place, out, notes):
@@ -126,22 +126,19 @@ def test_a_launcher_starts_all_processes(place, alone, tmp_path):
 def _fisher_and_run(place, out, given):
     """Measure one energy, and do a whole run with another, with further options."""
     with fake_cards(4) if "--device" in given else nullcontext():
-        assert call(*_typed(place, out / "fisher", "fisher"), *given) == 0
+        works(*_typed(place, out / "fisher", "fisher"), *given)
         whole = [
             "--patch=linear",
             "--patch-tokens=256",
             "--states=3",
             "--random-states=0",
         ]
-        assert (
-            call(
-                "run",
-                *_typed(place, out / "whole", "refined")[1:],
-                *whole,
-                "--skip-speed",
-                *given,
-            )
-            == 0
+        works(
+            "run",
+            *_typed(place, out / "whole", "refined")[1:],
+            *whole,
+            "--skip-speed",
+            *given,
         )
 
 
@@ -261,7 +258,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     assert len(lines) == which
     assert all("the 2 processes lost contact (" in line for line in lines)
     assert not list(out.glob(".*")), "no half-written files"
-    assert call(*_typed(place, out, also=False)) == 0
+    works(*_typed(place, out, also=False))
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
 
 
@@ -344,7 +341,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     monkeypatch.setattr(
         Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows)
     )
-    assert call(*_typed(place, out, also=False)) == 0
+    works(*_typed(place, out, also=False))
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()
     assert not list(out.glob("*.journal*"))

@@ -21,7 +21,7 @@ from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, la
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, Bars, call, load_json, refuses
+from shared import OPTIONS, Bars, load_json, refuses, works
 from tiny import edit_tensors
 
 
@@ -351,7 +351,7 @@ def test_reading_a_gguf_back_shows_progress(gguf_run, packed_model, tmp_path):
     assert bars.done == bars.totals
 
 
-def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
+def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
     found = load_json(gguf_run / "evaluation.json")
     assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
     assert found["gguf"]["kl"] != found["kl"]
@@ -359,8 +359,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, capsys):
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
-    assert call("evaluate", gguf_run / "model.gguf", "--skip-speed") == 0
-    assert figure in capsys.readouterr().out
+    assert figure in typed("evaluate", gguf_run / "model.gguf", "--skip-speed").out
 
 
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
@@ -379,13 +378,14 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
 
 
 def test_any_gguf_is_judged_against_its_original(
-    gguf_run, packed_model, tmp_path, capsys
+    gguf_run, packed_model, tmp_path, refusal
 ):
     file = gguf_run / "model.gguf"
     out = tmp_path / "scores.json"
     (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
-    assert call("evaluate", tmp_path / "elsewhere.gguf") == 2
-    assert "give its original with --original" in capsys.readouterr().err
+    assert "give its original with --original" in refusal(
+        "evaluate", tmp_path / "elsewhere.gguf"
+    )
     line = [
         "evaluate",
         tmp_path / "elsewhere.gguf",
@@ -394,7 +394,7 @@ def test_any_gguf_is_judged_against_its_original(
         "--out",
         out,
     ]
-    assert call(*line) == 0
+    works(*line)
     found = load_json(out)
     assert found["kl"] > 0.001
     assert found["after"]["blocks"] == 4
@@ -403,30 +403,31 @@ def test_any_gguf_is_judged_against_its_original(
 
 
 def test_any_checkpoint_is_judged_against_its_original(
-    gguf_run, packed_model, tmp_path, capsys
+    gguf_run, packed_model, tmp_path, refusal, typed
 ):
     shutil.copytree(gguf_run / "model", tmp_path / "cut")
     assert (
-        call("evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed")
-        == 0
+        "KL to the original"
+        in typed(
+            "evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed"
+        ).out
     )
-    assert "KL to the original" in capsys.readouterr().out
     found = load_json(tmp_path / "cut-evaluation.json")
     assert found["kl"] > 0.001
     assert (found["after"]["blocks"], found["last"]) == (4, "patched")
     # An existing output is refused before the checkpoint is read.
     (tmp_path / "cut" / "config.json").unlink()
-    assert call("evaluate", tmp_path / "cut", "--original", packed_model) == 2
-    assert "cut-evaluation.json already exists" in capsys.readouterr().err
+    assert "cut-evaluation.json already exists" in refusal(
+        "evaluate", tmp_path / "cut", "--original", packed_model
+    )
 
 
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
-    gguf_run, monkeypatch, capsys
+    gguf_run, monkeypatch, typed
 ):
     monkeypatch.setitem(gguf_cuts._TABLE, "cuttable", [])
     line = ["excise", gguf_run, "--blocks", "1,2", "--json"]
-    assert call(*line) == 0
-    said = capsys.readouterr()
+    said = typed(*line)
     assert "no GGUF file is written" in said.err
     found = json.loads(said.out)
     assert found["gguf"] is None

@@ -1,6 +1,5 @@
 """A budget for a packed model: size and loss of each type, and the chosen type or cut."""
 
-import json
 import re
 
 import gguf
@@ -24,7 +23,7 @@ from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, call, load_json, refuses
+from shared import OPTIONS, load_json, refuses, works
 from tiny import in_memory, plain_sums, random_tokens, streamed, without
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -164,7 +163,9 @@ def test_every_budget_ends_in_the_type_and_blocks_that_are_best(file, text, tmp_
     assert 0 < found.best.kl < min(f.loss for f in found.types if f is not found.best)
 
 
-def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, capsys):
+def test_a_budget_below_every_type_is_met_by_a_cut_file(
+    file, text, tmp_path, answer, refusal
+):
     run = tmp_path / "run"
     size = whole(file, "Q4_0", tmp_path) / 1e3 - 1
     line = [
@@ -179,8 +180,7 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
     ]
     options = {**OPTIONS, "random_states": 0, "effort": 2, "patch_tokens": 400}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
-    assert call(*line, *words, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    said = answer(*line, *words)
     best = read_document(run / "packing.json", PackingFile).best
     assert not best.fits
     assert said["chosen"]["removed"]
@@ -197,16 +197,15 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(file, text, tmp_path, ca
     assert "bit for bit" not in card
     assert said["verdict"][:40].replace("-", "−") in (run / "report.html").read_text()
     # Nothing is measured again, and another limit is for the same type.
-    assert call(*line, *words, "--quiet") == 0
-    assert call("solve", run, "--budget", f"file={size - 1:.3f}kB") == 0
-    assert call("solve", run, "--budget", "file=1GB") == 2
-    assert (
-        "meets --budget file=1GB; no block has to be removed" in capsys.readouterr().err
+    works(*line, *words, "--quiet")
+    works("solve", run, "--budget", f"file={size - 1:.3f}kB")
+    assert "meets --budget file=1GB; no block has to be removed" in refusal(
+        "solve", run, "--budget", "file=1GB"
     )
 
 
 def test_what_no_type_meets_is_refused_with_what_can_be_met(
-    llama, text, tmp_path, capsys
+    llama, text, tmp_path, refusal
 ):
     line = [
         "run",
@@ -219,20 +218,18 @@ def test_what_no_type_meets_is_refused_with_what_can_be_met(
         16,
     ]
     for budget in ("file=1kB", "memory=2kB@1k", "decode=99%@1k"):
-        assert call(*line, "--budget", budget) == 2
-        said = capsys.readouterr().err
+        said = refusal(*line, "--budget", budget)
         nearest = re.search(r"the nearest possible is (\S+)$", said)[1]
         session = Session(RunConfig(model=llama, dtype="float32", budget=nearest))
         assert packing.find_types(session, session.describe_blocks())
         assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, capsys):
+def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, typed):
     run = tmp_path / "run"
     line = ["run", llama, "--budget", "decode=40%", "--calibration", text, "--out", run]
     words = [w for k, v in OPTIONS.items() for w in (f"--{k.replace('_', '-')}", v)]
-    assert call(*line, *words) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(typed(*line, *words).out.split())
     kind = read_document(run / "packing.json", PackingFile).best.packed.type
     assert f"Do not cut: quantise to {kind} for decode=40%, KL 0.0" in said
     command = f"convert_hf_to_gguf.py {llama} --outtype bf16 --outfile model-bf16.gguf"

@@ -30,10 +30,10 @@ from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
 from shared import (
     OPTIONS,
-    call,
     leave_speed_out,
     load_json,
     refuses,
+    works,
     write_jsonl,
     write_words,
 )
@@ -195,7 +195,7 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
         raise FitError("noted")
 
     monkeypatch.setattr(cutting, "patch_checkpoint", patch_checkpoint)
-    assert call("excise", out, "--blocks", "1,4") == 0
+    works("excise", out, "--blocks", "1,4")
     assert sizes == [48]
 
 

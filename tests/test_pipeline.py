@@ -14,7 +14,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.runs.pipeline import DEMO
 from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
-from shared import OPTIONS, call, load_json, refuses
+from shared import OPTIONS, load_json, refuses, works
 
 # Other tests measure speed and memory.
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -93,37 +93,35 @@ def test_a_second_call_changes_nothing(finished, llama, text):
 def test_another_removal_reuses_the_energy(run, capsys):
     energy = (run / "hamiltonian.safetensors").stat().st_mtime_ns
     for verb in ("solve", "rank", "excise", "evaluate", "report"):
-        assert call(verb, run, "--remove", 3) == 0
+        works(verb, run, "--remove", 3)
     assert (run / "remove-3" / "model" / "config.json").is_file()
     assert (run / "remove-3" / "report.md").is_file()
     assert (run / "hamiltonian.safetensors").stat().st_mtime_ns == energy
     assert "proven" in capsys.readouterr().out
 
 
-def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(run, capsys):
+def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
+    run, capsys, refusal
+):
     kept = load_json(run / "candidates.json")["chosen"]["removed"][0]
-    assert call("solve", run, "--keep", kept, "--overwrite") == 0
-    assert call("excise", run) == 2, "the ranking is of the earlier spectrum"
-    assert "is of an earlier energy or spectrum" in capsys.readouterr().err
+    works("solve", run, "--keep", kept, "--overwrite")
+    assert "is of an earlier energy or spectrum" in refusal("excise", run)
     with refuses("solve and rank again", StageFileError):
         _ = isingcut.open_run(run).chosen
-    assert call("rank", run) == 2
-    assert f"keep: was none, now {kept}" in capsys.readouterr().err
-    assert call("rank", run, "--overwrite") == 0
+    assert f"keep: was none, now {kept}" in refusal("rank", run)
+    works("rank", run, "--overwrite")
     found = load_json(run / "candidates.json")
     assert not any(
         kept in row["removed"] for row in found["candidates"] + found["random"]
     )
-    assert call("baseline", "random", run) == 0
+    works("baseline", "random", run)
     violated = load_json(run / "baseline-random.json")
     assert (kept in violated["removed"]) == bool(violated["violated"])
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(also="", effort="3", overwrite=True))
     capsys.readouterr()
-    assert call("rank", run, "--overwrite") == 2
-    assert (
-        "was solved for another energy or budget; solve again"
-        in capsys.readouterr().err
+    assert "was solved for another energy or budget; solve again" in refusal(
+        "rank", run, "--overwrite"
     )
 
 
@@ -165,11 +163,12 @@ def test_a_budget_decides_how_many_blocks_go(run):
 
 
 def test_solving_far_from_where_an_energy_was_corrected_warns(
-    llama, text, tmp_path, capsys
+    llama, text, tmp_path, typed
 ):
     options = {**OPTIONS, "model": llama, "calibration": text}
     out = isingcut.energy(**options, remove=2, out=tmp_path / "near")
-    assert call("solve", out, "--remove", 2) == 0
-    assert "corrected near" not in capsys.readouterr().err
-    assert call("solve", out, "--remove", 3) == 0
-    assert "corrected near 2 and is less accurate for 3" in capsys.readouterr().err
+    assert "corrected near" not in typed("solve", out, "--remove", 2).err
+    assert (
+        "corrected near 2 and is less accurate for 3"
+        in typed("solve", out, "--remove", 3).err
+    )

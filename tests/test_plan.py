@@ -30,7 +30,7 @@ from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, advise, command, make_plan
 from isingcut.runs.session import Session
-from shared import OPTIONS, call
+from shared import OPTIONS
 from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
@@ -228,7 +228,7 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     assert streamed["impossible"] == "needs the whole model in memory"
 
 
-def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, capsys):
+def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, typed):
     monkeypatch.chdir(tmp_path)
     words = [
         "--remove",
@@ -241,8 +241,7 @@ def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, ca
         "float32",
         "--json",
     ]
-    assert call("plan", llama, *words) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(typed("plan", llama, *words).out)
     assert os.listdir(tmp_path) == []
     names = [e["name"] for e in found["energies"]]
     assert names == ["empirical-fisher", "fisher", "pairwise", "refined"]

@@ -24,7 +24,7 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import call, load_json, refuses
+from shared import load_json, refuses, works
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -467,22 +467,21 @@ def test_a_comparison_is_replaced_with_leave_only(run, tmp_path):
     assert "remove-2" in out.read_text()
 
 
-def test_the_command_line_compares_folders(run, tmp_path, monkeypatch, capsys):
+def test_the_command_line_compares_folders(
+    run, tmp_path, monkeypatch, answer, refusal, typed
+):
     monkeypatch.chdir(tmp_path)
-    assert call("report", run, run / "remove-2", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["comparison"] == "compare.html"
+    assert answer("report", run, run / "remove-2")["comparison"] == "compare.html"
     for words, line in (
         ((run, run, "--remove", "7"), f"solve {run} --remove 7"),
         ((run, "--out", "x.html"), "--out"),
     ):
-        assert call("report", *words) == 2
-        assert line in capsys.readouterr().err
-    assert call("report", run) == 0
-    assert "report.html" in capsys.readouterr().out
+        assert line in refusal("report", *words)
+    assert "report.html" in typed("report", run).out
     # A folder of a removal needs no --remove, even if the run has none.
     config = load_json(run / "run.json")["config"]
     change(run / "run.json", config={**config, "remove": ""})
-    assert call("report", run / "remove-2") == 0
+    works("report", run / "remove-2")
     monkeypatch.chdir(run / "remove-2")
     assert "2 of its 12 blocks" in Path("report.md").read_text()
-    assert call("report", ".", ".") == 0
+    works("report", ".", ".")

@@ -1,6 +1,5 @@
 """The refined search: against direct algebra and all states, and through the pipeline."""
 
-import json
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -37,7 +36,7 @@ from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
-from shared import OPTIONS, call, load_json, refuses
+from shared import OPTIONS, load_json, refuses, works
 from tiny import count_rows, keep_rows, tiny_replay
 
 WORK = Work(batch_tokens=64)
@@ -482,7 +481,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert said in (out / "model" / "README.md").read_text()
 
 
-def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
+def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, answer):
     out = tmp_path / "curve"
     words = [
         x
@@ -490,11 +489,9 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
         for x in (f"--{k.replace('_', '-')}", v)
         if k != "model"
     ]
-    assert (
-        call("run", inputs["model"], "--remove", "2..4", "--out", out, *words, "--json")
-        == 0
-    )
-    curve = json.loads(capsys.readouterr().out)["curve"]
+    curve = answer("run", inputs["model"], "--remove", "2..4", "--out", out, *words)[
+        "curve"
+    ]
     assert [len(row["removed"]) for row in curve] == [2, 3, 4]
     assert (out / "remove-4" / "report.html").is_file()
     assert not (out / "model").exists()
@@ -502,7 +499,7 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, capsys):
     assert set(search["targets"]) == {"2", "3", "4"}
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
-    assert call("excise", out, "--remove", 3, "--patch", "none") == 0
+    works("excise", out, "--remove", 3, "--patch", "none")
     assert (
         load_json(out / "remove-3" / "model" / "config.json")["num_hidden_layers"] == 5
     )
@@ -515,9 +512,8 @@ def test_effort_belongs_to_the_search(inputs, tmp_path):
         )
 
 
-def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, capsys):
+def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, answer):
     out = isingcut.energy(**inputs, remove="2..3", out=tmp_path / "near")
-    assert call("solve", out, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = answer("solve", out)
     assert [r["removal"] for r in found["removals"]] == ["2", "3"]
     assert found["warnings"] == []

@@ -19,7 +19,7 @@ from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import call, load_json, refuses, write_jsonl, write_words
+from shared import load_json, refuses, works, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -155,7 +155,7 @@ def test_a_run_warns_of_text_that_its_splits_share(
         options += [f"--{name.replace('_', '-')}", value]
     further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
     for verb, words in {"energy": options, "run": options + further}.items():
-        assert call(verb, *words) == 0
+        works(verb, *words)
         shares = load_json(out / "run.json")["provenance"]["calibration"]["overlap"]
         assert shares.keys() == {"rank", "report"}
         assert 0.05 < shares["report"] < 0.5
@@ -194,7 +194,7 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
         "--out",
         tmp_path / "run",
     ]
-    assert call("energy", llama, *options) == 0
+    works("energy", llama, *options)
     found = load_json(tmp_path / "run" / "run.json")["provenance"]["calibration"]
     assert found["repeats"]["report"] > 0.2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
