@@ -81,10 +81,7 @@ def test_skipping_leaves_the_model_as_it_was():
         with skip_blocks(model, [0]):
             assert not torch.equal(model(tokens).logits, before)
         assert torch.equal(model(tokens).logits, before)
-    with (
-        refuses("blocks are 0 to 5", ArchitectureError),
-        skip_blocks(model, [6]),
-    ):
+    with refuses("blocks are 0 to 5", ArchitectureError), skip_blocks(model, [6]):
         pass
 
 

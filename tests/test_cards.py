@@ -415,12 +415,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
     shared, text, tmp_path
 ):
-    given = {
-        **OPTIONS,
-        **FEW,
-        "model": shared.checkpoint(),
-        "calibration": text,
-    }
+    given = {**OPTIONS, **FEW, "model": shared.checkpoint(), "calibration": text}
     given |= {"patch": "tuned", "skip_speed": True}
     with fake_cards() as (card,):
 
@@ -460,12 +455,7 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    options = {
-        **OPTIONS,
-        **FEW,
-        "model": shared.checkpoint(),
-        "calibration": text,
-    }
+    options = {**OPTIONS, **FEW, "model": shared.checkpoint(), "calibration": text}
     isingcut.prune(out=tmp_path / "run", **options)
     assert replays == [Replay, StreamedReplay]
 

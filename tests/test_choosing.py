@@ -17,14 +17,7 @@ from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking
 from isingcut.runs.checks import check_run_tasks
-from shared import (
-    OPTIONS,
-    leave_speed_out,
-    load_json,
-    refuses,
-    works,
-    write_jsonl,
-)
+from shared import OPTIONS, leave_speed_out, load_json, refuses, works, write_jsonl
 from tiny import load_tiny
 
 pytestmark = [
@@ -133,12 +126,7 @@ def questions(tmp_path_factory):
 
 def chosen_by(llama, text):
     """Return the options of a run that chooses by questions."""
-    inputs = {
-        "model": llama,
-        "calibration": text,
-        "remove": 2,
-        "patch": "none",
-    }
+    inputs = {"model": llama, "calibration": text, "remove": 2, "patch": "none"}
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 

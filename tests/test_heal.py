@@ -104,10 +104,7 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     before = (out / "healing.json").stat().st_mtime_ns
     config = options(models, out)
     assert heal(config) == out
-    for other in (
-        config.replace(seed=7),
-        config.replace(teacher=models / "student"),
-    ):
+    for other in (config.replace(seed=7), config.replace(teacher=models / "student")):
         with refuses("already exists", OutputExistsError):
             heal(other)
     with refuses("already exists", OutputExistsError):
@@ -375,10 +372,7 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     )
     heal(
         options(
-            models,
-            tmp_path / "out",
-            student=student,
-            text=mixed.format(text, other),
+            models, tmp_path / "out", student=student, text=mixed.format(text, other)
         )
     )
     (mine,) = found

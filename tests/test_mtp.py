@@ -25,12 +25,7 @@ def source(tmp_path_factory):
 
 
 def run(source, text, out, **more):
-    given = {
-        "model": source,
-        "calibration": text,
-        "out": out,
-        "remove": 2,
-    }
+    given = {"model": source, "calibration": text, "out": out, "remove": 2}
     return isingcut.run(**{**OPTIONS, **given, **more})
 
 

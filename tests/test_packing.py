@@ -137,12 +137,7 @@ def test_memory_counts_the_cache_and_decoding_the_bytes_read(
 
 
 def chosen(file, text, out, budget):
-    given = {
-        "model": file,
-        "calibration": text,
-        "out": out,
-        "budget": budget,
-    }
+    given = {"model": file, "calibration": text, "out": out, "budget": budget}
     config = pipeline.check_options(None, {**OPTIONS, **given}, "isingcut.run")
     with pipeline.open_session(config, silent, ALONE, need_removal=True) as (
         session,

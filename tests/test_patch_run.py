@@ -46,12 +46,7 @@ REMOVED = [2, 3]
 
 
 def job(model, text, out, **more):
-    given = {
-        "model": model,
-        "calibration": text,
-        "out": out,
-        "drop": "2,3",
-    }
+    given = {"model": model, "calibration": text, "out": out, "drop": "2,3"}
     # The patch is fitted on all of the text.
     given |= {"energy": "fisher", "remove": 2, "patch_tokens": 65536}
     return isingcut.run(**{**OPTIONS, **given, **more})

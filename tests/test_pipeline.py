@@ -61,11 +61,7 @@ def test_the_demo_searches_briefly_and_takes_no_gradients(llama, text, tmp_path)
         "report_samples": 3,
         "remove": "2",
     }
-    options = {
-        "model": llama,
-        "calibration": text,
-        "out": tmp_path / "run",
-    }
+    options = {"model": llama, "calibration": text, "out": tmp_path / "run"}
     folder = isingcut.energy(DEMO.replace(**small, **options))
     (file,) = folder.glob("hamiltonian*.safetensors")
     search = Hamiltonian.load(file).meta["search"]

@@ -325,11 +325,7 @@ def test_a_run_says_at_its_start_how_long_it_takes(
         } | OPTIONS
         with pytest.raises(Begun):
             isingcut.run(
-                model=llama,
-                calibration=text,
-                progress=terminal,
-                **options,
-                heal=True,
+                model=llama, calibration=text, progress=terminal, **options, heal=True
             )
         said = capsys.readouterr().err
         assert re.search(

@@ -150,12 +150,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, monke
         return measure_patched(*given)
 
     monkeypatch.setattr(trials, "changed_losses", interrupted)
-    given = {
-        "model": llama,
-        "calibration": text,
-        "remove": 2,
-        "patch": "linear",
-    }
+    given = {"model": llama, "calibration": text, "remove": 2, "patch": "linear"}
     options = {**OPTIONS, **given, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         isingcut.run(**options)

@@ -51,10 +51,7 @@ def _run(place, out, moment):
         leave_speed_out(patch.setattr)
         patch.setattr("isingcut.energies.fisher.Fisher.default_samples", 4)
         isingcut.run(
-            model=place / "model",
-            calibration=place / "text.txt",
-            out=out,
-            **OPTIONS,
+            model=place / "model", calibration=place / "text.txt", out=out, **OPTIONS
         )
 
 

@@ -136,12 +136,7 @@ TASKS = {
     "mmlu_0shot": ("mmlu/default/mmlu_anatomy.yaml", mmlu, "test", 0),
     "gsm8k": ("gsm8k/gsm8k.yaml", gsm8k, "test", 5),
 }
-OURS = {
-    "piqa": "val",
-    "hellaswag": "val",
-    "boolq": "val",
-    "winogrande": "dev",
-}
+OURS = {"piqa": "val", "hellaswag": "val", "boolq": "val", "winogrande": "dev"}
 
 
 @pytest.fixture(scope="module")

@@ -308,10 +308,7 @@ def test_long_texts_are_cut_at_white_space_and_lose_nothing(tokenizer, monkeypat
 def test_a_text_comes_in_whole_lines_and_loses_nothing(parts, piece, longest):
     """Lines within the bound come as `readlines` gives them, longer ones in bounded pieces."""
     text = "".join(parts)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "a.txt"
         path.write_text(text, newline="")
         patch.setattr(text_files, "_PIECE", piece)
