@@ -6,6 +6,7 @@ anywhere, so that subprocesses inherit it.
 """
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -74,6 +75,32 @@ def refusal(capsys):
         return capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Function that makes a function note each call, and returns the list of notes.
+
+    A note is the result, or what ``note`` makes of the result and the arguments. Call number
+    ``stop`` is interrupted by the user.
+    """
+
+    def watch(owner, name, note=lambda found, *given, **rest: found, stop=0):
+        notes = []
+        real = getattr(owner, name)
+        calls = itertools.count(1)
+
+        def watched(*given, **rest):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            found = real(*given, **rest)
+            notes.append(note(found, *given, **rest))
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+        return notes
+
+    return watch
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def models(tmp_path_factory):
     teacher = tiny_checkpoint("llama", folder / "teacher")
     record = json.dumps({"removed": REMOVED, "of": 6})
     excise(teacher, REMOVED, folder / "student")
-    (folder / "student" / "isingcut.json").write_text(record)
+    (folder / "student/isingcut.json").write_text(record)
     write_text(folder / "text.jsonl", 80)
     return folder
 

@@ -1,12 +1,12 @@
 """Tiny checkpoints quantised as on hubs: FP8, int4 and MXFP4."""
 
-import json
 import re
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from isingcut.formats.safetensors_files import read_checkpoint
+from shared import save_json
 from tiny import edit_config, edit_tensors
 
 _FP8_MAX = 448.0
@@ -51,9 +51,7 @@ def quantise(folder, layout, skip=()):
                 "backbone.layers.12*",
             ],
         }
-        (folder / "hf_quant_config.json").write_text(
-            json.dumps({"quantization": quantisation})
-        )
+        save_json(folder / "hf_quant_config.json", {"quantization": quantisation})
         return
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
     with edit_config(folder) as config:

@@ -1,7 +1,5 @@
 """Run folders written file by file, for tests that only read them: no model, no torch."""
 
-import json
-
 import numpy as np
 
 from isingcut.files.ownership import file_sha256
@@ -10,7 +8,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.options.config import RunConfig
 from isingcut.report import card
 from isingcut.report import write as report
-from shared import load_json
+from shared import load_json, save_json
 
 KINDS = ("attention+mlp", "mamba2", "attention+mlp", "moe")
 _STAGES = {
@@ -24,7 +22,7 @@ _STAGES = {
 
 def change(path, **values):
     """Rewrite a results file with other values."""
-    path.write_text(json.dumps({**load_json(path), **values}))
+    save_json(path, {**load_json(path), **values})
 
 
 def record(folder):
@@ -187,7 +185,7 @@ def write_removal(place, energy, m, *, ranked=True):
     write_json(place / "candidates.json", "candidates", ranking)
     (place / "model").mkdir()
     cut = {"removed": low[best], "of": n, "model": {}}
-    write_json(place / "model" / "isingcut.json", "removal", cut)
+    write_json(place / "model/isingcut.json", "removal", cut)
     evaluation = {
         "samples": 5,
         "tokens": 555,

@@ -153,6 +153,11 @@ def load_json(path):
     return json.loads(path.read_text())
 
 
+def save_json(path, content):
+    """Write a JSON file, of any format."""
+    path.write_text(json.dumps(content))
+
+
 def write_jsonl(path, records):
     """Write each record on a line of its own; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -147,9 +147,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
     # Healing trains all weights next, so the patch is fitted and not tuned.
-    fitted = read_document(
-        tmp_path / "run" / "model" / "isingcut.json", CutRecord
-    ).patch
+    fitted = read_document(tmp_path / "run/model/isingcut.json", CutRecord).patch
     assert record.patch.tuning.steps
     assert fitted.changed
     assert fitted.tuning is None
@@ -244,7 +242,7 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
 
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
-    found = load_json(place / "my-run" / "candidates.json")
+    found = load_json(place / "my-run/candidates.json")
     poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
     found["fidelity"]["kl"] = poor
     monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)

@@ -431,7 +431,7 @@ def test_other_removals_and_options_have_files_of_their_own(
             registry, "get", lambda name: partial(BlockInfluence, iterative=True)
         )
         assert call(capsys, *arguments)[0] == 0
-    found = load_json(folder / "remove-3" / "baseline-block-influence.json")
+    found = load_json(folder / "remove-3/baseline-block-influence.json")
     assert found["options"] == {"iterative": True}
     assert len(found["info"]["order"]) == 3
     code, shown = call(capsys, *arguments)
@@ -442,7 +442,7 @@ def test_other_removals_and_options_have_files_of_their_own(
 
 def test_a_broken_constraint_is_reported(capsys, folder):
     call(capsys, "baseline", "angular-window", folder, "--remove", "5")
-    found = load_json(folder / "remove-5" / "baseline-angular-window.json")
+    found = load_json(folder / "remove-5/baseline-angular-window.json")
     expected = [] if found["removed"] == [1, 2, 3, 4, 5] else ["keep 0"]
     assert found["violated"] == expected
 

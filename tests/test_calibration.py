@@ -1,6 +1,5 @@
 """Splits are disjoint, deterministic and masked at padding; bad text gets one clear line."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from isingcut.data import corpora
 from isingcut.data.calibration import build
 from isingcut.errors import CalibrationError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import refuses, write_jsonl
+from shared import refuses, save_json, write_jsonl
 
 # plain text ---------------------------------------------------------------------------
 
@@ -130,7 +129,7 @@ def test_wiki_reads_the_packaged_leads_without_importing(
 ):
     file = tmp_path / "summaries_en-us.json"
     leads = {str(i): {"extract": t} for i, t in enumerate(sentences(40))}
-    file.write_text(json.dumps(leads))
+    save_json(file, leads)
 
     class Entry:
         name = file.name

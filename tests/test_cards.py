@@ -1,12 +1,10 @@
 """Memory accounts of fake cards, work that goes on out of memory, and checks of real cards."""
 
 import gc
-import json
 import platform
 import re
 import socket
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -42,7 +40,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS, call, refuses
+from shared import OPTIONS, call, flags, load_json, refuses
 from tiny import load_tiny, random_tokens, replay_of
 
 KILO = torch.zeros(250)
@@ -364,11 +362,13 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
 
 
 FEW = {
+    **OPTIONS,
     "remove": 2,
     "energy": "fisher",
     "states": 3,
     "random_states": 0,
     "patch": "none",
+    "skip_speed": True,
 }
 
 
@@ -388,23 +388,17 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
-    options = {
-        **OPTIONS,
-        **FEW,
-        "model": model,
-        "calibration": text,
-        "skip_speed": True,
-    }
+    options = {**FEW, "model": model, "calibration": text}
     isingcut.run(out=out, **options)
     assert failed == [1, 1]
-    streamed = json.loads((out / "evaluation.json").read_text())
-    records = json.loads((out / "run.json").read_text())["stages"]
+    streamed = load_json(out / "evaluation.json")
+    records = load_json(out / "run.json")["stages"]
     assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
     isingcut.run(out=out, **options)
-    whole = json.loads((out / "evaluation.json").read_text())
+    whole = load_json(out / "evaluation.json")
     assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
@@ -412,33 +406,26 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         isingcut.run(out=out, stream="off", **options)
 
 
+@pytest.mark.parametrize("step", ["fit_patches", "tune"])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
-    shared, text, tmp_path
+    step, shared, text, tmp_path, monkeypatch
 ):
-    given = {**OPTIONS, **FEW, "model": shared.checkpoint(), "calibration": text}
-    given |= {"patch": "tuned", "skip_speed": True}
+    given = {**FEW, "model": shared.checkpoint(), "calibration": text}
     with fake_cards() as (card,):
-
-        def exhausted(*rest, **named):
-            return torch.empty(2 << 30, device=card.device)
-
         card.budget = 1 << 30
-        with mock.patch.multiple(checkpoint, fit_patches=exhausted):
-            none = isingcut.run(out=tmp_path / "none", device=str(card.device), **given)
-        with mock.patch.multiple(checkpoint, tune=exhausted):
-            linear = isingcut.run(
-                out=tmp_path / "linear", device=str(card.device), **given
-            )
-    for target in (none, linear):
-        stages = json.loads((target / "run.json").read_text())["stages"]
-        assert not any(record.get("streamed") for record in stages.values())
-    patches = [
-        json.loads((t / "model/isingcut.json").read_text())["patch"]
-        for t in (none, linear)
-    ]
-    assert "out of memory for fitting a patch" in patches[0]["unpatched"][0]["reason"]
-    assert "out of memory for tuning the patch" in patches[1]["tuning"]["left_out"]
-    assert patches[1]["cuts"]
+        exhausted = lambda *_, **__: torch.empty(2 << 30, device=card.device)  # noqa: E731
+        monkeypatch.setattr(checkpoint, step, exhausted)
+        device = str(card.device)
+        out = tmp_path / "run"
+        isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})
+    stages = load_json(out / "run.json")["stages"]
+    assert not any(record.get("streamed") for record in stages.values())
+    patch = load_json(out / "model/isingcut.json")["patch"]
+    if step == "tune":
+        assert "out of memory for tuning the patch" in patch["tuning"]["left_out"]
+        assert patch["cuts"]
+    else:
+        assert "out of memory for fitting a patch" in patch["unpatched"][0]["reason"]
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
@@ -455,32 +442,26 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
         return rank(replay, *args, **kwargs)
 
     monkeypatch.setattr(candidates, "rank", exhausted)
-    options = {**OPTIONS, **FEW, "model": shared.checkpoint(), "calibration": text}
-    isingcut.prune(out=tmp_path / "run", **options)
+    given = {"calibration": text, "out": tmp_path / "run"}
+    isingcut.prune(**{**FEW, "model": shared.checkpoint(), **given})
     assert replays == [Replay, StreamedReplay]
 
 
-def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
+def test_a_gpu_kit_that_cannot_begin_says_so(capsys, tmp_path, monkeypatch):
+    def said(**options):
+        assert gpu.main(flags({"out": tmp_path / "found.json", **options})) == 2
+        return capsys.readouterr().out
+
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert gpu.main(["--out", str(tmp_path / "found.json")]) == 2
-    assert capsys.readouterr().out.startswith("no GPU found: ")
+    assert said().startswith("no GPU found: ")
     assert not (tmp_path / "found.json").exists()
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_checks(
-    capsys, tmp_path, monkeypatch
-):
+    assert "unknown check 'agre'" in said(only="agree,agre")
+    # A place that cannot be written is refused before the checks.
     monkeypatch.setattr(gpu, "carry_out", None)
     (tmp_path / "file").touch()
     with fake_cards() as (card,):
-        out = str(tmp_path / "file" / "found.json")
-        assert gpu.main(["--device", str(card.device), "--out", out]) == 2
-    assert "cannot write" in capsys.readouterr().out
-
-
-def test_an_unknown_check_is_named(capsys):
-    assert gpu.main(["--only", "agree,agre"]) == 2
-    assert "unknown check 'agre'" in capsys.readouterr().out
+        out = tmp_path / "file/found.json"
+        assert "cannot write" in said(device=card.device, out=out)
 
 
 def refuse(place):
@@ -510,18 +491,14 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
     check, outcome, words, code, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(gpu, "CHECKS", {"fine": lambda place: "yes", "one": check})
+    file = tmp_path / "new/found.json"
     with fake_cards() as (card,):
-        given = [
-            "--device",
-            str(card.device),
-            "--out",
-            str(tmp_path / "new" / "found.json"),
-        ]
-        assert gpu.main([*given, "--only", "fine,one"]) == code
+        given = flags({"device": card.device, "out": file, "only": "fine,one"})
+        assert gpu.main(given) == code
     shown = capsys.readouterr().out
     assert f"gpu_checks_failed: {code}" in shown
     assert outcome in shown
-    row = json.loads((tmp_path / "new" / "found.json").read_text())["checks"][1]
+    row = load_json(file)["checks"][1]
     assert (row["check"], row["outcome"]) == ("one", outcome)
     assert row["words"].startswith(words)
     assert ("Traceback" in row["traceback"]) == (outcome == "failed")

@@ -1,6 +1,5 @@
 """Checkpoint in, smaller checkpoint out: what is copied, renamed, rewritten and refused."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from isingcut.formats.safetensors_files import (
 )
 from isingcut.models.verify import verify
 from quantised import assert_bytes_follow
-from shared import load_json, refuses
+from shared import load_json, refuses, save_json
 from tiny import edit_config, edit_tensors, tiny_checkpoint, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -36,7 +35,7 @@ def sharded(folder):
 def change_index(folder, **changes):
     index = load_json(folder / INDEX)
     index["weight_map"].update(changes)
-    (folder / INDEX).write_text(json.dumps(index))
+    save_json(folder / INDEX, index)
 
 
 def lengthen(folder):
@@ -96,15 +95,15 @@ def test_hostile_checkpoints_are_refused(spoil, message, tmp_path):
 
 
 def test_links_of_a_hub_cache_are_followed(tmp_path):
-    snapshot = sharded(tmp_path / "models--x--y" / "snapshots" / "abc")
-    blobs = tmp_path / "models--x--y" / "blobs"
+    snapshot = sharded(tmp_path / "models--x--y/snapshots/abc")
+    blobs = tmp_path / "models--x--y/blobs"
     blobs.mkdir()
     for path in list(snapshot.iterdir()):
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
     (blobs / "t").write_text("{{ x }}")
     (snapshot / "additional_chat_templates").mkdir()
-    (snapshot / "additional_chat_templates" / "t.jinja").symlink_to("../../../blobs/t")
+    (snapshot / "additional_chat_templates/t.jinja").symlink_to("../../../blobs/t")
     excise(snapshot, [1], tmp_path / "out")
     assert (tmp_path / "out/additional_chat_templates/t.jinja").read_text() == "{{ x }}"
     assert len(read_checkpoint(tmp_path / "out")) == len(read_checkpoint(snapshot)) - 9
@@ -191,7 +190,7 @@ def source(tmp_path):
 def test_bytes_are_untouched_and_layers_renamed(source, tmp_path):
     excise(source, [0, 3], tmp_path / "out")
     assert assert_bytes_follow(source, tmp_path / "out", [1, 2, 4, 5]) == {"F32"}
-    assert load_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
+    assert load_json(tmp_path / "out/config.json")["num_hidden_layers"] == 4
 
 
 def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
@@ -227,7 +226,7 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|user|>hi</s><|assistant|>"
-    (templates / "mine.jinja").symlink_to(tmp_path / "out" / "LICENSE")
+    (templates / "mine.jinja").symlink_to(tmp_path / "out/LICENSE")
     with refuses("outside the checkpoint", CheckpointError):
         excise(source, [1], tmp_path / "again")
 
@@ -251,10 +250,10 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
     source = tiny_checkpoint("gemma3n", tmp_path / "source")
     excise(source, [0, 7], tmp_path / "out")
     before = load_file(source / "model.safetensors")
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
     name = next(n for n in before if n.endswith("embed_tokens_per_layer.weight"))
     assert torch.equal(after[name], before[name][:, 8:56])
-    config = load_json(tmp_path / "out" / "config.json")
+    config = load_json(tmp_path / "out/config.json")
     assert config["num_kv_shared_layers"] == 2
     assert len(config["intermediate_size"]) == 6
 

@@ -238,7 +238,7 @@ def test_scores_on_questions_that_changed_are_not_kept(
 ):
     run = shutil.copytree(finished, tmp_path / "run")
     own = tmp_path / "own.jsonl"
-    data = tmp_path / "data" / "arc_easy" / "test.jsonl"
+    data = tmp_path / "data/arc_easy/test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text()
     again = [
@@ -306,7 +306,7 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
     data = tmp_path / "data"
     (data / "wikitext2").mkdir(parents=True)
-    (data / "wikitext2" / "test_raw.jsonl").write_text('{"text": "a b"}\n')
+    (data / "wikitext2/test_raw.jsonl").write_text('{"text": "a b"}\n')
     (data / "gsm8k").mkdir()
     record = json.dumps(
         {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}

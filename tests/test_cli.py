@@ -28,7 +28,7 @@ from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline
 from isingcut.runs.folder import find_run
 from run_files import change, record, write_report, write_run
-from shared import OPTIONS, call, load_json, refuses, works, write_jsonl
+from shared import OPTIONS, call, load_json, refuses, save_json, works, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
 VERBS = {c.name or c.callback.__name__: c for c in cli.app.registered_commands}
@@ -172,7 +172,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
 def test_blocks_counted_from_one(run, refusal):
     arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
     works(*arguments, "--overwrite", "--quiet")
-    assert load_json(run / "model" / "isingcut.json")["removed"] == [1, 4]
+    assert load_json(run / "model/isingcut.json")["removed"] == [1, 4]
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
         assert f"blocks are numbered {ends}; add --one-based" in refusal(
             "excise", run, "--blocks", *wrong.split()
@@ -190,7 +190,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(
     run, capsys, refusal, answer
 ):
     def removed(place):
-        return load_json(place / "model" / "isingcut.json")["removed"]
+        return load_json(place / "model/isingcut.json")["removed"]
 
     own = isingcut.files.ownership.folder_hash(run / "model")
     chosen = removed(run)
@@ -213,10 +213,10 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(
     assert removed(run / "remove-3-blocks-1-2-3") == [1, 2, 3]
     capsys.readouterr()
     found = answer("evaluate", run, "--remove", "3", "--skip-speed")
-    assert found["file"] == str(run / "remove-3" / "evaluation.json")
-    assert not (run / "remove-3-blocks-1-2-3" / "evaluation.json").exists()
+    assert found["file"] == str(run / "remove-3/evaluation.json")
+    assert not (run / "remove-3-blocks-1-2-3/evaluation.json").exists()
     other = answer("evaluate", run, "--blocks", "1-3", "--skip-speed")
-    assert other["file"] == str(run / "remove-3-blocks-1-2-3" / "evaluation.json")
+    assert other["file"] == str(run / "remove-3-blocks-1-2-3/evaluation.json")
     page = Path(answer("report", run / "remove-3-blocks-1-2-3")["report"])
     assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
     assert "type: isingcut excise" in refusal("evaluate", run, "--blocks", "2,3,4")
@@ -242,8 +242,8 @@ def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, refusal):
     manifest = load_json(run / "run.json")
     cut = manifest["stages"]["model"]
     manifest["stages"]["remove-2/model.gguf"] = cut
-    (run / "run.json").write_text(json.dumps(manifest))
-    (run / "remove-2" / "model").mkdir(parents=True)
+    save_json(run / "run.json", manifest)
+    (run / "remove-2/model").mkdir(parents=True)
     removed = ",".join(map(str, cut["options"]["removed"]))
     for place, name in (
         ("remove-2", "model.gguf"),
@@ -421,7 +421,7 @@ def test_what_needs_nothing_heavy_imports_nothing_heavy(run):
     (run / "report.md").unlink()
     subprocess.run([sys.executable, "-c", LIGHT, run], check=True, capture_output=True)
     assert (run / "report.md").exists()
-    assert (run / "remove-1" / "spectrum.json").exists()
+    assert (run / "remove-1/spectrum.json").exists()
 
 
 MISTAKES = """
@@ -447,7 +447,7 @@ def test_a_mistake_that_needs_no_model_is_answered_without_torch(
     (tmp_path / "empty.txt").write_text(" \n")
     write_jsonl(tmp_path / "rows.jsonl", [{"body": "a text"}])
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "mine").touch()
+    (tmp_path / "used/mine").touch()
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items())
     again = (
         f"run {llama} --calibration {text} --also empirical-fisher --out {run} {flags}"
@@ -505,7 +505,7 @@ def printed(capsys, monkeypatch):
 
 def test_every_loss_is_shown_with_its_text_and_its_model(finished, printed, tmp_path):
     curve = write_run(tmp_path / "r")
-    report = curve / "remove-2" / "report.html"
+    report = curve / "remove-2/report.html"
     report.touch()
     found = read_document(file := report.with_name("candidates.json"), CandidatesFile)
     found.candidates[1].kl = 0.0
@@ -554,7 +554,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         found = exact(*given)
         return dataclasses.replace(found, kl_sums=found.kl_sums / 1000)
 
-    plain = (run / "model" / "README.md").read_text()
+    plain = (run / "model/README.md").read_text()
     assert "harms" not in plain + RunFiles(run).verdict
     # The exact cut is made to look better than the patched model.
     monkeypatch.setattr(evaluating, "measure", lower)
@@ -572,7 +572,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
         words = "The patch harms other text: on manual, which the model was not calibrated on"
         assert words in first
         assert f"{part.kl:.3f} nats per token, and" in first
-        card = (run / "model" / "README.md").read_text()
+        card = (run / "model/README.md").read_text()
         title, said, *_ = card.split("---\n")[2].strip().split("\n\n")
         assert title.startswith("# ")
         assert said.startswith(f"**Warning.** {words}")
@@ -588,7 +588,7 @@ def test_a_patch_that_harms_other_text_is_called_so_first(
     part = found.elsewhere["manual"]
     cut = found.cut.elsewhere["manual"]
     assert part.kl_above_cut == pytest.approx(part.kl - cut.kl, abs=1e-6)
-    assert (run / "model" / "README.md").read_text() == plain
+    assert (run / "model/README.md").read_text() == plain
 
 
 def test_a_calibration_on_that_text_is_judged_on_no_other(llama, tmp_path, no_speed):

@@ -1,6 +1,5 @@
 """Several processes: the same bits as one, one report of a failure, and no process left behind."""
 
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import load_json, works, write_words
+from shared import load_json, save_json, works, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -79,7 +78,7 @@ def _all(place, out, notes):
     Journal.put = noted
     _measure(place, out)
     path = notes.with_name(f"{notes.name}.{os.environ['RANK']}")
-    path.write_text(json.dumps(computed))
+    save_json(path, computed)
 
 
 def test_three_processes_give_the_bits_of_one(place, alone, tmp_path):
@@ -325,7 +324,7 @@ def _dies(meeting, arguments):
 
 
 def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
-    place, alone, tmp_path, monkeypatch
+    place, alone, tmp_path, spy
 ):
     out = tmp_path / "run"
     meeting = tmp_path / "meeting"
@@ -336,11 +335,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     journals = [out / f"hamiltonian.safetensors.journal{end}" for end in ("", ".1")]
     # Each process has kept one half of the first micro-batch, the original included.
     assert list(map(count_rows, journals)) == [11, 11]
-    measured = []
-    put = Journal.put
-    monkeypatch.setattr(
-        Journal, "put", lambda j, rows: measured.append([*rows]) or put(j, rows)
-    )
+    measured = spy(Journal, "put", lambda _, journal, rows: [*rows])
     works(*_typed(place, out, also=False))
     assert measured == [[f"{batch}:{state}" for state in range(22)] for batch in (1, 2)]
     assert (out / FILES[1]).read_bytes() == (alone / "pairwise" / FILES[1]).read_bytes()

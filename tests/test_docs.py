@@ -70,15 +70,13 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
 def test_the_python_example_runs(place, capsys):
-    script(ROOT / "examples" / "prune.py").main("my-model", "smaller")
+    script(ROOT / "examples/prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
     assert load_json(Path("smaller/config.json"))["num_hidden_layers"] == 4
 
 
 def test_the_config_file_example_is_read():
-    config = RunConfig(
-        **from_yaml(RunConfig, ROOT / "examples" / "run.yaml")
-    ).validate()
+    config = RunConfig(**from_yaml(RunConfig, ROOT / "examples/run.yaml")).validate()
     assert config.removal == "6"
 
 
@@ -224,7 +222,7 @@ def test_architectures_of_one_outcome_share_a_line():
 
 
 def test_pictures_are_small_and_self_contained():
-    make = script(DOCS / "pictures" / "make.py")
+    make = script(DOCS / "pictures/make.py")
     shown = {
         name
         for page in DOCS.rglob("*.md")
@@ -238,15 +236,15 @@ def test_pictures_are_small_and_self_contained():
 
 
 def test_pictures_are_drawn(tmp_path):
-    make = script(DOCS / "pictures" / "make.py")
+    make = script(DOCS / "pictures/make.py")
     make.main(tmp_path)
     assert {p.stem for p in tmp_path.glob("*.svg")} == set(make.PICTURES)
 
 
 def test_the_tour_shown_is_the_tour_of_the_script():
     jupytext = pytest.importorskip("jupytext")
-    source = jupytext.read(ROOT / "examples" / "tour.py")
-    shown = load_json(ROOT / "examples" / "tour.ipynb")
+    source = jupytext.read(ROOT / "examples/tour.py")
+    shown = load_json(ROOT / "examples/tour.ipynb")
     cells = ["".join(c["source"]) for c in shown["cells"]]
     assert cells == [c.source for c in source.cells]
     page = (DOCS / "tour.md").read_text()
@@ -270,7 +268,7 @@ def test_the_tour_runs(place, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TOUR_MODEL", "my-model")
     monkeypatch.setenv("TOUR_TEXT", "my-text.txt")
-    make = script(ROOT / "examples" / "make_tour.py")
+    make = script(ROOT / "examples/make_tour.py")
     monkeypatch.setattr(
         make.NotebookClient, "execute", lambda client: execute(client.nb)
     )

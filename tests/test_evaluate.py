@@ -53,15 +53,11 @@ def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
     assert (alone.kl_se, alone.before.perplexity_se) == (None, None)
 
 
-def test_few_float32_logits_exist_at_once(tokens, monkeypatch):
+def test_few_float32_logits_exist_at_once(tokens, monkeypatch, spy):
     pair = [tiny_model("llama", seed=seed).half() for seed in range(2)]
     whole = evaluation.quality(*pair, tokens)
     monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
-    sizes = []
-    plain = divergence.widen
-    monkeypatch.setattr(
-        divergence, "widen", lambda x: sizes.append(x.numel()) or plain(x)
-    )
+    sizes = spy(divergence, "widen", lambda found, x: x.numel())
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
     assert max(sizes) <= 4 * 262
     # The original's logits are read twice.
@@ -130,18 +126,11 @@ def test_decoding_never_stops_early_and_matches_uncached(pair):
     assert torch.equal(out, ids[:, 3:])
 
 
-def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(
-    pair, monkeypatch
-):
+def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, spy):
     tokenizer = tiny_tokenizer()
-    seen = []
-    plain = pair[0].generate
-
-    def generate(ids, **options):
-        seen.append(tokenizer.decode(ids[0]))
-        return plain(ids, **options)
-
-    monkeypatch.setattr(pair[0], "generate", generate)
+    seen = spy(
+        pair[0], "generate", lambda *given, **rest: tokenizer.decode(given[1][0])
+    )
     prompt = prompt_ids(tokenizer, "hello")
     chat = generate_text(pair[0], tokenizer, prompt, 5)
     assert generate_text(pair[0], tokenizer, prompt, 5) == chat

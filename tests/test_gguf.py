@@ -311,7 +311,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
     kept = [0, 1, 4, 5]
     numbered = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(kept)}
     before = load_file(resolve(str(packed_model)) / "model.safetensors")
-    after = load_file(gguf_run / "model" / "model.safetensors")
+    after = load_file(gguf_run / "model/model.safetensors")
     names = {
         re.sub(r"layers\.\d+\.", lambda m: numbered[m[0]], name): name for name in after
     }
@@ -322,7 +322,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
         "all other tensors are the original's"
         in (gguf_run / "model/README.md").read_text()
     )
-    assert new_layers(gguf_run / "model" / "README.md") == differ
+    assert new_layers(gguf_run / "model/README.md") == differ
 
     theirs, ours = (
         {t.name: t for t in gguf.GGUFReader(file).tensors}
@@ -416,7 +416,7 @@ def test_any_checkpoint_is_judged_against_its_original(
     assert found["kl"] > 0.001
     assert (found["after"]["blocks"], found["last"]) == (4, "patched")
     # An existing output is refused before the checkpoint is read.
-    (tmp_path / "cut" / "config.json").unlink()
+    (tmp_path / "cut/config.json").unlink()
     assert "cut-evaluation.json already exists" in refusal(
         "evaluate", tmp_path / "cut", "--original", packed_model
     )

@@ -44,23 +44,18 @@ def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(monkeypatch):
+def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(spy):
     # In bfloat16 a norm keeps its own float32 copy; in float32 it would keep the stream itself.
     replay = tiny_replay("llama", torch.bfloat16)
-    streams = []
     alive = []
-    run = Recording.block
-
-    def block(self, i, hidden):
-        out = run(self, i, hidden)
-        streams.append(StorageWeakRef(out.untyped_storage()))
-        return out
+    streams = spy(
+        Recording, "block", lambda out, *_: StorageWeakRef(out.untyped_storage())
+    )
 
     def toward(recording, batch, stream, original):
         alive.append(sum(not stream.expired() for stream in streams))
         return torch.ones_like(stream)
 
-    monkeypatch.setattr(Recording, "block", block)
     (rows,) = gate_rows(replay, [random_tokens()], "sublayer", toward)
     assert (len(streams), alive) == (len(replay), [1])
     assert rows.abs().min() > 0

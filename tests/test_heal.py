@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import re
 import shutil
 from pathlib import Path
@@ -50,7 +49,7 @@ from isingcut.models.load import load
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import refuses, write_jsonl
+from shared import refuses, save_json, write_jsonl
 from tiny import load_tiny
 
 __all__ = ["healed", "models"]
@@ -60,34 +59,30 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     found = result(healed)
     assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
     assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
-    assert found["after"]["kl"] < found["before"]["kl"]
     assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]
     assert found["removed"] == list(REMOVED)
     sums = [np.array(found[model]["kl_sums"]) for model in ("before", "after")]
     counts = np.full(len(sums[0]), found["report_tokens"] // len(sums[0]))
-    assert found["after"]["kl_change_se"] == pytest.approx(
-        recipe.difference(*sums, counts)[1]
-    )
+    error = recipe.difference(*sums, counts)[1]
+    assert found["after"]["kl_change_se"] == pytest.approx(error)
     apart = np.hypot(found["before"]["nll_se"], found["after"]["nll_se"])
     assert 0 < found["after"]["nll_change_se"] < apart
-    assert shapes(healed) == shapes(models / "student")
     names = {p.name for p in (models / "student").iterdir()}
     assert {p.name for p in healed.iterdir()} == {*names, "healing.json"}
     assert not list(models.glob(".healed*"))
-    loaded = load_tiny(healed)
-    assert len(find_stack(loaded.model)) == 4
+    assert len(find_stack(load_tiny(healed).model)) == 4
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "last:2"])
+@pytest.mark.parametrize("method", ["full", "lora:4", "last:2"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models, healed, tmp_path, method
 ):
-    whole = (
-        healed
-        if method == "full"
-        else heal(options(models, tmp_path / "a", method=method))
-    )
     config = options(models, tmp_path / "b", method=method)
+    whole = healed if method == "full" else heal(config.replace(out=tmp_path / "a"))
+    found = result(whole)
+    assert found["after"]["kl"] < found["before"]["kl"]
+    assert shapes(whole) == shapes(models / "student")
+    assert not [p.name for p in whole.iterdir() if "adapter" in p.name]
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
     assert not (tmp_path / "b").exists()
@@ -104,11 +99,9 @@ def test_a_finished_healing_typed_again_keeps_its_result(models, healed, tmp_pat
     before = (out / "healing.json").stat().st_mtime_ns
     config = options(models, out)
     assert heal(config) == out
-    for other in (config.replace(seed=7), config.replace(teacher=models / "student")):
+    for other in ({"seed": 7}, {"teacher": models / "student"}, {"text": text}):
         with refuses("already exists", OutputExistsError):
-            heal(other)
-    with refuses("already exists", OutputExistsError):
-        heal(config.replace(text=text))
+            heal(config.replace(**other))
     (out / "config.json").write_text("{}")
     with refuses("already exists", OutputExistsError):
         heal(config)
@@ -148,72 +141,49 @@ def test_the_bar_of_a_training_that_fails_is_closed(models, tmp_path):
 
 def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     out = heal(options(models, tmp_path / "out", method="last:1"))
-    found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
-    assert shapes(out) == shapes(models / "student")
     before = stored(models / "student")
     after = stored(out)
     changed = {name for name, content in before.items() if after[name] != content}
     last = {name for name in before if name.startswith("model.layers.3.")}
     assert changed == {*last, "model.norm.weight", "lm_head.weight"}
-    total = sum(t.size // 4 for n, t in read_checkpoint(out).items() if n in changed)
-    assert found["trained_parameters"] == total
+    total = sum(len(after[name]) // 4 for name in changed)
+    assert result(out)["trained_parameters"] == total
 
 
 def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
-    model = tiny_model("gemma2")
+    model = tiny_model("gemma2").requires_grad_(False)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    model.requires_grad_(False)
     trained = {id(p) for p in last_parameters(model, 2)}
-    names = {n for n, p in model.named_parameters() if id(p) in trained}
     count = len(find_stack(model))
-    blocks = (f"model.layers.{count - 2}.", f"model.layers.{count - 1}.")
-    everything = {n for n, _ in model.named_parameters()}
-    assert names == {n for n in everything if n.startswith(blocks)} | {
-        "model.norm.weight"
-    }
-    assert not any(p.requires_grad for p in model.parameters())
+    parts = ("model.norm.", *(f"model.layers.{count - i}." for i in (1, 2)))
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in trained) == name.startswith(parts), name
+        assert not parameter.requires_grad
 
 
 def test_conversations_learn_the_same_in_any_micro_batches(models, tmp_path):
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": "cold river " * (1 + i % 5) + str(i)}
-            ]
-        }
-        for i in range(40)
-    ]
-    path = tmp_path / "chat.jsonl"
-    write_jsonl(path, lines)
-    given = {"text": path, "length": 48}
-    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    found = []
-    for name, batch in {
-        "one": parts,
-        "more": {"per_device_train_batch_size": 4},
-    }.items():
-        trainer = {"max_steps": 4, "learning_rate": 3e-3, **batch}
-        found.append(
-            curve(heal(options(models, tmp_path / name, **given, trainer=trainer)))
-        )
-    one, more = found
+    texts = ("cold river " * (1 + i % 5) + str(i) for i in range(40))
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    given = {"text": write_jsonl(tmp_path / "chat.jsonl", lines), "length": 48}
+    one, more = (
+        curve(heal(options(models, tmp_path / str(size), sizes, **given)))
+        for size in (1, 4)
+        for sizes in [
+            {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 4 // size,
+            }
+        ]
+    )
     for mine, theirs in zip(one, more, strict=True):
         assert mine["tokens"] == theirs["tokens"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_activations_are_recomputed_where_one_sample_leaves_no_room(
-    models, healed, tmp_path, monkeypatch
+    models, healed, tmp_path, monkeypatch, spy
 ):
-    plans = []
-    real = memory.plan_memory
-
-    def noted(*given, **rest):
-        plans.append(real(*given, **rest))
-        return plans[-1]
-
-    monkeypatch.setattr(train, "plan_memory", noted)
+    plans = spy(train, "plan_memory")
     settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 3e-3}
 
     def planned(name, **more):
@@ -235,16 +205,6 @@ def test_activations_are_recomputed_where_one_sample_leaves_no_room(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_lora_is_merged_into_a_plain_checkpoint(models, tmp_path):
-    out = heal(options(models, tmp_path / "out", method="lora:4"))
-    found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
-    assert shapes(out) == shapes(models / "student")
-    assert not [p.name for p in out.iterdir() if "adapter" in p.name]
-    total = sum(p.numel() for p in load(out).model.parameters())
-    assert found["trained_parameters"] < total
-
-
 def saved_student(models, out, dtype="float32", scale=1.0):
     """Save the student like another tool, in a dtype, with a scaled head; return the path."""
     loaded = load(models / "student", dtype=dtype, device="cpu")
@@ -252,7 +212,7 @@ def saved_student(models, out, dtype="float32", scale=1.0):
         loaded.model.lm_head.weight.mul_(scale)
     loaded.model.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
-    shutil.copyfile(models / "student" / "isingcut.json", out / "isingcut.json")
+    shutil.copyfile(models / "student/isingcut.json", out / "isingcut.json")
     return str(out)
 
 
@@ -271,19 +231,9 @@ ONCE = {"max_steps": 1}
 
 
 @pytest.mark.parametrize("method", ["lora", "last:1", "full"])
-def test_a_frozen_student_is_loaded_as_it_is_stored(
-    models, tmp_path, monkeypatch, method
-):
+def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, spy, method):
     student = saved_student(models, tmp_path / "half", "bfloat16")
-    loaded = []
-    reload = parts.reload
-
-    def noted(folder, *, dtype, **rest):
-        model = reload(folder, dtype=dtype, **rest)
-        loaded.append(dtype)
-        return model
-
-    monkeypatch.setattr(parts, "reload", noted)
+    loaded = spy(parts, "reload", lambda *given, dtype, **rest: dtype)
     given = options(models, tmp_path / "out", ONCE, student=student, dtype="bfloat16")
     heal(given.replace(method=method))
     assert loaded[0] == (torch.float32 if method == "full" else torch.bfloat16)
@@ -327,13 +277,12 @@ def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
 def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
     found = result(out)
-    assert found["patch"]["scores"]["kl"] < found["before"]["kl"]
+    kl = found["patch"]["scores"]["kl"]
+    assert kl < found["before"]["kl"]
     assert len(found["steps"]) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
     other = result(alone)
-    assert other["after"]["kl"] == pytest.approx(
-        found["patch"]["scores"]["kl"], rel=1e-6
-    )
+    assert other["after"]["kl"] == pytest.approx(kl, rel=1e-6)
     assert other["steps"] == []
 
 
@@ -365,7 +314,7 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     text = str(models / "text.jsonl")
     sizes = {"samples": 3, "rank_samples": 2, "length": 16}
     used = build(text, tokenizer := tiny_tokenizer(), **sizes, report_samples=3, seed=0)
-    used.save(tmp_path / "run" / "calibration.safetensors")
+    used.save(tmp_path / "run/calibration.safetensors")
     found = []
     monkeypatch.setattr(
         home, "heal_checkpoint", lambda job, text, *_, **__: found.append(text)
@@ -388,7 +337,7 @@ def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
 def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     headless = tmp_path / "headless"
     excise(models / "teacher", [0], headless)
-    (headless / "isingcut.json").write_text(json.dumps({"removed": [0], "of": 6}))
+    save_json(headless / "isingcut.json", {"removed": [0], "of": 6})
     given = {"training": ONCE, "student": headless}
     out = heal(options(models, tmp_path / "out", **given, patch=None))
     found = result(out)
@@ -534,12 +483,8 @@ def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
         home._check_effort(job, text.select([0, 1]), patches=True)
 
 
-def test_the_clock_is_read_on_real_steps(models, tmp_path, monkeypatch):
-    spent = []
-    spend = distill._spend
-    monkeypatch.setattr(
-        distill, "_spend", lambda job: spent.append(job.spent) or spend(job)
-    )
+def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
+    spent = spy(distill, "_spend", lambda _, job: job.spent)
     # On any machine the text ends long before this time.
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0

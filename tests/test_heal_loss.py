@@ -243,7 +243,7 @@ def places(tensors):
 @pytest.mark.parametrize("method", ["lora", "last:2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_trained_is_the_teachers(
-    half, models, tmp_path, monkeypatch, method, dtype
+    half, models, tmp_path, monkeypatch, spy, method, dtype
 ):
     folder = half if dtype == "bfloat16" else models
     teacher = load(folder / "teacher", dtype=dtype, device="cpu")
@@ -252,8 +252,7 @@ def test_what_is_not_trained_is_the_teachers(
     config = options(folder, tmp_path / "out", {"max_steps": 2}, method=method)
     job = Job(teacher, REMOVED, folder / "student", TOKENS, tmp_path, config)
     run = train._run
-    apart = []
-    in_parts = loss.divergence_from_stream
+    apart = spy(loss, "divergence_from_stream")
 
     def inspected(watch, student, *rest):
         frozen = [p for p in student.parameters() if not p.requires_grad]
@@ -267,8 +266,6 @@ def test_what_is_not_trained_is_the_teachers(
         run(watch, student, *rest)
 
     monkeypatch.setattr(train, "_run", inspected)
-    count = lambda *given, **more: apart.append(1) or in_parts(*given, **more)  # noqa: E731
-    monkeypatch.setattr(loss, "divergence_from_stream", count)
     train.train(job)
     # Logits are computed in chunks, however narrow the layers are.
     assert apart

@@ -77,7 +77,7 @@ def test_likelihoods_are_the_harness_s(model):
 
 
 def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
-    model, tmp_path, monkeypatch
+    model, tmp_path, monkeypatch, spy
 ):
     path = tmp_path / "mine.jsonl"
     questions = [
@@ -95,14 +95,7 @@ def test_answers_of_all_states_at_once_are_those_of_each_checkpoint(
     ]
     write_jsonl(path, questions)
     task = prepare_task(str(path), None)
-    ran = []
-    block = replays.Recording.block
-
-    def counted(self, i, hidden):
-        ran.append(hidden.shape[0])
-        return block(self, i, hidden)
-
-    monkeypatch.setattr(replays.Recording, "block", counted)
+    ran = spy(replays.Recording, "block", lambda _, recording, i, x: x.shape[0])
     found = score_states(model, task, REMOVED, Work(256))
     # Equal states run once: 20 questions of 3 answers, and 10 by letters of one pass each.
     assert sum(ran) == (6 + 4 + 2 + 4) * 70
@@ -136,26 +129,17 @@ def test_an_answer_without_a_finite_likelihood_names_its_text(model, monkeypatch
         answer_scores(model.replay, rows, states_of(len(model.replay), [()]), Work(64))
 
 
-def test_a_killed_measurement_goes_on(model, tmp_path, monkeypatch):
+def test_a_killed_measurement_goes_on(model, tmp_path, spy):
     rows = some_rows()
     states = states_of(len(model.replay), REMOVED)
     whole = answer_scores(model.replay, rows, states, Work(64))
     work = Work(64, journal=tmp_path / "answers.journal")
-    record = replays.Replay.record
-    batches = []
-
-    def killed(self, ids):
-        batches.append(len(ids))
-        if len(batches) == 4:
-            raise KeyboardInterrupt
-        return record(self, ids)
-
-    monkeypatch.setattr(replays.Replay, "record", killed)
+    batches = spy(replays.Replay, "record", lambda _, replay, ids: len(ids), stop=4)
     with pytest.raises(KeyboardInterrupt):
         answer_scores(model.replay, rows, states, work)
     again = answer_scores(model.replay, rows, states, work)
     # Batches that were finished before the kill ran once.
-    assert sum(batches) - batches[3] == len({ids[:-1] for ids, _ in rows})
+    assert sum(batches) == len({ids[:-1] for ids, _ in rows})
     for found, expected in zip(again, whole, strict=True):
         assert np.array_equal(found, expected)
 
@@ -289,20 +273,9 @@ def written(model, work, state=0):
     return Harness(model, lambda rows: [], write).generate_until(requests())
 
 
-def kill_after(goes, monkeypatch):
-    """Raise KeyboardInterrupt once, after ``goes`` calls; return the number of texts per call."""
-    counts = []
-    generate = HFLM._model_generate
-
-    def killed(self, context, **rest):
-        if len(counts) == goes:
-            counts.append(0)
-            raise KeyboardInterrupt
-        counts.append(len(context))
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", killed)
-    return counts
+def texts(found, harness, context, **rest):
+    """Note the number of prompts generated at once, and their length."""
+    return context.shape
 
 
 @pytest.mark.parametrize("state", range(len(STATES)))
@@ -314,15 +287,8 @@ def test_texts_are_the_harness_s(model, state):
     assert any(expected)
 
 
-def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
-    went = []
-    generate = HFLM._model_generate
-
-    def seen(self, context, **rest):
-        went.append(context.shape)
-        return generate(self, context, **rest)
-
-    monkeypatch.setattr(HFLM, "_model_generate", seen)
+def test_prompts_of_one_go_fit_some_micro_batches(model, spy):
+    went = spy(HFLM, "_model_generate", texts)
     written(model, Work(10))
     assert sum(count for count, _ in went) == len(PROMPTS)
     assert any(count > 1 for count, _ in went)
@@ -333,14 +299,14 @@ def test_prompts_of_one_go_fit_some_micro_batches(model, monkeypatch):
     assert max(length for _, length in went) > MICRO_BATCHES * 10 / 2
 
 
-def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_at_the_texts_that_are_left(model, tmp_path, spy):
     work = Work(10, journal=tmp_path / "texts.journal")
     whole = [written(model, Work(10), state) for state in (0, 1)]
-    counts = kill_after(5, monkeypatch)
+    counts = spy(HFLM, "_model_generate", texts, stop=6)
     with pytest.raises(KeyboardInterrupt):
         [written(model, work, state) for state in (0, 1)]
     assert [written(model, work, state) for state in (0, 1)] == whole
-    assert sum(counts) == 2 * len(PROMPTS)
+    assert sum(count for count, _ in counts) == 2 * len(PROMPTS)
 
 
 def test_how_far_the_writing_is_is_seen(model, tmp_path, monkeypatch, capsys):

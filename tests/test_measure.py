@@ -104,17 +104,11 @@ def test_the_text_of_a_number_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("changed", ["states", "weights", "attention"])
 @pytest.mark.parametrize("job", ["losses", "gradients"])
-def test_a_journal_of_another_measurement_is_not_used(
-    job, changed, tmp_path, monkeypatch
-):
+def test_a_journal_of_another_measurement_is_not_used(job, changed, tmp_path, spy):
     replay = tiny_replay("llama")
     tokens = random_tokens()
     states = [(1,)]
-    computed = []
-    put = Journal.put
-    monkeypatch.setattr(
-        Journal, "put", lambda self, *row: (computed.append(row), put(self, *row))
-    )
+    computed = spy(Journal, "put")
 
     def work(journal=tmp_path / "journal"):
         computed.clear()

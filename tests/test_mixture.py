@@ -46,7 +46,7 @@ def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
         Part(str(file), "a.txt", 0.25),
     )
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "a.txt").write_text("a")
+    (tmp_path / "b/a.txt").write_text("a")
     names = [part.name for part in parts_of(f"{file}=1,{tmp_path / 'b' / 'a.txt'}=1")]
     assert names == ["a.txt (1)", "a.txt (2)"]
 

@@ -44,7 +44,7 @@ def test_a_run_keeps_mtp_layers(source, text, tmp_path):
     assert count_mtp_layers(target / "model") == 2
     assert bytes_of(target / "model", OF_MTP) == bytes_of(source, "model.layers.6.")
     kept = "ayers for multi-token prediction (MTP), which draft further tokens: 2, kept as they are"
-    assert kept in (target / "model" / "README.md").read_text()
+    assert kept in (target / "model/README.md").read_text()
 
 
 def test_a_healing_keeps_mtp_layers(source, tmp_path):

@@ -90,7 +90,7 @@ def exact(run, tmp_path_factory):
         app, ["excise", str(out), "--patch", "none", "--overwrite"]
     )
     assert done.exit_code == 0, done.output
-    assert "patch" not in load_json(out / "model" / "isingcut.json")
+    assert "patch" not in load_json(out / "model/isingcut.json")
     done = CliRunner().invoke(app, ["evaluate", str(out)])
     assert "made with other options (the checkpoint changed)" in str(done.exception)
     return out / "model"
@@ -152,7 +152,7 @@ def test_report_card_and_terminal_show_all_three(run):
     page = (run / "report.html").read_text()
     assert 'id="patched"' in page
     assert 'class="meter patched"' in page
-    card = (run / "model" / "README.md").read_text()
+    card = (run / "model/README.md").read_text()
     assert "The exact cut was proven before" in card
     assert "none of them in the splits that rank and report" in card
     shown = CliRunner().invoke(app, ["evaluate", str(run)])
@@ -200,7 +200,7 @@ def test_a_state_is_found_by_its_blocks_whatever_removed_it(run):
     other = made.model_copy(update={"options": StageOptions(removed=[0, 4])})
     folder.run.stages["remove-params-20_/model"] = other
     place = cutting.product(folder, folder.config, [4, 0])
-    assert place == run / "remove-params-20_" / "model"
+    assert place == run / "remove-params-20_/model"
     with refuses("has no checkpoint without the blocks 0,5"):
         cutting.product(folder, folder.config, [0, 5])
 
@@ -226,10 +226,10 @@ def test_where_no_layer_can_take_a_map_one_line_says_why(llama, text, tmp_path):
     assert patch_warnings(read_document(out / "evaluation.json", EvaluationFile)) == [
         warning
     ]
-    assert warning[1:] in (out / "model" / "README.md").read_text()
+    assert warning[1:] in (out / "model/README.md").read_text()
     assert warning in (out / "report.md").read_text()
     assert isingcut.open_run(out).warnings[-1] == warning
-    assert "no weight was trained" in (out / "model" / "README.md").read_text(
+    assert "no weight was trained" in (out / "model/README.md").read_text(
         encoding="utf-8"
     )
 
@@ -297,11 +297,9 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
     write_text(place / "text.jsonl", 200)
-    write_jsonl(
-        place / "data" / "arc_easy" / "test.jsonl", [arc(i)[1] for i in range(6)]
-    )
+    write_jsonl(place / "data/arc_easy/test.jsonl", [arc(i)[1] for i in range(6)])
     articles = [{"text": f"The mill of {i}. " * 4} for i in range(5)]
-    write_jsonl(place / "data" / "wikitext2" / "test_raw.jsonl", articles)
+    write_jsonl(place / "data/wikitext2/test_raw.jsonl", articles)
     return place
 
 
@@ -337,7 +335,7 @@ def healed_run(folder):
 
 def test_a_run_heals_what_the_ranking_chose(healed_run):
     chosen = load_json(healed_run / "candidates.json")["chosen"]
-    cut = json.loads((healed_run / "model" / "isingcut.json").read_text())
+    cut = load_json(healed_run / "model/isingcut.json")
     assert cut["removed"] == chosen["removed"]
     assert cut["patch"]["cuts"]
     found = load_json(healed_run / "healing.json")
@@ -355,7 +353,7 @@ def test_a_run_heals_what_the_ranking_chose(healed_run):
     kls = [evaluation["cut"]["kl"], evaluation["patched"]["kl"], evaluation["kl"]]
     assert kls == sorted(kls, reverse=True)
     assert not (healed_run / "cut").exists()
-    card = (healed_run / "healed" / "README.md").read_text()
+    card = (healed_run / "healed/README.md").read_text()
     assert card.index("## Patched") < card.index("After the patch, it was distilled")
     report = (healed_run / "report.md").read_text()
     assert "| | original | cut | patched | healed | change |" in report
@@ -442,7 +440,7 @@ def test_heal_from_the_command_line(folder, healed_run, tmp_path):
     assert done.exit_code == 0, done.output
     heads = done.stdout.splitlines()[2].replace("┃", " ").split()
     assert heads == ["original", "patched", "healed", "change"]
-    assert (tmp_path / "healed" / "healing.json").exists()
+    assert (tmp_path / "healed/healing.json").exists()
 
 
 def test_what_a_run_refuses_before_it_measures(folder):

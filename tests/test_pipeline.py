@@ -34,7 +34,7 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(
 ):
     source = tiny_checkpoint(family, tmp_path / "model")
     target = job(source, text, tmp_path / "run", remove=remove, patch="none")
-    removed = load_json(target / "model" / "isingcut.json")["removed"]
+    removed = load_json(target / "model/isingcut.json")["removed"]
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(
         target / "model", dtype=torch.float32
@@ -90,8 +90,8 @@ def test_another_removal_reuses_the_energy(run, capsys):
     energy = (run / "hamiltonian.safetensors").stat().st_mtime_ns
     for verb in ("solve", "rank", "excise", "evaluate", "report"):
         works(verb, run, "--remove", 3)
-    assert (run / "remove-3" / "model" / "config.json").is_file()
-    assert (run / "remove-3" / "report.md").is_file()
+    assert (run / "remove-3/model/config.json").is_file()
+    assert (run / "remove-3/report.md").is_file()
     assert (run / "hamiltonian.safetensors").stat().st_mtime_ns == energy
     assert "proven" in capsys.readouterr().out
 

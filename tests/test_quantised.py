@@ -1,6 +1,5 @@
 """Quantised checkpoints: bytes copied, scales with them, lists renumbered; measured or refused."""
 
-import json
 import re
 
 import pytest
@@ -22,7 +21,7 @@ from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
-from shared import load_json, refuses
+from shared import load_json, refuses, save_json
 from tiny import (
     edit_config,
     edit_tensors,
@@ -115,7 +114,7 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
             before[name].data(),
         )
     if shards:
-        index = load_json(tmp_path / "patched" / "model.safetensors.index.json")
+        index = load_json(tmp_path / "patched/model.safetensors.index.json")
         assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
         assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
     file, part, name = {
@@ -139,7 +138,7 @@ def test_the_head_is_listed_as_plain_only_where_there_was_no_list(
     given, told, tmp_path
 ):
     content = {"quantization_config": {"modules_to_not_convert": given}}
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_json(tmp_path / "config.json", content)
     _list_plain(tmp_path, "fp8", ["new"], set())
     assert quantisation(tmp_path)["modules_to_not_convert"] == told
 

@@ -292,7 +292,7 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
 )
 def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     proof = {**patch()["proof"], "remarks": ["text only"]}
-    change(folder / "model" / "isingcut.json", proof=proof)
+    change(folder / "model/isingcut.json", proof=proof)
     (folder / missing).unlink()
     page = page_of(folder)
     assert page.count("**Warning.** text only") == (stage != "excise")
@@ -613,7 +613,7 @@ def test_parts_of_a_card_are_read_from_the_record_of_the_cut(folder):
     parts = card_parts(folder, [10, 11]).model_copy(
         update={"loads_with": "AutoModelForX"}
     )
-    file = folder / "model" / "isingcut.json"
+    file = folder / "model/isingcut.json"
     assert RunFiles(folder).loads_with == "AutoModelForCausalLM"
     change(file, card=parts.content())
     assert RunFiles(folder).removal.card == parts

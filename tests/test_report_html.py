@@ -285,9 +285,7 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
 
 def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     run = write_run(tmp_path / "run", extras=False)
-    write_json(
-        run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12}
-    )
+    write_json(run / "model/isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
     page = page_of(run)
     assert "by hand" in page.text
     rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
@@ -306,9 +304,7 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
 def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "healed").mkdir()
-    write_json(
-        run / "model" / "isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12}
-    )
+    write_json(run / "model/isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
     healing = load_json(run / "healing.json")
     healing |= {"tokens_seen": 15360, "report_tokens": 999}
     healing["patch"] = {"scores": {**healing["after"], "kl": 0.75}}

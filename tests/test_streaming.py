@@ -259,17 +259,13 @@ def test_the_original_s_logits_of_one_micro_batch_exist_at_a_time(llama, monkeyp
     assert most == [1, 1, 1]
 
 
-def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch):
+def test_the_losses_of_a_round_share_a_sweep(tmp_path, monkeypatch, spy):
     replay = streamed(tiny_checkpoint("llama", tmp_path, num_hidden_layers=8))
     tokens = random_tokens([12] * 8)
     search = Search(replay, tokens, Work(24), [Target.count(8, 4)], 12.0)
-    sets = []
     rounds = []
     turn = Search._turn
-    together = measure_together
-    monkeypatch.setattr(
-        ledger, "measure_together", lambda *a: (sets.append(len(a[1])), together(*a))[1]
-    )
+    sets = spy(ledger, "measure_together", lambda _, *given: len(given[1]))
 
     def watched(self, goal):
         sets.clear()

@@ -145,7 +145,7 @@ def test_reads_shards_and_old_names(tmp_path):
     shutil.copytree(folder, tmp_path / "many")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
-    (tmp_path / "many" / "model.safetensors").unlink()
+    (tmp_path / "many/model.safetensors").unlink()
     whole = everything(folder, torch.float32)
     for name, value in everything(tmp_path / "many", torch.float32).items():
         assert torch.equal(value, whole[name]), name
@@ -286,7 +286,7 @@ def test_a_cut_that_does_not_load_is_noticed(llama, cut, tmp_path):
         tensors["model.extra.weight"] = torch.zeros(1)
     with refuses(r"unexpected keys: model\.extra\.weight", VerificationError):
         verify(streamed(llama), [1, 4], tmp_path / "bad")
-    (tmp_path / "bad" / "model.safetensors").unlink()
+    (tmp_path / "bad/model.safetensors").unlink()
     with refuses("does not load", VerificationError):
         verify(streamed(llama), [1, 4], tmp_path / "bad")
 

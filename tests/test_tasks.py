@@ -271,7 +271,7 @@ def test_a_few_graded_scores_are_no_proof(n):
 
 def test_rows_resume(models, tmp_path, monkeypatch):
     records = [arc(i)[1] for i in range(8)]
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", records)
     tasks = [prepare_task("arc_easy", tmp_path, 5)]
     kept = tmp_path / "kept"
     (first,) = benchmark(models, tasks, kept=kept)
@@ -287,8 +287,8 @@ def test_rows_resume(models, tmp_path, monkeypatch):
 
 def test_questions_come_from_the_fixed_subset(tmp_path):
     records = [arc(i)[1] for i in range(20)]
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", records)
-    write_jsonl(tmp_path / "arc_easy" / "test_sub10.jsonl", records[5:15])
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", records)
+    write_jsonl(tmp_path / "arc_easy/test_sub10.jsonl", records[5:15])
 
     def chosen(most):
         (configuration,) = prepare_task("arc_easy", tmp_path, most).configurations
@@ -303,9 +303,7 @@ def test_questions_come_from_the_fixed_subset(tmp_path):
 
 
 def test_the_last_word_is_scored_whatever_space_follows(tmp_path):
-    write_jsonl(
-        tmp_path / "lambada" / "test.jsonl", [{"text": "They crossed the mill \n"}]
-    )
+    write_jsonl(tmp_path / "lambada/test.jsonl", [{"text": "They crossed the mill \n"}])
     (task,) = prepare_task("lambada", tmp_path).make().values()
     (question,) = task.eval_docs
     assert task.doc_to_text(question) == "They crossed the"
@@ -360,8 +358,8 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
         {**mmlu(i)[1], "subject": s} for i, s in zip(range(4), itertools.cycle("ab"))
     ]
     shown = [{**mmlu(10 + i)[1], "subject": s} for i in range(5) for s in "ab"]
-    write_jsonl(tmp_path / "mmlu" / "test.jsonl", both)
-    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown)
+    write_jsonl(tmp_path / "mmlu/test.jsonl", both)
+    write_jsonl(tmp_path / "mmlu/dev.jsonl", shown)
     task = prepare_task("mmlu", tmp_path)
     assert [c["task"] for c in task.configurations] == ["mmlu_a", "mmlu_b"]
     for c, subject in zip(task.configurations, "ab", strict=True):
@@ -370,13 +368,13 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
             set(data["fewshot"]["subject"]) == set(data["test"]["subject"]) == {subject}
         )
         assert c["description"].endswith(f"about {subject}.\n\n")
-    write_jsonl(tmp_path / "mmlu" / "dev.jsonl", shown[:7])
+    write_jsonl(tmp_path / "mmlu/dev.jsonl", shown[:7])
     with refuses("4 examples about a; mmlu needs 5"):
         prepare_task("mmlu", tmp_path)
 
 
 def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "arc_easy" / "test.jsonl", [arc(0)[1]])
+    write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(0)[1]])
     sample = {"filter": "none", "acc": float("nan"), "doc_id": 0}
     monkeypatch.setattr(
         "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}

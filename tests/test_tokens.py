@@ -195,7 +195,7 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
         tmp_path / "run",
     ]
     works("energy", llama, *options)
-    found = load_json(tmp_path / "run" / "run.json")["provenance"]["calibration"]
+    found = load_json(tmp_path / "run/run.json")["provenance"]["calibration"]
     assert found["repeats"]["report"] > 0.2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
     assert (

@@ -144,15 +144,8 @@ def test_three_samples_are_too_few():
         tuned(tiny_model("llama"), tokens(3))
 
 
-def test_weights_of_wider_models_move_less(monkeypatch):
-    rates = list[float]()
-    adam = torch.optim.AdamW
-
-    def seen(groups, lr, **rest):
-        rates.append(lr)
-        return adam(groups, lr=lr, **rest)
-
-    monkeypatch.setattr(torch.optim, "AdamW", seen)
+def test_weights_of_wider_models_move_less(monkeypatch, spy):
+    rates = spy(torch.optim, "AdamW", lambda found, groups, lr, **rest: lr)
     for narrower in (1, 4):
         model = tiny_model("llama")
         monkeypatch.setattr(tuning, "WIDTH", model.config.hidden_size // narrower)

@@ -61,9 +61,9 @@ def clean(built, tmp_path_factory):
     """A fresh environment: the wheel, and links to its declared dependencies only."""
     folder = tmp_path_factory.mktemp("clean")
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder / "env")
-    python = folder / "env" / "bin" / "python"
+    python = folder / "env/bin/python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = folder / "env" / "lib" / version / "site-packages"
+    site = folder / "env/lib" / version / "site-packages"
     found = {}
     requirements("isingcut", found)
     installed = Path(sysconfig.get_paths()["purelib"])

@@ -122,7 +122,7 @@ class Arena:
 def make_arena(world, folder, patch):
     """Return a copy of the world as the working folder, with HOME and the cache in it."""
     here = Path(shutil.copytree(world, folder / "here", symlinks=True))
-    manifest = here / "run" / "run.json"
+    manifest = here / "run/run.json"
     # Make the run's record name the copied folder.
     text = manifest.read_text().replace(str(world), str(here))
     manifest.write_text(text)

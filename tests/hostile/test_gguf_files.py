@@ -191,20 +191,19 @@ def test_a_whole_file_is_cut_next_to_the_run(arena):
 
 
 def test_a_conversion_clears_what_killed_ones_left(arena):
-    left = arena.home / "cache" / "gguf" / f".{'a' * 64}.isingcut-x.part"
+    left = arena.home / "cache/gguf" / f".{'a' * 64}.isingcut-x.part"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(1000))
     arena.works(LOOK, *CACHED, line="6 blocks", prepare=file())
     assert not left.exists()
 
 
-def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
+def test_one_converts_and_another_waits_for_it(arena, monkeypatch, spy):
     file()(arena)
     arrived = threading.Event()
     found = []
-    converted = []
+    converted = spy(gguf_files, "unpack_gguf")
     numbers = gguf_files._count_numbers
-    convert = gguf_files.unpack_gguf
 
     def noted(path):
         if threading.current_thread() is other:
@@ -212,9 +211,6 @@ def test_one_converts_and_another_waits_for_it(arena, monkeypatch):
         return numbers(path)
 
     monkeypatch.setattr(gguf_files, "_count_numbers", noted)
-    monkeypatch.setattr(
-        gguf_files, "unpack_gguf", lambda *a: converted.append(a) or convert(*a)
-    )
     other = threading.Thread(
         target=lambda: found.append(gguf_files.convert_file(arena.here / "m.gguf"))
     )
@@ -245,7 +241,7 @@ def test_the_cache_is_the_hubs_or_the_named_one(monkeypatch, tmp_path):
         "huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets")
     )
     monkeypatch.delenv("ISINGCUT_CACHE", raising=False)
-    assert gguf_files.gguf_cache() == tmp_path / "assets" / "isingcut" / "gguf"
+    assert gguf_files.gguf_cache() == tmp_path / "assets/isingcut/gguf"
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path))
     assert gguf_files.gguf_cache() == tmp_path / "gguf"
 

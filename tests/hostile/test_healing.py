@@ -42,7 +42,7 @@ def unfinished(arena):
 def changed_since(arena):
     """Write an output of isingcut to which the user added a file."""
     shutil.copytree(arena.run / "model", arena.here / "healed")
-    (arena.here / "healed" / "notes.txt").write_text("mine")
+    (arena.here / "healed/notes.txt").write_text("mine")
 
 
 READ = "an input of this command; nothing was written"
@@ -268,7 +268,7 @@ def curve(arena, out="healed"):
 
 def half_written(arena, step):
     """Write the state of a step as a kill leaves it: some files, and no marker."""
-    place = arena.here / ".healed.healing" / "trainer" / f"checkpoint-{step}"
+    place = arena.here / ".healed.healing/trainer" / f"checkpoint-{step}"
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(b"half")
     (place / "trainer_state.json").write_text('{"global_step"')
@@ -387,7 +387,7 @@ def test_an_old_record_without_a_hash_goes_on_working(arena):
 def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
-    found = load_json(arena.here / "healed" / "healing.json")
+    found = load_json(arena.here / "healed/healing.json")
     assert found["options"]["seed"] == 1
 
 
@@ -410,10 +410,10 @@ def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
 
 def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
-    removed = load_json(arena.run / "model" / "isingcut.json")
+    removed = load_json(arena.run / "model/isingcut.json")
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
     excise(arena.model, removed["removed"], arena.here / "exact")
-    (arena.here / "exact" / "isingcut.json").write_text(record)
+    (arena.here / "exact/isingcut.json").write_text(record)
 
 
 def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
@@ -427,7 +427,7 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     line = r"warning: the linear patch changed nothing \(block \d's mlp.down_proj"
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
-    found = load_json(arena.here / "healed" / "healing.json")
+    found = load_json(arena.here / "healed/healing.json")
     assert found["patch"]["changed"] is False
     assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
 
@@ -435,6 +435,6 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
 def test_a_sample_longer_than_the_model_says_so(arena):
     line = "warning: samples have 128 tokens instead of --length 1000000"
     types(arena, heal("--length 1000000"), line=line)
-    found = load_json(arena.here / "healed" / "healing.json")
+    found = load_json(arena.here / "healed/healing.json")
     # The run's own report text has samples of 16 tokens.
     assert (found["length"], found["report_tokens"]) == (128, 3 * 15)

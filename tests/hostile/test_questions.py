@@ -21,8 +21,8 @@ def asked(*records, task="arc_easy/test"):
 
 def special(make):
     def prepare(arena):
-        (arena.here / "data" / "arc_easy").mkdir(parents=True)
-        make(arena.here / "data" / "arc_easy" / "test.jsonl")
+        (arena.here / "data/arc_easy").mkdir(parents=True)
+        make(arena.here / "data/arc_easy/test.jsonl")
 
     return prepare
 

@@ -115,7 +115,7 @@ def test_trust_is_stored_nowhere(arena):
         f"energy model {OPTIONS} --out e --trust-remote-code".split(), seconds=60
     )
     assert code == 0, err
-    run = load_json(arena.here / "e" / "run.json")
+    run = load_json(arena.here / "e/run.json")
     assert "trust_remote_code" not in json.dumps({**run, "provenance": 0})
     assert not isingcut.open_run("e").config.trust_remote_code
     assert isingcut.open_run("e", trust_remote_code=True).config.trust_remote_code
@@ -162,7 +162,7 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     # The text is not named here, so the patch is fitted on the stored tokens, as without the text.
     excise = f"excise run --blocks 2,3 --overwrite {patch}"
     arena.try_row(Row("a cut", excise, **made))
-    record = load_json(arena.run / "model" / "isingcut.json")
+    record = load_json(arena.run / "model/isingcut.json")
     fitted = record["patch"]["text"]
     assert fitted["samples"] == fitted["searched"]
     assert fitted["short"].startswith(

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
 from isingcut.files.results import tensor_header
-from shared import load_json, refuses
+from shared import load_json, refuses, save_json
 
 
 def first_key_twice(content):
@@ -197,7 +197,7 @@ def test_no_control_character_of_a_run_reaches_its_report(arena):
     place = arena.run / "evaluation.json"
     found = load_json(place)
     found["generation"] |= {"before": evil, "after": evil}
-    place.write_text(json.dumps(found))
+    save_json(place, found)
     record(arena, "evaluation.json")
     arena.works("report {run}", "run/report.*")
     for name in ("report.md", "report.html"):
