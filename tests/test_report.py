@@ -132,15 +132,17 @@ NAMES = (
 )
 
 
-def test_a_speed_up_has_the_error_of_both_timings(folder):
+def rates(folder, name, before, after):
+    """Give both models of an evaluation a speed."""
     found = load_json(folder / "evaluation.json")
-    for name, rate, error in (("before", 20.0, 3.0), ("after", 25.0, 5.0)):
-        found[name] |= {
-            "decode_tokens_per_second": rate,
-            "decode_tokens_per_second_se": error,
-        }
-    change(folder / "evaluation.json", before=found["before"], after=found["after"])
-    page = page_of(folder)
+    found["before"] |= {f"{name}_tokens_per_second{k}": v for k, v in before.items()}
+    found["after"] |= {f"{name}_tokens_per_second{k}": v for k, v in after.items()}
+    change(folder / "evaluation.json", **found)
+    return page_of(folder)
+
+
+def test_a_speed_up_has_the_error_of_both_timings(folder):
+    page = rates(folder, "decode", {"": 20.0, "_se": 3.0}, {"": 25.0, "_se": 5.0})
     # 1.25 x the root of 0.15 squared and 0.2 squared.
     assert "decodes 1.25 ± 0.31 times as fast" in page
     assert "+25.0 ± 31.2 %" in page
@@ -148,13 +150,8 @@ def test_a_speed_up_has_the_error_of_both_timings(folder):
 
 def test_a_batch_is_a_row_where_it_was_timed(folder):
     assert "32 sequences" not in page_of(folder)
-    found = load_json(folder / "evaluation.json")
-    for name, rate in (("before", 2000.0), ("after", 2500.0)):
-        found[name]["batched_decode_tokens_per_second"] = rate
-    change(folder / "evaluation.json", before=found["before"], after=found["after"])
-    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page_of(
-        folder
-    )
+    page = rates(folder, "batched_decode", {"": 2000.0}, {"": 2500.0})
+    assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page
 
 
 @pytest.mark.parametrize(
@@ -174,17 +171,15 @@ def test_the_first_sentence_judges(folder, kl, said):
     change(folder / "evaluation.json", kl=kl)
     first = f"{said} (KL {kl:.3f} ± 0.010 nats per token on unseen text)."
     assert page_of(folder).split("\n")[2].startswith(f"{first} a-model without blocks")
-    assert (
-        f"<strong>{words.code(first)}</strong>" in (folder / "report.html").read_text()
-    )
+    html = (folder / "report.html").read_text()
+    assert f"<strong>{words.code(first)}</strong>" in html
     assert RunFiles(folder).judgement[0] == first
     ranked = load_json(folder / "candidates.json")
-    ranked["candidates"] = [{**row, "kl": kl} for row in ranked["candidates"]]
+    for row in ranked["candidates"]:
+        row["kl"] = kl
     change(folder / "candidates.json", **ranked)
-    expected = said[0].lower() + said[1:]
-    assert f"At such a KL, {expected}." in model_card(
-        folder, ranked["chosen"]["removed"]
-    )
+    shown = model_card(folder, ranked["chosen"]["removed"])
+    assert f"At such a KL, {said[0].lower()}{said[1:]}." in shown
 
 
 def test_a_gguf_that_grew_is_not_smaller(folder):
@@ -199,28 +194,25 @@ def test_a_gguf_that_grew_is_not_smaller(folder):
     assert "takes 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
 
 
-def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys):
+@pytest.mark.parametrize(
+    ("error", "cell", "ends"),
+    [
+        (0.1, "-0.4000 ± 0.1000 │", "."),
+        (0.21, "-0.4000 ± 0.2100 │ within the noise │", ", within the noise."),
+    ],
+)
+def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys, error, cell, ends):
+    # The difference is 0.4 nats.
     document = healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
-    document["after"] |= {"kl_change_se": 0.1, "nll_change_se": 0.1}
+    document["after"] |= {"kl_change_se": error, "nll_change_se": 0.1}
     found = HealingFile.model_validate(document)
     show.show_healing(found, folder)
     said = " ".join(capsys.readouterr().out.split())
-    assert "│ -0.4000 ± 0.1000 │" in said
+    assert cell in said
     verdict = "Expect fluent text with many mistakes (KL 0.5000 ± 0.0100 nats per token on unseen"
-    clear = f"{verdict} text). Healing changed the KL by -0.4000 ± 0.1000."
-    assert said.endswith(clear)
-    parts = card_parts(folder, [10])
-    assert clear in card.healed_card(parts, "", found)
-    # The difference is 0.4 nats.
-    document["after"] |= {"kl_change_se": 0.21}
-    noisy = HealingFile.model_validate(document)
-    show.show_healing(noisy, folder)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "-0.4000 ± 0.2100 │ within the noise │" in said
-    assert said.endswith(
-        "Healing changed the KL by -0.4000 ± 0.2100, within the noise."
-    )
-    assert "within the noise" in card.healed_card(parts, "", noisy)
+    change_by = f"Healing changed the KL by -0.4000 ± {error:.4f}{ends}"
+    assert said.endswith(f"{verdict} text). {change_by}")
+    assert change_by in card.healed_card(card_parts(folder, [10]), "", found)
     (folder / "healed").mkdir()
     write_json(folder / "healing.json", "healing", document)
     page_of(folder)
@@ -233,15 +225,9 @@ def test_a_name_stands_for_itself_in_markdown(folder, name):
     run["provenance"]["calibration"]["source"] = name
     write_json(folder / "run.json", "run", run)
     scores = {"perplexity": 2.0, "perplexity_se": 0.1, "nll": 3.0, "nll_se": 0.1}
-    part = {
-        "samples": 1,
-        "tokens": 5,
-        "before": scores,
-        "after": scores,
-        "kl": 9.0,
-        "kl_se": 0.1,
-    }
-    change(folder / "evaluation.json", parts={name: part})
+    part = {"before": scores, "after": scores, "kl": 9.0, "kl_se": 0.1}
+    parts = {name: {**part, "samples": 1, "tokens": 5}}
+    change(folder / "evaluation.json", parts=parts)
     report = read(page_of(folder))
     card = read(model_card(folder, [10, 11]).split("---\n", 2)[2])
     tokens = [t for block in report + card for t in (block, *(block.children or ()))]
@@ -388,35 +374,30 @@ def test_a_wide_map_numbers_its_tens():
 
 
 def test_a_patch_is_reported_with_its_text_and_its_proof():
-    said = words.sentence("patch_story", PatchRecord.model_validate(patch()))
-    assert (
-        "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
-        in said
-    )
-    assert "on text they differ by 1.0e-07" in said
-    assert "--patch-tokens is" not in said
+    def said(**more):
+        return words.sentence("patch_story", PatchRecord.model_validate(patch(**more)))
+
+    text = "700 tokens of standard input (4 samples that the energy was measured on and 3 oth"
+    assert text in said()
+    assert "on text they differ by 1.0e-07" in said()
+    assert "--patch-tokens is" not in said()
     short = {**patch()["text"], "short": "the source has no more"}
     refused = [{"removed": [0, 0], "reason": "nothing stands before it"}]
-    said = words.sentence(
-        "patch_story", PatchRecord.model_validate(patch(text=short, unpatched=refused))
-    )
-    assert "each cut that can take one" in said
-    assert "--patch-tokens is 900, but the source has no more" in said
+    partly = said(text=short, unpatched=refused)
+    assert "each cut that can take one" in partly
+    assert "--patch-tokens is 900, but the source has no more" in partly
 
 
 def test_unpatched_cuts_are_reported_once_or_cut_by_cut():
     refused = [{"removed": [i, i + 1], "reason": "a norm"} for i in (3, 7)]
-    cut = {"removed": [3, 4], "of": N}
-    for found, expected in (
-        (patch(unpatched=refused, cuts=[]), "not patched: a norm"),
-        (patch(unpatched=refused[:1]), "not patched at blocks 3 to 4: a norm"),
-        (
-            patch(unpatched=[{**refused[0], "removed": [3, 3]}]),
-            "not patched at block 3: a norm",
-        ),
-    ):
-        record = CutRecord.model_validate({**cut, "patch": found})
-        assert words.patch_warnings(record) == [expected]
+    single = [{"removed": [3, 3], "reason": "a norm"}]
+    for expected, found in {
+        "not patched: a norm": patch(unpatched=refused, cuts=[]),
+        "not patched at blocks 3 to 4: a norm": patch(unpatched=refused[:1]),
+        "not patched at block 3: a norm": patch(unpatched=single),
+    }.items():
+        cut = CutRecord.model_validate({"removed": [3, 4], "of": N, "patch": found})
+        assert words.patch_warnings(cut) == [expected]
     exact = FurtherScores.model_construct(kl=0.4)
     worse = EvaluationFile.model_construct(last="patched", kl=0.5, cut=exact)
     (said,) = words.patch_warnings(worse)
@@ -487,9 +468,8 @@ def test_the_card_says_what_how_and_from_whom(folder):
 
 
 def test_the_card_does_not_claim_the_papers_energy_is_not_the_papers(folder):
-    write_json(
-        folder / "run.json", "run", run_content("smollm2", "empirical-fisher", N, 3, 0)
-    )
+    run = run_content("smollm2", "empirical-fisher", N, 3, 0)
+    write_json(folder / "run.json", "run", run)
     assert "is that paper's empirical-Fisher estimate." in model_card(folder, [10, 11])
 
 
@@ -506,10 +486,8 @@ def test_the_card_of_a_local_model_tells_no_path(folder):
 
 def test_the_card_of_a_model_in_the_current_folder_has_its_name(folder):
     run = run_content(".", "pairwise", N, 3, 0)
-    run["provenance"]["model_path"] = {
-        "absolute": "/home/someone/mine",
-        "relative": "../mine",
-    }
+    places = {"absolute": "/home/someone/mine", "relative": "../mine"}
+    run["provenance"]["model_path"] = places
     write_json(folder / "run.json", "run", run)
     assert "\n# mine without 2 of its 12 blocks\n" in model_card(folder, [10, 11])
 
@@ -525,13 +503,8 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder):
     ("held_out", "tuned"), [(None, False), ([0.5, 0.4], True), ([4, 5], False)]
 )
 def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
-    layers = [{"block": 2, "layer": "mlp.up_proj"}]
-    tuning = {
-        "layers": layers,
-        "steps": 9,
-        "held_out_predictions": 99,
-        "held_out_kl": held_out,
-    }
+    tuning = {"layers": [{"block": 2, "layer": "mlp.up_proj"}], "held_out_kl": held_out}
+    tuning |= {"steps": 9, "held_out_predictions": 99}
     found = PatchRecord.model_validate(patch(tuning=tuning if held_out else None))
     said = model_card(folder, [10, 11], patch=found)
     assert ("tuned on the loss for a few steps" in said) == tuned
@@ -540,70 +513,54 @@ def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
 
 
 def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
-    healed = HealingFile.model_validate(
-        healing([{"step": 1, "tokens": 5, "loss": 1.0}], [10], N)
-    )
+    steps = [{"step": 1, "tokens": 5, "loss": 1.0}]
+    healed = HealingFile.model_validate(healing(steps, [10], N))
     cut = model_card(folder, [10, 11])
-    parts = card_parts(folder, [10, 11])
-    found = card.healed_card(parts, cut, healed)
+    found = card.healed_card(card_parts(folder, [10, 11]), cut, healed)
     assert front_matter(found) == front_matter(cut)
     assert "no weight was trained" in cut
     assert "no weight was trained" not in found
     assert "Before the cut model was accepted" in found
-    assert (
-        "distilled from the original by low-rank adapters, merged. On 333 tokens"
-        in found
-    )
-    assert (
-        "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00"
-        in found
-    )
+    made = "distilled from the original by low-rank adapters, merged. On 333 tokens"
+    changed = "from 0.9000 to 0.5000 nats per token, the perplexity from 29.00 to 24.00"
+    assert made in found
+    assert changed in found
     assert found.index("## How") < found.index("## Healed") < found.index("## Source")
     assert "## Healed" not in cut
     # A card of another tool keeps its text.
     other = card.healed_card(None, "# mine\n\nBe careful.\n\n\n", healed)
     assert other.startswith("# mine\n\nBe careful.\n\n## Healed\n")
-    assert "from 0.9000 to 0.5000" in other
+    assert changed in other
 
 
-def test_what_was_made_from_an_earlier_checkpoint_is_not_there(folder):
+@pytest.mark.parametrize("source", ["calibration", "energy", "model"])
+def test_what_was_made_from_an_earlier_stage_is_not_there(folder, source):
     (folder / "model.gguf").touch()
     record(folder)
     stages = load_json(folder / "run.json")["stages"]
-    for model, there in (("0", True), ("1", False)):
-        for key in ("evaluation.json", "model.gguf"):
-            stages[key] = {**stages["evaluation.json"], "options": {"model": model}}
+    made = stages["evaluation.json"]
+    stages |= {"calibration.safetensors": {**made, "stage": "calibration"}}
+    readers = ("spectrum.json", "candidates.json", "evaluation.json", "model.gguf")
+    for fingerprint, current in (("0", True), ("1", False)):
+        for key in readers:
+            stages[key] = {**stages.get(key, made), "options": {source: fingerprint}}
         change(folder / "run.json", stages=stages)
         found = RunFiles(folder)
-        assert [found.evaluation is not None, found.gguf is not None] == [there, there]
-
-
-@pytest.mark.parametrize("source", ["calibration", "energy"])
-def test_what_was_made_from_an_earlier_text_or_energy_is_not_there(folder, source):
-    record(folder)
-    stages = load_json(folder / "run.json")["stages"]
-    stages["calibration.safetensors"] = {
-        **stages["evaluation.json"],
-        "stage": "calibration",
-    }
-    for fingerprint, there in (("0", True), ("1", False)):
-        for key in ("spectrum.json", "candidates.json", "evaluation.json"):
-            stages[key] = {**stages[key], "options": {source: fingerprint}}
-        change(folder / "run.json", stages=stages)
-        found = RunFiles(folder)
-        # A spectrum and a ranking read the energy, an evaluation reads the text.
-        kept = there or source == "calibration"
-        assert [found.spectrum is not None, found.candidates is not None] == [
-            kept,
-            kept,
-        ]
-        assert (found.evaluation is not None) == (there or source == "energy")
+        # A spectrum and a ranking read the energy, an evaluation the text and the model.
+        there = {
+            "energy": current or source != "energy",
+            "text": current or source not in ("calibration", "model"),
+            "model": current or source != "model",
+        }
+        assert (found.spectrum is not None) == there["energy"]
+        assert (found.candidates is not None) == there["energy"]
+        assert (found.evaluation is not None) == there["text"]
+        assert (found.gguf is not None) == there["model"]
 
 
 def test_choices_for_an_earlier_removal_are_not_compared(folder):
-    number = len(load_json(folder / "candidates.json")["chosen"]["removed"])
-    for name, removed in (("sleb", range(number)), ("cbo", range(number - 1))):
-        content = baseline(name, list(removed), 0.001)
+    for name, removed in (("sleb", [0, 1, 2]), ("cbo", [0, 1])):
+        content = baseline(name, removed, 0.001)
         write_json(folder / f"baseline-{name}.json", "baseline", content)
     record(folder)
     assert [b.baseline for b in RunFiles(folder).baselines] == ["sleb"]
