@@ -65,6 +65,13 @@ def write_report(folder, target=None):
     report.write_report(folder, target)
 
 
+def first_part(page):
+    """Return the part of a page that one sees first."""
+    return page.partition('<header class="top">')[2].partition(
+        '<section id="compared"'
+    )[0]
+
+
 def model_card(folder, removed, **patch):
     """Return `card.model_card` of a folder written by hand."""
     return card.model_card(card_parts(folder, removed).model_copy(update=patch))

@@ -27,7 +27,7 @@ from isingcut.report.card import card_parts, model_card
 from isingcut.report.run_files import RunFiles
 from isingcut.runs import evaluating, pipeline
 from isingcut.runs.folder import find_run
-from run_files import change, record, write_report, write_run
+from run_files import change, first_part, record, write_report, write_run
 from shared import OPTIONS, call, load_json, refuses, save_json, works, write_jsonl
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -645,9 +645,7 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
 
 def test_a_page_begins_with_a_verdict_three_tiles_and_one_plot(finished, run, printed):
     page = (finished / "report.html").read_text()
-    first = page[
-        page.index('<header class="top">') : page.index('<section id="compared"')
-    ]
+    first = first_part(page)
     assert first.count("<dt>") == 3
     assert re.findall(r'<figure id="(\w+)"', first) == ["models"]
     verdict = show.open_finished(finished).verdict

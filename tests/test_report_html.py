@@ -17,14 +17,14 @@ from isingcut.report.figures import block_ticks, front
 from isingcut.report.plots import span, tick_text
 from isingcut.report.words import code
 from run_files import (
-    baseline,
     change,
+    first_part,
     hamiltonian,
     write_comparison,
     write_report,
     write_run,
 )
-from shared import load_json, refuses, works
+from shared import load_json, refuses, save_json, works
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -32,39 +32,55 @@ VOID = {"meta", "link", "br", "col", "img"}
 class Page(HTMLParser):
     """The elements of a page; fails on tags that do not match."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.data: dict = {}
+        self.open = []
+        self.elements = []
+        self.words = []
+        self.data = {}
         self.feed(text)
         self.close()
         assert not self.open
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         self.elements.append((tag, {k: v or "" for k, v in attrs}))
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script" and data.startswith("{"):
+    def handle_data(self, data):
+        inside = self.open[-1] if self.open else ""
+        if inside == "script" and data.startswith("{"):
             self.data = json.loads(data)
-        if "script" not in self.open and "style" not in self.open:
+        if inside not in ("script", "style"):
             self.words.append(data)
 
     @property
-    def text(self) -> str:
+    def text(self):
         return " ".join(" ".join(self.words).split())
 
-    def classed(self, name: str) -> list[dict[str, str]]:
+    def tagged(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+    def classed(self, name):
         return [a for _, a in self.elements if name in a.get("class", "").split()]
+
+    @property
+    def states(self):
+        """The rows of states."""
+        return [row for row in self.tagged("tr") if "data-state" in row]
+
+    @property
+    def marks(self):
+        """The number of marks in charts, by kind."""
+        return Counter(
+            kind for a in self.classed("mark") for kind in a["class"].split()
+        )
 
 
 def page_of(folder, target=None):
@@ -100,18 +116,16 @@ def test_every_figure_holds_its_data(page):
     n = 12
     states = 20
     random = 30
-    rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
-    assert len(rows) == states + 3  # 20 on the map, two baselines and the choice
+    assert len(page.states) == states + 3  # 20 on the map, two baselines and the choice
     assert len(page.classed("k")) + len(page.classed("r")) == n * (1 + states + 3)
     assert len(page.classed("d")) == n
-    kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
+    kinds = page.marks
     # Two scatters: 50 each. Trade-offs: the original thrice, three removals twice (one is hollow)
     # and two speeds. Healing: 30.
     assert kinds["mark"] == 2 * (states + random) + 3 + 3 + 3 + 2 + 30
     assert kinds["healed"] == 30
     assert kinds["original"] == 3
-    figures = {a["id"] for tag, a in page.elements if tag == "figure"}
-    assert figures == {
+    assert {a["id"] for a in page.tagged("figure")} == {
         "map", "fields", "couplings", "scatter-pairwise", "scatter-empirical-fisher",
         "models", "correlations", "pareto-parameters",
         "pareto-cache", "pareto-speed", "rivals", "healing",
@@ -121,7 +135,7 @@ def test_every_figure_holds_its_data(page):
 
 def test_every_coupling_has_the_colour_of_its_sign(page):
     coupling = hamiltonian(12, 1).J
-    cells = [a for tag, a in page.elements if tag == "rect" and "fill-opacity" in a]
+    cells = [a for a in page.tagged("rect") if "fill-opacity" in a]
     # Cells with a width belong to the legend.
     assert [(a["class"], int(a["x"])) for a in cells if "width" not in a] == [
         ("p" if coupling[i, j] > 0 else "n", j)
@@ -167,7 +181,7 @@ def test_the_sample_answers_are_open(page):
 def test_ids_are_unique_and_links_lead_somewhere(page):
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
-    targets = {a["href"][1:] for tag, a in page.elements if tag == "a"}
+    targets = {a["href"][1:] for a in page.tagged("a")}
     assert targets <= set(ids)
     assert {
         "states",
@@ -212,69 +226,59 @@ def test_the_script_has_the_energy_and_the_states(page):
     assert [s["chosen"] for s in data["states"]].count(True) >= 1
 
 
-def test_a_run_without_extras_names_the_command(tmp_path):
-    text = page_of(write_run(tmp_path / "bare", extras=False)).text
-    assert "None was run. Type isingcut baseline block-influence bare" in text
-    assert "Only one removal is here: isingcut solve bare --remove 4 --remove 8" in text
+@pytest.mark.parametrize(("name", "typed"), [("bare", "bare"), ("my run", "'my run'")])
+def test_a_run_without_extras_names_the_command(name, typed, tmp_path):
+    text = page_of(write_run(tmp_path / name, extras=False)).text
+    assert f"None was run. Type isingcut baseline block-influence {typed}" in text
+    only = f"Only one removal is here: isingcut solve {typed} --remove 4 --remove 8"
+    assert only in text
+    place = f"{name}/model" if name == typed else f"'{name}/model'"
+    assert f"isingcut heal {place} --effort 10min --out healed" in text
     assert "Healing" not in text
     assert "Benchmarks" not in text
 
 
-def test_a_folder_with_spaces_is_quoted_in_commands(tmp_path):
-    text = page_of(write_run(tmp_path / "my run", extras=False)).text
-    assert "isingcut baseline block-influence 'my run'" in text
-    assert "isingcut solve 'my run' --remove 4 --remove 8" in text
-    assert "isingcut heal 'my run/model' --effort 10min --out healed" in text
-
-
 def test_an_energy_alone_and_states_alone_still_make_a_page(tmp_path):
     run = write_run(tmp_path / "bare", extras=False)
-    for name in ("evaluation", "candidates", "spectrum", "model/isingcut"):
-        (run / f"{name}.json").rename(run / f"{Path(name).name}.away")
+    states = (run / "spectrum.json").read_bytes()
+    for name in STATES:
+        (run / f"{name}.json").unlink()
     page = page_of(run)
     assert "No blocks have been chosen yet." in page.text
     assert len(page.classed("heat")) == 1
     assert [a["d"] for a in page.classed("picks")] == [""]
-    (run / "spectrum.away").rename(run / "spectrum.json")
+    (run / "spectrum.json").write_bytes(states)
     (run / "hamiltonian.safetensors").unlink()
     assert not page_of(run).classed("heat")
 
 
+STATES = ("evaluation", "candidates", "spectrum", "model/isingcut")
+
+
 def test_a_range_of_removals_is_shown_as_a_curve(tmp_path):
     run = write_run(tmp_path / "curve")
-    for name in ("evaluation", "candidates", "spectrum", "model/isingcut"):
+    for name in STATES:
         (run / f"{name}.json").unlink()
     page = page_of(run)
     assert "This folder holds 2 removals" in page.text
     assert "isingcut excise curve --remove 2" in page.text
-    kinds = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
     # The original in three charts; two removals by parameters and by cache, one by speed.
-    assert kinds["mark"] - kinds["healed"] == 3 + 2 + 2 + 1
+    assert page.marks["mark"] - page.marks["healed"] == 3 + 2 + 2 + 1
 
 
 def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     """As in a streamed run, or with one sample, which has no error."""
     run = write_run(tmp_path / "run", extras=False)
     found = load_json(run / "evaluation.json")
-    for part in ("before", "after"):
-        found[part]["perplexity_se"] = None
-        for key in (
-            "prefill_tokens_per_second",
-            "decode_tokens_per_second",
-            "peak_memory_bytes",
-        ):
-            del found[part][key]
-    write_json(
-        run / "evaluation.json",
-        "evaluation",
-        {**found, "generation": None, "kl_se": None},
-    )
+    for part in (found["before"], found["after"]):
+        part["perplexity_se"] = None
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+            del part[key]
+        del part["peak_memory_bytes"]
+    save_json(run / "evaluation.json", {**found, "generation": None, "kl_se": None})
     page = page_of(run)
     assert "decode, tokens/s not measured not measured" in page.text
-    source = (run / "report.html").read_text()
-    first = source[
-        source.index('<header class="top">') : source.index('<section id="compared"')
-    ]
+    first = first_part((run / "report.html").read_text())
     assert first.count("<dt>") == 2
     assert "not measured" not in first
     assert "No speed was measured" in page.text
@@ -283,20 +287,21 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     assert "| peak memory, MB | not measured | not measured |  |" in markdown
 
 
+BY_HAND = {"removed": [0, 1, 2], "of": 12}
+
+
 def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
     run = write_run(tmp_path / "run", extras=False)
-    write_json(run / "model/isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
+    write_json(run / "model/isingcut.json", "removal", BY_HAND)
     page = page_of(run)
     assert "by hand" in page.text
-    rows = [a for tag, a in page.elements if tag == "tr" and "data-state" in a]
-    assert len(rows) == 21
-    assert [a.get("class") for a in rows].index("chosen") == 20
+    assert len(page.states) == 21
+    assert [a.get("class") for a in page.states].index("chosen") == 20
     # No ranking measured that state, so that it has no place among the measured removals.
     assert "Nothing measured yet" in page.text
     markdown = (run / "report.md").read_text()
-    assert (
-        "Blocks 0 to 2 of 12 (numbered from 0) are removed. You named them" in markdown
-    )
+    said = "Blocks 0 to 2 of 12 (numbered from 0) are removed. You named them"
+    assert said in markdown
     assert "lowest measured KL" not in markdown
     assert "`*` marks" not in markdown
 
@@ -304,19 +309,20 @@ def test_blocks_named_by_hand_have_a_row_of_their_own_and_no_reason(tmp_path):
 def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "healed").mkdir()
-    write_json(run / "model/isingcut.json", "removal", {"removed": [0, 1, 2], "of": 12})
-    healing = load_json(run / "healing.json")
-    healing |= {"tokens_seen": 15360, "report_tokens": 999}
-    healing["patch"] = {"scores": {**healing["after"], "kl": 0.75}}
-    healing["stopped"] = {"why": "no more text after step 7", "kept": 7}
-    write_json(run / "healing.json", "healing", healing)
+    write_json(run / "model/isingcut.json", "removal", BY_HAND)
+    scores = {**load_json(run / "healing.json")["after"], "kl": 0.75}
+    change(
+        run / "healing.json",
+        tokens_seen=15360,
+        report_tokens=999,
+        patch={"scores": scores},
+        stopped={"why": "no more text after step 7", "kept": 7},
+    )
     page = page_of(run)
     assert 'from_pretrained("run/healed")' in page.text
     assert "quantity original healed change" in page.text
-    assert (
-        "A linear patch was fitted at each cut (alone it brings the KL to 0.7500"
-        in page.text
-    )
+    alone = "A linear patch was fitted at each cut (alone it brings the KL to 0.7500"
+    assert alone in page.text
     assert "Distillation from the original ( lora ) over 15,360 tokens." in page.text
     assert "no more text after step 7" in page.text
 
@@ -324,13 +330,12 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
 def test_names_and_texts_cannot_become_markup(tmp_path):
     evil = "</script><script>alert(1)</script><b id='x'>`"
     run = write_run(tmp_path / "run", model=evil)
-    evaluation = load_json(run / "evaluation.json")
-    evaluation["generation"] = {"prompt": evil, "before": evil, "after": evil}
-    write_json(run / "evaluation.json", "evaluation", evaluation)
-    write_json(run / "baseline-sleb.json", "baseline", baseline(evil, [0, 1, 2], 1.0))
+    answers = dict.fromkeys(("prompt", "before", "after"), evil)
+    change(run / "evaluation.json", generation=answers)
+    change(run / "baseline-sleb.json", baseline=evil)
     page = page_of(run)
     assert not [a for _, a in page.elements if a.get("id") == "x"]
-    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert len(page.tagged("script")) == 2
     assert "<b id='x'>" in page.text
 
 
@@ -338,8 +343,7 @@ def test_an_energy_in_arbitrary_units_is_never_drawn_as_a_loss(tmp_path):
     page = page_of(write_run(tmp_path / "run", unit="arbitrary"))
     assert all("--e" not in a.get("style", "") for a in page.classed("dots"))
     # No hollow mark for a removal with an energy only.
-    marks = Counter(kind for a in page.classed("mark") for kind in a["class"].split())
-    assert marks["mark"] == 2 * 50 + 3 + 2 + 2 + 2 + 30
+    assert page.marks["mark"] == 2 * 50 + 3 + 2 + 2 + 2 + 30
 
 
 def test_a_large_model_stays_under_three_megabytes(tmp_path):
@@ -421,11 +425,9 @@ def sizes(out):
     """Return the cells of the table of models and sizes, row by row."""
     table = out.read_text().partition('aria-label="Models and sizes">\n<thead>')[2]
     rows = re.findall(
-        r"<tr><th scope=.row.*?</tr>", table.partition("</table>")[0], re.DOTALL
+        r"<tr><th scope=.row.*?</tr>", table.partition("</table>")[0], re.S
     )
-    return [
-        [Page(c).text for c in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows
-    ]
+    return [[Page(c).text for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in rows]
 
 
 def test_models_and_sizes_are_rows_of_one_table(run, tmp_path):
