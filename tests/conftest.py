@@ -7,7 +7,6 @@ anywhere, so that subprocesses inherit it.
 
 import gc
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from shared import OPTIONS, Shared, call, leave_speed_out, works, write_words
+from shared import (
+    OPTIONS,
+    Shared,
+    call,
+    leave_speed_out,
+    parse_json,
+    works,
+    write_words,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -62,7 +69,7 @@ def typed(capsys):
 @pytest.fixture
 def answer(typed):
     """Function that returns the JSON document of a command, all of its standard output."""
-    return lambda *arguments: json.loads(typed(*arguments, "--json").out)
+    return lambda *arguments: parse_json(typed(*arguments, "--json").out)
 
 
 @pytest.fixture

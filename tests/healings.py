@@ -99,7 +99,7 @@ def result(folder):
 
 
 def curve(folder):
-    return result(folder)["steps"]
+    return result(folder).steps
 
 
 @pytest.fixture(scope="module")

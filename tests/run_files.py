@@ -27,7 +27,7 @@ def change(path, **values):
 
 def record(folder):
     """Record all files of the run in `run.json` as finished, with their present hashes."""
-    stages = load_json(folder / "run.json")["stages"]
+    stages = load_json(folder / "run.json").stages
     for path in folder.rglob("*"):
         stage = (
             "energy"
@@ -45,7 +45,7 @@ def record(folder):
         key = path.relative_to(folder).as_posix()
         stages[key] = {**_done(stage), **stages.get(key, {}), "done": True}
         if path.is_dir():
-            removed = load_json(cut)["removed"]
+            removed = load_json(cut).removed
             stages[key]["options"] = {"removed": removed}
         else:
             stages[key]["sha256"] = file_sha256(path)

@@ -148,9 +148,23 @@ def refuses(words, kind=InputError):
     return pytest.raises(kind, match=words)
 
 
+class Document(dict):
+    """A JSON object whose entries are attributes as well."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+def parse_json(text):
+    """Return the content of a JSON text, with a `Document` for each object."""
+    return json.loads(text, object_hook=Document)
+
+
 def load_json(path):
-    """Return the content of a JSON file, of any format."""
-    return json.loads(path.read_text())
+    """Return the content of a JSON file of any format, as `parse_json` does."""
+    return parse_json(path.read_text())
 
 
 def save_json(path, content):

@@ -399,17 +399,17 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     used = Calibration.load(run / "calibration.safetensors")
     report = used.splits["report"]
     found = load_json(run / "evaluation.json")
-    assert found["tokens"] == report.tokens < int(report.mask[:, 1:].sum())
-    assert set(found["parts"]) == {"a.jsonl", "answers:chat.jsonl"}
+    assert found.tokens == report.tokens < int(report.mask[:, 1:].sum())
+    assert set(found.parts) == {"a.jsonl", "answers:chat.jsonl"}
     for way in ("cut", "patched"):
-        assert set(found[way]["parts"]) == set(found["parts"])
+        assert set(found[way].parts) == set(found.parts)
     energy = Hamiltonian.load(run / "hamiltonian.safetensors")
     assert energy.meta["tokens"] == used.splits["energy"].tokens
     healing = load_json(run / "healing.json")
-    assert set(healing["after"]["parts"]) == set(found["parts"])
+    assert set(healing.after.parts) == set(found.parts)
     ranked = load_json(run / "candidates.json")
     rank = used.splits["rank"]
-    for row in (*ranked["candidates"], ranked["chosen"]):
+    for row in (*ranked.candidates, ranked.chosen):
         shares = {
             k: rank.select(own).tokens / rank.tokens
             for k, own in rank.rows_by_part.items()
@@ -421,7 +421,7 @@ def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypat
     assert re.search(
         r"By part of that text: [\d.]+ ± [\d.]+ on a\.jsonl, .* on answers:chat", card
     )
-    after = healing["after"]["parts"]["answers:chat.jsonl"]["kl"]
+    after = healing.after.parts["answers:chat.jsonl"].kl
     assert re.search(
         rf"\| answers:chat\.jsonl: KL to the original, .*{after:.4f} ± .* \|\n", healed
     )

@@ -243,8 +243,8 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
 def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
     monkeypatch.chdir(place)
     found = load_json(place / "my-run/candidates.json")
-    poor = {**found["fidelity"]["kl"], "spearman": 0.1, "spearman_low": -0.1}
-    found["fidelity"]["kl"] = poor
+    poor = {**found.fidelity.kl, "spearman": 0.1, "spearman_low": -0.1}
+    found.fidelity["kl"] = poor
     monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         isingcut.prune(

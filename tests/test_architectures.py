@@ -348,9 +348,9 @@ def test_a_run_down_to_one_block_is_patched_and_evaluated(
         1000,
     ]
     works("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further)
-    assert load_json(out / "model/isingcut.json")["patch"]["cuts"]
+    assert load_json(out / "model/isingcut.json").patch.cuts
     evaluation = load_json(out / "evaluation.json")
-    assert (evaluation["before"]["blocks"], evaluation["after"]["blocks"]) == (2, 1)
+    assert (evaluation.before.blocks, evaluation.after.blocks) == (2, 1)
     capsys.readouterr()
     assert (
         "its one block stays: none can be removed"

@@ -392,14 +392,14 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
     isingcut.run(out=out, **options)
     assert failed == [1, 1]
     streamed = load_json(out / "evaluation.json")
-    records = load_json(out / "run.json")["stages"]
+    records = load_json(out / "run.json").stages
     assert [n for n, r in records.items() if r.get("streamed")] == ["evaluation.json"]
     # Only the evaluation is made again.
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", evaluate)
     (out / "evaluation.json").unlink()
     isingcut.run(out=out, **options)
     whole = load_json(out / "evaluation.json")
-    assert streamed["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert streamed.kl == pytest.approx(whole.kl, rel=1e-5)
     monkeypatch.setitem(evaluating.evaluate.__globals__, "before_and_after", exhausted)
     (out / "evaluation.json").unlink()
     with refuses("2,147,483,648 more bytes were needed", MemoryExhaustedError):
@@ -418,14 +418,14 @@ def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
         device = str(card.device)
         out = tmp_path / "run"
         isingcut.run(out=out, **{**given, "patch": "tuned", "device": device})
-    stages = load_json(out / "run.json")["stages"]
+    stages = load_json(out / "run.json").stages
     assert not any(record.get("streamed") for record in stages.values())
-    patch = load_json(out / "model/isingcut.json")["patch"]
+    patch = load_json(out / "model/isingcut.json").patch
     if step == "tune":
-        assert "out of memory for tuning the patch" in patch["tuning"]["left_out"]
-        assert patch["cuts"]
+        assert "out of memory for tuning the patch" in patch.tuning.left_out
+        assert patch.cuts
     else:
-        assert "out of memory for fitting a patch" in patch["unpatched"][0]["reason"]
+        assert "out of memory for fitting a patch" in patch.unpatched[0].reason
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
@@ -498,10 +498,10 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
     shown = capsys.readouterr().out
     assert f"gpu_checks_failed: {code}" in shown
     assert outcome in shown
-    row = load_json(file)["checks"][1]
-    assert (row["check"], row["outcome"]) == ("one", outcome)
-    assert row["words"].startswith(words)
-    assert ("Traceback" in row["traceback"]) == (outcome == "failed")
+    row = load_json(file).checks[1]
+    assert (row.check, row.outcome) == ("one", outcome)
+    assert row.words.startswith(words)
+    assert ("Traceback" in row.traceback) == (outcome == "failed")
 
 
 @pytest.mark.parametrize("check", [gpu.twice, gpu.placed])

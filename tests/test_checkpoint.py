@@ -34,7 +34,7 @@ def sharded(folder):
 
 def change_index(folder, **changes):
     index = load_json(folder / INDEX)
-    index["weight_map"].update(changes)
+    index.weight_map.update(changes)
     save_json(folder / INDEX, index)
 
 
@@ -190,7 +190,7 @@ def source(tmp_path):
 def test_bytes_are_untouched_and_layers_renamed(source, tmp_path):
     excise(source, [0, 3], tmp_path / "out")
     assert assert_bytes_follow(source, tmp_path / "out", [1, 2, 4, 5]) == {"F32"}
-    assert load_json(tmp_path / "out/config.json")["num_hidden_layers"] == 4
+    assert load_json(tmp_path / "out/config.json").num_hidden_layers == 4
 
 
 def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
@@ -254,8 +254,8 @@ def test_depth_shaped_weights_are_sliced(tmp_path):
     name = next(n for n in before if n.endswith("embed_tokens_per_layer.weight"))
     assert torch.equal(after[name], before[name][:, 8:56])
     config = load_json(tmp_path / "out/config.json")
-    assert config["num_kv_shared_layers"] == 2
-    assert len(config["intermediate_size"]) == 6
+    assert config.num_kv_shared_layers == 2
+    assert len(config.intermediate_size) == 6
 
 
 def test_invented_tensors_are_noticed(source, tmp_path):

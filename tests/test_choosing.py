@@ -145,37 +145,37 @@ def test_a_run_chooses_by_questions_and_reports_on_others(
 ):
     options, target = by_questions
     found = load_json(target / "candidates.json")
-    choice = found["by_tasks"]
-    rows = found["by_tasks"]["candidates"]
-    kl = {tuple(row["removed"]): row["kl"] for row in found["candidates"]}
-    measured_kl = [kl[tuple(row["removed"])] for row in rows]
+    choice = found.by_tasks
+    rows = found.by_tasks.candidates
+    kl = {tuple(row.removed): row.kl for row in found.candidates}
+    measured_kl = [kl[tuple(row.removed)] for row in rows]
     assert measured_kl == sorted(measured_kl)
     assert measured_kl[0] == min(kl.values())
     # A state of high loss may have the best answers, so it answers as well.
     size = load_tiny(llama).model.config.num_hidden_layers
-    assert [size - 2, size - 1] in [row["removed"] for row in rows]
-    chosen = rows[[r["removed"] for r in rows].index(found["chosen"]["removed"])]
-    assert chosen["difference"] is None
-    assert found["chosen"]["why"] == "questions"
-    assert len(choice["questions"]) == 30
+    assert [size - 2, size - 1] in [row.removed for row in rows]
+    chosen = rows[[r.removed for r in rows].index(found.chosen.removed)]
+    assert chosen.difference is None
+    assert found.chosen.why == "questions"
+    assert len(choice.questions) == 30
     assert not (target / ".questions").exists()
 
     # The checkpoint answers like the original with its blocks skipped.
     cut = load_tiny(target / "model")
     task = prepare_task(str(questions), None)
-    (own,) = score_states(cut, task, [()], wanted=set(choice["questions"]).__contains__)
-    assert own.values.mean() == pytest.approx(chosen["accuracy"])
-    assert own.certainties.mean() == pytest.approx(chosen["certainty"])
+    (own,) = score_states(cut, task, [()], wanted=set(choice.questions).__contains__)
+    assert own.values.mean() == pytest.approx(chosen.accuracy)
+    assert own.certainties.mean() == pytest.approx(chosen.certainty)
     assert len(own.values) == 30
 
     # The final model is judged by the other half of the questions.
     judged = load_json(target / "benchmarks.json")
-    assert judged["left_out"] == 30
-    assert [(r["task"], r["n"]) for r in judged["rows"]] == [("mine.jsonl", 30)]
+    assert judged.left_out == 30
+    assert [(r.task, r.n) for r in judged.rows] == [("mine.jsonl", 30)]
     (others,) = score_states(
-        cut, task, [()], wanted=lambda key: key not in choice["questions"]
+        cut, task, [()], wanted=lambda key: key not in choice.questions
     )
-    assert judged["rows"][0]["cut"] == pytest.approx(others.values.mean())
+    assert judged.rows[0].cut == pytest.approx(others.values.mean())
     assert not set(own.questions) & set(others.questions)
 
     page = (target / "report.md").read_text()
@@ -279,7 +279,7 @@ def test_questions_are_answered_without_a_measurement_of_text(
             "--overwrite",
         ]
         found = answer(*line)
-        assert found["benchmarks"]["rows"][0]["n"] == 4 + there
+        assert found.benchmarks.rows[0].n == 4 + there
         assert ("kl" in found) == there
         (run / "evaluation.json").unlink(missing_ok=True)
 

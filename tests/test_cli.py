@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import isingcut
 from isingcut.cli import main as cli
@@ -66,12 +65,12 @@ def test_every_verb_is_documented():
 
 def test_json_keys_are_those_documented(finished, run, answer):
     """Verbs that find all their work done print the results again; the others are fast here."""
-    model = load_json(finished / "run.json")["config"]["model"]
+    model = load_json(finished / "run.json").config.model
     keys = documented_keys()
     config = run.parent / "run.yaml"
-    stored = load_json(run / "run.json")["config"]
+    stored = load_json(run / "run.json").config
     stored.pop("trust_remote_code", None)
-    config.write_text(yaml.safe_dump(stored))
+    save_json(config, stored)
     for arguments in (
         ("run", "--config", config, "--out", run),
         ("energy", "--config", config, "--out", run),
@@ -85,11 +84,11 @@ def test_json_keys_are_those_documented(finished, run, answer):
     ):
         verb = arguments[0]
         found = answer(*arguments)
-        assert found["verb"] == verb
+        assert found.verb == verb
         assert set(found) == keys[verb] | {"verb", "warnings"}, verb
     found = answer("solve", run, "--remove", 1, "--remove", 3)
-    assert [r["removal"] for r in found["removals"]] == ["1", "3"]
-    assert all({"removals", *r} == keys["solve"] for r in found["removals"])
+    assert [r.removal for r in found.removals] == ["1", "3"]
+    assert all({"removals", *r} == keys["solve"] for r in found.removals)
 
 
 def test_json_stays_alone_when_libraries_print(monkeypatch, typed):
@@ -140,7 +139,7 @@ def test_quiet_leaves_one_line(run, capsys, typed):
 
 
 def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, answer, typed):
-    fidelity = load_json(run / "candidates.json")["fidelity"]
+    fidelity = load_json(run / "candidates.json").fidelity
     fidelity["kl"] |= {"spearman": 0.12, "spearman_low": -0.2}
     change(run / "candidates.json", fidelity=fidelity)
     record(run)
@@ -148,7 +147,7 @@ def test_a_poor_energy_is_warned_of_once_with_what_to_do(run, answer, typed):
     assert captured.err.count("poorly (Spearman 0.12") == 1
     assert re.search(r"isingcut: warning: .*--energy", captured.err)
     assert "warning" not in captured.out
-    assert any("poorly" in w for w in answer("rank", run)["warnings"])
+    assert any("poorly" in w for w in answer("rank", run).warnings)
 
 
 def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, typed):
@@ -157,7 +156,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
         in typed("rank", run, "--random-states", 0, "--overwrite").out
     )
     assert not list(run.glob("*.journal*"))
-    removed = load_json(run / "candidates.json")["chosen"]["removed"]
+    removed = load_json(run / "candidates.json").chosen.removed
     card = model_card(card_parts(run, run, removed))
     assert "How well the energy ranks states was not measured." in card
     works("report", run, "--quiet")
@@ -172,7 +171,7 @@ def test_without_random_states_a_line_says_that_the_energy_was_not_judged(run, t
 def test_blocks_counted_from_one(run, refusal):
     arguments = ("excise", run, "--blocks", "2\n5\n", "--one-based")
     works(*arguments, "--overwrite", "--quiet")
-    assert load_json(run / "model/isingcut.json")["removed"] == [1, 4]
+    assert load_json(run / "model/isingcut.json").removed == [1, 4]
     for wrong, ends in (("6,7", "0 to 5"), ("0,1 --one-based", "1 to 6")):
         assert f"blocks are numbered {ends}; add --one-based" in refusal(
             "excise", run, "--blocks", *wrong.split()
@@ -190,7 +189,7 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(
     run, capsys, refusal, answer
 ):
     def removed(place):
-        return load_json(place / "model/isingcut.json")["removed"]
+        return load_json(place / "model/isingcut.json").removed
 
     own = isingcut.files.ownership.folder_hash(run / "model")
     chosen = removed(run)
@@ -198,14 +197,14 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(
     for blocks in named:
         typed = ",".join(map(str, blocks))
         place = run / f"remove-2-blocks-{typed.replace(',', '-')}"
-        assert answer("excise", run, "--blocks", typed)["checkpoint"] == str(
+        assert answer("excise", run, "--blocks", typed).checkpoint == str(
             place / "model"
         )
         assert removed(place) == blocks
     assert isingcut.files.ownership.folder_hash(run / "model") == own
     # Naming the blocks of the chosen state gives the chosen state.
     typed = ",".join(map(str, chosen))
-    assert answer("excise", run, "--blocks", typed)["checkpoint"] == str(run / "model")
+    assert answer("excise", run, "--blocks", typed).checkpoint == str(run / "model")
     # If nothing was chosen for a size, the first state named gets the size's folder and keeps it.
     for typed in ("0,1,2", "1,2,3", "0,1,2", "1,2,3"):
         works("excise", run, "--blocks", typed)
@@ -213,11 +212,11 @@ def test_a_second_state_of_one_size_has_a_folder_of_its_own(
     assert removed(run / "remove-3-blocks-1-2-3") == [1, 2, 3]
     capsys.readouterr()
     found = answer("evaluate", run, "--remove", "3", "--skip-speed")
-    assert found["file"] == str(run / "remove-3/evaluation.json")
+    assert found.file == str(run / "remove-3/evaluation.json")
     assert not (run / "remove-3-blocks-1-2-3/evaluation.json").exists()
     other = answer("evaluate", run, "--blocks", "1-3", "--skip-speed")
-    assert other["file"] == str(run / "remove-3-blocks-1-2-3/evaluation.json")
-    page = Path(answer("report", run / "remove-3-blocks-1-2-3")["report"])
+    assert other.file == str(run / "remove-3-blocks-1-2-3/evaluation.json")
+    page = Path(answer("report", run / "remove-3-blocks-1-2-3").report)
     assert "isingcut evaluate run --blocks 1,2,3 --tasks" in page.read_text()
     assert "type: isingcut excise" in refusal("evaluate", run, "--blocks", "2,3,4")
 
@@ -240,11 +239,11 @@ def test_options_of_a_run_folder_are_refused_with_an_original(run, refusal):
 
 def test_a_run_is_found_from_the_folder_of_a_removal(run, monkeypatch, refusal):
     manifest = load_json(run / "run.json")
-    cut = manifest["stages"]["model"]
-    manifest["stages"]["remove-2/model.gguf"] = cut
+    cut = manifest.stages.model
+    manifest.stages["remove-2/model.gguf"] = cut
     save_json(run / "run.json", manifest)
     (run / "remove-2/model").mkdir(parents=True)
-    removed = ",".join(map(str, cut["options"]["removed"]))
+    removed = ",".join(map(str, cut.options.removed))
     for place, name in (
         ("remove-2", "model.gguf"),
         ("remove-2/model", "../model.gguf"),
@@ -266,10 +265,10 @@ def test_tasks_without_a_choice_by_them_are_refused_by_rank(run, refusal):
 
 
 def test_a_number_takes_the_place_of_a_budget_alone(run, refusal, answer):
-    config = load_json(run / "run.json")["config"]
+    config = load_json(run / "run.json").config
     change(run / "run.json", config={**config, "remove": "", "budget": "params=40%"})
     found = answer("solve", run, "--remove", "1")
-    assert {len(s["removed"]) for s in found["removals"][0]["states"]} == {1}
+    assert {len(s.removed) for s in found.removals[0].states} == {1}
     works("report", run)
     assert "is met" not in (run / "report.md").read_text(), (
         "it was solved for no budget"
@@ -296,14 +295,14 @@ def test_push_takes_a_run_or_a_checkpoint(run, monkeypatch, refusal, answer):
         "push", run / "model", "me/cut", "--remove", 4
     )
     listed = answer("push", run, "me/cut", "--dry-run")
-    assert listed["url"] is None
-    assert {f["name"] for f in listed["files"]} == {
+    assert listed.url is None
+    assert {f.name for f in listed.files} == {
         p.name for p in (run / "model").iterdir() if p.name != MARKER
     }
-    index = listed["metadata"]["model-index"][0]
-    perplexity = index["results"][0]["metrics"][0]
+    index = listed.metadata["model-index"][0]
+    perplexity = index.results[0].metrics[0]
     page = (run / "report.md").read_text()
-    assert (index["name"], perplexity["type"]) == ("cut", "perplexity")
+    assert (index.name, perplexity.type) == ("cut", "perplexity")
     assert (
         f"| {perplexity['value']:.2f} ± {perplexity['name'].rpartition(' ± ')[2]} |"
         in page
@@ -637,7 +636,7 @@ def test_quick_replaces_defaults_alone_and_is_marked(tmp_path):
     quick = RunConfig(model="m", remove="2", quick=True, samples=99)
     assert (quick.samples, quick.length, quick.skip_speed) == (99, 128, True)
     folder = write_run(tmp_path / "r", extras=False)
-    config = load_json(folder / "run.json")["config"]
+    config = load_json(folder / "run.json").config
     change(folder / "run.json", config={**config, "quick": True})
     write_report(folder)
     assert "A rough first look (--quick): a-model" in (folder / "report.md").read_text()

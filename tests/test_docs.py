@@ -72,7 +72,7 @@ def test_code_on_pages_runs(page, place, monkeypatch):
 def test_the_python_example_runs(place, capsys):
     script(ROOT / "examples/prune.py").main("my-model", "smaller")
     assert "blocks (" in capsys.readouterr().out
-    assert load_json(Path("smaller/config.json"))["num_hidden_layers"] == 4
+    assert load_json(Path("smaller/config.json")).num_hidden_layers == 4
 
 
 def test_the_config_file_example_is_read():
@@ -245,11 +245,11 @@ def test_the_tour_shown_is_the_tour_of_the_script():
     jupytext = pytest.importorskip("jupytext")
     source = jupytext.read(ROOT / "examples/tour.py")
     shown = load_json(ROOT / "examples/tour.ipynb")
-    cells = ["".join(c["source"]) for c in shown["cells"]]
+    cells = ["".join(c["source"]) for c in shown.cells]
     assert cells == [c.source for c in source.cells]
     page = (DOCS / "tour.md").read_text()
     assert all(cell in page for cell in cells)
-    code = [c for c in shown["cells"] if c["cell_type"] == "code"]
+    code = [c for c in shown.cells if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     assert "Traceback" not in page
 

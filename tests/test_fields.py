@@ -167,7 +167,7 @@ def test_the_decoder_of_an_encoder_decoder_has_its_own_number_of_blocks(tmp_path
     model.save_pretrained(tmp_path / "source")
     excise(tmp_path / "source", [1, 2], tmp_path / "out")
     cut = load_json(tmp_path / "out/config.json")
-    assert (cut["decoder_layers"], cut["encoder_layers"]) == (2, 2)
+    assert (cut.decoder_layers, cut.encoder_layers) == (2, 2)
     assert verify(model, [1, 2], tmp_path / "out", new_tokens=4).difference <= 1e-6
 
 

@@ -353,9 +353,9 @@ def test_reading_a_gguf_back_shows_progress(gguf_run, packed_model, tmp_path):
 
 def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
     found = load_json(gguf_run / "evaluation.json")
-    assert found["gguf"]["kl"] == pytest.approx(found["kl"], rel=0.03)
-    assert found["gguf"]["kl"] != found["kl"]
-    assert found["gguf"]["bytes"] == (gguf_run / "model.gguf").stat().st_size
+    assert found.gguf.kl == pytest.approx(found.kl, rel=0.03)
+    assert found.gguf.kl != found.kl
+    assert found.gguf.bytes == (gguf_run / "model.gguf").stat().st_size
     figure = f"{found['gguf']['kl']:.4f}"
     for name in ("report.md", "report.html", "model.gguf.md"):
         assert figure in (gguf_run / name).read_text()
@@ -365,7 +365,7 @@ def test_the_written_gguf_is_judged_with_its_checkpoint(gguf_run, typed):
 def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_model):
     found = load_json(gguf_run / "evaluation.json")
     sizes = [path.stat().st_size for path in (packed_model, gguf_run / "model.gguf")]
-    assert [found["before"]["bytes"], found["gguf"]["bytes"]] == sizes
+    assert [found.before.bytes, found.gguf.bytes] == sizes
     before, after = (f"{size / 1e6:.1f}" for size in sizes)
     change = f"{100 * (sizes[1] / sizes[0] - 1):+.1f} %"
     names = ("report.md", "model/README.md", "model.gguf.md")
@@ -396,10 +396,10 @@ def test_any_gguf_is_judged_against_its_original(
     ]
     works(*line)
     found = load_json(out)
-    assert found["kl"] > 0.001
-    assert found["after"]["blocks"] == 4
-    assert found["after"]["bytes"] == file.stat().st_size
-    assert found["before"]["bytes"] == packed_model.stat().st_size
+    assert found.kl > 0.001
+    assert found.after.blocks == 4
+    assert found.after.bytes == file.stat().st_size
+    assert found.before.bytes == packed_model.stat().st_size
 
 
 def test_any_checkpoint_is_judged_against_its_original(
@@ -413,8 +413,8 @@ def test_any_checkpoint_is_judged_against_its_original(
         ).out
     )
     found = load_json(tmp_path / "cut-evaluation.json")
-    assert found["kl"] > 0.001
-    assert (found["after"]["blocks"], found["last"]) == (4, "patched")
+    assert found.kl > 0.001
+    assert (found.after.blocks, found.last) == (4, "patched")
     # An existing output is refused before the checkpoint is read.
     (tmp_path / "cut/config.json").unlink()
     assert "cut-evaluation.json already exists" in refusal(

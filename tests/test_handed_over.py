@@ -66,13 +66,11 @@ def test_the_same_result_as_from_the_folder_and_the_file(folder, loaded, tmp_pat
     assert [e[0] for e in energies(given)] == [e[0] for e in energies(named)]
     for ours, theirs in zip(energies(given), energies(named), strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], rel=1e-3, abs=1e-5)
-    provenance = [load_json(tmp_path / k / "run.json")["provenance"] for k in "ab"]
-    assert provenance[0]["model"]["sha256"] == provenance[1]["model"]["sha256"]
-    assert (
-        provenance[0]["calibration"]["sha256"] == provenance[1]["calibration"]["sha256"]
-    )
-    assert provenance[1]["model"]["name"].startswith("LlamaForCausalLM in memory (")
-    assert provenance[1]["calibration"]["source"].startswith("40 texts in memory (")
+    provenance = [load_json(tmp_path / k / "run.json").provenance for k in "ab"]
+    assert provenance[0].model.sha256 == provenance[1].model.sha256
+    assert provenance[0].calibration.sha256 == provenance[1].calibration.sha256
+    assert provenance[1].model.name.startswith("LlamaForCausalLM in memory (")
+    assert provenance[1].calibration.source.startswith("40 texts in memory (")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

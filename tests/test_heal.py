@@ -57,16 +57,16 @@ __all__ = ["healed", "models"]
 
 def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     found = result(healed)
-    assert [s["step"] for s in found["steps"]] == [1, 2, 3, 4]
-    assert found["steps"][-1]["tokens"] == found["tokens_seen"] == 4 * 4 * 31
-    assert found["steps"][-1]["loss"] < found["steps"][0]["loss"]
-    assert found["removed"] == list(REMOVED)
-    sums = [np.array(found[model]["kl_sums"]) for model in ("before", "after")]
-    counts = np.full(len(sums[0]), found["report_tokens"] // len(sums[0]))
+    assert [s.step for s in found.steps] == [1, 2, 3, 4]
+    assert found.steps[-1].tokens == found.tokens_seen == 4 * 4 * 31
+    assert found.steps[-1].loss < found.steps[0].loss
+    assert found.removed == list(REMOVED)
+    sums = [np.array(found[model].kl_sums) for model in ("before", "after")]
+    counts = np.full(len(sums[0]), found.report_tokens // len(sums[0]))
     error = recipe.difference(*sums, counts)[1]
-    assert found["after"]["kl_change_se"] == pytest.approx(error)
-    apart = np.hypot(found["before"]["nll_se"], found["after"]["nll_se"])
-    assert 0 < found["after"]["nll_change_se"] < apart
+    assert found.after.kl_change_se == pytest.approx(error)
+    apart = np.hypot(found.before.nll_se, found.after.nll_se)
+    assert 0 < found.after.nll_change_se < apart
     names = {p.name for p in (models / "student").iterdir()}
     assert {p.name for p in healed.iterdir()} == {*names, "healing.json"}
     assert not list(models.glob(".healed*"))
@@ -80,7 +80,7 @@ def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     config = options(models, tmp_path / "b", method=method)
     whole = healed if method == "full" else heal(config.replace(out=tmp_path / "a"))
     found = result(whole)
-    assert found["after"]["kl"] < found["before"]["kl"]
+    assert found.after.kl < found.before.kl
     assert shapes(whole) == shapes(models / "student")
     assert not [p.name for p in whole.iterdir() if "adapter" in p.name]
     with pytest.raises(Killed):
@@ -147,7 +147,7 @@ def test_the_last_blocks_and_the_head_alone_are_trained(models, tmp_path):
     last = {name for name in before if name.startswith("model.layers.3.")}
     assert changed == {*last, "model.norm.weight", "lm_head.weight"}
     total = sum(len(after[name]) // 4 for name in changed)
-    assert result(out)["trained_parameters"] == total
+    assert result(out).trained_parameters == total
 
 
 def test_a_head_that_the_first_block_reads_is_not_trained_with_the_last():
@@ -224,7 +224,7 @@ def test_training_in_half_precision(models, tmp_path):
     )
     assert {t.dtype for t in read_checkpoint(out).values()} == {"BF16"}
     found = result(out)
-    assert found["after"]["kl"] < found["before"]["kl"]
+    assert found.after.kl < found.before.kl
 
 
 ONCE = {"max_steps": 1}
@@ -277,27 +277,27 @@ def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
 def test_patch_and_distillation_together(models, tmp_path):
     out = heal(options(models, tmp_path / "out", {"max_steps": 2}, patch="linear"))
     found = result(out)
-    kl = found["patch"]["scores"]["kl"]
-    assert kl < found["before"]["kl"]
-    assert len(found["steps"]) == 2
+    kl = found.patch.scores.kl
+    assert kl < found.before.kl
+    assert len(found.steps) == 2
     alone = heal(options(models, tmp_path / "alone", patch="linear", method="none"))
     other = result(alone)
-    assert other["after"]["kl"] == pytest.approx(kl, rel=1e-6)
-    assert other["steps"] == []
+    assert other.after.kl == pytest.approx(kl, rel=1e-6)
+    assert other.steps == []
 
 
 def test_the_patch_is_the_default_once(models, tmp_path):
     default = {"patch": None, "method": "none"}
     out = heal(options(models, tmp_path / "out", **default))
     found = result(out)
-    assert found["options"]["patch"] == "tuned"
-    assert [cut["removed"] for cut in found["patch"]["cuts"]] == [[2, 3]]
+    assert found.options.patch == "tuned"
+    assert [cut.removed for cut in found.patch.cuts] == [[2, 3]]
     # A healed model is not the exact cut that a patch is fitted for.
     with refuses("is healed already, but a patch needs the exact"):
         heal(options(models, tmp_path / "never", student=out, patch="linear"))
     again = heal(options(models, tmp_path / "again", ONCE, student=out, patch=None))
     further = result(again)
-    assert (further["start"], further["options"]["patch"]) == ("healed", "none")
+    assert (further.start, further.options.patch) == ("healed", "none")
     assert "patch" not in further
 
 
@@ -345,7 +345,7 @@ def test_where_nothing_can_be_patched_healing_goes_on(models, tmp_path):
     unpatched, alike = healing_warnings(HealingFile.model_validate(found))
     assert unpatched.startswith("not patched: block 0 is removed")
     assert "of the report text is in another split too" in alike
-    assert (len(found["steps"]), found["options"]["patch"]) == (1, "none")
+    assert (len(found.steps), found.options.patch) == (1, "none")
     for asked in ({"patch": "linear"}, {"patch": None, "method": "none"}):
         with refuses("block 0 is removed", ArchitectureError):
             heal(options(models, tmp_path / "no", **given, **asked))
@@ -356,7 +356,7 @@ def test_weights_that_are_no_cut_any_more_are_distilled_unpatched(models, tmp_pa
     out = heal(options(models, tmp_path / "out", ONCE, student=student, patch=None))
     found = result(out)
     assert "patch" not in found
-    assert "logits" in found["unpatched"][0]["reason"]
+    assert "logits" in found.unpatched[0].reason
 
 
 def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_path):
@@ -367,13 +367,13 @@ def test_a_cut_by_another_tool_is_recognised_by_its_weights(models, healed, tmp_
     out = heal(options(models, tmp_path / "out", student=foreign))
     assert curve(out) == curve(healed)
     found = result(out)
-    assert (found["removed"], found["of"]) == ([2, 3], 6)
+    assert (found.removed, found.of) == ([2, 3], 6)
     again = heal(options(models, tmp_path / "again", ONCE, student=out))
-    assert result(again)["removed"] == [2, 3]
+    assert result(again).removed == [2, 3]
 
 
 def bought(folder):
-    return result(folder)["recipe"]
+    return result(folder).recipe
 
 
 def spending(models, out, effort, **changes):
@@ -428,14 +428,14 @@ def test_samples_are_cut_into_pieces_that_begin_as_they_do():
 def test_a_budget_in_tokens_is_spent(models, tmp_path):
     out = heal(spending(models, tmp_path / "out", "1.5k tokens", trainer=FOUR))
     found = bought(out)
-    assert (found["steps"], found["batch"], found["length"]) == (5, 4, 64)
-    assert found["tokens"] == 5 * 4 * 64
-    assert found["seconds"] is None
+    assert (found.steps, found.batch, found.length) == (5, 4, 64)
+    assert found.tokens == 5 * 4 * 64
+    assert found.seconds is None
     assert len(curve(out)) == 5
-    assert result(out)["tokens_seen"] == 5 * 4 * 63
+    assert result(out).tokens_seen == 5 * 4 * 63
     trainer = {**FOUR, "num_train_epochs": 1.0}
     once = heal(spending(models, tmp_path / "once", "1Gtokens", trainer=trainer))
-    assert bought(once)["epochs"] == pytest.approx(1, abs=0.5)
+    assert bought(once).epochs == pytest.approx(1, abs=0.5)
 
 
 def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
@@ -447,10 +447,8 @@ def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
     config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
-    assert (
-        found["steps"] == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
-    )
-    assert found["seconds"] == pytest.approx(found["steps"] * (0.6 + 0.005 * 4 * 64))
+    assert found.steps == int(0.85 * 15 / (0.6 + 0.005 * 4 * 64)) == len(curve(whole))
+    assert found.seconds == pytest.approx(found.steps * (0.6 + 0.005 * 4 * 64))
     config = config.replace(out=tmp_path / "b")
     with pytest.raises(Killed):
         heal(config, progress=killing(3))
@@ -489,9 +487,9 @@ def test_the_clock_is_read_on_real_steps(models, tmp_path, spy):
     out = heal(spending(models, tmp_path / "out", "2h"))
     assert spent[0] > 0
     found = bought(out)
-    assert found["seconds"] > 0
-    assert found["epochs"] == pytest.approx(recipe.EPOCHS, rel=0.2)
-    assert found["batch"] == 8
+    assert found.seconds > 0
+    assert found.epochs == pytest.approx(recipe.EPOCHS, rel=0.2)
+    assert found.batch == 8
     assert not list(tmp_path.glob(".out*"))
 
 

@@ -43,8 +43,8 @@ def test_a_flat_configuration_stays_flat(family, tmp_path):
         load_json(tmp_path / name / "config.json") for name in ("source", "out")
     )
     assert "text_config" not in after
-    assert (before["num_hidden_layers"], after["num_hidden_layers"]) == (6, 4)
-    assert after["vision_config"] == before["vision_config"]
+    assert (before.num_hidden_layers, after.num_hidden_layers) == (6, 4)
+    assert after.vision_config == before.vision_config
     assert verify(model, [0, 2], tmp_path / "out").difference == 0.0
     assert len(inspect_model(tmp_path / "out").stack) == 4
 

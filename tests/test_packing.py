@@ -178,10 +178,10 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(
     said = answer(*line, *words)
     best = read_document(run / "packing.json", PackingFile).best
     assert not best.fits
-    assert said["chosen"]["removed"]
+    assert said.chosen.removed
     assert (run / "model.gguf").stat().st_size <= 1e3 * size
-    assert f"with the rest in {best.packed.type} is best" in said["verdict"]
-    assert "meets it in no type" in said["verdict"]
+    assert f"with the rest in {best.packed.type} is best" in said.verdict
+    assert "meets it in no type" in said.verdict
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(run / "model.gguf").tensors}
     assert kinds == {"F32", "Q8_0", best.packed.type}
     card = (run / "model.gguf.md").read_text()
@@ -190,7 +190,7 @@ def test_a_budget_below_every_type_is_met_by_a_cut_file(
         in card
     )
     assert "bit for bit" not in card
-    assert said["verdict"][:40].replace("-", "−") in (run / "report.html").read_text()
+    assert said.verdict[:40].replace("-", "−") in (run / "report.html").read_text()
     # Nothing is measured again, and another limit is for the same type.
     works(*line, *words, "--quiet")
     works("solve", run, "--budget", f"file={size - 1:.3f}kB")
@@ -232,4 +232,4 @@ def test_a_checkpoint_that_is_best_whole_is_not_cut(llama, text, tmp_path, typed
         assert command in text
         assert f"--token-embedding-type q8_0 model-bf16.gguf model.gguf {kind}" in text
     assert not (run / "model").exists()
-    assert load_json(run / "run.json")["complete"]
+    assert load_json(run / "run.json").complete

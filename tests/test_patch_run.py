@@ -57,7 +57,7 @@ def weights_of(checkpoint):
 
 
 def patch_of(checkpoint):
-    return load_json(checkpoint / "isingcut.json")["patch"]
+    return load_json(checkpoint / "isingcut.json").patch
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +98,19 @@ def exact(run, tmp_path_factory):
 
 def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
     found = patch_of(run / "model")
-    (cut,) = found["cuts"]
-    tuning = found["tuning"]
-    assert (cut["removed"], cut["block"], cut["layer"]) == ([2, 3], 1, "mlp.down_proj")
-    assert cut["held_out_error_left"] < 1
+    (cut,) = found.cuts
+    tuning = found.tuning
+    assert (cut.removed, cut.block, cut.layer) == ([2, 3], 1, "mlp.down_proj")
+    assert cut.held_out_error_left < 1
     plain = weights_of(exact)
     patched = weights_of(run / "model")
     assert plain.keys() == patched.keys()
     changed = [name for name in plain if not torch.equal(plain[name], patched[name])]
-    assert min(tuning["held_out_kl"]) < tuning["held_out_kl"][0]
+    assert min(tuning.held_out_kl) < tuning.held_out_kl[0]
     # The tuned layers are in blocks 1 and 4, which are now 1 and 2.
     new = {1: 1, 4: 2}
     tuned = {
-        f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning["layers"]
+        f"model.layers.{new[t['block']]}.{t['layer']}.weight" for t in tuning.layers
     }
     assert set(changed) == tuned >= {"model.layers.1.mlp.down_proj.weight"}
     assert len(tuned) == 2 * 7
@@ -125,23 +125,21 @@ def test_the_model_is_the_cut_with_other_weights_next_to_it(run, exact, llama):
 
 def test_patch_and_cut_are_judged_on_text_of_no_fit(run, exact, llama):
     found = load_json(run / "evaluation.json")
-    assert found["last"] == "patched"
-    assert found["kl"] < found["cut"]["kl"]
+    assert found.last == "patched"
+    assert found.kl < found.cut.kl
     # The values of the exact cut are those of its checkpoint.
     calibration = Calibration.load(run / "calibration.safetensors")
     models = (load_tiny(m).model for m in (llama, exact))
     scores = quality(*models, calibration.splits["report"])
-    assert found["cut"]["kl"] == pytest.approx(scores.kl, rel=1e-4)
-    assert found["cut"]["perplexity"] == pytest.approx(
-        scores.after.perplexity, rel=1e-4
-    )
-    assert found["cut"]["perplexity_se"] == pytest.approx(
+    assert found.cut.kl == pytest.approx(scores.kl, rel=1e-4)
+    assert found.cut.perplexity == pytest.approx(scores.after.perplexity, rel=1e-4)
+    assert found.cut.perplexity_se == pytest.approx(
         scores.after.perplexity_se, rel=1e-3
     )
-    fitted = patch_of(run / "model")["text"]
-    assert fitted["searched"] == calibration.splits["energy"].samples
-    assert fitted["samples"] > fitted["searched"]
-    assert fitted["short"] == "the source has no more"
+    fitted = patch_of(run / "model").text
+    assert fitted.searched == calibration.splits["energy"].samples
+    assert fitted.samples > fitted.searched
+    assert fitted.short == "the source has no more"
 
 
 def test_report_card_and_terminal_show_all_three(run):
@@ -168,7 +166,7 @@ def test_blocks_by_hand_are_patched_as_well(run, tmp_path):
     assert done.exit_code == 0, done.output
     made = Path(json.loads(done.stdout)["checkpoint"])
     assert made.parent.name == "remove-2-blocks-1-4"
-    assert [cut["removed"] for cut in patch_of(made)["cuts"]] == [[1, 1], [4, 4]]
+    assert [cut.removed for cut in patch_of(made).cuts] == [[1, 1], [4, 4]]
     plain = ["excise", str(out), "--blocks", "1,5", "--patch", "none", "--json"]
     done = CliRunner().invoke(app, plain)
     made = Path(json.loads(done.stdout)["checkpoint"])
@@ -180,9 +178,9 @@ def test_a_patch_is_fitted_with_the_recorded_micro_batch(run, tmp_path, monkeypa
     sizes = []
     made = load_json(out / "run.json")
     # As a run records it that chose the micro-batch for its device.
-    config = {**made["config"], "batch_tokens": None}
+    config = {**made.config, "batch_tokens": None}
     computed = {"cpu": {"requested": None, "batch_tokens": 48}}
-    provenance = {**made["provenance"], "computed": computed}
+    provenance = {**made.provenance, "computed": computed}
     change(out / "run.json", config=config, provenance=provenance)
 
     def patch_checkpoint(job, path):
@@ -247,7 +245,7 @@ def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
         with pytest.raises(KeyboardInterrupt):
             job(llama, text, out)
     assert not [p for p in out.iterdir() if "model" in p.name]
-    assert not load_json(out / "run.json")["stages"]["model"]["done"]
+    assert not load_json(out / "run.json").stages.model.done
     job(llama, text, out)
     assert weights_of(out / "model").keys() == weights_of(run / "model").keys()
     for name, tensor in weights_of(run / "model").items():
@@ -256,14 +254,14 @@ def test_an_interrupted_fit_leaves_nothing_and_is_made_again(
 
 def test_a_streamed_model_is_patched_block_by_block(llama, text, tmp_path):
     out = job(llama, text, tmp_path / "run", stream="on")
-    assert "streamed from disk" in patch_of(out / "model")["tuning"]["left_out"]
+    assert "streamed from disk" in patch_of(out / "model").tuning.left_out
     fitted = job(llama, text, tmp_path / "fitted", patch="linear")
-    assert patch_of(fitted / "model")["tuning"] is None
+    assert patch_of(fitted / "model").tuning is None
     streamed, whole = (load_json(p / "evaluation.json") for p in (out, fitted))
-    assert streamed["last"] == "patched"
+    assert streamed.last == "patched"
     for name in ("kl", "kl_se"):
         assert streamed[name] == pytest.approx(whole[name], rel=1e-2)
-        assert streamed["cut"][name] == pytest.approx(whole["cut"][name], rel=1e-3)
+        assert streamed.cut[name] == pytest.approx(whole.cut[name], rel=1e-3)
 
 
 def test_too_little_text_for_the_fit_is_reported(llama, text, tmp_path, monkeypatch):
@@ -285,11 +283,9 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     made = {**OPTIONS, "energy": "fisher", "samples": 6, "out": tmp_path / "run"}
     isingcut.prune(str(llama), 2, calibration=texts, drop="2,3", **made)
     saved = isingcut.open_run(tmp_path / "run").save(tmp_path / "saved")
-    fitted = patch_of(saved)["text"]
-    assert fitted["samples"] == fitted["searched"] == 6
-    assert fitted["short"].startswith(
-        "the source was changed or cannot be read; restore"
-    )
+    fitted = patch_of(saved).text
+    assert fitted.samples == fitted.searched == 6
+    assert fitted.short.startswith("the source was changed or cannot be read; restore")
 
 
 @pytest.fixture(scope="module")
@@ -334,23 +330,23 @@ def healed_run(folder):
 
 
 def test_a_run_heals_what_the_ranking_chose(healed_run):
-    chosen = load_json(healed_run / "candidates.json")["chosen"]
+    chosen = load_json(healed_run / "candidates.json").chosen
     cut = load_json(healed_run / "model/isingcut.json")
-    assert cut["removed"] == chosen["removed"]
-    assert cut["patch"]["cuts"]
+    assert cut.removed == chosen.removed
+    assert cut.patch.cuts
     found = load_json(healed_run / "healing.json")
-    assert found["removed"] == cut["removed"]
+    assert found.removed == cut.removed
     # The cut was patched before.
-    assert (found["start"], found["options"]["patch"]) == ("patched", "none")
-    assert len(found["steps"]) == 3
-    assert found["after"]["kl"] < found["before"]["kl"]
+    assert (found.start, found.options.patch) == ("patched", "none")
+    assert len(found.steps) == 3
+    assert found.after.kl < found.before.kl
     # The final model is the healed one.
     healed = load_tiny(healed_run / "healed")
     count = sum(p.numel() for p in healed.model.parameters())
     evaluation = load_json(healed_run / "evaluation.json")
-    assert evaluation["after"]["parameters"] == count
-    assert evaluation["last"] == "healed"
-    kls = [evaluation["cut"]["kl"], evaluation["patched"]["kl"], evaluation["kl"]]
+    assert evaluation.after.parameters == count
+    assert evaluation.last == "healed"
+    kls = [evaluation.cut.kl, evaluation.patched.kl, evaluation.kl]
     assert kls == sorted(kls, reverse=True)
     assert not (healed_run / "cut").exists()
     card = (healed_run / "healed/README.md").read_text()
@@ -373,7 +369,7 @@ def test_a_healed_model_of_an_earlier_cut_is_not_the_runs(folder, healed_run, tm
     again = {"remove": "1", "patch": "none", "out": out, "overwrite": True}
     pipeline.run(config(folder, "run", **again))
     found = load_json(out / "evaluation.json")
-    assert (found["last"], found["after"]["blocks"]) == ("cut", 5)
+    assert (found.last, found.after.blocks) == ("cut", 5)
     assert "| | original | cut | change |" in (out / "report.md").read_text(
         encoding="utf-8"
     )
@@ -389,7 +385,7 @@ def test_benchmarks_of_a_run_from_the_command_line(folder, healed_run):
     assert (row["task"], row["n"]) == ("arc_easy", 6)
     assert answer["benchmarks"]["wikitext2"]["tokens"] > 0
     stored = load_json(healed_run / "benchmarks.json")
-    assert stored["rows"] == [row]
+    assert stored.rows == [row]
     assert set(row) >= {
         "task",
         "metric",
@@ -413,7 +409,7 @@ def test_a_checkpoint_against_its_original(folder, healed_run, tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "acc, n = 6, p = " in done.stdout
-    assert load_json(tmp_path / "scores.json")["rows"][0]["n"] == 6
+    assert load_json(tmp_path / "scores.json").rows[0].n == 6
 
 
 def test_a_checkpoint_given_as_a_run_names_the_command_that_compares(healed_run):

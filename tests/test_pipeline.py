@@ -34,7 +34,7 @@ def test_run_gives_a_checkpoint_that_is_the_skipped_original(
 ):
     source = tiny_checkpoint(family, tmp_path / "model")
     target = job(source, text, tmp_path / "run", remove=remove, patch="none")
-    removed = load_json(target / "model/isingcut.json")["removed"]
+    removed = load_json(target / "model/isingcut.json").removed
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     cut = AutoModelForCausalLM.from_pretrained(
         target / "model", dtype=torch.float32
@@ -75,9 +75,9 @@ def test_every_stage_left_its_file(finished):
         "hamiltonian.empirical-fisher.safetensors", "spectrum.json", "candidates.json", "model",
         "evaluation.json", "report.md", "report.json", "report.html",
     }  # fmt: skip
-    assert load_json(finished / "run.json")["complete"] is True
+    assert load_json(finished / "run.json").complete is True
     ranked = load_json(finished / "candidates.json")
-    assert set(ranked["fidelity_of_others"]) == {"empirical-fisher"}
+    assert set(ranked.fidelity_of_others) == {"empirical-fisher"}
 
 
 def test_a_second_call_changes_nothing(finished, llama, text):
@@ -99,7 +99,7 @@ def test_another_removal_reuses_the_energy(run, capsys):
 def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     run, capsys, refusal
 ):
-    kept = load_json(run / "candidates.json")["chosen"]["removed"][0]
+    kept = load_json(run / "candidates.json").chosen.removed[0]
     works("solve", run, "--keep", kept, "--overwrite")
     assert "is of an earlier energy or spectrum" in refusal("excise", run)
     with refuses("solve and rank again", StageFileError):
@@ -107,12 +107,10 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
     assert f"keep: was none, now {kept}" in refusal("rank", run)
     works("rank", run, "--overwrite")
     found = load_json(run / "candidates.json")
-    assert not any(
-        kept in row["removed"] for row in found["candidates"] + found["random"]
-    )
+    assert not any(kept in row["removed"] for row in found.candidates + found.random)
     works("baseline", "random", run)
     violated = load_json(run / "baseline-random.json")
-    assert (kept in violated["removed"]) == bool(violated["violated"])
+    assert (kept in violated.removed) == bool(violated.violated)
     config = isingcut.runs.folder.RunFolder.open(run).config
     isingcut.energy(config.replace(also="", effort="3", overwrite=True))
     capsys.readouterr()
@@ -122,7 +120,7 @@ def test_a_ranking_keeps_the_blocks_that_its_spectrum_was_solved_with(
 
 
 def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
-    config = load_json(run / "run.json")["config"]
+    config = load_json(run / "run.json").config
     change(run / "run.json", config={**config, "quick": True, "random_states": 0})
     opened = isingcut.runs.folder.RunFolder.open(run).config
     assert (opened.random_states, opened.skip_speed) == (0, False)
@@ -145,7 +143,7 @@ def test_a_checkpoint_that_fails_verification_is_not_kept(
     with pytest.raises(VerificationError):
         job(llama, text, out, remove=1)
     assert not (out / "model").exists()
-    assert load_json(out / "run.json")["complete"] is False
+    assert load_json(out / "run.json").complete is False
 
 
 def test_a_budget_decides_how_many_blocks_go(run):

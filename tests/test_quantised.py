@@ -115,8 +115,8 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
         )
     if shards:
         index = load_json(tmp_path / "patched/model.safetensors.index.json")
-        assert index["weight_map"] == {n: t.file.name for n, t in sorted(after.items())}
-        assert index["metadata"]["total_size"] == sum(t.size for t in after.values())
+        assert index.weight_map == {n: t.file.name for n, t in sorted(after.items())}
+        assert index.metadata.total_size == sum(t.size for t in after.values())
     file, part, name = {
         "fp8": ("config.json", "quantization_config", "modules_to_not_convert"),
         "compressed-tensors": ("config.json", "quantization_config", "ignore"),
@@ -188,11 +188,11 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
         excise(source, removed, out, max_shard_bytes=400_000)
         kept = [i for i in range(52) if i not in removed]
         config = load_json(out / "config.json")
-        assert config["hybrid_override_pattern"] == "".join(PATTERN[i] for i in kept)
-        assert config["num_hidden_layers"] == len(kept)
+        assert config.hybrid_override_pattern == "".join(PATTERN[i] for i in kept)
+        assert config.num_hidden_layers == len(kept)
         assert "F8_E4M3" in assert_bytes_follow(source, out, kept)
-        excluded = load_json(out / "hf_quant_config.json")["quantization"]
-        names = [n for n in excluded["exclude_modules"] if n != "lm_head"]
+        excluded = load_json(out / "hf_quant_config.json").quantization
+        names = [n for n in excluded.exclude_modules if n != "lm_head"]
         expected = []
         if 5 in kept:
             expected.append(f"backbone.layers.{kept.index(5)}.mixer*")
@@ -206,7 +206,7 @@ def test_nemotron_h_of_52_blocks_in_fp8(tmp_path):
 
 
 def quantisation(folder):
-    return load_json(folder / "config.json")["quantization_config"]
+    return load_json(folder / "config.json").quantization_config
 
 
 def test_fp8_in_tiles_with_experts_apart(tmp_path):

@@ -147,19 +147,17 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
         isingcut.run(**options)
     target = isingcut.run(**options)
     found = load_json(target / "candidates.json")
-    rows = sorted(found["candidates"], key=lambda row: row["kl"])
-    lowest = rows[0]["kl"]
+    rows = sorted(found.candidates, key=lambda row: row["kl"])
+    lowest = rows[0].kl
     near = [
-        r
-        for r in rows
-        if r["kl"] - lowest <= max(0.05 * lowest, 2 * r["above_lowest_se"])
+        r for r in rows if r.kl - lowest <= max(0.05 * lowest, 2 * r.above_lowest_se)
     ][:3]
     assert near == [row for row in rows if "patched_kl" in row]
     assert len(tried) == len(near) > 1
     assert not (target / "patched.journal").exists()
     best, *others = sorted(near, key=lambda row: row["patched_kl"])
-    assert found["chosen"]["removed"] == best["removed"]
-    assert found["chosen"]["why"] == "patch"
+    assert found.chosen.removed == best["removed"]
+    assert found.chosen.why == "patch"
     why = sentence(
         "why_words", read_document(target / "candidates.json", CandidatesFile)
     )
@@ -243,8 +241,8 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
         isingcut.prune(**options, heal="4tokens")
     isingcut.prune(**options, heal="4tokens")
     found = load_json(out / "candidates.json")
-    quick = min(found["one_pass"]["states"], key=lambda row: row["kl"])
-    lowest = min(found["candidates"], key=lambda row: row["kl"])
+    quick = min(found.one_pass.states, key=lambda row: row["kl"])
+    lowest = min(found.candidates, key=lambda row: row["kl"])
     # No state is measured twice, before or after the interruption.
     few = OPTIONS["patch_tokens"] // trials.LESS
     count = kinds.index(("tuned", few, ""))
@@ -256,14 +254,14 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     assert {len(removed) for removed in searched[3:7]} == {2, 4}
     assert not any(0 in removed for removed in searched)
     assert hidden in searched[7:16]
-    assert lowest["removed"] in last
-    assert quick["removed"] in last
+    assert lowest.removed in last
+    assert quick.removed in last
     assert hidden in last
     assert set(kinds) == {("linear", 64, ""), ("tuned", few, "")}
-    assert found["chosen"]["removed"] == hidden
-    assert (found["chosen"]["why"], found["chosen"]["deep"]) == ("patch", True)
+    assert found.chosen.removed == hidden
+    assert (found.chosen.why, found.chosen.deep) == ("patch", True)
     assert not list(out.glob("*.journal"))
     ranked = read_document(out / "candidates.json", CandidatesFile)
     assert "The choice was not made by this KL" in sentence("one_pass_words", ranked)
-    ranked.chosen.removed = quick["removed"]
+    ranked.chosen.removed = quick.removed
     assert "but a patch repairs that state less" in sentence("one_pass_words", ranked)

@@ -57,9 +57,9 @@ def section(page, title):
 
 def test_a_finished_run_is_recognised_by_its_files(folder):
     page = page_of(folder)
-    chosen = load_json(folder / "candidates.json")["chosen"]
+    chosen = load_json(folder / "candidates.json").chosen
     assert page.startswith("# a-model without 3 of its 12 blocks\n")
-    a, b, c = chosen["removed"]
+    a, b, c = chosen.removed
     assert f"Blocks {a}, {b} and {c} of 12 (numbered from 0) are removed." in page
     assert (
         f"energy {chosen['energy']:.4g} nats/token. Reason: lowest measured KL" in page
@@ -91,14 +91,14 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert "| calibration | `calibration.safetensors` | 1.2 |" in part
     assert "77.0" not in part
     data = load_json(folder / "report.json")
-    assert data["removed"] == chosen["removed"]
-    assert data["not_run"] == []
+    assert data.removed == chosen.removed
+    assert data.not_run == []
     for name in ("evaluation", "candidates"):
         found = read_json(folder / f"{name}.json", name)
         assert data[name] == {
             k: v for k, v in found.items() if k not in ("format", "version")
         }
-    assert data["provenance"]["model"]["sha256"] == "sha-of-a-model"
+    assert data.provenance.model.sha256 == "sha-of-a-model"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     ],
 )
 def test_a_reason_is_a_fact_and_in_older_files_a_sentence(folder, why, said):
-    chosen = load_json(folder / "candidates.json")["chosen"]
+    chosen = load_json(folder / "candidates.json").chosen
     change(folder / "candidates.json", chosen={**chosen, "why": why})
     assert f"Reason: {said} (KL " in page_of(folder)
 
@@ -175,19 +175,19 @@ def test_the_first_sentence_judges(folder, kl, said):
     assert f"<strong>{words.code(first)}</strong>" in html
     assert RunFiles(folder).judgement[0] == first
     ranked = load_json(folder / "candidates.json")
-    for row in ranked["candidates"]:
+    for row in ranked.candidates:
         row["kl"] = kl
     change(folder / "candidates.json", **ranked)
-    shown = model_card(folder, ranked["chosen"]["removed"])
+    shown = model_card(folder, ranked.chosen.removed)
     assert f"At such a KL, {said[0].lower()}{said[1:]}." in shown
 
 
 def test_a_gguf_that_grew_is_not_smaller(folder):
     """A healed file may be larger than the packed one, although the unpacked model shrank."""
     found = load_json(folder / "evaluation.json")
-    packed = {**found["after"], "kl": 0.3, "kl_se": 0.01, "bytes": 209_216}
+    packed = {**found.after, "kl": 0.3, "kl_se": 0.01, "bytes": 209_216}
     packed = {k: v for k, v in packed.items() if k in PackedScores.model_fields}
-    found["before"]["bytes"] = 202_752
+    found.before["bytes"] = 202_752
     change(folder / "evaluation.json", **{**found, "gguf": packed})
     page = page_of(folder)
     assert "| weights on disk, MB | 0.2 | 22.0 | 0.2 | +3.2 % |" in page
@@ -254,17 +254,15 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
     shown = section(page, "How the blocks were chosen").split("```text\n")[1]
     lines = shown.split("\n```")[0].splitlines()
     found = load_json(folder / "candidates.json")
-    assert len(lines) == 2 + len(found["candidates"])
+    assert len(lines) == 2 + len(found.candidates)
     assert lines[1].endswith("012345678901")
     assert lines[0].endswith("0         1")
-    for line, row in zip(lines[2:], found["candidates"], strict=True):
-        assert [i for i, c in enumerate(line[-N:]) if c == "·"] == row["removed"]
+    for line, row in zip(lines[2:], found.candidates, strict=True):
+        assert [i for i, c in enumerate(line[-N:]) if c == "·"] == row.removed
         # Columns are below their numbers.
         assert len(line) == len(lines[1])
         assert f"{row['kl']:.4f} ± {row['kl_se']:.4f}" in line
-        assert line.lstrip().startswith("*") == (
-            row["removed"] == found["chosen"]["removed"]
-        )
+        assert line.lstrip().startswith("*") == (row.removed == found.chosen.removed)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +284,7 @@ def test_an_absent_stage_is_reported_as_not_run(folder, missing, title, stage):
     assert "Not run: " in part
     assert f"`isingcut {stage} r`" in part
     assert page.count("Not run") == 1
-    assert load_json(folder / "report.json")["not_run"] == [stage]
+    assert load_json(folder / "report.json").not_run == [stage]
     assert f"isingcut {stage} r" in (folder / "report.html").read_text()
 
 
@@ -298,7 +296,7 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     assert "| calibration | `calibration.safetensors` | 1.2 |" in page
     assert "| solve | `spectrum.json` |" not in page
     assert not (folder / "report.md").exists()
-    stages = load_json(folder / "run.json")["stages"]
+    stages = load_json(folder / "run.json").stages
     stages["remove-5/spectrum.json"]["options"] = {"remove": "", "budget": "params=25%"}
     change(folder / "run.json", stages=stages)
     assert "`isingcut rank r --budget params=25%`" in page_of(
@@ -448,8 +446,8 @@ def front_matter(card):
 
 def test_the_card_says_what_how_and_from_whom(folder):
     write_json(folder / "run.json", "run", run_content("smollm2", "pairwise", N, 3, 0))
-    chosen = load_json(folder / "candidates.json")["chosen"]
-    card = model_card(folder, chosen["removed"])
+    chosen = load_json(folder / "candidates.json").chosen
+    card = model_card(folder, chosen.removed)
     head = front_matter(card)
     base = ("HuggingFaceTB/SmolLM2-135M-Instruct", "finetune")
     assert (head["base_model"], head["base_model_relation"]) == base
@@ -462,8 +460,8 @@ def test_the_card_says_what_how_and_from_whom(folder):
     figures = f"{chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token."
     assert f"{figures} Because the choice was made on it" in card
     assert "GGUF" not in card
-    rows = load_json(folder / "candidates.json")["candidates"]
-    other = next(row["removed"] for row in rows if row["removed"] != chosen["removed"])
+    rows = load_json(folder / "candidates.json").candidates
+    other = next(row.removed for row in rows if row.removed != chosen.removed)
     assert "Because the choice" not in model_card(folder, other)
 
 
@@ -537,7 +535,7 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
 def test_what_was_made_from_an_earlier_stage_is_not_there(folder, source):
     (folder / "model.gguf").touch()
     record(folder)
-    stages = load_json(folder / "run.json")["stages"]
+    stages = load_json(folder / "run.json").stages
     made = stages["evaluation.json"]
     stages |= {"calibration.safetensors": {**made, "stage": "calibration"}}
     readers = ("spectrum.json", "candidates.json", "evaluation.json", "model.gguf")

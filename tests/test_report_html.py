@@ -195,7 +195,7 @@ def test_ids_are_unique_and_links_lead_somewhere(page):
 
 def test_the_words_are_those_of_the_files(run, page):
     found = load_json(run / "candidates.json")
-    chosen = found["chosen"]
+    chosen = found.chosen
     assert f"KL {chosen['kl']:.4f} ± {chosen['kl_se']:.4f} nats per token" in page.text
     assert "a-model without 3 of its 12 blocks" in page.text
     assert "Spearman 0.90 (0.80 to 0.95) over n = 50" in page.text
@@ -270,7 +270,7 @@ def test_figures_that_were_not_measured_are_not_invented(tmp_path):
     """As in a streamed run, or with one sample, which has no error."""
     run = write_run(tmp_path / "run", extras=False)
     found = load_json(run / "evaluation.json")
-    for part in (found["before"], found["after"]):
+    for part in (found.before, found.after):
         part["perplexity_se"] = None
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second"):
             del part[key]
@@ -310,7 +310,7 @@ def test_a_healed_run_shows_the_healed_model(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "healed").mkdir()
     write_json(run / "model/isingcut.json", "removal", BY_HAND)
-    scores = {**load_json(run / "healing.json")["after"], "kl": 0.75}
+    scores = {**load_json(run / "healing.json").after, "kl": 0.75}
     change(
         run / "healing.json",
         tokens_seen=15360,
@@ -469,7 +469,7 @@ def test_the_command_line_compares_folders(
     run, tmp_path, monkeypatch, answer, refusal, typed
 ):
     monkeypatch.chdir(tmp_path)
-    assert answer("report", run, run / "remove-2")["comparison"] == "compare.html"
+    assert answer("report", run, run / "remove-2").comparison == "compare.html"
     for words, line in (
         ((run, run, "--remove", "7"), f"solve {run} --remove 7"),
         ((run, "--out", "x.html"), "--out"),
@@ -477,7 +477,7 @@ def test_the_command_line_compares_folders(
         assert line in refusal("report", *words)
     assert "report.html" in typed("report", run).out
     # A folder of a removal needs no --remove, even if the run has none.
-    config = load_json(run / "run.json")["config"]
+    config = load_json(run / "run.json").config
     change(run / "run.json", config={**config, "remove": ""})
     works("report", run / "remove-2")
     monkeypatch.chdir(run / "remove-2")

@@ -141,7 +141,7 @@ def test_pointing_gives_values(show, run):
     page = show("run")
     tip = page.locator(".tip")
     assert tip.is_hidden()
-    chosen = load_json(run / "candidates.json")["chosen"]
+    chosen = load_json(run / "candidates.json").chosen
     page.locator("#scatter-pairwise .mark.chosen").hover()
     assert f"measured KL {chosen['kl']:.4f}" in tip.inner_text()
     assert f"energy {chosen['energy']:.4g}" in tip.inner_text()
@@ -158,7 +158,7 @@ def test_pointing_gives_values(show, run):
     cell = page.locator("#map tr.chosen td[data-axis]")
     cell.hover(
         position={
-            "x": cell.bounding_box()["width"] * (chosen["removed"][0] + 0.5) / 12,
+            "x": cell.bounding_box()["width"] * (chosen.removed[0] + 0.5) / 12,
             "y": 9,
         }
     )
@@ -179,8 +179,8 @@ def pairs(removed):
 def test_a_click_on_a_state_marks_it_in_every_figure(show, run):
     page = show("run")
     ranked = load_json(run / "candidates.json")
-    state = ranked["candidates"][2]["removed"]
-    chosen = ranked["chosen"]["removed"]
+    state = ranked.candidates[2].removed
+    chosen = ranked.chosen.removed
     assert outlined(page) == pairs(chosen)
     page.locator("#map tbody tr").nth(2).click()
     assert page.locator("#map button[aria-pressed=true]").count() == 1
@@ -201,7 +201,7 @@ def test_the_keyboard_reaches_every_state(show, run):
     page.locator("#map tbody button").first.focus()
     for key in ("Tab", "Enter"):
         page.keyboard.press(key)
-    removed = load_json(run / "candidates.json")["candidates"][1]["removed"]
+    removed = load_json(run / "candidates.json").candidates[1].removed
     assert page.evaluate(live) == f"state 1 removes {', '.join(map(str, removed))}"
     page.keyboard.press("Escape")
     assert page.evaluate(live) == ""

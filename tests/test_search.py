@@ -423,9 +423,9 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     energy = Hamiltonian.load(out / "hamiltonian.safetensors")
     assert energy.unit == "nats/token"
     finalists = energy.meta["search"]["targets"]["3"]["finalists"]
-    ranked = [r["removed"] for r in load_json(out / "candidates.json")["candidates"]]
+    ranked = [r.removed for r in load_json(out / "candidates.json").candidates]
     assert all(f["removed"] in ranked for f in finalists)
-    solved = [s["removed"] for s in load_json(out / "spectrum.json")["states"]]
+    solved = [s["removed"] for s in load_json(out / "spectrum.json").states]
     assert ranked[: len(solved)] == solved
     # The spectrum in the report has all measured states, each once.
     shown = RunFiles(out).spectrum
@@ -437,7 +437,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
     assert "You named them" not in page
     assert f"gave {len(ranked)} candidates: the lowest states" in page
     config = load_json(out / "model/config.json")
-    assert config["num_hidden_layers"] == 5
+    assert config.num_hidden_layers == 5
     # The one-pass choices are measured too, and the report shows the gain over them.
     found = read_document(out / "candidates.json", CandidatesFile)
     quick = found.one_pass
@@ -454,7 +454,7 @@ def test_what_the_search_found_is_ranked_and_cut(inputs, tmp_path):
 def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, answer):
     out = tmp_path / "curve"
     found = answer("run", *flags({**inputs, "remove": "2..4", "out": out}))
-    assert [len(row["removed"]) for row in found["curve"]] == [2, 3, 4]
+    assert [len(row.removed) for row in found.curve] == [2, 3, 4]
     assert (out / "remove-4/report.html").is_file()
     assert not (out / "model").exists()
     search = Hamiltonian.load(out / "hamiltonian.safetensors").meta["search"]
@@ -462,7 +462,7 @@ def test_a_range_is_one_search_and_a_ranking_each(inputs, tmp_path, answer):
     assert search["passes"] <= 6 + 1
     # A number of the range can be cut afterwards, without measuring again.
     works("excise", out, "--remove", 3, "--patch", "none")
-    assert load_json(out / "remove-3/model/config.json")["num_hidden_layers"] == 5
+    assert load_json(out / "remove-3/model/config.json").num_hidden_layers == 5
 
 
 def test_effort_belongs_to_the_search(inputs, tmp_path):
@@ -475,5 +475,5 @@ def test_effort_belongs_to_the_search(inputs, tmp_path):
 def test_an_energy_near_a_range_is_solved_for_all_of_it(inputs, tmp_path, answer):
     out = isingcut.energy(**inputs, remove="2..3", out=tmp_path / "near")
     found = answer("solve", out)
-    assert [r["removal"] for r in found["removals"]] == ["2", "3"]
-    assert found["warnings"] == []
+    assert [r.removal for r in found.removals] == ["2", "3"]
+    assert found.warnings == []

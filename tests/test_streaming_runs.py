@@ -320,10 +320,10 @@ def test_a_whole_run_loads_no_model(llama, text, tmp_path, monkeypatch):
     options = {**OPTIONS, "model": llama, "calibration": text, "stream": "on"}
     folder = run(remove=2, out=tmp_path / "run", also="fisher", **options)
     evaluation = load_json(folder / "evaluation.json")
-    chosen = load_json(folder / "candidates.json")["chosen"]
-    assert evaluation["streamed"]
-    assert evaluation["after"]["blocks"] == 4
-    assert len(chosen["removed"]) == 2
+    chosen = load_json(folder / "candidates.json").chosen
+    assert evaluation.streamed
+    assert evaluation.after.blocks == 4
+    assert len(chosen.removed) == 2
     report = (folder / "report.md").read_text()
     assert "not measured" in report
     assert re.search(

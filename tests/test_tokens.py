@@ -156,9 +156,9 @@ def test_a_run_warns_of_text_that_its_splits_share(
     further = ["--remove", 1, "--states", 3, "--random-states", 30, "--patch", "none"]
     for verb, words in {"energy": options, "run": options + further}.items():
         works(verb, *words)
-        shares = load_json(out / "run.json")["provenance"]["calibration"]["overlap"]
+        shares = load_json(out / "run.json").provenance.calibration.overlap
         assert shares.keys() == {"rank", "report"}
-        assert 0.05 < shares["report"] < 0.5
+        assert 0.05 < shares.report < 0.5
         (line,) = [
             x for x in capsys.readouterr().err.splitlines() if "another split" in x
         ]
@@ -195,8 +195,8 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
         tmp_path / "run",
     ]
     works("energy", llama, *options)
-    found = load_json(tmp_path / "run/run.json")["provenance"]["calibration"]
-    assert found["repeats"]["report"] > 0.2
+    found = load_json(tmp_path / "run/run.json").provenance.calibration
+    assert found.repeats.report > 0.2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "known" in x]
     assert (
         f"{found['repeats']['report']:.0%} of the report text repeats another split"
@@ -205,9 +205,9 @@ def test_text_from_a_template_is_called_known(llama, tmp_path, monkeypatch, caps
 
 
 def test_ordinary_text_is_not_warned_of(finished):
-    provenance = load_json(finished / "run.json")["provenance"]
-    assert provenance["calibration"]["overlap"] == {"rank": 0.0, "report": 0.0}
-    assert overlap_warnings(provenance["calibration"]["overlap"]) == []
+    provenance = load_json(finished / "run.json").provenance
+    assert provenance.calibration.overlap == {"rank": 0.0, "report": 0.0}
+    assert overlap_warnings(provenance.calibration.overlap) == []
     assert overlap_warnings({"rank": 0.019}) == []
     known = {"rank": 0.0, "report": 0.0}
     text = CalibrationText(

@@ -28,8 +28,8 @@ def record(arena, name):
         "done": True,
         "seconds": 0.0,
     }
-    run["stages"][key] = {
-        **run["stages"].get(key, made),
+    run.stages[key] = {
+        **run.stages.get(key, made),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if plain else None,
     }
     save_json(place, run)

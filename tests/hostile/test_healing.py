@@ -263,7 +263,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 def curve(arena, out="healed"):
     found = load_json(arena.here / out / "healing.json")
-    return found["steps"]
+    return found.steps
 
 
 def half_written(arena, step):
@@ -388,7 +388,7 @@ def test_a_healed_student_is_replaced(arena):
     types(arena, heal())
     types(arena, heal("--overwrite --seed 1", learning_rate=1e-2))
     found = load_json(arena.here / "healed/healing.json")
-    assert found["options"]["seed"] == 1
+    assert found.options.seed == 1
 
 
 def test_a_patch_that_would_change_nothing_says_so(arena, monkeypatch):
@@ -412,7 +412,7 @@ def exact_cut(arena):
     """Write a student with the original's weights; the student of the run is patched."""
     removed = load_json(arena.run / "model/isingcut.json")
     record = json.dumps({key: removed[key] for key in ("removed", "of")})
-    excise(arena.model, removed["removed"], arena.here / "exact")
+    excise(arena.model, removed.removed, arena.here / "exact")
     (arena.here / "exact/isingcut.json").write_text(record)
 
 
@@ -428,8 +428,8 @@ def test_a_patch_that_vanished_in_rounding_says_so(arena, monkeypatch):
     command = heal("--patch linear --method none", student="{here}/exact")
     types(arena, command, line=line, prepare=exact_cut)
     found = load_json(arena.here / "healed/healing.json")
-    assert found["patch"]["changed"] is False
-    assert {c["changed"] for c in found["patch"]["cuts"]} == {False}
+    assert found.patch.changed is False
+    assert {c.changed for c in found.patch.cuts} == {False}
 
 
 def test_a_sample_longer_than_the_model_says_so(arena):
@@ -437,4 +437,4 @@ def test_a_sample_longer_than_the_model_says_so(arena):
     types(arena, heal("--length 1000000"), line=line)
     found = load_json(arena.here / "healed/healing.json")
     # The run's own report text has samples of 16 tokens.
-    assert (found["length"], found["report_tokens"]) == (128, 3 * 15)
+    assert (found.length, found.report_tokens) == (128, 3 * 15)

@@ -122,5 +122,5 @@ def test_a_patch_is_left_as_fitted_where_memory_does_not_suffice_to_tune_it(
     command = "excise {run} --blocks 0,3"
     arena.works(command, "run/*", line="model")
     record = arena.run / "remove-2-blocks-0-3/model/isingcut.json"
-    tuning = load_json(record)["patch"]["tuning"]
-    assert "out of memory for tuning the patch" in tuning["left_out"]
+    tuning = load_json(record).patch.tuning
+    assert "out of memory for tuning the patch" in tuning.left_out

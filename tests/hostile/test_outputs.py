@@ -170,7 +170,7 @@ def test_a_model_card_may_be_edited(arena):
 def test_what_isingcut_wrote_is_replaced(arena):
     arena.works("excise {run} --blocks 0,1 --overwrite", "run/*")
     record = load_json(arena.run / "model/isingcut.json")
-    assert record["removed"] == [0, 1]
+    assert record.removed == [0, 1]
     arena.works("report {run}", "run/report*")
     for flag in ("", "--overwrite"):
         row = Row(
@@ -198,7 +198,7 @@ def test_save_replaces_what_it_wrote(arena):
         run.save("mine", blocks=[0, 2])
     run.save("mine", blocks=[0, 2], overwrite=True)
     record = load_json(arena.here / "mine/isingcut.json")
-    assert record["removed"] == [0, 2]
+    assert record.removed == [0, 2]
 
 
 def test_a_hard_link_to_a_source_is_that_source(arena):

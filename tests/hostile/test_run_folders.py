@@ -163,11 +163,9 @@ def test_a_text_that_was_changed_is_not_read_on(arena):
     excise = f"excise run --blocks 2,3 --overwrite {patch}"
     arena.try_row(Row("a cut", excise, **made))
     record = load_json(arena.run / "model/isingcut.json")
-    fitted = record["patch"]["text"]
-    assert fitted["samples"] == fitted["searched"]
-    assert fitted["short"].startswith(
-        "the source was changed or cannot be read; restore"
-    )
+    fitted = record.patch.text
+    assert fitted.samples == fitted.searched
+    assert fitted.short.startswith("the source was changed or cannot be read; restore")
     assert calibration.read_bytes() == measured
     energy = f"energy model --remove 2 {MEASURED} --out run --overwrite"
     arena.try_row(Row("measured anew", energy, **made))
@@ -207,7 +205,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(
     )
     assert not (place / name).exists()
     assert not list(place.glob("*.journal*"))
-    assert not (load_json(place / "run.json")["stages"].get(name) or {}).get("done")
+    assert not (load_json(place / "run.json").stages.get(name) or {}).get("done")
 
 
 @pytest.mark.parametrize("place", ["model", "run/model"])
