@@ -36,45 +36,48 @@ def make(
     for i in range(blocks):
         held[f"blk.{i}.ffn_up.weight"] = (gguf.quantize(numbers[i], kind), kind)
         held[f"blk.{i}.attn_norm.weight"] = numbers[i, 0]
-    heads = {"attention.head_count_kv": [1 + i for i in range(blocks)]}
-    metadata = {
-        "block_count": blocks,
-        "context_length": 128,
-        **heads,
-        "flag": True,
-        **extra,
-    }
-    tokens = [b"a", b"b", b"c", b"d"]
-    more = {
-        "architecture": architecture,
-        "more": lambda writer: writer.add_token_list(tokens),
-    }
-    return write_gguf(path, metadata, held, endianess=endianess, **more)
+    heads = {"attention.head_count_kv": list(range(1, blocks + 1))}
+    metadata = {"block_count": blocks, "context_length": 128, "flag": True}
+    return write_gguf(
+        path,
+        {**metadata, **heads, **extra},
+        held,
+        endianess=endianess,
+        architecture=architecture,
+        more=lambda writer: writer.add_token_list([b"a", b"b", b"c", b"d"]),
+    )
+
+
+def field(file, name):
+    """Return the value of a key of a GGUF file, None without it."""
+    found = file.get_field(name)
+    return found and found.contents()
+
+
+def tensors_of(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
 def test_blocks_are_renumbered_and_bytes_kept(tmp_path):
     source = make(tmp_path / "in.gguf", leading_dense_block_count=2)
     cut_gguf(source, [0, 2], tmp_path / "out.gguf")
-    before = gguf.GGUFReader(source)
-    after = gguf.GGUFReader(tmp_path / "out.gguf")
-    old = {t.name: t for t in before.tensors}
-    assert {t.name for t in after.tensors} == {
-        "token_embd.weight",
-        "blk.0.ffn_up.weight",
-        "blk.0.attn_norm.weight",
-        "blk.1.ffn_up.weight",
-        "blk.1.attn_norm.weight",
+    old = tensors_of(source)
+    new = tensors_of(tmp_path / "out.gguf")
+    names = {
+        f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("ffn_up", "attn_norm")
     }
-    for tensor in after.tensors:
-        name = tensor.name.replace("blk.1.", "blk.3.").replace("blk.0.", "blk.1.")
-        assert tensor.tensor_type == old[name].tensor_type
-        assert list(tensor.shape) == list(old[name].shape)
-        assert tensor.data.tobytes() == old[name].data.tobytes()
-    assert after.get_field("llama.block_count").contents() == 2
-    assert after.get_field("llama.attention.head_count_kv").contents() == [2, 4]
-    assert after.get_field("llama.leading_dense_block_count").contents() == 1
+    assert new.keys() == {"token_embd.weight", *names}
+    for name, tensor in new.items():
+        theirs = old[name.replace("blk.1.", "blk.3.").replace("blk.0.", "blk.1.")]
+        assert tensor.tensor_type == theirs.tensor_type
+        assert list(tensor.shape) == list(theirs.shape)
+        assert tensor.data.tobytes() == theirs.data.tobytes()
+    before, after = map(gguf.GGUFReader, (source, tmp_path / "out.gguf"))
+    assert field(after, "llama.block_count") == 2
+    assert field(after, "llama.attention.head_count_kv") == [2, 4]
+    assert field(after, "llama.leading_dense_block_count") == 1
     for key in ("llama.context_length", "tokenizer.ggml.tokens", "llama.flag"):
-        assert after.get_field(key).contents() == before.get_field(key).contents()
+        assert field(after, key) == field(before, key)
 
 
 def test_a_file_of_another_byte_order_gets_no_new_values(tmp_path):
@@ -88,38 +91,42 @@ def test_a_file_of_another_byte_order_gets_no_new_values(tmp_path):
 def test_mtp_layers_behind_the_blocks_stay(tmp_path):
     source = make(tmp_path / "in.gguf", "deepseek2", blocks=5, nextn_predict_layers=2)
     cut_gguf(source, [1], tmp_path / "out.gguf")
-    after = gguf.GGUFReader(tmp_path / "out.gguf")
-    before = {t.name: t.data.tobytes() for t in gguf.GGUFReader(source).tensors}
-    assert after.get_field("deepseek2.block_count").contents() == 4
-    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 2
-    assert after.get_field("deepseek2.attention.head_count_kv").contents() == [
-        1,
-        3,
-        4,
-        5,
-    ]
-    for new, old in enumerate((0, 2, 3, 4)):
-        name = "ffn_up.weight"
-        tensor = next(t for t in after.tensors if t.name == f"blk.{new}.{name}")
-        assert tensor.data.tobytes() == before[f"blk.{old}.{name}"]
     cut_gguf(source, [1], tmp_path / "none.gguf", drop_mtp=True)
-    after = gguf.GGUFReader(tmp_path / "none.gguf")
-    assert after.get_field("deepseek2.block_count").contents() == 2
-    assert after.get_field("deepseek2.nextn_predict_layers").contents() == 0
-    assert not any("blk.2." in t.name for t in after.tensors)
+    after, none = (
+        gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("out", "none")
+    )
+    assert field(after, "deepseek2.attention.head_count_kv") == [1, 3, 4, 5]
+    for key, kept, dropped in (("block_count", 4, 2), ("nextn_predict_layers", 2, 0)):
+        assert field(after, f"deepseek2.{key}") == kept
+        assert field(none, f"deepseek2.{key}") == dropped
+    before, found = (tensors_of(p) for p in (source, tmp_path / "out.gguf"))
+    for new, old in enumerate((0, 2, 3, 4)):
+        theirs = before[f"blk.{old}.ffn_up.weight"].data.tobytes()
+        assert found[f"blk.{new}.ffn_up.weight"].data.tobytes() == theirs
+    assert not any("blk.2." in t.name for t in none.tensors)
     with refuses("must be 0 to 2", ArchitectureError):
         cut_gguf(source, [3], tmp_path / "no.gguf")
 
 
-def test_what_is_unknown_or_numbered_is_refused(tmp_path):
-    out = tmp_path / "out.gguf"
-    with refuses(r"llama\.mystery' looks per-layer", ArchitectureError):
-        cut_gguf(make(tmp_path / "a.gguf", mystery=[1, 2, 3, 4]), [0], out)
-    with refuses("may derive the kind of a 'cohere2'", ArchitectureError):
-        cut_gguf(make(tmp_path / "b.gguf", "cohere2"), [0], out)
-    with refuses("must be 0 to 3", ArchitectureError):
-        cut_gguf(make(tmp_path / "d.gguf"), [4], out)
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("architecture", "blocks", "extra", "words", "kind"),
+    [
+        ("llama", 4, {"mystery": [1, 2, 3, 4]}, r"llama\.mystery' looks per-layer", None),
+        ("cohere2", 4, {}, "may derive the kind of a 'cohere2'", None),
+        ("llama", 1, {}, "must be 0 to 0", None),
+        ("deepseek2", 27, {}, r"computes a '\w+' of 26 blocks differently", None),
+        ("gemma3", 63, {}, r"computes a '\w+' of 62 blocks differently", None),
+        ("gemma2", 12, {"attention.sliding_window_pattern": [True] * 11},
+         "a period or one entry for each of 12 blocks", CheckpointError),
+    ],
+)  # fmt: skip
+def test_what_is_unknown_or_numbered_is_refused(
+    tmp_path, architecture, blocks, extra, words, kind
+):
+    source = make(tmp_path / "in.gguf", architecture, blocks, **extra)
+    with refuses(words, kind or ArchitectureError):
+        cut_gguf(source, [1], tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,26 +161,8 @@ def test_blocks_keep_their_windows(tmp_path, architecture, extra, expected):
     source = make(tmp_path / "in.gguf", architecture, 12, **extra)
     cut_gguf(source, [1, 7], tmp_path / "out.gguf")
     after = gguf.GGUFReader(tmp_path / "out.gguf")
-    field = after.get_field(f"{architecture}.attention.sliding_window_pattern")
-    assert (field and field.contents()) == expected
-
-
-def test_windows_that_are_neither_period_nor_list_are_refused(tmp_path):
-    key = {"attention.sliding_window_pattern": [True] * 11}
-    source = make(tmp_path / "in.gguf", "gemma2", 12, **key)
-    with refuses("a period or one entry for each of 12 blocks", CheckpointError):
-        cut_gguf(source, [1], tmp_path / "out.gguf")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "blocks"), [("deepseek2", 27), ("gemma3", 63)]
-)
-def test_a_depth_that_llama_cpp_knows_a_model_by_is_refused(
-    tmp_path, architecture, blocks
-):
-    source = make(tmp_path / "in.gguf", architecture, blocks)
-    with refuses(r"computes a '\w+' of (26|62) blocks differently", ArchitectureError):
-        cut_gguf(source, [0], tmp_path / "out.gguf")
+    key = f"{architecture}.attention.sliding_window_pattern"
+    assert field(after, key) == expected
 
 
 Kind = gguf.GGMLQuantizationType
@@ -229,10 +218,7 @@ def test_new_values_are_packed_finely_and_the_other_tensors_are_untouched(
     assert list(changed) == [THEIRS]
     cut_gguf(file, [2, 3], tmp_path / "plain.gguf")
     cut_gguf(file, [2, 3], tmp_path / "out.gguf", changed=changed)
-    plain, out = (
-        {t.name: t for t in gguf.GGUFReader(tmp_path / name).tensors}
-        for name in ("plain.gguf", "out.gguf")
-    )
+    plain, out = (tensors_of(tmp_path / f"{name}.gguf") for name in ("plain", "out"))
     assert plain.keys() == out.keys()
     differ = [n for n in plain if plain[n].data.tobytes() != out[n].data.tobytes()]
     assert differ == [THEIRS]
@@ -251,26 +237,23 @@ def test_a_tensor_in_another_order_is_refused(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_queries_of_llama_are_ordered_as_its_converter_does():
-    values = np.random.default_rng(0).normal(size=(2, 32, 24)).astype(np.float32)
-    heads = 4
-    there, wanted = (
-        v.reshape(heads, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in values
-    )
+def laid_out(name, there, values):
+    """Return new values in the order in which the file ``there`` has the old ones."""
     tensor = SimpleNamespace(data=there, tensor_type=Kind.F32)
-    found = lay_out(
-        Path("m.gguf"), tensor, Changed("q", lambda: values[0], lambda: values[1])
-    )
-    assert np.array_equal(found, wanted)
+    changed = Changed(name, lambda: values[0], lambda: values[1])
+    return lay_out(Path("m.gguf"), tensor, changed)
 
 
-def test_norms_that_a_converter_adds_one_to_get_it_too():
-    values = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
-    tensor = SimpleNamespace(data=values[0] + 1, tensor_type=Kind.F32)
-    found = lay_out(
-        Path("m.gguf"), tensor, Changed("n", lambda: values[0], lambda: values[1])
+def test_values_are_ordered_and_shifted_as_a_converter_does():
+    random = np.random.default_rng(0)
+    # Llama's queries are in another order, and some norms are stored plus one.
+    queries = random.normal(size=(2, 32, 24)).astype(np.float32)
+    there, wanted = (
+        v.reshape(4, 2, 4, 24).swapaxes(1, 2).reshape(32, 24) for v in queries
     )
-    assert np.array_equal(found, values[1] + 1)
+    assert np.array_equal(laid_out("q", there, queries), wanted)
+    norms = random.normal(size=(2, 64)).astype(np.float32)
+    assert np.array_equal(laid_out("n", norms[0] + 1, norms), norms[1] + 1)
 
 
 @pytest.fixture(scope="module")
@@ -324,10 +307,7 @@ def test_the_cards_of_a_cut_gguf_say_what_is_in_the_files(gguf_run, packed_model
     )
     assert new_layers(gguf_run / "model/README.md") == differ
 
-    theirs, ours = (
-        {t.name: t for t in gguf.GGUFReader(file).tensors}
-        for file in (packed_model, gguf_run / "model.gguf")
-    )
+    theirs, ours = map(tensors_of, (packed_model, gguf_run / "model.gguf"))
     blocks = {f"blk.{new}.": f"blk.{old}." for new, old in enumerate(kept)}
     old = {name: re.sub(r"blk\.\d+\.", lambda m: blocks[m[0]], name) for name in ours}
     changed = {
@@ -380,21 +360,11 @@ def test_sizes_are_compared_with_the_file_that_the_user_has(gguf_run, packed_mod
 def test_any_gguf_is_judged_against_its_original(
     gguf_run, packed_model, tmp_path, refusal
 ):
-    file = gguf_run / "model.gguf"
+    file = tmp_path / "elsewhere.gguf"
     out = tmp_path / "scores.json"
-    (tmp_path / "elsewhere.gguf").write_bytes(file.read_bytes())
-    assert "give its original with --original" in refusal(
-        "evaluate", tmp_path / "elsewhere.gguf"
-    )
-    line = [
-        "evaluate",
-        tmp_path / "elsewhere.gguf",
-        "--original",
-        packed_model,
-        "--out",
-        out,
-    ]
-    works(*line)
+    shutil.copy(gguf_run / "model.gguf", file)
+    assert "give its original with --original" in refusal("evaluate", file)
+    works("evaluate", file, "--original", packed_model, "--out", out)
     found = load_json(out)
     assert found.kl > 0.001
     assert found.after.blocks == 4
@@ -405,21 +375,15 @@ def test_any_gguf_is_judged_against_its_original(
 def test_any_checkpoint_is_judged_against_its_original(
     gguf_run, packed_model, tmp_path, refusal, typed
 ):
-    shutil.copytree(gguf_run / "model", tmp_path / "cut")
-    assert (
-        "KL to the original"
-        in typed(
-            "evaluate", tmp_path / "cut", "--original", packed_model, "--skip-speed"
-        ).out
-    )
+    cut = shutil.copytree(gguf_run / "model", tmp_path / "cut")
+    line = ("evaluate", cut, "--original", packed_model)
+    assert "KL to the original" in typed(*line, "--skip-speed").out
     found = load_json(tmp_path / "cut-evaluation.json")
     assert found.kl > 0.001
     assert (found.after.blocks, found.last) == (4, "patched")
     # An existing output is refused before the checkpoint is read.
-    (tmp_path / "cut/config.json").unlink()
-    assert "cut-evaluation.json already exists" in refusal(
-        "evaluate", tmp_path / "cut", "--original", packed_model
-    )
+    (cut / "config.json").unlink()
+    assert "cut-evaluation.json already exists" in refusal(*line)
 
 
 def test_a_gguf_that_llama_cpp_would_not_run_costs_no_checkpoint(
