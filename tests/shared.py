@@ -53,8 +53,11 @@ def works(*arguments):
 
 
 def flags(options):
-    """Return options as words of a command line."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    """Return options as words of a command line; the model is a word without a name."""
+    return [
+        str(value) if name == "model" else f"--{name.replace('_', '-')}={value}"
+        for name, value in options.items()
+    ]
 
 
 class Bars:

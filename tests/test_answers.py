@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
-from calibrating import SIZES, decoded, refused, sentences
+from calibrating import SIZES, calibrate, decoded, refused, sentences, write_texts
 from isingcut.data import corpora, healing_text
 from isingcut.data.calibration import Calibration, build
 from isingcut.data.conversations import mark_answers, render_chat, row_of
@@ -166,15 +166,17 @@ def test_answers_that_cannot_be_located_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["wiki", "python", "self"])
-def test_text_has_no_answers(tmp_path, tokenizer, place):
+def test_a_named_text_has_no_answers(place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
         with refuses(f"{place} has no conversations", CalibrationError):
             corpora.check(source)
-    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(40)])
-    refused(f"answers:{text}", tokenizer, "has no conversations")
-    running = tmp_path / "a.txt"
-    running.write_text("some text")
-    refused(f"answers:{running}", tokenizer, "has no conversations")
+
+
+def test_documents_and_running_text_have_no_answers(tmp_path, tokenizer):
+    text = write_texts(tmp_path / "a.jsonl", sentences(40))
+    (tmp_path / "a.txt").write_text("some text")
+    for place in (text, tmp_path / "a.txt"):
+        refused(f"answers:{place}", tokenizer, "has no conversations")
 
 
 def test_a_source_with_answers_is_named_without_its_folder(tmp_path, monkeypatch):
@@ -237,22 +239,20 @@ def test_conversations_without_an_answer_within_the_length_are_left_out(
         healing_text.build(
             f"answers:{file}", tokenizer, samples=2, report_samples=2, length=16, seed=0
         )
-    build(file, tokenizer, **{**SIZES, "length": 60})
+    calibrate(file, tokenizer, length=60)
     assert not capfd.readouterr().err
     file = write_jsonl(
         tmp_path / "both.jsonl",
         [*long, *({"messages": talk(f"{i}", "yes")} for i in range(60))],
     )
-    build(f"answers:{file}", tokenizer, **SIZES)
+    calibrate(f"answers:{file}", tokenizer)
     words = words.replace("30", r"\d")
     assert re.fullmatch(f"isingcut: .*: {words} to use them\n", capfd.readouterr().err)
 
 
 def test_shares_are_of_the_tokens_that_count(tmp_path, tokenizer):
     file = chat_file(tmp_path / "chat.jsonl", 200)
-    text = write_jsonl(
-        tmp_path / "a.jsonl", [{"text": f"river{i}. " * 4} for i in range(200)]
-    )
+    text = write_texts(tmp_path / "a.jsonl", (f"river{i}. " * 4 for i in range(200)))
     source = f"{text}=1,answers:{file}=1"
     size = {**SIZES, "samples": 60, "length": 40}
     used = build(source, tokenizer, **size)
@@ -382,7 +382,7 @@ def test_healing_learns_the_answers_in_their_context(family, parts):
 def test_a_run_counts_answers_from_the_search_to_the_healing(tmp_path, monkeypatch):
     leave_speed_out(monkeypatch.setattr)
     chat = chat_file(tmp_path / "chat.jsonl")
-    text = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(200)])
+    text = write_texts(tmp_path / "a.jsonl", sentences(200))
     trainer = {"per_device_train_batch_size": 2, "max_steps": 2}
     config = RunConfig(
         model=tiny_checkpoint("llama", tmp_path / "model"),

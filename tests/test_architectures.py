@@ -19,11 +19,18 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.models.verify import verify
-from shared import load_json, refuses, works
+from shared import flags, load_json, refuses, works
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries
 from sweep.shrink import tiny_configuration
-from tiny import edit_config, forbids, tiny_checkpoint, tiny_model, tiny_replay
+from tiny import (
+    edit_config,
+    forbids,
+    random_tokens,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_replay,
+)
 
 # `make architectures` checks all families, and every model type of transformers.
 FAST = ["llama", "gemma4", "nemotron_h"]
@@ -42,16 +49,9 @@ def test_kinds_and_costs_of_a_hybrid():
     stack = find_stack(tiny_model("nemotron_h"))
     assert stack.path == "model.layers"
     assert stack.kinds[:4] == ("mamba2", "moe", "attention", "mlp")
-    mamba, moe, attention, mlp = stack.blocks[:4]
-    assert (
-        attention.kv_bytes_per_token == 2 * 2 * 8 * 4
-    )  # key and value, 2 heads of 8, float32
-    assert (
-        mamba.kv_bytes_per_token
-        == moe.kv_bytes_per_token
-        == mlp.kv_bytes_per_token
-        == 0
-    )
+    mamba, moe, _, mlp = stack.blocks[:4]
+    # Key and value of 2 heads of 8, in float32.
+    assert [b.kv_bytes_per_token for b in stack.blocks[:4]] == [0, 0, 2 * 2 * 8 * 4, 0]
     convolution = (64 + 2 * 8) * 4
     recurrence = 8 * 8 * 8
     assert mamba.state_bytes == 4 * (convolution + recurrence)
@@ -266,28 +266,15 @@ def test_inspection_says_why_a_model_is_refused(tmp_path):
         inspect_model(source)
 
 
-def token_ids(replay, batch=2, length=12):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(8, 200, (batch, length), generator=generator)
-
-
-def test_a_forward_set_by_others_comes_back():
+def test_a_forward_set_by_others_comes_back(spy):
     replay = tiny_replay("llama")
-    block = replay.blocks[1]
-    original = block.forward
-    calls = []
-
-    def hooked(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    block.forward = hooked
-    ids = token_ids(replay)
+    calls = spy(replay.blocks[1], "forward")
+    ids = random_tokens((12, 12)).input_ids
     with torch.no_grad():
         replay.record(ids)
         assert not calls
         replay.model(input_ids=ids, use_cache=False)
-    assert calls == [1]
+    assert len(calls) == 1
 
 
 def test_a_block_that_returns_no_stream_is_refused():
@@ -333,33 +320,23 @@ def test_the_last_block_is_proven_and_found_again(family, stays, tmp_path):
 
 
 def test_a_run_down_to_one_block_is_patched_and_evaluated(
-    text, tmp_path, no_speed, capsys, refusal, typed
+    text, tmp_path, no_speed, refusal, typed
 ):
-    tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
+    model = tiny_checkpoint("llama", tmp_path / "two", num_hidden_layers=2)
     out = tmp_path / "run"
-    further = [
-        "--calibration",
-        text,
-        "--samples",
-        4,
-        "--length",
-        32,
-        "--patch-tokens",
-        1000,
-    ]
-    works("run", tmp_path / "two", "--remove", 1, "--keep", 0, "--out", out, *further)
+    further = {"calibration": text, "samples": 4, "length": 32, "patch_tokens": 1000}
+    works("run", model, *flags({"remove": 1, "keep": 0, "out": out, **further}))
     assert load_json(out / "model/isingcut.json").patch.cuts
     evaluation = load_json(out / "evaluation.json")
     assert (evaluation.before.blocks, evaluation.after.blocks) == (2, 1)
-    capsys.readouterr()
-    assert (
-        "its one block stays: none can be removed"
-        in typed("inspect", out / "model").out
-    )
-    again = ["run", out / "model", "--out", tmp_path / "further", *further]
-    for removal in (["--remove", 1], ["--budget", "params=10%"]):
-        (line,) = refusal(*again, *removal).splitlines()
-        assert line.endswith("has a single block, which must stay; use a deeper model")
+    said = typed("inspect", out / "model").out
+    assert "its one block stays: none can be removed" in said
+    further["out"] = tmp_path / "further"
+    for removal in ({"remove": 1}, {"budget": "params=10%"}):
+        line = refusal("run", out / "model", *flags({**further, **removal}))
+        assert line.endswith(
+            "has a single block, which must stay; use a deeper model\n"
+        )
 
 
 ENTRY = Entry("llama", "AutoModelForCausalLM")

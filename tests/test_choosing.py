@@ -1,7 +1,5 @@
 """The choice by questions."""
 
-import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +13,10 @@ from isingcut.files.results import read_json
 from isingcut.files.states import ByTasks, CandidatesFile, ChosenState
 from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
-from isingcut.runs import benchmarking
+from isingcut.runs import benchmarking, evaluating
 from isingcut.runs.checks import check_run_tasks
 from shared import OPTIONS, leave_speed_out, load_json, refuses, works, write_jsonl
+from test_tasks import gsm8k
 from tiny import load_tiny
 
 pytestmark = [
@@ -234,25 +233,16 @@ def test_a_killed_choice_goes_on_from_what_was_scored(
 
 
 def test_scores_on_questions_that_changed_are_not_kept(
-    finished, questions, tmp_path, refusal
+    run, questions, tmp_path, refusal
 ):
-    run = shutil.copytree(finished, tmp_path / "run")
     own = tmp_path / "own.jsonl"
     data = tmp_path / "data/arc_easy/test.jsonl"
     data.parent.mkdir(parents=True)
     text = questions.read_text()
-    again = [
-        "evaluate",
-        run,
-        "--skip-speed",
-        "--tasks",
-        "arc_easy",
-        "--data",
-        tmp_path / "data",
-    ]
+    again = ["evaluate", run, "--skip-speed", "--tasks", "arc_easy"]
     for file, line in (
         (own, ["rank", run, "--choose", "tasks", "--tasks", own]),
-        (data, again),
+        (data, [*again, "--data", tmp_path / "data"]),
     ):
         file.write_text(text)
         works(*line, "--overwrite")
@@ -261,27 +251,16 @@ def test_scores_on_questions_that_changed_are_not_kept(
 
 
 def test_questions_are_answered_without_a_measurement_of_text(
-    finished, questions, tmp_path, monkeypatch, answer
+    run, questions, spy, answer
 ):
-    def measured(*given):
-        raise AssertionError("text was measured")
-
-    monkeypatch.setattr("isingcut.runs.evaluating.evaluate", measured)
-    run = shutil.copytree(finished, tmp_path / "run")
+    measured = spy(evaluating, "evaluate")
+    line = ["evaluate", run, "--tasks", questions, "--overwrite", "--questions"]
     for there in (True, False):
-        line = [
-            "evaluate",
-            run,
-            "--tasks",
-            questions,
-            "--questions",
-            4 + there,
-            "--overwrite",
-        ]
-        found = answer(*line)
+        found = answer(*line, 4 + there)
         assert found.benchmarks.rows[0].n == 4 + there
         assert ("kl" in found) == there
         (run / "evaluation.json").unlink(missing_ok=True)
+    assert not measured
 
 
 def test_unusable_tasks_are_refused(questions):
@@ -303,26 +282,17 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
         assert one == other
 
 
-def test_a_streamed_model_writes_no_answers(llama, text, tmp_path):
+@pytest.mark.parametrize("task", ["gsm8k", "wikitext2"])
+def test_a_streamed_model_writes_no_answers(llama, text, tmp_path, task):
     data = tmp_path / "data"
-    (data / "wikitext2").mkdir(parents=True)
-    (data / "wikitext2/test_raw.jsonl").write_text('{"text": "a b"}\n')
-    (data / "gsm8k").mkdir()
-    record = json.dumps(
-        {"context": "What is 1 plus 1?", "solution": "It is 2.", "answer": "2"}
-    )
+    write_jsonl(data / "wikitext2/test_raw.jsonl", [{"text": "a b"}])
     for name in ("test", "train"):
-        (data / "gsm8k" / f"{name}.jsonl").write_text(f"{record}\n" * 8)
-    more = {
-        "choose": "measured",
-        "stream": "on",
-        "data": str(data),
-        "out": tmp_path / "run",
-    }
-    for name in ("gsm8k", "wikitext2"):
-        with refuses(f"{name} needs the whole model, which does not fit"):
-            isingcut.run(**{**chosen_by(llama, text), **more, "tasks": name})
-        assert not (tmp_path / "run").exists()
+        write_jsonl(data / f"gsm8k/{name}.jsonl", [gsm8k(1)[1]] * 8)
+    given = {**chosen_by(llama, text), "choose": "measured", "stream": "on"}
+    given |= {"data": str(data), "out": tmp_path / "run", "tasks": task}
+    with refuses(f"{task} needs the whole model, which does not fit"):
+        isingcut.run(**given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_certainties_separate_candidates_of_equal_scores():
