@@ -1,6 +1,7 @@
 """Answers of many states at once: against the harness, against single models, after a kill."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,31 +145,24 @@ def test_a_killed_measurement_goes_on(model, tmp_path, spy):
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "winogrande", "lambada"])
+FILES = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     records = [
         {
             "context": f"the {word} sat on _ mat",
-            "choices": [f"stone {word}", "a"],
-            "answer": i % 2,
+            "choices": [f"stone {word}", "a", "old rain", "stone"],
+            "answer": i,
             "text": f"the {word} sat on a mat",
         }
         for i, word in enumerate(("cat", "rain", "old stone"))
     ]
-    if name != "winogrande":
-        for i, record in enumerate(records):
-            record |= {
-                "choices": [*record["choices"], "old rain", "stone"],
-                "answer": i,
-            }
-    file = {
-        "arc_easy": "test",
-        "hellaswag": "val",
-        "winogrande": "dev",
-        "lambada": "test",
-    }[name]
-    path = tmp_path / name / f"{file}.jsonl"
-    write_jsonl(path, records)
+    if name == "winogrande":
+        for record in records:
+            record |= {"choices": record["choices"][:2], "answer": record["answer"] % 2}
+    write_jsonl(tmp_path / name / f"{FILES[name]}.jsonl", records)
     found = score_states(model, prepare_task(name, tmp_path), [()])[0].certainties
 
     def likely(context, answer):
@@ -176,7 +170,7 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
         start = len(model.tokenizer(context).input_ids)
         with torch.no_grad():
             logp = model.model(input_ids=ids).logits[0].double().log_softmax(-1)
-        return sum(float(logp[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+        return float(logp[start - 1 : -1].gather(1, ids[0, start:, None]).sum())
 
     if name == "lambada":
         direct = [likely(r["text"].removesuffix(" mat"), " mat") for r in records]
@@ -192,8 +186,8 @@ def test_the_certainty_of_a_right_answer(name, model, tmp_path):
             asked = asked if name == "hellaswag" else f"Question: {asked}\nAnswer:"
             values = [likely(asked, f" {c}") for c in choices]
         if name == "hellaswag":
-            mean = np.mean([len(c) for c in choices])
-            values = [v / len(c) * mean for v, c in zip(values, choices, strict=True)]
+            lengths = np.array([len(c) for c in choices])
+            values = values / lengths * lengths.mean()
         tables.append((np.array(values), record["answer"]))
 
     def at(t):
@@ -215,33 +209,22 @@ def test_being_too_sure_costs_nothing():
 
 
 def test_where_a_task_does_not_say_what_is_right_the_score_counts():
-    class Task:
-        OUTPUT_TYPE = "multiple_choice"
-        multiple_input = 0
+    choice = {"OUTPUT_TYPE": "multiple_choice"}
 
-        def __init__(self, gold):
-            self.gold = gold
-
-        def doc_to_choice(self, question):
-            return ["a", "b"]
-
-        def doc_to_target(self, question):
-            return self.gold
-
-    class Coded:
-        OUTPUT_TYPE = "multiple_choice"
-
-    class Rolling:
-        OUTPUT_TYPE = "loglikelihood_rolling"
+    def task(gold):
+        told = {"doc_to_choice": lambda question: ["a", "b"], "multiple_input": 0}
+        told["doc_to_target"] = lambda question: gold
+        return SimpleNamespace(**choice, **told)
 
     answers = {"doc": {}, "filtered_resps": [(-1.0, False), (-3.0, False)]}
-    tasks = [Task(7), Task("c"), Task(-100), Coded(), Rolling()]
-    asked = [(task, answers) for task in tasks]
-    asked[-1] = (tasks[-1], {"doc": {}, "filtered_resps": [-5.0]})
+    coded = SimpleNamespace(**choice)
+    rolling = SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling")
+    asked = [(t, answers) for t in (task(7), task("c"), task(-100), coded)]
+    asked.append((rolling, {"doc": {}, "filtered_resps": [-5.0]}))
     scores = np.array([1.0, 0.0, 1.0, 0.0, 0.5])
     assert certainties(asked, scores, by_length=True).tolist() == scores.tolist()
     # An index, a text, and several: the margin of the wrong one is 2 nats or none.
-    told = [(Task(gold), answers) for gold in (0, "a", [0, 1])]
+    told = [(task(gold), answers) for gold in (0, "a", [0, 1])]
     first, second, both = certainties(told, np.zeros(3), by_length=False)
     assert first == second < 0
     assert both == 0

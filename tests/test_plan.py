@@ -1,6 +1,5 @@
 """Plans: what is timed, how often it is counted, the advice, and that nothing is written."""
 
-import json
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, advise, command, make_plan
 from isingcut.runs.session import Session
-from shared import OPTIONS
+from shared import OPTIONS, flags
 from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
@@ -145,19 +144,13 @@ def test_a_range_is_ranked_at_each_of_its_removals_and_cut_at_none():
 
 
 def test_without_a_removal_the_energy_alone_is_counted_and_its_command_is_known(llama):
-    options = {
-        "length": 16,
-        "samples": 3,
-        "patch": "linear",
-        "heal": "10min",
-        "quick": True,
-    }
-    plan = make_plan(RunConfig(model=llama, stream="off", **options))
+    given = {"length": 16, "samples": 3, "patch": "linear", "heal": "10min"}
+    config = RunConfig(model=llama, stream="off", quick=True, **given)
+    plan = make_plan(config)
     energy = {e["name"]: e["seconds"] for e in plan["energies"]}[plan["recommended"]]
     assert plan["seconds"] == energy + plan["stages"][0]["seconds"]
-    context = _program.commands["energy"].make_context(
-        "energy", plan["command"].split()[2:]
-    )
+    words = plan["command"].split()[2:]
+    context = _program.commands["energy"].make_context("energy", words)
     assert (context.params["stream"], context.params["samples"]) == ("off", "3")
 
 
@@ -219,48 +212,29 @@ def test_an_energy_of_a_plug_in_is_planned_or_said_not_to_be(llama, monkeypatch)
     known = ["empirical-fisher", "fisher", "pairwise", "refined", "whole"]
     assert [e["name"] for e in plan["energies"]] == known
     (own,) = (e for e in plan["energies"] if e["impossible"])
-    assert (own["name"], own["samples"], own["impossible"]) == (
-        "whole",
-        7,
-        "not estimated",
-    )
+    assert (own["name"], own["samples"]) == ("whole", 7)
+    assert own["impossible"] == "not estimated"
     streamed = prices(streamed=True, room=1).energy("whole")
     assert streamed["impossible"] == "needs the whole model in memory"
 
 
-def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, typed):
+def test_a_plan_for_every_energy_writes_nothing(llama, tmp_path, monkeypatch, answer):
     monkeypatch.chdir(tmp_path)
-    words = [
-        "--remove",
-        2,
-        "--length",
-        16,
-        "--samples",
-        8,
-        "--dtype",
-        "float32",
-        "--json",
-    ]
-    found = json.loads(typed("plan", llama, *words).out)
+    given = {"remove": 2, "length": 16, "samples": 8, "dtype": "float32"}
+    found = answer("plan", llama, *flags(given))
     assert os.listdir(tmp_path) == []
-    names = [e["name"] for e in found["energies"]]
+    names = [e.name for e in found.energies]
     assert names == ["empirical-fisher", "fisher", "pairwise", "refined"]
-    for line in found["energies"] + found["stages"]:
-        assert min(line["seconds"], line["memory"]) > 0, line["name"]
-    assert [s["name"] for s in found["stages"]] == [
-        "load",
-        "rank",
-        "excise",
-        "patch",
-        "evaluate",
-    ]
+    for line in found.energies + found.stages:
+        assert min(line.seconds, line.memory) > 0, line.name
+    stages = [s.name for s in found.stages]
+    assert stages == ["load", "rank", "excise", "patch", "evaluate"]
     # An explicit --samples applies to all energies; otherwise each has a default of its own.
-    assert {e["samples"] for e in found["energies"]} == {8}
-    assert found["command"].startswith(
-        f"isingcut run {llama} --remove 2 --samples 8 --length 16"
-    )
-    assert found["remove"] == 2
-    assert 0 < found["checkpoint"] < found["weights"]
+    assert {e.samples for e in found.energies} == {8}
+    begins = f"isingcut run {llama} --remove 2 --samples 8 --length 16"
+    assert found.command.startswith(begins)
+    assert found.remove == 2
+    assert 0 < found.checkpoint < found.weights
 
 
 def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
@@ -307,8 +281,9 @@ def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeyp
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("quick", [False, True])
 def test_a_run_says_at_its_start_how_long_it_takes(
-    llama, text, tmp_path, monkeypatch, capsys
+    llama, text, tmp_path, monkeypatch, capsys, quick
 ):
     class Begun(Exception):
         pass
@@ -317,42 +292,34 @@ def test_a_run_says_at_its_start_how_long_it_takes(
         raise Begun
 
     monkeypatch.setattr("isingcut.runs.pipeline.measure_and_rank", begin)
-    for quick in (False, True):
-        options = {
-            "remove": 2,
-            "out": tmp_path / f"run{quick}",
-            "quick": quick,
-        } | OPTIONS
-        with pytest.raises(Begun):
-            isingcut.run(
-                model=llama, calibration=text, progress=terminal, **options, heal=True
-            )
-        said = capsys.readouterr().err
-        assert re.search(
-            r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said
-        )
-        assert "heal depends on the text; set a limit with --heal 10min" in said
-        assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
+    given = {**OPTIONS, "model": llama, "calibration": text, "out": tmp_path / "run"}
+    given |= {"remove": 2, "quick": quick, "heal": True, "progress": terminal}
+    with pytest.raises(Begun):
+        isingcut.run(**given)
+    said = capsys.readouterr().err
+    assert re.search(r"this run takes about \d+ \w+ here \((refined|rank|patch) ", said)
+    assert "heal depends on the text; set a limit with --heal 10min" in said
+    assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
 
 
 @pytest.mark.parametrize(
     ("seconds", "remove", "energy", "effort"),
     [
-        ({"refined": 100, "pairwise": 200}, "6", "refined", ""),
-        ({"refined": 100, "pairwise": 200}, "", "pairwise", ""),
-        ({"refined": 200_000, "pairwise": 100}, "6", "pairwise", ""),
-        ({"refined": 100_000, "pairwise": 200_000}, "6", "refined", "7h"),
-        ({"refined": 1e7, "pairwise": 2e7}, "6", "fisher", ""),
-        ({"refined": 1e7, "pairwise": 2e7}, "", "fisher", ""),
+        ((100, 200), "6", "refined", ""),
+        ((100, 200), "", "pairwise", ""),
+        ((200_000, 100), "6", "pairwise", ""),
+        ((100_000, 200_000), "6", "refined", "7h"),
+        ((1e7, 2e7), "6", "fisher", ""),
+        ((1e7, 2e7), "", "fisher", ""),
     ],
 )
 def test_advice_is_the_best_that_fits_in_the_hours(seconds, remove, energy, effort):
     config = RunConfig(model="a model", remove=remove, length=128, stream="on")
-    assert advise(config, seconds, 600)[:2] == (energy, effort)
-    start = ["isingcut", "run"] if remove else ["isingcut", "energy"]
-    removal = ["--remove", remove] if remove else []
-    typed = [*start, "'a model'", *removal, "--length", "128", "--stream", "on"]
-    typed += ["--energy", energy, *(["--effort", effort] if effort else [])]
-    assert command(config, energy, effort) == " ".join(
-        [*typed, "--out", "'a model-run'"]
-    )
+    times = dict(zip(("refined", "pairwise"), seconds, strict=True))
+    assert advise(config, times, 600)[:2] == (energy, effort)
+    start = "isingcut energy 'a model'"
+    if remove:
+        start = f"isingcut run 'a model' --remove {remove}"
+    how = f"--energy {energy} --effort {effort}" if effort else f"--energy {energy}"
+    typed = f"{start} --length 128 --stream on {how} --out 'a model-run'"
+    assert command(config, energy, effort) == typed

@@ -83,12 +83,10 @@ def test_there_are_never_more_random_states_than_exist():
 def test_rare_feasible_states_are_found_and_their_origin_is_recorded():
     # One state in 2^20 or so satisfies all of these ties.
     n = 40
-    ties = []
-    for i in range(0, n, 2):
-        row = np.zeros(n)
-        row[i] = 1
-        row[i + 1] = -1
-        ties.append(LinearConstraint(f"tie {i}", row, "==", 0, "pairs go together"))
+    pairs = np.eye(n)[::2] - np.eye(n)[1::2]
+    ties = [
+        LinearConstraint(f"tie {i}", r, "==", 0, "tied") for i, r in enumerate(pairs)
+    ]
     problem = flat(n, count(n, 20), *ties)
     states, words = random_feasible(problem, 30, 0, np.zeros((0, n), dtype=bool))
     assert len(states) == 30
@@ -147,7 +145,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
         isingcut.run(**options)
     target = isingcut.run(**options)
     found = load_json(target / "candidates.json")
-    rows = sorted(found.candidates, key=lambda row: row["kl"])
+    rows = sorted(found.candidates, key=lambda row: row.kl)
     lowest = rows[0].kl
     near = [
         r for r in rows if r.kl - lowest <= max(0.05 * lowest, 2 * r.above_lowest_se)
@@ -155,7 +153,7 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
     assert near == [row for row in rows if "patched_kl" in row]
     assert len(tried) == len(near) > 1
     assert not (target / "patched.journal").exists()
-    best, *others = sorted(near, key=lambda row: row["patched_kl"])
+    best, *others = sorted(near, key=lambda row: row.patched_kl)
     assert found.chosen.removed == best["removed"]
     assert found.chosen.why == "patch"
     why = sentence(
@@ -179,9 +177,12 @@ def test_near_candidates_are_patched_for_the_choice(llama, text, tmp_path, spy):
 
 
 def test_a_clear_leader_is_not_patched_for_the_choice():
-    row = SimpleNamespace(kl=1.0, above_lowest_se=0.0, removed=[1, 2])
-    rows = [SimpleNamespace(kl=1.11, above_lowest_se=0.05, removed=[0, 1]), row]
-    found = SimpleNamespace(candidates=rows, one_pass=SimpleNamespace(states=rows[:1]))
+    near, leader = (
+        SimpleNamespace(kl=kl, above_lowest_se=error, removed=removed)
+        for kl, error, removed in ((1.11, 0.05, [0, 1]), (1.0, 0.0, [1, 2]))
+    )
+    quick = SimpleNamespace(states=[near])
+    found = SimpleNamespace(candidates=[near, leader], one_pass=quick)
     assert trials.choose_by_patch(found, False, None, None, []) == [1]
 
 
@@ -207,42 +208,36 @@ def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
 
 
 def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
-    llama, text, tmp_path, monkeypatch
+    llama, text, tmp_path, monkeypatch, spy
 ):
     tried = []
-    kinds = []
-    fit = trials.fit_patch
     measure_patched = trials.changed_losses
     hidden = [1, 3, 4]
-
-    def noted(session, *given):
-        kinds.append(
-            (session.config.patch, session.config.patch_tokens, session.config.heal)
-        )
-        return fit(session, *given)
 
     def nearer_to_hidden_is_better(*given):
         tried.append(given[5])
         if len(tried) == 9:
             raise KeyboardInterrupt
-        return np.full_like(
-            measure_patched(*given), 1 + len(set(given[5]) ^ set(hidden))
-        )
+        apart = len(set(given[5]) ^ set(hidden))
+        return np.full_like(measure_patched(*given), 1 + apart)
 
-    monkeypatch.setattr(trials, "fit_patch", noted)
+    def settings(found, session, *given):
+        config = session.config
+        return config.patch, config.patch_tokens, config.heal
+
+    kinds = spy(trials, "fit_patch", settings)
     monkeypatch.setattr(trials, "changed_losses", nearer_to_hidden_is_better)
     for name, value in (("NEAR", 0.0), ("ERRORS", 0), ("ROUND", 3), ("TOKENS", 64)):
         monkeypatch.setattr(trials, name, value)
-    given = {"model": llama, "calibration": text, "remove": 3, "keep": "0"}
-    given |= {"states": 2, "seed": 1}
-    options = {**OPTIONS, **given, "out": tmp_path / "run"}
     out = tmp_path / "run"
+    given = {"model": llama, "calibration": text, "remove": 3, "keep": "0", "out": out}
+    options = {**OPTIONS, **given, "states": 2, "seed": 1, "heal": "4tokens"}
     with pytest.raises(KeyboardInterrupt):
-        isingcut.prune(**options, heal="4tokens")
-    isingcut.prune(**options, heal="4tokens")
+        isingcut.prune(**options)
+    isingcut.prune(**options)
     found = load_json(out / "candidates.json")
-    quick = min(found.one_pass.states, key=lambda row: row["kl"])
-    lowest = min(found.candidates, key=lambda row: row["kl"])
+    quick = min(found.one_pass.states, key=lambda row: row.kl)
+    lowest = min(found.candidates, key=lambda row: row.kl)
     # No state is measured twice, before or after the interruption.
     few = OPTIONS["patch_tokens"] // trials.LESS
     count = kinds.index(("tuned", few, ""))
@@ -254,9 +249,8 @@ def test_a_deep_cut_is_searched_for_states_that_a_patch_repairs(
     assert {len(removed) for removed in searched[3:7]} == {2, 4}
     assert not any(0 in removed for removed in searched)
     assert hidden in searched[7:16]
-    assert lowest.removed in last
-    assert quick.removed in last
-    assert hidden in last
+    for removed in (lowest.removed, quick.removed, hidden):
+        assert removed in last
     assert set(kinds) == {("linear", 64, ""), ("tuned", few, "")}
     assert found.chosen.removed == hidden
     assert (found.chosen.why, found.chosen.deep) == ("patch", True)
