@@ -4,7 +4,6 @@ import contextlib
 import json
 
 import numpy as np
-import pytest
 
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
@@ -12,7 +11,7 @@ from isingcut.healing.heal import heal
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json, write_jsonl
+from shared import load_json, module_fixture, write_jsonl
 
 REMOVED = (2, 3)
 WORDS = [
@@ -41,7 +40,7 @@ def write_text(path, documents=60, seed=0):
     return path
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def models(tmp_path_factory):
     """Folder with `teacher`, `student` (without blocks 2 and 3) and `text.jsonl`."""
     folder = tmp_path_factory.mktemp("heal")
@@ -102,7 +101,7 @@ def curve(folder):
     return result(folder).steps
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def healed(models):
     return heal(options(models, models / "healed"))
 

@@ -31,6 +31,9 @@ OPTIONS = {
     "patch_share": 0,
 }
 
+parametrize = pytest.mark.parametrize
+module_fixture = pytest.fixture(scope="module")
+
 
 def call(*arguments):
     """Run the command line in this process and return its exit code."""

@@ -32,7 +32,14 @@ from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import OPTIONS, leave_speed_out, load_json, refuses, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
 from tiny import in_memory, plain_sums, replay_of, streamed, without
 
 
@@ -76,8 +83,8 @@ ENDS_ITSELF = (
 )
 
 
-@pytest.mark.parametrize(
-    ("template", "messages", "expected"),
+@parametrize(
+    "template, messages, expected",
     [
         (None, talk("hi", "yes", "why", "no "), "yes</s>no </s>"),
         (None, talk("hi", "yes", "yes"), "yes</s>"),
@@ -165,7 +172,7 @@ def test_answers_that_cannot_be_located_are_refused(tmp_path):
         row_of(far, whole, 100)
 
 
-@pytest.mark.parametrize("place", ["wiki", "python", "self"])
+@parametrize("place", ["wiki", "python", "self"])
 def test_a_named_text_has_no_answers(place):
     for source in (f"answers:{place}", f"wiki=1,answers:{place}=1"):
         with refuses(f"{place} has no conversations", CalibrationError):
@@ -303,7 +310,7 @@ def directly(original, cut, tokens):
     return sums[2].sum() / tokens.tokens, sums[1].sum() / tokens.tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@parametrize("family", ["llama", "gemma2"])
 def test_losses_are_those_of_the_answers_in_their_context(family, tmp_path):
     """Gemma 2 caps its logits, so they are computed sample by sample."""
     folder = tiny_checkpoint(family, tmp_path / "model")
@@ -360,7 +367,7 @@ def test_activations_are_compared_where_answers_are_predicted():
     assert_allclose((both + influence) / 2, one_pass(replay, whole, Work())[0], 1e-3)
 
 
-@pytest.mark.parametrize(("family", "parts"), [("llama", True), ("gemma2", False)])
+@parametrize("family, parts", [("llama", True), ("gemma2", False)])
 def test_healing_learns_the_answers_in_their_context(family, parts):
     teacher = tiny_model(family)
     student = tiny_model(family, seed=1)

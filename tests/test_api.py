@@ -22,7 +22,14 @@ from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
-from shared import leave_speed_out, load_json, refuses, write_words
+from shared import (
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    write_words,
+)
 from tiny import edit_tensors
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -40,7 +47,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """The working folder of the examples: my-model, my-text.txt and the finished my-run."""
     folder = tmp_path_factory.mktemp("place")
@@ -111,9 +118,7 @@ def test_every_public_member_of_a_run_has_an_example():
     assert members <= shown
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"]
-)
+@parametrize("name", [n for n in isingcut.__all__ if n != "PoorEnergyWarning"])
 def test_examples_run(name, place, tmp_path, monkeypatch):
     for file in ("my-model", "my-text.txt", "my-run"):
         (tmp_path / file).symlink_to(place / file)

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -19,7 +18,7 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.models.inspect import inspect_model
 from isingcut.models.replay import Replay
 from isingcut.models.verify import verify
-from shared import flags, load_json, refuses, works
+from shared import flags, load_json, parametrize, refuses, works
 from sweep import conformance
 from sweep.conformance import Entry, check_entry, check_family, entries
 from sweep.shrink import tiny_configuration
@@ -36,7 +35,7 @@ from tiny import (
 FAST = ["llama", "gemma4", "nemotron_h"]
 
 
-@pytest.mark.parametrize("family", FAST)
+@parametrize("family", FAST)
 def test_conformance_of_a_family(family, tmp_path):
     report = check_family(family, tmp_path, states=2)
     assert report.outcome == ("refused" if family == "gemma4" else "passed"), (
@@ -108,8 +107,8 @@ FOLLOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields", "removed", "expected"),
+@parametrize(
+    "model_type, fields, removed, expected",
     FOLLOW,
     ids=[row[0] for row in FOLLOW],
 )
@@ -122,8 +121,8 @@ def test_per_layer_fields_follow(model_type, fields, removed, expected):
         assert cut[key] == value
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@parametrize(
+    "changes, message",
     [
         ({"my_layer_scales": [1.0] * 6}, "'my_layer_scales' looks per-layer"),
         ({"special_layers": [0, 3]}, "'special_layers' looks per-layer"),
@@ -155,8 +154,8 @@ def test_what_is_not_understood_is_named(changes, message):
         cut_config({**LLAMA, **changes}, [1])
 
 
-@pytest.mark.parametrize(
-    ("family", "removed", "message"),
+@parametrize(
+    "family, removed, message",
     [
         ("nemotron_h", [2, 6], "every attention block"),
         ("zamba2", [2], "take turns with shared weights"),
@@ -176,8 +175,8 @@ def test_illegal_states_are_refused_and_forbidden_to_the_solver(
         cut_config(text_config(model).to_dict(), removed)
 
 
-@pytest.mark.parametrize(
-    ("entry", "expected"),
+@parametrize(
+    "entry, expected",
     [
         ("model.layers.3.mlp", ["model.layers.2.mlp"]),
         ("model.layers.1", []),
@@ -210,7 +209,7 @@ def test_names_in_quantisation_lists(entry, expected):
     assert rename_pattern(entry, mapping) == expected
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "pattern",
     [
         "model\\.layers\\.[0-3]\\.mlp",
@@ -296,8 +295,8 @@ def test_a_block_that_returns_no_stream_is_refused():
         Replay(model, list(model.layers))
 
 
-@pytest.mark.parametrize(
-    ("family", "stays"),
+@parametrize(
+    "family, stays",
     [
         ("llama", 3),
         ("qwen2_moe", 1),
@@ -352,8 +351,8 @@ def test_every_decoder_of_transformers_is_there():
     assert {"gemma3", "gemma3 (image-text)"} <= {e.name for e in found}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "field", "kinds"),
+@parametrize(
+    "model_type, field, kinds",
     [
         ("gemma3_text", "layer_types", {"sliding_attention", "full_attention"}),
         ("deepseek_v3", "mlp_layer_types", {"dense", "sparse"}),

@@ -31,7 +31,7 @@ from isingcut.measure.work import Work
 from isingcut.runs import pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from shared import OPTIONS, load_json, refuses, works
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
 from tiny import count_rows, keep_rows, random_tokens, tiny_replay, without
 
 N = 6
@@ -140,8 +140,8 @@ def test_all_baselines_are_found():
     assert " ".join(registry.names()) == names
 
 
-@pytest.mark.parametrize("name", registry.names())
-@pytest.mark.parametrize("remove", [1, 3])
+@parametrize("name", registry.names())
+@parametrize("remove", [1, 3])
 def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     replay, tokens, name, remove
 ):
@@ -153,8 +153,8 @@ def test_a_baseline_removes_the_wanted_number_and_the_same_blocks_again(
     assert set(first.removed) <= set(range(len(replay)))
 
 
-@pytest.mark.parametrize("name", registry.names())
-@pytest.mark.parametrize("remove", [0, 6])
+@parametrize("name", registry.names())
+@parametrize("remove", [0, 6])
 def test_impossible_removals_are_refused(name, remove):
     with refuses(f"cannot remove {remove} of 6"):
         part(name).choose(tiny_replay(), random_tokens(), remove, WORK, seed=0)
@@ -195,7 +195,7 @@ def test_the_angular_window_is_the_least_turned_one(replay, tokens):
     assert found.removed == (start, start + 1, start + 2)
 
 
-@pytest.mark.parametrize(("loss", "ends"), [("nll", True), ("kl", False)])
+@parametrize("loss, ends", [("nll", True), ("kl", False)])
 def test_sleb_is_greedy_on_really_removed_blocks(replay, tokens, loss, ends):
     order = []
     for _ in range(3):
@@ -265,7 +265,7 @@ def test_evopress_takes_the_published_number_of_generations():
     assert (published.survivors, published.step_tokens) == ((2, 1), (2048, 32768))
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "wrong",
     [
         {"survivors": (2,)},
@@ -279,7 +279,7 @@ def test_evopress_refuses_inconsistent_steps(wrong):
         Evopress(**wrong).choose(tiny_replay(), random_tokens(), 2, WORK, seed=0)
 
 
-@pytest.mark.parametrize("name", ["sleb", "evopress"])
+@parametrize("name", ["sleb", "evopress"])
 def test_an_interrupted_search_goes_on_with_the_same_result_and_price(
     replay, tokens, name, tmp_path
 ):
@@ -319,8 +319,8 @@ def made():
     return replay, tokens, Calls(replay, tokens)
 
 
-@pytest.mark.parametrize(
-    ("part", "passes", "heads"),
+@parametrize(
+    "part, passes, heads",
     [
         (Random(), 0, 0),
         (AngularWindow(), 1, 0),
@@ -348,7 +348,7 @@ def test_the_claimed_price_is_what_is_called(made, part, passes, heads):
         assert found.heads == heads
 
 
-@pytest.mark.parametrize("top", [1, 6])
+@parametrize("top", [1, 6])
 def test_a_gradient_is_the_originals_pass_and_a_backward_at_the_price_of_two(made, top):
     replay, tokens, calls = made
     found = Cbo(top).choose(replay, tokens, 3, PAIRS, seed=0)
@@ -365,7 +365,7 @@ def test_the_pair_energy_is_priced_by_the_same_rule(made):
     assert found.meta["blocks_run"] / N == pytest.approx(calls.passes)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory, llama, text):
     """A run folder with a measured energy for the removal of two of six blocks."""
     return pipeline.energy(

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from calibrating import COUNTS, calibrate, chats, refused, sentences, write_texts
 from isingcut.data import corpora
 from isingcut.errors import CalibrationError
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import refuses, save_json, write_jsonl
+from shared import parametrize, refuses, save_json, write_jsonl
 
 # plain text ---------------------------------------------------------------------------
 
@@ -86,9 +85,7 @@ def test_exactly_enough_text_is_enough(tmp_path, tokenizer):
     refused(str(file), tokenizer, "samples of 16 tokens are needed, found 9;")
 
 
-@pytest.mark.parametrize(
-    ("words", "sizes"), [("length", {"length": 1}), ("rank", {"rank_samples": 0})]
-)
+@parametrize("words, sizes", [("length", {"length": 1}), ("rank", {"rank_samples": 0})])
 def test_counts_and_length_are_checked(tokenizer, words, sizes):
     with refuses(words):
         calibrate("wiki", tokenizer, **sizes)
@@ -212,8 +209,8 @@ def test_well_known_sets_of_the_hub_have_names_and_are_streamed(tokenizer, monke
 ADVICE = "'HuggingFaceFW/fineweb-edu/sample-10BT' .*; 'web' needs this data set: connect to the"
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
+@parametrize(
+    "source, words",
     [
         ("someone/no-such-set", "'someone/no-such-set'"),
         ("web", ADVICE),

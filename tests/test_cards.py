@@ -40,7 +40,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
 from isingcut.testing.tiny import tiny_model
-from shared import OPTIONS, call, flags, load_json, refuses
+from shared import OPTIONS, call, flags, load_json, parametrize, refuses
 from tiny import load_tiny, random_tokens, replay_of
 
 KILO = torch.zeros(250)
@@ -130,8 +130,8 @@ class _Group:
         return [self.other.encode(), own]
 
 
-@pytest.mark.parametrize(
-    ("present", "cards", "rank", "number"),
+@parametrize(
+    "present, cards, rank, number",
     [(1, None, 1, 0), (2, None, 1, 1), (4, 2, 1, 2), (2, 2, 1, 0)],
 )
 def test_each_process_has_a_gpu_of_its_own(present, cards, rank, number, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_missing_kernel_is_named_once_with_its_package(shared, capsys):
     assert sorted(said) == ["causal_conv1d", "mamba_ssm"]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@parametrize("count", [2, 4])
 def test_cards_have_equal_shares_of_the_memory(count, shared):
     sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
     folder = shared.checkpoint(**sizes, num_hidden_layers=8)
@@ -198,7 +198,7 @@ def test_parts_are_divided_in_order_by_bytes_and_by_room():
 # One set of weights ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@parametrize("tied", [True, False])
 def test_a_cut_takes_the_memory_of_its_original(tied, shared, tmp_path):
     source = shared.checkpoint(tie_word_embeddings=tied)
     cut = tmp_path / "cut"
@@ -263,7 +263,7 @@ def test_freed_buffers_go_back_to_the_system():
     assert psutil.Process().memory_info().rss < kept - 1e8
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 5, 8])
+@parametrize("most", [1, 2, 3, 5, 8])
 def test_work_is_split_until_it_fits_and_joined_in_order(most):
     limit = BatchLimit(torch.device("cpu"))
     calls = []
@@ -287,8 +287,8 @@ def test_work_is_split_until_it_fits_and_joined_in_order(most):
     assert sum(n > most for n in calls) < max(1, failed)
 
 
-@pytest.mark.parametrize(
-    ("error", "tried"),
+@parametrize(
+    "error, tried",
     [
         (torch.OutOfMemoryError("CUDA out of memory."), [4, 2, 1]),
         (RuntimeError("CUDA error"), [4]),
@@ -313,7 +313,7 @@ def test_what_fails_with_one_sample_or_for_another_reason_is_raised(error, tried
 STATES = np.random.default_rng(1).random((5, 6)) < 0.4
 
 
-@pytest.mark.parametrize("job", ["losses", "changed", "gradients"])
+@parametrize("job", ["losses", "changed", "gradients"])
 def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
     tokens = random_tokens([12] * 8)
 
@@ -406,7 +406,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_disk(
         isingcut.run(out=out, stream="off", **options)
 
 
-@pytest.mark.parametrize("step", ["fit_patches", "tune"])
+@parametrize("step", ["fit_patches", "tune"])
 def test_a_patch_that_runs_out_of_memory_leaves_the_model_resident(
     step, shared, text, tmp_path, monkeypatch
 ):
@@ -472,8 +472,8 @@ def skip(place):
     raise gpu.SkipTest("needs two GPUs")
 
 
-@pytest.mark.parametrize(
-    ("check", "outcome", "words", "code"),
+@parametrize(
+    "check, outcome, words, code",
     [
         (lambda place: f"on {place.device}", "passed", "on lazy:0", 0),
         (skip, "skipped", "needs two GPUs", 0),
@@ -504,7 +504,7 @@ def test_what_a_check_does_is_in_the_table_the_file_and_the_exit_code(
     assert ("Traceback" in row.traceback) == (outcome == "failed")
 
 
-@pytest.mark.parametrize("check", [gpu.twice, gpu.placed])
+@parametrize("check", [gpu.twice, gpu.placed])
 def test_checks_of_one_and_two_gpus_pass_on_fake_cards(check, tmp_path):
     with fake_cards(2) as cards:
         found = check(gpu.Place(cards[0].device, tmp_path))

@@ -18,7 +18,7 @@ from isingcut.formats.safetensors_files import (
 )
 from isingcut.models.verify import verify
 from quantised import assert_bytes_follow
-from shared import load_json, refuses, save_json
+from shared import load_json, parametrize, refuses, save_json
 from tiny import edit_tensors, tiny_checkpoint, tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -67,9 +67,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"), HOSTILE, ids=[line for _, line in HOSTILE]
-)
+@parametrize("spoil, message", HOSTILE, ids=[line for _, line in HOSTILE])
 def test_hostile_checkpoints_are_refused(spoil, message, tmp_path):
     source = sharded(tmp_path / "source")
     spoil(source)
@@ -146,7 +144,7 @@ def test_mixed_dtypes_stay_aligned_and_loadable(tmp_path):
         assert torch.equal(loaded[name].double(), value.double())
 
 
-@pytest.mark.parametrize("chunk", [32 * 2**20, 50, 10])
+@parametrize("chunk", [32 * 2**20, 50, 10])
 def test_slices_along_either_axis(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("isingcut.formats.safetensors_files._CHUNK", chunk)
     value = torch.arange(7 * 12, dtype=torch.int16).reshape(7, 12)
@@ -202,8 +200,8 @@ def test_tokenizer_template_code_and_licence_come_along(source, tmp_path):
         excise(source, [1], tmp_path / "again")
 
 
-@pytest.mark.parametrize(
-    ("removed", "message"),
+@parametrize(
+    "removed, message",
     [
         ([6], "must be 0 to 5; got 6"),
         ([-1], "must be 0 to 5; got -1"),

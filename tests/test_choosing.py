@@ -15,7 +15,16 @@ from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import benchmarking, evaluating
 from isingcut.runs.checks import check_run_tasks
-from shared import OPTIONS, leave_speed_out, load_json, refuses, works, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    works,
+    write_jsonl,
+)
 from test_tasks import gsm8k
 from tiny import load_tiny
 
@@ -95,7 +104,7 @@ def test_the_best_of_all_candidates_is_chosen_and_compared():
     assert loser["difference_se"] == pytest.approx(difference.std(ddof=1) / 90**0.5)
 
 
-@pytest.mark.parametrize("rows", [[np.arange(9) % 2] * 3, [[0.0], [1.0]]])
+@parametrize("rows", [[np.arange(9) % 2] * 3, [[0.0], [1.0]]])
 def test_equal_candidates_and_a_single_question_leave_the_lower_loss(rows):
     found = choose({"t": rows})
     assert found["chosen"] == 0
@@ -105,7 +114,7 @@ def test_equal_candidates_and_a_single_question_leave_the_lower_loss(rows):
 # runs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def questions(tmp_path_factory):
     """A file of 60 questions."""
     rng = np.random.default_rng(0)
@@ -129,7 +138,7 @@ def chosen_by(llama, text):
     return {**OPTIONS, **inputs, "choose": "tasks"}
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def by_questions(llama, text, questions, tmp_path_factory):
     """The options of a run that chose by questions, and its folder."""
     out = tmp_path_factory.mktemp("by_questions") / "run"
@@ -282,7 +291,7 @@ def test_a_streamed_model_gives_the_same_answers(by_questions, tmp_path):
         assert one == other
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "wikitext2"])
+@parametrize("task", ["gsm8k", "wikitext2"])
 def test_a_streamed_model_writes_no_answers(llama, text, tmp_path, task):
     data = tmp_path / "data"
     write_jsonl(data / "wikitext2/test_raw.jsonl", [{"text": "a b"}])

@@ -32,7 +32,7 @@ from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import OPTIONS
+from shared import OPTIONS, parametrize
 from test_baselines import part
 from tiny import random_tokens, replay_of
 
@@ -222,7 +222,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@parametrize("step", STEPS)
 def test_a_step_keeps_to_its_devices(step, shared):
     folder = shared.checkpoint(num_hidden_layers=4)
     expected = np.asarray(STEPS[step](Place(folder, CPU)))
@@ -282,8 +282,8 @@ def mixed(operation):
     return False
 
 
-@pytest.mark.parametrize(
-    ("refused", "operation"),
+@parametrize(
+    "refused, operation",
     [
         (True, lambda d, c, n: d + c),
         (True, lambda d, c, n: torch.cat([d, c])),

@@ -5,7 +5,6 @@ import signal
 import sys
 from contextlib import nullcontext
 
-import pytest
 import torch
 
 import ranks
@@ -13,7 +12,7 @@ from cards import fake_cards
 from isingcut.files.journal import Journal
 from isingcut.measure.losses import Piece, divide
 from ranks import join, start, type_in
-from shared import load_json, save_json, works, write_words
+from shared import load_json, module_fixture, parametrize, save_json, works, write_words
 from tiny import count_rows, tiny_checkpoint
 
 OPTIONS = {
@@ -30,13 +29,13 @@ def _place(folder, **sizes):
     return folder
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """A folder with a tiny model and a text."""
     return _place(tmp_path_factory.mktemp("distributed"))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def alone(place):
     """Results of a single process."""
     _measure(place, place)
@@ -141,8 +140,8 @@ def _fisher_and_run(place, out, given):
         )
 
 
-@pytest.mark.parametrize(
-    ("one", "each", "said"),
+@parametrize(
+    "one, each, said",
     [
         (["--stream=on"], ["--stream=on"], '"stream": "on"'),
         (
@@ -244,7 +243,7 @@ def _killed(place, out, which):
     type_in(*_typed(place, out, also=False))
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@parametrize("which", [0, 1])
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number(
     which, place, alone, tmp_path
 ):
@@ -342,7 +341,7 @@ def test_a_launcher_ends_a_run_that_lost_a_process_with_one_line(
     assert not list(out.glob("*.journal*"))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 16])
+@parametrize("count", [1, 2, 3, 4, 7, 16])
 def test_pieces_cover_every_missing_state_once(count):
     missing = [Piece(0, range(5, 20)), Piece(1, [0, 1, 2, 9, 10, 11]), Piece(4, [7])]
     found = divide(missing, count, 0.03)

@@ -18,7 +18,7 @@ from isingcut.errors import ArchitectureError
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json, refuses, write_words
+from shared import load_json, parametrize, refuses, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
 
@@ -56,7 +56,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::isingcut.PoorEnergyWarning")
-@pytest.mark.parametrize("page", ["extending.md", "constraints.md"])
+@parametrize("page", ["extending.md", "constraints.md"])
 def test_code_on_pages_runs(page, place, monkeypatch):
     from isingcut.energies import registry
 
@@ -112,7 +112,7 @@ def wrong(found):
             yield " ".join(words)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "page",
     [
         "README.md",

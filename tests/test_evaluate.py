@@ -14,7 +14,7 @@ from isingcut.evaluation import speed as timing
 from isingcut.files.evaluations import EvaluationFile
 from isingcut.measure.work import Work
 from isingcut.models.compute import divergence, head
-from shared import refuses
+from shared import module_fixture, refuses
 from tiny import (
     load_tiny,
     plain_sums,
@@ -25,12 +25,12 @@ from tiny import (
 )
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def pair():
     return tiny_model("llama"), tiny_model("llama", seed=1)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def tokens():
     return random_tokens((12, 5, 20, 12, 3, 9))
 
@@ -140,7 +140,7 @@ def test_text_goes_through_the_chat_template_and_stops_at_the_end_token(pair, sp
     assert "<|user|>" not in seen[2]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def small_peak(llama, tmp_path_factory):
     """Peak memory of a process started in a folder with a torch.py that must not be imported."""
     place = tmp_path_factory.mktemp("trap")

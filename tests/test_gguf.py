@@ -21,7 +21,7 @@ from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, la
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, Bars, load_json, refuses, works
+from shared import OPTIONS, Bars, load_json, module_fixture, parametrize, refuses, works
 from tiny import edit_tensors
 
 
@@ -108,8 +108,8 @@ def test_mtp_layers_behind_the_blocks_stay(tmp_path):
         cut_gguf(source, [3], tmp_path / "no.gguf")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "blocks", "extra", "words", "kind"),
+@parametrize(
+    "architecture, blocks, extra, words, kind",
     [
         ("llama", 4, {"mystery": [1, 2, 3, 4]}, r"llama\.mystery' looks per-layer", None),
         ("cohere2", 4, {}, "may derive the kind of a 'cohere2'", None),
@@ -129,8 +129,8 @@ def test_what_is_unknown_or_numbered_is_refused(
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "extra", "expected"),
+@parametrize(
+    "architecture, extra, expected",
     [
         # Of 12 blocks, 5 and 11 have no window; without 1 and 7 they are blocks 4 and 9.
         (
@@ -201,8 +201,8 @@ def patched(source, out):
     return tensors[DOWN]
 
 
-@pytest.mark.parametrize(
-    ("kind", "then", "most"),
+@parametrize(
+    "kind, then, most",
     [
         (Kind.F32, Kind.F32, 0.0),
         (Kind.Q8_0, Kind.Q8_0, 1e-2),
@@ -256,7 +256,7 @@ def test_values_are_ordered_and_shifted_as_a_converter_does():
     assert np.array_equal(laid_out("n", norms[0] + 1, norms), norms[1] + 1)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def packed_model(tmp_path_factory):
     """A GGUF file of a tiny llama, the layers of its blocks in Q4_1."""
     held = named(
@@ -270,7 +270,7 @@ def packed_model(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def gguf_run(packed_model, text, tmp_path_factory):
     """A run on that file, without blocks 2 and 3, with a tuned patch."""
     run = tmp_path_factory.mktemp("gguf") / "run"

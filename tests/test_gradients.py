@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -15,6 +14,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.measure.gradients import gate_gradients, gate_rows
 from isingcut.measure.work import Work
 from isingcut.models.replay import Recording
+from shared import parametrize
 from sweep.gates import gated_loss
 from tiny import random_tokens, tiny_replay
 
@@ -28,7 +28,7 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("family", sorted(ADDED))
+@parametrize("family", sorted(ADDED))
 def test_sublayer_gate_gradients_equal_autograd_row_by_row(family):
     replay = tiny_replay(family)
     tokens = random_tokens()
@@ -67,7 +67,7 @@ def gradients(m):
     return rng.standard_t(5, (m, 5)) @ rng.standard_normal((5, 5)) + 0.3
 
 
-@pytest.mark.parametrize("m", [2, 3, 25])
+@parametrize("m", [2, 3, 25])
 def test_errors_are_those_of_the_jackknife(m):
     rows = gradients(m)
     left_out = [form_energy(np.delete(rows, s, 0), {}) for s in range(m)]

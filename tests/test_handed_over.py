@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isingcut
 from isingcut.data.mixture import find_object, register_texts
 from isingcut.errors import CalibrationError, InputError, ModelError, OutputExistsError
-from shared import OPTIONS, leave_speed_out, load_json, refuses, write_jsonl
+from shared import (
+    OPTIONS,
+    leave_speed_out,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    write_jsonl,
+)
 from tiny import tiny_checkpoint
 
 # Six blocks have fifteen states, too few to judge an energy, which no test here does.
@@ -28,7 +36,7 @@ def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("given")
     tiny_checkpoint("llama", base / "model")
@@ -119,8 +127,8 @@ def test_texts_no_longer_in_memory_are_named():
     assert find_object("my-text.txt") is None
 
 
-@pytest.mark.parametrize(
-    ("texts", "words"),
+@parametrize(
+    "texts, words",
     [
         ([], "empty list"),
         (["a", 3], "text 1 is of type int"),
@@ -178,7 +186,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+@parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
 def test_models_that_cannot_be_saved_whole(loaded, tmp_path, spoil, words):
     model, tokenizer = loaded
     spoil(model)

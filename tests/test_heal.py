@@ -49,7 +49,7 @@ from isingcut.models.load import load
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
-from shared import refuses, save_json, write_jsonl
+from shared import parametrize, refuses, save_json, write_jsonl
 from tiny import load_tiny
 
 __all__ = ["healed", "models"]
@@ -73,7 +73,7 @@ def test_healing_lowers_the_loss_and_leaves_a_plain_checkpoint(models, healed):
     assert len(find_stack(load_tiny(healed).model)) == 4
 
 
-@pytest.mark.parametrize("method", ["full", "lora:4", "last:2"])
+@parametrize("method", ["full", "lora:4", "last:2"])
 def test_a_killed_healing_resumes_to_the_same_curve_and_weights(
     models, healed, tmp_path, method
 ):
@@ -230,7 +230,7 @@ def test_training_in_half_precision(models, tmp_path):
 ONCE = {"max_steps": 1}
 
 
-@pytest.mark.parametrize("method", ["lora", "last:1", "full"])
+@parametrize("method", ["lora", "last:1", "full"])
 def test_a_frozen_student_is_loaded_as_it_is_stored(models, tmp_path, spy, method):
     student = saved_student(models, tmp_path / "half", "bfloat16")
     loaded = spy(parts, "reload", lambda *given, dtype, **rest: dtype)
@@ -301,9 +301,7 @@ def test_the_patch_is_the_default_once(models, tmp_path):
     assert "patch" not in further
 
 
-@pytest.mark.parametrize(
-    ("place", "mixed"), [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")]
-)
+@parametrize("place, mixed", [("run", "{0}"), ("run/remove-2", "{0}=1,{1}=1")])
 def test_a_checkpoint_of_a_run_is_judged_on_what_the_run_reports_on(
     models, tmp_path, monkeypatch, place, mixed
 ):
@@ -506,8 +504,8 @@ def test_a_runs_budget_is_that_of_its_healing():
         config.replace(heal="soon")
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
+@parametrize(
+    "words, line",
     [
         (["--heal", "--patch", "cubic"], "--patch must be"),
         (["--patch=linear", "--heal"], "gone"),

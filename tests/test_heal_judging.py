@@ -32,6 +32,7 @@ from isingcut.models.device import Allowance
 from isingcut.models.load import load
 from isingcut.report.words import healing_warnings
 from ranks import run, type_in
+from shared import parametrize
 
 __all__ = ["healed", "models"]
 
@@ -172,8 +173,8 @@ def _trains(room, dies, *arguments):
     type_in("--debug", "heal", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("room", "trainer", "more", "exact"),
+@parametrize(
+    "room, trainer, more, exact",
     [
         (10**9, {}, {}, 1e-6),
         (10**5, {}, {}, 1e-6),

@@ -27,7 +27,7 @@ from isingcut.models.load import load
 from isingcut.options.config import HealConfig
 from isingcut.processes import Processes
 from isingcut.testing.tiny import tiny_model
-from shared import refuses
+from shared import module_fixture, parametrize, refuses
 
 
 def normal(*shape, seed=0):
@@ -52,8 +52,8 @@ def loops(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize(
-    ("dtype", "words", "rtol"),
+@parametrize(
+    "dtype, words, rtol",
     # The gradient is stored in the logits' dtype, then scaled: rounded twice to bfloat16's 8 bits.
     [(torch.float32, 17, 1e-4), (torch.bfloat16, 4099, 2**-7)],
 )
@@ -92,8 +92,8 @@ def test_chunks_of_the_vocabulary_change_nothing():
     assert_close(*results)
 
 
-@pytest.mark.parametrize(
-    ("method", "family", "changes", "ends"),
+@parametrize(
+    "method, family, changes, ends",
     [
         ("lora", "llama", {}, torch.bfloat16),
         ("last:1", "llama", {}, torch.float32),
@@ -213,12 +213,12 @@ __all__ = ["models"]
 TOKENS = TokenSet.from_rows([[9 + i + k for k in range(64)] for i in range(4)])
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def narrow_blocks(tmp_path_factory):
     return on_card.write_models(tmp_path_factory.mktemp("card"), 8, (3, 4))
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def half(models, tmp_path_factory):
     """The tiny teacher and student, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half")
@@ -234,8 +234,8 @@ def places(tensors):
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-@pytest.mark.parametrize("method", ["lora", "last:2"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@parametrize("method", ["lora", "last:2"])
+@parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_trained_is_the_teachers(
     half, models, tmp_path, monkeypatch, spy, method, dtype
 ):
@@ -303,8 +303,8 @@ def job_on(card, models, folder, processes=None, training=None, **changes):
 TERMS = r"\(weights \S+, gradients \S+, moments \S+, teacher \S+, activations of one sample \S+\)"
 
 
-@pytest.mark.parametrize(
-    ("free", "method", "lora"),
+@parametrize(
+    "free, method, lora",
     [
         (1.1e6, "full", "--method lora, "),
         (0.9e6, "lora", ""),

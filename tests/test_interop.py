@@ -10,7 +10,7 @@ import pytest
 from isingcut.errors import StageFileError
 from isingcut.files.ownership import mark
 from isingcut.runs import interop_hub
-from shared import load_json, refuses, save_json
+from shared import load_json, parametrize, refuses, save_json
 
 # The hub ---------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def test_push_uploads_every_file_but_the_marker_with_the_card(hub, cut, monkeypa
     }
 
 
-@pytest.mark.parametrize("token", ["hf_wrong", ""])
+@parametrize("token", ["hf_wrong", ""])
 def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, token):
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(
@@ -120,7 +120,7 @@ def test_without_a_valid_token_nothing_is_sent(hub, cut, monkeypatch, tmp_path, 
     assert not [p for p, *_ in hub.seen if "/commit/" in p]
 
 
-@pytest.mark.parametrize("name", ["me/cut/more", "me/ cut"])
+@parametrize("name", ["me/cut/more", "me/ cut"])
 def test_a_bad_repository_name_is_refused_without_the_hub(cut, name):
     with refuses("write owner/name"):
         interop_hub.prepare(cut, name)

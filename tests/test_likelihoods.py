@@ -21,7 +21,7 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.ising.states import states_of
 from isingcut.measure.work import Work
 from isingcut.models import replay as replays
-from shared import refuses, write_jsonl
+from shared import module_fixture, parametrize, refuses, write_jsonl
 from test_tasks import gsm8k
 from tiny import load_tiny
 
@@ -29,7 +29,7 @@ WORDS = ("stone", "rain", "old town", "a mat", "the cat sat")
 REMOVED = [(), (1,), (1, 3), (0, 4), (1, 3)]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def model(shared):
     folder = shared.checkpoint(seed=3, max_position_embeddings=512)
     return load_tiny(folder)
@@ -148,7 +148,7 @@ def test_a_killed_measurement_goes_on(model, tmp_path, spy):
 FILES = {"arc_easy": "test", "hellaswag": "val", "winogrande": "dev", "lambada": "test"}
 
 
-@pytest.mark.parametrize("name", FILES)
+@parametrize("name", FILES)
 def test_the_certainty_of_a_right_answer(name, model, tmp_path):
     records = [
         {
@@ -261,7 +261,7 @@ def texts(found, harness, context, **rest):
     return context.shape
 
 
-@pytest.mark.parametrize("state", range(len(STATES)))
+@parametrize("state", range(len(STATES)))
 def test_texts_are_the_harness_s(model, state):
     plain = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=2)
     with skip_blocks(model.model, STATES[state]):

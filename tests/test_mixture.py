@@ -30,7 +30,7 @@ from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
 from isingcut.testing.tiny import tiny_model
 from run_files import healing, text_scores
-from shared import refuses, write_jsonl
+from shared import parametrize, refuses, write_jsonl
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 
@@ -63,8 +63,8 @@ def test_shares_add_up_and_files_are_called_by_their_names(tmp_path):
     assert names == ["a.txt (1)", "a.txt (2)"]
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "parts"),
+@parametrize(
+    "name, source, parts",
     [
         ("wiki=1,self=1", "wiki=1,self=1", ["wiki=1,self=1"]),
         ("a=b.txt", "other=1,a=b.txt=2", ["other", "a=b.txt"]),
@@ -82,8 +82,8 @@ def test_a_file_of_that_name_is_no_mixture_and_can_be_a_part(
 UNLIKE = "its part '{}' is not"
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
+@parametrize(
+    "source, words",
     [
         ("wiki=0.5,self", UNLIKE.format("self")),
         ("wiki=half,self=1", UNLIKE.format("wiki=half,self=1")),
@@ -164,8 +164,8 @@ def test_text_of_the_model_can_be_a_part(tmp_path, tokenizer):
     assert [part["kind"] for part in found.meta["parts"]] == ["documents", "generated"]
 
 
-@pytest.mark.parametrize(
-    ("parts", "words"),
+@parametrize(
+    "parts, words",
     [
         ("a.jsonl=1,missing.txt=1", "part 'missing.txt' of the mixture: the"),
         ("a.jsonl=1,b.jsonl=1", "part 'b.jsonl' .*b.jsonl is too short"),
@@ -302,7 +302,7 @@ def test_healing_keeps_the_shares_and_leaves_out_what_was_measured_on(
                 assert len(one & other) <= (pattern[0] == "D")
 
 
-@pytest.mark.parametrize(("typed", "seed"), [("", 0), ("other/../", 0), ("", 1)])
+@parametrize("typed, seed", [("", 0), ("other/../", 0), ("", 1)])
 def test_healing_by_one_part_of_what_was_measured_on_leaves_that_out(
     tmp_path, tokenizer, typed, seed
 ):

@@ -18,7 +18,7 @@ from isingcut.models import load as models
 from isingcut.models.inspect import inspect_model
 from isingcut.models.load import find_loading_class
 from isingcut.models.streaming.replay import load_streamed
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 from tiny import edit_config, load_tiny, tiny_checkpoint
 
 
@@ -34,8 +34,8 @@ def _no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("ISINGCUT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
+@parametrize(
+    "name, words",
     [
         *(
             (name, "expected a local Hugging Face folder")
@@ -51,7 +51,7 @@ def test_a_name_without_a_model_is_refused_in_one_line(name, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [models.load, find_loading_class, inspect_model])
+@parametrize("read", [models.load, find_loading_class, inspect_model])
 def test_a_folder_that_was_deleted_is_not_looked_for_on_the_hub(
     read, tmp_path, monkeypatch
 ):
@@ -90,8 +90,8 @@ def test_loading_freezes_and_keeps_the_weights(folder):
     assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())
 
 
-@pytest.mark.parametrize(
-    ("features", "cpu", "expected"),
+@parametrize(
+    "features, cpu, expected",
     [
         ({"amx_bf16": True, "avx512_bf16": True}, "Intel(R) Xeon(R)", torch.bfloat16),
         ({"avx512_bf16": True}, "AMD EPYC", torch.bfloat16),
@@ -105,8 +105,8 @@ def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
     assert device.pick_dtype("auto", torch.device("cpu")) is expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
+@parametrize(
+    "capability, expected",
     [
         ((9, 0), "bfloat16"),
         ((8, 0), "bfloat16"),
@@ -142,7 +142,7 @@ def test_smollm2_without_package_and_hub_names_the_command(monkeypatch):
     assert hub_id("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize("prompts", [1, 3])
+@parametrize("prompts", [1, 3])
 def test_a_frozen_head_is_multiplied_once_for_all_prompts(folder, prompts):
     model = models.load(folder, device="cpu").model
     products = []
@@ -194,7 +194,7 @@ def test_a_configuration_may_ask_for_tuples(folder):
         assert torch.equal(streamed(input_ids=ids, use_cache=False).logits, whole)
 
 
-@pytest.mark.parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
+@parametrize("content", ['{"max_new_tokens": "x"}', "[1]"])
 def test_a_generation_config_that_does_not_load_is_named_before_the_weights(
     folder, content
 ):

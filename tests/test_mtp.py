@@ -9,14 +9,14 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS
+from shared import OPTIONS, module_fixture
 from sweep.mtp import add_mtp_layers
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OF_MTP = "model.layers.4."
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def source(tmp_path_factory):
     folder = tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("mtp") / "teacher")
     add_mtp_layers(tiny_model("deepseek_v3"), folder)

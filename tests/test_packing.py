@@ -23,7 +23,7 @@ from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint, tiny_model
-from shared import OPTIONS, load_json, refuses, works
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
 from tiny import in_memory, plain_sums, random_tokens, streamed, without
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -31,7 +31,7 @@ IDLE = 3
 """Index of the block that adds nothing to the stream, the only one that is free to remove."""
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def file(tmp_path_factory):
     """A GGUF file of a tiny llama in float16, its down-projections in Q5_1."""
     model = tiny_model("llama", **WIDE)
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_the_file_written_and_weights_what_it_holds(file, tmp
         assert (found is None) == ("norm" in name)
 
 
-@pytest.mark.parametrize("read", [in_memory, streamed])
+@parametrize("read", [in_memory, streamed])
 def test_changed_weights_are_measured_and_restored(read, tmp_path):
     folder = tiny_checkpoint("gemma3", tmp_path / "model")
     replay = read(folder)

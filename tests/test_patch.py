@@ -28,7 +28,7 @@ from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
-from shared import refuses
+from shared import parametrize, refuses
 from tiny import load_tiny, replay_of
 
 
@@ -78,7 +78,7 @@ def test_runs_are_maximal():
     assert runs([9, 4, 5, 7, 6, 0]) == [(0, 0), (4, 7), (9, 9)]
 
 
-@pytest.mark.parametrize("kind", [Moments, Rows])
+@parametrize("kind", [Moments, Rows])
 def test_ridge_solution_satisfies_the_normal_equations(kind):
     generator = torch.Generator().manual_seed(1)
 
@@ -117,7 +117,7 @@ def test_useless_features_give_no_map():
     assert fit_ridge(sides[0], sides[1]) is None
 
 
-@pytest.mark.parametrize("reads", [True, False])
+@parametrize("reads", [True, False])
 def test_one_cut_solves_its_least_squares_problem(reads):
     model = tiny_model("llama")
     text = tokens()
@@ -160,8 +160,8 @@ def test_later_cuts_are_fitted_on_the_model_patched_so_far():
     assert_stationary(model, text, second, [1], [first])
 
 
-@pytest.mark.parametrize(
-    ("removed", "reason"),
+@parametrize(
+    "removed, reason",
     [
         ([0, 1], "^block 0 is removed"),
         (
@@ -226,7 +226,7 @@ def test_a_cut_that_no_map_helps_is_listed_and_the_others_go_on(monkeypatch):
     assert_stationary(model, tokens(), alone, [2])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@parametrize("family", ["llama", "gemma2"])
 def test_the_original_runs_once_for_the_patches_of_several_states(family, spy):
     replay = replay_of(tiny_model(family))
     kept = {}
@@ -243,7 +243,7 @@ def test_the_original_runs_once_for_the_patches_of_several_states(family, spy):
     assert 2 not in ran
 
 
-@pytest.mark.parametrize(("family", "again"), [("llama", 0), ("gemma2", 1)])
+@parametrize("family, again", [("llama", 0), ("gemma2", 1)])
 def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
     family, again, tmp_path, spy
 ):
@@ -316,8 +316,8 @@ def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(
         fit_patches(replay, tokens(), [3], Work(96))
 
 
-@pytest.mark.parametrize(
-    ("family", "path"),
+@parametrize(
+    "family, path",
     [
         ("llama", "mlp.down_proj"),
         ("gpt2", "mlp.c_proj"),
@@ -368,7 +368,7 @@ def test_the_scale_of_a_family_is_found(monkeypatch):
     assert block_error(model, [patch], 2, 3, text) < block_error(model, [], 2, 3, text)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_half_precision_does_not_hide_who_absorbs(family):
     model = tiny_model(family).to(torch.bfloat16)
     # One channel of the stream far larger than the others, as in large models.
@@ -376,7 +376,7 @@ def test_half_precision_does_not_hide_who_absorbs(family):
     assert (write_of(model) is not None) == (family == "llama")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+@parametrize("family", ["gemma2", "mixtral"])
 def test_half_precision_does_not_hide_gains(family):
     left = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -400,8 +400,8 @@ NORMED = ["gemma2", "gemma3", "olmo2", "exaone4"]
 ROUTED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 
 
-@pytest.mark.parametrize("family", [*NORMED, *ROUTED, "rwkv"])
-@pytest.mark.parametrize("reads", [True, False])
+@parametrize("family", [*NORMED, *ROUTED, "rwkv"])
+@parametrize("reads", [True, False])
 def test_blocks_that_answer_by_gains_are_patched_and_judged_by_what_they_compute(
     family, reads, monkeypatch
 ):
@@ -450,8 +450,8 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     assert float(((found - expected) / expected).abs().median()) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("family", "place", "name", "found", "reason"),
+@parametrize(
+    "family, place, name, found, reason",
     [
         ("gemma2", _Fitting, "_error", 1.0, "no map of block 1's mlp.down_proj or "
          "self_attn.o_proj is better than none"),
@@ -467,7 +467,7 @@ def test_a_block_without_a_useful_layer_is_refused(
         fitted(tiny_model(family), [2], tokens())
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2"])
+@parametrize("family", ["llama", "olmo2"])
 def test_removing_a_block_that_changes_nothing_leaves_nothing_to_patch(family):
     model = tiny_model(family)
     with torch.no_grad():

@@ -32,6 +32,8 @@ from shared import (
     flags,
     leave_speed_out,
     load_json,
+    module_fixture,
+    parametrize,
     refuses,
     works,
     write_jsonl,
@@ -60,7 +62,7 @@ def patch_of(checkpoint):
     return load_json(checkpoint / "isingcut.json").patch
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def text(shared):
     """Fewer words than elsewhere, because patches are fitted on all of them."""
     return (
@@ -69,7 +71,7 @@ def text(shared):
     )
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def run(shared, llama, text):
     with pytest.MonkeyPatch.context() as patch:
         leave_speed_out(patch.setattr)
@@ -77,7 +79,7 @@ def run(shared, llama, text):
     return found
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def exact(run, tmp_path_factory):
     """The exact cut of the same run."""
     out = tmp_path_factory.mktemp("exact") / "run"
@@ -262,7 +264,7 @@ def test_texts_that_are_gone_leave_those_of_the_energy(llama, tmp_path):
     assert fitted.short.startswith("the source was changed or cannot be read; restore")
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     tiny_checkpoint("llama", place / "model")
@@ -284,7 +286,7 @@ def config(folder, name, **changes):
     return RunConfig(**{**OPTIONS, **given}).replace(**changes)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def healed_run(folder):
     with pytest.MonkeyPatch.context() as patched:
         leave_speed_out(patched.setattr)
@@ -367,8 +369,8 @@ def test_heal_from_the_command_line(folder, healed_run, tmp_path, typed):
     assert (tmp_path / "healed/healing.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "changes"),
+@parametrize(
+    "words, changes",
     [
         ("the run itself sets", {"heal": True, "healing": {"teacher": "x"}}),
         ("--patch must be one of", {"patch": "cubic"}),

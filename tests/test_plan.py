@@ -29,7 +29,7 @@ from isingcut.runs import plan as planning
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.plan import Prices, advise, command, make_plan
 from isingcut.runs.session import Session
-from shared import OPTIONS, flags
+from shared import OPTIONS, flags, parametrize
 from tiny import load_tiny, random_tokens, replay_of, tiny_checkpoint
 
 LENGTH = 16
@@ -281,7 +281,7 @@ def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeyp
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("quick", [False, True])
+@parametrize("quick", [False, True])
 def test_a_run_says_at_its_start_how_long_it_takes(
     llama, text, tmp_path, monkeypatch, capsys, quick
 ):
@@ -302,8 +302,8 @@ def test_a_run_says_at_its_start_how_long_it_takes(
     assert bool(re.search(r"; with --quick \d+ \w+$", said.strip())) == (not quick)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "remove", "energy", "effort"),
+@parametrize(
+    "seconds, remove, energy, effort",
     [
         ((100, 200), "6", "refined", ""),
         ((100, 200), "", "pairwise", ""),

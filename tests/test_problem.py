@@ -12,7 +12,7 @@ from isingcut.ising.hamiltonian import Hamiltonian
 from isingcut.ising.problem import Problem
 from isingcut.ising.spectrum import Spectrum
 from isingcut.ising.states import states_of
-from shared import refuses
+from shared import parametrize, refuses
 
 
 def hamiltonian(n, seed=0, **rest):
@@ -111,8 +111,8 @@ def test_a_cqm_has_the_energies_and_the_rows():
         assert cqm.check_feasible(sample) == feasible
 
 
-@pytest.mark.parametrize("rhs", [4.0, 4.5])
-@pytest.mark.parametrize("sense", ["<=", ">="])
+@parametrize("rhs", [4.0, 4.5])
+@parametrize("sense", ["<=", ">="])
 def test_penalty_form_agrees_on_feasible_states_and_its_minimum_is_feasible(sense, rhs):
     import dimod
 
@@ -161,8 +161,8 @@ def test_save_and_load(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hamiltonian.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("h", "J", "message"),
+@parametrize(
+    "h, J, message",
     [
         ([0.0, np.nan], np.zeros((2, 2)), "h must be finite"),
         ([0.0, 1.0], [[0.0, 1.0], [2.0, 0.0]], "J must be symmetric"),
@@ -191,7 +191,7 @@ def test_bad_coefficients_are_refused(h, J, message):
         Hamiltonian.from_quadratic([[1.0], [1.0, 2.0]])
 
 
-@pytest.mark.parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
+@parametrize("states", [[[0, 1]], [0, 1, 0], [[0, 2, 0]]])
 def test_bad_states_are_refused(states):
     with refuses("states must"):
         hamiltonian(3).energies(states)
@@ -237,7 +237,7 @@ def test_keep_and_drop():
     assert con.drop(3, np.array([2]))[0].name == "drop 2"
 
 
-@pytest.mark.parametrize("wrong", [1.5, True, "1", None])
+@parametrize("wrong", [1.5, True, "1", None])
 def test_blocks_and_their_numbers_are_whole_numbers(wrong):
     for words, make, *given in (
         ("a block to keep must be a whole number, got", con.keep, 4, [wrong]),
@@ -322,8 +322,8 @@ def test_ties_are_ordered_by_bits_whatever_the_input_order():
     assert a.removed(0) == [4, 5]
 
 
-@pytest.mark.parametrize(
-    ("proven", "bound", "energy", "gap"),
+@parametrize(
+    "proven, bound, energy, gap",
     [
         (True, None, 2.0, 0),
         (False, None, 2.0, None),

@@ -20,7 +20,7 @@ from isingcut.models.verify import (
 )
 from isingcut.report.run_files import RunFiles
 from odd_models import composite
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 from sweep.images import invent_images
 from tiny import forbids, tiny_model, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def cut_of(model, removed, folder):
     return folder / "cut"
 
 
-@pytest.mark.parametrize("mask", [LOWEST, -math.inf, -1e4])
+@parametrize("mask", [LOWEST, -math.inf, -1e4])
 def test_masked_logits_are_no_scale(mask):
     logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
     logits[..., 10:35] = mask
@@ -56,7 +56,7 @@ def test_few_huge_entries_are_no_scale():
     assert relative_difference(logits, other) == pytest.approx(1e-6, rel=0.1)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_on_one_side_is_infinitely_far(bad):
     logits = torch.randn((2, 5, 40), generator=torch.Generator().manual_seed(0))
     broken = logits.clone()
@@ -95,16 +95,14 @@ def test_generation_is_compared_despite_masked_logits():
         check_generation(model, torch.arange(12)[None] + 20, 8, "the model")
 
 
-@pytest.mark.parametrize(
-    "setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}]
-)
+@parametrize("setting", [{"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}])
 def test_settings_of_generation_do_not_stop_the_proof(setting, tmp_path):
     model = tiny_model("llama")
     model.generation_config.update(**setting)
     verify(model, [2], cut_of(model, [2], tmp_path))
 
 
-@pytest.mark.parametrize(("above", "tie"), [(0.125, True), (1.0, False)])
+@parametrize("above, tie", [(0.125, True), (1.0, False)])
 def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
     class Rounded:
         """The two largest logits are 16 and a little more, the usual size is 4."""
@@ -131,7 +129,7 @@ def test_a_tie_is_found_by_the_rounding_of_its_own_logits(above, tie):
 DEEPSTACK = ["cohere_compass", "qwen3_omni_moe_thinker"]
 
 
-@pytest.mark.parametrize("family", [*DEEPSTACK, "llava", "granite4_vision", "qwen3_vl"])
+@parametrize("family", [*DEEPSTACK, "llava", "granite4_vision", "qwen3_vl"])
 def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path):
     model = composite(family)
     removed = [0, 5] if family == "granite4_vision" else [3, 5]
@@ -144,7 +142,7 @@ def test_a_cut_of_a_model_that_takes_images_is_proven_with_one(family, tmp_path)
     assert getattr(model.model, "rope_deltas", None) is None
 
 
-@pytest.mark.parametrize("family", DEEPSTACK)
+@parametrize("family", DEEPSTACK)
 def test_blocks_that_image_features_join_behind_stay(family):
     model = composite(family)
     for removed in ([0], [1, 3]):
@@ -163,7 +161,7 @@ def test_deepstack_is_found_where_only_its_class_names_it():
         cut_config(config, [2])
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "granite4_vision"])
+@parametrize("family", ["qwen3_vl", "granite4_vision"])
 def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
     home = "isingcut.formats.architectures.families"
     monkeypatch.setattr(f"{home}.find_fixed_blocks", lambda *a: {})

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from torch.testing import assert_close
 
@@ -20,7 +19,7 @@ from isingcut.models.verify import verify
 from isingcut.options.config import HealConfig
 from odd_models import composite_checkpoint
 from quantised import assert_bytes_follow, fp8_in_tiles, int4, mxfp4, quantise
-from shared import load_json, refuses, save_json
+from shared import load_json, parametrize, refuses, save_json
 from tiny import (
     edit_config,
     edit_tensors,
@@ -36,7 +35,7 @@ PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 
 
-@pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
+@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
 def test_every_layout_is_read_and_cut(layout, tmp_path):
     source = tiny_checkpoint("qwen3", tmp_path / "source")
     quantise(source, layout)
@@ -67,8 +66,8 @@ def test_fp8_weights_of_a_model_with_its_own_code_are_read(tmp_path):
     assert not found["missing_keys"] | found["unexpected_keys"]
 
 
-@pytest.mark.parametrize(
-    ("layout", "shards", "patch"),
+@parametrize(
+    "layout, shards, patch",
     [
         ("fp8", 10**9, "tuned"),
         ("compressed-tensors", 20_000, "linear"),
@@ -121,8 +120,8 @@ def test_a_patched_layer_is_plain_and_listed_and_the_others_keep_their_bytes(
     assert not torch.equal(weight, teacher.model.get_submodule(module).weight)
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
+@parametrize(
+    "given, told",
     [(None, ["lm_head", "new"]), ([], ["new"]), (["old"], ["old", "new"])],
 )
 def test_the_head_is_listed_as_plain_only_where_there_was_no_list(

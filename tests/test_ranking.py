@@ -25,7 +25,7 @@ from isingcut.options.config import RunConfig
 from isingcut.report.words import sentence
 from isingcut.runs import cutting, pipeline, trials
 from isingcut.runs.folder import RunFolder
-from shared import OPTIONS, load_json, refuses
+from shared import OPTIONS, load_json, parametrize, refuses
 from tiny import load_tiny, random_tokens, tiny_replay
 
 pytestmark = [
@@ -186,7 +186,7 @@ def test_a_clear_leader_is_not_patched_for_the_choice():
     assert trials.choose_by_patch(found, False, None, None, []) == [1]
 
 
-@pytest.mark.parametrize(("patched", "chosen"), [(0.97, 0), (0.9, 1)])
+@parametrize("patched, chosen", [(0.97, 0), (0.9, 1)])
 def test_a_state_of_the_search_is_chosen_if_it_is_clearly_better_after_a_patch(
     patched, chosen
 ):

@@ -36,7 +36,7 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 
 N = 12
 
@@ -101,8 +101,8 @@ def test_a_finished_run_is_recognised_by_its_files(folder):
     assert data.provenance.model.sha256 == "sha-of-a-model"
 
 
-@pytest.mark.parametrize(
-    ("why", "said"),
+@parametrize(
+    "why, said",
     [
         (
             "near states 1 and 2; lower after a patch",
@@ -154,8 +154,8 @@ def test_a_batch_is_a_row_where_it_was_timed(folder):
     assert "| decode, 32 sequences, tokens/s | 2000 | 2500 | +25.0 % |" in page
 
 
-@pytest.mark.parametrize(
-    ("kl", "said"),
+@parametrize(
+    "kl, said",
     [
         (0.09, "Expect nearly the same answers"),
         (0.1, "Expect answers of the same kind with more mistakes"),
@@ -194,8 +194,8 @@ def test_a_gguf_that_grew_is_not_smaller(folder):
     assert "takes 0.2 MB on disk instead of 0.2 (+3.2 %)" in page
 
 
-@pytest.mark.parametrize(
-    ("error", "cell", "ends"),
+@parametrize(
+    "error, cell, ends",
     [
         (0.1, "-0.4000 ± 0.1000 │", "."),
         (0.21, "-0.4000 ± 0.2100 │ within the noise │", ", within the noise."),
@@ -219,7 +219,7 @@ def test_the_end_of_a_healing_has_the_paired_verdict(folder, capsys, error, cell
     assert "within the noise" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@parametrize("name", NAMES)
 def test_a_name_stands_for_itself_in_markdown(folder, name):
     run = run_content(name, "pairwise", N, 3, 0)
     run["provenance"]["calibration"]["source"] = name
@@ -265,8 +265,8 @@ def test_the_map_has_one_row_per_state_and_one_column_per_block(folder):
         assert line.lstrip().startswith("*") == (row.removed == found.chosen.removed)
 
 
-@pytest.mark.parametrize(
-    ("missing", "title", "stage"),
+@parametrize(
+    "missing, title, stage",
     [
         ("evaluation.json", "Before and after", "evaluate"),
         ("candidates.json", "How well the energy ranks", "rank"),
@@ -304,8 +304,8 @@ def test_another_removal_has_its_own_report_and_commands(folder):
     )
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
+@parametrize(
+    "found, said",
     [
         (fidelity(0.95, 33, 0.9), ""),
         (fidelity(0.2, 33, -0.1), "ranked the measured states poorly (Spearman 0.20"),
@@ -324,8 +324,8 @@ def test_a_poor_or_unknown_fidelity_is_a_plain_warning(folder, found, said):
     assert ("| undefined |" in page) == (found["spearman"] is None and found["n"] > 0)
 
 
-@pytest.mark.parametrize(
-    ("energy", "unit", "kl", "lowest", "said"),
+@parametrize(
+    "energy, unit, kl, lowest, said",
     [
         ("pairwise", "nats/token", 1.5, 0.6, "use --energy auto"),
         ("refined", "nats/token", 1.5, 0.6, "--effort"),
@@ -497,9 +497,7 @@ def test_the_card_without_a_ranking_claims_no_measurement(folder):
     assert "KL divergence" not in card
 
 
-@pytest.mark.parametrize(
-    ("held_out", "tuned"), [(None, False), ([0.5, 0.4], True), ([4, 5], False)]
-)
+@parametrize("held_out, tuned", [(None, False), ([0.5, 0.4], True), ([4, 5], False)])
 def test_a_card_says_whether_a_patch_was_tuned(folder, held_out, tuned):
     tuning = {"layers": [{"block": 2, "layer": "mlp.up_proj"}], "held_out_kl": held_out}
     tuning |= {"steps": 9, "held_out_predictions": 99}
@@ -531,7 +529,7 @@ def test_a_healed_card_is_made_anew_from_the_parts_of_the_cut(folder):
     assert changed in other
 
 
-@pytest.mark.parametrize("source", ["calibration", "energy", "model"])
+@parametrize("source", ["calibration", "energy", "model"])
 def test_what_was_made_from_an_earlier_stage_is_not_there(folder, source):
     (folder / "model.gguf").touch()
     record(folder)

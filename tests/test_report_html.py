@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from isingcut.errors import OutputExistsError
 from isingcut.files.results import write_json
@@ -24,7 +23,7 @@ from run_files import (
     write_report,
     write_run,
 )
-from shared import load_json, refuses, save_json, works
+from shared import load_json, module_fixture, parametrize, refuses, save_json, works
 
 VOID = {"meta", "link", "br", "col", "img"}
 
@@ -88,12 +87,12 @@ def page_of(folder, target=None):
     return Page(((target or folder) / "report.html").read_text())
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "run")
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def page(run):
     return page_of(run)
 
@@ -226,7 +225,7 @@ def test_the_script_has_the_energy_and_the_states(page):
     assert [s["chosen"] for s in data["states"]].count(True) >= 1
 
 
-@pytest.mark.parametrize(("name", "typed"), [("bare", "bare"), ("my run", "'my run'")])
+@parametrize("name, typed", [("bare", "bare"), ("my run", "'my run'")])
 def test_a_run_without_extras_names_the_command(name, typed, tmp_path):
     text = page_of(write_run(tmp_path / name, extras=False)).text
     assert f"None was run. Type isingcut baseline block-influence {typed}" in text
@@ -355,8 +354,8 @@ def test_a_large_model_stays_under_three_megabytes(tmp_path):
 # parts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "log", "expected"),
+@parametrize(
+    "low, high, log, expected",
     [
         (0.0, 1.0, False, ["0.00", "0.25", "0.50", "0.75", "1.00"]),
         (-0.02, 0.03, False, ["−0.02", "0.00", "0.02"]),
@@ -378,7 +377,7 @@ def test_a_scale_of_one_value_or_none_is_still_a_scale():
         assert len(scale.ticks()) >= 2
 
 
-@pytest.mark.parametrize(("more", "expected"), [(False, [0, 1, 3]), (True, [1, 3])])
+@parametrize("more, expected", [(False, [0, 1, 3]), (True, [1, 3])])
 def test_the_front_holds_what_nothing_beats(more, expected):
     points = [(80.0, 2.0), (100.0, 0.0), (90.0, 3.0), (90.0, 1.0), (95.0, 1.0)]
     if more:

@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from isingcut.ising.hamiltonian import Hamiltonian
 from run_files import write_comparison, write_report, write_run
-from shared import load_json
+from shared import load_json, module_fixture, parametrize
 
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
@@ -28,7 +28,7 @@ QUIET = [
 ]
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def browser():
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next((path for name in names if (path := shutil.which(name))), None)
@@ -45,14 +45,14 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def run(tmp_path_factory):
     path = write_run(tmp_path_factory.mktemp("pages") / "run")
     write_report(path)
     return path
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def files(run):
     """The pages to test: a run, one of 96 blocks, and a comparison of three."""
     large = write_run(run.parent / "large", n=96, m=20, model="b-model", extras=False)
@@ -95,8 +95,8 @@ def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-@pytest.mark.parametrize("name", ["run", "large", "several"])
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["1280", "390"])
+@parametrize("name", ["run", "large", "several"])
+@parametrize("size", [DESK, PHONE], ids=["1280", "390"])
 def test_nothing_scrolls_sideways(show, name, size):
     page = show(name, size)
     assert overflow(page) <= 0
@@ -229,7 +229,7 @@ def test_axe_finds_no_serious_violation(show):
     assert violations(show("several", color_scheme="light")) == []
 
 
-@pytest.mark.parametrize("name", ["run", "several"])
+@parametrize("name", ["run", "several"])
 def test_axe_finds_enough_contrast_in_the_dark(show, name):
     page = show(name, color_scheme="dark")
     assert (

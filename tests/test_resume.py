@@ -21,7 +21,7 @@ from isingcut.files.writing import (
 from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
 from shared import OPTIONS as USUAL
-from shared import leave_speed_out, write_words
+from shared import leave_speed_out, module_fixture, parametrize, write_words
 
 OPTIONS = {
     **USUAL,
@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def place(tmp_path_factory):
     """A folder with a tiny model, a text, and the run of a process that was not killed."""
     folder = tmp_path_factory.mktemp("resume")
@@ -137,7 +137,7 @@ def _leave_temporaries(folder):
         stack.close()
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@parametrize("inside", [True, False])
 def test_who_has_the_lock_clears_what_killed_processes_left(tmp_path, inside):
     process = start(tmp_path.with_suffix(".said"), _leave_temporaries, tmp_path)
     process.join(120)

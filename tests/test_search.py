@@ -35,7 +35,15 @@ from isingcut.options.config import RunConfig
 from isingcut.report.run_files import RunFiles
 from isingcut.report.words import sentence
 from isingcut.runs.checks import resolve_energy
-from shared import OPTIONS, flags, load_json, refuses, works
+from shared import (
+    OPTIONS,
+    flags,
+    load_json,
+    module_fixture,
+    parametrize,
+    refuses,
+    works,
+)
 from sweep.gates import gated_loss
 from tiny import count_rows, keep_rows, tiny_replay
 
@@ -43,12 +51,12 @@ WORK = Work(batch_tokens=64)
 N = 8
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def replay():
     return tiny_replay(num_hidden_layers=N)
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def tokens():
     rng = np.random.default_rng(0)
     return TokenSet.from_rows(
@@ -98,8 +106,8 @@ def test_evaluator_pays_for_each_sample_once(replay, tokens):
     assert paid.passes == pytest.approx((N + tree_nodes(states)) / N)
 
 
-@pytest.mark.parametrize(
-    ("samples", "tokens", "rungs"),
+@parametrize(
+    "samples, tokens, rungs",
     [
         (16, 4096, [2, 6, 16]),
         (22, 4200, [3, 8, 22]),
@@ -291,8 +299,8 @@ def test_search_with_enough_budget_measures_every_state(replay, tokens):
     assert found.best(2) == tuple(np.flatnonzero(all_states(N, 2)[np.argmin(kl)]))
 
 
-@pytest.mark.parametrize("passes", [1.0, 3.0])
-@pytest.mark.parametrize("removals", [(4,), (3, 5)])
+@parametrize("passes", [1.0, 3.0])
+@parametrize("removals", [(4,), (3, 5)])
 def test_search_keeps_to_a_small_budget(replay, tokens, passes, removals):
     found = Search(replay, tokens, WORK, counts(*removals), passes).run()
     assert [len(found.best(m)) for m in removals] == list(removals)
@@ -394,14 +402,14 @@ pytestmark = pytest.mark.usefixtures("no_speed")
 LITTLE = {**OPTIONS, "energy": "refined", "effort": "6", "samples": 4, "states": 4}
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def inputs(shared, text):
     model = shared.checkpoint(num_hidden_layers=8)
     return {"model": model, "calibration": text, **LITTLE}
 
 
-@pytest.mark.parametrize(
-    ("asked", "energy"),
+@parametrize(
+    "asked, energy",
     [
         ({}, "pairwise"),
         ({"remove": "3"}, "refined"),

@@ -30,7 +30,7 @@ from isingcut.ising.solvers.base import Solution, reduce
 from isingcut.ising.solvers.dimod import repair
 from isingcut.testing.solvers import check_solver
 from isingcut.testing.solvers import main as kit
-from shared import refuses
+from shared import parametrize, refuses
 
 
 def hamiltonian(kind, n, seed):
@@ -71,8 +71,8 @@ def test_tabu_depends_on_nothing_but_seed_and_options():
 WIDE = counted("indefinite", 60, 30)
 
 
-@pytest.mark.parametrize(
-    ("stopped", "options"),
+@parametrize(
+    "stopped, options",
     [
         ("time limit", {"seconds": 0.2}),
         ("node limit", {"nodes": 2}),
@@ -128,7 +128,7 @@ def test_tabu_stops_at_its_limit():
     assert solve(WIDE, "tabu", restarts=10**6, seconds=0.05).info["restarts"] < 10**6
 
 
-@pytest.mark.parametrize("k", [0, -1, 10**9])
+@parametrize("k", [0, -1, 10**9])
 def test_the_number_of_states_is_bounded(k):
     with refuses("k must be from 1 to 100,000"):
         solve(WIDE, "tabu", k=k)
@@ -166,7 +166,7 @@ def test_what_is_no_solution_is_refused(monkeypatch):
             solve(WIDE, "odd")
 
 
-@pytest.mark.parametrize("name", ["exact", "auto"])
+@parametrize("name", ["exact", "auto"])
 def test_solvers_with_a_proof(name):
     assert set(check_solver(make(name)).values()) == {1.0}
 
@@ -177,8 +177,8 @@ def test_tabu():
     assert figures["k_best_found"] > 0.8
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
+@parametrize(
+    "name, options",
     [
         ("dimod", {"sampler": SimulatedAnnealingSampler, "reads": 50}),
         ("dimod", {"sampler": TabuSampler, "reads": 5, "options": {"timeout": 5}}),
@@ -203,7 +203,7 @@ class AllOnes:
         return dimod.SampleSet.from_samples_bqm([dict.fromkeys(bqm.variables, 1)], bqm)
 
 
-@pytest.mark.parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
+@parametrize("sampler", [AllOnes, AllOnes()], ids=["class", "instance"])
 def test_infeasible_samples_are_repaired_and_counted(sampler):
     problem = counted("indefinite", 8, 3)
     spectrum = solve(problem, "dimod", k=5, sampler=sampler)
@@ -273,8 +273,8 @@ class Fake:
         }[self.fault]
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
+@parametrize(
+    "fault, message",
     [
         ("type", "must return a Solution"),
         ("shape", "must be bool"),
@@ -379,8 +379,8 @@ def test_the_semidefinite_tree_equals_brute_force(problem, k):
         assert_the_k_best(problem, k, threads=1)
 
 
-@pytest.mark.parametrize("kind", ["psd", "indefinite", "degenerate"])
-@pytest.mark.parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
+@parametrize("kind", ["psd", "indefinite", "degenerate"])
+@parametrize("nodes", [5, 100_000], ids=["tree", "enumeration"])
 def test_nothing_is_pruned_that_the_heuristic_would_have_found(
     monkeypatch, kind, nodes
 ):
@@ -450,8 +450,8 @@ def test_open_nodes_without_multipliers_are_still_solved(tree_only):
     assert lean.proven
 
 
-@pytest.mark.parametrize(
-    ("words", "options"),
+@parametrize(
+    "words, options",
     [("threads", {"threads": -1}), ("time limit", {"seconds": 0.0})],
 )
 def test_bad_options_are_refused(words, options):

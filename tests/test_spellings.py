@@ -1,7 +1,5 @@
 """Valid and invalid spellings of removals, budgets, blocks, efforts and memory."""
 
-import pytest
-
 from isingcut.options.config import RunConfig
 from isingcut.options.spellings import (
     BlockList,
@@ -12,7 +10,7 @@ from isingcut.options.spellings import (
     Removal,
     Training,
 )
-from shared import refuses
+from shared import parametrize, refuses
 
 # Class, function of its value, and expected results by typed text.
 READ = [
@@ -73,9 +71,7 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "read", "texts"), READ, ids=[k.__name__ for k, _, _ in READ]
-)
+@parametrize("kind, read, texts", READ, ids=[k.__name__ for k, _, _ in READ])
 def test_what_is_read(kind, read, texts):
     for text, wanted in texts.items():
         assert read(kind(text)) == wanted, text
@@ -115,7 +111,7 @@ NONE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "words", "texts"), NONE)
+@parametrize("kind, words, texts", NONE)
 def test_what_is_refused(kind, words, texts):
     for text in texts:
         with refuses(words):

@@ -27,7 +27,7 @@ from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
-from shared import OPTIONS, load_json, refuses
+from shared import OPTIONS, load_json, module_fixture, parametrize, refuses
 from tiny import (
     CPU,
     edit_config,
@@ -123,14 +123,12 @@ def reads_what_is_loaded(folder, dtype):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"]
-)
+@parametrize("family", ["gpt2", "deepseek_v3", "nemotron_h", "zamba2", "gemma4"])
 def test_reads_the_numbers_that_transformers_loads(family, tmp_path):
     reads_what_is_loaded(tiny_checkpoint(family, tmp_path), "bfloat16")
 
 
-@pytest.mark.parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
+@parametrize("layout", ["fp8", "compressed-tensors", "modelopt"])
 def test_reads_float8_weights_and_others_in_pieces(layout, tmp_path, monkeypatch):
     monkeypatch.setattr("isingcut.models.streaming.reader._STAGE", 256)
     folder = tiny_checkpoint("qwen3", tmp_path)
@@ -250,7 +248,7 @@ def test_weights_that_do_not_fit_are_streamed(llama):
         config.replace(stream="maybe").validate()
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def cut(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("cut") / "model"
     excise(llama, [1, 4], out)

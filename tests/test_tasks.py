@@ -14,7 +14,7 @@ from isingcut.evaluation import answers, questions
 from isingcut.evaluation.benchmark import benchmark, compare_scores, mcnemar
 from isingcut.evaluation.questions import prepare_task
 from isingcut.evaluation.scores import score_states
-from shared import refuses, write_jsonl
+from shared import module_fixture, parametrize, refuses, write_jsonl
 from tiny import load_tiny
 
 NOUNS = ["river", "bridge", "lantern", "orchard", "harbour", "mill", 'it\'s "odd"']
@@ -133,7 +133,7 @@ TASKS = {
 OURS = {"piqa": "val", "hellaswag": "val", "boolq": "val", "winogrande": "dev"}
 
 
-@pytest.fixture(scope="module")
+@module_fixture
 def models(shared):
     return {
         name: load_tiny(shared.checkpoint(seed=i, max_position_embeddings=2048))
@@ -141,7 +141,7 @@ def models(shared):
     }
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@parametrize("name", sorted(TASKS))
 def test_our_task_is_the_harness_s_own(name, models, tmp_path):
     """Same questions through both: same requests, same scores by question, same error bars."""
     import lm_eval.tasks
@@ -256,7 +256,7 @@ def test_paired_bootstrap_of_graded_scores():
     assert not compare_scores(first, first + noise - noise.mean()).more_than_noise
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@parametrize("n", [1, 2, 5])
 def test_a_few_graded_scores_are_no_proof(n):
     found = compare_scores(np.zeros(n), np.linspace(0.4, 0.5, n))
     assert (found.test, found.p_value) == ("bootstrap", 2.0 ** (1 - n))

@@ -25,7 +25,7 @@ from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
 from isingcut.testing.tiny import tiny_model, tiny_tokenizer
-from shared import flags, load_json, refuses, write_jsonl, write_words
+from shared import flags, load_json, parametrize, refuses, write_jsonl, write_words
 
 
 def of_lengths(lengths):
@@ -102,7 +102,7 @@ def counted(tokens, others, size):
     return sum(gram in seen for gram in own) / len(own)
 
 
-@pytest.mark.parametrize(("length", "size"), [(16, 8), (40, 16), (70, 32)])
+@parametrize("length, size", [(16, 8), (40, 16), (70, 32)])
 def test_the_share_is_that_of_a_plain_count(length, size):
     rng = np.random.default_rng(length)
     passage = rng.integers(0, 90, 40).tolist()

@@ -12,7 +12,7 @@ import torch
 import isingcut
 from isingcut.errors import ModelError
 from isingcut.formats import transformers_private as private
-from shared import refuses
+from shared import parametrize, refuses
 from tiny import tiny_model
 
 LOADING = "transformers.core_model_loading"
@@ -50,7 +50,7 @@ def test_the_installed_version_is_one_that_was_looked_at():
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, *CALLED])
+@parametrize("name", [*NAMES, *CALLED])
 def test_what_is_used_is_there_and_takes_what_it_is_given(name):
     try:
         found = pkgutil.resolve_name(name)

@@ -18,7 +18,7 @@ from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig
 from isingcut.testing.tiny import tiny_model
-from shared import refuses
+from shared import parametrize, refuses
 from test_patch import tokens
 from tiny import replay_of
 
@@ -54,7 +54,7 @@ def divergence(model, text, found, removed=REMOVED):
     return total / count
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
+@parametrize("family", ["llama", "gpt2", "gemma3", "mamba2"])
 def test_the_loss_on_samples_held_out_falls_and_is_that_of_the_patched_model(
     monkeypatch, family
 ):

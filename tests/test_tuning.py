@@ -5,7 +5,6 @@ import weakref
 from unittest.mock import Mock
 
 import numpy as np
-import pytest
 import torch
 
 from cards import fake_cards
@@ -18,7 +17,7 @@ from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_byte
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
 from isingcut.testing.tiny import tiny_model
-from shared import refuses
+from shared import parametrize, refuses
 from tiny import random_tokens, replay_of, tiny_replay
 
 
@@ -45,7 +44,7 @@ def test_a_model_whose_graph_was_measured_is_let_go():
     assert gone() is None
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@parametrize("family", ["llama", "gemma3"])
 def test_measurements_use_the_chosen_attention_and_agree(family):
     replay = tiny_replay(family)
     attention = "eager"
@@ -74,7 +73,7 @@ def test_measurements_use_the_chosen_attention_and_agree(family):
     assert replay.model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("stream", ["off", "on"])
+@parametrize("stream", ["off", "on"])
 def test_a_run_measures_with_the_requested_attention(llama, stream, tmp_path):
     config = RunConfig(model=llama, out=tmp_path / "run", attention="eager")
     session = Session(config.replace(stream=stream, batch_tokens=64).validate())

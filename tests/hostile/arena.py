@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import shared
-from shared import leave_speed_out, snapshot
+from shared import leave_speed_out, parametrize, snapshot
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def rows(cases):
 
 def parametrised(table):
     """Run a test once for each row of a table."""
-    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
+    return parametrize("row", table, ids=[row.name for row in table])
 
 
 class TooSlowError(BaseException):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 
-import pytest
 import torch
 from arena import Row, parametrised, rows
 from damage import (
@@ -27,7 +26,7 @@ from isingcut.files.ownership import MARKER, mark
 from isingcut.files.results import write_json
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.testing.tiny import tiny_checkpoint
-from shared import load_json
+from shared import load_json, parametrize
 
 
 def unfinished(arena):
@@ -323,9 +322,7 @@ def test_half_a_state_alone_is_begun_anew(arena, monkeypatch):
     assert len(curve(arena)) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "healing-curve.json"]
-)
+@parametrize("name", ["model.safetensors", "optimizer.pt", "healing-curve.json"])
 def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
     with monkeypatch.context() as patch:
         stops(patch, 2, Stopped(), part="save_model")
@@ -340,7 +337,7 @@ def test_a_damaged_state_is_left_out(arena, monkeypatch, name):
 BLOWN = {"weight_decay": 1e35, "max_steps": 4, "warmup_steps": 0}
 
 
-@pytest.mark.parametrize("saved", [1, 50])
+@parametrize("saved", [1, 50])
 def test_the_advice_after_no_number_works(arena, saved):
     settings = {**BLOWN, "save_steps": saved}
     line = (
@@ -351,8 +348,8 @@ def test_the_advice_after_no_number_works(arena, saved):
     assert types(arena, heal("--patch none", **settings, learning_rate=1e-37)) == []
 
 
-@pytest.mark.parametrize(
-    ("place", "error"),
+@parametrize(
+    "place, error",
     [
         ("isingcut.healing.training.distill._publish", FULL),
         ("isingcut.healing.heal.healed_card", FULL),

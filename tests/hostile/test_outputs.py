@@ -13,7 +13,7 @@ from isingcut.errors import InputError, OutputExistsError
 from isingcut.files.ownership import check_output
 from isingcut.options.config import RunConfig
 from isingcut.runs.folder import read_by
-from shared import load_json, refuses, save_json, snapshot
+from shared import load_json, parametrize, refuses, save_json, snapshot
 
 STAYS = r"is not replaced: .*--overwrite replaces only files of isingcut"
 FOREIGN = r"already exists and is not an isingcut run; nothing was written"
@@ -179,7 +179,7 @@ def test_what_isingcut_wrote_is_replaced(arena):
         arena.try_row(row)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "place",
     ["model", "home", "run", ".", "run/model/inside", "model/inside", "text.txt"],
 )

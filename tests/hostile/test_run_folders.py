@@ -13,7 +13,7 @@ import isingcut
 from isingcut.energies import registry
 from isingcut.files.journal import Journal
 from isingcut.formats.sources import model_identity
-from shared import load_json, refuses
+from shared import load_json, parametrize, refuses
 
 OPTIONS = (
     "--remove 2 --calibration text.txt --length 16 --samples 3 --rank-samples 3 "
@@ -179,7 +179,7 @@ def overwritten(path):
         f.write(b"\0\0\0\0")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "command",
     [
         f"energy {{model}} {MEASURED} --out {{here}}/new",
@@ -208,7 +208,7 @@ def test_weights_that_are_overwritten_while_they_are_measured(
     assert not (load_json(place / "run.json").stages.get(name) or {}).get("done")
 
 
-@pytest.mark.parametrize("place", ["model", "run/model"])
+@parametrize("place", ["model", "run/model"])
 def test_weights_that_are_overwritten_while_they_are_healed(arena, monkeypatch, place):
     from isingcut.healing.training.train import Watch
 
@@ -250,7 +250,7 @@ def plugins(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("plugins")
-@pytest.mark.parametrize("name", CONTENTS)
+@parametrize("name", CONTENTS)
 def test_a_broken_plugin_that_is_named_is_blamed(arena, name):
     line = BLAMED.format(name=name, words=CONTENTS[name][1])
     arena.refuses(f"solve {{run}} --solver {name}", line)

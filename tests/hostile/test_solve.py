@@ -7,7 +7,7 @@ import pytest
 from arena import Row, parametrised
 from damage import both, edited, written
 
-from shared import load_json
+from shared import load_json, parametrize
 
 HEAD = """
 import sys
@@ -165,7 +165,7 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
+@parametrize("name", GOOD)
 def test_a_sampler_that_works_gives_clean_json(place, name):
     row = Row(name, "solve {run} --remove 3 --json --solver dimod:bad.Bad", code=0,
               prepare=method(GOOD[name]), makes=("run/*",))  # fmt: skip

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from arena import Row, parametrised
 from safetensors.numpy import save_file
 from stage_files import EXTRAS, REPORT, SOLVE, edited, record, replaced, rewritten
 
 from isingcut.files.results import tensor_header
-from shared import load_json, refuses, save_json
+from shared import load_json, parametrize, refuses, save_json
 
 
 def first_key_twice(content):
@@ -346,7 +345,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize(("change", "line"), SPLITS.values(), ids=SPLITS)
+@parametrize("change, line", SPLITS.values(), ids=SPLITS)
 def test_damaged_tokens_are_one_line(arena, change, line):
     from isingcut.data.calibration import Calibration
     from isingcut.errors import StageFileError

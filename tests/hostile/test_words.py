@@ -19,7 +19,7 @@ import isingcut
 from isingcut.errors import IsingcutError
 from isingcut.options.config import HealConfig, RunConfig
 from isingcut.options.declaration import flag, from_yaml, parse_yaml
-from shared import refuses
+from shared import parametrize, refuses
 
 RUN = "run gone --out new --calibration {here}/pipe"
 HEAL = "heal gone --teacher gone --out new --text {here}/pipe"
@@ -50,7 +50,7 @@ def numbers(kind):
             yield f, low, above, schema["maximum"], schema["type"] == "integer"
 
 
-@pytest.mark.parametrize("kind", [RunConfig, HealConfig])
+@parametrize("kind", [RunConfig, HealConfig])
 def test_every_number_has_both_ends(kind):
     for f, low, above, high, _ in numbers(kind):
         assert max(low, above) >= 0, f.name
@@ -150,9 +150,7 @@ def rows():
     ]
 
 
-@pytest.mark.parametrize(
-    "row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())]
-)
+@parametrize("row", rows(), ids=[f"{k}: {r.name}" for k, r in enumerate(rows())])
 def test_words_are_checked_before_anything_is_read(nothing, row):
     nothing.try_row(row)
 
@@ -250,8 +248,8 @@ def test_words_of_yaml_mean_what_they_say(tmp_path):
     assert parse_yaml("learning_rate: 2e-5") == {"learning_rate": 2e-5}
 
 
-@pytest.mark.parametrize(
-    ("options", "line"),
+@parametrize(
+    "options, line",
     [
         (
             {"samples": 10**5000},
@@ -304,7 +302,7 @@ EARLY = [
 ]
 
 
-@pytest.mark.parametrize(("words", "line"), EARLY, ids=[words for words, _ in EARLY])
+@parametrize("words, line", EARLY, ids=[words for words, _ in EARLY])
 def test_the_configuration_is_checked_before_weights_are_loaded(
     arena, monkeypatch, words, line
 ):
