@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -82,6 +83,28 @@ def refusal(capsys):
         return capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Function that replaces a function, named as for `setattr`, by one with this result."""
+
+    def replace(*given):
+        *function, result = given
+        monkeypatch.setattr(*function, lambda *_, **__: result)
+
+    return replace
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Function that replaces a function, named as for `setattr`, by one that raises an error."""
+
+    def replace(*given):
+        *function, error = given
+        monkeypatch.setattr(*function, Mock(side_effect=error))
+
+    return replace
 
 
 @pytest.fixture

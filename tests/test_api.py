@@ -245,12 +245,12 @@ def test_a_run_without_a_removal_is_shown_with_its_blocks(place, monkeypatch):
     )
 
 
-def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch):
+def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch, stub):
     monkeypatch.chdir(place)
     found = load_json(place / "my-run/candidates.json")
     poor = {**found.fidelity.kl, "spearman": 0.1, "spearman_low": -0.1}
     found.fidelity["kl"] = poor
-    monkeypatch.setattr("isingcut.runs.ranking.rank", lambda *a: found)
+    stub("isingcut.runs.ranking.rank", found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
         isingcut.prune(
             "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS

@@ -153,8 +153,8 @@ def test_python_reads_the_standard_library_and_no_tests_of_it(tokenizer):
     assert texts != list(corpora.read("python", tokenizer, 1).documents)
 
 
-def test_python_without_source_files_says_so(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+def test_python_without_source_files_says_so(tmp_path, tokenizer, stub):
+    stub("sysconfig.get_path", str(tmp_path))
     refused(
         "python",
         tokenizer,
@@ -257,10 +257,10 @@ def test_self_follows_the_models_own_distribution(tokenizer):
     assert abs(share - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
 
 
-def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, monkeypatch):
+def test_self_needs_a_model_that_does_not_repeat_itself(tokenizer, stub):
     with refuses("needs a model"):
         calibrate("self", tokenizer)
     same = torch.tensor([[1, 2, 3]] * 32)
-    monkeypatch.setattr("isingcut.data.generation._generate", lambda *_, **__: same)
+    stub("isingcut.data.generation._generate", same)
     with refuses("repeats itself", CalibrationError):
         calibrate("self", tokenizer, model=tiny_model("llama"))

@@ -134,11 +134,13 @@ class _Group:
     "present, cards, rank, number",
     [(1, None, 1, 0), (2, None, 1, 1), (4, 2, 1, 2), (2, 2, 1, 0)],
 )
-def test_each_process_has_a_gpu_of_its_own(present, cards, rank, number, monkeypatch):
+def test_each_process_has_a_gpu_of_its_own(
+    present, cards, rank, number, monkeypatch, stub
+):
     used = []
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: present)
+    stub("torch.cuda.is_available", True)
+    stub("torch.cuda.device_count", present)
     monkeypatch.setattr("torch.cuda.set_device", used.append)
     monkeypatch.setattr(
         "torch.cuda.get_device_properties", lambda n: SimpleNamespace(uuid=f"GPU-{n}")
@@ -340,7 +342,7 @@ def test_a_measurement_within_less_memory_gives_the_same_numbers(job):
 WIDE = {"intermediate_size": 512}
 
 
-def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
+def test_a_fit_without_room_on_its_card_is_made_on_the_host(stub):
     model = tiny_model("llama", **WIDE)
     tokens = random_tokens([14] * 24)
     expected = fit_patches(replay_of(model), tokens, [3], Work(128)).patches[0].weight
@@ -351,8 +353,8 @@ def test_a_fit_without_room_on_its_card_is_made_on_the_host(monkeypatch):
         found = fit_patches(replay, tokens, [3], Work(128))
         assert card.peak < card.budget
         # The same where the estimate is wrong, and where the layer's inputs do not fit either.
-        monkeypatch.setattr(linear, "bytes_of", lambda *given: 0)
-        monkeypatch.setattr(Replay, "room", lambda self, batch: 0)
+        stub(linear, "bytes_of", 0)
+        stub(Replay, "room", 0)
         again = fit_patches(replay, tokens, [3], Work(128))
     assert (found.maps, found.unpatched) == ("reads", [])
     for fit in (found, again):
@@ -447,12 +449,12 @@ def test_ranking_that_runs_out_of_memory_goes_on_from_disk(
     assert replays == [Replay, StreamedReplay]
 
 
-def test_a_gpu_kit_that_cannot_begin_says_so(capsys, tmp_path, monkeypatch):
+def test_a_gpu_kit_that_cannot_begin_says_so(capsys, tmp_path, monkeypatch, stub):
     def said(**options):
         assert gpu.main(flags({"out": tmp_path / "found.json", **options})) == 2
         return capsys.readouterr().out
 
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    stub("torch.cuda.device_count", 0)
     assert said().startswith("no GPU found: ")
     assert not (tmp_path / "found.json").exists()
     assert "unknown check 'agre'" in said(only="agree,agre")

@@ -313,22 +313,16 @@ def test_push_takes_a_run_or_a_checkpoint(run, monkeypatch, refusal, answer):
 # Exit codes and streams --------------------------------------------------------------------
 
 
-def test_exit_codes(monkeypatch, capsys, tmp_path):
+def test_exit_codes(capsys, tmp_path, fails):
     works("ls")
     assert call("solve", tmp_path) == 2
     capsys.readouterr()
 
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("isingcut.ising.solvers.registry.names", interrupted)
+    fails("isingcut.ising.solvers.registry.names", KeyboardInterrupt)
     assert call("ls") == 130
     assert "run the same command again to resume" in capsys.readouterr().err
 
-    def broken():
-        raise ZeroDivisionError("of  the\nsolver")
-
-    monkeypatch.setattr("isingcut.ising.solvers.registry.names", broken)
+    fails("isingcut.ising.solvers.registry.names", ZeroDivisionError("of  the\nsolver"))
     assert call("ls") == 1
     line = capsys.readouterr().err
     assert line.startswith(
@@ -341,11 +335,11 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
 
 
 def test_the_verb_decides_which_processes_work_whatever_stands_before_it(
-    monkeypatch, capsys
+    monkeypatch, capsys, stub
 ):
     left = []
-    monkeypatch.setattr("isingcut.cli.main.launched_rank", lambda: 1)
-    monkeypatch.setattr("isingcut.cli.main.is_launched", lambda: True)
+    stub("isingcut.cli.main.launched_rank", 1)
+    stub("isingcut.cli.main.is_launched", True)
     monkeypatch.setattr(
         "isingcut.cli.main.leave_word", lambda code, text: left.append(code)
     )

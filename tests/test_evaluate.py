@@ -56,10 +56,10 @@ def test_quality_agrees_with_one_sample_at_a_time(pair, tokens):
     assert (alone.kl_se, alone.before.perplexity_se) == (None, None)
 
 
-def test_few_float32_logits_exist_at_once(tokens, monkeypatch, spy):
+def test_few_float32_logits_exist_at_once(tokens, spy, stub):
     pair = [tiny_model("llama", seed=seed).half() for seed in range(2)]
     whole = evaluation.quality(*pair, tokens)
-    monkeypatch.setattr(head, "piece_elements", lambda device: 4 * 262)
+    stub(head, "piece_elements", 4 * 262)
     sizes = spy(divergence, "widen", lambda found, x: x.numel())
     assert evaluation.quality(*pair, tokens).kl == pytest.approx(whole.kl, rel=1e-5)
     assert max(sizes) <= 4 * 262

@@ -142,12 +142,9 @@ def test_a_changed_bit_loses_its_row(path):
     assert Journal(path, "a").keys() == ["0", "2"]
 
 
-def test_a_full_disk_is_named(path, monkeypatch):
+def test_a_full_disk_is_named(path, fails):
     kept = Journal(path, "a")
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    fails("os.fsync", OSError(28, "No space left on device"))
     with refuses("no space left on the disk"):
         kept.put({"large": np.ones(100)})

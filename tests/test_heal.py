@@ -253,23 +253,21 @@ def test_buffers_of_a_student_stored_in_half_precision_are_exact(tmp_path):
 
 
 def test_processes_that_lack_host_memory_for_their_students_are_refused(
-    models, monkeypatch
+    models, monkeypatch, stub
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(
-        parts, "allowance", lambda limit, device: SimpleNamespace(left=1000)
-    )
+    stub(parts, "allowance", SimpleNamespace(left=1000))
     with refuses(r"in 8 processes, 8e-06 GB are free; start fewer"):
         load_student(models / "student", HealConfig())
 
 
-def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch):
+def test_a_launched_trainer_waits_for_rank_0(models, monkeypatch, stub):
     given = []
     monkeypatch.setattr(
         "accelerate.PartialState", lambda **options: given.append(options)
     )
-    monkeypatch.setattr(home, "is_launched", lambda: True)
-    monkeypatch.setattr(home.Processes, "join", lambda: None)
+    stub(home, "is_launched", True)
+    stub(home.Processes, "join", None)
     home._processes(HealConfig())
     assert given[0]["timeout"].days > 300
 
@@ -436,12 +434,12 @@ def test_a_budget_in_tokens_is_spent(models, tmp_path):
     assert bought(once).epochs == pytest.approx(1, abs=0.5)
 
 
-def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch):
+def test_a_time_is_turned_into_steps_once(models, tmp_path, monkeypatch, stub):
     # A step takes 0.6 seconds, plus 5 milliseconds per token.
     times = [(64, 9.0), (64, 0.92), (64, 0.95), (512, 9.0), (512, 3.2), (512, 3.16)]
-    monkeypatch.setattr(train, "step_times", lambda job: times)
+    stub(train, "step_times", times)
     # The clock stands still, so that no time before the training counts.
-    monkeypatch.setattr(train.time, "monotonic", lambda: 1.0)
+    stub(train.time, "monotonic", 1.0)
     config = spending(models, tmp_path / "a", "0.25m", trainer=FOUR)
     whole = heal(config)
     found = bought(whole)
@@ -464,12 +462,12 @@ def test_a_time_too_short_for_a_useful_step_is_refused_at_once(models, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch):
+def test_a_time_that_the_patch_would_use_up_is_refused(tmp_path, monkeypatch, stub):
     # The clock advances two seconds per reading: one second for a model and 64 tokens.
     monkeypatch.setattr(
         home.time, "monotonic", map(float, itertools.count(step=2)).__next__
     )
-    monkeypatch.setattr(home, "quality", lambda *given: None)
+    stub(home, "quality", None)
     text = TokenSet.from_rows([[7] * 64] * 10)
     config = HealConfig(effort="3min")
     teacher = SimpleNamespace(model=None)

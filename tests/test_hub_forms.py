@@ -181,13 +181,13 @@ def test_a_cut_is_proven_on_the_language_model_inside_and_on_the_whole(
         verify(model, [0, 4], tmp_path / "out")
 
 
-def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path, monkeypatch):
+def test_what_a_cut_does_to_images_alone_is_noticed(tmp_path, stub):
     model = composite_checkpoint("blip", tmp_path / "source")
     excise(tmp_path / "source", [0, 3], tmp_path / "out")
     cut = reload(tmp_path / "out", dtype=torch.float32)
     attention = cut.text_decoder.bert.encoder.layer[1].crossattention
     torch.nn.init.zeros_(attention.output.dense.weight)
-    monkeypatch.setattr("isingcut.models.verify._open_cut", lambda *given: (cut, False))
+    stub("isingcut.models.verify._open_cut", (cut, False))
     with refuses(r"\[0, 3\] on text and an image:", VerificationError):
         verify(model, [0, 3], tmp_path / "out", images=invent_images)
 

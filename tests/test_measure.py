@@ -227,9 +227,9 @@ def test_rows_do_not_depend_on_the_number_of_threads(monkeypatch):
     [("llama", True), ("gpt2", True), ("gemma2", False), ("cohere2", False)],
 )
 def test_the_map_is_run_in_pieces_only_where_the_logits_are_its_output(
-    family, plain, monkeypatch
+    family, plain, stub
 ):
-    monkeypatch.setattr(head_module, "piece_elements", lambda device: 700)
+    stub(head_module, "piece_elements", 700)
     replay = tiny_replay(family)
     batch = random_tokens((14, 9))
     head = OutputHead(replay)

@@ -338,7 +338,7 @@ def test_what_a_calibration_left_is_read_on_in_its_shares(tmp_path, tokenizer):
 
 
 def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
-    tmp_path, tokenizer, monkeypatch
+    tmp_path, tokenizer, monkeypatch, stub
 ):
     documents = numbered(tmp_path / "a.jsonl", "<")
     used = calibrate(documents, tokenizer)
@@ -354,8 +354,8 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     monkeypatch.setitem(
         corpora.PACKAGED, "python", lambda: (f"@{i}@ " * 9 for i in range(300))
     )
-    monkeypatch.setattr(healing_text, "has_wiki", lambda: True)
-    monkeypatch.setattr(corpora, "_wiki_file", lambda: None)
+    stub(healing_text, "has_wiki", True)
+    stub(corpora, "_wiki_file", None)
     found, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert (record.source, record.unmixed) == ("a.jsonl + 75% wiki, 25% python", "")
     assert record.mixed == pytest.approx(1000, abs=16)
@@ -374,7 +374,7 @@ def test_a_patch_of_a_narrow_text_is_fitted_on_a_share_of_the_default_text(
     _, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert (record.mixed, record.unmixed[:22]) == (0, "the source was changed")
     moved.write_bytes(text)
-    monkeypatch.setattr(healing_text, "has_wiki", lambda: False)
+    stub(healing_text, "has_wiki", False)
     _, record = to_fit(used, tokenizer, 4000, share=0.25)
     assert record.mixed == 0
     assert corpora.WIKI_PACKAGE in record.unmixed

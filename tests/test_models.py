@@ -99,9 +99,9 @@ def test_loading_freezes_and_keeps_the_weights(folder):
         ({}, "AMD EPYC", torch.float32),
     ],
 )
-def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
-    monkeypatch.setattr(device, "cpu_name", lambda: cpu)
+def test_auto_dtype_follows_the_cpu(features, cpu, expected, stub):
+    stub("torch.cpu.get_capabilities", features)
+    stub(device, "cpu_name", cpu)
     assert device.pick_dtype("auto", torch.device("cpu")) is expected
 
 
@@ -114,9 +114,9 @@ def test_auto_dtype_follows_the_cpu(monkeypatch, features, cpu, expected):
         ((6, 1), "float32"),
     ],
 )
-def test_auto_dtype_follows_the_gpu(monkeypatch, capsys, capability, expected):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda place: capability)
-    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("cuda"))
+def test_auto_dtype_follows_the_gpu(capsys, capability, expected, stub):
+    stub("torch.cuda.get_device_capability", capability)
+    stub(device, "pick_device", torch.device("cuda"))
     assert device.dtype_name("auto", "cuda") == expected
     warned = capsys.readouterr().err
     assert ("pass --dtype float32" in warned) == (expected == "float16")

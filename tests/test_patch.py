@@ -265,7 +265,7 @@ def test_an_original_that_is_streamed_is_read_once_and_gives_the_same_patch(
 
 
 def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_reads(
-    tmp_path, monkeypatch
+    tmp_path, stub
 ):
     job = job_of(tmp_path, "llama", (2, 3))
     name = "model.layers.1.mlp.down_proj.weight"
@@ -279,7 +279,7 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
     assert patch_checkpoint(job, tmp_path / "reads").maps == "reads"
     assert outside_row_space(tmp_path / "reads") > 1e-3
     room = Allowance(bytes_of(width, width), 0)
-    monkeypatch.setattr(linear, "allowance", lambda *given: room)
+    stub(linear, "allowance", room)
     record = patch_checkpoint(job, tmp_path / "writes")
     assert record.maps == "writes"
     assert record.cuts[0].held_out_error_left < 1
@@ -290,11 +290,8 @@ def test_what_a_layer_writes_is_mapped_where_memory_has_no_room_for_what_it_read
 def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeypatch):
     # For the map of inputs, that of outputs, and the message.
     rooms = [0, 0, 0]
-    monkeypatch.setattr(
-        linear,
-        "allowance",
-        lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0),
-    )
+    room = lambda *given: Allowance(rooms.pop() if rooms else 1 << 40, 0)  # noqa: E731
+    monkeypatch.setattr(linear, "allowance", room)
     found = fit_patches(replay_of(tiny_model("llama")), tokens(), [2, 4], Work(96))
     (cut,) = found.unpatched
     assert cut.removed == [2, 2]
@@ -305,13 +302,11 @@ def test_a_cut_without_memory_for_its_fit_is_listed_and_the_others_go_on(monkeyp
     assert [patch.record.removed for patch in found.patches] == [[4, 4]]
 
 
-def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(
-    tmp_path, monkeypatch
-):
+def test_more_tokens_than_memory_next_to_a_streamed_model_are_refused(tmp_path, stub):
     source = tiny_checkpoint("llama", tmp_path / "source")
     teacher = load_streamed(source, dtype="float32", device="cpu")
     replay = teacher.streamed
-    monkeypatch.setattr(type(replay), "room", lambda self, batch: 10_000)
+    stub(type(replay), "room", 10_000)
     with refuses(r"on 252 tokens needs .* free; lower --patch-tokens"):
         fit_patches(replay, tokens(), [3], Work(96))
 
@@ -460,9 +455,9 @@ def test_gains_are_those_of_the_norm_behind_the_layer():
     ],
 )  # fmt: skip
 def test_a_block_without_a_useful_layer_is_refused(
-    family, place, name, found, reason, monkeypatch
+    family, place, name, found, reason, stub
 ):
-    monkeypatch.setattr(place, name, lambda *given: found)
+    stub(place, name, found)
     with refuses(reason, ArchitectureError):
         fitted(tiny_model(family), [2], tokens())
 

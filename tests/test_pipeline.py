@@ -94,13 +94,9 @@ def test_what_quick_has_set_does_not_replace_what_is_typed_later(run):
 # What the user gets wrong: one line, exit code 2, nothing written ------------------------
 
 
-def test_a_checkpoint_that_fails_verification_is_not_kept(
-    llama, text, tmp_path, monkeypatch
-):
-    def wrong(*arguments, **options):
-        raise VerificationError("logits differ")
+def test_a_checkpoint_that_fails_verification_is_not_kept(llama, text, tmp_path, fails):
 
-    monkeypatch.setattr("isingcut.runs.cutting.verify", wrong)
+    fails("isingcut.runs.cutting.verify", VerificationError("logits differ"))
     out = tmp_path / "run"
     with refuses("logits differ", VerificationError):
         job(llama, text, out, remove=1)

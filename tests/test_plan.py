@@ -247,11 +247,9 @@ def test_a_streamed_model_of_two_kinds_is_planned_for_a_budget(tmp_path):
     assert not any(e["impossible"] for e in plan["energies"])
 
 
-def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(
-    llama, monkeypatch
-):
+def test_a_time_to_save_is_planned_for_the_sequence_that_a_run_times(llama, stub):
     # All six blocks take the same time.
-    monkeypatch.setattr(StreamedReplay, "latency", lambda replay, positions: [1e-3] * 6)
+    stub(StreamedReplay, "latency", [1e-3] * 6)
     config = RunConfig(model=llama, length=16, batch_tokens=64)
     budget = f"latency={1e3 * 128 / 64 * 0.45 * 6:.12f}us"
     assert Prices(config.replace(budget=budget)).remove == 3
@@ -283,15 +281,12 @@ def test_a_run_prices_its_stages_by_its_own_removals(finished, tmp_path, monkeyp
 
 @parametrize("quick", [False, True])
 def test_a_run_says_at_its_start_how_long_it_takes(
-    llama, text, tmp_path, monkeypatch, capsys, quick
+    llama, text, tmp_path, capsys, quick, fails
 ):
     class Begun(Exception):
         pass
 
-    def begin(*given):
-        raise Begun
-
-    monkeypatch.setattr("isingcut.runs.pipeline.measure_and_rank", begin)
+    fails("isingcut.runs.pipeline.measure_and_rank", Begun)
     given = {**OPTIONS, "model": llama, "calibration": text, "out": tmp_path / "run"}
     given |= {"remove": 2, "quick": quick, "heal": True, "progress": terminal}
     with pytest.raises(Begun):

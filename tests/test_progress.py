@@ -165,8 +165,8 @@ def test_solving_and_proving_show_progress(run, tmp_path):
 
 
 @parametrize("shown", [True, False])
-def test_python_shows_progress_where_a_terminal_is(finished, monkeypatch, shown):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: shown)
+def test_python_shows_progress_where_a_terminal_is(finished, shown, stub):
+    stub(sys.stderr, "isatty", shown)
     wanted = progress.terminal if shown else progress.silent
     assert isingcut.open_run(finished)._session.progress is wanted
     assert progress.as_progress(None) is wanted

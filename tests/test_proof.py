@@ -79,11 +79,11 @@ def test_a_wrong_cut_of_chameleon_is_noticed(tmp_path):
         verify(model, [2], cut)
 
 
-def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, monkeypatch):
+def test_a_cut_that_fails_where_the_original_does_not_is_wrong(tmp_path, stub):
     model = tiny_model("llama")
     cut = tiny_model("llama", num_hidden_layers=5)
     cut.lm_head = torch.nn.Linear(3, 3)
-    monkeypatch.setattr("isingcut.models.verify._open_cut", lambda *given: (cut, False))
+    stub("isingcut.models.verify._open_cut", (cut, False))
     with refuses("fails on text, but the original without", VerificationError):
         verify(model, [1], tmp_path)
 
@@ -162,11 +162,11 @@ def test_deepstack_is_found_where_only_its_class_names_it():
 
 
 @parametrize("family", ["qwen3_vl", "granite4_vision"])
-def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, monkeypatch):
+def test_only_an_image_shows_what_joins_between_blocks(family, tmp_path, stub):
     home = "isingcut.formats.architectures.families"
-    monkeypatch.setattr(f"{home}.find_fixed_blocks", lambda *a: {})
-    monkeypatch.setattr(f"{home}.move_images", lambda *a: None)
-    monkeypatch.setattr(f"{home}._image_places", lambda *a: ([], ""))
+    stub(f"{home}.find_fixed_blocks", {})
+    stub(f"{home}.move_images", None)
+    stub(f"{home}._image_places", ([], ""))
     model = composite(family)
     cut = cut_of(model, [1], tmp_path)
     with refuses(r"without blocks \[1\] on text and an image", VerificationError):

@@ -172,8 +172,8 @@ def test_experts_are_read_into_their_place_and_other_conversions_are_transformer
         assert not any(isinstance(s, ConversionStep) for s in steps)
 
 
-def test_a_conversion_that_computes_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("isingcut.models.streaming.reader._slices", lambda *a: None)
+def test_a_conversion_that_computes_is_run(tmp_path, stub):
+    stub("isingcut.models.streaming.reader._slices", None)
     reads_what_is_loaded(tiny_checkpoint("mixtral", tmp_path), "float32")
 
 
@@ -210,10 +210,8 @@ def test_numbers_are_checked_once(llama, monkeypatch):
 pytestmark = pytest.mark.usefixtures("one_layout")
 
 
-def test_memory_allowed_and_needed(llama, monkeypatch):
-    monkeypatch.setattr(
-        "isingcut.models.device._used_and_free", lambda device: (1000, 5000)
-    )
+def test_memory_allowed_and_needed(llama, monkeypatch, stub):
+    stub("isingcut.models.device._used_and_free", (1000, 5000))
     assert allowance("", CPU) == Allowance(5000, 1000)
     assert allowance("50%", CPU).left == 2500
     assert allowance("3KB", CPU) == Allowance(3000, 1000)

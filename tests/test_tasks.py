@@ -355,12 +355,10 @@ def test_mmlu_shows_examples_of_its_own_subject(tmp_path):
         prepare_task("mmlu", tmp_path)
 
 
-def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, monkeypatch):
+def test_a_metric_that_is_not_finite_is_refused(models, tmp_path, stub):
     write_jsonl(tmp_path / "arc_easy/test.jsonl", [arc(0)[1]])
     sample = {"filter": "none", "acc": float("nan"), "doc_id": 0}
-    monkeypatch.setattr(
-        "lm_eval.evaluator.evaluate", lambda **_: {"samples": {"arc_easy": [sample]}}
-    )
+    stub("lm_eval.evaluator.evaluate", {"samples": {"arc_easy": [sample]}})
     with refuses("question of arc_easy has no finite acc"):
         score_states(models["original"], prepare_task("arc_easy", tmp_path), [()])
 

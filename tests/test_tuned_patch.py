@@ -99,9 +99,9 @@ def test_cuts_at_the_first_and_the_last_block_have_one_neighbour():
     assert divergence(model, text, found, removed) == pytest.approx(min(kl), rel=1e-3)
 
 
-def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch):
+def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(stub):
     room = type("Room", (), {"left": 0})()
-    monkeypatch.setattr(tuning, "allowance", lambda *given: room)
+    stub(tuning, "allowance", room)
     with refuses("GB of host memory", FitError):
         tuned(tiny_model("llama"), tokens(16))
     model = tiny_model("llama")
@@ -118,14 +118,16 @@ def test_where_memory_is_short_the_layers_that_write_are_tuned_alone(monkeypatch
     assert not {"mlp.up_proj", "mlp.gate_proj"} & paths
 
 
-def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(monkeypatch):
+def test_a_card_without_room_for_all_layers_tunes_those_that_write_first(
+    monkeypatch, stub
+):
     text = tokens(16)
     with fake_cards() as (card,):
         model = tiny_model("llama").to(card.device)
         whole = tuned(model, text).record
         gradient = model.model.layers[1].mlp.down_proj.weight.nbytes
         room = {"cpu": 1 << 30, "lazy": gradient + 40_000}
-        monkeypatch.setattr(tuning, "bytes_of_backward", lambda replay: 0)
+        stub(tuning, "bytes_of_backward", 0)
         monkeypatch.setattr(
             tuning, "allowance", lambda limit, device: Allowance(room[device.type], 0)
         )

@@ -121,12 +121,12 @@ def test_trust_is_stored_nowhere(arena):
     assert isingcut.open_run("e", trust_remote_code=True).config.trust_remote_code
 
 
-def test_what_auto_once_chose_stays(arena, monkeypatch):
+def test_what_auto_once_chose_stays(arena, stub):
     words = f"energy model {OPTIONS} --out e".split()
-    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "bfloat16")
+    stub("isingcut.models.device.dtype_name", "bfloat16")
     assert call(words, seconds=60)[0] == 0
     meta = isingcut.open_run("e").hamiltonian.meta
-    monkeypatch.setattr("isingcut.models.device.dtype_name", lambda *a: "float32")
+    stub("isingcut.models.device.dtype_name", "float32")
     code, _, err = call(words, seconds=60)
     assert code == 0, err
     assert isingcut.open_run("e").hamiltonian.meta == meta

@@ -179,13 +179,11 @@ def test_the_lock_of_an_output_is_its_neighbour(arena):
 
 @parametrize("code, said", [(errno.ENOLCK, 1), (errno.EROFS, 0)])
 def test_a_file_system_without_locks_is_reported_once(
-    tmp_path, monkeypatch, capsys, code, said
+    tmp_path, capsys, code, said, fails
 ):
-    def refused(*arguments, **options):
-        raise OSError(code, os.strerror(code))
 
     # On a read-only file system nothing can be written, so no lock is needed.
-    monkeypatch.setattr("isingcut.files.writing.FileLock.acquire", refused)
+    fails("isingcut.files.writing.FileLock.acquire", OSError(code, os.strerror(code)))
     (tmp_path / ".run.json.isingcut-1.part").touch()
     for _ in range(2):
         with (

@@ -304,12 +304,10 @@ EARLY = [
 
 @parametrize("words, line", EARLY, ids=[words for words, _ in EARLY])
 def test_the_configuration_is_checked_before_weights_are_loaded(
-    arena, monkeypatch, words, line
+    arena, words, line, fails
 ):
-    def load(*_, **__):
-        raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("isingcut.models.load.load", load)
+    fails("isingcut.models.load.load", AssertionError("the weights were loaded"))
     short = "" if "--length" in words else "--length 16 "
     command = "run {model} --out new --calibration {text} " + short + words
     arena.refuses(command, line)
