@@ -10,8 +10,8 @@ from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
 from isingcut.options.config import HealConfig
 from isingcut.options.declaration import options_from
-from isingcut.testing.tiny import tiny_checkpoint
 from shared import load_json, module_fixture, write_jsonl
+from tiny import tiny_checkpoint
 
 REMOVED = (2, 3)
 WORDS = [

@@ -31,7 +31,6 @@ from isingcut.measure.streams import one_pass
 from isingcut.measure.work import Work, identity
 from isingcut.options.config import RunConfig
 from isingcut.runs import pipeline
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import (
     OPTIONS,
     leave_speed_out,
@@ -40,7 +39,16 @@ from shared import (
     refuses,
     write_jsonl,
 )
-from tiny import in_memory, plain_sums, replay_of, streamed, without
+from tiny import (
+    in_memory,
+    plain_sums,
+    replay_of,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    without,
+)
 
 
 def talk(*contents):

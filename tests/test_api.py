@@ -20,7 +20,6 @@ from isingcut.files.cuts import CutRecord
 from isingcut.files.results import read_document
 from isingcut.healing.heal import heal
 from isingcut.models.load import load_tokenizer
-from isingcut.testing.tiny import tiny_checkpoint
 from ranks import join, start
 from shared import (
     leave_speed_out,
@@ -30,7 +29,7 @@ from shared import (
     refuses,
     write_words,
 )
-from tiny import edit_tensors
+from tiny import edit_tensors, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 

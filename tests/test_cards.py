@@ -39,9 +39,8 @@ from isingcut.models.streaming.replay import StreamedReplay
 from isingcut.options.config import RunConfig
 from isingcut.runs import evaluating, session
 from isingcut.testing import gpu
-from isingcut.testing.tiny import tiny_model
 from shared import OPTIONS, call, flags, load_json, parametrize, refuses
-from tiny import load_tiny, random_tokens, replay_of
+from tiny import load_tiny, random_tokens, replay_of, tiny_model
 
 KILO = torch.zeros(250)
 

@@ -31,10 +31,9 @@ from isingcut.measure.work import Work
 from isingcut.models.placement import connect, place
 from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import OPTIONS, parametrize
 from test_baselines import part
-from tiny import random_tokens, replay_of
+from tiny import random_tokens, replay_of, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 

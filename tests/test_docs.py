@@ -17,10 +17,10 @@ from isingcut.cli import main as cli
 from isingcut.errors import ArchitectureError
 from isingcut.options.config import RunConfig
 from isingcut.options.declaration import from_yaml
-from isingcut.testing.tiny import tiny_checkpoint
 from shared import load_json, parametrize, refuses, write_words
 from sweep.conformance import Report
 from sweep.mtp import MtpLayers
+from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -20,9 +20,8 @@ from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.cutting.gguf import Changed, changed_tensors, cut_gguf, lay_out
 from isingcut.formats.gguf_files import read_gguf, unpack_gguf
 from isingcut.formats.sources import resolve
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS, Bars, load_json, module_fixture, parametrize, refuses, works
-from tiny import edit_tensors
+from tiny import edit_tensors, tiny_checkpoint, tiny_model
 
 
 def make(

@@ -48,9 +48,8 @@ from isingcut.healing.training.student import last_parameters, load_student
 from isingcut.models.load import load
 from isingcut.options.config import HealConfig, RunConfig, heal_config
 from isingcut.report.words import healing_warnings
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shared import parametrize, refuses, save_json, write_jsonl
-from tiny import load_tiny
+from tiny import load_tiny, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 __all__ = ["healed", "models"]
 

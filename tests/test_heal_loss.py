@@ -26,8 +26,8 @@ from isingcut.models.compute import divergence as kl
 from isingcut.models.load import load
 from isingcut.options.config import HealConfig
 from isingcut.processes import Processes
-from isingcut.testing.tiny import tiny_model
 from shared import module_fixture, parametrize, refuses
+from tiny import tiny_model
 
 
 def normal(*shape, seed=0):

@@ -28,9 +28,9 @@ from isingcut.healing.patch.checkpoint import split_samples
 from isingcut.options.config import HealConfig
 from isingcut.report.rows import evaluation_rows, healing_rows
 from isingcut.report.words import healing_warnings, paragraphs, patch_warnings
-from isingcut.testing.tiny import tiny_model
 from run_files import healing, text_scores
 from shared import parametrize, refuses, write_jsonl
+from tiny import tiny_model
 
 MANY = {**SIZES, "samples": 40, "rank_samples": 12, "report_samples": 12}
 

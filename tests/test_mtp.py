@@ -8,9 +8,9 @@ from isingcut.formats.checkpoints import count_mtp_layers, is_mtp
 from isingcut.formats.cutting.checkpoint import excise
 from isingcut.formats.safetensors_files import read_checkpoint
 from isingcut.healing.heal import heal
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS, module_fixture
 from sweep.mtp import add_mtp_layers
+from tiny import tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 OF_MTP = "model.layers.4."

@@ -22,9 +22,16 @@ from isingcut.options.config import RunConfig
 from isingcut.processes import ALONE
 from isingcut.runs import packing, pipeline
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint, tiny_model
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses, works
-from tiny import in_memory, plain_sums, random_tokens, streamed, without
+from tiny import (
+    in_memory,
+    plain_sums,
+    random_tokens,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    without,
+)
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 IDLE = 3

@@ -27,9 +27,9 @@ from isingcut.models.replay import Recording
 from isingcut.models.streaming.replay import load_streamed
 from isingcut.models.streaming.store import StoredPart
 from isingcut.options.config import HealConfig
-from isingcut.testing.tiny import FAMILIES, tiny_checkpoint, tiny_model
+from isingcut.testing.tiny import FAMILIES
 from shared import parametrize, refuses
-from tiny import load_tiny, replay_of
+from tiny import load_tiny, replay_of, tiny_checkpoint, tiny_model
 
 
 def tokens(samples=12, length=24, seed=0):

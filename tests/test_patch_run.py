@@ -25,7 +25,6 @@ from isingcut.report.words import patch_warnings
 from isingcut.runs import cutting, pipeline
 from isingcut.runs.folder import RunFolder
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint
 from run_files import change
 from shared import (
     OPTIONS,
@@ -40,7 +39,7 @@ from shared import (
     write_words,
 )
 from test_tasks import arc
-from tiny import load_tiny
+from tiny import load_tiny, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 

@@ -18,10 +18,10 @@ from isingcut.files.writing import (
     lock_beside,
     lock_place,
 )
-from isingcut.testing.tiny import tiny_checkpoint
 from ranks import start
 from shared import OPTIONS as USUAL
 from shared import leave_speed_out, module_fixture, parametrize, write_words
+from tiny import tiny_checkpoint
 
 OPTIONS = {
     **USUAL,

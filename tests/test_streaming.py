@@ -20,7 +20,6 @@ from isingcut.models.compute import head
 from isingcut.models.compute.head import OutputHead
 from isingcut.models.replay import Replay
 from isingcut.models.streaming.replay import StreamedReplay, open_model
-from isingcut.testing.tiny import tiny_checkpoint
 from shared import parametrize, refuses
 from tiny import (
     count_rows,
@@ -31,6 +30,7 @@ from tiny import (
     samples,
     some_states,
     streamed,
+    tiny_checkpoint,
     watch,
 )
 

@@ -25,7 +25,6 @@ from isingcut.models.streaming.store import Buffers
 from isingcut.models.verify import verify
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_checkpoint
 from quantised import quantise
 from shared import OPTIONS, load_json, module_fixture, parametrize, refuses
 from tiny import (
@@ -36,6 +35,7 @@ from tiny import (
     samples,
     some_states,
     streamed,
+    tiny_checkpoint,
     watch,
 )
 

@@ -24,8 +24,8 @@ from isingcut.data.tokens import Encoder, TokenSet, overlap
 from isingcut.errors import CalibrationError, ModelError
 from isingcut.files.runs import CalibrationText
 from isingcut.report.words import overlap_warnings, repeat_warnings
-from isingcut.testing.tiny import tiny_model, tiny_tokenizer
 from shared import flags, load_json, parametrize, refuses, write_jsonl, write_words
+from tiny import tiny_model, tiny_tokenizer
 
 
 def of_lengths(lengths):

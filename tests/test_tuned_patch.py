@@ -17,10 +17,9 @@ from isingcut.healing.patch.linear import fit_patches
 from isingcut.measure.work import Work
 from isingcut.models.device import Allowance
 from isingcut.options.config import HealConfig
-from isingcut.testing.tiny import tiny_model
 from shared import parametrize, refuses
 from test_patch import tokens
-from tiny import replay_of
+from tiny import replay_of, tiny_model
 
 REMOVED = (2, 3)
 

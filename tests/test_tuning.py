@@ -16,9 +16,8 @@ from isingcut.measure.work import Work
 from isingcut.models.compute.tuning import choose_batch_tokens, count_graph_bytes
 from isingcut.options.config import RunConfig
 from isingcut.runs.session import Session
-from isingcut.testing.tiny import tiny_model
 from shared import parametrize, refuses
-from tiny import random_tokens, replay_of, tiny_replay
+from tiny import random_tokens, replay_of, tiny_model, tiny_replay
 
 
 def test_the_micro_batch_of_a_gpu_is_what_fits():

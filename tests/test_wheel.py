@@ -17,8 +17,8 @@ from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 import isingcut
-from isingcut.testing.tiny import tiny_checkpoint
 from shared import module_fixture, parametrize, write_words
+from tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
