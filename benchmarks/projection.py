@@ -1,6 +1,6 @@
 """Estimate the time of a default run and a healing on GPUs, as ranges; nothing here was measured.
 
-    python benchmarks/projection.py [8B] [70B] [400B-MoE] [--removed 0.4] [--tuning card]
+    python benchmarks/projection.py [8B] [70B] [400B-MoE] [--removed 0.4]
 
 Every part of a stage has a count, and a rate with a fast and a slow end. Counts follow the code:
 its constants, its formulas, and a real default search of a tiny Llama with as many blocks, on
@@ -156,8 +156,6 @@ LORA = 0.005
 """Bytes per trained parameter (float32 weight, gradient, two moments); share that LoRA trains."""
 SWEEPS = {"rank": 2.0, "proof": 8.1, "evaluate": 4.4}
 """Sweeps over the weights of a streamed model; a proof generates eight tokens."""
-TUNING = "host"
-"""Where `tune` keeps float32 weights, gradients and moments: "host" or "card"."""
 RUN = RunConfig(model="m", remove="1")
 
 
@@ -269,9 +267,8 @@ class Setting:
         room: bytes of a card beside the weights.
     """
 
-    def __init__(self, model: Model, machine: str, tuning: str) -> None:
+    def __init__(self, model: Model, machine: str) -> None:
         self.model = model
-        self.tuning = tuning
         self.card, cards, self.nodes = MACHINES[machine]
         self.memory, self.peak, bandwidth = CARDS[self.card]
         self.bandwidth = BANDWIDTH * bandwidth
@@ -374,13 +371,12 @@ class Setting:
         """Make the parts of `tune`, of the layers that fit; none for a streamed model."""
         m = self.model
         train = tokens * (1 - 1 / HELD_OUT_EVERY)
-        host = self.tuning == "host"
         # Blocks from the first tuned one on; hidden states twice, and the graph of a micro-batch.
         after = m.n - m.cuts[0][0] + 1 - m.removed
         kept = (2 * tokens + STEP_TOKENS * after * BLOCK_STREAMS // 2) * m.stream
-        # On the card a layer in use and its gradient, in bfloat16; elsewhere or there, the rest.
-        most = (self.each * self.room - kept) / (4 if host else 4 + BYTES)
-        tuned = min(m.tuned, most, USABLE * self.host / BYTES if host else m.tuned)
+        # On the card a layer in use and its gradient, in bfloat16; on the host the rest.
+        most = (self.each * self.room - kept) / 4
+        tuned = min(m.tuned, most, USABLE * self.host / BYTES)
         if self.streamed or tuned <= 0:
             return []
         moved = train / STEP_TOKENS * tuned
@@ -390,12 +386,8 @@ class Setting:
             self.blocks(tokens - train, 2 * after / m.n, FEW, STEP_TOKENS),
             *self.heads(tokens, 3 + 1 / HELD_OUT_EVERY),
             # Each gradient of a micro-batch, and each weight of a step.
-            self.move("gradients and weights", 4 * moved * host, UNPINNED),
-            self.move(
-                f"AdamW, {self.tuning}",
-                ADAM * moved,
-                self.ram if host else self.bandwidth,
-            ),
+            self.move("gradients and weights", 4 * moved, UNPINNED),
+            self.move("AdamW, host", ADAM * moved, self.ram),
         ]
 
     def load(self, size: float, name: str) -> list[Part]:
@@ -583,7 +575,6 @@ def main() -> None:
     parser.add_argument(
         "--removed", type=float, default=0.25, help="share of removed blocks"
     )
-    parser.add_argument("--tuning", choices=("host", "card"), default=TUNING)
     given = parser.parse_args()
     if unknown := [name for name in given.models if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
@@ -593,7 +584,7 @@ def main() -> None:
         rows = dict[tuple[str, ...], Cells]()
         print(f"\n{name} without {model.removed} of {model.n} blocks; {NOTE}\n")
         for machine in MACHINES:
-            setting = Setting(model, machine, given.tuning)
+            setting = Setting(model, machine)
             table.append(
                 [name, machine, setting.kind, *summarise(setting, machine, rows)]
             )
@@ -608,7 +599,7 @@ def main() -> None:
                 *lines,
             ]
         )
-    print(f"\nTuned on the {given.tuning}; {NOTE}\n")
+    print(f"\nTuned on the host; {NOTE}\n")
     print_table(table)
 
 

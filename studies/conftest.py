@@ -2,8 +2,6 @@
 
 import json
 import random
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,18 +23,18 @@ WORDS = [
 ]
 
 
-def words(seed: int, count: int) -> str:
+def words(seed, count):
     draw = random.Random(seed)
     return " ".join(draw.choice(WORDS) for _ in range(count))
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
+def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     """Return a tiny Llama of six blocks with a vocabulary of 262 tokens."""
     return tiny_checkpoint(
         "llama", tmp_path_factory.mktemp("model"), max_position_embeddings=512
@@ -44,11 +42,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     """Return a folder with file names of the data folder, filled with random words."""
     folder = tmp_path_factory.mktemp("data")
 
-    def chat(k: int) -> list[dict[str, str]]:
+    def chat(k):
         answer = {"role": "assistant", "content": words(2 * k + 1, 9)}
         return [{"role": "user", "content": words(2 * k, 5)}, answer]
 
@@ -76,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(model: Path, data: Path) -> list[str]:
+def tiny(model, data):
     """Return options for a study that takes a few seconds."""
-    where = ["--model", str(model), "--data", str(data), "--dtype", "float32"]
-    return [*where, "--length", "24", "--judged-tokens", "96", "--batch-tokens", "96"]
+    where = ["--model", str(model), "--data", str(data), "--dtype=float32"]
+    return [*where, "--length=24", "--judged-tokens=96", "--batch-tokens=96"]

@@ -27,13 +27,10 @@ from isingcut.measure.work import Work
 from isingcut.models.replay import Replay
 from studies.runner import Content
 
+PLAIN = ("random", "block-influence", "angular-window", "norm-ratio", "sleb")
 BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "random": ("random", {}),
-    "block-influence": ("block-influence", {}),
+    **{name: (name, {}) for name in PLAIN},
     "block-influence-iterative": ("block-influence", {"iterative": True}),
-    "angular-window": ("angular-window", {}),
-    "norm-ratio": ("norm-ratio", {}),
-    "sleb": ("sleb", {}),
     "sleb-kl": ("sleb", {"loss": "kl", "keep_ends": False}),
 }
 TOP = 20
