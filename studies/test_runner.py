@@ -104,7 +104,7 @@ def test_a_killed_part_goes_on_from_its_journal(tmp_path):
 
             return [Part("one", make)]
 
-    words = ["--work", str(tmp_path)]
+    words = [f"--work={tmp_path}"]
     with pytest.raises(KeyboardInterrupt):
         runner.run(Killed, words)
     assert not (tmp_path / "parts/one.json").exists()

@@ -74,7 +74,7 @@ def test_a_near_tie_is_no_agreement():
 
 def test_a_cut_model_answers_in_transformers_as_the_skipped_one(tmp_path):
     words = ["--models=llama", "--envs", str(tmp_path), "--new-tokens=2"]
-    words += ["--work", str(tmp_path / "work")]
+    words += [f"--work={tmp_path}/work"]
     runner.run(Clients, words)
     runner.run(
         Clients, [*words, "--collect", "--results", str(tmp_path / "clients.json")]

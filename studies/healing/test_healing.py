@@ -15,7 +15,7 @@ def content(tiny, tmp_path_factory):
     work = tmp_path_factory.mktemp("healing")
     words = [*tiny, "--remove=2", "--state-tokens=96", "--tuned=isingcut"]
     words += ["--batch=2", "--patch-tokens=960", "--questions=6"]
-    words += ["--samples=40", "--steps=1,2", "--work", str(work / "work")]
+    words += ["--samples=40", "--steps=1,2", f"--work={work}/work"]
     words += ["--methods", "isingcut", *PEERS, "last", "--tasks=arc_easy"]
     runner.run(Healing, words)
     # A second recipe with the same text and work folder.
@@ -74,7 +74,7 @@ OTHERS = {
 
 
 def test_two_lengths_of_as_many_tokens_are_both_kept(tmp_path):
-    found = Healing(runner.parse(Healing, ["--work", str(tmp_path)]))
+    found = Healing(runner.parse(Healing, [f"--work={tmp_path}"]))
     for steps in (10, 11):
         runner.write(
             found.path(f"healed/full-0.0003-{steps}/1-2"),

@@ -43,7 +43,7 @@ def test_a_harm_is_more_than_two_paired_errors():
 
 def test_a_patch_is_judged(tiny, tmp_path):
     words = [*tiny, "--removed=2,3", "--patch-tokens=960", "--shares=0"]
-    words += ["--work", str(tmp_path / "work"), "--only=laws"]
+    words += [f"--work={tmp_path}/work", "--only=laws"]
     runner.run(Narrow, words)
     (part,) = (tmp_path / "work" / "parts" / "laws").glob("*.json")
     found = runner.read(part)

@@ -16,7 +16,7 @@ SIZES = ["--pool=3", "--search-pool=4", "--remove=2,3", "--second-remove=2"]
 def content(tiny, tmp_path_factory):
     """Return the results file of a whole run."""
     work = tmp_path_factory.mktemp("quality")
-    words = [*tiny, *SIZES, "--seeds=2", "--work", str(work / "work")]
+    words = [*tiny, *SIZES, "--seeds=2", f"--work={work}/work"]
     runner.run(Quality, words)
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*.json")}
     runner.run(Quality, words)
@@ -37,7 +37,7 @@ def test_losses_of_the_tables_are_those_of_the_states(content, tiny, tmp_path):
         "refined",
         "random",
     } <= set(entries)
-    study = Quality(runner.parse(Quality, [*tiny, "--work", str(tmp_path)]))
+    study = Quality(runner.parse(Quality, [*tiny, f"--work={tmp_path}"]))
     for name in ("wikitext2", "instruct"):
         removed = [e["removed"] for e in entries.values()]
         found = measure(study.replay, study.judged_text(name), states_of(6, removed))

@@ -61,6 +61,16 @@ def parametrised(table):
     return parametrize("row", table, ids=[row.name for row in table])
 
 
+def tried(table):
+    """Return a test that tries each row of a table in an arena."""
+
+    @parametrised(table)
+    def test(arena, row):
+        arena.try_row(row)
+
+    return test
+
+
 class TooSlowError(BaseException):
     """A row exceeded its time limit."""
 

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import torch
-from arena import Row, parametrised, rows
+from arena import Row, rows, tried
 from damage import (
     both,
     changed,
@@ -132,9 +132,7 @@ for said, table in (("--trainer cannot set '{}'", OTHERS), ("{}", WRONG)):
         )
 
 
-@parametrised(PLACES + WORDS)
-def test_a_place_or_a_word_is_refused(arena, row):
-    arena.try_row(row)
+test_a_place_or_a_word_is_refused = tried(PLACES + WORDS)
 
 
 def removed_are(*blocks, of=6):
@@ -225,9 +223,7 @@ PAIRS += rows([
 ])  # fmt: skip
 
 
-@parametrised(PAIRS)
-def test_models_that_do_not_belong_together_are_refused(arena, row):
-    arena.try_row(row)
+test_models_that_do_not_belong_together_are_refused = tried(PAIRS)
 
 
 class Stopped(Exception):

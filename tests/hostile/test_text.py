@@ -10,7 +10,7 @@ import socket
 import threading
 
 import pytest
-from arena import Row, parametrised
+from arena import Row, tried
 from damage import both, edited, linked, written
 from transformers import AutoTokenizer
 
@@ -482,6 +482,4 @@ HELD += [
 ]
 
 
-@parametrised(HELD)
-def test_texts(arena, row):
-    arena.try_row(row)
+test_texts = tried(HELD)

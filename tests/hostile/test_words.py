@@ -12,7 +12,7 @@ import shlex
 import numpy as np
 import pydantic
 import pytest
-from arena import Arena, Row, parametrised
+from arena import Arena, Row, parametrised, tried
 from damage import written
 
 import isingcut
@@ -343,9 +343,7 @@ FINE = [
 ]  # fmt: skip
 
 
-@parametrised(FINE)
-def test_what_can_be_typed(arena, row):
-    arena.try_row(row)
+test_what_can_be_typed = tried(FINE)
 
 
 def test_a_path_of_python_may_begin_at_home(arena):
