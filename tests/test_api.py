@@ -55,10 +55,15 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         leave_speed_out(patch.setattr)
-        isingcut.prune(
-            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
-        )
+        prune(out="my-run")
     return folder
+
+
+def prune(remove=3, **options):
+    return isingcut.prune(
+        "my-model",
+        **{"remove": remove, "calibration": "my-text.txt", **OPTIONS, **options},
+    )
 
 
 def examples(name):
@@ -143,10 +148,11 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
     named = run.save(tmp_path / "named", blocks=run.chosen.removed)
     assert (named / "model.safetensors").read_bytes() == weights
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    further = isingcut.prune(
-        "my-model", remove=3, calibration="my-text.txt", out=tmp_path / "run", heal=True,
-        healing={"samples": 6, "length": 16, "report_samples": 4}, **OPTIONS,
-    )  # fmt: skip
+    further = prune(
+        out=tmp_path / "run",
+        heal=True,
+        healing={"samples": 6, "length": 16, "report_samples": 4},
+    )
     healed = further.save(tmp_path / "healed")
     assert (healed / "healing.json").is_file()
     assert (healed / "model.safetensors").read_bytes() != weights
@@ -159,8 +165,7 @@ def test_save_patches_and_distils_as_the_options_say(place, monkeypatch, tmp_pat
 
 def test_a_run_outlives_a_change_of_the_working_folder(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"calibration": "my-text.txt", "out": "moved-run"}
-    made = isingcut.prune("my-model", remove=3, **text, **OPTIONS)
+    made = prune(out="moved-run")
     opened = isingcut.open_run("my-run"), isingcut.open_run("my-run", model="my-model")
     monkeypatch.chdir(tmp_path)
     for run in (made, *opened):
@@ -198,14 +203,14 @@ def test_tensors_that_no_module_uses_are_left_out_with_a_warning(
 def test_a_run_without_out_leaves_nothing_behind(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run = isingcut.prune("my-model", remove=3, calibration="my-text.txt", **OPTIONS)
+    run = prune()
     assert run.path.is_dir()
     assert run.path.is_relative_to(tmp_path)
     del run
     gc.collect()
     assert not list(tmp_path.iterdir())
     with refuses("from 1 to 9"):
-        isingcut.prune("my-model", remove=10, calibration="my-text.txt", **OPTIONS)
+        prune(10)
     assert not list(tmp_path.iterdir())
 
 
@@ -229,10 +234,8 @@ def test_all_removals_of_a_run_share_one_model(place, monkeypatch):
 
 def test_a_budget_holds_for_every_number_of_a_range(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
-    text = {"calibration": "my-text.txt", "budget": "params=5%", "random_states": 0}
-    run = isingcut.prune(
-        "my-model", remove="2..3", out=tmp_path / "run", **text, **OPTIONS
-    )
+    text = {"budget": "params=5%", "random_states": 0}
+    run = prune("2..3", out=tmp_path / "run", **text)
     assert len(run.at(3).spectrum) > 1
     assert len(isingcut.open_run(tmp_path / "run", 2).spectrum) > 1
 
@@ -251,9 +254,7 @@ def test_a_poor_energy_warns_once_with_what_to_do(place, monkeypatch, stub):
     found.fidelity["kl"] = poor
     stub("isingcut.runs.ranking.rank", found)
     with pytest.warns(isingcut.PoorEnergyWarning, match=r"poorly.*--energy") as caught:
-        isingcut.prune(
-            "my-model", remove=3, calibration="my-text.txt", out="my-run", **OPTIONS
-        )
+        prune(out="my-run")
     assert len(caught) == 1
     assert caught[0].filename == __file__
 

@@ -111,9 +111,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
         parameter.data = parameter.bfloat16().float()
     # A weight with values that bfloat16 cannot hold is not narrowed.
     mlp = plain.get_submodule(f"{find_stack(plain).blocks[0].path}.mlp")
-    odd, even = (
-        (mlp.c_proj, mlp.c_fc) if family == "gpt2" else (mlp.down_proj, mlp.up_proj)
-    )
+    names = ("c_proj", "c_fc") if family == "gpt2" else ("down_proj", "up_proj")
+    odd, even = map(mlp.get_submodule, names)
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     odd.weight.data += 1e-6
     model = prepare_training(plain, HealConfig(method=method))
@@ -133,11 +132,8 @@ def test_frozen_weights_are_narrowed_only_where_no_value_changes(
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
     assert plain.get_output_embeddings().weight.dtype == ends
-    weights = {
-        id(m.weight)
-        for m in (plain.get_output_embeddings(), plain.get_input_embeddings())
-    }
-    assert len(weights) == 2 - tied
+    read = plain.get_input_embeddings().weight
+    assert (plain.get_output_embeddings().weight is read) == tied
     assert odd.weight.dtype == torch.float32
     assert even.weight.dtype == torch.bfloat16
 
@@ -326,13 +322,14 @@ def test_what_others_shard_is_counted_by_rank_and_left_where_it_is(
 ):
     four = Processes(0, 4)
     four.decide = lambda make: make()
-    job = job_on(card, models, tmp_path, four, {"fsdp": "full_shard"}, method="full")
+    sharded = {"fsdp": "full_shard"}
+    job = job_on(card, models, tmp_path, four, sharded, method="full")
     card.budget = card.live + 10**5
     with train._student(job, 4) as (student, plan):
         assert {p.device.type for p in student.parameters()} == {"cpu"}
-        trained = sum(p.numel() for p in student.parameters())
-        terms = memory._terms(job, student, {"fsdp": "full_shard"})
-    assert [terms[name] for name in ("gradients", "moments")] == [trained, 2 * trained]
+        trained = student.num_parameters()
+        terms = memory._terms(job, student, sharded)
+    assert (terms["gradients"], terms["moments"]) == (trained, 2 * trained)
     assert plan.recompute
 
 
